@@ -1,0 +1,15 @@
+"""GGUF language models over all the accelerators that a person has.
+
+>>> import jaxsplit
+>>> lm = jaxsplit.load("model.gguf", split_mode="graph")
+>>> lm.generate("Once upon a time", n_predict=64, temperature=0.0)
+"""
+
+from jaxsplit.engine import SamplingConfig
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.lm import LM, Stream, load
+from jaxsplit.models import Decoder, ModelConfig
+
+__version__ = "0.1.0"
+
+__all__ = ["LM", "Decoder", "JaxsplitError", "ModelConfig", "SamplingConfig", "Stream", "load"]

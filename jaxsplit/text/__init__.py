@@ -1,0 +1,6 @@
+"""Text to token ids and back, and chat messages to text, from a GGUF file's own metadata."""
+
+from jaxsplit.text.chat import ChatTemplate
+from jaxsplit.text.tokenizer import TextStream, Tokenizer
+
+__all__ = ["ChatTemplate", "TextStream", "Tokenizer"]

@@ -1,0 +1,128 @@
+"""Chat templates: messages to the text that a model was trained on."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxsplit.errors import JaxsplitError
+
+
+class ChatTemplate:
+    """A model's own Jinja template. Build one with `ChatTemplate.from_metadata`.
+
+    Templates come with the model file and are not trusted: they run in Jinja's sandbox, without
+    access to Python's internals and without changing what they are given.
+
+    Attributes:
+        source: the template as the file has it.
+        bos_token, eos_token: the texts of these tokens, empty if the model has none.
+    """
+
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = ""):
+        """Compiles a template.
+
+        Raises:
+            JaxsplitError: the template is not valid Jinja.
+        """
+        import jinja2
+
+        self.source = source
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise _failure("is not valid", error) from error
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "ChatTemplate":
+        """Reads `tokenizer.chat_template` of a GGUF file.
+
+        Raises:
+            JaxsplitError: the file has no chat template, or one that is not valid.
+        """
+        source = metadata.get("tokenizer.chat_template")
+        if not source:
+            raise JaxsplitError(
+                "the file has no chat template (tokenizer.chat_template is missing): "
+                "use a plain prompt instead of messages"
+            )
+        tokens = metadata.get("tokenizer.ggml.tokens", ())
+
+        def text(name: str) -> str:
+            id = metadata.get(f"tokenizer.ggml.{name}_token_id", -1)
+            return tokens[id] if 0 <= id < len(tokens) else ""
+
+        return cls(source, text("bos"), text("eos"))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Writes messages as one text.
+
+        Encode the text with `parse_special=True`, and without adding BOS if it starts with
+        `bos_token` already.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`, in order.
+            add_generation_prompt: end with the start of the assistant's next message.
+            **variables: more variables of the template, such as `enable_thinking=False`.
+
+        Raises:
+            JaxsplitError: the template refuses the messages or fails.
+        """
+        values = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "tools": None,
+            "documents": None,
+        }
+        try:
+            return self._template.render(values | variables)
+        except Exception as error:  # A template can raise whatever Python's operators raise.
+            raise _failure("fails on these messages", error) from error
+
+
+def _failure(what: str, error: Exception) -> JaxsplitError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return JaxsplitError(f"the file's chat template {what}: {reason}; use a plain prompt instead")
+
+
+def _environment() -> Any:
+    """The Jinja environment that templates on the Hugging Face Hub are written for."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's words for training; here it does nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(format: str) -> str:
+        return datetime.datetime.now().strftime(format)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment

@@ -1,0 +1,138 @@
+"""Which tokens of a vocabulary are special, and which end generation.
+
+GGUF files mark a token's type, but often wrongly or not at all; the well-known names below
+complete them in the way of llama.cpp.
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class TokenType(enum.IntEnum):
+    """The values of `tokenizer.ggml.token_type`."""
+
+    UNDEFINED = 0
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+HIDDEN = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
+"""Types that are recognized in text, and written out, only on request."""
+
+_END_NAMES = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
+    *("<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+    *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~["),
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+# Fill-in-the-middle tokens: (part of the metadata key, names, whether they end generation).
+_FILL_IN_THE_MIDDLE = (
+    (
+        "fim_pre",
+        ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>")
+        + ("\u2581<PRE>", "<|code_prefix|>", "<|prefix|>"),
+        False,
+    ),
+    (
+        "fim_suf",
+        ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "<SUF>")
+        + ("\u2581<SUF>", "<|code_suffix|>", "<|suffix|>"),
+        False,
+    ),
+    (
+        "fim_mid",
+        ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>", "<MID>")
+        + ("\u2581<MID>", "<|code_middle|>", "<|middle|>"),
+        False,
+    ),
+    ("fim_pad", ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"), True),
+    ("fim_rep", ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), True),
+    ("fim_sep", ("<|file_sep|>",), True),
+)
+# The channel markers of gpt-oss are text that its users read.
+_SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The result of `find_special_tokens`.
+
+    Attributes:
+        types: the corrected type of every token, by id.
+        end_ids: ids that end generation.
+        strip_left: ids that swallow the white space before them in text.
+        strip_right: ids that swallow the white space after them in text.
+    """
+
+    types: list[int]
+    end_ids: frozenset[int]
+    strip_left: frozenset[int]
+    strip_right: frozenset[int]
+
+
+def find_special_tokens(
+    metadata: Mapping[str, Any], ids: Mapping[str, int], types: Sequence[int], eos: int | None
+) -> SpecialTokens:
+    """Completes the file's token types and collects the end-of-generation tokens.
+
+    Args:
+        metadata: the GGUF file's.
+        ids: token text to id.
+        types: token types as the file has them, by id.
+        eos: the end-of-sequence id, if the model has one.
+    """
+    types = list(types)
+    end_ids = {ids[name] for name in _END_NAMES if name in ids}
+    for id in end_ids:
+        types[id] = TokenType.CONTROL
+    for key, names, ends in _FILL_IN_THE_MIDDLE:
+        id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if id is None:
+            id = next((ids[name] for name in names if name in ids), None)
+            if id is not None:
+                types[id] = TokenType.CONTROL
+        if ends and id is not None:
+            end_ids.add(id)
+    for key in ("eot", "eom"):
+        end_ids.add(metadata.get(f"tokenizer.ggml.{key}_token_id"))
+    end_ids.add(eos)
+
+    for name in _SHOWN_NAMES:
+        if name in ids:
+            types[ids[name]] = TokenType.USER_DEFINED
+    # Where a model has tokens of its own to end a turn, the generic one only separates messages.
+    if ids.keys() >= {"<|return|>", "<|call|>", "<|end|>"} or (
+        ids.keys() >= {"<|calls|>", "<|flush|>", "<|end|>"}
+    ):
+        end_ids.discard(ids["<|end|>"])
+        types[ids["<|end|>"]] = TokenType.USER_DEFINED
+    if ids.keys() >= {"<|tool_response>", "</s>"}:
+        end_ids.discard(ids["</s>"])
+        types[ids["</s>"]] = TokenType.NORMAL
+
+    left: set[int] = set()
+    right: set[int] = set()
+    name = str(metadata.get("general.name", "")).lower()
+    pre = str(metadata.get("tokenizer.ggml.pre", ""))
+    if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code"):
+        left = {ids[t] for t in ("<mask>",) if t in ids}
+    elif "modern-bert" in name:
+        left = {ids[t] for t in ("[MASK]",) if t in ids}
+    elif "phi-3" in name or "phi3" in name:
+        right = {id for id, type in enumerate(types) if is_special(type)}
+        right -= {ids.get(t) for t in ("<unk>", "<s>", "<|endoftext|>")}
+    valid = range(len(types))
+    return SpecialTokens(
+        types, frozenset(id for id in end_ids if id in valid), frozenset(left), frozenset(right)
+    )
+
+
+def is_special(type: int) -> bool:
+    """Whether tokens of this type are matched in text before it is tokenized."""
+    return type in HIDDEN or type == TokenType.USER_DEFINED
