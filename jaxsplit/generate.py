@@ -150,14 +150,15 @@ def _run() -> None:
             progress=progress,
         )
     _note(lm.describe())
+    prompt_ids: str | list[int] = prompt
     if _CHAT.value:
         messages = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
-        prompt = lm.chat_template.render([*messages, {"role": "user", "content": prompt}])
+        prompt_ids = lm.chat_prompt([*messages, {"role": "user", "content": prompt}])
     stream = lm.stream(
-        prompt,
+        prompt_ids,
         _N_PREDICT.value,
         stop=_STOP.value,
-        parse_special=_SPECIAL.value or _CHAT.value,
+        parse_special=_SPECIAL.value,
         block=_BLOCK.value,
         sampling=sampling,
     )

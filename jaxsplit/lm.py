@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class LM:
         model: Decoder,
         engine: Engine,
         tokenizer: Tokenizer | JaxsplitError,
-        metadata: dict[str, Any],
+        metadata: Mapping[str, Any],
         load_seconds: float,
     ):
         self.model = model
@@ -174,14 +174,20 @@ class LM:
             raise self._tokenizer
         return self._tokenizer
 
-    @property
-    def chat_template(self) -> ChatTemplate:
-        """The file's chat template.
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> list[int]:
+        """A conversation as a prompt, ending where the assistant's answer begins.
+
+        Args:
+          messages: `{"role": "system" | "user" | "assistant", "content": ...}`, in order.
+          **variables: more variables of the file's chat template, such as `enable_thinking`.
 
         Raises:
-          JaxsplitError: the file has none.
+          JaxsplitError: the file has no chat template, or it refuses the messages.
         """
-        return ChatTemplate.from_metadata(self._metadata)
+        template = ChatTemplate.from_metadata(self._metadata)
+        text = template.render(messages, **variables)
+        has_bos = bool(template.bos_token) and text.startswith(template.bos_token)
+        return self.tokenizer.encode(text, add_special=not has_bos, parse_special=True)
 
     @property
     def weight_bytes(self) -> int:
@@ -336,7 +342,7 @@ class Stream(Iterator[str]):
         if self._limit == 0:
             self.stop_reason = "n_predict"
             return
-        text = self._lm.tokenizer.stream()
+        text = self._lm.tokenizer.stream(continuation=True)
         held = ""  # text that may be the start of a stop string
         started = time.perf_counter()
         for token in self._ids(sampling):

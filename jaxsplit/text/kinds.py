@@ -21,7 +21,7 @@ class Kind(Protocol):
     Attributes:
         bos, eos: ids of the special tokens when the file does not name them.
         add_bos: whether text starts with BOS when the file does not say so.
-        has_bos: False if the model has no BOS token, even if the file names one.
+        always_bos: text starts with BOS whatever the file says.
         space_prefix: text that starts a prompt or follows a special token gets a leading space.
         clean_spaces: the model's conventional detokenization removes spaces before punctuation.
     """
@@ -29,7 +29,7 @@ class Kind(Protocol):
     bos: int | None
     eos: int | None
     add_bos: bool
-    has_bos: bool
+    always_bos: bool
     space_prefix: bool
     clean_spaces: bool
 
@@ -46,14 +46,13 @@ class ByteLevelBPE:
     """`gpt2`: merges by rank over bytes, in words cut by the file's pre-tokenizer."""
 
     bos = eos = None
+    always_bos = space_prefix = False
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
         from tokenizers import Regex, Tokenizer, pre_tokenizers
 
         pre = pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
-        self.add_bos, self.has_bos = pre.add_bos, pre.has_bos
-        self.clean_spaces = pre.clean_spaces
-        self.space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
+        self.add_bos, self.clean_spaces = pre.add_bos, pre.clean_spaces
         self._characters = _byte_alphabet()
         self._bytes = {c: bytes([byte]) for byte, c in enumerate(self._characters)}
         merges = _read_merges(metadata, ids)
@@ -79,14 +78,14 @@ class SentencePieceBPE:
     """`llama`: merges by score over characters, with byte tokens for those it does not know."""
 
     bos, eos = 1, 2
-    add_bos = has_bos = True
-    clean_spaces = False
+    add_bos = True
+    always_bos = clean_spaces = False
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
         from tokenizers import Tokenizer
 
         self.space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        scores = _require(metadata, "tokenizer.ggml.scores")
+        scores = require(metadata, "tokenizer.ggml.scores")
         self._byte_ids = [ids[name] for name in _BYTE_TOKENS if name in ids]
         if len(self._byte_ids) < 256:
             raise JaxsplitError(
@@ -121,13 +120,13 @@ class Gemma4BPE:
     """`gemma4`: merges by rank over characters, with byte tokens; lines are cut apart."""
 
     bos = eos = None
-    add_bos = has_bos = True
+    add_bos = always_bos = True  # Files that say otherwise are known to be wrong.
+    space_prefix = False
     clean_spaces = True
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
         from tokenizers import Tokenizer
 
-        self.space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
         self._ids = ids
         merges = _read_merges(metadata, ids)
         self._bpe = Tokenizer(_bpe_model(ids, merges, byte_fallback=True))
@@ -160,7 +159,7 @@ def find_kind(metadata: Mapping[str, Any]) -> type[Kind]:
     Raises:
         JaxsplitError: the file has no tokenizer, or an unknown one.
     """
-    model = _require(metadata, "tokenizer.ggml.model")
+    model = require(metadata, "tokenizer.ggml.model")
     if model in ("no_vocab", "none"):
         raise JaxsplitError(
             f"the file has no tokenizer (tokenizer.ggml.model is {model!r}): "
@@ -173,14 +172,20 @@ def find_kind(metadata: Mapping[str, Any]) -> type[Kind]:
     return KINDS[model]
 
 
-def _require(metadata: Mapping[str, Any], key: str) -> Any:
-    """The value of a key that must be there."""
+def require(metadata: Mapping[str, Any], key: str) -> Any:
+    """The value of a key without which there is no tokenizer."""
     if key not in metadata:
-        raise JaxsplitError(
-            f"{key} is missing from the file: without it there is no tokenizer, "
-            "and only token ids can be used"
-        )
+        raise JaxsplitError(f"{key} is missing from the file: only token ids can be used with it")
     return metadata[key]
+
+
+def check_length(metadata: Mapping[str, Any], key: str, tokens: int) -> None:
+    """Refuses a list that does not have a value for each token of the vocabulary."""
+    if key in metadata and len(metadata[key]) != tokens:
+        raise JaxsplitError(
+            f"{key} has {len(metadata[key])} values, but the vocabulary has {tokens} tokens: "
+            "the file is damaged, convert the model again"
+        )
 
 
 def _bpe_model(ids: dict[str, int], merges: Sequence[tuple[str, str]], **options: bool) -> Any:
@@ -192,7 +197,7 @@ def _bpe_model(ids: dict[str, int], merges: Sequence[tuple[str, str]], **options
 def _read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
     """`tokenizer.ggml.merges` as pairs, without those that name no tokens."""
     merges = []
-    for merge in _require(metadata, "tokenizer.ggml.merges"):
+    for merge in require(metadata, "tokenizer.ggml.merges"):
         # The first character of the left part may itself be a space.
         at = merge.find(" ", 1)
         left, right = merge[:at], merge[at + 1 :]

@@ -19,14 +19,12 @@ class PreTokenizer:
         patterns: regular expressions, in the order of their application.
         ignore_merges: a word that is in the vocabulary is one token, whatever the merges say.
         add_bos: whether text starts with BOS when the file does not say so.
-        has_bos: False for models that have no BOS token, even if the file names one.
         clean_spaces: the model's conventional detokenization removes spaces before punctuation.
     """
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
-    has_bos: bool = True
     clean_spaces: bool = False
 
 
@@ -121,8 +119,7 @@ _ROWS = {
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": PreTokenizer(
         (_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True, clean_spaces=True
     ),
-    "dbrx smaug-bpe": PreTokenizer((_words(r"\p{N}{1,3}"),), clean_spaces=True),
-    "chatglm-bpe glm4": PreTokenizer((_words(r"\p{N}{1,3}"),), has_bos=False, clean_spaces=True),
+    "dbrx smaug-bpe chatglm-bpe glm4": PreTokenizer((_words(r"\p{N}{1,3}"),), clean_spaces=True),
     "jais-2": PreTokenizer((_words(r"\p{N}{1,3}", spaces=_HALVING_SPACES),), clean_spaces=True),
     "minicpm5": PreTokenizer(
         (r"\p{N}{1,3}", _words(r"\p{N}+")), ignore_merges=True, clean_spaces=True

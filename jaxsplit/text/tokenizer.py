@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text.kinds import Kind, find_kind
+from jaxsplit.text.kinds import Kind, check_length, find_kind, require
 from jaxsplit.text.special import HIDDEN, TokenType, find_special_tokens, is_special
 
 _WHITE_SPACE = b" \t\n\v\f\r"
@@ -29,29 +29,36 @@ class Tokenizer:
     add_eos: bool
     end_ids: frozenset[int]
 
-    def __init__(self, kind: Kind, tokens: list[str], metadata: Mapping[str, Any]):
-        """Args: the kind of tokenizer, the vocabulary by id, the GGUF file's metadata."""
+    def __init__(self, metadata: Mapping[str, Any]):
+        """See `from_metadata`."""
+        kind = find_kind(metadata)
+        # An empty token would match everywhere.
+        tokens = [
+            token or f"[EMPTY_{id}]"
+            for id, token in enumerate(require(metadata, "tokenizer.ggml.tokens"))
+        ]
         ids = {token: id for id, token in enumerate(tokens)}
-        types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
-        self._kind = kind
+        types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+        check_length(metadata, "tokenizer.ggml.token_type", len(tokens))
+        check_length(metadata, "tokenizer.ggml.scores", len(tokens))
+        self._kind: Kind = kind(metadata, ids)
         self._tokens = tokens
         self.vocab_size = len(tokens)
-        self.bos_id = self._special_id(metadata, "bos", kind.bos) if kind.has_bos else None
+        self.bos_id = self._special_id(metadata, "bos", kind.bos)
         self.eos_id = self._special_id(metadata, "eos", kind.eos)
-        add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind.add_bos)
-        self.add_bos = bool(add_bos) and self.bos_id is not None
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", self._kind.add_bos)
+        self.add_bos = bool(add_bos or kind.always_bos) and self.bos_id is not None
         add_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
         self.add_eos = bool(add_eos) and self.eos_id is not None
 
-        special = find_special_tokens(metadata, ids, types, self.eos_id)
-        self._special = special
-        self.end_ids = special.end_ids
+        self._special = find_special_tokens(metadata, ids, types, self.eos_id)
+        self.end_ids = self._special.end_ids
         # Longer tokens are recognized in text before shorter ones.
         self._matched = sorted(
             (
                 (tokens[id].encode(), id)
-                for id, type in enumerate(special.types)
-                if is_special(type)
+                for id, t in enumerate(self._special.types)
+                if is_special(t)
             ),
             key=lambda entry: -len(entry[0]),
         )
@@ -67,16 +74,7 @@ class Tokenizer:
             JaxsplitError: the file has no tokenizer, one of an unknown kind or with an unknown
                 pre-tokenizer, or a key is missing.
         """
-        kind = find_kind(metadata)
-        tokens = metadata.get("tokenizer.ggml.tokens")
-        if not tokens:
-            raise JaxsplitError(
-                "tokenizer.ggml.tokens is missing from the file: without a vocabulary only token "
-                "ids can be used"
-            )
-        # An empty token would match everywhere.
-        tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(tokens)]
-        return cls(kind(metadata, {token: id for id, token in enumerate(tokens)}), tokens, metadata)
+        return cls(metadata)
 
     def encode(
         self, text: str | bytes, add_special: bool = True, parse_special: bool = False
@@ -115,8 +113,9 @@ class Tokenizer:
         Args:
             ids: token ids.
             skip_special: leave out control tokens; otherwise they are written out.
-            continuation: the ids continue a text. Otherwise a model whose `encode` puts a space
-                before text loses that space again.
+            continuation: the ids continue a text, as generated ones do. Otherwise, where `encode`
+                puts a space before text, one space at the start of the first token is dropped
+                (none if a special token such as BOS comes first, as in llama.cpp).
             clean_spaces: remove spaces before punctuation, for models whose conventional
                 detokenization does so. This is not the inverse of `encode`.
         """
@@ -132,8 +131,8 @@ class Tokenizer:
     ) -> bytes:
         """As `decode`, but returns the bytes as the tokens have them."""
         pieces = [self._piece(id, skip_special) for id in ids]
-        if pieces and not continuation:
-            pieces[0] = self._without_prefix(pieces[0])
+        if pieces and self._kind.space_prefix and not continuation:
+            pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces)
 
     def stream(self, skip_special: bool = True, *, continuation: bool = False) -> "TextStream":
@@ -148,7 +147,9 @@ class Tokenizer:
             )
         return self._tokens[id]
 
-    def _special_id(self, metadata: Mapping[str, Any], name: str, default: int | None):
+    def _special_id(
+        self, metadata: Mapping[str, Any], name: str, default: int | None
+    ) -> int | None:
         id = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
         return id if id is not None and 0 <= id < self.vocab_size else None
 
@@ -189,10 +190,6 @@ class Tokenizer:
             case TokenType.BYTE:
                 return bytes([int(token[3:5], 16)])
         return b""
-
-    def _without_prefix(self, piece: bytes) -> bytes:
-        """The first piece of a text without the space that `encode` has put before the text."""
-        return piece.removeprefix(b" ") if self._kind.space_prefix else piece
 
 
 class TextStream:

@@ -1,0 +1,49 @@
+"""Eight CPU devices stand in for accelerators; models are small or tiny."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import pytest
+from helpers import recipe, write_recipe
+
+import jaxsplit
+from jaxsplit.lm import demo_model
+
+
+@pytest.fixture(scope="session")
+def recipe_gguf(tmp_path_factory):
+    """`recipe_gguf(name, quantize=None)`: the path of a recipe's GGUF file, written once."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def path(name: str, quantize: dict[str, str] | None = None) -> Path:
+        label = "-".join(f"{end}-{kind}" for end, kind in (quantize or {}).items())
+        file = folder / f"{name}{label}.gguf"
+        if not file.exists():
+            write_recipe(recipe(name), file, quantize)
+        return file
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def load(recipe_gguf):
+    """`load(name, quantize=None, **options)`: a tiny model in float32, loaded once."""
+    loaded = {}
+
+    def get(name: str, quantize: dict[str, str] | None = None, **options):
+        key = (name, str(quantize), str(sorted(options.items())))
+        if key not in loaded:
+            options = {"dtype": "float32", "ctx_size": 256, **options}
+            loaded[key] = jaxsplit.load(recipe_gguf(name, quantize), **options)
+        return loaded[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The demo model."""
+    return demo_model()

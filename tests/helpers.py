@@ -1,0 +1,49 @@
+"""Reference data and tiny models for the tests."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+DATA = Path(__file__).parent / "data"
+
+
+def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Normalized mean square error, in float64."""
+    actual, expected = np.float64(actual), np.float64(expected)
+    return float(np.sum((actual - expected) ** 2) / np.sum(expected**2))
+
+
+def recipe(name: str) -> dict:
+    """The recipe of a tiny model: metadata, and for each tensor name, shape and distribution."""
+    return json.loads((DATA / "arch" / f"{name}.json").read_text())
+
+
+def recipe_values(seed: int, spec: dict) -> np.ndarray:
+    """A tensor's values, float32, from bits that are the same in every NumPy."""
+    shape = spec["shape"][::-1]
+    raw = np.random.PCG64([seed, zlib.crc32(spec["name"].encode())]).random_raw(math.prod(shape))
+    uniform = (raw >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+    spread = np.float32(spec["std"] * math.sqrt(12))
+    values = np.float32(spec["mean"]) + spread * (uniform - np.float32(0.5))
+    return np.clip(values, np.float32(spec["low"]), np.float32(spec["high"])).reshape(shape)
+
+
+def write_recipe(recipe: dict, path: Path, quantize: dict[str, str] | None = None) -> None:
+    """Writes a recipe's GGUF file; `quantize` maps ends of tensor names to GGML types."""
+    writer = gguf.GGUFWriter(path, recipe["arch"])
+    for key, kinds, value in recipe["metadata"]:
+        sub_type = gguf.GGUFValueType[kinds[1]] if len(kinds) > 1 else None
+        writer.add_key_value(key, value, gguf.GGUFValueType[kinds[0]], sub_type=sub_type)
+    for spec in recipe["tensors"]:
+        values = recipe_values(recipe["seed"], spec)
+        kind = next((k for end, k in (quantize or {}).items() if spec["name"].endswith(end)), "F32")
+        kind = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(spec["name"], gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
