@@ -28,12 +28,16 @@ _SYSTEM = flags.DEFINE_string("system", None, "system message, with --chat")
 _SPECIAL = flags.DEFINE_bool("special", False, "special tokens may be written in the prompt")
 _N_PREDICT = flags.DEFINE_integer("n_predict", -1, "tokens to generate; -1: until the text ends")
 _STOP = flags.DEFINE_multi_string("stop", [], "end the text before this string (can be repeated)")
-_CTX_SIZE = flags.DEFINE_integer("ctx_size", 4096, "tokens of context; 0: all the model was made for")
+_CTX_SIZE = flags.DEFINE_integer(
+    "ctx_size", 4096, "tokens of context; 0: all the model was made for"
+)
 
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "randomness; 0: always the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", 40, "choose among the k likeliest tokens; 0: all")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "choose among the likeliest that reach this probability")
-_MIN_P = flags.DEFINE_float("min_p", 0.05, "drop tokens less likely than this part of the likeliest")
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.05, "drop tokens less likely than this part of the likeliest"
+)
 _REPEAT = flags.DEFINE_float("repeat_penalty", 1.0, "make recent tokens unlikelier; 1: off")
 _FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "subtracted for each recent occurrence")
 _PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "subtracted if a token occurred recently")

@@ -80,9 +80,7 @@ def load_decoder(
     done, loaded = 0, {}
     for path, variable in params.items():
         tensor = file.tensors[names[path]]
-        loaded[path] = jax.block_until_ready(
-            load_tensor(tensor, variable.axes, partition, weights)
-        )
+        loaded[path] = jax.block_until_ready(load_tensor(tensor, variable.axes, partition, weights))
         tensor.release()
         done += tensor.nbytes
         if progress:
@@ -124,25 +122,29 @@ def load_tensor(
     place = jax.make_array_from_callback(
         part.shape, partition.sharding(axes[1:]), lambda index: part[index]
     )
-    spec = partition.spec(axes)
     dtype = weights if matrix else jnp.float32
-    unpacked = _unpacker(tensor.type, granule, dtype, partition.mesh, spec)(raw, place)
-    return unpacked if matrix else unpacked[:, 0]
+    unpacker = _unpacker(tensor.type, granule, dtype, partition.mesh, partition.spec(axes), matrix)
+    return unpacker(raw, place)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _unpacker(
     name: str,
     granule: int,
     dtype: jnp.dtype | None,
     mesh: jax.sharding.Mesh,
     spec: PartitionSpec,
+    matrix: bool,
 ) -> Callable[[jax.Array, jax.Array], Weight]:
-    def local(raw: jax.Array, part: jax.Array) -> Weight:
-        return unpack(name, raw, granule=granule, part=part, dtype=dtype)
+    """The program that unpacks blocks where they lie; compiled once for each shape."""
+
+    def unpack_blocks(raw: jax.Array, part: jax.Array) -> Weight:
+        weight = unpack(name, raw, granule=granule, part=part, dtype=dtype)
+        return weight if matrix else weight[:, 0]
 
     specs = (PartitionSpec(*spec, None), PartitionSpec(spec[1]))
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec))
+    out = spec if matrix else PartitionSpec(spec[0])
+    return jax.jit(jax.shard_map(unpack_blocks, mesh=mesh, in_specs=specs, out_specs=out))
 
 
 def _rows(partition: Partition, axis: str | None, size: int) -> np.ndarray:

@@ -15,29 +15,30 @@ from jaxsplit.lm import demo_model
 
 @pytest.fixture(scope="session")
 def recipe_gguf(tmp_path_factory):
-    """`recipe_gguf(name, quantize=None)`: the path of a recipe's GGUF file, written once."""
+    """`recipe_gguf(recipe or name, quantize=None)`: the path of its GGUF file, written once."""
     folder = tmp_path_factory.mktemp("recipes")
 
-    def path(name: str, quantize: dict[str, str] | None = None) -> Path:
+    def path(source: dict | str, quantize: dict[str, str] | None = None) -> Path:
+        source = recipe(source) if isinstance(source, str) else source
         label = "-".join(f"{end}-{kind}" for end, kind in (quantize or {}).items())
-        file = folder / f"{name}{label}.gguf"
+        file = folder / f"{source['name']}{label}.gguf"
         if not file.exists():
-            write_recipe(recipe(name), file, quantize)
+            write_recipe(source, file, quantize)
         return file
 
     return path
 
 
 @pytest.fixture(scope="session")
-def load(recipe_gguf):
-    """`load(name, quantize=None, **options)`: a tiny model in float32, loaded once."""
+def load():
+    """`load(path, **options)`: a tiny model in float32, loaded once."""
     loaded = {}
 
-    def get(name: str, quantize: dict[str, str] | None = None, **options):
-        key = (name, str(quantize), str(sorted(options.items())))
+    def get(path: Path, **options) -> jaxsplit.LM:
+        key = (path, str(sorted(options.items())))
         if key not in loaded:
             options = {"dtype": "float32", "ctx_size": 256, **options}
-            loaded[key] = jaxsplit.load(recipe_gguf(name, quantize), **options)
+            loaded[key] = jaxsplit.load(path, **options)
         return loaded[key]
 
     return get

@@ -47,3 +47,51 @@ def write_recipe(recipe: dict, path: Path, quantize: dict[str, str] | None = Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def make_recipe(
+    name: str, *, heads: int, kv_heads: int, head_dim: int = 32, mlp: int = 192, layers: int = 2
+) -> dict:
+    """A recipe of a random Llama with the given sizes, as `write_recipe` takes it."""
+    embed, vocab, q, kv = 128, 163, heads * head_dim, kv_heads * head_dim
+
+    def tensor(name: str, *shape: int) -> dict:
+        norm = len(shape) == 1
+        spread = {"mean": 1.0, "std": 0.2} if norm else {"mean": 0.0, "std": shape[0] ** -0.5 * 1.5}
+        return {"name": name, "shape": shape, "low": -4.0, "high": 4.0, **spread}
+
+    tensors = [
+        tensor("token_embd.weight", embed, vocab),
+        tensor("output_norm.weight", embed),
+        tensor("output.weight", embed, vocab),
+    ]
+    for i in range(layers):
+        tensors += [
+            tensor(f"blk.{i}.attn_norm.weight", embed),
+            tensor(f"blk.{i}.attn_q.weight", embed, q),
+            tensor(f"blk.{i}.attn_k.weight", embed, kv),
+            tensor(f"blk.{i}.attn_v.weight", embed, kv),
+            tensor(f"blk.{i}.attn_output.weight", q, embed),
+            tensor(f"blk.{i}.ffn_norm.weight", embed),
+            tensor(f"blk.{i}.ffn_gate.weight", embed, mlp),
+            tensor(f"blk.{i}.ffn_up.weight", embed, mlp),
+            tensor(f"blk.{i}.ffn_down.weight", mlp, embed),
+        ]
+    numbers = {
+        "context_length": 256,
+        "embedding_length": embed,
+        "block_count": layers,
+        "feed_forward_length": mlp,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+    }
+    metadata = [[f"llama.{key}", ["UINT32"], value] for key, value in numbers.items()]
+    metadata += [
+        ["llama.attention.layer_norm_rms_epsilon", ["FLOAT32"], 1e-5],
+        ["tokenizer.ggml.model", ["STRING"], "no_vocab"],
+    ]
+    seed = zlib.crc32(name.encode())
+    return {"name": name, "arch": "llama", "seed": seed, "metadata": metadata, "tensors": tensors}

@@ -15,8 +15,8 @@ TEXTS = ("english", "python", "multilingual")
 
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["at_once", "one_by_one"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_tiny_models_have_the_reference_logits(load, name, one_by_one):
-    lm = load(name, split_mode="none")
+def test_tiny_models_have_the_reference_logits(load, recipe_gguf, name, one_by_one):
+    lm = load(recipe_gguf(name), split_mode="none")
     logits = lm.logits(recipe(name)["tokens"], one_by_one=one_by_one)
     assert nmse(logits, np.load(DATA / "arch" / f"{name}.npy")) <= 1e-6
 
@@ -31,27 +31,38 @@ def texts():
     [("quantized", "float32", 1e-6), ("float32", "float32", 1e-6), ("quantized", "bfloat16", 1e-3)],
 )
 def test_smollm2_has_the_reference_logits(smollm2_path, texts, weights, dtype, tolerance):
-    lm = jaxsplit.load(
-        smollm2_path, devices=2, weights=weights, dtype=dtype, ctx_size=256
-    )
+    lm = jaxsplit.load(smollm2_path, devices=2, weights=weights, dtype=dtype, ctx_size=256)
     for name in TEXTS:
         tokens = texts[f"{name}_tokens"].tolist()
         logits = lm.logits(tokens)
         assert nmse(logits[-2:], texts[f"{name}_logits_last2"]) <= tolerance, name
-        logprobs = np.asarray(jax.nn.log_softmax(logits[:-1]))[np.arange(len(tokens) - 1), tokens[1:]]
+        logprobs = np.asarray(jax.nn.log_softmax(logits[:-1]))[
+            np.arange(len(tokens) - 1), tokens[1:]
+        ]
         assert nmse(logprobs, texts[f"{name}_logprobs"]) <= tolerance, name
 
 
-@pytest.mark.parametrize("block", [1, 16], ids=["streamed", "looped"])
-@pytest.mark.parametrize("split_mode", ["none", "graph"])
-def test_smollm2_continues_like_the_reference(smollm2_path, split_mode, block):
-    devices = 3 if split_mode == "graph" else 1
-    lm = jaxsplit.load(
-        smollm2_path, split_mode=split_mode, devices=devices, dtype="float32", ctx_size=128
+@pytest.fixture(scope="module", params=["none", "graph"])
+def smollm2(request, smollm2_path):
+    devices = 3 if request.param == "graph" else 1
+    return jaxsplit.load(
+        smollm2_path, split_mode=request.param, devices=devices, dtype="float32", ctx_size=128
     )
+
+
+@pytest.mark.parametrize("block", [1, 16], ids=["streamed", "looped"])
+def test_smollm2_continues_like_the_reference(smollm2, block):
     for case in json.loads((DATA / "smollm2" / "greedy.json").read_text()):
-        assert lm.tokenizer.encode(case["prompt"]) == case["prompt_token_ids"]
-        stream = lm.stream(case["prompt"], len(case["token_ids"]), temperature=0.0, block=block)
+        assert smollm2.tokenizer.encode(case["prompt"]) == case["prompt_token_ids"]
+        stream = smollm2.stream(case["prompt"], len(case["token_ids"]), temperature=0, block=block)
         assert "".join(stream) == case["text"]
         assert stream.tokens == case["token_ids"]
         assert stream.stop_reason == {"eos": "end of text", "limit": "n_predict"}[case["stop"]]
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["at_once", "one_by_one"])
+def test_mixed_k_quants_have_the_reference_logits(load, one_by_one):
+    reference = np.load(DATA / "quant" / "quant-mix-Q4_K_M.npz")
+    lm = load(DATA / "quant" / "quant-mix-Q4_K_M.gguf", split_mode="none")
+    logits = lm.logits(reference["tokens"], one_by_one=one_by_one)
+    assert nmse(logits, reference["logits"]) <= 1e-6

@@ -101,6 +101,7 @@ class Engine:
         if key not in self._programs:
             mesh = self.partition.mesh
 
+            @functools.wraps(body)
             def local(*arguments: Any) -> Any:
                 with axis_rules(self.partition.rules):
                     return body(*arguments)
@@ -120,7 +121,7 @@ class Engine:
         return nnx.merge(self.graph, jax.tree.unflatten(self._tree, params))
 
     def _prefill(self, length: int, *, all_logits: bool) -> Callable:
-        def body(params, cache, tokens, start, count, slot):
+        def prefill(params, cache, tokens, start, count, slot):
             model = self._model(params)
             cache, x = steps.prefill(model, cache, tokens, start, count, slot)
             if all_logits:
@@ -132,7 +133,7 @@ class Engine:
         logits = PartitionSpec(None, *vocab) if all_logits else vocab
         return self._program(
             ("prefill", length, all_logits),
-            body,
+            prefill,
             [self._param_specs, self._cache_spec, *[_REPLICATED] * 4],
             (self._cache_spec, logits),
             donate=[1],
@@ -140,7 +141,7 @@ class Engine:
         )
 
     def _begin(self, plan: SamplingPlan) -> Callable:
-        def body(logits, state, recent, position, slot, ends, values):
+        def begin(logits, state, recent, position, slot, ends, values):
             return steps.begin(
                 logits,
                 state,
@@ -155,12 +156,12 @@ class Engine:
             )
 
         specs = [self.partition.spec(("vocab",)), *[_REPLICATED] * 6]
-        return self._program(("begin", plan), body, specs, _REPLICATED, donate=[])
+        return self._program(("begin", plan), begin, specs, _REPLICATED, donate=[])
 
     def decode_program(self, plan: SamplingPlan) -> Callable:
         """The compiled decode step: `(params, cache, state, ends, values)` to `(cache, state)`."""
 
-        def body(params, cache, state, ends, values):
+        def decode(params, cache, state, ends, values):
             return steps.decode_step(
                 self._model(params),
                 cache,
@@ -174,10 +175,10 @@ class Engine:
 
         specs = [self._param_specs, self._cache_spec, *[_REPLICATED] * 3]
         out = (self._cache_spec, _REPLICATED)
-        return self._program(("decode", plan), body, specs, out, donate=[1], decode=True)
+        return self._program(("decode", plan), decode, specs, out, donate=[1], decode=True)
 
     def _loop(self, plan: SamplingPlan, length: int) -> Callable:
-        def body(params, cache, state, limit, ends, values):
+        def loop(params, cache, state, limit, ends, values):
             return steps.decode_loop(
                 self._model(params),
                 cache,
@@ -193,7 +194,7 @@ class Engine:
 
         specs = [self._param_specs, self._cache_spec, *[_REPLICATED] * 4]
         out = (self._cache_spec, _REPLICATED, _REPLICATED)
-        return self._program(("loop", plan, length), body, specs, out, donate=[1], decode=True)
+        return self._program(("loop", plan, length), loop, specs, out, donate=[1], decode=True)
 
     # Use
 
@@ -244,8 +245,7 @@ class Engine:
         window = self.plan.window
         if self.state is None or self.state.recent.shape[1] != window:
             self.state = self._empty_state(window)
-        for logits, _ in self._read(tokens, slot, all_logits=False, chunks=self.chunks):
-            pass
+        *_, (logits, _) = self._read(tokens, slot, all_logits=False, chunks=self.chunks)
         recent = np.full(window, -1, np.int32)
         if window:
             last = tokens[-window:]

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxsplit.errors import JaxsplitError
@@ -96,16 +97,9 @@ class SamplingValues:
     @classmethod
     def of(cls, configs: list[SamplingConfig]) -> "SamplingValues":
         """The values of each slot's config."""
-        fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(
-            **{
-                name: jnp.asarray(
-                    [getattr(c, name) % 2**32 if name == "seed" else getattr(c, name) for c in configs],
-                    jnp.uint32 if name == "seed" else jnp.float32,
-                )
-                for name in fields
-            }
-        )
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "seed"]
+        values = {n: np.asarray([getattr(c, n) for c in configs], np.float32) for n in names}
+        return cls(**values, seed=np.asarray([c.seed % 2**32 for c in configs], np.uint32))
 
 
 def penalize(logits: Array, recent: Array, values: SamplingValues, offset: Array | int) -> Array:

@@ -177,9 +177,7 @@ def _read(path: Path) -> _Reader:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
-            raise JaxsplitError(
-                f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'"
-            )
+            raise JaxsplitError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
         return _Reader(path)
     except OSError as error:
         raise JaxsplitError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -34,7 +34,10 @@ class AxisRules:
     reduce_dtype: jnp.dtype = jnp.float32
 
 
-_rules = contextvars.ContextVar("axis_rules", default=AxisRules())
+_NOTHING_SPLIT = AxisRules()
+_rules: contextvars.ContextVar[AxisRules] = contextvars.ContextVar(
+    "axis_rules", default=_NOTHING_SPLIT
+)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ class LayerCache:
     keys: Array
     values: Array
 
-    axes = (None, "kv_heads", None, None)
+    axes = (None, "kv_heads")
 
     def update(self, keys: Array, values: Array, slots: Array, positions: Array) -> "LayerCache":
         """The cache with new tokens written.

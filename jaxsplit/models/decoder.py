@@ -141,9 +141,7 @@ class Decoder(nnx.Module):
       rngs: for the parameters' initial values.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.embedding = Embedding(config.vocab, config.embed, rngs=rngs)
         self.rope_factors = (
             param(None, (None,), (config.rope.dim // 2,)) if config.rope_factors else None

@@ -54,7 +54,10 @@ class AxisLayout:
             pieces = self.elements().reshape(-1, granule)
             first = pieces[:, :1]
             whole = (first % granule == 0) | (first < 0)
-            if np.all(pieces == np.where(first < 0, -1, first + np.arange(granule))) and whole.all():
+            if (
+                np.all(pieces == np.where(first < 0, -1, first + np.arange(granule)))
+                and whole.all()
+            ):
                 break
         first = first[:, 0]
         source = np.where(first < 0, -1, first // block)

@@ -189,9 +189,7 @@ def make_partition(
     def shards(axis: str) -> int:
         return mesh.shape[table[axis]] if axis in table else 1
 
-    heads, kv_heads = grouped_heads(
-        config.heads, config.kv_heads, config.head_dim, shards("heads")
-    )
+    heads, kv_heads = grouped_heads(config.heads, config.kv_heads, config.head_dim, shards("heads"))
     layouts = {
         "heads": heads,
         "kv_heads": kv_heads,

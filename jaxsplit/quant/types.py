@@ -194,7 +194,7 @@ def _cut(values: Array | None, count: int, part: Array) -> Array | None:
     if n < count:  # a group spans several granules: each gets a copy of its scale
         values, n = jnp.repeat(values, count // n, axis=-1), count
     granules = values.reshape(*values.shape[:-1], count, n // count)
-    index = part.reshape(-1, 1, 1)
+    index = part.reshape(*[1] * (granules.ndim - 3), -1, 1, 1)
     return jnp.take_along_axis(granules, index, axis=-2, mode="clip")[..., 0, :]
 
 

@@ -104,7 +104,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """`{% generation %}` marks the assistant's words for training; here it does nothing."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

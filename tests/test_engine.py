@@ -1,0 +1,176 @@
+"""The engine: chunked prefill, the cache, slots, loops, stopping."""
+
+import numpy as np
+import pytest
+from helpers import make_recipe, nmse
+
+import jaxsplit
+from jaxsplit.engine import Engine, SamplingConfig
+from jaxsplit.errors import JaxsplitError
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def lm(load, recipe_gguf):
+    return load(recipe_gguf("llama"), split_mode="graph", devices=2)
+
+
+@pytest.fixture
+def tokens():
+    return np.random.default_rng().integers(0, 160, 61).tolist()
+
+
+def engine_like(lm, **options):
+    options = {"context": 64, "cache_dtype": np.float32, **options}
+    return Engine(lm.model, lm.engine.partition, **options)
+
+
+def test_chunks_do_not_change_logits(lm, tokens):
+    """Also where the last, padded chunk would reach past the end of the context."""
+    whole = lm.logits(tokens)
+    for chunks in ((8,), (5, 16), (64,)):
+        assert nmse(engine_like(lm, chunks=chunks).logits(tokens), whole) <= 1e-10
+
+
+def test_prompt_lengths_share_compiled_programs(lm):
+    engine = engine_like(lm, chunks=(8, 16))
+    for length in (1, 3, 7, 8, 9, 15, 16, 17, 30, 64):
+        engine.start([5] * length, GREEDY)
+        engine.step()
+    prefills = [program for key, program in engine._programs.items() if key[0] == "prefill"]
+    assert len(prefills) == 2
+    assert all(program._cache_size() == 1 for program in engine._programs.values())
+
+
+def test_steps_and_loops_choose_the_same_tokens(lm, tokens):
+    for sampling in (GREEDY, SamplingConfig(seed=7), SamplingConfig(repeat_penalty=1.3, seed=8)):
+        lm.engine.start(tokens, sampling)
+        stepped = [int(lm.engine.state.token[0])]
+        for _ in range(20):
+            lm.engine.step()
+            stepped.append(int(lm.engine.state.token[0]))
+        lm.engine.start(tokens, sampling)
+        looped = [int(lm.engine.state.token[0])]
+        looped += lm.engine.loop(8, 16)[0].tolist() + lm.engine.loop(12, 16)[0].tolist()
+        assert looped == stepped
+
+
+def test_slots_are_independent(lm, tokens):
+    prompts = [tokens[:20], tokens[20:25], tokens[25:60]]
+    alone = []
+    for prompt in prompts:
+        engine = engine_like(lm)
+        engine.start(prompt, GREEDY)
+        alone.append([int(engine.state.token[0]), *engine.loop(10, 10)[0].tolist()])
+    engine = engine_like(lm, slots=3)
+    for slot, prompt in enumerate(prompts):
+        engine.start(prompt, GREEDY, slot=slot)
+    first = np.asarray(engine.state.token)[:, None]
+    # The third slot's context ends before the others'.
+    together = np.concatenate([first, engine.loop(10, 10)], axis=1)
+    assert together.tolist() == alone
+
+
+def test_a_slot_can_be_used_again(lm, tokens):
+    engine = engine_like(lm)
+    engine.start(tokens, GREEDY)
+    engine.loop(3, 4)
+    engine.start(tokens[:10], GREEDY)
+    again = engine.loop(8, 8)
+    fresh = engine_like(lm)
+    fresh.start(tokens[:10], GREEDY)
+    assert np.array_equal(again, fresh.loop(8, 8))
+
+
+def test_loop_ends_at_an_end_token_and_at_the_context(lm, tokens):
+    engine = engine_like(lm)
+    engine.start(tokens[:10], GREEDY)
+    chosen = engine.loop(30, 30)[0].tolist()
+    end = next(token for i, token in enumerate(chosen) if i >= 3 and token not in chosen[:i])
+    engine = engine_like(lm, ends=[end])
+    engine.start(tokens[:10], GREEDY)
+    ended = engine.loop(30, 30)[0].tolist()
+    at = chosen.index(end)
+    assert ended == chosen[: at + 1] + [-1] * (29 - at)
+    engine = engine_like(lm, context=16)
+    engine.start(tokens[:10], GREEDY)
+    assert engine.loop(30, 30)[0].tolist() == chosen[:6] + [-1] * 24
+
+
+def test_the_cache_is_donated(lm, tokens):
+    engine = engine_like(lm)
+    engine.start(tokens[:4], GREEDY)
+    before = engine.cache[0].keys
+    engine.step()
+    assert before.is_deleted()
+
+
+def test_cache_dtype(lm, tokens):
+    engine = engine_like(lm, cache_dtype=np.dtype("bfloat16"))
+    error = nmse(engine.logits(tokens), lm.logits(tokens))
+    assert 1e-9 < error < 1e-3
+    assert engine.cache_bytes == engine_like(lm).cache_bytes / 2
+
+
+def test_logits_of_ids_outside_the_vocabulary_are_refused(lm):
+    with pytest.raises(JaxsplitError, match="between 0 and 159"):
+        lm.logits([3, 160])
+    with pytest.raises(JaxsplitError, match="257 tokens, the context 256"):
+        lm.logits([3] * 257)
+
+
+def test_float16_activations(load, recipe_gguf, tokens):
+    exact = load(recipe_gguf("llama"), split_mode="none")
+    half = load(recipe_gguf("llama"), split_mode="none", dtype="float16")
+    assert nmse(half.logits(tokens), exact.logits(tokens)) <= 1e-4
+
+
+def test_host_memory_while_loading_is_bounded(recipe_gguf, tmp_path):
+    """Beside the parameters, which are in host memory on a CPU, little may be held at a time."""
+    import subprocess
+    import sys
+
+    recipe = make_recipe("large", heads=4, kv_heads=4, head_dim=64, mlp=16384, layers=24)
+    path = recipe_gguf(recipe)  # 24 x 24 MB in tensors of 8 MB
+    code = f"""
+import resource, jaxsplit
+small = {str(recipe_gguf("llama"))!r}
+jaxsplit.load(small, dtype="float32")
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1e3
+peaks = []
+base = anonymous()
+lm = jaxsplit.load({str(path)!r}, dtype="float32", devices=2,
+                   progress=lambda done, total: peaks.append(anonymous() - base - done / 1e6))
+print(max(peaks), 2 * lm.weight_bytes / 1e6)
+"""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    extra, size = map(float, out.stdout.split())
+    assert size > 600
+    assert extra < 8 * 3 + 100, out.stdout
+
+
+def test_a_model_in_several_files_is_one_model(load, recipe_gguf, tmp_path, tokens):
+    import gguf
+    from helpers import recipe, recipe_values
+
+    source = recipe("llama")
+    writer = gguf.GGUFWriter(tmp_path / "split.gguf", source["arch"], split_max_tensors=6)
+    for key, kinds, value in source["metadata"]:
+        writer.add_key_value(key, value, gguf.GGUFValueType[kinds[0]])
+    for spec in source["tensors"]:
+        writer.add_tensor(spec["name"], recipe_values(source["seed"], spec))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    paths = sorted(tmp_path.glob("*-of-*.gguf"))
+    assert len(paths) > 2
+    lm = jaxsplit.load(paths[1], split_mode="none", dtype="float32", ctx_size=256)
+    assert np.array_equal(
+        lm.logits(tokens), load(recipe_gguf("llama"), split_mode="none").logits(tokens)
+    )

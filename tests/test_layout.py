@@ -1,0 +1,320 @@
+"""How a model's axes lie on devices, and which meshes are refused."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.models import ModelConfig, RopeConfig
+from jaxsplit.parallel import (
+    SPLIT_MODES,
+    AxisLayout,
+    choose_devices,
+    even,
+    grouped_heads,
+    make_partition,
+    split_mode,
+)
+from jaxsplit.parallel.modes import MESH_AXES, parse_mesh
+
+HEADS = [
+    (heads, kv_heads, devices)
+    for heads, kv_heads, devices in itertools.product(range(1, 17), range(1, 17), range(1, 17))
+    if heads % kv_heads == 0
+] + [(heads, kv, n) for heads, kv in ((32, 8), (64, 8), (40, 10), (9, 3), (71, 1)) for n in (3, 8)]
+BLOCKS = (1, 32, 256)
+
+
+def by_device(layout):
+    """Units by device and slot: int `[devices, slots]`."""
+    return layout.slots.reshape(layout.devices, -1)
+
+
+def check_elements(layout):
+    """`elements` names each original element exactly as often as its unit, in the unit's order."""
+    elements = layout.elements()
+    assert elements.shape == (layout.size,)
+    assert len(elements) % layout.devices == 0
+    for slot, piece in zip(layout.slots, elements.reshape(-1, layout.unit), strict=True):
+        if slot < 0:
+            assert (piece == -1).all()
+        else:
+            assert np.array_equal(piece, slot * layout.unit + np.arange(layout.unit))
+    assert set(elements[elements >= 0]) == set(range(layout.original))
+
+
+def check_granules(layout, block):
+    """The axis put together from pieces of blocks is the axis of `elements`."""
+    granule, source, part = layout.granules(block)
+    assert block % granule == 0
+    assert (layout.size // layout.devices) % granule == 0, "a granule on two devices"
+    assert len(source) == len(part) == layout.size // granule
+    assert ((part >= 0) & (part < block // granule)).all()
+    start = source * block + part * granule
+    elements = np.where(source[:, None] < 0, -1, start[:, None] + np.arange(granule))
+    assert np.array_equal(elements.reshape(-1), layout.elements())
+    if layout.unit % block == 0:
+        assert granule == block, "whole blocks would do"
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("devices", range(1, 17))
+def test_units_are_shared_out_evenly(devices):
+    for count, unit in itertools.product(range(1, 70), (1, 3, 32)):
+        layout = even(count, unit, devices)
+        assert (layout.unit, layout.devices) == (unit, devices)
+        units = layout.slots[layout.slots >= 0]
+        assert np.array_equal(units, np.arange(count)), "each once, in order"
+        assert len(layout.slots) == devices * math.ceil(count / devices), "more padding than needed"
+        assert np.array_equal(layout.slots[:count], np.arange(count)), "padding comes last"
+        assert (layout.original, layout.size) == (count * unit, len(layout.slots) * unit)
+        check_elements(layout)
+        for block in BLOCKS:
+            if layout.original % block == 0:
+                check_granules(layout, block)
+
+
+def test_every_head_has_a_place_beside_its_key_and_value_head():
+    for heads, kv_heads, devices in HEADS:
+        case = f"{heads} heads, {kv_heads} KV heads, {devices} devices"
+        query, kv = grouped_heads(heads, kv_heads, 8, devices)
+        assert query.devices == kv.devices == devices, case
+        assert sorted(query.slots[query.slots >= 0]) == list(range(heads)), case
+        assert set(kv.slots[kv.slots >= 0]) == set(range(kv_heads)), case
+        # On each device, each key and value slot serves equally many query slots, in order.
+        assert len(query.slots) % len(kv.slots) == 0, case
+        served = np.repeat(by_device(kv), len(query.slots) // len(kv.slots), axis=1)
+        groups = np.where(query.slots < 0, -1, query.slots // (heads // kv_heads))
+        used = query.slots >= 0
+        assert np.array_equal(served.reshape(-1)[used], groups[used]), case
+
+
+def test_heads_are_padded_and_copied_only_where_they_do_not_divide():
+    for heads, kv_heads, devices in HEADS:
+        case = f"{heads} heads, {kv_heads} KV heads, {devices} devices"
+        group = heads // kv_heads
+        query, kv = grouped_heads(heads, kv_heads, 8, devices)
+        if kv_heads % devices == 0:
+            assert np.array_equal(kv.slots, np.arange(kv_heads)), case
+            assert np.array_equal(query.slots, np.arange(heads)), case
+        elif devices % kv_heads == 0 and group % (devices // kv_heads) == 0:
+            assert np.array_equal(query.slots, np.arange(heads)), case
+            assert np.array_equal(by_device(kv)[:, 0], np.arange(devices) // (devices // kv_heads))
+        # Never more than whole groups on as few devices as possible.
+        most = math.ceil(kv_heads / devices) * group
+        assert math.ceil(heads / devices) <= by_device(query).shape[1] <= most, case
+        assert math.ceil(kv_heads / devices) <= by_device(kv).shape[1] <= kv_heads, case
+
+
+def test_heads_that_all_devices_can_share_leave_none_idle():
+    for heads, kv_heads, devices in HEADS:
+        query, _ = grouped_heads(heads, kv_heads, 8, devices)
+        if heads % devices == 0 and (kv_heads % devices == 0 or devices % kv_heads == 0):
+            assert (by_device(query) >= 0).any(axis=1).all()
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 100, 128, 256])
+def test_elements_and_granules_of_heads_put_the_axis_together(head_dim):
+    for heads, kv_heads, devices in HEADS[::7]:
+        for layout in grouped_heads(heads, kv_heads, head_dim, devices):
+            check_elements(layout)
+            for block in BLOCKS:
+                if layout.original % block == 0:
+                    check_granules(layout, block)
+
+
+def test_blocks_stay_whole_where_heads_that_stay_together_allow_it():
+    """Of 8 heads of 64, four make up a block of 256: on two devices no block is cut."""
+    query, _ = grouped_heads(8, 8, 64, 2)
+    granule, source, part = query.granules(256)
+    assert (granule, source.tolist(), part.tolist()) == (256, [0, 1], [0, 0])
+    query, _ = grouped_heads(8, 8, 64, 8)
+    granule, source, part = query.granules(256)
+    assert (granule, source.tolist()) == (64, [0, 0, 0, 0, 1, 1, 1, 1])
+    assert part.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_an_axis_in_any_order_is_put_together_from_granules():
+    rng = np.random.default_rng(0)
+    for unit, block in itertools.product((1, 16, 48, 64, 256), BLOCKS):
+        for _ in range(20):
+            units = int(rng.integers(1, 5)) * block // math.gcd(block, unit)
+            slots = rng.permutation(np.append(np.arange(units), np.full(units % 4, -1)))
+            check_granules(AxisLayout(unit, slots, 1), block)
+
+
+# Meshes
+
+
+def refused(match, function, *arguments, **options):
+    """Calls what has to raise; the message is one line."""
+    with pytest.raises(JaxsplitError, match=match) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_mesh_is_parsed():
+    assert parse_mesh("tensor:4") == {"tensor": 4}
+    assert parse_mesh(" tensor:16 ") == {"tensor": 16}
+    assert list(parse_mesh(",".join(f"{axis}:2" for axis in MESH_AXES))) == list(MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("tensor", "tensor:", "4", "tensor:0", "tensor:-2", "tensor:2.5", "tensor:two"),
+        *("tensor=4", "tensor:4,", ",tensor:4", "tensor:4:2", "tensor: ", "tensor:²", ","),
+    ],
+)
+def test_a_mesh_of_another_form_is_refused(text):
+    message = refused(r"is not of the form axis:size", parse_mesh, text)
+    assert f"--mesh={text}" in message
+    assert "tensor:4" in message
+
+
+def test_an_unknown_axis_is_refused_and_the_known_are_listed():
+    message = refused(r"--mesh=tenser:4: unknown axis 'tenser'; supported", parse_mesh, "tenser:4")
+    assert all(axis in message for axis in MESH_AXES)
+    refused("unknown axis 'Tensor'", parse_mesh, "Tensor:4")
+    refused("unknown axis ''", parse_mesh, ":4")
+
+
+def test_an_axis_given_twice_is_refused():
+    refused(r"--mesh=tensor:2,tensor:4.*twice", parse_mesh, "tensor:2,tensor:4")
+
+
+def test_devices_are_chosen():
+    all_devices = jax.devices()
+    assert choose_devices("graph") == ({"tensor": 8}, all_devices)
+    assert choose_devices("graph", 3) == ({"tensor": 3}, all_devices[:3])
+    assert choose_devices("graph", mesh="tensor:5") == ({"tensor": 5}, all_devices[:5])
+    assert choose_devices("graph", 5, "tensor:5") == ({"tensor": 5}, all_devices[:5])
+    some = [all_devices[6], all_devices[1]]
+    assert choose_devices("graph", some) == ({"tensor": 2}, some)
+    assert choose_devices("none") == ({"tensor": 1}, all_devices[:1])
+    assert choose_devices("none", main_device=7) == ({"tensor": 1}, all_devices[7:])
+    assert choose_devices("none", some, main_device=1) == ({"tensor": 1}, some[1:])
+    assert choose_devices("none", mesh="tensor:1") == ({"tensor": 1}, all_devices[:1])
+
+
+def test_an_unknown_split_mode_is_refused_and_the_known_are_listed():
+    for function in (split_mode, choose_devices, partition_in_mode):
+        message = refused(r"--split_mode=diagonal is not supported", function, "diagonal")
+        assert all(mode in message for mode in SPLIT_MODES)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 9, 1000])
+def test_a_number_of_devices_that_there_are_not_is_refused(count):
+    message = refused(r"--devices", choose_devices, "graph", count)
+    assert str(count) in message
+    assert "8 cpu devices" in message
+    assert "JAX_NUM_CPU_DEVICES" in message
+
+
+def test_a_mesh_larger_than_the_devices_is_refused():
+    message = refused(
+        r"--mesh=tensor:16 needs 16 devices.*8 cpu devices",
+        choose_devices,
+        "graph",
+        mesh="tensor:16",
+    )
+    assert "JAX_NUM_CPU_DEVICES" in message
+    refused(
+        r"--mesh=tensor:99999999999999999999", choose_devices, "graph", None, "tensor:" + "9" * 20
+    )
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_mesh_that_is_not_made_of_the_devices_given_is_refused(count):
+    match = rf"--mesh=tensor:4 needs 4 devices, there are {count}"
+    refused(match, choose_devices, "graph", count, "tensor:4")
+    refused(match, choose_devices, "graph", jax.devices()[:count], "tensor:4")
+
+
+def test_a_mesh_for_the_mode_without_one_is_refused():
+    message = refused(
+        r"--mesh=tensor:2.*--split_mode=none", choose_devices, "none", mesh="tensor:2"
+    )
+    assert "leave one of the two flags out" in message
+
+
+@pytest.mark.parametrize("main_device", [-1, 8])
+def test_a_main_device_that_is_not_there_is_refused(main_device):
+    match = rf"--main_device={main_device}.*8 devices"
+    refused(match, choose_devices, "none", main_device=main_device)
+    some = jax.devices()[:2]
+    refused(r"--main_device=2.*2 devices", choose_devices, "none", some, main_device=2)
+
+
+def test_an_empty_list_of_devices_is_refused():
+    refused("devices is empty", choose_devices, "graph", [])
+
+
+# Partitions
+
+CONFIG = ModelConfig(
+    architecture="test",
+    vocab=101,
+    embed=64,
+    layers=1,
+    heads=6,
+    kv_heads=2,
+    head_dim=32,
+    mlp=160,
+    context=128,
+    norm_epsilon=1e-5,
+    rope=RopeConfig(dim=32),
+)
+
+
+def partition_in_mode(mode, devices=4, **options):
+    return make_partition(CONFIG, mode, {"tensor": devices}, jax.devices()[:devices], **options)
+
+
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_a_partition_lays_out_all_axes(devices):
+    partition = partition_in_mode("graph", devices, mlp_unit=32)
+    assert partition.mesh.shape == {"tensor": devices}
+    assert partition.mesh.devices.ravel().tolist() == jax.devices()[:devices]
+    originals = {"heads": 6 * 32, "kv_heads": 2 * 32, "mlp": 160, "vocab": 101}
+    assert (
+        originals.items()
+        <= {axis: layout.original for axis, layout in partition.layouts.items()}.items()
+    )
+    for axis, layout in partition.layouts.items():
+        assert layout.devices == devices, axis
+        check_elements(layout)
+    assert partition.layouts["mlp"].unit == 32
+    # A mesh of one device splits nothing.
+    for axis in originals:
+        assert partition.rules.table.get(axis) == ("tensor" if devices > 1 else None), axis
+
+
+def test_nothing_is_split_in_mode_none():
+    partition = partition_in_mode("none", 1)
+    assert partition.rules.table == {}
+    for layout in partition.layouts.values():
+        assert layout.devices == 1
+        assert np.array_equal(layout.elements(), np.arange(layout.original))
+
+
+def test_specs_name_the_mesh_axis_of_split_axes_only():
+    partition = partition_in_mode("graph", 4, reduce_dtype=jnp.bfloat16)
+    assert partition.rules.reduce_dtype == jnp.bfloat16
+    assert partition.spec(("heads", "embed")) == PartitionSpec("tensor", None)
+    assert partition.spec(("embed", "mlp")) == PartitionSpec(None, "tensor")
+    assert partition.spec(("embed",)) == PartitionSpec(None)
+    assert partition.spec((None, "kv_heads", None, None)) == PartitionSpec(
+        None, "tensor", None, None
+    )
+    sharding = partition.sharding(("vocab", "embed"))
+    assert (sharding.mesh, sharding.spec) == (partition.mesh, PartitionSpec("tensor", None))
+    assert partition_in_mode("none", 1).spec(("heads", "mlp")) == PartitionSpec(None, None)

@@ -1,0 +1,291 @@
+"""Quantized weights against the gguf package's NumPy code and against float64."""
+
+import functools
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import nmse
+from tiny import fresh_rng
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.quant import TYPES, QTensor, dequantize, matmul, quant_type, take_rows, unpack
+
+NAMES = list(TYPES)
+QUANTIZED = [name for name, kind in TYPES.items() if kind.form is not None]
+PACKED_AS_IN_THE_FILE = (
+    *("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+)
+# Heads of 100 dimensions, as in OpenLLaMA 3B, cut blocks of 32 into pieces of 4.
+CUTS = [
+    (name, granule)
+    for name in QUANTIZED
+    for granule in (4, *range(16, TYPES[name].block))
+    if TYPES[name].block % granule == 0 and (granule > 4 or TYPES[name].block == 32)
+]
+ROWS, BLOCKS = 8, 4  # of every matrix that is multiplied: each shape is compiled anew
+
+unpack_jit = jax.jit(unpack, static_argnums=0, static_argnames=("granule", "dtype"))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="granule")
+def uses(name, raw, x, rows, granule=None, part=None):
+    """What can be done with a matrix, compiled as one: products with 1, 3 and all rows of x."""
+    weights = jax.lax.optimization_barrier(unpack(name, raw, granule=granule, part=part))
+    return {
+        "weights": dequantize(weights),
+        "at_load": unpack(name, raw, granule=granule, part=part, dtype=jnp.float32),
+        "products": {n: matmul(x[:n], weights) for n in {1, 3, len(x)}},
+        "rows": take_rows(weights, rows, jnp.float32),
+    }
+
+
+@pytest.fixture
+def rng():
+    return fresh_rng()
+
+
+def ggml_type(name):
+    return gguf.GGMLQuantizationType[name]
+
+
+def reference(name, raw):
+    """The gguf package's dequantization: uint8 `[..., blocks, block_bytes]` to float32."""
+    with np.errstate(all="ignore"):
+        flat = gguf.quants.dequantize(raw.reshape(*raw.shape[:-2], -1), ggml_type(name))
+    return np.asarray(flat, np.float32)
+
+
+def any_blocks(rng, name, *shape):
+    """Random bytes, among them scales that are infinite or not a number."""
+    return rng.integers(0, 256, (*shape, TYPES[name].block_bytes), dtype=np.uint8)
+
+
+def usual_blocks(rng, name, *shape):
+    """Blocks as in a file: of normal weights if the gguf package can quantize to the type, else
+    random bytes that give finite weights of ordinary size."""
+    kind, count = TYPES[name], int(np.prod(shape))
+    try:
+        weights = rng.normal(size=(count, kind.block)).astype(np.float32)
+        packed = gguf.quants.quantize(weights, ggml_type(name))
+        return np.ascontiguousarray(packed).view(np.uint8).reshape(*shape, kind.block_bytes)
+    except NotImplementedError:
+        found = np.empty((0, kind.block_bytes), np.uint8)
+    while len(found) < count:
+        blocks = any_blocks(rng, name, 8 * count)
+        largest = np.abs(reference(name, blocks[:, None])).max(axis=-1)
+        found = np.concatenate([found, blocks[(largest > 0.01) & (largest < 10)]])
+    return found[:count].reshape(*shape, kind.block_bytes)
+
+
+def inputs(rng, size, rows=40):
+    return rng.normal(size=(rows, size)).astype(np.float32)
+
+
+def check_same_bits(actual, expected):
+    """Equal to the last bit, and infinite or not a number in the same places."""
+    actual = np.asarray(actual)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert np.array_equal(np.isnan(actual), np.isnan(expected))
+    number = ~np.isnan(expected)
+    bits = f"u{expected.itemsize}"
+    assert np.array_equal(actual.view(bits)[number], expected.view(bits)[number])
+
+
+def check_product(y, x, weights):
+    """Equal to the product in float64."""
+    assert nmse(y, np.float64(x) @ np.float64(weights).T) <= 1e-10
+
+
+# Whole blocks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_the_gguf_package_to_the_bit(rng, name):
+    for blocks in (usual_blocks, any_blocks, any_blocks, any_blocks):
+        raw = blocks(rng, name, ROWS, BLOCKS)
+        expected = reference(name, raw)
+        assert blocks is any_blocks or np.isfinite(expected).all()
+        rows = rng.integers(0, ROWS, (2, 3))
+        used = uses(name, raw, inputs(rng, expected.shape[1]), rows)
+        check_same_bits(used["weights"], expected)
+        check_same_bits(used["at_load"], expected)
+        check_same_bits(used["rows"], expected[rows])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_equal_those_in_float64(rng, name):
+    raw = usual_blocks(rng, name, ROWS, BLOCKS)
+    expected = reference(name, raw)
+    x = inputs(rng, expected.shape[1])
+    for rows, y in uses(name, raw, x, np.zeros((2, 3), int))["products"].items():
+        assert (y.shape, y.dtype) == ((rows, ROWS), jnp.float32)
+        check_product(y, x[:rows], expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_with_bfloat16_lose_no_more_than_its_rounding(rng, name):
+    raw = usual_blocks(rng, name, ROWS, BLOCKS)
+    x = inputs(rng, BLOCKS * TYPES[name].block, rows=3).astype(jnp.bfloat16)
+    weights = unpack_jit(name, raw)
+    one, three = jax.jit(lambda x, w: (matmul(x[:1], w), matmul(x, w)))(x, weights)
+    for rows, y in ((1, one), (3, three)):
+        assert y.dtype == jnp.float32
+        expected = np.float64(x[:rows]) @ np.float64(reference(name, raw)).T
+        # Half a unit in the last place of bfloat16 is 2**-8.
+        assert nmse(y, expected) <= 2.0**-16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dequantizing_at_load_equals_dequantizing_later(rng, name):
+    raw = usual_blocks(rng, name, ROWS, BLOCKS)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        at_load = unpack_jit(name, raw, dtype=dtype)
+        assert not isinstance(at_load, QTensor)
+        later = jax.jit(dequantize, static_argnums=1)(unpack_jit(name, raw), dtype)
+        check_same_bits(at_load, reference(name, raw).astype(dtype))
+        check_same_bits(later, reference(name, raw).astype(dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stack_of_matrices_is_unpacked_like_each_of_them(rng, name):
+    raw = any_blocks(rng, name, 3, 4, 2)
+    stack = unpack_jit(name, raw)
+    assert stack.shape == (3, 4, 2 * TYPES[name].block)
+    check_same_bits(jax.jit(dequantize)(stack), reference(name, raw))
+
+
+@pytest.mark.parametrize("name", ["F16", "Q4_1"])
+def test_nothing_depends_on_jit(rng, name):
+    raw = any_blocks(rng, name, 4, 2)
+    weights = unpack(name, jnp.asarray(raw))
+    check_same_bits(dequantize(weights), reference(name, raw))
+    check_same_bits(take_rows(weights, jnp.int32(3), jnp.float32), reference(name, raw)[3])
+
+
+@pytest.mark.parametrize("name", ["F16", "Q8_0"])
+@pytest.mark.parametrize("shape", [(), (1, 1), (2, 3)], ids=str)
+def test_products_keep_the_leading_dimensions(rng, name, shape):
+    raw = usual_blocks(rng, name, 4, 2)
+    x = rng.normal(size=(*shape, 2 * TYPES[name].block)).astype(np.float32)
+    y = matmul(jnp.asarray(x), unpack_jit(name, raw))
+    assert (y.shape, y.dtype) == ((*shape, 4), jnp.float32)
+    check_product(y, x, reference(name, raw))
+
+
+# Cuts between blocks
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_matrix_cut_by_rows_is_put_together_again(rng, name, shards):
+    raw = usual_blocks(rng, name, shards * ROWS, BLOCKS)
+    expected = reference(name, raw)
+    x = inputs(rng, expected.shape[1])
+    parts = [uses(name, part, x, np.zeros((2, 3), int)) for part in np.split(raw, shards)]
+    check_same_bits(np.concatenate([part["weights"] for part in parts]), expected)
+    for rows in (1, 3, 40):
+        y = np.concatenate([part["products"][rows] for part in parts], axis=-1)
+        check_product(y, x[:rows], expected)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_matrix_cut_by_columns_is_put_together_again(rng, name, shards):
+    raw = usual_blocks(rng, name, ROWS, shards * BLOCKS)
+    expected = reference(name, raw)
+    x = inputs(rng, expected.shape[1])
+    parts = [
+        uses(name, part, piece, np.zeros((2, 3), int))
+        for part, piece in zip(
+            np.split(raw, shards, axis=1), np.split(x, shards, axis=1), strict=True
+        )
+    ]
+    check_same_bits(np.concatenate([part["weights"] for part in parts], axis=1), expected)
+    for rows in (1, 3, 40):
+        y = sum(np.float64(part["products"][rows]) for part in parts)
+        check_product(y, x[:rows], expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planes_of_a_part_are_parts_of_the_planes(rng, name):
+    """What lets one partition spec shard all of them."""
+    raw = any_blocks(rng, name, 3 * ROWS, 3 * BLOCKS)
+    planes = jax.tree.leaves(unpack_jit(name, raw))
+    for axis in (0, 1):
+        pieces = [np.split(np.asarray(plane), 3, axis) for plane in planes]
+        for i, part in enumerate(np.split(raw, 3, axis)):
+            for plane, piece in zip(jax.tree.leaves(unpack_jit(name, part)), pieces, strict=True):
+                assert np.asarray(plane).tobytes() == piece[i].tobytes()
+
+
+# Cuts inside blocks: each shard is given the same raw blocks and keeps another part of each
+
+
+@pytest.mark.parametrize(("name", "granule"), CUTS)
+def test_a_cut_inside_blocks_keeps_the_right_weights(rng, name, granule):
+    raw = any_blocks(rng, name, ROWS, BLOCKS)
+    count = TYPES[name].block // granule
+    part = rng.integers(0, count, BLOCKS).astype(np.int32)
+    pieces = reference(name, raw).reshape(ROWS, BLOCKS, count, granule)
+    expected = pieces[:, np.arange(BLOCKS), part].reshape(ROWS, -1)
+    rows = rng.integers(0, ROWS, (2, 3))
+    x = inputs(rng, BLOCKS * granule, rows=3)
+    used = uses(name, raw, x, rows, granule=granule, part=part)
+    check_same_bits(used["weights"], expected)
+    check_same_bits(used["at_load"], expected)
+    check_same_bits(used["rows"], expected[rows])
+
+
+@pytest.mark.parametrize(("name", "granule"), CUTS)
+def test_products_with_all_parts_of_the_blocks_make_up_the_product(rng, name, granule):
+    raw = usual_blocks(rng, name, ROWS, BLOCKS)
+    expected, count = reference(name, raw), TYPES[name].block // granule
+    x = inputs(rng, expected.shape[1], rows=3)
+    pieces = x.reshape(len(x), BLOCKS, count, granule)
+    total = {1: 0, 3: 0}
+    for i in range(count):
+        piece = np.ascontiguousarray(pieces[:, :, i]).reshape(len(x), -1)
+        part = np.full(BLOCKS, i, np.int32)
+        used = uses(name, raw, piece, np.zeros((2, 3), int), granule=granule, part=part)
+        for rows, y in used["products"].items():
+            check_product(y, piece[:rows], used["weights"])
+            total[rows] = total[rows] + np.float64(y)
+    for rows, y in total.items():
+        check_product(y, x[:rows], expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_granule_of_the_whole_block_changes_nothing(rng, name):
+    raw, block = any_blocks(rng, name, 2, 3), TYPES[name].block
+    cut = unpack_jit(name, raw, granule=block, part=np.zeros(3, np.int32))
+    assert jax.tree.structure(cut) == jax.tree.structure(unpack_jit(name, raw))
+    check_same_bits(jax.jit(dequantize)(cut), reference(name, raw))
+
+
+# Sizes and refusals
+
+
+@pytest.mark.parametrize("name", [name for name in PACKED_AS_IN_THE_FILE if name in TYPES])
+def test_a_device_needs_hardly_more_bytes_than_the_file(rng, name):
+    raw = any_blocks(rng, name, ROWS, BLOCKS)
+    weights = unpack_jit(name, raw)
+    assert weights.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    assert weights.nbytes <= 1.05 * raw.nbytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_sizes_are_those_of_ggml(name):
+    kind = TYPES[name]
+    assert (kind.block, kind.block_bytes) == gguf.GGML_QUANT_SIZES[ggml_type(name)]
+
+
+def test_an_unknown_type_is_refused_and_the_known_are_listed():
+    for refused in (quant_type, functools.partial(unpack, raw=jnp.zeros((1, 1, 1), jnp.uint8))):
+        with pytest.raises(JaxsplitError, match=r"type I8 are not supported.*supported") as error:
+            refused("I8")
+        assert all(name in str(error.value) for name in TYPES)
+        assert "\n" not in str(error.value)

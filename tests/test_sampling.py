@@ -1,0 +1,395 @@
+"""The choice of the next token against llama.cpp's chain of samplers, written in float64."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from tiny import fresh_rng
+
+from jaxsplit.engine import SamplingConfig
+from jaxsplit.engine.sampling import SamplingPlan, SamplingValues, penalize, sample
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.models import AxisRules, axis_rules
+from jaxsplit.parallel import even
+
+VOCAB, DRAWS, WINDOW = 64, 4096, 8
+ALL = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+PENALTIES = {"repeat_penalty": 1.7, "frequency_penalty": 0.6, "presence_penalty": -0.4}
+
+sample_jit = jax.jit(sample, static_argnums=(4, 5))
+
+
+@pytest.fixture
+def rng():
+    return fresh_rng()
+
+
+# The reference
+
+
+def penalized(logits, recent, config):
+    logits = np.array(logits, np.float64)
+    for token in {t for t in recent if t >= 0}:
+        if logits[token] > 0:
+            logits[token] /= config.repeat_penalty
+        else:
+            logits[token] *= config.repeat_penalty
+        logits[token] -= list(recent).count(token) * config.frequency_penalty
+        logits[token] -= config.presence_penalty
+    return logits
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def reference(logits, config, recent=()):
+    """The probability of every token, and how near a token is to being kept or dropped."""
+    logits = penalized(logits, recent, config)
+    kept, margin = np.argsort(-logits, kind="stable"), math.inf
+    if config.temperature == 0:
+        kept = kept[:1]
+    if config.top_k:
+        kept = kept[: config.top_k]
+    if config.top_p < 1:
+        together = np.cumsum(softmax(logits[kept]))
+        margin = min(margin, np.abs(together - config.top_p).min())
+        kept = kept[: 1 + np.count_nonzero(together < config.top_p)]
+    if config.min_p > 0:
+        above = logits[kept] - (logits[kept[0]] + math.log(config.min_p))
+        margin = min([margin, *np.abs(above[1:])])
+        kept = kept[above >= 0]
+    probabilities = np.zeros(len(logits))
+    probabilities[kept] = softmax(logits[kept] / (config.temperature or 1))
+    return probabilities, margin
+
+
+def clear_logits(rng, config, recent=(), spread=3.0, vocab=VOCAB):
+    """Random logits of which no token is within rounding of a threshold, and the reference."""
+    while True:
+        logits = rng.normal(scale=spread, size=vocab).astype(np.float32)
+        expected, margin = reference(logits, config, recent)
+        if margin > 1e-4:
+            return logits, expected
+
+
+def draw(logits, config, *, recent=(), count=DRAWS, vocab=None):
+    """As many choices from the same logits, at positions 0, 1, 2, ..."""
+    window = np.full(config.plan.window, -1, np.int32)
+    if config.plan.window and len(recent):
+        window[-len(recent) :] = recent
+    values = jax.tree.map(lambda v: np.repeat(v, count), SamplingValues.of([config]))
+    tokens = sample_jit(
+        np.broadcast_to(logits, (count, len(logits))),
+        np.arange(count, dtype=np.int32),
+        np.broadcast_to(window, (count, len(window))),
+        values,
+        config.plan,
+        vocab or len(logits),
+    )
+    assert (tokens.shape, tokens.dtype) == ((count,), jnp.int32)
+    return np.asarray(tokens)
+
+
+def random_config(rng, **fixed):
+    """Any combination of the filters, and penalties half of the time."""
+    config = dataclasses.replace(
+        SamplingConfig(
+            top_k=int(rng.choice([0, 5, 40, 100])),
+            top_p=float(rng.choice([0.0, 0.1, 0.5, 0.95, 1.0])),
+            min_p=float(rng.choice([0.0, 0.02, 0.3, 1.0])),
+            repeat_last_n=WINDOW,
+            seed=int(rng.integers(2**32)),
+        ),
+        **fixed,
+    )
+    recent = ()
+    if rng.integers(2):
+        config = dataclasses.replace(config, **PENALTIES)
+        # The last 8 of a text of 0 to 8 tokens, some more than once.
+        recent = rng.integers(0, 12, rng.integers(0, WINDOW + 1)).tolist()
+    return config, recent
+
+
+# Which tokens, and how often
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_the_tokens_that_can_be_drawn_are_those_of_the_chain(rng, case):
+    for _ in range(6):
+        # Hot, so that all candidates, at most 64, turn up among 4096 draws; they are chosen
+        # before the temperature is applied.
+        config, recent = random_config(rng, temperature=30.0)
+        logits, expected = clear_logits(rng, config, recent)
+        drawn = set(draw(logits, config, recent=recent).tolist())
+        assert drawn == set(np.flatnonzero(expected).tolist()), config
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_tokens_are_drawn_as_often_as_in_the_chain(rng, case):
+    config, recent = random_config(rng, temperature=float(rng.uniform(0.3, 2)), top_p=0.95, min_p=0)
+    logits, expected = clear_logits(rng, config, recent)
+    counts = np.bincount(draw(logits, config, recent=recent), minlength=VOCAB)
+    check_frequencies(counts, expected)
+
+
+def test_seeds_are_as_good_as_positions(rng):
+    """Draws at one position with many seeds follow the same distribution."""
+    logits, expected = clear_logits(rng, ALL)
+    values = SamplingValues.of([dataclasses.replace(ALL, seed=s) for s in range(DRAWS)])
+    window = np.zeros((DRAWS, 0), np.int32)
+    rows = np.broadcast_to(logits, (DRAWS, VOCAB))
+    positions = np.full(DRAWS, 7, np.int32)
+    tokens = sample_jit(rows, positions, window, values, ALL.plan, VOCAB)
+    check_frequencies(np.bincount(tokens, minlength=VOCAB), expected)
+
+
+def check_frequencies(counts, expected):
+    """Pearson's test, with a threshold that one run in millions exceeds by chance."""
+    assert counts[expected == 0].sum() == 0
+    expected = expected * counts.sum()
+    common = expected >= 10
+    counts = np.append(counts[common], counts[~common].sum())
+    expected = np.append(expected[common], max(expected[~common].sum(), 1e-9))
+    if expected[-1] < 10:  # too rare for the test
+        assert counts[-1] < 45
+        counts, expected = counts[:-1], expected[:-1]
+    statistic, freedom = np.sum((counts - expected) ** 2 / expected), len(counts)
+    assert statistic < freedom + 6 * math.sqrt(2 * freedom) + 15
+
+
+def test_top_p_of_one_keeps_all_tokens():
+    """Also those so unlikely that the others add up to 1 in float32, as in llama.cpp."""
+    logits = np.where(np.arange(VOCAB) < 20, 0, -25).astype(np.float32)
+    config = dataclasses.replace(ALL, temperature=1000.0)
+    assert set(draw(logits, config)) == set(range(VOCAB))
+
+
+def test_top_p_of_zero_keeps_one_token(rng):
+    logits = rng.normal(size=VOCAB).astype(np.float32)
+    config = dataclasses.replace(ALL, top_p=0.0, temperature=1000.0)
+    assert set(draw(logits, config)) == {int(logits.argmax())}
+
+
+def test_min_p_of_one_keeps_the_likeliest_and_its_equals():
+    logits = np.zeros(VOCAB, np.float32)
+    logits[[5, 40]] = 2.0
+    config = dataclasses.replace(ALL, min_p=1.0, temperature=1000.0)
+    assert set(draw(logits, config)) == {5, 40}
+
+
+def test_tokens_with_logits_of_minus_infinity_are_never_drawn():
+    logits = np.where(np.arange(VOCAB) % 3 == 0, 0, -np.inf).astype(np.float32)
+    config = dataclasses.replace(ALL, temperature=1000.0)
+    assert set(draw(logits, config)) == set(range(0, VOCAB, 3))
+
+
+# Greedy
+
+
+def test_without_temperature_the_likeliest_token_is_chosen(rng):
+    logits = rng.normal(size=VOCAB).astype(np.float32)
+    for others in ({}, {"top_k": 0}, {"top_k": 5, "top_p": 0.1, "min_p": 0.5}):
+        config = SamplingConfig(temperature=0.0, **others)
+        assert config.plan.candidates == 1
+        assert set(draw(logits, config, count=4)) == {int(logits.argmax())}
+    config = SamplingConfig(temperature=1.0, top_k=1)
+    assert set(draw(logits, config, count=4)) == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30])
+def test_a_low_temperature_is_nearly_greedy(rng, temperature):
+    config = dataclasses.replace(ALL, temperature=temperature)
+    logits = np.float32(rng.permutation(VOCAB) / 10)
+    assert set(draw(logits, config)) == {int(logits.argmax())}
+
+
+def test_of_equal_logits_the_lowest_token_is_chosen():
+    config = SamplingConfig(temperature=0.0)
+    logits = np.zeros(VOCAB, np.float32)
+    assert set(draw(logits, config, count=4)) == {0}
+    logits[[60, 17, 33]] = 1
+    assert set(draw(logits, config, count=4)) == {17}
+
+
+def test_penalties_come_before_the_choice():
+    logits = np.zeros(VOCAB, np.float32)
+    logits[[3, 4]] = 2.0, 1.5
+    config = SamplingConfig(temperature=0.0, repeat_penalty=2.0, repeat_last_n=WINDOW)
+    assert draw(logits, config, count=1, recent=[9]) == [3]
+    assert draw(logits, config, count=1, recent=[3]) == [4]
+    without = dataclasses.replace(config, repeat_last_n=0)
+    assert draw(logits, without, count=1) == [3]
+
+
+# Penalties
+
+
+@pytest.mark.parametrize("offset", [0, 20, 60])
+def test_penalties_are_those_of_llama_cpp(rng, offset):
+    """For rows from `offset` on, as on a device that holds a part of the vocabulary."""
+    slots = 5
+    configs = [
+        SamplingConfig(
+            repeat_penalty=float(rng.uniform(0.5, 2)),
+            frequency_penalty=float(rng.uniform(-1, 1)),
+            presence_penalty=float(rng.uniform(-1, 1)),
+        )
+        for _ in range(slots)
+    ]
+    logits = rng.normal(size=(slots, 100)).astype(np.float32)
+    logits[:, ::9] = 0
+    recent = rng.integers(-1, 100, (slots, 32)).astype(np.int32)
+    recent[0] = -1
+    recent[1] = 21
+    part = logits[:, offset : offset + 30]
+    actual = jax.jit(penalize)(part, recent, SamplingValues.of(configs), offset)
+    for slot, config in enumerate(configs):
+        expected = penalized(logits[slot], recent[slot], config)[offset : offset + 30]
+        np.testing.assert_allclose(actual[slot], expected, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(actual[0], part[0])
+
+
+# Seeds
+
+
+def test_a_choice_depends_on_seed_and_position_only(rng):
+    """Not on the slot, nor on the other slots."""
+    count = 32
+    configs = [
+        SamplingConfig(seed=int(rng.integers(2**32)), temperature=float(rng.uniform(0.5, 2)))
+        for _ in range(count)
+    ]
+    logits = rng.normal(size=(count, VOCAB)).astype(np.float32)
+    positions = rng.integers(0, 1000, count).astype(np.int32)
+    window = np.zeros((count, 0), np.int32)
+    plan = configs[0].plan
+
+    def choose(order):
+        values = SamplingValues.of([configs[i] for i in order])
+        return np.asarray(
+            sample_jit(logits[order], positions[order], window[order], values, plan, VOCAB)
+        )
+
+    tokens, order = choose(np.arange(count)), rng.permutation(count)
+    assert np.array_equal(tokens[order], choose(order))
+    for i in range(3):
+        assert choose(np.array([i])) == tokens[i]
+    positions += 1
+    assert not np.array_equal(tokens, choose(np.arange(count)))
+
+
+def test_another_seed_gives_other_tokens(rng):
+    logits = np.zeros(VOCAB, np.float32)
+    seeds = (0, 1, 2**31, 2**32 - 1)
+    draws = [draw(logits, dataclasses.replace(ALL, seed=seed)) for seed in seeds]
+    for i, tokens in enumerate(draws):
+        for others in draws[:i]:
+            # Two draws of 64 tokens agree once in 64 times by chance.
+            assert np.mean(tokens == others) < 0.05
+    assert np.array_equal(draws[0], draw(logits, dataclasses.replace(ALL, seed=0)))
+
+
+def test_any_integer_is_a_seed():
+    for seed in (-1, 2**63, -(2**70)):
+        draw(np.zeros(VOCAB, np.float32), dataclasses.replace(ALL, seed=seed))
+
+
+# Vocabularies that are split over devices
+
+PLANS = [(0, 0), (5, 0), (40, WINDOW), (1000, 0), (1, 0), (1, WINDOW)]
+
+
+@functools.cache
+def sampler(devices, vocab):
+    """Samples by each plan from `[slots, padded vocab]`, split over so many devices."""
+    mesh = jax.make_mesh((devices,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    rules = AxisRules({"vocab": "tensor"} if devices > 1 else {})
+
+    def local(logits, positions, recent, values):
+        with axis_rules(rules):
+            return [
+                sample(logits, positions, recent[:, :w], values, SamplingPlan(k, w), vocab)
+                for k, w in PLANS
+            ]
+
+    specs = (PartitionSpec(None, "tensor"), *[PartitionSpec()] * 3)
+    return jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    )
+
+
+# Of 9 tokens on 8 devices, two to a device, the last three hold nothing but padding.
+@pytest.mark.parametrize("vocab", [101, 9])
+@pytest.mark.parametrize("devices", [2, 3, 8])
+def test_a_split_vocabulary_gives_the_same_tokens(rng, devices, vocab):
+    slots = 256
+    config = SamplingConfig(temperature=5.0, top_p=0.98, min_p=0.01, **PENALTIES)
+    values = SamplingValues.of(
+        [dataclasses.replace(config, seed=int(s)) for s in rng.integers(0, 2**32, slots)]
+    )
+    # Halves, so that many tokens are equally likely.
+    logits = np.float32(np.round(2 * rng.normal(scale=2, size=(slots, vocab))) / 2)
+    positions = rng.integers(0, 100, slots).astype(np.int32)
+    recent = rng.integers(-1, vocab, (slots, WINDOW)).astype(np.int32)
+
+    def tokens(devices):
+        # Padding that would win, were it a token.
+        padding = even(vocab, 1, devices).size - vocab
+        padded = np.pad(logits, ((0, 0), (0, padding)), constant_values=100)
+        return sampler(devices, vocab)(padded, positions, recent, values)
+
+    for plan, split, whole in zip(PLANS, tokens(devices), tokens(1), strict=True):
+        assert np.array_equal(split, whole), plan
+        assert (np.asarray(split) < vocab).all(), plan
+        for shard in split.addressable_shards:
+            assert np.array_equal(shard.data, split), "devices disagree"
+    greedy = np.asarray(tokens(devices)[PLANS.index((1, 0))])
+    assert np.array_equal(greedy, logits.argmax(axis=1))
+
+
+def test_padding_is_never_drawn_on_one_device(rng):
+    logits = np.full(VOCAB, 100, np.float32)
+    logits[:50] = rng.normal(size=50)
+    for config in (dataclasses.replace(ALL, temperature=1000.0), SamplingConfig(temperature=0.0)):
+        assert max(draw(logits, config, vocab=50)) < 50
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", (-0.1, math.nan, -math.inf)),
+        ("top_k", (-1,)),
+        ("top_p", (-0.01, 1.01, math.nan)),
+        ("min_p", (-0.01, 1.01, math.nan)),
+        ("repeat_last_n", (-1,)),
+        ("repeat_penalty", (0.0, -1.0, math.nan)),
+        ("frequency_penalty", (math.nan, math.inf)),
+        ("presence_penalty", (math.nan, math.inf)),
+    ],
+)
+def test_values_out_of_range_are_refused(name, values):
+    for value in values:
+        with pytest.raises(JaxsplitError, match=rf"--{name}={value}") as error:
+            SamplingConfig(**{name: value})
+        assert "\n" not in str(error.value)
+
+
+def test_the_ends_of_the_ranges_are_accepted():
+    SamplingConfig(temperature=0.0, top_k=0, top_p=0.0, min_p=0.0, repeat_last_n=0)
+    SamplingConfig(top_p=1.0, min_p=1.0, repeat_penalty=0.01, frequency_penalty=-2.0)
+
+
+def test_a_plan_compiles_penalties_only_where_there_are_some():
+    assert SamplingConfig(repeat_last_n=64).plan.window == 0
+    for penalty in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
+        assert SamplingConfig(repeat_last_n=64, **{penalty: 0.5}).plan.window == 64
