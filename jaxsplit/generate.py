@@ -108,7 +108,7 @@ def _progress_bar(label: str) -> Iterator:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True, quiet=_QUIET.value)
+    console = Console(stderr=True, quiet=_QUIET.value or not sys.stderr.isatty())
     with Progress(*columns, TransferSpeedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

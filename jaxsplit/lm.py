@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsplit.engine import Engine, SamplingConfig
+from jaxsplit.engine import Engine, SamplingConfig, compile_seconds
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import model_config, open_gguf
 from jaxsplit.loading import Progress, abstract_decoder, block_unit, load_decoder, parameters
@@ -300,8 +300,9 @@ class Stream(Iterator[str]):
       tokens: ids generated so far, an end-of-text token included.
       stop_reason: why it ended: `end of text`, `stop string`, `n_predict` or `context full`;
         None while it goes on.
-      first_token_seconds: from the start to the first token.
-      decode_seconds: from the first token to the last.
+      first_token_seconds: from the start to the first token, with compilation.
+      decode_seconds: from the first token to the last, without compilation.
+      compile_seconds: spent on compiling programs that were not in the cache of compiled programs.
     """
 
     def __init__(
@@ -318,6 +319,8 @@ class Stream(Iterator[str]):
         self.stop_reason: str | None = None
         self.first_token_seconds = math.nan
         self.decode_seconds = 0.0
+        self.compile_seconds = 0.0
+        self._prompt_seconds = 0.0
         self._lm = lm
         self._stop = stop
         self._limit = math.inf if n_predict < 0 else n_predict
@@ -330,10 +333,12 @@ class Stream(Iterator[str]):
     def timings(self) -> str:
         """Times, rates and memory, in one line."""
         lm, prompt, generated = self._lm, len(self.prompt_tokens), len(self.tokens)
+        prompt_rate = prompt / self._prompt_seconds if self._prompt_seconds else 0.0
         rate = (generated - 1) / self.decode_seconds if self.decode_seconds else 0.0
         return (
-            f"load {lm.load_seconds:.2f} s | first token {self.first_token_seconds:.2f} s | "
-            f"prompt {prompt} tokens, {prompt / self.first_token_seconds:.1f} tokens/s | "
+            f"load {lm.load_seconds:.2f} s | first token {self.first_token_seconds:.2f} s "
+            f"(compiling {self.compile_seconds:.2f} s) | "
+            f"prompt {prompt} tokens, {prompt_rate:.1f} tokens/s | "
             f"generated {generated} tokens, {rate:.1f} tokens/s | per device "
             f"{lm.weight_bytes / 1e6:.1f} MB weights, {lm.cache_bytes / 1e6:.1f} MB cache"
         )
@@ -344,12 +349,14 @@ class Stream(Iterator[str]):
             return
         text = self._lm.tokenizer.stream(continuation=True)
         held = ""  # text that may be the start of a stop string
-        started = time.perf_counter()
+        started, compiled = time.perf_counter(), compile_seconds()
         for token in self._ids(sampling):
-            now = time.perf_counter()
+            elapsed = time.perf_counter() - started
+            self.compile_seconds = compile_seconds() - compiled
             if not self.tokens:
-                self.first_token_seconds = now - started
-            self.decode_seconds = now - started - self.first_token_seconds
+                self.first_token_seconds = elapsed
+                self._prompt_seconds = elapsed - self.compile_seconds
+            self.decode_seconds = elapsed - self.compile_seconds - self._prompt_seconds
             self.tokens.append(token)
             if token in self._lm.tokenizer.end_ids:
                 self.stop_reason = "end of text"

@@ -21,7 +21,9 @@ VOCAB, DRAWS, WINDOW = 64, 4096, 8
 ALL = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 PENALTIES = {"repeat_penalty": 1.7, "frequency_penalty": 0.6, "presence_penalty": -0.4}
 
-sample_jit = jax.jit(sample, static_argnums=(4, 5))
+# Compiling takes far longer here than running.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+sample_jit = jit(sample, static_argnums=(4, 5))
 
 
 @pytest.fixture
@@ -79,21 +81,21 @@ def clear_logits(rng, config, recent=(), spread=3.0, vocab=VOCAB):
             return logits, expected
 
 
-def draw(logits, config, *, recent=(), count=DRAWS, vocab=None):
-    """As many choices from the same logits, at positions 0, 1, 2, ..."""
+def draw(logits, config, *, recent=(), vocab=None):
+    """Choices from the same logits, at positions 0, 1, 2, ..."""
     window = np.full(config.plan.window, -1, np.int32)
     if config.plan.window and len(recent):
         window[-len(recent) :] = recent
-    values = jax.tree.map(lambda v: np.repeat(v, count), SamplingValues.of([config]))
+    values = jax.tree.map(lambda v: np.repeat(v, DRAWS), SamplingValues.of([config]))
     tokens = sample_jit(
-        np.broadcast_to(logits, (count, len(logits))),
-        np.arange(count, dtype=np.int32),
-        np.broadcast_to(window, (count, len(window))),
+        np.broadcast_to(logits, (DRAWS, len(logits))),
+        np.arange(DRAWS, dtype=np.int32),
+        np.broadcast_to(window, (DRAWS, len(window))),
         values,
         config.plan,
         vocab or len(logits),
     )
-    assert (tokens.shape, tokens.dtype) == ((count,), jnp.int32)
+    assert (tokens.shape, tokens.dtype) == ((DRAWS,), jnp.int32)
     return np.asarray(tokens)
 
 
@@ -101,7 +103,7 @@ def random_config(rng, **fixed):
     """Any combination of the filters, and penalties half of the time."""
     config = dataclasses.replace(
         SamplingConfig(
-            top_k=int(rng.choice([0, 5, 40, 100])),
+            top_k=int(rng.choice([0, 5, 40])),
             top_p=float(rng.choice([0.0, 0.1, 0.5, 0.95, 1.0])),
             min_p=float(rng.choice([0.0, 0.02, 0.3, 1.0])),
             repeat_last_n=WINDOW,
@@ -198,9 +200,9 @@ def test_without_temperature_the_likeliest_token_is_chosen(rng):
     for others in ({}, {"top_k": 0}, {"top_k": 5, "top_p": 0.1, "min_p": 0.5}):
         config = SamplingConfig(temperature=0.0, **others)
         assert config.plan.candidates == 1
-        assert set(draw(logits, config, count=4)) == {int(logits.argmax())}
+        assert set(draw(logits, config)) == {int(logits.argmax())}
     config = SamplingConfig(temperature=1.0, top_k=1)
-    assert set(draw(logits, config, count=4)) == {int(logits.argmax())}
+    assert set(draw(logits, config)) == {int(logits.argmax())}
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30])
@@ -213,19 +215,19 @@ def test_a_low_temperature_is_nearly_greedy(rng, temperature):
 def test_of_equal_logits_the_lowest_token_is_chosen():
     config = SamplingConfig(temperature=0.0)
     logits = np.zeros(VOCAB, np.float32)
-    assert set(draw(logits, config, count=4)) == {0}
+    assert set(draw(logits, config)) == {0}
     logits[[60, 17, 33]] = 1
-    assert set(draw(logits, config, count=4)) == {17}
+    assert set(draw(logits, config)) == {17}
 
 
 def test_penalties_come_before_the_choice():
     logits = np.zeros(VOCAB, np.float32)
     logits[[3, 4]] = 2.0, 1.5
     config = SamplingConfig(temperature=0.0, repeat_penalty=2.0, repeat_last_n=WINDOW)
-    assert draw(logits, config, count=1, recent=[9]) == [3]
-    assert draw(logits, config, count=1, recent=[3]) == [4]
+    assert set(draw(logits, config, recent=[9])) == {3}
+    assert set(draw(logits, config, recent=[3])) == {4}
     without = dataclasses.replace(config, repeat_last_n=0)
-    assert draw(logits, without, count=1) == [3]
+    assert set(draw(logits, without)) == {3}
 
 
 # Penalties
@@ -279,8 +281,7 @@ def test_a_choice_depends_on_seed_and_position_only(rng):
 
     tokens, order = choose(np.arange(count)), rng.permutation(count)
     assert np.array_equal(tokens[order], choose(order))
-    for i in range(3):
-        assert choose(np.array([i])) == tokens[i]
+    assert choose(np.array([3])) == tokens[3]
     positions += 1
     assert not np.array_equal(tokens, choose(np.arange(count)))
 
@@ -303,7 +304,7 @@ def test_any_integer_is_a_seed():
 
 # Vocabularies that are split over devices
 
-PLANS = [(0, 0), (5, 0), (40, WINDOW), (1000, 0), (1, 0), (1, WINDOW)]
+PLANS = [(0, 0), (5, WINDOW), (1000, WINDOW), (1, 0), (1, WINDOW)]
 
 
 @functools.cache
@@ -320,14 +321,13 @@ def sampler(devices, vocab):
             ]
 
     specs = (PartitionSpec(None, "tensor"), *[PartitionSpec()] * 3)
-    return jax.jit(
+    return jit(
         jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
     )
 
 
 # Of 9 tokens on 8 devices, two to a device, the last three hold nothing but padding.
-@pytest.mark.parametrize("vocab", [101, 9])
-@pytest.mark.parametrize("devices", [2, 3, 8])
+@pytest.mark.parametrize(("devices", "vocab"), [(2, 101), (3, 101), (8, 101), (8, 9)])
 def test_a_split_vocabulary_gives_the_same_tokens(rng, devices, vocab):
     slots = 256
     config = SamplingConfig(temperature=5.0, top_p=0.98, min_p=0.01, **PENALTIES)
@@ -335,7 +335,7 @@ def test_a_split_vocabulary_gives_the_same_tokens(rng, devices, vocab):
         [dataclasses.replace(config, seed=int(s)) for s in rng.integers(0, 2**32, slots)]
     )
     # Halves, so that many tokens are equally likely.
-    logits = np.float32(np.round(2 * rng.normal(scale=2, size=(slots, vocab))) / 2)
+    logits = np.float32(rng.integers(-8, 9, (slots, vocab)) / 2)
     positions = rng.integers(0, 100, slots).astype(np.int32)
     recent = rng.integers(-1, vocab, (slots, WINDOW)).astype(np.int32)
 

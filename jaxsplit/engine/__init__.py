@@ -1,6 +1,7 @@
 """The engine: compiled prefill and decode over a sharded cache, sampling on the devices."""
 
+from jaxsplit.engine.clock import compile_seconds
 from jaxsplit.engine.engine import Engine
 from jaxsplit.engine.sampling import SamplingConfig
 
-__all__ = ["Engine", "SamplingConfig"]
+__all__ = ["Engine", "SamplingConfig", "compile_seconds"]
