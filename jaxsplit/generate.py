@@ -6,14 +6,13 @@ Text goes to standard output, everything else to standard error. Flags can be ke
 line: --flagfile=FILE. Exit status: 0, or 2 with one line that says what to mend.
 """
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from jaxsplit.cli import progress_bar, run
 from jaxsplit.errors import JaxsplitError
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -101,25 +100,13 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-@contextlib.contextmanager
-def _progress_bar(label: str) -> Iterator:
-    """A progress bar on standard error, as `load` wants it; none if that is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True, quiet=_QUIET.value or not sys.stderr.isatty())
-    with Progress(*columns, TransferSpeedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _note(message: str) -> None:
     if not _QUIET.value:
         print(message, file=sys.stderr, flush=True)
 
 
-def _run() -> None:
+def main(_: list[str]) -> None:
+    """Generates text as the flags say."""
     prompt = _prompt()
     if not prompt and not _CHAT.value:
         raise JaxsplitError("the prompt is empty; give at least one character")
@@ -139,7 +126,7 @@ def _run() -> None:
         repeat_last_n=_LAST_N.value,
         seed=int.from_bytes(os.urandom(4), "little") if _SEED.value is None else _SEED.value,
     )
-    with _progress_bar("loading") as progress:
+    with progress_bar("loading", quiet=_QUIET.value) as progress:
         lm = jaxsplit.load(
             _MODEL.value,
             split_mode=_SPLIT_MODE.value,
@@ -174,28 +161,5 @@ def _run() -> None:
     _note(f"[{stream.stop_reason}]  {stream.timings()}")
 
 
-def main(argv: list[str]) -> None:
-    try:
-        if len(argv) > 1:
-            raise JaxsplitError(f"unexpected argument {argv[1]!r}; flags start with --")
-        _run()
-    except JaxsplitError as error:
-        print(f"jaxsplit: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of the text has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (flags.Error, OSError) as error:
-        print(f"jaxsplit: {error}; --help lists the flags", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    run(main)

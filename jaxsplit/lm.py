@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsplit.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.engine import Engine, SamplingConfig, compile_seconds
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import model_config, open_gguf
+from jaxsplit.gguf import ModelFile, model_config, open_gguf
 from jaxsplit.loading import Progress, abstract_decoder, block_unit, load_decoder, parameters
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import choose_devices, make_partition
@@ -74,7 +75,7 @@ def load(
         raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
     shape, mesh_devices = choose_devices(split_mode, devices, mesh, main_device)
     activations = jnp.dtype(_auto_dtype(mesh_devices[0]) if dtype == "auto" else dtype)
-    file = open_gguf(demo_model() if path is None else path)
+    file = open_model(demo_model() if path is None else Path(path))
     config = model_config(file)
     partition = make_partition(
         config,
@@ -104,6 +105,15 @@ def load(
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
     return LM(model, engine, tokenizer, file.metadata, time.perf_counter() - started)
+
+
+def open_model(path: Path) -> ModelFile:
+    """The header of a GGUF file or of a checkpoint directory.
+
+    Raises:
+      JaxsplitError: it is neither, or damaged.
+    """
+    return open_checkpoint(path) if is_checkpoint(path) else open_gguf(path)
 
 
 def demo_model() -> Path:

@@ -1,22 +1,24 @@
-"""From a GGUF file to a `Decoder` whose parameters lie on a mesh.
+"""From a model file to a `Decoder` whose parameters lie on a mesh.
 
 Every device is handed its own slice of the raw blocks, which it unpacks itself; the host never
-holds more than the slices of the tensor that is on its way.
+holds more than the slices of the tensors that are on their way.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from jaxsplit.checkpoint import StoredTensor, restore
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import GGUFFile, GGUFTensor, tensor_names
+from jaxsplit.gguf import GGUFTensor, ModelFile, TensorInfo, tensor_names
 from jaxsplit.models import Decoder, ModelConfig
-from jaxsplit.parallel import Partition
+from jaxsplit.parallel import Partition, Placement
 from jaxsplit.quant import Weight, quant_type, unpack
 
 Progress = Callable[[int, int], None]
@@ -36,18 +38,24 @@ def parameters(model: Decoder) -> dict[str, nnx.Param]:
     }
 
 
-def block_unit(file: GGUFFile, model: Decoder, axis: str) -> int:
+def _sources(file: ModelFile, model: Decoder) -> dict[str, TensorInfo]:
+    """The tensor of each parameter."""
+    shapes = {path: param.shape for path, param in parameters(model).items()}
+    return {path: file.tensors[name] for path, name in tensor_names(file, shapes).items()}
+
+
+def block_unit(file: ModelFile, model: Decoder, axis: str) -> int:
     """The elements along a logical axis that lie together in blocks: the largest block's size."""
-    names = tensor_names(file, {path: p.shape for path, p in parameters(model).items()})
+    sources = _sources(file, model)
     return max(
-        file.tensors[names[path]].block_size
-        for path, p in parameters(model).items()
-        if p.axes[-1] == axis and len(p.axes) > 1
+        sources[path].block_size
+        for path, param in parameters(model).items()
+        if len(param.axes) > 1 and param.axes[-1] == axis
     )
 
 
 def load_decoder(
-    file: GGUFFile,
+    file: ModelFile,
     config: ModelConfig,
     partition: Partition,
     *,
@@ -70,99 +78,59 @@ def load_decoder(
     """
     model = abstract_decoder(config, dtype)
     params = parameters(model)
-    names = tensor_names(file, {path: p.shape for path, p in params.items()})
-    for name in names.values():
+    sources = _sources(file, model)
+    for source in sources.values():
         try:
-            quant_type(file.tensors[name].type)
+            quant_type(source.type)
         except JaxsplitError as error:
-            raise JaxsplitError(f"{file.path}: tensor {name!r}: {error}") from None
-    total = sum(file.tensors[name].nbytes for name in names.values())
+            raise JaxsplitError(f"{file.path}: tensor {source.name!r}: {error}") from None
+    total = sum(source.nbytes for source in sources.values())
     done, loaded = 0, {}
-    for path, variable in params.items():
-        tensor = file.tensors[names[path]]
-        loaded[path] = jax.block_until_ready(load_tensor(tensor, variable.axes, partition, weights))
-        tensor.release()
-        done += tensor.nbytes
+    for batch in _batches(sources):
+        placements = {p: partition.place(sources[p], params[p].axes) for p in batch}
+        raw = _upload([sources[p] for p in batch], list(placements.values()))
+        for path, blocks in zip(batch, raw, strict=True):
+            loaded[path] = _unpack(sources[path], blocks, placements[path], weights)
+        jax.block_until_ready([loaded[path] for path in batch])
+        for path in batch:
+            if isinstance(sources[path], GGUFTensor):
+                sources[path].release()
+            done += sources[path].nbytes
         if progress:
             progress(done, total)
-    state = nnx.state(model, nnx.Param)
-    flat = [
+    state = [
         (path, variable.replace(loaded[".".join(map(str, path))]))
-        for path, variable in nnx.to_flat_state(state)
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     ]
-    nnx.update(model, nnx.from_flat_state(flat))
+    nnx.update(model, nnx.from_flat_state(state))
     return model
 
 
-def load_tensor(
-    tensor: GGUFTensor,
-    axes: Sequence[str | None],
-    partition: Partition,
-    weights: jnp.dtype | None = None,
-) -> Weight:
-    """One tensor, unpacked on the devices that hold its slices.
+def _batches(sources: dict[str, TensorInfo]) -> list[list[str]]:
+    """Parameters that are loaded together: those of one folder of a checkpoint, else each alone."""
 
-    Args:
-      tensor: a vector `[out]` or a matrix `[out, in]`.
-      axes: its logical axes.
-      partition: where they lie.
-      weights: as in `load_decoder`; vectors become float32.
-    """
-    matrix = len(tensor.shape) == 2
-    blocks = tensor.blocks if matrix else tensor.blocks[:, None]
-    axes = axes if matrix else (axes[0], None)
-    rows = _rows(partition, axes[0], tensor.shape[0])
-    granule, columns, part = _granules(partition, axes[1], tensor)
+    def key(path: str) -> str:
+        source = sources[path]
+        return str(source.folder) if isinstance(source, StoredTensor) else path
+
+    return [list(group) for _, group in itertools.groupby(sorted(sources, key=key), key)]
+
+
+def _upload(sources: Sequence[TensorInfo], placements: Sequence[Placement]) -> list[jax.Array]:
+    """Raw blocks, uint8 `[rows, blocks, block_bytes]`, each slice on the devices that hold it."""
+    if isinstance(sources[0], StoredTensor):
+        return restore(sources, placements)
+    return [_upload_mapped(s, p) for s, p in zip(sources, placements, strict=True)]
+
+
+def _upload_mapped(source: GGUFTensor, place: Placement) -> jax.Array:
+    blocks = source.blocks if source.blocks.ndim == 3 else source.blocks[:, None]
 
     def slices(index: tuple[slice, ...]) -> np.ndarray:
-        return _take(blocks, rows[index[0]], columns[index[1]])
+        return _take(blocks, place.rows[index[0]], place.columns[index[1]])
 
-    shape = (len(rows), len(columns), blocks.shape[-1])
-    raw = jax.make_array_from_callback(shape, partition.sharding((*axes, None)), slices)
-    place = jax.make_array_from_callback(
-        part.shape, partition.sharding(axes[1:]), lambda index: part[index]
-    )
-    dtype = weights if matrix else jnp.float32
-    unpacker = _unpacker(tensor.type, granule, dtype, partition.mesh, partition.spec(axes), matrix)
-    return unpacker(raw, place)
-
-
-@functools.cache
-def _unpacker(
-    name: str,
-    granule: int,
-    dtype: jnp.dtype | None,
-    mesh: jax.sharding.Mesh,
-    spec: PartitionSpec,
-    matrix: bool,
-) -> Callable[[jax.Array, jax.Array], Weight]:
-    """The program that unpacks blocks where they lie; compiled once for each shape."""
-
-    def unpack_blocks(raw: jax.Array, part: jax.Array) -> Weight:
-        weight = unpack(name, raw, granule=granule, part=part, dtype=dtype)
-        return weight if matrix else weight[:, 0]
-
-    specs = (PartitionSpec(*spec, None), PartitionSpec(spec[1]))
-    out = spec if matrix else PartitionSpec(spec[0])
-    return jax.jit(jax.shard_map(unpack_blocks, mesh=mesh, in_specs=specs, out_specs=out))
-
-
-def _rows(partition: Partition, axis: str | None, size: int) -> np.ndarray:
-    """The original row at each padded one, or -1: int `[rows]`."""
-    layout = partition.layouts.get(axis)
-    return np.arange(size) if layout is None else layout.elements()
-
-
-def _granules(
-    partition: Partition, axis: str | None, tensor: GGUFTensor
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """`AxisLayout.granules` of a tensor's last axis."""
-    layout = partition.layouts.get(axis)
-    if layout is not None and len(tensor.shape) == 2:
-        granule, blocks, part = layout.granules(tensor.block_size)
-        return granule, blocks, part.astype(np.int32)
-    count = tensor.blocks.shape[-2] if len(tensor.shape) == 2 else 1
-    return tensor.block_size, np.arange(count), np.zeros(count, np.int32)
+    shape = (len(place.rows), len(place.columns), blocks.shape[-1])
+    return jax.make_array_from_callback(shape, place.sharding, slices)
 
 
 def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -176,3 +144,42 @@ def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarr
             blocks = np.take(blocks, np.maximum(index, 0), axis=axis)
             blocks[(index < 0) if axis == 0 else (slice(None), index < 0)] = 0
     return np.ascontiguousarray(blocks)
+
+
+def _unpack(
+    source: TensorInfo, raw: jax.Array, place: Placement, weights: jnp.dtype | None
+) -> Weight:
+    """Blocks to weights, on the devices that hold them. Vectors become float32."""
+    matrix = len(source.shape) > 1
+    spec = place.sharding.spec
+    part = jax.make_array_from_callback(
+        place.part.shape,
+        jax.sharding.NamedSharding(place.sharding.mesh, PartitionSpec(spec[1])),
+        lambda index: place.part[index],
+    )
+    dtype = weights if matrix else jnp.float32
+    unpacker = _unpacker(source.type, place.granule, dtype, place.sharding.mesh, spec, matrix)
+    return unpacker(raw, part)
+
+
+@functools.cache
+def _unpacker(
+    kind: str,
+    granule: int,
+    dtype: jnp.dtype | None,
+    mesh: Mesh,
+    spec: PartitionSpec,
+    matrix: bool,
+) -> Callable[[jax.Array, jax.Array], Weight]:
+    """The program that unpacks blocks where they lie; compiled once for each shape."""
+
+    def unpack_blocks(raw: jax.Array, part: jax.Array) -> Weight:
+        weight = unpack(kind, raw, granule=granule, part=part, dtype=dtype)
+        return weight if matrix else weight[:, 0]
+
+    out = PartitionSpec(*spec[:2]) if matrix else PartitionSpec(spec[0])
+    return jax.jit(
+        jax.shard_map(
+            unpack_blocks, mesh=mesh, in_specs=(spec, PartitionSpec(spec[1])), out_specs=out
+        )
+    )

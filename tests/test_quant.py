@@ -28,19 +28,28 @@ CUTS = [
 ]
 ROWS, BLOCKS = 8, 4  # of every matrix that is multiplied: each shape is compiled anew
 
-unpack_jit = jax.jit(unpack, static_argnums=0, static_argnames=("granule", "dtype"))
+# Where compiling takes far longer than running.
+jit_quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+unpack_quickly = jit_quickly(unpack, static_argnums=0, static_argnames="granule")
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="granule")
-def uses(name, raw, x, rows, granule=None, part=None):
-    """What can be done with a matrix, compiled as one: products with 1, 3 and all rows of x."""
-    weights = jax.lax.optimization_barrier(unpack(name, raw, granule=granule, part=part))
+@functools.partial(jax.jit, static_argnums=0)
+def uses(name, raw, x, rows):
+    """All that can be done with a matrix, compiled as one: products with 1, 3 and 40 rows."""
+    weights = jax.lax.optimization_barrier(unpack(name, raw))
     return {
         "weights": dequantize(weights),
-        "at_load": unpack(name, raw, granule=granule, part=part, dtype=jnp.float32),
-        "products": {n: matmul(x[:n], weights) for n in {1, 3, len(x)}},
+        "at_load": unpack(name, raw, dtype=jnp.float32),
+        "products": {n: matmul(x[:n], weights) for n in (1, 3, 40)},
         "rows": take_rows(weights, rows, jnp.float32),
     }
+
+
+@functools.partial(jit_quickly, static_argnums=0, static_argnames="granule")
+def uses_of_cut(name, raw, x, granule, part):
+    """Weights, and the product with one row, of a matrix that is cut inside blocks."""
+    weights = jax.lax.optimization_barrier(unpack(name, raw, granule=granule, part=part))
+    return dequantize(weights), matmul(x, weights)
 
 
 @pytest.fixture
@@ -54,6 +63,10 @@ def ggml_type(name):
 
 def reference(name, raw):
     """The gguf package's dequantization: uint8 `[..., blocks, block_bytes]` to float32."""
+    if name == "Q1_0":  # which the package does not know: a scale, and a sign for each weight
+        scale = np.ascontiguousarray(raw[..., :2]).view(np.float16).astype(np.float32)
+        signs = np.unpackbits(raw[..., 2:], axis=-1, bitorder="little").astype(np.float32) * 2 - 1
+        return (signs * scale).reshape(*raw.shape[:-2], -1)
     with np.errstate(all="ignore"):
         flat = gguf.quants.dequantize(raw.reshape(*raw.shape[:-2], -1), ggml_type(name))
     return np.asarray(flat, np.float32)
@@ -90,9 +103,12 @@ def check_same_bits(actual, expected):
     actual = np.asarray(actual)
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     assert np.array_equal(np.isnan(actual), np.isnan(expected))
-    number = ~np.isnan(expected)
     bits = f"u{expected.itemsize}"
-    assert np.array_equal(actual.view(bits)[number], expected.view(bits)[number])
+    same = (actual.view(bits) == expected.view(bits)) | np.isnan(expected)
+    # CPUs flush scales of MXFP4 that are subnormal in float32 to zero: the weights, up to
+    # 12 * 2**-127, are lost.
+    flushed = (actual == 0) & (np.abs(expected) < 2.0**-123)
+    assert (same | flushed).all()
 
 
 def check_product(y, x, weights):
@@ -126,36 +142,41 @@ def test_products_equal_those_in_float64(rng, name):
         check_product(y, x[:rows], expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_products_with_bfloat16_lose_no_more_than_its_rounding(rng, name):
+# One of each kind of form: plain, 8 bits, a minimum, two planes, a table, two levels of scales.
+@pytest.mark.parametrize(
+    "name", [n for n in ("F32", "F16", "Q8_0", "Q5_1", "Q6_K", "IQ4_NL", "Q4_K") if n in TYPES]
+)
+def test_half_precision_loses_no_more_than_its_rounding(rng, name):
     raw = usual_blocks(rng, name, ROWS, BLOCKS)
-    x = inputs(rng, BLOCKS * TYPES[name].block, rows=3).astype(jnp.bfloat16)
-    weights = unpack_jit(name, raw)
-    one, three = jax.jit(lambda x, w: (matmul(x[:1], w), matmul(x, w)))(x, weights)
-    for rows, y in ((1, one), (3, three)):
+    weights = reference(name, raw)
+    x = inputs(rng, weights.shape[1], rows=3).astype(jnp.bfloat16)
+
+    @jit_quickly
+    def in_half_precision(raw, x):
+        whole = jax.lax.optimization_barrier(unpack(name, raw))
+        halves = (jnp.bfloat16, jnp.float16)
+        return (
+            [unpack(name, raw, dtype=dtype) for dtype in halves],
+            [dequantize(whole, dtype) for dtype in halves],
+            [matmul(x[:1], whole), matmul(x, whole)],
+        )
+
+    at_load, later, products = in_half_precision(raw, x)
+    for dtype, first, second in zip((jnp.bfloat16, jnp.float16), at_load, later, strict=True):
+        assert not isinstance(first, QTensor)
+        check_same_bits(first, weights.astype(dtype))
+        check_same_bits(second, weights.astype(dtype))
+    for y in products:
         assert y.dtype == jnp.float32
-        expected = np.float64(x[:rows]) @ np.float64(reference(name, raw)).T
         # Half a unit in the last place of bfloat16 is 2**-8.
-        assert nmse(y, expected) <= 2.0**-16
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_dequantizing_at_load_equals_dequantizing_later(rng, name):
-    raw = usual_blocks(rng, name, ROWS, BLOCKS)
-    for dtype in (jnp.bfloat16, jnp.float16):
-        at_load = unpack_jit(name, raw, dtype=dtype)
-        assert not isinstance(at_load, QTensor)
-        later = jax.jit(dequantize, static_argnums=1)(unpack_jit(name, raw), dtype)
-        check_same_bits(at_load, reference(name, raw).astype(dtype))
-        check_same_bits(later, reference(name, raw).astype(dtype))
+        assert nmse(y, np.float64(x[: len(y)]) @ np.float64(weights).T) <= 2.0**-16
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stack_of_matrices_is_unpacked_like_each_of_them(rng, name):
-    raw = any_blocks(rng, name, 3, 4, 2)
-    stack = unpack_jit(name, raw)
-    assert stack.shape == (3, 4, 2 * TYPES[name].block)
-    check_same_bits(jax.jit(dequantize)(stack), reference(name, raw))
+    raw = any_blocks(rng, name, 3, 2, 2)
+    stack = jit_quickly(lambda raw: dequantize(unpack(name, raw)))(raw)
+    check_same_bits(stack, reference(name, raw))
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_1"])
@@ -171,7 +192,7 @@ def test_nothing_depends_on_jit(rng, name):
 def test_products_keep_the_leading_dimensions(rng, name, shape):
     raw = usual_blocks(rng, name, 4, 2)
     x = rng.normal(size=(*shape, 2 * TYPES[name].block)).astype(np.float32)
-    y = matmul(jnp.asarray(x), unpack_jit(name, raw))
+    y = matmul(jnp.asarray(x), unpack_quickly(name, raw))
     assert (y.shape, y.dtype) == ((*shape, 4), jnp.float32)
     check_product(y, x, reference(name, raw))
 
@@ -213,13 +234,11 @@ def test_a_matrix_cut_by_columns_is_put_together_again(rng, name, shards):
 @pytest.mark.parametrize("name", NAMES)
 def test_planes_of_a_part_are_parts_of_the_planes(rng, name):
     """What lets one partition spec shard all of them."""
-    raw = any_blocks(rng, name, 3 * ROWS, 3 * BLOCKS)
-    planes = jax.tree.leaves(unpack_jit(name, raw))
-    for axis in (0, 1):
-        pieces = [np.split(np.asarray(plane), 3, axis) for plane in planes]
-        for i, part in enumerate(np.split(raw, 3, axis)):
-            for plane, piece in zip(jax.tree.leaves(unpack_jit(name, part)), pieces, strict=True):
-                assert np.asarray(plane).tobytes() == piece[i].tobytes()
+    raw = any_blocks(rng, name, ROWS, 2 * BLOCKS)
+    planes = jax.tree.leaves(unpack_quickly(name, raw))
+    for i, part in enumerate(np.split(raw, 2, axis=1)):
+        for whole, plane in zip(planes, jax.tree.leaves(unpack_quickly(name, part)), strict=True):
+            assert np.asarray(plane).tobytes() == np.split(whole, 2, axis=1)[i].tobytes()
 
 
 # Cuts inside blocks: each shard is given the same raw blocks and keeps another part of each
@@ -232,38 +251,49 @@ def test_a_cut_inside_blocks_keeps_the_right_weights(rng, name, granule):
     part = rng.integers(0, count, BLOCKS).astype(np.int32)
     pieces = reference(name, raw).reshape(ROWS, BLOCKS, count, granule)
     expected = pieces[:, np.arange(BLOCKS), part].reshape(ROWS, -1)
-    rows = rng.integers(0, ROWS, (2, 3))
-    x = inputs(rng, BLOCKS * granule, rows=3)
-    used = uses(name, raw, x, rows, granule=granule, part=part)
-    check_same_bits(used["weights"], expected)
-    check_same_bits(used["at_load"], expected)
-    check_same_bits(used["rows"], expected[rows])
+    x = inputs(rng, BLOCKS * granule, rows=1)
+    check_same_bits(uses_of_cut(name, raw, x, granule=granule, part=part)[0], expected)
 
 
 @pytest.mark.parametrize(("name", "granule"), CUTS)
 def test_products_with_all_parts_of_the_blocks_make_up_the_product(rng, name, granule):
     raw = usual_blocks(rng, name, ROWS, BLOCKS)
     expected, count = reference(name, raw), TYPES[name].block // granule
-    x = inputs(rng, expected.shape[1], rows=3)
-    pieces = x.reshape(len(x), BLOCKS, count, granule)
-    total = {1: 0, 3: 0}
+    x = inputs(rng, expected.shape[1], rows=1)
+    pieces = x.reshape(BLOCKS, count, granule)
+    total = 0
     for i in range(count):
-        piece = np.ascontiguousarray(pieces[:, :, i]).reshape(len(x), -1)
+        piece = np.ascontiguousarray(pieces[:, i]).reshape(1, -1)
         part = np.full(BLOCKS, i, np.int32)
-        used = uses(name, raw, piece, np.zeros((2, 3), int), granule=granule, part=part)
-        for rows, y in used["products"].items():
-            check_product(y, piece[:rows], used["weights"])
-            total[rows] = total[rows] + np.float64(y)
-    for rows, y in total.items():
-        check_product(y, x[:rows], expected)
+        weights, y = uses_of_cut(name, raw, piece, granule=granule, part=part)
+        check_product(y, piece, weights)
+        total = total + np.float64(y)
+    check_product(total, x, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ("Q8_0", "Q5_1", "Q6_K") if name in TYPES])
+def test_uses_of_a_cut_inside_blocks(rng, name):
+    """Rows, products with several rows, and dequantizing at load."""
+    raw = usual_blocks(rng, name, ROWS, BLOCKS)
+    part = np.zeros(BLOCKS, np.int32)
+    expected = reference(name, raw).reshape(ROWS, BLOCKS, -1)[..., :16].reshape(ROWS, -1)
+    weights = unpack_quickly(name, raw, granule=16, part=part)
+    rows = rng.integers(0, ROWS, (2, 3))
+    check_same_bits(take_rows(weights, rows, jnp.float32), expected[rows])
+    x = inputs(rng, BLOCKS * 16, rows=3)
+    check_product(jax.jit(matmul)(x, weights), x, expected)
+    at_load = unpack(name, jnp.asarray(raw), granule=16, part=part, dtype=jnp.float32)
+    check_same_bits(at_load, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_granule_of_the_whole_block_changes_nothing(rng, name):
-    raw, block = any_blocks(rng, name, 2, 3), TYPES[name].block
-    cut = unpack_jit(name, raw, granule=block, part=np.zeros(3, np.int32))
-    assert jax.tree.structure(cut) == jax.tree.structure(unpack_jit(name, raw))
-    check_same_bits(jax.jit(dequantize)(cut), reference(name, raw))
+    raw, part = any_blocks(rng, name, ROWS, BLOCKS), np.zeros(BLOCKS, np.int32)
+    cut = unpack_quickly(name, raw, granule=TYPES[name].block, part=part)
+    whole = unpack_quickly(name, raw)
+    assert jax.tree.structure(cut) == jax.tree.structure(whole)
+    for one, other in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 # Sizes and refusals
@@ -272,7 +302,7 @@ def test_a_granule_of_the_whole_block_changes_nothing(rng, name):
 @pytest.mark.parametrize("name", [name for name in PACKED_AS_IN_THE_FILE if name in TYPES])
 def test_a_device_needs_hardly_more_bytes_than_the_file(rng, name):
     raw = any_blocks(rng, name, ROWS, BLOCKS)
-    weights = unpack_jit(name, raw)
+    weights = unpack_quickly(name, raw)
     assert weights.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     assert weights.nbytes <= 1.05 * raw.nbytes
 

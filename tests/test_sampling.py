@@ -83,16 +83,17 @@ def clear_logits(rng, config, recent=(), spread=3.0, vocab=VOCAB):
 
 def draw(logits, config, *, recent=(), vocab=None):
     """Choices from the same logits, at positions 0, 1, 2, ..."""
-    window = np.full(config.plan.window, -1, np.int32)
+    # One window for all: without penalties it changes nothing.
+    plan = dataclasses.replace(config.plan, window=WINDOW)
+    window = np.full(WINDOW, -1, np.int32)
     if config.plan.window and len(recent):
         window[-len(recent) :] = recent
-    values = jax.tree.map(lambda v: np.repeat(v, DRAWS), SamplingValues.of([config]))
     tokens = sample_jit(
         np.broadcast_to(logits, (DRAWS, len(logits))),
         np.arange(DRAWS, dtype=np.int32),
-        np.broadcast_to(window, (DRAWS, len(window))),
-        values,
-        config.plan,
+        np.broadcast_to(window, (DRAWS, WINDOW)),
+        jax.tree.map(lambda v: np.repeat(v, DRAWS), SamplingValues.of([config])),
+        plan,
         vocab or len(logits),
     )
     assert (tokens.shape, tokens.dtype) == ((DRAWS,), jnp.int32)
@@ -145,10 +146,10 @@ def test_seeds_are_as_good_as_positions(rng):
     """Draws at one position with many seeds follow the same distribution."""
     logits, expected = clear_logits(rng, ALL)
     values = SamplingValues.of([dataclasses.replace(ALL, seed=s) for s in range(DRAWS)])
-    window = np.zeros((DRAWS, 0), np.int32)
+    window = np.full((DRAWS, WINDOW), -1, np.int32)
     rows = np.broadcast_to(logits, (DRAWS, VOCAB))
     positions = np.full(DRAWS, 7, np.int32)
-    tokens = sample_jit(rows, positions, window, values, ALL.plan, VOCAB)
+    tokens = sample_jit(rows, positions, window, values, SamplingPlan(0, WINDOW), VOCAB)
     check_frequencies(np.bincount(tokens, minlength=VOCAB), expected)
 
 
@@ -304,7 +305,7 @@ def test_any_integer_is_a_seed():
 
 # Vocabularies that are split over devices
 
-PLANS = [(0, 0), (5, WINDOW), (1000, WINDOW), (1, 0), (1, WINDOW)]
+PLANS = [(0, WINDOW), (5, 0), (1, 0), (1, WINDOW)]
 
 
 @functools.cache
@@ -327,7 +328,7 @@ def sampler(devices, vocab):
 
 
 # Of 9 tokens on 8 devices, two to a device, the last three hold nothing but padding.
-@pytest.mark.parametrize(("devices", "vocab"), [(2, 101), (3, 101), (8, 101), (8, 9)])
+@pytest.mark.parametrize(("devices", "vocab"), [(2, 101), (3, 101), (8, 9)])
 def test_a_split_vocabulary_gives_the_same_tokens(rng, devices, vocab):
     slots = 256
     config = SamplingConfig(temperature=5.0, top_p=0.98, min_p=0.01, **PENALTIES)

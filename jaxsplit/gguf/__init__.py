@@ -7,13 +7,14 @@ from jaxsplit.gguf.architectures import (
     model_config,
     tensor_names,
 )
-from jaxsplit.gguf.reader import GGUFFile, GGUFTensor, open_gguf
+from jaxsplit.gguf.reader import GGUFTensor, ModelFile, TensorInfo, open_gguf
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
-    "GGUFFile",
     "GGUFTensor",
+    "ModelFile",
+    "TensorInfo",
     "architecture",
     "model_config",
     "open_gguf",

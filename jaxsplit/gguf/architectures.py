@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf.reader import GGUFFile
+from jaxsplit.gguf.reader import ModelFile
 from jaxsplit.models.config import ModelConfig, RopeConfig
 
 _LLAMA_NAMES = {
@@ -39,7 +39,7 @@ _LLAMA_NAMES = {
 class _Keys:
     """Metadata under the architecture's prefix."""
 
-    def __init__(self, file: GGUFFile):
+    def __init__(self, file: ModelFile):
         self.file = file
 
     def __call__(self, name: str, default: Any = None) -> Any:
@@ -87,7 +87,7 @@ def _rope(keys: _Keys, head_dim: int, **choices: Any) -> RopeConfig:
     )
 
 
-def _llama(file: GGUFFile) -> ModelConfig:
+def _llama(file: ModelFile) -> ModelConfig:
     keys = _Keys(file)
     if keys("expert_count", 0):
         raise JaxsplitError(
@@ -131,7 +131,7 @@ class Architecture:
       unused: pattern of tensors that the model does not need.
     """
 
-    config: Callable[[GGUFFile], ModelConfig]
+    config: Callable[[ModelFile], ModelConfig]
     names: Mapping[str, str]
     unused: str = r"blk\.\d+\.attn_rot_embd"
 
@@ -141,7 +141,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture(file: GGUFFile) -> Architecture:
+def architecture(file: ModelFile) -> Architecture:
     """The entry of a file's architecture.
 
     Raises:
@@ -155,7 +155,7 @@ def architecture(file: GGUFFile) -> Architecture:
     return ARCHITECTURES[file.architecture]
 
 
-def model_config(file: GGUFFile) -> ModelConfig:
+def model_config(file: ModelFile) -> ModelConfig:
     """The config of the model in a file.
 
     Raises:
@@ -164,7 +164,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
     return architecture(file).config(file)
 
 
-def tensor_names(file: GGUFFile, paths: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def tensor_names(file: ModelFile, paths: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Which tensor each parameter comes from.
 
     Args:

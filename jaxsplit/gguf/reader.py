@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
+import math
 import mmap
 import re
 import struct
@@ -20,31 +21,45 @@ _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$
 
 
 @dataclasses.dataclass(frozen=True)
-class GGUFTensor:
-    """One tensor of a file, its bytes still on disk.
+class TensorInfo:
+    """What a model file says of a tensor.
 
     Attributes:
       name: the tensor's GGUF name.
       type: the GGML type's name, such as `Q4_K`.
       shape: NumPy order, slowest axis first: `[out, in]` for a matrix.
-      blocks: uint8 memory map `[*shape[:-1], blocks, block_bytes]`; a block holds
-        `block_size` neighbouring weights of a row.
     """
 
     name: str
     type: str
     shape: tuple[int, ...]
-    blocks: np.ndarray
 
     @property
     def block_size(self) -> int:
-        """Weights in a block."""
-        return self.shape[-1] // self.blocks.shape[-2]
+        """Weights in a block: neighbours in a row."""
+        return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]][0]
+
+    @property
+    def blocks_shape(self) -> tuple[int, ...]:
+        """Of the raw bytes: `[*shape[:-1], blocks, block_bytes]`."""
+        size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        return (*self.shape[:-1], self.shape[-1] // size, nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self.blocks.nbytes
+        return math.prod(self.blocks_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFTensor(TensorInfo):
+    """A tensor whose bytes are still on disk.
+
+    Attributes:
+      blocks: uint8 memory map of shape `blocks_shape`.
+    """
+
+    blocks: np.ndarray
 
     def release(self) -> None:
         """Let the operating system take back the memory that holds the bytes read so far."""
@@ -56,8 +71,8 @@ class GGUFTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class GGUFFile:
-    """The header of a model: metadata and tensors, over all its shards.
+class ModelFile:
+    """The header of a model: metadata and tensors, over all its files.
 
     Attributes:
       path: the (first) file.
@@ -67,7 +82,7 @@ class GGUFFile:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, GGUFTensor]
+    tensors: Mapping[str, TensorInfo]
 
     @property
     def architecture(self) -> str:
@@ -80,7 +95,7 @@ class GGUFFile:
             raise JaxsplitError(f"{self.path}: the metadata key {name!r} is missing")
         return self.metadata[name]
 
-    def tensor(self, name: str) -> GGUFTensor:
+    def tensor(self, name: str) -> TensorInfo:
         """A tensor that the file must have."""
         if name not in self.tensors:
             raise JaxsplitError(f"{self.path}: the tensor {name!r} is missing")
@@ -120,7 +135,7 @@ class _Reader(gguf.GGUFReader):
         return offset - orig_offs, [values], [0], [gguf.GGUFValueType.ARRAY, item_type]
 
 
-def open_gguf(path: str | Path) -> GGUFFile:
+def open_gguf(path: str | Path) -> ModelFile:
     """Reads the header of a GGUF file and maps its tensors into memory.
 
     Args:
@@ -148,7 +163,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
             f"{paths[0]}: {len(tensors)} tensors in {len(paths)} files, but the header says "
             f"{expected}; are all files of one model?"
         )
-    return GGUFFile(paths[0], metadata, tensors)
+    return ModelFile(paths[0], metadata, tensors)
 
 
 def _shard_paths(path: Path) -> list[Path]:
@@ -206,10 +221,6 @@ def _tensor(path: Path, reader: _Reader, tensor: gguf.ReaderTensor) -> GGUFTenso
             f"{path}: tensor {tensor.name!r} has rows of {shape[-1]} weights, not a multiple of "
             f"the {block_size} in a block of type {tensor.tensor_type.name}"
         )
-    blocks = reader.data[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
-    return GGUFTensor(
-        name=tensor.name,
-        type=tensor.tensor_type.name,
-        shape=shape,
-        blocks=blocks.reshape(*shape[:-1], shape[-1] // block_size, block_bytes),
-    )
+    data = reader.data[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
+    blocks = data.reshape(*shape[:-1], shape[-1] // block_size, block_bytes)
+    return GGUFTensor(tensor.name, tensor.tensor_type.name, shape, blocks)

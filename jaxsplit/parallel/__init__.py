@@ -4,6 +4,7 @@ from jaxsplit.parallel.layout import AxisLayout, even, grouped_heads
 from jaxsplit.parallel.modes import (
     SPLIT_MODES,
     Partition,
+    Placement,
     SplitMode,
     choose_devices,
     make_partition,
@@ -14,6 +15,7 @@ __all__ = [
     "SPLIT_MODES",
     "AxisLayout",
     "Partition",
+    "Placement",
     "SplitMode",
     "choose_devices",
     "even",

@@ -7,9 +7,11 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import TensorInfo
 from jaxsplit.models.axes import AxisRules
 from jaxsplit.models.config import ModelConfig
 from jaxsplit.parallel.layout import AxisLayout, even, grouped_heads
@@ -114,7 +116,7 @@ def choose_devices(
         )
     if isinstance(devices, int):
         if not 1 <= devices <= len(present):
-            raise JaxsplitError(f"{devices} devices are asked for, there are {described}{hint}")
+            raise JaxsplitError(f"--devices={devices}: there are {described}{hint}")
         devices = present[:devices]
     elif devices is not None:
         devices = list(devices)
@@ -137,6 +139,25 @@ def choose_devices(
 
 
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the raw blocks of one tensor go.
+
+    Attributes:
+      sharding: of the padded array `[rows, blocks, block_bytes]`.
+      rows: the tensor's row at each padded row, or -1: int `[rows]`.
+      columns: the tensor's block at each padded block, or -1: int `[blocks]`.
+      granule: weights that are kept of each block.
+      part: which granule of its block it is: int32 `[blocks]`.
+    """
+
+    sharding: NamedSharding
+    rows: np.ndarray
+    columns: np.ndarray
+    granule: int
+    part: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Partition:
     """A split mode applied to one model and one set of devices.
 
@@ -154,9 +175,24 @@ class Partition:
         """The partition of an array with these logical axes."""
         return PartitionSpec(*(self.rules.table.get(axis) for axis in axes))
 
-    def sharding(self, axes: Sequence[str | None]) -> NamedSharding:
-        """The sharding of an array with these logical axes."""
-        return NamedSharding(self.mesh, self.spec(axes))
+    def place(self, tensor: TensorInfo, axes: Sequence[str | None]) -> Placement:
+        """Where the blocks of a vector or matrix with these logical axes go.
+
+        A vector is a matrix with a single column.
+        """
+        layout = self.layouts.get(axes[0])
+        rows = np.arange(tensor.shape[0]) if layout is None else layout.elements()
+        if len(axes) == 1:
+            granule, columns, part = 1, np.zeros(1, np.int64), np.zeros(1, np.int64)
+        elif (layout := self.layouts.get(axes[1])) is not None:
+            granule, columns, part = layout.granules(tensor.block_size)
+        else:
+            columns = np.arange(tensor.blocks_shape[-2])
+            granule, part = tensor.block_size, np.zeros_like(columns)
+        spec = PartitionSpec(*self.spec(axes), *[None] * (3 - len(axes)))
+        return Placement(
+            NamedSharding(self.mesh, spec), rows, columns, granule, part.astype(np.int32)
+        )
 
 
 def make_partition(

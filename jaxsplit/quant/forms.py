@@ -19,6 +19,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -32,16 +33,20 @@ class Form:
       bits: widths of the code planes, lowest bits first: `(4, 2)` is a plane of 4-bit pieces and
         one of the 2 bits above them. `(8,)` is one plane of signed bytes.
       offset: subtracted from a code.
-      table: or else, the value of each code.
-      decode_scale: the scale plane's values to float32, where they are not plain numbers.
+      table: or else, the value of each code, an integer of 8 bits.
+      decode_scale: the scales as stored to float32, where they are not plain numbers.
+      scale_bits: width of the scales and the minima: two neighbouring ones of 4 bits share a byte,
+        the first in its low half.
       chunk: weights whose codes are packed together: piece `i` of byte `j` of a chunk is weight
-        `i * bytes + j` of the chunk.
+        `i * bytes + j` of the chunk. As many slices as a byte has pieces make up a chunk, and no
+        slice may be longer than a group.
     """
 
     bits: tuple[int, ...]
-    offset: int = 0
-    table: tuple[float, ...] | None = None
+    offset: float = 0
+    table: tuple[int, ...] | None = None
     decode_scale: Callable[[Array], Array] | None = None
+    scale_bits: int = 8
     chunk: int = 32
 
 
@@ -52,7 +57,8 @@ class QTensor:
 
     Attributes:
       codes: a plane for each of `form.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8 bits).
-      scale: `[..., out, in / group]`: float16, or integers if there is a `super_scale`.
+      scale: `[..., out, in / group]` (half as many bytes for 4 bits): float16, integers to be
+        multiplied with `super_scale`, or bytes for `form.decode_scale`.
       minimum: like `scale`, or None.
       super_scale: float16 `[..., out, in / super_group]`, or None.
       super_minimum: like `super_scale`, or None.
@@ -119,8 +125,22 @@ def pack_codes(codes: Array, form: Form) -> tuple[Array, ...]:
 def _value(codes: Array, form: Form) -> Array:
     """Codes to float32 values, before scaling."""
     if form.table is not None:
-        return jnp.asarray(form.table, jnp.float32)[codes]
+        return _look_up(codes, form.table)
     return codes.astype(jnp.float32) - form.offset if form.offset else codes.astype(jnp.float32)
+
+
+def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
+    """Entries of a table of bytes, float32: each byte is shifted out of a word of four entries, the
+    word chosen by the upper bits. Faster inside a loop than reads from memory."""
+    packed = np.pad(np.asarray(table, np.int8), (0, -len(table) % 4)).view("<u4")
+    words = [jnp.uint32(word) for word in packed]
+    bit = 4
+    while len(words) > 1:
+        upper = (codes & bit) != 0
+        words = [jnp.where(upper, *pair) for pair in zip(words[1::2], words[::2], strict=True)]
+        bit *= 2
+    on_top = words[0] << (((codes & 3) ^ 3).astype(jnp.uint32) * 8)
+    return (lax.bitcast_convert_type(on_top, jnp.int32) >> 24).astype(jnp.float32)
 
 
 def _combine(planes: Iterable[Array], form: Form) -> Array:
@@ -132,8 +152,25 @@ def _combine(planes: Iterable[Array], form: Form) -> Array:
     return codes
 
 
-def _per_group(inner: Array, outer: Array | None, decode: Callable | None) -> Array:
-    """Scales (or minima) of the groups, float32 `[..., out, in / group]`."""
+def pack_scales(values: Array | None, form: Form) -> Array | None:
+    """Scales (or minima) `[..., groups]` as the form keeps them."""
+    return None if values is None else pack_bits(values, form.scale_bits, 8 // form.scale_bits)
+
+
+def _scales(w: QTensor) -> Array:
+    """The scales of the groups, float32 `[..., out, in / group]`."""
+    return _per_group(w.scale, w.super_scale, w.form, w.form.decode_scale)
+
+
+def _minima(w: QTensor) -> Array | None:
+    """The minima of the groups, float32 `[..., out, in / group]`."""
+    return None if w.minimum is None else _per_group(w.minimum, w.super_minimum, w.form)
+
+
+def _per_group(
+    plane: Array, outer: Array | None, form: Form, decode: Callable | None = None
+) -> Array:
+    inner = unpack_bits(plane, form.scale_bits, 8 // form.scale_bits)
     inner = decode(inner) if decode else inner.astype(jnp.float32)
     if outer is None:
         return inner
@@ -147,10 +184,10 @@ def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
         return w.astype(dtype)
     form = w.form
     codes = _combine(map(partial(unpack_bits, chunk=form.chunk), w.codes, form.bits), form)
-    scale = _per_group(w.scale, w.super_scale, form.decode_scale)
+    scale, minimum = _scales(w), _minima(w)
     grouped = _value(codes, form).reshape(*scale.shape, -1) * scale[..., None]
-    if w.minimum is not None:
-        grouped = grouped + _per_group(w.minimum, w.super_minimum, None)[..., None]
+    if minimum is not None:
+        grouped = grouped + minimum[..., None]
     return grouped.reshape(w.shape).astype(dtype)
 
 
@@ -193,9 +230,9 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
             groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
         return groups.reshape(groups.shape[0], chunks, -1, 1)
 
-    scale = per_chunk(_per_group(w.scale, w.super_scale, w.form.decode_scale))
-    if w.minimum is not None:
-        minimum = per_chunk(_per_group(w.minimum, w.super_minimum, None))
+    scale, minimum = per_chunk(_scales(w)), _minima(w)
+    if minimum is not None:
+        minimum = per_chunk(minimum)
     groups = scale.shape[2]
     if groups > len(slices):
         raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
@@ -209,7 +246,7 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
             products = jnp.sum(products, axis=-1, keepdims=True)
             inputs = jnp.sum(inputs, axis=-1, keepdims=True)
         total = total + products * scale[:, :, g]
-        if w.minimum is not None:
+        if minimum is not None:
             total = total + inputs * minimum[:, :, g]
     return jnp.sum(total, axis=(1, 2))
 

@@ -1,30 +1,17 @@
-"""One entry per GGML type: its block layout, and how blocks become planes on the device.
-
-Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h and `gguf/quants.py`.
-"""
+"""One entry per GGML type, and how its blocks become planes on the device."""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
+import gguf.quants
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, pack_codes
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """Blocks taken apart: codes `[..., block]`, the rest `[..., groups in a block]`.
-
-    The fields are those of `QTensor`, with the codes unpacked: uint8, or int8 for 8 bits.
-    """
-
-    codes: Array
-    scale: Array
-    minimum: Array | None = None
-    super_scale: Array | None = None
-    super_minimum: Array | None = None
+from jaxsplit.quant import blocks
+from jaxsplit.quant.blocks import Parts
+from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, pack_codes, pack_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,84 +33,98 @@ class QuantType:
     dtype: jnp.dtype | None = None
 
 
-def _view(raw: Array, dtype: jnp.dtype) -> Array:
-    """Little-endian bytes `[..., n * itemsize]` as numbers `[..., n]`."""
-    size = jnp.dtype(dtype).itemsize
-    if size == 1:
-        return lax.bitcast_convert_type(raw, dtype)
-    return lax.bitcast_convert_type(raw.reshape(*raw.shape[:-1], -1, size), dtype)
+def _half_steps(scales: Array, step: float) -> Array:
+    """Scales halfway between multiples of a step."""
+    return (scales.astype(jnp.float32) + 0.5) * step
 
 
-def _fields(raw: Array, *sizes: int) -> list[Array]:
-    """The bytes of a block cut into consecutive fields."""
-    fields, start = [], 0
-    for size in sizes:
-        fields.append(raw[..., start : start + size])
-        start += size
-    return fields
+def _signed(scales: Array) -> Array:
+    """1, 3, ..., 15 by the low 3 bits, negative where the fourth is set."""
+    magnitude = _half_steps(scales & 7, 2)
+    return jnp.where(scales > 7, -magnitude, magnitude)
 
 
-def _pieces(raw: Array, bits: int, run: int) -> Array:
-    """Codes `[..., n * 8 / bits]` of bytes `[..., n]`; piece `i` of byte `j` of each run of bytes
-    is code `i * run + j` of that run's codes."""
-    packed = raw.reshape(*raw.shape[:-1], -1, 1, run)
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
-    codes = (packed >> shifts) & jnp.uint8(2**bits - 1)
-    return codes.reshape(*raw.shape[:-1], -1)
+def _e8m0(scales: Array) -> Array:
+    """Exponents to half their power of two: float32 `2**(e - 128)`."""
+    bits = scales.astype(jnp.uint32)
+    bits = jnp.where(bits < 2, jnp.uint32(0x00200000) << bits, (bits - 1) << 23)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _q4_0(raw: Array) -> Parts:
-    scale, codes = _fields(raw, 2, 16)
-    return Parts(_pieces(codes, 4, 16), _view(scale, jnp.float16))
-
-
-def _q4_1(raw: Array) -> Parts:
-    scale, minimum, codes = _fields(raw, 2, 2, 16)
-    return Parts(
-        _pieces(codes, 4, 16), _view(scale, jnp.float16), minimum=_view(minimum, jnp.float16)
+def _ue4m3(scales: Array) -> Array:
+    """Half of a float of 4 bits of exponent and 3 of mantissa; the highest bit is unused."""
+    mantissa = (scales & 7).astype(jnp.float32)
+    exponent = ((scales >> 3) & 15).astype(jnp.int32)
+    # A normal number's bits in float32: its mantissa on top, its exponent with another bias.
+    normal = lax.bitcast_convert_type(
+        ((exponent + 119) << 23) | ((scales & 7).astype(jnp.int32) << 20), jnp.float32
     )
+    return jnp.where(scales == 127, 0, jnp.where(exponent == 0, mantissa * 2.0**-10, normal))
 
 
-def _q8_0(raw: Array) -> Parts:
-    scale, codes = _fields(raw, 2, 32)
-    return Parts(_view(codes, jnp.int8), _view(scale, jnp.float16))
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_IQ4 = gguf.quants.IQ4_NL.kvalues
+_IQ2 = (8, 25, 43, 0, -8, -25, -43, 0)
+_IQ3_XXS = (-62, *range(-52, 53, 8), 62)
 
-
-def _scales_k4(packed: Array) -> tuple[Array, Array]:
-    """The 8 scales and 8 minima of 6 bits that Q4_K and Q5_K keep in 12 bytes."""
-    low, high, mixed = _fields(packed, 4, 4, 4)
-    scale = jnp.concatenate([low & 63, (mixed & 15) | ((low >> 6) << 4)], axis=-1)
-    minimum = jnp.concatenate([high & 63, (mixed >> 4) | ((high >> 6) << 4)], axis=-1)
-    return scale, minimum
-
-
-def _q4_k(raw: Array) -> Parts:
-    scale, minimum, packed, codes = _fields(raw, 2, 2, 12, 128)
-    scales, minima = _scales_k4(packed)
-    return Parts(
-        _pieces(codes, 4, 32),
-        scales,
-        minimum=minima,
-        super_scale=_view(scale, jnp.float16),
-        super_minimum=-_view(minimum, jnp.float16),
-    )
-
-
-def _q6_k(raw: Array) -> Parts:
-    low, high, scales, scale = _fields(raw, 128, 64, 16, 2)
-    codes = _pieces(low, 4, 64) | (_pieces(high, 2, 32) << 4)
-    return Parts(codes, _view(scales, jnp.int8), super_scale=_view(scale, jnp.float16))
-
+_QUARTERS = partial(_half_steps, step=0.25)
+_HALVES = partial(_half_steps, step=0.5)
+_FOURS = partial(_half_steps, step=4)
 
 TYPES: dict[str, QuantType] = {
     "F32": QuantType(1, 4, dtype=jnp.float32),
     "F16": QuantType(1, 2, dtype=jnp.float16),
     "BF16": QuantType(1, 2, dtype=jnp.bfloat16),
-    "Q4_0": QuantType(32, 18, Form((4,), offset=8), _q4_0),
-    "Q4_1": QuantType(32, 20, Form((4,)), _q4_1),
-    "Q8_0": QuantType(32, 34, Form((8,)), _q8_0),
-    "Q4_K": QuantType(256, 144, Form((4,)), _q4_k),
-    "Q6_K": QuantType(256, 210, Form((4, 2), offset=32), _q6_k),
+    "Q4_0": QuantType(32, 18, Form((4,), offset=8), blocks.q4_0),
+    "Q4_1": QuantType(32, 20, Form((4,)), blocks.q4_1),
+    "Q5_0": QuantType(32, 22, Form((4, 1), offset=16), blocks.q5_0),
+    "Q5_1": QuantType(32, 24, Form((4, 1)), blocks.q5_1),
+    "Q8_0": QuantType(32, 34, Form((8,)), blocks.q8_0),
+    "Q2_K": QuantType(256, 84, Form((2,), scale_bits=4, chunk=64), blocks.q2_k),
+    "Q3_K": QuantType(256, 110, Form((2, 1), offset=4, chunk=128), blocks.q3_k),
+    "Q4_K": QuantType(256, 144, Form((4,)), blocks.q4_k),
+    "Q5_K": QuantType(256, 176, Form((4, 1), chunk=256), blocks.q5_k),
+    "Q6_K": QuantType(256, 210, Form((4, 2), offset=32), blocks.q6_k),
+    "IQ1_S": QuantType(
+        256,
+        50,
+        Form((2,), offset=0.875, decode_scale=_signed, scale_bits=4, chunk=128),
+        blocks.iq1_s,
+    ),
+    "IQ1_M": QuantType(
+        256, 56, Form((2,), offset=0.875, decode_scale=_signed, scale_bits=4), blocks.iq1_m
+    ),
+    "IQ2_XXS": QuantType(
+        256,
+        66,
+        Form((2, 1), table=_IQ2, decode_scale=_QUARTERS, scale_bits=4, chunk=256),
+        blocks.iq2_xxs,
+    ),
+    "IQ2_XS": QuantType(
+        256,
+        74,
+        Form((2, 1), table=_IQ2, decode_scale=_QUARTERS, scale_bits=4, chunk=128),
+        blocks.iq2_xs,
+    ),
+    "IQ2_S": QuantType(
+        256,
+        82,
+        Form((2, 1), table=_IQ2, decode_scale=_QUARTERS, scale_bits=4, chunk=128),
+        blocks.iq2_s,
+    ),
+    "IQ3_XXS": QuantType(
+        256, 98, Form((4,), table=_IQ3_XXS, decode_scale=_HALVES, scale_bits=4), blocks.iq3_xxs
+    ),
+    "IQ3_S": QuantType(
+        256, 110, Form((4,), offset=7.5, decode_scale=_FOURS, scale_bits=4), blocks.iq3_s
+    ),
+    "IQ4_NL": QuantType(32, 18, Form((4,), table=_IQ4), blocks.q4_0),
+    "IQ4_XS": QuantType(256, 136, Form((4,), table=_IQ4), blocks.iq4_xs),
+    "MXFP4": QuantType(32, 17, Form((4,), table=_E2M1, decode_scale=_e8m0), blocks.mxfp4),
+    "NVFP4": QuantType(64, 36, Form((4,), table=_E2M1, decode_scale=_ue4m3), blocks.nvfp4),
+    "TQ1_0": QuantType(256, 54, Form((2,), offset=1, chunk=128), blocks.tq1_0),
+    "TQ2_0": QuantType(256, 66, Form((2,), offset=1, chunk=128), blocks.tq2_0),
+    "Q1_0": QuantType(128, 18, Form((1,), table=(-1, 1), chunk=128), blocks.q1_0),
 }
 
 
@@ -176,14 +177,28 @@ def unpack(
                 for field in dataclasses.fields(Parts)
             }
         )
-        form = dataclasses.replace(form, chunk=min(form.chunk, granule))
-    join = {
-        field.name: _join(getattr(parts, field.name))
-        for field in dataclasses.fields(Parts)
-        if field.name != "codes"
-    }
-    tensor = QTensor(codes=pack_codes(_join(parts.codes), form), form=form, **join)
+        form = _fit(form, granule, parts.scale.shape[-1])
+    tensor = QTensor(
+        codes=pack_codes(_join(parts.codes), form),
+        scale=_join(pack_scales(parts.scale, form)),
+        minimum=_join(pack_scales(parts.minimum, form)),
+        super_scale=_join(parts.super_scale),
+        super_minimum=_join(parts.super_minimum),
+        form=form,
+    )
     return tensor if dtype is None else dequantize(tensor, dtype)
+
+
+def _fit(form: Form, granule: int, groups: int) -> Form:
+    """The form of blocks of which a granule with so many groups is left: codes and scales of
+    different granules share no byte."""
+    chunk = min(form.chunk, granule)
+    return dataclasses.replace(
+        form,
+        chunk=chunk,
+        bits=tuple(max(bits, 8 // chunk) for bits in form.bits),
+        scale_bits=form.scale_bits if groups * form.scale_bits % 8 == 0 else 8,
+    )
 
 
 def _cut(values: Array | None, count: int, part: Array) -> Array | None:

@@ -1,0 +1,44 @@
+"""Convert a GGUF file to a checkpoint directory that any mesh can restore.
+
+  python converters/gguf_to_orbax.py --model=FILE.gguf --out=DIR
+  python -m jaxsplit.generate --model=DIR --prompt="Once upon a time"
+
+Weights stay quantized, or are dequantized with --weights. The directory appears only when it is
+complete.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from jaxsplit.checkpoint import save_checkpoint
+from jaxsplit.cli import progress_bar, run
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import model_config, open_gguf
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file, any one of a model in several files")
+_OUT = flags.DEFINE_string("out", None, "directory to write, which must not exist")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    "quantized",
+    ["quantized", "bfloat16", "float16", "float32"],
+    "keep weights as in the file, or dequantize matrices",
+)
+
+
+def main(_: list[str]) -> None:
+    """Converts as the flags say."""
+    if not _MODEL.value or not _OUT.value:
+        raise JaxsplitError("--model=FILE.gguf and --out=DIR are both needed")
+    file = open_gguf(_MODEL.value)
+    weights = None if _WEIGHTS.value == "quantized" else _WEIGHTS.value
+    with progress_bar("converting") as progress:
+        save_checkpoint(
+            file, model_config(file), Path(_OUT.value), weights=weights, progress=progress
+        )
+    print(f"wrote {_OUT.value}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

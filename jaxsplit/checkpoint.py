@@ -1,0 +1,217 @@
+"""Checkpoint directories: a model's raw blocks as Orbax arrays, its header as JSON.
+
+    DIR/model.json         metadata (with tokenizer and chat template), and each tensor's type
+    DIR/config.json        the model's config, for people
+    DIR/tensors/FOLDER/    an Orbax checkpoint of the tensors of one layer, or of the rest
+
+Tensors are stored whole and unpadded, so that any mesh can restore what any other has written.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import GGUFTensor, ModelFile, TensorInfo
+from jaxsplit.models import ModelConfig
+from jaxsplit.parallel import Placement
+from jaxsplit.quant import unpack
+
+_FORMAT = 1
+_CHUNK_BYTES = 2**24  # what is read at least for a slice
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor of a checkpoint.
+
+    Attributes:
+      folder: the Orbax checkpoint that it is in.
+    """
+
+    folder: Path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a finished checkpoint directory."""
+    return (path / "model.json").is_file()
+
+
+def open_checkpoint(path: Path) -> ModelFile:
+    """Reads the header of a checkpoint directory.
+
+    Raises:
+      JaxsplitError: it is damaged or of a newer version.
+    """
+    try:
+        header = json.loads((path / "model.json").read_text("utf-8"))
+        found = header["format"]
+        tensors = {
+            name: StoredTensor(name, kind, tuple(shape), path / "tensors" / folder)
+            for name, (kind, shape, folder) in header["tensors"].items()
+        }
+        metadata = header["metadata"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JaxsplitError(f"{path / 'model.json'} is damaged ({error}); convert again") from error
+    if found != _FORMAT:
+        raise JaxsplitError(
+            f"{path} has checkpoint format {found}, this version reads {_FORMAT}; convert again"
+        )
+    missing = sorted({t.folder.name for t in tensors.values() if not t.folder.is_dir()})
+    if missing:
+        raise JaxsplitError(f"{path} is incomplete: tensors/{missing[0]} is missing; convert again")
+    return ModelFile(path, metadata, tensors)
+
+
+def _checkpointer():
+    import orbax.checkpoint as ocp  # takes a second, and GGUF files do not need it
+
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def save_checkpoint(
+    file: ModelFile,
+    config: ModelConfig,
+    path: Path,
+    *,
+    weights: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a GGUF file as a checkpoint directory, which appears only when it is complete.
+
+    Args:
+      file: the model, from `open_gguf`.
+      config: its config.
+      path: the directory, which must not exist.
+      weights: dequantize matrices to `bfloat16`, `float16` or `float32`; None keeps them.
+      progress: told about the bytes of the file that are done, and those in all.
+
+    Raises:
+      JaxsplitError: the directory exists or cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    if path.exists():
+        raise JaxsplitError(f"{path} exists already; remove it or choose another directory")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    folders: dict[str, list[GGUFTensor]] = {}
+    for tensor in file.tensors.values():
+        folders.setdefault(_folder(tensor.name), []).append(tensor)
+    total = sum(tensor.nbytes for tensor in file.tensors.values())
+    done, table = 0, {}
+    try:
+        (partial / "tensors").mkdir(parents=True)
+        for folder, tensors in folders.items():
+            tree = {}
+            for tensor in tensors:
+                kind, tree[tensor.name] = _stored(tensor, weights)
+                table[tensor.name] = kind, tensor.shape, folder
+            target = (partial / "tensors" / folder).resolve()
+            chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+            arguments = ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunks, tree))
+            _checkpointer().save(target, args=arguments)
+            for tensor in tensors:
+                tensor.release()
+                done += tensor.nbytes
+            if progress:
+                progress(done, total)
+        header = {"format": _FORMAT, "metadata": file.metadata, "tensors": table}
+        (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        (partial / "model.json").write_text(json.dumps(header), "utf-8")
+        partial.rename(path)
+    except OSError as error:
+        raise JaxsplitError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _folder(name: str) -> str:
+    """Tensors of a layer are stored together, and so are all others."""
+    match = re.match(r"blk\.\d+", name)
+    return match[0] if match else "model"
+
+
+def _stored(tensor: GGUFTensor, weights: str | None) -> tuple[str, np.ndarray]:
+    """A tensor's type and raw blocks in the checkpoint."""
+    if weights is None or len(tensor.shape) < 2:
+        return tensor.type, tensor.blocks
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[weights]
+    dtype = jnp.dtype(weights)
+    dequantized = jax.jit(functools.partial(unpack, tensor.type, dtype=dtype))(tensor.blocks)
+    return kind, np.asarray(dequantized).view(np.uint8).reshape(*tensor.shape, dtype.itemsize)
+
+
+def restore(tensors: Sequence[StoredTensor], placements: Sequence[Placement]) -> list[jax.Array]:
+    """Raw blocks of the tensors of one folder, each slice on the devices that hold it.
+
+    Args:
+      tensors: of one folder.
+      placements: where they go.
+
+    Returns:
+      uint8 `[rows, blocks, block_bytes]` each, padded as the placements say.
+
+    Raises:
+      JaxsplitError: the checkpoint is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    direct = [_in_order(place.rows) and _in_order(place.columns) for place in placements]
+    items, arguments = {}, {}
+    for tensor, place, in_order in zip(tensors, placements, direct, strict=True):
+        shape, spec = tensor.blocks_shape, list(place.sharding.spec)
+        if in_order:
+            # Orbax pads with zeros at the end, and each device reads its own slice only.
+            shape = (len(place.rows), *([len(place.columns)] if len(shape) > 2 else []), shape[-1])
+            spec = spec if len(shape) > 2 else [spec[0], None]
+        else:
+            spec = [None] * len(shape)
+        sharding = NamedSharding(place.sharding.mesh, PartitionSpec(*spec))
+        items[tensor.name] = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
+        arguments[tensor.name] = ocp.ArrayRestoreArgs(
+            sharding=sharding, global_shape=shape, strict=False
+        )
+    folder = tensors[0].folder
+    try:
+        arrays = _checkpointer().restore(
+            folder.resolve(),
+            args=ocp.args.PyTreeRestore(item=items, restore_args=arguments, partial_restore=True),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise JaxsplitError(f"{folder} is damaged ({reason}); convert again") from error
+    blocks = [arrays[tensor.name] for tensor in tensors]
+    blocks = [array if array.ndim == 3 else array[:, None] for array in blocks]
+    return [
+        array if in_order else _arrange(array, place)
+        for array, place, in_order in zip(blocks, placements, direct, strict=True)
+    ]
+
+
+def _in_order(index: np.ndarray) -> bool:
+    """Whether an index is 0, 1, 2, … and then only padding."""
+    count = int((index >= 0).sum())
+    return np.array_equal(index[:count], np.arange(count)) and bool((index[count:] < 0).all())
+
+
+def _arrange(raw: jax.Array, place: Placement) -> jax.Array:
+    """Blocks that every device has whole, cut and padded as the placement says."""
+    mesh, spec = place.sharding.mesh, place.sharding.spec
+
+    def local(raw: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        kept = (rows >= 0)[:, None, None] & (columns >= 0)[:, None]
+        return jnp.where(kept, raw[rows][:, columns], 0).astype(jnp.uint8)
+
+    specs = (PartitionSpec(), PartitionSpec(spec[0]), PartitionSpec(spec[1]))
+    arranged = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec)
+    return jax.jit(arranged)(raw, place.rows, place.columns)

@@ -1,0 +1,61 @@
+"""What all command lines share: errors for people, a progress bar."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from absl import app, flags, logging
+
+from jaxsplit.errors import JaxsplitError
+
+
+def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
+    """Parses the flags and runs a program; what the user can mend becomes one line and status 2.
+
+    Args:
+      main: takes the arguments that are not flags.
+      arguments: how many of them it takes.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries report each step otherwise
+        try:
+            if len(argv) - 1 > arguments:
+                raise JaxsplitError(
+                    f"unexpected argument {argv[arguments + 1]!r}; --help lists the flags"
+                )
+            main(argv[1:])
+        except JaxsplitError as error:
+            print(f"jaxsplit: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:  # the reader of the text has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, OSError) as error:
+        reason = " ".join(str(error).split())
+        print(f"jaxsplit: {reason}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in bytes on standard error; nothing if that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    with Progress(*columns, TransferSpeedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

