@@ -42,7 +42,7 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, OSError) as error:
+    except flags.Error as error:
         reason = " ".join(str(error).split())
         print(f"jaxsplit: {reason}; --help lists the flags", file=sys.stderr)
         sys.exit(2)

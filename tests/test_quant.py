@@ -19,12 +19,11 @@ PACKED_AS_IN_THE_FILE = (
     *("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K"),
     *("IQ4_NL", "IQ4_XS", "MXFP4"),
 )
-# Heads of 100 dimensions, as in OpenLLaMA 3B, cut blocks of 32 into pieces of 4.
-CUTS = [
-    (name, granule)
-    for name in QUANTIZED
-    for granule in (4, *range(16, TYPES[name].block))
-    if TYPES[name].block % granule == 0 and (granule > 4 or TYPES[name].block == 32)
+# One of each kind of form: plain, 8 bits, a minimum, two planes, two levels of scales, tables.
+FORMS = [
+    name
+    for name in ("F32", "F16", "Q8_0", "Q5_1", "Q6_K", "Q4_K", "IQ4_NL", "IQ2_S", "NVFP4")
+    if name in TYPES
 ]
 ROWS, BLOCKS = 8, 4  # of every matrix that is multiplied: each shape is compiled anew
 
@@ -45,11 +44,24 @@ def uses(name, raw, x, rows):
     }
 
 
-@functools.partial(jit_quickly, static_argnums=0, static_argnames="granule")
-def uses_of_cut(name, raw, x, granule, part):
-    """Weights, and the product with one row, of a matrix that is cut inside blocks."""
-    weights = jax.lax.optimization_barrier(unpack(name, raw, granule=granule, part=part))
-    return dequantize(weights), matmul(x, weights)
+@functools.partial(jit_quickly, static_argnums=0)
+def uses_of_cuts(name, raw, inputs, parts):
+    """Weights, and the product with one row, of a matrix that is cut inside blocks.
+
+    Args:
+      name, raw: the matrix.
+      inputs: the row, by granule.
+      parts: which granule of each block is kept, by granule.
+
+    Returns:
+      weights and product, by granule.
+    """
+    results = {}
+    for granule, x in inputs.items():
+        weights = unpack(name, raw, granule=granule, part=parts[granule])
+        weights = jax.lax.optimization_barrier(weights)
+        results[granule] = dequantize(weights), matmul(x, weights)
+    return results
 
 
 @pytest.fixture
@@ -65,8 +77,8 @@ def reference(name, raw):
     """The gguf package's dequantization: uint8 `[..., blocks, block_bytes]` to float32."""
     if name == "Q1_0":  # which the package does not know: a scale, and a sign for each weight
         scale = np.ascontiguousarray(raw[..., :2]).view(np.float16).astype(np.float32)
-        signs = np.unpackbits(raw[..., 2:], axis=-1, bitorder="little").astype(np.float32) * 2 - 1
-        return (signs * scale).reshape(*raw.shape[:-2], -1)
+        positive = np.unpackbits(raw[..., 2:], axis=-1, bitorder="little")
+        return np.where(positive, scale, -scale).reshape(*raw.shape[:-2], -1)
     with np.errstate(all="ignore"):
         flat = gguf.quants.dequantize(raw.reshape(*raw.shape[:-2], -1), ggml_type(name))
     return np.asarray(flat, np.float32)
@@ -142,10 +154,7 @@ def test_products_equal_those_in_float64(rng, name):
         check_product(y, x[:rows], expected)
 
 
-# One of each kind of form: plain, 8 bits, a minimum, two planes, a table, two levels of scales.
-@pytest.mark.parametrize(
-    "name", [n for n in ("F32", "F16", "Q8_0", "Q5_1", "Q6_K", "IQ4_NL", "Q4_K") if n in TYPES]
-)
+@pytest.mark.parametrize("name", FORMS)
 def test_half_precision_loses_no_more_than_its_rounding(rng, name):
     raw = usual_blocks(rng, name, ROWS, BLOCKS)
     weights = reference(name, raw)
@@ -231,10 +240,10 @@ def test_a_matrix_cut_by_columns_is_put_together_again(rng, name, shards):
         check_product(y, x[:rows], expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMS)
 def test_planes_of_a_part_are_parts_of_the_planes(rng, name):
     """What lets one partition spec shard all of them."""
-    raw = any_blocks(rng, name, ROWS, 2 * BLOCKS)
+    raw = any_blocks(rng, name, ROWS, BLOCKS)
     planes = jax.tree.leaves(unpack_quickly(name, raw))
     for i, part in enumerate(np.split(raw, 2, axis=1)):
         for whole, plane in zip(planes, jax.tree.leaves(unpack_quickly(name, part)), strict=True):
@@ -244,31 +253,39 @@ def test_planes_of_a_part_are_parts_of_the_planes(rng, name):
 # Cuts inside blocks: each shard is given the same raw blocks and keeps another part of each
 
 
-@pytest.mark.parametrize(("name", "granule"), CUTS)
-def test_a_cut_inside_blocks_keeps_the_right_weights(rng, name, granule):
-    raw = any_blocks(rng, name, ROWS, BLOCKS)
-    count = TYPES[name].block // granule
-    part = rng.integers(0, count, BLOCKS).astype(np.int32)
-    pieces = reference(name, raw).reshape(ROWS, BLOCKS, count, granule)
-    expected = pieces[:, np.arange(BLOCKS), part].reshape(ROWS, -1)
-    x = inputs(rng, BLOCKS * granule, rows=1)
-    check_same_bits(uses_of_cut(name, raw, x, granule=granule, part=part)[0], expected)
+def granules(name):
+    """Weights of a block that may be kept: 16 and more, and for blocks of 32 those of heads of 100
+    dimensions, as in OpenLLaMA 3B."""
+    block = TYPES[name].block
+    return [g for g in range(1, block) if block % g == 0 and (g >= 16 or (g, block) == (4, 32))]
 
 
-@pytest.mark.parametrize(("name", "granule"), CUTS)
-def test_products_with_all_parts_of_the_blocks_make_up_the_product(rng, name, granule):
-    raw = usual_blocks(rng, name, ROWS, BLOCKS)
-    expected, count = reference(name, raw), TYPES[name].block // granule
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_cut_inside_blocks_keeps_the_right_weights(rng, name):
+    raw, block = any_blocks(rng, name, ROWS, BLOCKS), TYPES[name].block
+    parts = {g: rng.integers(0, block // g, BLOCKS).astype(np.int32) for g in granules(name)}
+    x = {g: inputs(rng, BLOCKS * g, rows=1) for g in granules(name)}
+    for granule, (weights, _) in uses_of_cuts(name, raw, x, parts).items():
+        pieces = reference(name, raw).reshape(ROWS, BLOCKS, -1, granule)
+        expected = pieces[:, np.arange(BLOCKS), parts[granule]].reshape(ROWS, -1)
+        check_same_bits(weights, expected)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_products_with_all_parts_of_the_blocks_make_up_the_product(rng, name):
+    raw, block = usual_blocks(rng, name, ROWS, BLOCKS), TYPES[name].block
+    expected = reference(name, raw)
     x = inputs(rng, expected.shape[1], rows=1)
-    pieces = x.reshape(BLOCKS, count, granule)
-    total = 0
-    for i in range(count):
-        piece = np.ascontiguousarray(pieces[:, i]).reshape(1, -1)
-        part = np.full(BLOCKS, i, np.int32)
-        weights, y = uses_of_cut(name, raw, piece, granule=granule, part=part)
-        check_product(y, piece, weights)
-        total = total + np.float64(y)
-    check_product(total, x, expected)
+    total = dict.fromkeys(granules(name), 0)
+    for i in range(block // min(granules(name))):
+        part = {g: np.full(BLOCKS, i % (block // g), np.int32) for g in granules(name)}
+        pieces = {g: x.reshape(BLOCKS, -1, g)[:, part[g][0]].reshape(1, -1) for g in granules(name)}
+        for granule, (weights, y) in uses_of_cuts(name, raw, pieces, part).items():
+            check_product(y, pieces[granule], weights)
+            if i < block // granule:
+                total[granule] = total[granule] + np.float64(y)
+    for y in total.values():
+        check_product(y, x, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in ("Q8_0", "Q5_1", "Q6_K") if name in TYPES])
@@ -279,14 +296,17 @@ def test_uses_of_a_cut_inside_blocks(rng, name):
     expected = reference(name, raw).reshape(ROWS, BLOCKS, -1)[..., :16].reshape(ROWS, -1)
     weights = unpack_quickly(name, raw, granule=16, part=part)
     rows = rng.integers(0, ROWS, (2, 3))
-    check_same_bits(take_rows(weights, rows, jnp.float32), expected[rows])
+    take = jit_quickly(take_rows, static_argnums=2)
+    check_same_bits(take(weights, rows, jnp.float32), expected[rows])
     x = inputs(rng, BLOCKS * 16, rows=3)
-    check_product(jax.jit(matmul)(x, weights), x, expected)
-    at_load = unpack(name, jnp.asarray(raw), granule=16, part=part, dtype=jnp.float32)
-    check_same_bits(at_load, expected)
+    check_product(jit_quickly(matmul)(x, weights), x, expected)
+    at_load = jit_quickly(
+        lambda raw, part: unpack(name, raw, granule=16, part=part, dtype="float32")
+    )
+    check_same_bits(at_load(raw, part), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_granule_of_the_whole_block_changes_nothing(rng, name):
     raw, part = any_blocks(rng, name, ROWS, BLOCKS), np.zeros(BLOCKS, np.int32)
     cut = unpack_quickly(name, raw, granule=TYPES[name].block, part=part)

@@ -274,8 +274,11 @@ def matmul(x: Array, w: Weight) -> Array:
         )
         return y.reshape(*x.shape[:-1], -1)
     if isinstance(w, QTensor):
-        # Tied to x: else the compiler may dequantize many matrices ahead and keep them alive.
-        w, x = lax.optimization_barrier((w, x))
+        # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them
+        # alive. Some backends drop an optimization barrier too early to serve.
+        poisoned = jnp.isnan(x[(0,) * x.ndim])
+        scale = jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale)
+        w = dataclasses.replace(w, scale=scale)
     return lax.dot_general(
         x,
         dequantize(w, x.dtype),

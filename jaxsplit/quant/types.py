@@ -45,31 +45,41 @@ def _signed(scales: Array) -> Array:
 
 
 def _e8m0(scales: Array) -> Array:
-    """Exponents to half their power of two: float32 `2**(e - 128)`."""
+    """Exponents to half their power of two, `2**(e - 128)`: the smallest two are subnormal, which
+    XLA's CPU backend takes for zero."""
     bits = scales.astype(jnp.uint32)
     bits = jnp.where(bits < 2, jnp.uint32(0x00200000) << bits, (bits - 1) << 23)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _ue4m3(scales: Array) -> Array:
-    """Half of a float of 4 bits of exponent and 3 of mantissa; the highest bit is unused."""
-    mantissa = (scales & 7).astype(jnp.float32)
-    exponent = ((scales >> 3) & 15).astype(jnp.int32)
-    # A normal number's bits in float32: its mantissa on top, its exponent with another bias.
-    normal = lax.bitcast_convert_type(
-        ((exponent + 119) << 23) | ((scales & 7).astype(jnp.int32) << 20), jnp.float32
-    )
-    return jnp.where(scales == 127, 0, jnp.where(exponent == 0, mantissa * 2.0**-10, normal))
+    """Half of numbers with 4 bits of exponent and 3 of mantissa, of which the last means zero; as
+    float16, which has another bias, they are too small by 2**8. The highest bit is unused."""
+    small = lax.bitcast_convert_type((scales & 127).astype(jnp.uint16) << 7, jnp.float16)
+    return jnp.where(scales == 127, 0, small.astype(jnp.float32) * 2.0**7)
 
 
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _IQ4 = gguf.quants.IQ4_NL.kvalues
-_IQ2 = (8, 25, 43, 0, -8, -25, -43, 0)
-_IQ3_XXS = (-62, *range(-52, 53, 8), 62)
 
-_QUARTERS = partial(_half_steps, step=0.25)
-_HALVES = partial(_half_steps, step=0.5)
-_FOURS = partial(_half_steps, step=4)
+# Codebook types: the code of a weight alone, with scales of 4 bits. IQ3_S's weights, the odd
+# numbers from -15 to 15, and IQ1's, which are -1, 0 and 1 plus 1/8, need no table.
+_IQ1 = Form((2,), offset=0.875, decode_scale=_signed, scale_bits=4)
+_IQ2 = Form(
+    (2, 1),
+    table=(8, 25, 43, 0, -8, -25, -43, 0),
+    decode_scale=partial(_half_steps, step=0.25),
+    scale_bits=4,
+    chunk=64,
+)
+_IQ3_XXS = Form(
+    (4,),
+    table=(-62, *range(-52, 53, 8), 62),
+    decode_scale=partial(_half_steps, step=0.5),
+    scale_bits=4,
+    chunk=64,
+)
+_IQ3_S = Form((4,), offset=7.5, decode_scale=partial(_half_steps, step=4), scale_bits=4, chunk=64)
 
 TYPES: dict[str, QuantType] = {
     "F32": QuantType(1, 4, dtype=jnp.float32),
@@ -80,48 +90,22 @@ TYPES: dict[str, QuantType] = {
     "Q5_0": QuantType(32, 22, Form((4, 1), offset=16), blocks.q5_0),
     "Q5_1": QuantType(32, 24, Form((4, 1)), blocks.q5_1),
     "Q8_0": QuantType(32, 34, Form((8,)), blocks.q8_0),
-    "Q2_K": QuantType(256, 84, Form((2,), scale_bits=4, chunk=64), blocks.q2_k),
-    "Q3_K": QuantType(256, 110, Form((2, 1), offset=4, chunk=128), blocks.q3_k),
-    "Q4_K": QuantType(256, 144, Form((4,)), blocks.q4_k),
-    "Q5_K": QuantType(256, 176, Form((4, 1), chunk=256), blocks.q5_k),
-    "Q6_K": QuantType(256, 210, Form((4, 2), offset=32), blocks.q6_k),
-    "IQ1_S": QuantType(
-        256,
-        50,
-        Form((2,), offset=0.875, decode_scale=_signed, scale_bits=4, chunk=128),
-        blocks.iq1_s,
-    ),
-    "IQ1_M": QuantType(
-        256, 56, Form((2,), offset=0.875, decode_scale=_signed, scale_bits=4), blocks.iq1_m
-    ),
-    "IQ2_XXS": QuantType(
-        256,
-        66,
-        Form((2, 1), table=_IQ2, decode_scale=_QUARTERS, scale_bits=4, chunk=256),
-        blocks.iq2_xxs,
-    ),
-    "IQ2_XS": QuantType(
-        256,
-        74,
-        Form((2, 1), table=_IQ2, decode_scale=_QUARTERS, scale_bits=4, chunk=128),
-        blocks.iq2_xs,
-    ),
-    "IQ2_S": QuantType(
-        256,
-        82,
-        Form((2, 1), table=_IQ2, decode_scale=_QUARTERS, scale_bits=4, chunk=128),
-        blocks.iq2_s,
-    ),
-    "IQ3_XXS": QuantType(
-        256, 98, Form((4,), table=_IQ3_XXS, decode_scale=_HALVES, scale_bits=4), blocks.iq3_xxs
-    ),
-    "IQ3_S": QuantType(
-        256, 110, Form((4,), offset=7.5, decode_scale=_FOURS, scale_bits=4), blocks.iq3_s
-    ),
-    "IQ4_NL": QuantType(32, 18, Form((4,), table=_IQ4), blocks.q4_0),
-    "IQ4_XS": QuantType(256, 136, Form((4,), table=_IQ4), blocks.iq4_xs),
     "MXFP4": QuantType(32, 17, Form((4,), table=_E2M1, decode_scale=_e8m0), blocks.mxfp4),
     "NVFP4": QuantType(64, 36, Form((4,), table=_E2M1, decode_scale=_ue4m3), blocks.nvfp4),
+    "Q2_K": QuantType(256, 84, Form((2,), scale_bits=4, chunk=64), blocks.q2_k),
+    "Q3_K": QuantType(256, 110, Form((2, 1), offset=4, chunk=64), blocks.q3_k),
+    "Q4_K": QuantType(256, 144, Form((4,)), blocks.q4_k),
+    "Q5_K": QuantType(256, 176, Form((4, 1), chunk=256), blocks.q5_k),
+    "Q6_K": QuantType(256, 210, Form((4, 2), offset=32, chunk=64), blocks.q6_k),
+    "IQ1_S": QuantType(256, 50, dataclasses.replace(_IQ1, chunk=64), blocks.iq1_s),
+    "IQ1_M": QuantType(256, 56, _IQ1, blocks.iq1_m),
+    "IQ2_XXS": QuantType(256, 66, dataclasses.replace(_IQ2, chunk=128), blocks.iq2_xxs),
+    "IQ2_XS": QuantType(256, 74, _IQ2, blocks.iq2_xs),
+    "IQ2_S": QuantType(256, 82, _IQ2, blocks.iq2_s),
+    "IQ3_XXS": QuantType(256, 98, _IQ3_XXS, blocks.iq3_xxs),
+    "IQ3_S": QuantType(256, 110, _IQ3_S, blocks.iq3_s),
+    "IQ4_NL": QuantType(32, 18, Form((4,), table=_IQ4), blocks.q4_0),
+    "IQ4_XS": QuantType(256, 136, Form((4,), table=_IQ4, chunk=64), blocks.iq4_xs),
     "TQ1_0": QuantType(256, 54, Form((2,), offset=1, chunk=128), blocks.tq1_0),
     "TQ2_0": QuantType(256, 66, Form((2,), offset=1, chunk=128), blocks.tq2_0),
     "Q1_0": QuantType(128, 18, Form((1,), table=(-1, 1), chunk=128), blocks.q1_0),

@@ -1,0 +1,84 @@
+"""How fast a file gets onto the devices, beside what its storage and the bus allow.
+
+  python benchmarks/load.py --model=FILE.gguf [--devices=N] [--weights=quantized]
+
+Prints the time of a plain read of the file (which leaves it in the page cache), the time to copy as
+many bytes from host memory to the devices, and the time to load, with the host memory that it took.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+import jaxsplit
+from jaxsplit.cli import run
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
+_DEVICES = flags.DEFINE_integer("devices", None, "use only the first so many devices")
+_WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
+_REPEAT = flags.DEFINE_integer("repeat", 2, "how often to load; programs are compiled in the first")
+
+
+def _status(field: str) -> float:
+    """A field of /proc/self/status in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
+
+
+def _read_seconds(path: Path) -> float:
+    buffer = bytearray(2**26)
+    start = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - start
+
+
+def _upload_rate() -> float:
+    """Bytes per second from pageable host memory to one device."""
+    host = np.random.default_rng(0).integers(0, 255, 2**28, dtype=np.uint8)
+    jax.block_until_ready(jax.device_put(host))
+    start = time.perf_counter()
+    jax.block_until_ready(jax.device_put(host))
+    return host.nbytes / (time.perf_counter() - start)
+
+
+def main(_: list[str]) -> None:
+    """Measures."""
+    path = Path(_MODEL.value)
+    size = path.stat().st_size
+    device = jax.devices()[0]
+    read = _read_seconds(path)
+    read = min(read, _read_seconds(path))
+    rate = _upload_rate()
+    print(f"{path.name}: {size / 1e9:.2f} GB; {len(jax.devices())} x {device.device_kind}")
+    print(f"read from the page cache {read:.2f} s; upload at {rate / 1e9:.1f} GB/s")
+    for i in range(_REPEAT.value):
+        base, peak = _status("RssAnon"), [0.0]
+
+        def watch(done: int, total: int, base: float = base, peak: list[float] = peak) -> None:
+            peak[0] = max(peak[0], _status("RssAnon") - base)
+
+        start = time.perf_counter()
+        lm = jaxsplit.load(
+            path,
+            devices=_DEVICES.value,
+            weights=_WEIGHTS.value,
+            ctx_size=256,
+            progress=watch,
+        )
+        seconds = time.perf_counter() - start
+        largest = max(t.nbytes for t in jaxsplit.lm.open_model(path).tensors.values())
+        print(
+            f"load {i + 1}: {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s, "
+            f"{seconds / (size / rate):.1f} x the upload alone; host memory + {peak[0]:.0f} MB "
+            f"(largest tensor {largest / 1e6:.0f} MB), per device {lm.weight_bytes / 1e9:.2f} GB"
+        )
+        del lm
+
+
+if __name__ == "__main__":
+    run(main)
