@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import gguf
 import numpy as np
 
+_FIELDS = ("embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "tied")
 SHAPES = {
-    "llama-1b": dict(embed=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp=8192, tied=True),
-    "llama-8b": dict(embed=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336),
-    "llama-70b": dict(embed=8192, layers=80, heads=64, kv_heads=8, head_dim=128, mlp=28672),
+    "llama-1b": (2048, 16, 32, 8, 64, 8192, True),
+    "llama-8b": (4096, 32, 32, 8, 128, 14336, False),
+    "llama-70b": (8192, 80, 64, 8, 128, 28672, False),
 }
 VOCAB = 128256
 
@@ -77,7 +78,7 @@ def tensor_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) 
 def write(spec: str, path: str) -> None:
     """Writes the file of `model:type`, such as `llama-8b:Q8_0`."""
     model, _, mix = spec.partition(":")
-    shape = {"tied": False, **SHAPES[model]}
+    shape = dict(zip(_FIELDS, SHAPES[model], strict=True))
     embed, q = shape["embed"], shape["heads"] * shape["head_dim"]
     kv, mlp = shape["kv_heads"] * shape["head_dim"], shape["mlp"]
     sizes = {
@@ -130,11 +131,8 @@ def write(spec: str, path: str) -> None:
     out = writer.fout[0]
     writer.write_padding(out, out.tell())
     for _, kind, dims in tensors:
-        if len(dims) == 1:
-            pieces = [np.ones(dims, np.float32)]
-        else:
-            pieces = tensor_blocks(kind, *dims, rng)
-        for piece in pieces:
+        vector = len(dims) == 1
+        for piece in [np.ones(dims, np.float32)] if vector else tensor_blocks(kind, *dims, rng):
             out.write(piece.data)
         writer.write_padding(out, out.tell())
     writer.close()

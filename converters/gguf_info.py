@@ -1,6 +1,6 @@
 """Show what is in a GGUF file or a checkpoint directory.
 
-  python converters/gguf_info.py FILE.gguf [--json]
+python converters/gguf_info.py FILE.gguf [--json]
 """
 
 import dataclasses

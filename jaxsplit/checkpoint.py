@@ -118,7 +118,7 @@ def save_checkpoint(
                 table[tensor.name] = kind, tensor.shape, folder
             target = (partial / "tensors" / folder).resolve()
             chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-            arguments = ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunks, tree))
+            arguments = ocp.args.PyTreeSave(tree, save_args=dict.fromkeys(tree, chunks))
             _checkpointer().save(target, args=arguments)
             for tensor in tensors:
                 tensor.release()

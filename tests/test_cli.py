@@ -348,18 +348,14 @@ def test_chat_prints_the_answer_only(generate, lm):
         assert (done.code, done.out) == (0, answer + "\n")
 
 
-def test_a_full_context_ends_the_text_with_a_note(generate, lm):
-    prompt = lm.tokenizer.encode(PROMPT)
-    for size in (32, len(prompt)):
-        done = generate(f"--prompt={PROMPT}", f"--ctx_size={size}", "--temperature=0")
-        # The last token needs no place of its own.
-        count = size - len(prompt) + 1
-        assert (done.code, done.out) == (
-            0,
-            PROMPT + text(lm, PROMPT, count, temperature=0.0) + "\n",
-        )
-        assert "[context full]" in done.err
-        assert f"generated {count} tokens" in done.err
+@pytest.mark.parametrize("prompt", [PROMPT, "a" * 32])
+def test_a_full_context_ends_the_text_with_a_note(generate, lm, prompt):
+    done = generate(f"--prompt={prompt}", "--ctx_size=32", "--temperature=0")
+    # The last token needs no place of its own.
+    count = 32 - len(lm.tokenizer.encode(prompt)) + 1
+    assert (done.code, done.out) == (0, prompt + text(lm, prompt, count, temperature=0.0) + "\n")
+    assert "[context full]" in done.err
+    assert f"generated {count} tokens" in done.err
 
 
 def test_the_prompt_can_come_from_a_file_or_standard_input(generate, lm, tmp_path, monkeypatch):

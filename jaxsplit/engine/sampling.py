@@ -5,6 +5,7 @@ temperature. Devices exchange their best candidates, never all logits, unless to
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +47,20 @@ class SamplingConfig:
 
     def __post_init__(self):
         for name, low, high in (
-            ("temperature", 0, float("inf")),
-            ("top_k", 0, float("inf")),
+            ("temperature", 0, math.inf),
+            ("top_k", 0, math.inf),
             ("top_p", 0, 1),
             ("min_p", 0, 1),
-            ("repeat_last_n", 0, float("inf")),
+            ("repeat_penalty", 0, math.inf),
+            ("frequency_penalty", -math.inf, math.inf),
+            ("presence_penalty", -math.inf, math.inf),
+            ("repeat_last_n", 0, math.inf),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise JaxsplitError(f"--{name}={value} is not between {low} and {high}")
-        if self.repeat_penalty <= 0:
-            raise JaxsplitError(f"--repeat_penalty={self.repeat_penalty} must be above 0")
+            if not low <= value <= high or not math.isfinite(value):
+                raise JaxsplitError(f"--{name}={value} is not a number between {low} and {high}")
+        if self.repeat_penalty == 0:
+            raise JaxsplitError("--repeat_penalty=0.0 must be above 0")
 
     @property
     def plan(self) -> "SamplingPlan":
@@ -153,16 +157,25 @@ def sample(
     logits = jnp.where(jnp.arange(rows) + offset < vocab, logits, -jnp.inf)
     if plan.window:
         logits = penalize(logits, recent, values, offset)
-    count = plan.candidates or vocab
-    best, index = lax.top_k(logits, min(count, rows))
-    best, tokens = gather_over(best, "vocab"), gather_over(index + offset, "vocab")
-    best, index = lax.top_k(best, min(count, vocab, best.shape[-1]))
-    tokens = jnp.take_along_axis(tokens, index, axis=-1)
     if plan.candidates == 1:
-        return tokens[:, 0]
+        index = jnp.argmax(logits, axis=-1, keepdims=True)
+        best = jnp.take_along_axis(logits, index, axis=-1)
+    elif 0 < plan.candidates < rows:
+        best, index = lax.top_k(logits, plan.candidates)
+    else:
+        best, index = logits, jnp.broadcast_to(jnp.arange(rows), logits.shape)
+    best, tokens = gather_over(best, "vocab"), gather_over(index + offset, "vocab")
+    if plan.candidates == 1:
+        winner = jnp.argmax(best, axis=-1, keepdims=True)
+        return jnp.take_along_axis(tokens, winner, axis=-1)[:, 0]
+    # Likeliest first, equal ones by their number: the same order however the rows are split.
+    best, tokens = lax.sort((-best, tokens), dimension=-1, num_keys=2)
+    count = min(plan.candidates or vocab, vocab)
+    best, tokens = -best[:, :count], tokens[:, :count]
     probability = jax.nn.softmax(best, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    keep = (before < values.top_p[:, None]) | (jnp.arange(best.shape[-1]) == 0)
+    top_p = values.top_p[:, None]  # 1 keeps all, whatever the sum rounds to
+    keep = (before < top_p) | (top_p >= 1) | (jnp.arange(best.shape[-1]) == 0)
     keep &= probability >= values.min_p[:, None] * probability[:, :1]
     scaled = jnp.where(keep, best / values.temperature[:, None], -jnp.inf)
 
