@@ -315,6 +315,4 @@ def test_specs_name_the_mesh_axis_of_split_axes_only():
     assert partition.spec((None, "kv_heads", None, None)) == PartitionSpec(
         None, "tensor", None, None
     )
-    sharding = partition.sharding(("vocab", "embed"))
-    assert (sharding.mesh, sharding.spec) == (partition.mesh, PartitionSpec("tensor", None))
     assert partition_in_mode("none", 1).spec(("heads", "mlp")) == PartitionSpec(None, None)

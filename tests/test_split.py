@@ -83,7 +83,7 @@ def collectives(lm) -> Counter:
     """Collective operations in the compiled decode step, by name."""
     engine, sampling = lm.engine, SamplingConfig(temperature=0.0)
     program = engine.decode_program(sampling.plan)
-    state, values = engine._empty_state(0), SamplingValues.of([sampling])
+    state, values = engine._empty_state(1), SamplingValues.of([sampling])
     text = (
         program.lower(engine.params, engine.cache, state, engine.ends, values).compile().as_text()
     )

@@ -242,14 +242,14 @@ class Engine:
         configs = [sampling] * self.slots if isinstance(sampling, SamplingConfig) else sampling
         self.plan = configs[slot].plan
         self.values = SamplingValues.of(list(configs))
-        window = self.plan.window
+        # XLA:GPU fails on empty arrays when it compiles for several devices.
+        window = max(1, self.plan.window)
         if self.state is None or self.state.recent.shape[1] != window:
             self.state = self._empty_state(window)
         *_, (logits, _) = self._read(tokens, slot, all_logits=False, chunks=self.chunks)
+        last = tokens[-window:]
         recent = np.full(window, -1, np.int32)
-        if window:
-            last = tokens[-window:]
-            recent[window - len(last) :] = last
+        recent[window - len(last) :] = last
         self.state = self._begin(self.plan)(
             logits,
             self.state,
