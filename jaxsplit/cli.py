@@ -42,6 +42,8 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # --help has been printed, which is no failure
+        sys.exit(0)
     except flags.Error as error:
         reason = " ".join(str(error).split())
         print(f"jaxsplit: {reason}; --help lists the flags", file=sys.stderr)

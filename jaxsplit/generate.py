@@ -107,6 +107,7 @@ def _note(message: str) -> None:
 
 def main(_: list[str]) -> None:
     """Generates text as the flags say."""
+    sys.stdout.reconfigure(errors="replace")
     prompt = _prompt()
     if not prompt and not _CHAT.value:
         raise JaxsplitError("the prompt is empty; give at least one character")
@@ -140,7 +141,6 @@ def main(_: list[str]) -> None:
             ctx_size=_CTX_SIZE.value,
             progress=progress,
         )
-    _note(lm.describe())
     prompt_ids: str | list[int] = prompt
     if _CHAT.value:
         messages = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
@@ -153,6 +153,7 @@ def main(_: list[str]) -> None:
         block=_BLOCK.value,
         sampling=sampling,
     )
+    _note(lm.describe())
     if not _CHAT.value:
         print(prompt, end="", flush=True)
     for piece in stream:

@@ -327,7 +327,7 @@ class Stream(Iterator[str]):
         self.prompt_tokens = prompt_tokens
         self.tokens: list[int] = []
         self.stop_reason: str | None = None
-        self.first_token_seconds = math.nan
+        self.first_token_seconds = 0.0
         self.decode_seconds = 0.0
         self.compile_seconds = 0.0
         self._prompt_seconds = 0.0

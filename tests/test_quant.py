@@ -10,6 +10,7 @@ import pytest
 from helpers import nmse
 from tiny import fresh_rng
 
+from jaxsplit.engine.engine import DECODE_OPTIONS
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.quant import TYPES, QTensor, dequantize, matmul, quant_type, take_rows, unpack
 
@@ -339,3 +340,35 @@ def test_an_unknown_type_is_refused_and_the_known_are_listed():
             refused("I8")
         assert all(name in str(error.value) for name in TYPES)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_one_row_needs_no_temporary_of_a_matrix(name):
+    """With the engine's compiler options, for every form of planes."""
+    size = 2048
+    blocks = (size, size // TYPES[name].block, TYPES[name].block_bytes)
+    weights = jax.eval_shape(
+        functools.partial(unpack, name), jax.ShapeDtypeStruct(blocks, np.uint8)
+    )
+    x = jax.ShapeDtypeStruct((1, size), np.float32)
+    product = jax.jit(matmul, compiler_options=DECODE_OPTIONS["cpu"]).lower(x, weights).compile()
+    planes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    assert product.memory_analysis().temp_size_in_bytes < planes / 2
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ3_S"])
+def test_many_rows_keep_one_dequantized_matrix_alive(name):
+    size, layers = 512, 6
+    blocks = (size, size // TYPES[name].block, TYPES[name].block_bytes)
+    weights = jax.eval_shape(
+        functools.partial(unpack, name), jax.ShapeDtypeStruct(blocks, np.uint8)
+    )
+
+    def chain(x, layers):
+        for layer in layers:
+            x = matmul(x, layer)
+        return x
+
+    x = jax.ShapeDtypeStruct((64, size), np.float32)
+    compiled = jax.jit(chain).lower(x, [weights] * layers).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.8 * 4 * size * size

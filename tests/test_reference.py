@@ -60,9 +60,12 @@ def test_smollm2_continues_like_the_reference(smollm2, block):
         assert stream.stop_reason == {"eos": "end of text", "limit": "n_predict"}[case["stop"]]
 
 
-@pytest.mark.parametrize("one_by_one", [False, True], ids=["at_once", "one_by_one"])
-def test_mixed_k_quants_have_the_reference_logits(load, one_by_one):
-    reference = np.load(DATA / "quant" / "quant-mix-Q4_K_M.npz")
-    lm = load(DATA / "quant" / "quant-mix-Q4_K_M.gguf", split_mode="none")
-    logits = lm.logits(reference["tokens"], one_by_one=one_by_one)
-    assert nmse(logits, reference["logits"]) <= 1e-6
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("path", sorted((DATA / "quant").glob("*.gguf")), ids=lambda p: p.stem)
+def test_quantized_models_have_the_reference_logits(load, path, devices):
+    reference = np.load(path.with_suffix(".npz"))
+    lm = load(path, devices=devices)
+    tokens = reference["tokens"].tolist()
+    assert nmse(lm.logits(tokens), reference["logits"]) <= 1e-6
+    one_by_one = lm.logits(tokens[:10], one_by_one=True)
+    assert nmse(one_by_one, reference["logits"][:10]) <= 1e-6

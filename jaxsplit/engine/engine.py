@@ -18,7 +18,7 @@ from jaxsplit.parallel import Partition
 _REPLICATED = PartitionSpec()
 
 # XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
-_DECODE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+DECODE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
 
 
 class Engine:
@@ -113,7 +113,7 @@ class Engine:
             self._programs[key] = jax.jit(
                 sharded,
                 donate_argnums=tuple(donate),
-                compiler_options=_DECODE_OPTIONS.get(platform) if decode else None,
+                compiler_options=DECODE_OPTIONS.get(platform) if decode else None,
             )
         return self._programs[key]
 

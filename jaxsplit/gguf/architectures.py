@@ -66,9 +66,7 @@ class _Keys:
 
 
 def _rope(keys: _Keys, head_dim: int, **choices: Any) -> RopeConfig:
-    scaling = keys("rope.scaling.type", "none")
-    if "rope.scale_linear" in keys.file.metadata:
-        scaling = "linear"
+    scaling = keys("rope.scaling.type", "linear")
     supported = ("none", "linear", "yarn")
     if scaling not in supported:
         raise JaxsplitError(
@@ -76,11 +74,17 @@ def _rope(keys: _Keys, head_dim: int, **choices: Any) -> RopeConfig:
             f"{', '.join(supported)}"
         )
     context = keys.number("context_length")
+    dim = keys.number("rope.dimension_count", head_dim, least=2)
+    if dim > head_dim or dim % 2:
+        raise JaxsplitError(
+            f"{keys.file.path}: {keys.file.architecture}.rope.dimension_count is {dim}, expected "
+            f"an even number of at most {head_dim}, the width of a head"
+        )
     return RopeConfig(
-        dim=keys.number("rope.dimension_count", head_dim),
+        dim=dim,
         base=keys.number("rope.freq_base", 10000.0, least=1),
         scaling=scaling,
-        factor=keys.number("rope.scaling.factor", keys("rope.scale_linear", 1.0)) or 1.0,
+        factor=keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0,
         original_context=keys.number("rope.scaling.original_context_length", context),
         attention_factor=keys.number("rope.scaling.attn_factor", 1.0),
         **choices,
@@ -95,6 +99,12 @@ def _llama(file: ModelFile) -> ModelConfig:
             "llama models are"
         )
     heads = keys.number("attention.head_count", least=1)
+    kv_heads = keys.number("attention.head_count_kv", heads, least=1)
+    if heads % kv_heads:
+        raise JaxsplitError(
+            f"{file.path}: {heads} heads cannot share {kv_heads} key and value heads evenly "
+            f"({file.architecture}.attention.head_count and head_count_kv)"
+        )
     embed = keys.number("embedding_length", least=1)
     head_dim = keys.number("attention.key_length", embed // heads, least=1)
     if (value := keys.number("attention.value_length", head_dim)) != head_dim:
@@ -107,7 +117,7 @@ def _llama(file: ModelFile) -> ModelConfig:
         embed=embed,
         layers=keys.number("block_count", least=1),
         heads=heads,
-        kv_heads=keys.number("attention.head_count_kv", heads, least=1),
+        kv_heads=kv_heads,
         head_dim=head_dim,
         mlp=keys.number("feed_forward_length", least=1),
         context=keys.number("context_length", least=1),

@@ -147,12 +147,12 @@ def open_gguf(path: str | Path) -> ModelFile:
         that the `gguf` package does not know.
     """
     paths = _shard_paths(Path(path))
-    readers = [_read(p) for p in paths]
+    opened = [_read(p) for p in paths]
     metadata = {}
-    for reader in reversed(readers):  # the first file's values win
-        metadata |= {name: _value(field) for name, field in reader.fields.items()}
+    for _, values in reversed(opened):  # the first file's values win
+        metadata |= values
     tensors = {}
-    for shard, reader in zip(paths, readers, strict=True):
+    for shard, (reader, _) in zip(paths, opened, strict=True):
         for tensor in reader.tensors:
             if tensor.name in tensors:
                 raise JaxsplitError(f"{shard}: the tensor {tensor.name!r} is in two files")
@@ -187,16 +187,20 @@ def _shard_paths(path: Path) -> list[Path]:
     return paths
 
 
-def _read(path: Path) -> _Reader:
+def _read(path: Path) -> tuple[_Reader, dict[str, Any]]:
+    """The reader of one file, and its metadata."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
             raise JaxsplitError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
-        return _Reader(path)
+        reader = _Reader(path)
+        if reader.endianess != gguf.GGUFEndian.LITTLE:
+            raise JaxsplitError(f"{path} is big-endian; only little-endian files are supported")
+        return reader, {name: _value(field) for name, field in reader.fields.items()}
     except OSError as error:
         raise JaxsplitError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, RecursionError, struct.error) as error:
         if match := re.match(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
             raise JaxsplitError(
                 f"{path}: a tensor has type number {match[1]}, which is no GGML type of mainline "
