@@ -159,7 +159,7 @@ def restore(tensors: Sequence[StoredTensor], placements: Sequence[Placement]) ->
       placements: where they go.
 
     Returns:
-      uint8 `[rows, blocks, block_bytes]` each, padded as the placements say.
+      uint8 `[..., rows, blocks, block_bytes]` each, padded as the placements say.
 
     Raises:
       JaxsplitError: the checkpoint is damaged.
@@ -170,10 +170,11 @@ def restore(tensors: Sequence[StoredTensor], placements: Sequence[Placement]) ->
     items, arguments = {}, {}
     for tensor, place, in_order in zip(tensors, placements, direct, strict=True):
         shape, spec = tensor.blocks_shape, list(place.sharding.spec)
-        if in_order:
+        if in_order and len(tensor.shape) == 1:
+            shape, spec = (len(place.rows), shape[-1]), [spec[0], None]
+        elif in_order:
             # Orbax pads with zeros at the end, and each device reads its own slice only.
-            shape = (len(place.rows), *([len(place.columns)] if len(shape) > 2 else []), shape[-1])
-            spec = spec if len(shape) > 2 else [spec[0], None]
+            shape = (*shape[:-3], len(place.rows), len(place.columns), shape[-1])
         else:
             spec = [None] * len(shape)
         sharding = NamedSharding(place.sharding.mesh, PartitionSpec(*spec))
@@ -191,7 +192,7 @@ def restore(tensors: Sequence[StoredTensor], placements: Sequence[Placement]) ->
         reason = str(error).splitlines()[0]
         raise JaxsplitError(f"{folder} is damaged ({reason}); convert again") from error
     blocks = [arrays[tensor.name] for tensor in tensors]
-    blocks = [array if array.ndim == 3 else array[:, None] for array in blocks]
+    blocks = [array if array.ndim > 2 else array[:, None] for array in blocks]
     return [
         array if in_order else _arrange(array, place)
         for array, place, in_order in zip(blocks, placements, direct, strict=True)
@@ -210,8 +211,8 @@ def _arrange(raw: jax.Array, place: Placement) -> jax.Array:
 
     def local(raw: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         kept = (rows >= 0)[:, None, None] & (columns >= 0)[:, None]
-        return jnp.where(kept, raw[rows][:, columns], 0).astype(jnp.uint8)
+        return jnp.where(kept, raw[..., rows, :, :][..., columns, :], 0).astype(jnp.uint8)
 
-    specs = (PartitionSpec(), PartitionSpec(spec[0]), PartitionSpec(spec[1]))
+    specs = (PartitionSpec(), PartitionSpec(spec[-3]), PartitionSpec(spec[-2]))
     arranged = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec)
     return jax.jit(arranged)(raw, place.rows, place.columns)

@@ -18,7 +18,9 @@ from jaxsplit.errors import JaxsplitError
 _DTYPES = ("bfloat16", "float16", "float32")
 
 _MODEL = flags.DEFINE_string(
-    "model", None, "GGUF file, any one of a model in several files (default: the demo model)"
+    "model",
+    None,
+    "GGUF file (any one of a model in several) or checkpoint directory (default: demo model)",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; \\n, \\t and \\\\ are escapes")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "read the prompt from a file; -: stdin")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.checkpoint import StoredTensor, restore
 from jaxsplit.errors import JaxsplitError
@@ -117,32 +117,35 @@ def _batches(sources: dict[str, TensorInfo]) -> list[list[str]]:
 
 
 def _upload(sources: Sequence[TensorInfo], placements: Sequence[Placement]) -> list[jax.Array]:
-    """Raw blocks, uint8 `[rows, blocks, block_bytes]`, each slice on the devices that hold it."""
+    """Raw blocks, uint8 `[..., rows, blocks, block_bytes]`, each slice where it belongs."""
     if isinstance(sources[0], StoredTensor):
         return restore(sources, placements)
     return [_upload_mapped(s, p) for s, p in zip(sources, placements, strict=True)]
 
 
 def _upload_mapped(source: GGUFTensor, place: Placement) -> jax.Array:
-    blocks = source.blocks if source.blocks.ndim == 3 else source.blocks[:, None]
+    blocks = source.blocks if len(source.shape) > 1 else source.blocks[:, None]
 
     def slices(index: tuple[slice, ...]) -> np.ndarray:
-        return _take(blocks, place.rows[index[0]], place.columns[index[1]])
+        return _take(blocks, place.rows[index[-3]], place.columns[index[-2]])
 
-    shape = (len(place.rows), len(place.columns), blocks.shape[-1])
+    shape = (*blocks.shape[:-3], len(place.rows), len(place.columns), blocks.shape[-1])
     return jax.make_array_from_callback(shape, place.sharding, slices)
 
 
 def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """`blocks[rows][:, columns]`, zeros where an index is -1; a view where they are ranges."""
-    for axis, index in enumerate((rows, columns)):
+    """Rows and columns of `[..., rows, columns, block_bytes]`, zeros where an index is -1.
+
+    No copy is made where the indices are ranges.
+    """
+    for axis, index in ((-3, rows), (-2, columns)):
+        after = (slice(None),) * (-1 - axis)
         start = max(int(index[0]), 0)
         if np.array_equal(index, np.arange(start, start + len(index))):
-            cut = slice(start, start + len(index))
-            blocks = blocks[cut] if axis == 0 else blocks[:, cut]
+            blocks = blocks[(..., slice(start, start + len(index)), *after)]
         else:
             blocks = np.take(blocks, np.maximum(index, 0), axis=axis)
-            blocks[(index < 0) if axis == 0 else (slice(None), index < 0)] = 0
+            blocks[(..., index < 0, *after)] = 0
     return np.ascontiguousarray(blocks)
 
 
@@ -154,7 +157,7 @@ def _unpack(
     spec = place.sharding.spec
     part = jax.make_array_from_callback(
         place.part.shape,
-        jax.sharding.NamedSharding(place.sharding.mesh, PartitionSpec(spec[1])),
+        NamedSharding(place.sharding.mesh, PartitionSpec(spec[-2])),
         lambda index: place.part[index],
     )
     dtype = weights if matrix else jnp.float32
@@ -177,9 +180,6 @@ def _unpacker(
         weight = unpack(kind, raw, granule=granule, part=part, dtype=dtype)
         return weight if matrix else weight[:, 0]
 
-    out = PartitionSpec(*spec[:2]) if matrix else PartitionSpec(spec[0])
-    return jax.jit(
-        jax.shard_map(
-            unpack_blocks, mesh=mesh, in_specs=(spec, PartitionSpec(spec[1])), out_specs=out
-        )
-    )
+    out = PartitionSpec(*spec[:-1]) if matrix else PartitionSpec(spec[0])
+    specs = (spec, PartitionSpec(spec[-2]))
+    return jax.jit(jax.shard_map(unpack_blocks, mesh=mesh, in_specs=specs, out_specs=out))

@@ -143,7 +143,7 @@ class Placement:
     """Where the raw blocks of one tensor go.
 
     Attributes:
-      sharding: of the padded array `[rows, blocks, block_bytes]`.
+      sharding: of the padded array `[..., rows, blocks, block_bytes]`.
       rows: the tensor's row at each padded row, or -1: int `[rows]`.
       columns: the tensor's block at each padded block, or -1: int `[blocks]`.
       granule: weights that are kept of each block.
@@ -176,20 +176,25 @@ class Partition:
         return PartitionSpec(*(self.rules.table.get(axis) for axis in axes))
 
     def place(self, tensor: TensorInfo, axes: Sequence[str | None]) -> Placement:
-        """Where the blocks of a vector or matrix with these logical axes go.
+        """Where the blocks of a vector, a matrix or a stack of matrices with these axes go.
 
-        A vector is a matrix with a single column.
+        A vector is a matrix with a single column. Stacks are not split along their first axes.
         """
-        layout = self.layouts.get(axes[0])
-        rows = np.arange(tensor.shape[0]) if layout is None else layout.elements()
         if len(axes) == 1:
+            axes = (axes[0], None)
             granule, columns, part = 1, np.zeros(1, np.int64), np.zeros(1, np.int64)
-        elif (layout := self.layouts.get(axes[1])) is not None:
-            granule, columns, part = layout.granules(tensor.block_size)
+            size = tensor.shape[0]
         else:
-            columns = np.arange(tensor.blocks_shape[-2])
-            granule, part = tensor.block_size, np.zeros_like(columns)
-        spec = PartitionSpec(*self.spec(axes), *[None] * (3 - len(axes)))
+            size = tensor.shape[-2]
+            layout = self.layouts.get(axes[-1])
+            if layout is not None:
+                granule, columns, part = layout.granules(tensor.block_size)
+            else:
+                columns = np.arange(tensor.blocks_shape[-2])
+                granule, part = tensor.block_size, np.zeros_like(columns)
+        layout = self.layouts.get(axes[-2])
+        rows = np.arange(size) if layout is None else layout.elements()
+        spec = PartitionSpec(*self.spec(axes), None)
         return Placement(
             NamedSharding(self.mesh, spec), rows, columns, granule, part.astype(np.int32)
         )
