@@ -133,7 +133,7 @@ def test_the_converters_as_programs(mixed, tmp_path):
     for path in (mixed[0], out):
         shown = json.loads(run("converters/gguf_info.py", path, "--json").stdout)
         assert shown["architecture"] == "llama"
-        assert shown["types"]["Q4_K"]["tensors"] == 12
+        assert shown["types"]["Q4_K"]["tensors"] == 13
         assert shown["config"]["heads"] == 4
         assert "Q6_K" in run("converters/gguf_info.py", path).stdout
     missing = run("converters/gguf_info.py", tmp_path / "missing.gguf")
