@@ -8,7 +8,6 @@ Tensors are stored whole and unpadded, so that any mesh can restore what any oth
 """
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -141,13 +140,16 @@ def _folder(name: str) -> str:
     return match[0] if match else "model"
 
 
+_dequantize = jax.jit(unpack, static_argnums=0, static_argnames="dtype")
+
+
 def _stored(tensor: GGUFTensor, weights: str | None) -> tuple[str, np.ndarray]:
     """A tensor's type and raw blocks in the checkpoint."""
     if weights is None or len(tensor.shape) < 2:
         return tensor.type, tensor.blocks
     kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[weights]
     dtype = jnp.dtype(weights)
-    dequantized = jax.jit(functools.partial(unpack, tensor.type, dtype=dtype))(tensor.blocks)
+    dequantized = _dequantize(tensor.type, tensor.blocks, dtype=dtype)
     return kind, np.asarray(dequantized).view(np.uint8).reshape(*tensor.shape, dtype.itemsize)
 
 
