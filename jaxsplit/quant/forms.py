@@ -79,10 +79,6 @@ class QTensor:
         return (*plane.shape[:-1], plane.shape[-1] * 8 // self.form.bits[0])
 
     @property
-    def ndim(self) -> int:
-        return self.codes[0].ndim
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all planes."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
