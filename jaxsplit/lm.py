@@ -17,9 +17,10 @@ from jaxsplit.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.engine import Engine, SamplingConfig, compile_seconds
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile, model_config, open_gguf
-from jaxsplit.loading import Progress, abstract_decoder, block_unit, load_decoder, parameters
+from jaxsplit.loading import Progress, load_decoders
 from jaxsplit.models import Decoder, ModelConfig
-from jaxsplit.parallel import choose_devices, make_partition
+from jaxsplit.parallel import choose_devices, parse_shares
+from jaxsplit.sources import parameter_sources, split_model
 from jaxsplit.text import ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
@@ -31,21 +32,26 @@ def load(
     split_mode: str = "graph",
     devices: Sequence[jax.Device] | int | None = None,
     mesh: str | None = None,
+    tensor_split: str | Sequence[float] | None = None,
     main_device: int = 0,
     weights: str = "quantized",
     dtype: str = "auto",
     reduce_dtype: str = "float32",
     cache_dtype: str = "auto",
     ctx_size: int = 4096,
+    slots: int = 1,
     progress: Progress | None = None,
 ) -> "LM":
     """Loads a GGUF file onto devices.
 
     Args:
       path: the file, any one of a model in several files; None: the demo model, if installed.
-      split_mode: `graph` or `none`.
+      split_mode: `graph`, `layer`, `row` or `none`.
       devices: JAX devices, or how many of the first; None: all.
-      mesh: the mesh's shape, such as `tensor:4`; None: all devices on the mode's axis.
+      mesh: the mesh's shape, such as `tensor:4` or `stage:2,tensor:2`; None: all devices on the
+        mode's axis.
+      tensor_split: shares of the stages, or of the devices of one stage, such as `3,1`; None: by
+        free memory of the stages, alike within a stage.
       main_device: which device runs everything with `split_mode="none"`.
       weights: `quantized` keeps matrices as they are in the file; or the dtype, `bfloat16`,
         `float16` or `float32`, to which they are dequantized.
@@ -54,6 +60,7 @@ def load(
       reduce_dtype: in which partial sums are exchanged.
       cache_dtype: of keys and values; `auto` is that of the activations.
       ctx_size: tokens of context, at most the model's; 0 is the model's.
+      slots: sequences that can be decoded together.
       progress: called with the bytes loaded and the bytes in all.
 
     Raises:
@@ -64,7 +71,7 @@ def load(
         "weights": (weights, ("quantized", *FLOATS)),
         "dtype": (dtype, ("auto", *FLOATS)),
         "reduce_dtype": (reduce_dtype, FLOATS),
-        "cache_dtype": (cache_dtype, ("auto", *FLOATS)),
+        "cache_dtype": (cache_dtype, ("auto", *FLOATS, "int8")),
     }
     for name, (value, supported) in chosen.items():
         if value not in supported:
@@ -73,38 +80,41 @@ def load(
             )
     if ctx_size < 0:
         raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
+    if slots < 1:
+        raise JaxsplitError(f"--slots={slots} must be at least 1")
     shape, mesh_devices = choose_devices(split_mode, devices, mesh, main_device)
+    shares = parse_shares(tensor_split) if isinstance(tensor_split, str) else tensor_split
     activations = jnp.dtype(_auto_dtype(mesh_devices[0]) if dtype == "auto" else dtype)
     file = open_model(demo_model() if path is None else Path(path))
     config = model_config(file)
-    partition = make_partition(
+    sources = parameter_sources(file, config)
+    stored = None if weights == "quantized" else jnp.dtype(weights)
+    partition = split_model(
+        sources,
         config,
         split_mode,
         shape,
         mesh_devices,
-        mlp_unit=block_unit(file, abstract_decoder(config, activations), "mlp"),
+        shares=shares,
+        weights=stored,
         reduce_dtype=jnp.dtype(reduce_dtype),
     )
     try:
         tokenizer = Tokenizer.from_metadata(file.metadata)
     except JaxsplitError as error:
         tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
-    model = load_decoder(
-        file,
-        config,
-        partition,
-        weights=None if weights == "quantized" else jnp.dtype(weights),
-        dtype=activations,
-        progress=progress,
+    models = load_decoders(
+        sources, config, partition, weights=stored, dtype=activations, progress=progress
     )
     engine = Engine(
-        model,
+        models,
         partition,
+        slots=slots,
         context=min(ctx_size or config.context, config.context),
         cache_dtype=activations if cache_dtype == "auto" else jnp.dtype(cache_dtype),
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
-    return LM(model, engine, tokenizer, file.metadata, time.perf_counter() - started)
+    return LM(models, engine, tokenizer, file.metadata, time.perf_counter() - started)
 
 
 def open_model(path: Path) -> ModelFile:
@@ -145,32 +155,44 @@ class LM:
     """A loaded model. Made by `load`.
 
     Attributes:
-      model: the Flax module, its parameters sharded over the mesh.
-      config: the model's config.
+      models: the Flax module of each stage, its parameters sharded over the stage's devices.
       engine: the compiled programs and the cache.
       load_seconds: how long loading took.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        models: Sequence[Decoder],
         engine: Engine,
         tokenizer: Tokenizer | JaxsplitError,
         metadata: Mapping[str, Any],
         load_seconds: float,
     ):
-        self.model = model
+        self.models = tuple(models)
         self.engine = engine
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._metadata = metadata
 
     @property
+    def model(self) -> Decoder:
+        """The Flax module of the whole model.
+
+        Raises:
+          JaxsplitError: its layers lie in several stages.
+        """
+        if len(self.models) > 1:
+            raise JaxsplitError(f"the model is in {len(self.models)} stages; use lm.models")
+        return self.models[0]
+
+    @property
     def config(self) -> ModelConfig:
-        return self.model.config
+        """The model's config."""
+        return self.models[0].config
 
     @property
     def mesh(self) -> Mesh:
+        """All devices, by the axes of the mesh."""
         return self.engine.partition.mesh
 
     @property
@@ -201,12 +223,8 @@ class LM:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters on the fullest device."""
-        return sum(
-            max(shard.data.nbytes for shard in leaf.addressable_shards)
-            for variable in parameters(self.model).values()
-            for leaf in jax.tree.leaves(variable.get_value())
-        )
+        """Bytes of parameters on the fullest device of this process."""
+        return self.engine.weight_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -392,18 +410,18 @@ class Stream(Iterator[str]):
         engine = self._lm.engine
         engine.start(self.prompt_tokens, sampling)
         room = engine.context - len(self.prompt_tokens)
-        state = engine.state
+        coming = engine.tokens()
         if self._block == 1:
             while True:
-                token = state.token
+                tokens = coming
                 if room and len(self.tokens) + 1 < self._limit:
                     engine.step()  # under way while the host looks at this token
-                    state = engine.state
-                yield int(np.asarray(token)[0])
+                    coming = engine.tokens()
+                yield int(engine.read(tokens)[0][0])
                 if not room:
                     return
                 room -= 1
-        yield int(np.asarray(state.token)[0])
+        yield int(engine.read(coming)[0][0])
         while room > 0:
             limit = min(self._block, room, self._limit - len(self.tokens))
             for token in engine.loop(limit, self._block)[0]:

@@ -1,4 +1,4 @@
-"""From a model file to a `Decoder` whose parameters lie on a mesh.
+"""From a model file to `Decoder`s whose parameters lie on the stages of a mesh.
 
 Every device is handed its own slice of the raw blocks, which it unpacks itself; the host never
 holds more than the slices of the tensors that are on their way.
@@ -6,107 +6,87 @@ holds more than the slices of the tensors that are on their way.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.checkpoint import StoredTensor, restore
-from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import GGUFTensor, ModelFile, TensorInfo, tensor_names
+from jaxsplit.gguf import GGUFTensor, TensorInfo
 from jaxsplit.models import Decoder, ModelConfig
-from jaxsplit.parallel import Partition, Placement
-from jaxsplit.quant import Weight, quant_type, unpack
+from jaxsplit.parallel import Partition, Placement, Stage
+from jaxsplit.quant import Weight, unpack
+from jaxsplit.sources import Sources, abstract_decoder, parameters, raw_shape
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
 
-def abstract_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
-    """A decoder with shapes in place of parameters."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-
-
-def parameters(model: Decoder) -> dict[str, nnx.Param]:
-    """A model's parameters by path, such as `blocks.0.mlp.up.kernel`."""
-    return {
-        ".".join(map(str, path)): variable
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-
-
-def _sources(file: ModelFile, model: Decoder) -> dict[str, TensorInfo]:
-    """The tensor of each parameter."""
-    shapes = {path: param.shape for path, param in parameters(model).items()}
-    return {path: file.tensors[name] for path, name in tensor_names(file, shapes).items()}
-
-
-def block_unit(file: ModelFile, model: Decoder, axis: str) -> int:
-    """The elements along a logical axis that lie together in blocks: the largest block's size."""
-    sources = _sources(file, model)
-    return max(
-        sources[path].block_size
-        for path, param in parameters(model).items()
-        if len(param.axes) > 1 and param.axes[-1] == axis
-    )
-
-
-def load_decoder(
-    file: ModelFile,
+def load_decoders(
+    sources: Sources,
     config: ModelConfig,
     partition: Partition,
     *,
     weights: jnp.dtype | None = None,
     dtype: jnp.dtype = jnp.float32,
     progress: Progress | None = None,
-) -> Decoder:
+) -> list[Decoder]:
     """Loads a model onto a mesh.
 
     Args:
-      file: the model.
+      sources: the tensors of its parameters.
       config: its config.
       partition: where its parameters go.
       weights: dequantize matrices to this dtype; None keeps them as they are in the file.
       dtype: of the activations.
       progress: told about the bytes loaded.
 
-    Raises:
-      JaxsplitError: tensors are missing, of an unsupported type, or of an unexpected shape.
+    Returns:
+      the decoder of each stage, with shapes in place of the parameters of stages on which this
+      process has no device.
     """
-    model = abstract_decoder(config, dtype)
+    models = [abstract_decoder(config, dtype, stage.layers) for stage in partition.stages]
+    local = [
+        (model, stage)
+        for model, stage in zip(models, partition.stages, strict=True)
+        if stage.is_local
+    ]
+    total = sum(sources[path].nbytes for model, _ in local for path in parameters(model))
+    done = 0
+    for model, stage in local:
+        loaded = {}
+        for arrays, nbytes in _load(sources, model, stage, weights):
+            loaded |= arrays
+            done += nbytes
+            if progress:
+                progress(done, total)
+        for path, param in parameters(model).items():
+            param.set_value(loaded[path])
+    return models
+
+
+def _load(
+    sources: Sources, model: Decoder, stage: Stage, weights: jnp.dtype | None
+) -> Iterator[tuple[dict[str, Weight], int]]:
+    """A stage's parameters, some at a time, and how many bytes of the file they were."""
     params = parameters(model)
-    sources = _sources(file, model)
-    for source in sources.values():
-        try:
-            quant_type(source.type)
-        except JaxsplitError as error:
-            raise JaxsplitError(f"{file.path}: tensor {source.name!r}: {error}") from None
-    total = sum(source.nbytes for source in sources.values())
-    done, loaded = 0, {}
-    for batch in _batches(sources):
-        placements = {p: partition.place(sources[p], params[p].axes) for p in batch}
+    for batch in _batches({path: sources[path] for path in params}):
+        placements = {p: stage.place(sources[p], params[p].axes) for p in batch}
         raw = _upload([sources[p] for p in batch], list(placements.values()))
-        for path, blocks in zip(batch, raw, strict=True):
-            loaded[path] = _unpack(sources[path], blocks, placements[path], weights)
-        jax.block_until_ready([loaded[path] for path in batch])
+        loaded = {
+            path: _unpack(sources[path], blocks, placements[path], weights)
+            for path, blocks in zip(batch, raw, strict=True)
+        }
+        jax.block_until_ready(loaded)
         for path in batch:
             if isinstance(sources[path], GGUFTensor):
                 sources[path].release()
-            done += sources[path].nbytes
-        if progress:
-            progress(done, total)
-    state = [
-        (path, variable.replace(loaded[".".join(map(str, path))]))
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    ]
-    nnx.update(model, nnx.from_flat_state(state))
-    return model
+        yield loaded, sum(sources[path].nbytes for path in batch)
 
 
-def _batches(sources: dict[str, TensorInfo]) -> list[list[str]]:
+def _batches(sources: Sources) -> list[list[str]]:
     """Parameters that are loaded together: those of one folder of a checkpoint, else each alone."""
 
     def key(path: str) -> str:
@@ -129,8 +109,7 @@ def _upload_mapped(source: GGUFTensor, place: Placement) -> jax.Array:
     def slices(index: tuple[slice, ...]) -> np.ndarray:
         return _take(blocks, place.rows[index[-3]], place.columns[index[-2]])
 
-    shape = (*blocks.shape[:-3], len(place.rows), len(place.columns), blocks.shape[-1])
-    return jax.make_array_from_callback(shape, place.sharding, slices)
+    return jax.make_array_from_callback(place.padded(raw_shape(source)), place.sharding, slices)
 
 
 def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

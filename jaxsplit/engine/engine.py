@@ -1,32 +1,46 @@
-"""Compiled programs around a decoder on a mesh, and the buffers that they hand to one another."""
+"""Prefill and decode of sequences through the stages of a model."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsplit.engine import steps
+from jaxsplit.engine.runner import StageRunner
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
-from jaxsplit.models import Cache, Decoder, LayerCache, axis_rules, init_cache
-from jaxsplit.parallel import Partition
+from jaxsplit.models import Cache, Decoder
+from jaxsplit.parallel import Partition, fetch, hand_over
 
-_REPLICATED = PartitionSpec()
 
-# XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
-DECODE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+@dataclasses.dataclass
+class _Group:
+    """Slots that pass through the stages together.
+
+    Attributes:
+      caches: of each stage.
+      state: on the last stage.
+      fed: the state's `steps.feed`, on the last stage.
+      values: how their tokens are chosen.
+    """
+
+    caches: list[Cache]
+    state: steps.DecodeState | None = None
+    fed: jax.Array | None = None
+    values: SamplingValues | None = None
 
 
 class Engine:
-    """Runs a decoder on a mesh: a batch of slots, each holding one sequence.
+    """Runs a model on a mesh: slots, each holding one sequence.
+
+    Slots are shared out over the `data` axis, and in groups over the stages: while one group is in
+    one stage, another can be in the next. Calls return as soon as the work is on its way.
 
     Args:
-      model: the decoder, its parameters on the mesh.
-      partition: the mesh and how the model lies on it.
+      models: the decoder of each stage, its parameters on the stage's mesh.
+      partition: the stages.
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
       slots: sequences that are decoded together.
@@ -36,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Decoder,
+        models: Sequence[Decoder],
         partition: Partition,
         *,
         context: int,
@@ -46,174 +60,82 @@ class Engine:
         chunks: Sequence[int] = (32, 128, 512),
     ):
         self.partition = partition
-        self.config = model.config
+        self.config = models[0].config
         self.context = context
-        self.slots = slots
         self.chunks = sorted(chunks)
         self.ends = np.asarray(sorted(ends) or [-1], np.int32)
-        # The hot loop carries flat arrays; the module is put together while tracing.
-        self.graph, state = nnx.split(model)
-        self.params, self._tree = jax.tree.flatten(state)
-        specs = jax.tree.map(
-            lambda p: jax.tree.map(lambda _: partition.spec(p.axes), p.get_value()),
-            state,
-            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-        )
-        self.params = tuple(self.params)
-        self._param_specs = tuple(
-            jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-        )
-        self._cache_spec = partition.spec(LayerCache.axes)
-        kv_heads = len(partition.layouts["kv_heads"].slots)
-        self.cache: Cache = jax.jit(
-            functools.partial(
-                init_cache,
-                self.config.layers,
-                slots,
-                kv_heads,
-                context,
-                self.config.head_dim,
-                cache_dtype,
-            ),
-            out_shardings=NamedSharding(partition.mesh, self._cache_spec),
-        )()
-        self.state: steps.DecodeState | None = None
-        self._programs: dict[Any, Callable] = {}
+        self.runners = [
+            StageRunner(model, stage, context)
+            for model, stage in zip(models, partition.stages, strict=True)
+        ]
+        count = min(slots, len(self.runners))
+        self._local = -(-slots // (count * partition.data))  # of a group, on one device
+        self._group_slots = self._local * partition.data
+        self.slots = slots
+        self._groups = [
+            _Group([runner.empty_cache(self._group_slots, cache_dtype) for runner in self.runners])
+            for _ in range(count)
+        ]
+        self._plan: SamplingPlan | None = None
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values on the fullest device."""
-        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(self.cache))
+        """Bytes of keys and values on the fullest device of this process."""
+        return _bytes_on_fullest([group.caches for group in self._groups])
 
-    # Programs
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters on the fullest device of this process."""
+        return _bytes_on_fullest([r.params for r in self.runners if r.stage.is_local])
 
-    def _program(
-        self,
-        key: Any,
-        body: Callable,
-        in_specs: Sequence,
-        out_specs: Any,
-        donate: Sequence[int],
-        *,
-        decode: bool = False,
-    ) -> Callable:
-        """A function of the device's arrays as a compiled program on the mesh, made once."""
-        if key not in self._programs:
-            mesh = self.partition.mesh
+    def _between(self, tree: Any, like: Any, source: int, target: int) -> Any:
+        """Arrays of one stage on another's devices."""
+        stages = self.partition.stages
+        return hand_over(tree, like, stages[source].mesh, stages[target].mesh)
 
-            @functools.wraps(body)
-            def local(*arguments: Any) -> Any:
-                with axis_rules(self.partition.rules):
-                    return body(*arguments)
+    # Reading prompts
 
-            sharded = jax.shard_map(
-                local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
-            )
-            platform = mesh.devices.flat[0].platform
-            self._programs[key] = jax.jit(
-                sharded,
-                donate_argnums=tuple(donate),
-                compiler_options=DECODE_OPTIONS.get(platform) if decode else None,
-            )
-        return self._programs[key]
-
-    def _model(self, params: Sequence[jax.Array]) -> Decoder:
-        return nnx.merge(self.graph, jax.tree.unflatten(self._tree, params))
-
-    def _prefill(self, length: int, *, all_logits: bool) -> Callable:
-        def prefill(params, cache, tokens, start, count, slot):
-            model = self._model(params)
-            cache, x = steps.prefill(model, cache, tokens, start, count, slot)
-            if all_logits:
-                return cache, model.logits(x)
-            last = jax.lax.dynamic_index_in_dim(x, count - 1, keepdims=False)
-            return cache, model.logits(last)
-
-        vocab = self.partition.spec(("vocab",))
-        logits = PartitionSpec(None, *vocab) if all_logits else vocab
-        return self._program(
-            ("prefill", length, all_logits),
-            prefill,
-            [self._param_specs, self._cache_spec, *[_REPLICATED] * 4],
-            (self._cache_spec, logits),
-            donate=[1],
-            decode=length == 1,
-        )
-
-    def _begin(self, plan: SamplingPlan) -> Callable:
-        def begin(logits, state, recent, position, slot, ends, values):
-            return steps.begin(
-                logits,
-                state,
-                recent,
-                position,
-                slot,
-                ends,
-                values,
-                plan,
-                self.config.vocab,
-                self.context,
-            )
-
-        specs = [self.partition.spec(("vocab",)), *[_REPLICATED] * 6]
-        return self._program(("begin", plan), begin, specs, _REPLICATED, donate=[])
-
-    def decode_program(self, plan: SamplingPlan) -> Callable:
-        """The compiled decode step: `(params, cache, state, ends, values)` to `(cache, state)`."""
-
-        def decode(params, cache, state, ends, values):
-            return steps.decode_step(
-                self._model(params),
-                cache,
-                state,
-                ends,
-                values,
-                plan,
-                self.config.vocab,
-                self.context,
-            )
-
-        specs = [self._param_specs, self._cache_spec, *[_REPLICATED] * 3]
-        out = (self._cache_spec, _REPLICATED)
-        return self._program(("decode", plan), decode, specs, out, donate=[1], decode=True)
-
-    def _loop(self, plan: SamplingPlan, length: int) -> Callable:
-        def loop(params, cache, state, limit, ends, values):
-            return steps.decode_loop(
-                self._model(params),
-                cache,
-                state,
-                limit,
-                ends,
-                values,
-                plan,
-                self.config.vocab,
-                self.context,
-                length,
-            )
-
-        specs = [self._param_specs, self._cache_spec, *[_REPLICATED] * 4]
-        out = (self._cache_spec, _REPLICATED, _REPLICATED)
-        return self._program(("loop", plan, length), loop, specs, out, donate=[1], decode=True)
-
-    # Use
+    def _chunks(self, length: int) -> Sequence[int]:
+        """Lengths of chunks for a prompt: in several stages, short enough to keep all busy."""
+        stages = len(self.runners)
+        limit = length if stages == 1 else length // (2 * stages)
+        return [c for c in self.chunks if c <= limit] or self.chunks[:1]
 
     def _read(
-        self, tokens: Sequence[int], slot: int, *, all_logits: bool, chunks: Sequence[int]
-    ) -> Iterator[tuple[jax.Array, int]]:
-        """Reads tokens into an empty slot, chunk by chunk: yields logits and the chunk's count."""
-        start = 0
-        while start < len(tokens):
-            left = len(tokens) - start
-            length = next((c for c in chunks if c >= left), chunks[-1])
-            count = min(left, length)
-            chunk = np.zeros(length, np.int32)
-            chunk[:count] = tokens[start : start + count]
-            self.cache, logits = self._prefill(length, all_logits=all_logits)(
-                self.params, self.cache, chunk, np.int32(start), np.int32(count), np.int32(slot)
-            )
-            yield logits, count
-            start += count
+        self,
+        group: _Group,
+        local: int,
+        prompts: Sequence[Sequence[int]],
+        *,
+        all_logits: bool = False,
+        chunks: Sequence[int] | None = None,
+    ) -> Iterator[tuple[jax.Array | None, np.ndarray, np.ndarray, int]]:
+        """Reads prompts into empty slots, one for each place of the `data` axis, chunk by chunk.
+
+        Yields:
+          the logits of a chunk, the position of its first tokens and how many of each prompt it
+          has read, int32 `[data]`, and the chunk's length.
+        """
+        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        done = np.zeros_like(lengths)
+        slot = np.full_like(lengths, local)
+        while (done < lengths).any():
+            left = int((lengths - done).max())
+            fitting = chunks or self._chunks(int(lengths.max()))
+            length = next((c for c in fitting if c >= left), fitting[-1])
+            count = np.minimum(lengths - done, length)
+            x: Any = np.zeros((len(prompts), length), np.int32)
+            for row, (prompt, start, n) in enumerate(zip(prompts, done, count, strict=True)):
+                x[row, :n] = prompt[start : start + n]
+            for i, runner in enumerate(self.runners):
+                if i:
+                    like = runner.output(len(prompts), length)
+                    x = self._between(x, like, i - 1, i)
+                group.caches[i], x = runner.prefill(length, all_logits=all_logits)(
+                    runner.params, group.caches[i], x, done.copy(), count, slot
+                )
+            yield x, done.copy(), count, length
+            done += count
 
     def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
         """Logits after each token: float32 `[time, vocab]`. Overwrites slot 0.
@@ -222,12 +144,18 @@ class Engine:
           tokens: at most `context`.
           one_by_one: a token at a time, through the cache, as in decoding.
         """
-        chunks = [1] if one_by_one else self.chunks
-        parts = [
-            np.asarray(logits)[:count, : self.config.vocab]
-            for logits, count in self._read(tokens, 0, all_logits=True, chunks=chunks)
-        ]
-        return np.concatenate(parts) if parts else np.zeros((0, self.config.vocab), np.float32)
+        prompts = [tokens, *[()] * (self.partition.data - 1)]
+        last = self.runners[-1].stage
+        rows = len(last.layouts["vocab"].slots)
+        parts = [np.zeros((0, self.config.vocab), np.float32)]
+        chunks = [1] if one_by_one else None
+        for logits, _, count, length in self._read(
+            self._groups[0], 0, prompts, all_logits=True, chunks=chunks
+        ):
+            like = jax.ShapeDtypeStruct((len(prompts), length, rows), np.float32)
+            whole = np.asarray(self._fetchable(logits, like))
+            parts.append(whole[0, : count[0], : self.config.vocab])
+        return np.concatenate(parts)
 
     def start(
         self, tokens: Sequence[int], sampling: Sequence[SamplingConfig] | SamplingConfig, slot=0
@@ -239,54 +167,130 @@ class Engine:
           sampling: how tokens are chosen, of all slots or of each; the slots' plans must agree.
           slot: which one; what it held is forgotten.
         """
-        configs = [sampling] * self.slots if isinstance(sampling, SamplingConfig) else sampling
-        self.plan = configs[slot].plan
-        self.values = SamplingValues.of(list(configs))
-        # XLA:GPU fails on empty arrays when it compiles for several devices.
-        window = max(1, self.plan.window)
-        if self.state is None or self.state.recent.shape[1] != window:
-            self.state = self._empty_state(window)
-        *_, (logits, _) = self._read(tokens, slot, all_logits=False, chunks=self.chunks)
-        last = tokens[-window:]
-        recent = np.full(window, -1, np.int32)
-        recent[window - len(last) :] = last
-        self.state = self._begin(self.plan)(
-            logits,
-            self.state,
-            recent,
-            np.int32(len(tokens)),
-            np.int32(slot),
-            self.ends,
-            self.values,
-        )
+        self.start_all({slot: tokens}, sampling)
 
-    def _empty_state(self, window: int) -> steps.DecodeState:
-        state = steps.DecodeState(
-            token=np.zeros(self.slots, np.int32),
-            position=np.zeros(self.slots, np.int32),
-            active=np.zeros(self.slots, bool),
-            recent=np.full((self.slots, window), -1, np.int32),
-        )
-        return jax.device_put(state, NamedSharding(self.partition.mesh, _REPLICATED))
+    def start_all(
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        sampling: Sequence[SamplingConfig] | SamplingConfig,
+    ) -> None:
+        """Reads prompts into slots, on all places of the `data` axis at once; as `start`."""
+        configs = [sampling] * self.slots if isinstance(sampling, SamplingConfig) else [*sampling]
+        self._plan = configs[next(iter(prompts))].plan
+        # XLA:GPU fails on empty arrays when it compiles for several devices.
+        window = max(1, self._plan.window)
+        runner, data = self.runners[-1], self.partition.data
+        configs += [configs[-1]] * (len(self._groups) * self._group_slots - self.slots)
+        for g, group in enumerate(self._groups):
+            first = g * self._group_slots
+            group.values = SamplingValues.of(configs[first : first + self._group_slots])
+            if group.state is None or group.state.recent.shape[1] != window:
+                group.state = runner.empty_state(self._group_slots, window)
+            for local in range(self._local):
+                slots = [first + place * self._local + local for place in range(data)]
+                if any(slot in prompts for slot in slots):
+                    rows = [prompts.get(slot, ()) for slot in slots]
+                    self._start(group, local, rows, window)
+
+    def _start(
+        self, group: _Group, local: int, prompts: Sequence[Sequence[int]], window: int
+    ) -> None:
+        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        recent = np.full((len(prompts), window), -1, np.int32)
+        for row, prompt in zip(recent, prompts, strict=True):
+            last = prompt[-window:]
+            row[window - len(last) :] = last
+        for logits, done, count, _ in self._read(group, local, prompts):
+            ended = (count > 0) & (done + count == lengths)
+            if not ended.any():
+                continue
+            slot = np.where(ended, local, -1).astype(np.int32)
+            group.state, group.fed = self.runners[-1].begin(self._plan)(
+                logits, group.state, recent, lengths, slot, self.ends, group.values
+            )
+
+    # Decoding
 
     def step(self) -> None:
         """Decodes one token in each active slot; does not wait for it."""
-        self.cache, self.state = self.decode_program(self.plan)(
-            self.params, self.cache, self.state, self.ends, self.values
-        )
+        fed_like = jax.ShapeDtypeStruct((self._group_slots, 2), np.int32)
+        for group in self._groups:
+            x, fed = None, self._between(group.fed, fed_like, -1, 0)
+            for i, runner in enumerate(self.runners[:-1]):
+                group.caches[i], x = runner.relay()(runner.params, group.caches[i], x, fed)
+                like = (runner.output(self._group_slots, 1), fed_like)
+                x, fed = self._between((x, fed), like, i, i + 1) or (None, None)
+            runner = self.runners[-1]
+            group.caches[-1], group.state, group.fed = runner.finish(self._plan)(
+                runner.params, group.caches[-1], x, group.state, self.ends, group.values
+            )
+
+    def tokens(self) -> list[jax.Array]:
+        """The slots' last tokens, on their way; `read` waits for them."""
+        like = jax.ShapeDtypeStruct((self._group_slots, 2), np.int32)
+        return [self._fetchable(group.fed, like) for group in self._groups]
+
+    def read(self, tokens: Sequence[jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+        """Waits for what `tokens` has returned: int32 `[slots]`, and which slots go on, bool."""
+        fed = np.concatenate([np.asarray(part) for part in tokens])[: self.slots]
+        return fed[:, 0], fed[:, 1] >= 0
 
     def loop(self, limit: int, length: int = 32) -> np.ndarray:
-        """Decodes up to `limit` tokens in each active slot without returning to the host.
+        """Decodes up to `limit` tokens in each active slot; in one stage, without returning to the
+        host.
 
         Returns:
           int32 `[slots, limit]`, -1 where a slot had stopped.
         """
-        self.cache, self.state, tokens = self._loop(self.plan, length)(
-            self.params,
-            self.cache,
-            self.state,
-            np.int32(min(limit, length)),
-            self.ends,
-            self.values,
+        limit = min(limit, length)
+        if len(self.runners) > 1:
+            return self._step_loop(limit)
+        runner, (group,) = self.runners[0], self._groups
+        group.caches[0], group.state, group.fed, tokens = runner.loop(self._plan, length)(
+            runner.params, group.caches[0], group.state, np.int32(limit), self.ends, group.values
         )
-        return np.asarray(tokens)[:, : min(limit, length)]
+        like = jax.ShapeDtypeStruct((self._group_slots, length), np.int32)
+        return np.asarray(self._fetchable(tokens, like))[: self.slots, :limit]
+
+    def _step_loop(self, limit: int) -> np.ndarray:
+        """The loop of several stages: all steps are on their way before the first is read."""
+        coming = [self.tokens()]
+        for _ in range(limit):
+            self.step()
+            coming.append(self.tokens())
+        read = [self.read(tokens) for tokens in coming]
+        columns = [
+            np.where(active, token, -1)
+            for (_, active), (token, _) in zip(read[:-1], read[1:], strict=True)
+        ]
+        return np.stack(columns, axis=1) if columns else np.zeros((self.slots, 0), np.int32)
+
+    def _fetchable(self, x: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """An array of the last stage as one that this process can read."""
+        return fetch(x, like, self.partition.stages[-1].mesh, self.partition.everyone)
+
+    def lower_step(self, sampling: SamplingConfig) -> list[jax.stages.Lowered]:
+        """The program of each stage in a decode step, before it is compiled, to look into."""
+        lowered, plan = [], sampling.plan
+        slots, window = self._group_slots, max(1, plan.window)
+        values = SamplingValues.of([sampling] * slots)
+        for i, runner in enumerate(self.runners):
+            x = runner.output(slots, 1) if i else None
+            cache = self._groups[0].caches[i]
+            if runner.last:
+                state = runner.empty_state(slots, window)
+                arguments = (runner.params, cache, x, state, self.ends, values)
+                lowered.append(runner.finish(plan).lower(*arguments))
+            else:
+                fed = jax.ShapeDtypeStruct((slots, 2), np.int32)
+                lowered.append(runner.relay().lower(runner.params, cache, x, fed))
+        return lowered
+
+
+def _bytes_on_fullest(tree: Any) -> int:
+    """Bytes of arrays on the device of this process that holds the most of them."""
+    held: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return max(held.values(), default=0)

@@ -1,4 +1,4 @@
-"""The pure functions that a device runs: prefill a chunk, choose a token, decode one or several."""
+"""The pure functions that a device runs: prefill a chunk, decode a step, choose a token."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from jaxsplit.engine.sampling import SamplingPlan, SamplingValues, sample
 from jaxsplit.models import Cache, Decoder
+from jaxsplit.models.axes import any_over
 
 
 @jax.tree_util.register_dataclass
@@ -29,25 +30,26 @@ class DecodeState:
 
 
 def prefill(
-    model: Decoder, cache: Cache, tokens: Array, start: Array, count: Array, slot: Array
+    model: Decoder, cache: Cache, inputs: Array, start: Array, count: Array, slot: Array
 ) -> tuple[Cache, Array]:
     """Reads a chunk of a prompt into a slot of the cache.
 
     Args:
-      model: the decoder, of this device.
+      model: the decoder, of this stage and device.
       cache: its keys and values.
-      tokens: int32 `[length]`, of which the first `count` are read.
-      start: int32: the first token's position.
-      count: int32.
-      slot: int32.
+      inputs: tokens, int32 `[1, length]`, of which the first `count` are read, or the output of the
+        stage before.
+      start: int32 `[1]`: the first token's position.
+      count: int32 `[1]`.
+      slot: int32 `[1]`.
 
     Returns:
-      the cache and the last layer's output, `[length, embed]`.
+      the cache and the last layer's output, `[1, length, embed]`.
     """
-    steps = jnp.arange(tokens.shape[0])
-    positions = jnp.where(steps < count, start + steps, -1)
-    x, cache = model.hidden(tokens[None], positions[None], cache, slot[None])
-    return cache, x[0]
+    steps = jnp.arange(inputs.shape[1])
+    positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
+    x, cache = model.hidden(inputs, positions, cache, slot)
+    return cache, x
 
 
 def begin(
@@ -65,38 +67,60 @@ def begin(
     """Chooses the first token after a prompt.
 
     Args:
-      logits: float32 `[vocab / devices]` of the prompt's last token.
+      logits: float32 `[1, vocab / devices]` of the prompt's last token.
       state: the slots' state.
-      recent: int32 `[window]`: the prompt's last tokens.
-      position: int32: the prompt's length.
-      slot: int32: which slot.
-      ends, values, plan, vocab: as in `decode_step`.
+      recent: int32 `[1, window]`: the prompt's last tokens.
+      position: int32 `[1]`: the prompt's length.
+      slot: int32 `[1]`: which slot; negative: none, nothing changes.
+      ends, values, plan, vocab: as in `choose`.
     """
-    one = jax.tree.map(lambda value: value[slot][None], values)
-    token = sample(logits[None], position[None], recent[None], one, plan, vocab)[0]
-    return DecodeState(
-        token=state.token.at[slot].set(token),
-        position=state.position.at[slot].set(position),
-        active=state.active.at[slot].set(~jnp.isin(token, ends) & (position < context)),
-        recent=state.recent.at[slot].set(jnp.append(recent, token)[1:]),
-    )
+    one = jax.tree.map(lambda value: value[slot], values)
+    token = sample(logits, position, recent, one, plan, vocab)
+    active = ~jnp.isin(token, ends) & (position < context)
+    chosen = DecodeState(token, position, active, _append(recent, token))
+    index = jnp.where(slot < 0, state.token.shape[0], slot)
+    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), state, chosen)
 
 
-def decode_step(
-    model: Decoder,
-    cache: Cache,
+def _append(recent: Array, token: Array) -> Array:
+    return jnp.concatenate([recent, token[:, None]], axis=1)[:, 1:]
+
+
+def feed(state: DecodeState) -> Array:
+    """What the stages need to know of the slots: int32 `[slots, 2]`, each slot's last token and the
+    position where it belongs, -1 where the slot has stopped."""
+    return jnp.stack([state.token, jnp.where(state.active, state.position, -1)], axis=1)
+
+
+def decode_layers(model: Decoder, cache: Cache, x: Array | None, fed: Array) -> tuple[Cache, Array]:
+    """Writes each slot's token to the cache of a stage.
+
+    Args:
+      model: the decoder, of this stage and device.
+      cache: its keys and values.
+      x: `[slots, 1, embed]`, the output of the stage before; None in the first.
+      fed: from `feed`.
+
+    Returns:
+      the cache and the output `[slots, 1, embed]`.
+    """
+    x, cache = model.hidden(fed[:, :1] if x is None else x, fed[:, 1:], cache)
+    return cache, x
+
+
+def choose(
+    logits: Array,
     state: DecodeState,
     ends: Array,
     values: SamplingValues,
     plan: SamplingPlan,
     vocab: int,
     context: int,
-) -> tuple[Cache, DecodeState]:
-    """Writes each slot's token to the cache and chooses the next.
+) -> DecodeState:
+    """Chooses the next token of each slot.
 
     Args:
-      model: the decoder, of this device.
-      cache: its keys and values.
+      logits: float32 `[slots, vocab / devices]` after the slots' last tokens.
       state: the slots' tokens and positions.
       ends: int32 `[ends]`: tokens that end a text.
       values, plan: how to choose.
@@ -104,24 +128,36 @@ def decode_step(
       context: the cache's length; a slot whose next token has no place in it stops.
 
     Returns:
-      the cache, and the state with the new tokens.
+      the state with the new tokens.
     """
-    positions = jnp.where(state.active, state.position, -1)
-    x, cache = model.hidden(state.token[:, None], positions[:, None], cache)
-    logits = model.logits(x[:, 0])
     token = sample(logits, state.position + 1, state.recent, values, plan, vocab)
     token = jnp.where(state.active, token, state.token)
     position = state.position + state.active
-    return cache, DecodeState(
+    return DecodeState(
         token=token,
         position=position,
         active=state.active & ~jnp.isin(token, ends) & (position < context),
-        recent=jnp.where(
-            state.active[:, None],
-            jnp.concatenate([state.recent, token[:, None]], axis=1)[:, 1:],
-            state.recent,
-        ),
+        recent=jnp.where(state.active[:, None], _append(state.recent, token), state.recent),
     )
+
+
+def decode_step(
+    model: Decoder,
+    cache: Cache,
+    x: Array | None,
+    state: DecodeState,
+    ends: Array,
+    values: SamplingValues,
+    plan: SamplingPlan,
+    vocab: int,
+    context: int,
+) -> tuple[Cache, DecodeState]:
+    """The last stage of a step: its layers, then the next token of each slot.
+
+    Arguments are those of `decode_layers` and `choose`.
+    """
+    cache, x = decode_layers(model, cache, x, feed(state))
+    return cache, choose(model.logits(x[:, 0]), state, ends, values, plan, vocab, context)
 
 
 def decode_loop(
@@ -136,7 +172,7 @@ def decode_loop(
     context: int,
     length: int,
 ) -> tuple[Cache, DecodeState, Array]:
-    """Several decode steps without returning to the host.
+    """Several steps of a model in one stage, without returning to the host.
 
     Args:
       limit: int32: how many steps, at most `length`; the loop ends sooner when no slot is active.
@@ -150,12 +186,12 @@ def decode_loop(
 
     def unfinished(carry: tuple) -> Array:
         step, _, state, _ = carry
-        return (step < limit) & state.active.any()
+        return (step < limit) & any_over(state.active.any(), "slots")
 
     def advance(carry: tuple) -> tuple:
         step, cache, state, texts = carry
         was_active = state.active
-        cache, state = decode_step(model, cache, state, ends, values, plan, vocab, context)
+        cache, state = decode_step(model, cache, None, state, ends, values, plan, vocab, context)
         column = jnp.where(was_active, state.token, -1)
         return step + 1, cache, state, lax.dynamic_update_index_in_dim(texts, column, step, 1)
 

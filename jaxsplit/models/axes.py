@@ -1,15 +1,22 @@
-"""Logical axes: the names that parameters give to their dimensions, and sums along them.
+"""Logical axes: the names that parameters give to their dimensions, and how devices meet there.
 
 The model runs as one program per device over that device's shards (`jax.shard_map`). A table from
 logical axis to mesh axis, active while the program is traced, says along which axes it has to
 communicate. Without a table nothing is split and every function here is the identity, so that the
 modules work as they are on plain arrays.
 
-`embed`      the residual stream
+`embed`      the residual stream; whole on every device
 `heads`      query heads times their width
 `kv_heads`   key and value heads times their width
 `mlp`        hidden units of the MLP
 `vocab`      rows of the embedding and of the output head
+`heads_in`   heads, as columns of the matrix that reads them
+`mlp_in`     hidden units, as columns of the matrix that reads them
+`embed_out`  rows of the matrices that write to the residual stream
+`slots`      sequences in the cache
+
+What is split along columns is added up (`heads_in`, `mlp_in`); what is split along rows only, or
+read whole though its parts lie on several devices, is gathered (`embed_out`, `heads`, `mlp`).
 """
 
 import contextlib
@@ -59,12 +66,29 @@ def sum_over(x: Array, axis: str) -> Array:
     return lax.psum(x.astype(rules.reduce_dtype), mesh_axis).astype(x.dtype)
 
 
-def gather_over(x: Array, axis: str) -> Array:
-    """Joins the last dimension of all shards of a logical axis: `[..., n]` to `[..., all]`."""
+def gather_over(x: Array, axis: str, size: int | None = None) -> Array:
+    """Joins the last dimension of all shards of a logical axis: `[..., n]` to `[..., all]`.
+
+    Args:
+      x: this device's shard.
+      axis: the logical axis.
+      size: elements that are no padding, which comes last; None keeps the padding.
+    """
     mesh_axis = _rules.get().table.get(axis)
     if mesh_axis is None:
         return x
-    return lax.all_gather(x, mesh_axis, axis=x.ndim - 1, tiled=True)
+    return lax.all_gather(x, mesh_axis, axis=x.ndim - 1, tiled=True)[..., :size]
+
+
+def any_over(x: Array, axis: str) -> Array:
+    """Whether a boolean is true on any shard of a logical axis."""
+    mesh_axis = _rules.get().table.get(axis)
+    return x if mesh_axis is None else lax.psum(x.astype(jnp.int32), mesh_axis) > 0
+
+
+def is_split(axis: str) -> bool:
+    """Whether a logical axis is split."""
+    return axis in _rules.get().table
 
 
 def shard_of(axis: str) -> Array | int:

@@ -10,12 +10,20 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, `[slots, kv_heads, context, head_dim]` each."""
+    """Keys and values of one layer.
+
+    Attributes:
+      keys, values: `[slots, kv_heads, context, head_dim]`.
+      key_scale, value_scale: float32 `[slots, kv_heads, context]` that multiply int8 keys and
+        values; None for other dtypes.
+    """
 
     keys: Array
     values: Array
+    key_scale: Array | None = None
+    value_scale: Array | None = None
 
-    axes = (None, "kv_heads")
+    axes = ("slots", "kv_heads")
 
     def update(self, keys: Array, values: Array, slots: Array, positions: Array) -> "LayerCache":
         """The cache with new tokens written.
@@ -27,18 +35,29 @@ class LayerCache:
         """
         context = self.keys.shape[2]
         rows = jnp.where(positions < 0, context, positions)
+        index = (slots[:, None], slice(None), rows)
 
-        def write(cache: Array, new: Array) -> Array:
-            index = (slots[:, None], slice(None), rows)
-            return cache.at[index].set(new.astype(cache.dtype), mode="drop")
+        def write(cache: Array, scale: Array | None, new: Array) -> tuple[Array, Array | None]:
+            if scale is not None:
+                new, new_scale = _to_int8(new)
+                scale = scale.at[index].set(new_scale, mode="drop")
+            return cache.at[index].set(new.astype(cache.dtype), mode="drop"), scale
 
-        return LayerCache(write(self.keys, keys), write(self.values, values))
+        new_keys, key_scale = write(self.keys, self.key_scale, keys)
+        new_values, value_scale = write(self.values, self.value_scale, values)
+        return LayerCache(new_keys, new_values, key_scale, value_scale)
 
-    def read(self, slots: Array | None) -> tuple[Array, Array]:
-        """Keys and values `[batch, kv_heads, context, head_dim]` of some slots; None: of all."""
-        if slots is None:
-            return self.keys, self.values
-        return self.keys[slots], self.values[slots]
+    def read(self, slots: Array | None) -> "LayerCache":
+        """The keys and values of some slots; None: of all."""
+        return self if slots is None else jax.tree.map(lambda leaf: leaf[slots], self)
+
+
+def _to_int8(x: Array) -> tuple[Array, Array]:
+    """`[..., head_dim]` to int8 and a scale `[...]`: the largest magnitude becomes 127."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    codes = jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None])
+    return codes.astype(jnp.int8), scale
 
 
 Cache = list[LayerCache]
@@ -47,6 +66,13 @@ Cache = list[LayerCache]
 def init_cache(
     layers: int, slots: int, kv_heads: int, context: int, head_dim: int, dtype: jnp.dtype
 ) -> Cache:
-    """An empty cache."""
+    """An empty cache; int8 keeps a scale for each head and position."""
     shape = (slots, kv_heads, context, head_dim)
-    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)]
+
+    def empty() -> Array:
+        return jnp.zeros(shape, dtype)
+
+    def scale() -> Array | None:
+        return jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
+
+    return [LayerCache(empty(), empty(), scale(), scale()) for _ in range(layers)]

@@ -44,26 +44,25 @@ class Attention(nnx.Module):
         queries = rope(queries, positions, c.rope, rope_factors)
         keys = rope(keys, positions, c.rope, rope_factors)
         if cache is None:
-            keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+            memory = LayerCache(keys.swapaxes(1, 2), values.swapaxes(1, 2))
             key_positions = positions
         else:
             cache = cache.update(
                 keys, values, jnp.arange(batch) if slots is None else slots, positions
             )
-            keys, values = cache.read(slots)
-            key_positions = jnp.arange(keys.shape[2])[None]
-        y = attend(queries, keys, values, positions, key_positions)
+            memory = cache.read(slots)
+            key_positions = jnp.arange(memory.keys.shape[2])[None]
+        y = attend(queries, memory, positions, key_positions)
         return self.out(y.reshape(batch, time, -1)), cache
 
 
-def attend(
-    queries: Array, keys: Array, values: Array, positions: Array, key_positions: Array
-) -> Array:
+def attend(queries: Array, memory: LayerCache, positions: Array, key_positions: Array) -> Array:
     """Softmax attention over the keys at and before each query's position.
 
     Args:
       queries: `[batch, time, kv_heads, group, head_dim]`.
-      keys, values: `[batch, kv_heads, keys, head_dim]`.
+      memory: keys and values, `[batch, kv_heads, keys, head_dim]`. Scales of 8-bit ones multiply
+        the scores and the weights, so that keys and values are used as they are stored.
       positions: int32 `[batch, time]`.
       key_positions: int32 `[batch or 1, keys]`.
 
@@ -76,17 +75,21 @@ def attend(
     scores = jnp.einsum(
         "btkgd,bksd->bkgts",
         queries,
-        keys.astype(dtype),
+        memory.keys.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+    if memory.key_scale is not None:
+        scores = scores * memory.key_scale[:, :, None, None]
     seen = key_positions[:, None, :] <= positions[:, :, None]
     scores = jnp.where(seen[:, None, None], scores * scale, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if memory.value_scale is not None:
+        weights = weights * memory.value_scale[:, :, None, None]
     return jnp.einsum(
         "bkgts,bksd->btkgd",
-        weights,
-        values.astype(dtype),
+        weights.astype(dtype),
+        memory.values.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     ).astype(dtype)
@@ -135,23 +138,42 @@ class Decoder(nnx.Module):
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> logits, _ = model(tokens)
 
+    A decoder may be a part of a model: a run of its layers, the embedding with the first of them,
+    norm and head with the last. A part without the embedding takes the output of the part before.
+
     Args:
       config: what to build.
+      layers: which layers; None: all.
       dtype: of the activations.
       rngs: for the parameters' initial values.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        self.embedding = Embedding(config.vocab, config.embed, rngs=rngs)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layers: range | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        layers = range(config.layers) if layers is None else layers
+        self.first, self.last = layers.start == 0, layers.stop == config.layers
+        vocab = (config.vocab, config.embed)
+        self.embedding = (
+            Embedding(*vocab, rngs=rngs) if self.first or (self.last and config.tied) else None
+        )
         self.rope_factors = (
             param(None, (None,), (config.rope.dim // 2,)) if config.rope_factors else None
         )
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.embed, config.norm_epsilon)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in layers])
+        self.norm = RMSNorm(config.embed, config.norm_epsilon) if self.last else None
         self.head = (
-            None if config.tied else Linear("embed", config.embed, "vocab", config.vocab, rngs=rngs)
+            Linear("embed", config.embed, "vocab", config.vocab, rngs=rngs)
+            if self.last and not config.tied
+            else None
         )
         self.config = config
+        self.layers = layers
         self.dtype = dtype
 
     def __call__(
@@ -177,16 +199,24 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: Array,
+        inputs: Array,
         positions: Array | None = None,
         cache: Cache | None = None,
         slots: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """The last layer's output `[batch, time, embed]`; arguments as in `__call__`."""
+        """The last layer's output.
+
+        Args:
+          inputs: tokens, or the output `[batch, time, embed]` of the part before.
+          positions, cache, slots: as in `__call__`.
+
+        Returns:
+          `[batch, time, embed]` and the cache.
+        """
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = None if self.rope_factors is None else self.rope_factors.get_value()
-        x = self.embedding(tokens, self.dtype)
+        x = self.embedding(inputs, self.dtype) if self.first else inputs
         caches = []
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[i]

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxsplit.models.axes import shard_of, sum_over
+from jaxsplit.models.axes import gather_over, is_split, shard_of, sum_over
 from jaxsplit.models.config import RopeConfig
 from jaxsplit.quant import matmul, take_rows
 
@@ -39,7 +39,12 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A projection. If its input axis is split, the partial sums of the devices are added up."""
+    """A projection from one logical axis to another.
+
+    A kernel split along its columns reads the devices' own parts of `x`, and the partial sums are
+    added up; one that is not gathers the parts of `x` first. Rows of the residual stream are
+    gathered, since it is whole on every device; rows of other axes stay where they are.
+    """
 
     def __init__(
         self,
@@ -51,13 +56,20 @@ class Linear(nnx.Module):
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.kernel = param(rngs, (out_axis, in_axis), (out_size, in_size))
+        self.rows = "embed_out" if out_axis == "embed" else out_axis
+        self.columns = in_axis if in_axis == "embed" else f"{in_axis}_in"
+        self.kernel = param(rngs, (self.rows, self.columns), (out_size, in_size))
         self.bias = nnx.Param(jnp.zeros(out_size, jnp.float32), axes=(out_axis,)) if bias else None
         self.in_axis = in_axis
+        self.out_size = out_size
 
     def __call__(self, x: Array) -> Array:
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""
-        y = sum_over(matmul(x, self.kernel.get_value()), self.in_axis)
+        if not is_split(self.columns):
+            x = gather_over(x, self.in_axis)
+        y = sum_over(matmul(x, self.kernel.get_value()), self.columns)
+        if self.rows == "embed_out":
+            y = gather_over(y.astype(x.dtype), self.rows, self.out_size)
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.astype(x.dtype)

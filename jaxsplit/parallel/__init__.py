@@ -1,25 +1,34 @@
-"""Split modes: meshes of devices, and how a model's axes lie on them."""
+"""Split modes: meshes of devices, and how a model's layers and axes lie on them."""
 
 from jaxsplit.parallel.layout import AxisLayout, even, grouped_heads
 from jaxsplit.parallel.modes import (
+    MESH_AXES,
     SPLIT_MODES,
-    Partition,
-    Placement,
     SplitMode,
     choose_devices,
-    make_partition,
+    parse_mesh,
+    parse_shares,
     split_mode,
 )
+from jaxsplit.parallel.partition import Partition, Placement, Stage, make_partition, share_layers
+from jaxsplit.parallel.transfer import fetch, hand_over
 
 __all__ = [
+    "MESH_AXES",
     "SPLIT_MODES",
     "AxisLayout",
     "Partition",
     "Placement",
     "SplitMode",
+    "Stage",
     "choose_devices",
     "even",
+    "fetch",
     "grouped_heads",
+    "hand_over",
     "make_partition",
+    "parse_mesh",
+    "parse_shares",
+    "share_layers",
     "split_mode",
 ]

@@ -1,4 +1,11 @@
-"""Split modes: a mesh of devices and a table that says which logical axis it splits."""
+"""Split modes: which logical axis is split by which mesh axis, and the devices of a mesh.
+
+The mesh axes:
+
+`data`    copies of the model, each with its own sequences
+`stage`   runs of layers, one after the other
+`tensor`  parts of every layer, at the same time
+"""
 
 import dataclasses
 import math
@@ -6,17 +13,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import TensorInfo
-from jaxsplit.models.axes import AxisRules
-from jaxsplit.models.config import ModelConfig
-from jaxsplit.parallel.layout import AxisLayout, even, grouped_heads
 
-MESH_AXES = ("tensor",)
+MESH_AXES = ("data", "stage", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SplitMode:
     Attributes:
       summary: one line for people.
       axis: the mesh axis that takes all devices when no mesh is given; None: a single device.
-      table: logical axis to mesh axis.
+      table: logical axis to mesh axis. Layers go to the `stage` axis in every mode.
     """
 
     summary: str
@@ -34,13 +34,17 @@ class SplitMode:
     table: Mapping[str, str]
 
 
+_UNITS = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+_ROW = {"slots": "data", **_UNITS, "embed_out": "tensor"}
+_GRAPH = {"slots": "data", **_UNITS, "heads_in": "tensor", "mlp_in": "tensor"}
+
 SPLIT_MODES: Mapping[str, SplitMode] = MappingProxyType(
     {
-        "none": SplitMode("nothing is split; one device runs the whole model", None, {}),
+        "none": SplitMode("one device runs the whole model", None, {}),
+        "layer": SplitMode("each device runs some of the layers, in turn", "stage", _GRAPH),
+        "row": SplitMode("matrices are split by rows; outputs are gathered", "tensor", _ROW),
         "graph": SplitMode(
-            "heads, hidden units and vocabulary are split; all devices work at once",
-            "tensor",
-            {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"},
+            "every device runs a part of each layer; partial sums are added up", "tensor", _GRAPH
         ),
     }
 )
@@ -70,7 +74,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, _, size = part.strip().partition(":")
         if not size.isdecimal() or int(size) < 1:
             raise JaxsplitError(
-                f"--mesh={text}: {part.strip()!r} is not of the form axis:size, such as tensor:4"
+                f"--mesh={text}: {part.strip()!r} is not of the form axis:size, such as tensor:4 "
+                "or stage:2,tensor:2"
             )
         if name not in MESH_AXES:
             raise JaxsplitError(
@@ -80,6 +85,23 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise JaxsplitError(f"--mesh={text}: axis {name!r} is given twice")
         shape[name] = int(size)
     return shape
+
+
+def parse_shares(text: str) -> list[float]:
+    """`3,1` to shares.
+
+    Raises:
+      JaxsplitError: not numbers, or none above 0.
+    """
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= share < math.inf for share in shares) or not sum(shares):
+        raise JaxsplitError(
+            f"--tensor_split={text} is not a list of shares such as 3,1 (at least one above 0)"
+        )
+    return shares
 
 
 def choose_devices(
@@ -93,7 +115,8 @@ def choose_devices(
     Args:
       mode: a name in `SPLIT_MODES`.
       devices: which devices, or how many of the first; None: all, or as many as `mesh` needs.
-      mesh: axis sizes, such as `tensor:4`; None: all devices on the mode's axis.
+      mesh: axis sizes, such as `stage:2,tensor:2`, of which the last varies fastest over the
+        devices; None: all devices on the mode's axis.
       main_device: for modes on a single device: which one.
 
     Raises:
@@ -136,105 +159,3 @@ def choose_devices(
         found = described if devices is None else f"{len(available)} devices given"
         raise JaxsplitError(f"--mesh={mesh} needs {needed} devices, there are {found}{hint}")
     return shape, available[:needed]
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where the raw blocks of one tensor go.
-
-    Attributes:
-      sharding: of the padded array `[..., rows, blocks, block_bytes]`.
-      rows: the tensor's row at each padded row, or -1: int `[rows]`.
-      columns: the tensor's block at each padded block, or -1: int `[blocks]`.
-      granule: weights that are kept of each block.
-      part: which granule of its block it is: int32 `[blocks]`.
-    """
-
-    sharding: NamedSharding
-    rows: np.ndarray
-    columns: np.ndarray
-    granule: int
-    part: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Partition:
-    """A split mode applied to one model and one set of devices.
-
-    Attributes:
-      mesh: the devices.
-      rules: logical axis to mesh axis.
-      layouts: how each split logical axis lies on the devices.
-    """
-
-    mesh: Mesh
-    rules: AxisRules
-    layouts: Mapping[str, AxisLayout]
-
-    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """The partition of an array with these logical axes."""
-        return PartitionSpec(*(self.rules.table.get(axis) for axis in axes))
-
-    def place(self, tensor: TensorInfo, axes: Sequence[str | None]) -> Placement:
-        """Where the blocks of a vector, a matrix or a stack of matrices with these axes go.
-
-        A vector is a matrix with a single column. Stacks are not split along their first axes.
-        """
-        if len(axes) == 1:
-            axes = (axes[0], None)
-            granule, columns, part = 1, np.zeros(1, np.int64), np.zeros(1, np.int64)
-            size = tensor.shape[0]
-        else:
-            size = tensor.shape[-2]
-            layout = self.layouts.get(axes[-1])
-            if layout is not None:
-                granule, columns, part = layout.granules(tensor.block_size)
-            else:
-                columns = np.arange(tensor.blocks_shape[-2])
-                granule, part = tensor.block_size, np.zeros_like(columns)
-        layout = self.layouts.get(axes[-2])
-        rows = np.arange(size) if layout is None else layout.elements()
-        spec = PartitionSpec(*self.spec(axes), None)
-        return Placement(
-            NamedSharding(self.mesh, spec), rows, columns, granule, part.astype(np.int32)
-        )
-
-
-def make_partition(
-    config: ModelConfig,
-    mode: str,
-    shape: Mapping[str, int],
-    devices: Sequence[jax.Device],
-    *,
-    mlp_unit: int = 1,
-    reduce_dtype: jnp.dtype = jnp.float32,
-) -> Partition:
-    """Lays a model out on devices.
-
-    Args:
-      config: the model.
-      mode: a name in `SPLIT_MODES`.
-      shape: mesh axis sizes.
-      devices: as many as the mesh has places.
-      mlp_unit: hidden units of the MLP that cannot be taken apart: the weights in a block.
-      reduce_dtype: dtype in which partial sums are exchanged.
-    """
-    types = (AxisType.Auto,) * len(shape)
-    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), types, devices=tuple(devices))
-    table = {
-        logical: axis
-        for logical, axis in split_mode(mode).table.items()
-        if mesh.shape.get(axis, 1) > 1
-    }
-
-    def shards(axis: str) -> int:
-        return mesh.shape[table[axis]] if axis in table else 1
-
-    heads, kv_heads = grouped_heads(config.heads, config.kv_heads, config.head_dim, shards("heads"))
-    layouts = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "mlp": even(math.ceil(config.mlp / mlp_unit), mlp_unit, shards("mlp")),
-        "vocab": even(config.vocab, 1, shards("vocab")),
-    }
-    return Partition(mesh, AxisRules(table, reduce_dtype), layouts)

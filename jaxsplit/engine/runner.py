@@ -1,0 +1,204 @@
+"""The compiled programs of one stage."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsplit.engine import steps
+from jaxsplit.engine.sampling import SamplingPlan
+from jaxsplit.models import Cache, Decoder, LayerCache, axis_rules, init_cache
+from jaxsplit.parallel import Stage
+
+_REPLICATED = PartitionSpec()
+
+# XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
+DECODE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+
+
+class StageRunner:
+    """A run of layers on its devices, as functions from arrays to arrays.
+
+    Programs are compiled when they are first called. Where this process has no device in the stage
+    they do nothing and return None.
+
+    Args:
+      model: the decoder, its parameters on the stage's mesh.
+      stage: the devices and how the layers lie on them.
+      context: tokens that a slot can hold.
+    """
+
+    def __init__(self, model: Decoder, stage: Stage, context: int):
+        self.stage = stage
+        self.context = context
+        self.config = model.config
+        self.first, self.last, self.dtype = model.first, model.last, model.dtype
+        # The hot loop carries flat arrays; the module is put together while tracing.
+        self._graph, state = nnx.split(model)
+        params, self._tree = jax.tree.flatten(state)
+        self.params = tuple(params)
+        specs = jax.tree.map(
+            lambda p: jax.tree.map(lambda _: stage.spec(p.axes), p.get_value()),
+            state,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+        self._param_specs = tuple(
+            jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        )
+        self._slots = stage.spec(("slots",))
+        self._cache_spec = stage.spec(LayerCache.axes)
+        self._programs: dict[Any, Callable] = {}
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.stage.mesh, spec)
+
+    def empty_cache(self, slots: int, dtype: jnp.dtype) -> Cache | None:
+        """Zeroed keys and values of so many slots."""
+        if not self.stage.is_local:
+            return None
+        kv_heads = len(self.stage.layouts["kv_heads"].slots)
+        sizes = (len(self.stage.layers), slots, kv_heads, self.context, self.config.head_dim)
+        make = jax.jit(
+            lambda: init_cache(*sizes, dtype), out_shardings=self.sharding(self._cache_spec)
+        )
+        return make()
+
+    def empty_state(self, slots: int, window: int) -> steps.DecodeState | None:
+        """Of slots that have nothing to do."""
+        if not self.stage.is_local:
+            return None
+
+        def make() -> steps.DecodeState:
+            zeros = jnp.zeros(slots, jnp.int32)
+            recent = jnp.full((slots, window), -1, jnp.int32)
+            return steps.DecodeState(zeros, zeros, jnp.zeros(slots, bool), recent)
+
+        return jax.jit(make, out_shardings=self.sharding(self._slots))()
+
+    def _program(
+        self,
+        key: Any,
+        body: Callable,
+        in_specs: Sequence,
+        out_specs: Any,
+        donate: Sequence[int] = (),
+        *,
+        decode: bool = False,
+    ) -> Callable:
+        """A function of the device's arrays as a compiled program on the mesh, made once."""
+        if not self.stage.is_local:
+            return lambda *_: jax.tree.map(
+                lambda _: None, out_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+            )
+        if key not in self._programs:
+            mesh = self.stage.mesh
+
+            @functools.wraps(body)
+            def local(*arguments: Any) -> Any:
+                with axis_rules(self.stage.rules):
+                    return body(*arguments)
+
+            sharded = jax.shard_map(
+                local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
+            )
+            platform = mesh.devices.flat[0].platform
+            self._programs[key] = jax.jit(
+                sharded,
+                donate_argnums=tuple(donate),
+                compiler_options=DECODE_OPTIONS.get(platform) if decode else None,
+            )
+        return self._programs[key]
+
+    def _model(self, params: Sequence[jax.Array]) -> Decoder:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
+
+    def prefill(self, length: int, *, all_logits: bool) -> Callable:
+        """`(params, cache, inputs, start, count, slot)` to the cache and the output.
+
+        The output of the last stage is logits, of all positions or of the last that is read:
+        float32 `[data, length, vocab]` or `[data, vocab]`.
+        """
+
+        def prefill(params, cache, inputs, start, count, slot):
+            model = self._model(params)
+            cache, x = steps.prefill(model, cache, inputs, start, count, slot)
+            if not self.last:
+                return cache, x
+            if all_logits:
+                return cache, model.logits(x)
+            index = jnp.maximum(count - 1, 0)[:, None, None]
+            return cache, model.logits(jnp.take_along_axis(x, index, axis=1)[:, 0])
+
+        vocab = self.stage.spec(("slots", "vocab"))
+        if not self.last:
+            out = self._slots
+        else:
+            out = PartitionSpec(vocab[0], None, vocab[1]) if all_logits else vocab
+        return self._program(
+            ("prefill", length, all_logits),
+            prefill,
+            [self._param_specs, self._cache_spec, *[self._slots] * 4],
+            (self._cache_spec, out),
+            donate=[1],
+            decode=length == 1,
+        )
+
+    def begin(self, plan: SamplingPlan) -> Callable:
+        """`(logits, state, recent, position, slot, ends, values)` to the state and its feed."""
+
+        def begin(*arguments):
+            state = steps.begin(*arguments, plan, self.config.vocab, self.context)
+            return state, steps.feed(state)
+
+        specs = [self.stage.spec(("slots", "vocab")), *[self._slots] * 4, _REPLICATED, self._slots]
+        return self._program(("begin", plan), begin, specs, (self._slots, self._slots))
+
+    def relay(self) -> Callable:
+        """A step of a stage that is not the last: `(params, cache, x, feed)` to cache and `x`."""
+
+        def relay(params, cache, x, fed):
+            return steps.decode_layers(self._model(params), cache, x, fed)
+
+        specs = [self._param_specs, self._cache_spec, self._slots, self._slots]
+        out = (self._cache_spec, self._slots)
+        return self._program("relay", relay, specs, out, donate=[1], decode=True)
+
+    def finish(self, plan: SamplingPlan) -> Callable:
+        """A step of the last stage: `(params, cache, x, state, ends, values)` to the cache, the
+        state and its feed."""
+
+        def finish(params, cache, x, state, ends, values):
+            model, sizes = self._model(params), (self.config.vocab, self.context)
+            cache, state = steps.decode_step(model, cache, x, state, ends, values, plan, *sizes)
+            return cache, state, steps.feed(state)
+
+        slots = self._slots
+        specs = [self._param_specs, self._cache_spec, slots, slots, _REPLICATED, slots]
+        out = (self._cache_spec, slots, slots)
+        return self._program(("finish", plan), finish, specs, out, donate=[1], decode=True)
+
+    def loop(self, plan: SamplingPlan, length: int) -> Callable:
+        """Several steps of a model in one stage: `(params, cache, state, limit, ends, values)` to
+        the cache, the state, its feed and the tokens."""
+
+        def loop(params, cache, state, limit, ends, values):
+            sizes = (self.config.vocab, self.context, length)
+            model = self._model(params)
+            cache, state, tokens = steps.decode_loop(
+                model, cache, state, limit, ends, values, plan, *sizes
+            )
+            return cache, state, steps.feed(state), tokens
+
+        slots = self._slots
+        specs = [self._param_specs, self._cache_spec, slots, _REPLICATED, _REPLICATED, slots]
+        out = (self._cache_spec, slots, slots, slots)
+        return self._program(("loop", plan, length), loop, specs, out, donate=[1], decode=True)
+
+    def output(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of the output of layers, `[*shape, embed]`."""
+        return jax.ShapeDtypeStruct((*shape, self.config.embed), np.dtype(self.dtype))

@@ -1,0 +1,122 @@
+"""Handing arrays from the devices of one stage to those of another."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_BY_DATA = PartitionSpec("data")
+
+
+def hand_over(tree: Any, like: Any, source: Mesh, target: Mesh) -> Any:
+    """Copies arrays, split over `data` and the same on all of `tensor`, to another mesh.
+
+    Within one process every device is handed its copy by a device that has it, without waiting.
+    Between processes the devices of both meshes meet in a collective.
+
+    Args:
+      tree: arrays on `source`; anything in a process that has no device there.
+      like: their global shapes and dtypes.
+      source, target: meshes of axes `data` and `tensor`, with as many places along `data`.
+
+    Returns:
+      the arrays on `target`; None in a process that has no device there.
+    """
+    process = jax.process_index()
+    devices = {*source.devices.flat, *target.devices.flat}
+    present = {device.process_index for device in devices}
+    if source == target or process not in present:
+        return tree
+    if len(present) > 1 and not set(target.devices.flat) <= set(source.devices.flat):
+        leaves, structure = jax.tree.flatten(like)
+        arrays = [None] * len(leaves) if tree is None else jax.tree.leaves(tree)
+        moved = [_meet(x, y, source, target) for x, y in zip(arrays, leaves, strict=True)]
+        return None if moved[0] is None else jax.tree.unflatten(structure, moved)
+    if not target.local_devices:
+        return None
+    return jax.tree.map(lambda x: _copy(x, source, target), tree)
+
+
+def _copy(x: jax.Array, source: Mesh, target: Mesh) -> jax.Array:
+    held = {shard.device: shard.data for shard in x.addressable_shards}
+    local = target.local_devices
+    pieces = [
+        held[device] if device in held else held[row[place % len(row)]]
+        for row, devices in zip(source.devices, target.devices, strict=True)
+        for place, device in enumerate(devices)
+        if device in local
+    ]
+    copies = jax.device_put(pieces, local)
+    sharding = NamedSharding(target, _BY_DATA)
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, copies)
+
+
+def _meet(
+    x: jax.Array | None, like: jax.ShapeDtypeStruct, source: Mesh, target: Mesh
+) -> jax.Array | None:
+    """A sum to which the first device of each row of `source` alone contributes."""
+    union = np.asarray(
+        [
+            [*row, *(device for device in others if device not in row)]
+            for row, others in zip(source.devices.tolist(), target.devices.tolist(), strict=True)
+        ]
+    )
+    mesh = Mesh(union, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    local = NamedSharding(mesh, _BY_DATA).shard_shape(like.shape)
+    held = {} if x is None else {shard.device: shard.data for shard in x.addressable_shards}
+    pieces = [
+        held[device] if device in held else _zeros(local, like.dtype, device)
+        for device in mesh.local_devices
+    ]
+    joined = jax.make_array_from_single_device_arrays(
+        like.shape, NamedSharding(mesh, _BY_DATA), pieces
+    )
+    summed = {shard.device: shard.data for shard in _sum_of_first(mesh)(joined).addressable_shards}
+    if not target.local_devices:
+        return None
+    return jax.make_array_from_single_device_arrays(
+        like.shape,
+        NamedSharding(target, _BY_DATA),
+        [summed[device] for device in target.local_devices],
+    )
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, device: jax.Device) -> jax.Array:
+    return jax.device_put(np.zeros(shape, dtype), device)
+
+
+@functools.cache
+def _sum_of_first(mesh: Mesh) -> Any:
+    def local(x: jax.Array) -> jax.Array:
+        mine = lax.axis_index("tensor") == 0
+        return lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), "tensor")
+
+    return jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=_BY_DATA, out_specs=_BY_DATA, check_vma=False)
+    )
+
+
+def fetch(x: jax.Array | None, like: jax.ShapeDtypeStruct, source: Mesh, everyone: Mesh) -> Any:
+    """An array of `source` as one that every process can read with `numpy.asarray`.
+
+    Args:
+      x: on `source`, split in any way; None in a process that has no device there.
+      like: its global shape and dtype.
+      source: mesh of axes `data` and `tensor`.
+      everyone: the mesh of all devices.
+    """
+    if all(device.process_index == jax.process_index() for device in everyone.devices.flat):
+        return x
+    whole = None if x is None else _replicate(source)(x)
+    flat = Mesh(everyone.devices.reshape(1, -1), everyone.axis_names)
+    return hand_over(whole, like, Mesh(source.devices.reshape(1, -1), source.axis_names), flat)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Any:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))

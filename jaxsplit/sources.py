@@ -1,0 +1,174 @@
+"""The tensors behind a model's parameters, and what they take on the devices of a mesh."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import ModelFile, TensorInfo, tensor_names
+from jaxsplit.models import Decoder, ModelConfig
+from jaxsplit.parallel import Partition, Stage, make_partition
+from jaxsplit.quant import quant_type, unpack
+
+
+def abstract_decoder(
+    config: ModelConfig, dtype: jnp.dtype = jnp.float32, layers: range | None = None
+) -> Decoder:
+    """A decoder, or some layers of it, with shapes in place of parameters."""
+    return nnx.eval_shape(lambda: Decoder(config, layers=layers, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def parameters(model: Decoder) -> dict[str, nnx.Param]:
+    """A model's parameters by path, such as `blocks.0.mlp.up.kernel`; the number is the layer's."""
+    return {
+        ".".join(map(str, _path(model, path))): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def _path(model: Decoder, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    if path[0] == "blocks":
+        return (path[0], path[1] + model.layers.start, *path[2:])
+    return path
+
+
+Sources = Mapping[str, TensorInfo]
+"""The tensor of each parameter of a whole model."""
+
+
+def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
+    """Which tensor each parameter comes from.
+
+    Raises:
+      JaxsplitError: tensors are missing, of an unsupported type, or of an unexpected shape.
+    """
+    shapes = {path: param.shape for path, param in parameters(abstract_decoder(config)).items()}
+    sources = {path: file.tensors[name] for path, name in tensor_names(file, shapes).items()}
+    for source in sources.values():
+        try:
+            quant_type(source.type)
+        except JaxsplitError as error:
+            raise JaxsplitError(f"{file.path}: tensor {source.name!r}: {error}") from None
+    return sources
+
+
+def layer_costs(sources: Sources, config: ModelConfig) -> list[int]:
+    """Bytes of each layer in the file; embedding and head count with the layers beside them."""
+    costs = [0] * config.layers
+    for path, source in sources.items():
+        name, _, rest = path.partition(".")
+        if name == "blocks":
+            costs[int(rest.partition(".")[0])] += source.nbytes
+        else:
+            costs[0 if name in ("embedding", "rope_factors") else -1] += source.nbytes
+    if config.tied:
+        costs[-1] += sources["embedding.table"].nbytes
+    return costs
+
+
+def raw_shape(source: TensorInfo) -> tuple[int, ...]:
+    """Of a tensor's blocks as `[..., rows, blocks, block_bytes]`; a vector has a single column."""
+    shape = source.blocks_shape
+    return shape if len(source.shape) > 1 else (*shape[:-1], 1, shape[-1])
+
+
+def stage_bytes(
+    sources: Sources, config: ModelConfig, stage: Stage, weights: jnp.dtype | None = None
+) -> tuple[int, int]:
+    """Bytes of a stage's parameters.
+
+    Args:
+      sources: of the model's parameters.
+      config: the model.
+      stage: which layers and where.
+      weights: dequantized to this dtype; None: as in the file.
+
+    Returns:
+      the bytes on each device, and how many of them are more than an equal share of what is split:
+      padding and copies.
+    """
+    held, extra = 0, 0.0
+    for path, param in parameters(_abstract(config, stage.layers)).items():
+        source = sources[path]
+        place, shape = stage.place(source, param.axes), raw_shape(source)
+        dtype = weights if len(source.shape) > 1 else jnp.dtype(jnp.float32)
+        local = place.sharding.shard_shape(place.padded(shape))
+        size = _unpacked_bytes(source.type, local, place.granule, dtype)
+        shards = math.prod(stage.mesh.shape[axis] for axis in place.sharding.spec if axis)
+        held += size
+        if shards > 1:
+            extra += size - _unpacked_bytes(source.type, shape, None, dtype) / shards
+    return held, round(extra)
+
+
+_abstract = functools.cache(abstract_decoder)
+
+
+@functools.cache
+def _unpacked_bytes(
+    kind: str, shape: tuple[int, ...], granule: int | None, dtype: jnp.dtype | None
+) -> int:
+    """Bytes on the device of blocks `[..., rows, blocks, block_bytes]`."""
+    weight = jax.eval_shape(
+        lambda raw, part: unpack(kind, raw, granule=granule, part=part, dtype=dtype),
+        jax.ShapeDtypeStruct(shape, jnp.uint8),
+        jax.ShapeDtypeStruct(shape[-2:-1], jnp.int32),
+    )
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+
+def split_model(
+    sources: Sources,
+    config: ModelConfig,
+    mode: str,
+    shape: Mapping[str, int],
+    devices: Sequence[jax.Device] | None,
+    *,
+    shares: Sequence[float] | None = None,
+    weights: jnp.dtype | None = None,
+    reduce_dtype: jnp.dtype = jnp.float32,
+) -> Partition:
+    """Lays a model out on devices, cutting hidden units where it costs the fewest bytes.
+
+    Whole blocks of hidden units are cheapest where they divide well. Where they do not, blocks are
+    cut into smaller pieces, which need less padding but each their own scales.
+
+    Args:
+      sources: the tensors of its parameters.
+      config: the model.
+      mode, shape, devices, shares, reduce_dtype: as in `make_partition`.
+      weights: as in `stage_bytes`.
+
+    Raises:
+      JaxsplitError: the shares do not fit the mesh.
+    """
+    blocks = [s.block_size for path, s in sources.items() if path.endswith("mlp.down.kernel")]
+    unit = max(blocks)
+    units = [unit // 2**i for i in range(4) if unit // 2**i >= min(unit, 32)]
+    partitions = [
+        make_partition(
+            config,
+            mode,
+            shape,
+            devices,
+            shares=shares,
+            layer_costs=layer_costs(sources, config),
+            mlp_unit=unit,
+            reduce_dtype=reduce_dtype,
+        )
+        for unit in units
+    ]
+    if all(stage.layouts["mlp"].devices == 1 for stage in partitions[0].stages):
+        return partitions[0]
+
+    def cost(partition: Partition) -> float:
+        sizes = [stage_bytes(sources, config, stage, weights)[0] for stage in partition.stages]
+        return sum(sizes)
+
+    best = min(partitions, key=cost)
+    # Larger pieces make faster products: smaller ones have to be worth it.
+    return next(p for p in partitions if cost(p) <= 1.01 * cost(best))
