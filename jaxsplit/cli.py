@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
@@ -29,14 +30,46 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
             main(argv[1:])
         except JaxsplitError as error:
             print(f"jaxsplit: {error}", file=sys.stderr)
-            sys.exit(2)
+            _leave(2)
         except KeyboardInterrupt:
-            sys.exit(130)
+            _leave(130)
         except BrokenPipeError:  # the reader of the text has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            _leave(1)
+        except Exception as error:
+            if not _one_of_several():
+                raise
+            if isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
+                reason = str(error).splitlines()[0]
+                message = f"another process has ended or cannot be reached ({reason})"
+                print(f"jaxsplit: {message}", file=sys.stderr)
+            else:
+                traceback.print_exc()
+            _leave(1)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def one_voice(*, speaks: bool) -> None:
+    """Of several processes one writes to standard output, and nothing but the program's text:
+    messages of native libraries go to standard error."""
+    own = os.dup(sys.stdout.fileno()) if speaks else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
+
+
+def _one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _leave(status: int) -> None:
+    """Ends a failed program. One of several processes does not wait for the others, which would
+    wait for it; they end when they miss it."""
+    if _one_of_several():
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxsplit.cli import progress_bar, run
+from jaxsplit.cli import one_voice, progress_bar, run
 from jaxsplit.errors import JaxsplitError
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -46,9 +46,17 @@ _LAST_N = flags.DEFINE_integer("repeat_last_n", 64, "how many tokens are recent"
 _SEED = flags.DEFINE_integer("seed", None, "same seed, same text, on any mesh (default: random)")
 
 _SPLIT_MODE = flags.DEFINE_string(
-    "split_mode", "graph", "graph: every device works on every layer; none: one device"
+    "split_mode",
+    "graph",
+    "graph: every device works on a part of every layer; layer: on some of the layers; row: on "
+    "some rows of every matrix; none: one device",
 )
-_MESH = flags.DEFINE_string("mesh", None, "shape, such as tensor:4 (default: all devices)")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "shape, such as tensor:4 or stage:2,tensor:2 (default: all devices)"
+)
+_TENSOR_SPLIT = flags.DEFINE_string(
+    "tensor_split", None, "shares of the devices, such as 3,1 (default: by free memory, or alike)"
+)
 _DEVICES = flags.DEFINE_integer("devices", None, "use only the first so many devices")
 _MAIN_DEVICE = flags.DEFINE_integer("main_device", 0, "which device, with --split_mode=none")
 _WEIGHTS = flags.DEFINE_string(
@@ -60,7 +68,17 @@ _DTYPE = flags.DEFINE_string(
 _REDUCE_DTYPE = flags.DEFINE_string(
     "reduce_dtype", "float32", "in which devices exchange partial sums"
 )
-_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values; auto: as --dtype")
+_CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype", "auto", f"of keys and values: {', '.join(_DTYPES)}, int8; auto: as --dtype"
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of process 0, if there are several that Slurm, Open MPI or "
+    "Kubernetes has not started",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 _BLOCK = flags.DEFINE_integer(
     "decode_block", 1, "tokens decoded on the devices before the text is printed", lower_bound=1
 )
@@ -84,6 +102,8 @@ def _prompt() -> str:
             ) from None
     if _PROMPT.value is None:
         raise JaxsplitError('no prompt is given; use --prompt="..." or --prompt_file=FILE')
+    if not _PROMPT.value and not _CHAT.value:
+        raise JaxsplitError("the prompt is empty; give at least one character")
     text = _PROMPT.value.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t")
     return text.replace("\0", "\\")
 
@@ -107,17 +127,42 @@ def _note(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def _agree(prompt: str | None) -> str:
+    """Makes process 0's flags hold in all, but for those about its machine; returns its prompt."""
+    from jaxsplit.parallel import from_first
+
+    own = {_MODEL.name, _PROMPT_FILE.name, _COMPILE_CACHE.name, _PROCESS_ID.name, _QUIET.name}
+    values = {
+        flag.name: flag.value
+        for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+        if flag.name not in own
+    }
+    values, prompt = from_first((values, prompt))
+    for name, value in values.items():
+        flags.FLAGS[name].value = value
+    return prompt
+
+
 def main(_: list[str]) -> None:
     """Generates text as the flags say."""
+    _use_compilation_cache()
+    import jax
+
+    import jaxsplit
+    from jaxsplit.parallel import start_processes
+
+    several = start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    leads = not several or jax.process_index() == 0
+    prompt = _prompt() if leads else None
+    if _SEED.value is None:
+        flags.FLAGS[_SEED.name].value = int.from_bytes(os.urandom(4), "little")
+    if several:
+        prompt = _agree(prompt)
+        one_voice(speaks=leads)
+        flags.FLAGS[_QUIET.name].value |= not leads
     sys.stdout.reconfigure(errors="replace")
-    prompt = _prompt()
-    if not prompt and not _CHAT.value:
-        raise JaxsplitError("the prompt is empty; give at least one character")
     if _SYSTEM.value is not None and not _CHAT.value:
         raise JaxsplitError("--system needs --chat")
-    _use_compilation_cache()
-    import jaxsplit
-
     sampling = jaxsplit.SamplingConfig(
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -127,7 +172,7 @@ def main(_: list[str]) -> None:
         frequency_penalty=_FREQUENCY.value,
         presence_penalty=_PRESENCE.value,
         repeat_last_n=_LAST_N.value,
-        seed=int.from_bytes(os.urandom(4), "little") if _SEED.value is None else _SEED.value,
+        seed=_SEED.value,
     )
     with progress_bar("loading", quiet=_QUIET.value) as progress:
         lm = jaxsplit.load(
@@ -135,6 +180,7 @@ def main(_: list[str]) -> None:
             split_mode=_SPLIT_MODE.value,
             devices=_DEVICES.value,
             mesh=_MESH.value,
+            tensor_split=_TENSOR_SPLIT.value,
             main_device=_MAIN_DEVICE.value,
             weights=_WEIGHTS.value,
             dtype=_DTYPE.value,

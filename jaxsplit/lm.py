@@ -20,7 +20,7 @@ from jaxsplit.gguf import ModelFile, model_config, open_gguf
 from jaxsplit.loading import Progress, load_decoders
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import choose_devices, parse_shares
-from jaxsplit.sources import parameter_sources, split_model
+from jaxsplit.sources import describe_split, parameter_sources, split_model
 from jaxsplit.text import ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
@@ -114,7 +114,8 @@ def load(
         cache_dtype=activations if cache_dtype == "auto" else jnp.dtype(cache_dtype),
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
-    return LM(models, engine, tokenizer, file.metadata, time.perf_counter() - started)
+    split = describe_split(sources, config, partition, stored)
+    return LM(models, engine, tokenizer, file.metadata, split, time.perf_counter() - started)
 
 
 def open_model(path: Path) -> ModelFile:
@@ -166,6 +167,7 @@ class LM:
         engine: Engine,
         tokenizer: Tokenizer | JaxsplitError,
         metadata: Mapping[str, Any],
+        split: str,
         load_seconds: float,
     ):
         self.models = tuple(models)
@@ -173,6 +175,7 @@ class LM:
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._metadata = metadata
+        self._split = split
 
     @property
     def model(self) -> Decoder:
@@ -297,17 +300,10 @@ class LM:
 
     def describe(self) -> str:
         """The model and how it is split, in one line."""
-        c, partition = self.config, self.engine.partition
-        mesh = ",".join(f"{axis}:{size}" for axis, size in partition.mesh.shape.items())
-        padded = [
-            f"{name} {layout.original // layout.unit} to {len(layout.slots)}"
-            for name, layout in partition.layouts.items()
-            if layout.size > layout.original
-        ]
+        c = self.config
         return (
             f"{c.architecture}, {c.layers} layers, {c.heads} heads, {c.kv_heads} KV heads, context "
-            f"{self.engine.context} | mesh {mesh} of {partition.mesh.devices.flat[0].device_kind}"
-            + (f" | padded or copied: {', '.join(padded)}" if padded else "")
+            f"{self.engine.context} | {self._split}"
         )
 
     def _check(self, tokens: Sequence[int]) -> None:
@@ -380,7 +376,7 @@ class Stream(Iterator[str]):
         started, compiled = time.perf_counter(), compile_seconds()
         for token in self._ids(sampling):
             elapsed = time.perf_counter() - started
-            self.compile_seconds = compile_seconds() - compiled
+            self.compile_seconds = min(compile_seconds() - compiled, elapsed)
             if not self.tokens:
                 self.first_token_seconds = elapsed
                 self._prompt_seconds = elapsed - self.compile_seconds

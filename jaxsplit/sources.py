@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile, TensorInfo, tensor_names
@@ -172,3 +173,40 @@ def split_model(
     best = min(partitions, key=cost)
     # Larger pieces make faster products: smaller ones have to be worth it.
     return next(p for p in partitions if cost(p) <= 1.01 * cost(best))
+
+
+def describe_split(
+    sources: Sources, config: ModelConfig, partition: Partition, weights: jnp.dtype | None = None
+) -> str:
+    """The mesh, the stages, what is padded or copied and what that costs, in one line.
+
+    Arguments are those of `stage_bytes`.
+    """
+    mesh, stages = partition.mesh, partition.stages
+    places = mesh.devices.flat if isinstance(mesh, Mesh) else range(mesh.size)
+    kind = f" of {mesh.devices.flat[0].device_kind}" if isinstance(mesh, Mesh) else ""
+    lines = [f"mesh {','.join(f'{axis}:{size}' for axis, size in mesh.shape.items())}{kind}"]
+    if len(stages) > 1:
+        runs = [
+            f"{s.layers.start}-{s.layers.stop - 1} on {s.mesh.size} device{'s'[: s.mesh.size - 1]}"
+            for s in stages
+        ]
+        lines.append(f"layers {', '.join(runs)}")
+    if isinstance(mesh, Mesh):
+        used = {device for stage in stages for device in stage.mesh.devices.flat}
+        if idle := [place for place, device in enumerate(places) if device not in used]:
+            lines.append(f"without layers: device {', '.join(map(str, idle))}")
+    padded = {
+        f"{name} {layout.original // layout.unit} to {len(layout.slots)}": None
+        for stage in stages
+        for name, layout in stage.layouts.items()
+        if layout.size > layout.original and not name.endswith("_in")
+    }
+    if padded:
+        sizes = [
+            (stage.mesh.size, *stage_bytes(sources, config, stage, weights)) for stage in stages
+        ]
+        extra = sum(devices * more for devices, _, more in sizes)
+        share = extra / sum(devices * held for devices, held, _ in sizes)
+        lines.append(f"padded or copied: {', '.join(padded)}, {extra / 1e6:.1f} MB ({share:.1%})")
+    return " | ".join(lines)

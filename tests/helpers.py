@@ -6,15 +6,40 @@ import zlib
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 
+from jaxsplit.engine import SamplingConfig
+
 DATA = Path(__file__).parent / "data"
+GREEDY = SamplingConfig(temperature=0.0)
+Q8_0 = {"norm.weight": "F32", ".weight": "Q8_0"}
 
 
 def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
     """Normalized mean square error, in float64."""
     actual, expected = np.float64(actual), np.float64(expected)
     return float(np.sum((actual - expected) ** 2) / np.sum(expected**2))
+
+
+def last_tokens(engine) -> list[int]:
+    """The token of each slot that the next step will feed."""
+    return engine.read(engine.tokens())[0].tolist()
+
+
+def continuation(engine, tokens, sampling: SamplingConfig = GREEDY, count: int = 12) -> list[int]:
+    """Ids that an engine chooses after a prompt in slot 0."""
+    engine.start(tokens, sampling)
+    return [last_tokens(engine)[0], *engine.loop(count, count)[0].tolist()]
+
+
+def bytes_by_device(tree) -> dict[jax.Device, int]:
+    """What the arrays of a tree take on each device."""
+    held = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return held
 
 
 def recipe(name: str) -> dict:
@@ -95,3 +120,9 @@ def make_recipe(
     ]
     seed = zlib.crc32(name.encode())
     return {"name": name, "arch": "llama", "seed": seed, "metadata": metadata, "tensors": tensors}
+
+
+SHAPES = {
+    f"{h}-{kv}": make_recipe(f"heads-{h}-{kv}", heads=h, kv_heads=kv, layers=3)
+    for h, kv in ((9, 3), (8, 2), (6, 1), (14, 2))
+}

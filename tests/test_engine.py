@@ -2,28 +2,28 @@
 
 import numpy as np
 import pytest
-from helpers import make_recipe, nmse
+from helpers import GREEDY, continuation, last_tokens, make_recipe, nmse
+from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.engine import Engine, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 
-GREEDY = SamplingConfig(temperature=0.0)
 
-
-@pytest.fixture(scope="module")
-def lm(load, recipe_gguf):
-    return load(recipe_gguf("llama"), split_mode="graph", devices=2)
+@pytest.fixture(scope="module", params=["graph", "layer"])
+def lm(request, load, recipe_gguf):
+    """In one stage, where loops stay on the devices, and in two."""
+    return load(recipe_gguf("llama"), split_mode=request.param, devices=2)
 
 
 @pytest.fixture
 def tokens():
-    return np.random.default_rng().integers(0, 160, 61).tolist()
+    return fresh_rng().integers(0, 160, 61).tolist()
 
 
 def engine_like(lm, **options):
     options = {"context": 64, "cache_dtype": np.float32, **options}
-    return Engine(lm.model, lm.engine.partition, **options)
+    return Engine(lm.models, lm.engine.partition, **options)
 
 
 def test_chunks_do_not_change_logits(lm, tokens):
@@ -38,35 +38,44 @@ def test_prompt_lengths_share_compiled_programs(lm):
     for length in (1, 3, 7, 8, 9, 15, 16, 17, 30, 64):
         engine.start([5] * length, GREEDY)
         engine.step()
-    prefills = [program for key, program in engine._programs.items() if key[0] == "prefill"]
-    assert len(prefills) == 2
-    assert all(program._cache_size() == 1 for program in engine._programs.values())
+    for runner in engine.runners:
+        prefills = [program for key, program in runner._programs.items() if key[0] == "prefill"]
+        assert len(prefills) == 2
+        assert all(program._cache_size() == 1 for program in runner._programs.values())
 
 
 def test_steps_and_loops_choose_the_same_tokens(lm, tokens):
     for sampling in (GREEDY, SamplingConfig(seed=7), SamplingConfig(repeat_penalty=1.3, seed=8)):
         lm.engine.start(tokens, sampling)
-        stepped = [int(lm.engine.state.token[0])]
+        stepped = last_tokens(lm.engine)
         for _ in range(20):
             lm.engine.step()
-            stepped.append(int(lm.engine.state.token[0]))
+            stepped += last_tokens(lm.engine)
         lm.engine.start(tokens, sampling)
-        looped = [int(lm.engine.state.token[0])]
+        looped = last_tokens(lm.engine)
         looped += lm.engine.loop(8, 16)[0].tolist() + lm.engine.loop(12, 16)[0].tolist()
         assert looped == stepped
 
 
+def test_tokens_can_be_read_late_and_more_than_once(lm, tokens):
+    lm.engine.start(tokens, GREEDY)
+    coming = [lm.engine.tokens()]
+    for _ in range(5):
+        lm.engine.step()
+        coming.append(lm.engine.tokens())
+    texts = [[int(lm.engine.read(part)[0][0]) for part in coming] for _ in range(2)]
+    assert texts == [continuation(lm.engine, tokens, count=5)] * 2
+    assert all(lm.engine.read(part)[1] for part in coming)
+
+
 def test_slots_are_independent(lm, tokens):
     prompts = [tokens[:20], tokens[20:25], tokens[25:60]]
-    alone = []
-    for prompt in prompts:
-        engine = engine_like(lm)
-        engine.start(prompt, GREEDY)
-        alone.append([int(engine.state.token[0]), *engine.loop(10, 10)[0].tolist()])
+    engine = engine_like(lm)
+    alone = [continuation(engine, prompt, count=10) for prompt in prompts]
     engine = engine_like(lm, slots=3)
     for slot, prompt in enumerate(prompts):
         engine.start(prompt, GREEDY, slot=slot)
-    first = np.asarray(engine.state.token)[:, None]
+    first = np.asarray(last_tokens(engine))[:, None]
     # The third slot's context ends before the others'.
     together = np.concatenate([first, engine.loop(10, 10)], axis=1)
     assert together.tolist() == alone
@@ -84,33 +93,27 @@ def test_a_slot_can_be_used_again(lm, tokens):
 
 
 def test_loop_ends_at_an_end_token_and_at_the_context(lm, tokens):
+    sampling = SamplingConfig(temperature=2.0)  # so that tokens are not always the same few
     engine = engine_like(lm)
-    engine.start(tokens[:10], GREEDY)
+    engine.start(tokens[:10], sampling)
     chosen = engine.loop(30, 30)[0].tolist()
     end = next(token for i, token in enumerate(chosen) if i >= 3 and token not in chosen[:i])
     engine = engine_like(lm, ends=[end])
-    engine.start(tokens[:10], GREEDY)
+    engine.start(tokens[:10], sampling)
     ended = engine.loop(30, 30)[0].tolist()
     at = chosen.index(end)
     assert ended == chosen[: at + 1] + [-1] * (29 - at)
     engine = engine_like(lm, context=16)
-    engine.start(tokens[:10], GREEDY)
+    engine.start(tokens[:10], sampling)
     assert engine.loop(30, 30)[0].tolist() == chosen[:6] + [-1] * 24
 
 
 def test_the_cache_is_donated(lm, tokens):
     engine = engine_like(lm)
     engine.start(tokens[:4], GREEDY)
-    before = engine.cache[0].keys
+    before = [cache[0].keys for group in engine._groups for cache in group.caches]
     engine.step()
-    assert before.is_deleted()
-
-
-def test_cache_dtype(lm, tokens):
-    engine = engine_like(lm, cache_dtype=np.dtype("bfloat16"))
-    error = nmse(engine.logits(tokens), lm.logits(tokens))
-    assert 1e-9 < error < 1e-3
-    assert engine.cache_bytes == engine_like(lm).cache_bytes / 2
+    assert all(keys.is_deleted() for keys in before)
 
 
 def test_logits_of_ids_outside_the_vocabulary_are_refused(lm):

@@ -1,139 +1,243 @@
 """A model split over devices computes what one device computes, with the promised collectives."""
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
-from helpers import DATA, make_recipe, nmse
+from helpers import DATA, GREEDY, Q8_0, SHAPES, continuation, make_recipe, nmse
+from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.engine.sampling import SamplingValues
 
-DEVICES = (1, 2, 3, 4, 5, 8)
-SHAPES = {
-    f"{h}-{kv}": make_recipe(f"heads-{h}-{kv}", heads=h, kv_heads=kv)
-    for h, kv in ((9, 3), (8, 2), (6, 1), (14, 2))
-}
-TOKENS = np.random.default_rng().integers(0, 160, 37).tolist()
+MODES = ("graph", "row", "layer")
+DEVICES = (2, 3, 4, 8)
+AXES = {"graph": "tensor", "row": "tensor", "layer": "stage"}
 
 
-def greedy(lm, tokens, count=12):
-    """Ids that the engine chooses after a prompt of ids."""
-    lm.engine.start(tokens, SamplingConfig(temperature=0.0))
-    first = int(lm.engine.state.token[0])
-    return [first, *lm.engine.loop(count, count)[0].tolist()]
+@pytest.fixture
+def tokens():
+    return fresh_rng().integers(0, 160, 37).tolist()
 
 
-@pytest.fixture(params=SHAPES)
-def path(request, recipe_gguf):
-    quantize = {"attn_norm.weight": "F32", "ffn_norm.weight": "F32", "output_norm.weight": "F32"}
-    return recipe_gguf(SHAPES[request.param], quantize | {".weight": "Q8_0"})
+def check_equal(split, one, tokens):
+    """Logits of whole prompts, in two chunks, and of single tokens; and the likeliest text."""
+    expected = one.logits(tokens)
+    assert nmse(split.logits(tokens), expected) <= 1e-9
+    assert nmse(split.logits(tokens[:7], one_by_one=True), expected[:7]) <= 1e-9
+    assert continuation(split.engine, tokens) == continuation(one.engine, tokens)
 
 
+# Results
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("devices", DEVICES)
-def test_graph_equals_none(load, path, devices):
-    one = load(path, split_mode="none")
-    split = load(path, split_mode="graph", devices=devices)
-    expected = one.logits(TOKENS)
-    assert nmse(split.logits(TOKENS), expected) <= 1e-9
-    assert nmse(split.logits(TOKENS[:9], one_by_one=True), expected[:9]) <= 1e-9
-    assert greedy(split, TOKENS) == greedy(one, TOKENS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_computes_what_one_device_computes(
+    load, recipe_gguf, tokens, mode, devices, shape
+):
+    path = recipe_gguf(SHAPES[shape])
+    split = load(path, split_mode=mode, devices=devices)
+    assert split.mesh.shape == {AXES[mode]: devices}
+    check_equal(split, load(path, split_mode="none"), tokens)
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-def test_k_quants_are_cut_inside_their_blocks(load, devices):
+@pytest.mark.parametrize(
+    ("mode", "mesh", "shape"),
+    [
+        *(("graph", "tensor:1", "9-3"), ("row", "tensor:1", "8-2"), ("layer", "stage:1", "6-1")),
+        *(("graph", "tensor:5", "8-2"), ("row", "tensor:5", "6-1"), ("layer", "stage:5", "14-2")),
+        *(("graph", "tensor:6", "14-2"), ("row", "tensor:6", "9-3"), ("layer", "stage:6", "8-2")),
+        *(("graph", "stage:2,tensor:2", "9-3"), ("row", "stage:2,tensor:2", "14-2")),
+        *(("graph", "data:2,tensor:2", "6-1"), ("row", "data:2,tensor:2", "8-2")),
+        *(("graph", "data:2,stage:2,tensor:2", "8-2"), ("row", "data:2,stage:2,tensor:2", "6-1")),
+        *(("graph", "tensor:3,stage:2", "14-2"), ("row", "tensor:3,stage:2", "9-3")),
+        *(("layer", "tensor:2,data:2,stage:2", "9-3"), ("graph", "data:3", "6-1")),
+    ],
+)
+def test_every_mesh_computes_what_one_device_computes(
+    load, recipe_gguf, tokens, mode, mesh, shape
+):
+    path = recipe_gguf(SHAPES[shape])
+    check_equal(load(path, split_mode=mode, mesh=mesh), load(path, split_mode="none"), tokens)
+
+
+def test_each_device_can_run_one_layer(load, recipe_gguf, tokens):
+    path = recipe_gguf(make_recipe("deep", heads=2, kv_heads=1, layers=8))
+    split = load(path, split_mode="layer", devices=8)
+    # Embedding and head, which count with the layers beside them, are smaller than a layer here.
+    assert [stage.layers for stage in split.engine.partition.stages] == [
+        range(i, i + 1) for i in range(8)
+    ]
+    check_equal(split, load(path, split_mode="none"), tokens)
+
+
+def test_sixteen_devices_compute_what_one_computes(recipe_gguf, tokens):
+    program = f"""
+import sys
+import jaxsplit
+from helpers import nmse
+from test_split import check_equal
+one, split = (
+    jaxsplit.load(sys.argv[1], split_mode=mode, dtype="float32", ctx_size=64)
+    for mode in ("none", "graph")
+)
+assert split.mesh.shape == {{"tensor": 16}}
+check_equal(split, one, {tokens})
+"""
+    path = recipe_gguf(make_recipe("sixteen", heads=9, kv_heads=3))
+    run = [sys.executable, "-c", program, str(path)]
+    paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(jaxsplit.__path__[0])])
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "16", "PYTHONPATH": paths}
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "mesh", "shape"),
+    [
+        *(("graph", "tensor:2", "8-2"), ("graph", "tensor:3", "9-3"), ("graph", "tensor:8", "6-1")),
+        *(("row", "tensor:3", "14-2"), ("layer", "stage:2", "8-2")),
+        ("graph", "stage:2,tensor:2", "14-2"),
+    ],
+)
+def test_quantized_weights_are_split_alike(load, recipe_gguf, tokens, mode, mesh, shape):
+    path = recipe_gguf(SHAPES[shape], Q8_0)
+    check_equal(load(path, split_mode=mode, mesh=mesh), load(path, split_mode="none"), tokens)
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices"),
+    [*(("graph", devices) for devices in (1, *DEVICES, 5)), ("row", 3), ("row", 8), ("layer", 2)],
+)
+def test_k_quants_are_cut_inside_their_blocks(load, tokens, mode, devices):
     """Heads of 64 weights in blocks of 256, and 2 blocks of hidden units."""
     path = DATA / "quant" / "quant-mix-Q4_K_M.gguf"
-    expected = load(path, split_mode="none").logits(TOKENS)
-    split = load(path, split_mode="graph", devices=devices)
-    assert nmse(split.logits(TOKENS), expected) <= 1e-9
-    assert nmse(split.logits(TOKENS[:9], one_by_one=True), expected[:9]) <= 1e-9
+    expected = load(path, split_mode="none").logits(tokens)
+    split = load(path, split_mode=mode, devices=devices)
+    assert nmse(split.logits(tokens), expected) <= 1e-9
+    assert nmse(split.logits(tokens[:9], one_by_one=True), expected[:9]) <= 1e-9
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "llama-tied-ropefreqs"])
-@pytest.mark.parametrize("devices", [3, 8])
-def test_biases_and_tied_heads_are_split(load, recipe_gguf, name, devices):
-    expected = load(recipe_gguf(name), split_mode="none").logits(TOKENS)
-    split = load(recipe_gguf(name), split_mode="graph", devices=devices)
-    assert nmse(split.logits(TOKENS), expected) <= 1e-9
+@pytest.mark.parametrize(
+    ("mode", "mesh"),
+    [("graph", "tensor:3"), ("graph", "tensor:8"), ("row", "tensor:3"), ("graph", "tensor:2,stage:2")],
+)
+def test_biases_and_tied_heads_are_split(load, recipe_gguf, tokens, name, mode, mesh):
+    expected = load(recipe_gguf(name), split_mode="none").logits(tokens)
+    split = load(recipe_gguf(name), split_mode=mode, mesh=mesh)
+    assert nmse(split.logits(tokens), expected) <= 1e-9
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_dequantized_weights_are_split_alike(load, path, weights):
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [("9-3", "float32"), ("8-2", "bfloat16"), ("6-1", "bfloat16"), ("14-2", "float32")],
+)
+def test_dequantized_weights_are_split_alike(load, recipe_gguf, tokens, shape, weights):
+    path = recipe_gguf(SHAPES[shape], Q8_0)
     one = load(path, split_mode="none", weights=weights)
     split = load(path, split_mode="graph", devices=4, weights=weights)
-    assert nmse(split.logits(TOKENS), one.logits(TOKENS)) <= 1e-9
+    assert nmse(split.logits(tokens), one.logits(tokens)) <= 1e-9
 
 
-def test_same_seed_same_text_on_any_mesh(load, recipe_gguf):
+def test_same_seed_same_text_on_any_mesh(load, recipe_gguf, tokens):
     path = recipe_gguf(SHAPES["9-3"])
-    texts = []
-    for devices in (1, 2, 3, 8):
-        lm = load(path, split_mode="graph", devices=devices)
-        sampling = SamplingConfig(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=1234)
-        lm.engine.start(TOKENS, sampling)
-        texts.append(lm.engine.loop(24, 24)[0].tolist())
-    assert texts[1:] == texts[:1] * 3
+    sampling = SamplingConfig(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=1234)
+    texts = [
+        continuation(load(path, split_mode=mode, devices=devices).engine, tokens, sampling, 24)
+        for mode, devices in (("graph", 1), ("graph", 2), ("graph", 8), ("row", 3), ("layer", 3))
+    ]
+    assert texts[1:] == texts[:1] * 4
 
 
-def collectives(lm) -> Counter:
-    """Collective operations in the compiled decode step, by name."""
-    engine, sampling = lm.engine, SamplingConfig(temperature=0.0)
-    program = engine.decode_program(sampling.plan)
-    state, values = engine._empty_state(1), SamplingValues.of([sampling])
-    text = (
-        program.lower(engine.params, engine.cache, state, engine.ends, values).compile().as_text()
-    )
+# Collectives
+
+
+def collectives(lowered) -> Counter:
+    """Collective operations in a compiled program, by name."""
     names = (
-        "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+        "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
+        "collective-broadcast|send|recv"
     )
-    return Counter(re.findall(rf"= \S+ ({names})(?:-start)?\(", text))
+    return Counter(re.findall(rf"\b({names})(?:-start)?\(", lowered.compile().as_text()))
 
 
-def test_none_has_no_collectives(load, path):
-    assert not collectives(load(path, split_mode="none"))
+def promised(mode, stage, model) -> Counter:
+    """Collectives of a decode step in a stage."""
+    if stage.mesh.shape["tensor"] == 1:
+        return Counter()
+    layers = len(stage.layers)
+    per_layer = {"graph": {"all-reduce": 2 * layers}, "row": {"all-gather": 4 * layers}}
+    # The head exchanges the best candidate: its value and its id.
+    return Counter(per_layer[mode]) + Counter(
+        {"all-reduce": int(model.first), "all-gather": 2 * model.last}
+    )
 
 
-@pytest.mark.parametrize("devices", [2, 3, 8])
-def test_graph_has_two_all_reduces_per_layer(load, path, devices):
-    """And one for the embedding; the head exchanges the best candidate: its value and its id."""
-    lm = load(path, split_mode="graph", devices=devices)
-    expected = {"all-reduce": 2 * lm.config.layers + 1, "all-gather": 2}
-    assert collectives(lm) == expected
+@pytest.mark.parametrize(
+    ("mode", "mesh", "shape"),
+    [
+        *(("none", "tensor:1", "9-3"), ("layer", "stage:2", "14-2"), ("layer", "stage:3", "6-1")),
+        *(("graph", "tensor:2", "8-2"), ("graph", "tensor:3", "6-1"), ("graph", "tensor:8", "9-3")),
+        *(("row", "tensor:2", "6-1"), ("row", "tensor:3", "14-2"), ("row", "tensor:8", "8-2")),
+        *(("graph", "stage:2,tensor:2", "9-3"), ("row", "tensor:3,stage:2", "14-2")),
+        *(("graph", "data:2,tensor:2", "6-1"), ("graph", "data:2,stage:2,tensor:2", "8-2")),
+        *(("row", "data:2,stage:2,tensor:2", "9-3"), ("layer", "data:2,stage:2", "8-2")),
+        *(("graph", "data:2", "14-2"), ("graph", "tensor:1", "8-2")),
+    ],
+)
+def test_a_decode_step_has_the_promised_collectives(load, recipe_gguf, mode, mesh, shape):
+    lm = load(recipe_gguf(SHAPES[shape]), split_mode=mode, mesh=mesh, slots=2)
+    stages = lm.engine.partition.stages
+    found = [collectives(lowered) for lowered in lm.engine.lower_step(GREEDY)]
+    assert found == [promised(mode, *each) for each in zip(stages, lm.models, strict=True)]
 
 
-def test_each_device_holds_its_share(load, recipe_gguf):
-    recipe = make_recipe("even", heads=8, kv_heads=8, mlp=256)
-    one = load(recipe_gguf(recipe), split_mode="none")
-    four = load(recipe_gguf(recipe), split_mode="graph", devices=4)
-    assert four.cache_bytes == one.cache_bytes / 4
-    assert four.weight_bytes < one.weight_bytes / 4 * 1.05  # norms are on every device
-    assert len(four.mesh.devices.flat) == 4
-    kernel = four.model.blocks[0].mlp.up.kernel.get_value()
-    assert kernel.addressable_shards[3].data.shape == (64, 128)
+def test_weights_of_8_bits_need_no_more_collectives(load, recipe_gguf):
+    lm = load(recipe_gguf(SHAPES["9-3"], Q8_0), split_mode="graph", devices=3)
+    (lowered,) = lm.engine.lower_step(GREEDY)
+    assert collectives(lowered) == {"all-reduce": 2 * lm.config.layers + 1, "all-gather": 2}
 
 
-def test_reduce_dtype_is_used_between_devices(load, path):
+def test_reduce_dtype_is_used_between_devices(load, recipe_gguf, tokens):
+    path = recipe_gguf(SHAPES["8-2"])
     exact = load(path, split_mode="graph", devices=2)
     rough = load(path, split_mode="graph", devices=2, reduce_dtype="bfloat16")
-    error = nmse(rough.logits(TOKENS), exact.logits(TOKENS))
+    error = nmse(rough.logits(tokens), exact.logits(tokens))
     assert 1e-8 < error < 1e-3
 
 
-def test_the_module_works_on_sharded_parameters(load, path):
+# Devices and modules
+
+
+def test_the_module_works_on_sharded_parameters(load, recipe_gguf, tokens):
     """`lm.model` called directly: the compiler finds the collectives itself."""
-    lm = load(path, split_mode="graph", devices=4)
-    logits, _ = jax.jit(lambda tokens: lm.model(tokens))(np.asarray([TOKENS]))
+    lm = load(recipe_gguf(SHAPES["8-2"]), split_mode="graph", devices=4)
+    logits, _ = jax.jit(lambda tokens: lm.model(tokens))(np.asarray([tokens]))
     vocab = lm.config.vocab
-    assert nmse(np.asarray(logits)[0, :, :vocab], lm.logits(TOKENS)) <= 1e-9
+    assert nmse(np.asarray(logits)[0, :, :vocab], lm.logits(tokens)) <= 1e-9
+
+
+def test_modules_of_stages_make_up_the_model(load, recipe_gguf, tokens):
+    lm = load(recipe_gguf(SHAPES["8-2"]), split_mode="layer", devices=2)
+    with pytest.raises(jaxsplit.JaxsplitError, match=r"2 stages; use lm\.models"):
+        _ = lm.model
+    x, _ = lm.models[0].hidden(np.asarray([tokens]))
+    logits, _ = lm.models[1](jax.device_put(x, lm.engine.partition.stages[1].mesh.devices.flat[0]))
+    assert nmse(np.asarray(logits)[0], lm.logits(tokens)) <= 1e-9
 
 
 def test_devices_can_be_given_as_a_list(recipe_gguf):
     chosen = jax.devices()[3:5]
-    lm = jaxsplit.load(recipe_gguf("llama"), devices=chosen)
-    assert lm.mesh.devices.flatten().tolist() == chosen
+    for mode in MODES:
+        lm = jaxsplit.load(recipe_gguf("llama"), split_mode=mode, devices=chosen)
+        assert lm.mesh.devices.flatten().tolist() == chosen
     lm = jaxsplit.load(recipe_gguf("llama"), split_mode="none", main_device=2)
     assert lm.mesh.devices.flatten().tolist() == [jax.devices()[2]]

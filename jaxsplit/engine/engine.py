@@ -219,7 +219,7 @@ class Engine:
             for i, runner in enumerate(self.runners[:-1]):
                 group.caches[i], x = runner.relay()(runner.params, group.caches[i], x, fed)
                 like = (runner.output(self._group_slots, 1), fed_like)
-                x, fed = self._between((x, fed), like, i, i + 1) or (None, None)
+                x, fed = self._between((x, fed), like, i, i + 1)
             runner = self.runners[-1]
             group.caches[-1], group.state, group.fed = runner.finish(self._plan)(
                 runner.params, group.caches[-1], x, group.state, self.ends, group.values

@@ -11,6 +11,7 @@ from jaxsplit.parallel.modes import (
     split_mode,
 )
 from jaxsplit.parallel.partition import Partition, Placement, Stage, make_partition, share_layers
+from jaxsplit.parallel.processes import from_first, start_processes
 from jaxsplit.parallel.transfer import fetch, hand_over
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "choose_devices",
     "even",
     "fetch",
+    "from_first",
     "grouped_heads",
     "hand_over",
     "make_partition",
@@ -31,4 +33,5 @@ __all__ = [
     "parse_shares",
     "share_layers",
     "split_mode",
+    "start_processes",
 ]

@@ -151,11 +151,21 @@ def choose_devices(
             raise JaxsplitError(
                 f"--main_device={main_device}: there are {len(available)} devices, numbered from 0"
             )
-        return {"tensor": 1}, [available[main_device]]
+        return {"tensor": 1}, _with_all_processes([available[main_device]])
     if shape is None:
         shape = {chosen.axis: len(available)}
     needed = math.prod(shape.values())
     if needed > len(available) or (devices is not None and needed != len(available)):
         found = described if devices is None else f"{len(available)} devices given"
         raise JaxsplitError(f"--mesh={mesh} needs {needed} devices, there are {found}{hint}")
-    return shape, available[:needed]
+    return shape, _with_all_processes(available[:needed])
+
+
+def _with_all_processes(devices: list[jax.Device]) -> list[jax.Device]:
+    taking_part = {device.process_index for device in devices}
+    if left_out := sorted(set(range(jax.process_count())) - taking_part):
+        raise JaxsplitError(
+            f"no device of process {left_out[0]} is in the mesh of {len(devices)}; every process "
+            f"needs one: use all {len(jax.devices())} devices, or start fewer processes"
+        )
+    return devices

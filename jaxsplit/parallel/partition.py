@@ -224,9 +224,12 @@ def _free_memory(grids: Sequence[np.ndarray]) -> list[float]:
     """Bytes that are free on the devices of each stage; alike where they do not say."""
 
     def free(device: jax.Device) -> float:
-        stats = getattr(device, "memory_stats", lambda: None)() or {}
-        return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        # Processes have to agree, and know only of their own devices.
+        stats = device.memory_stats() if jax.process_count() == 1 else None
+        return stats["bytes_limit"] - stats["bytes_in_use"] if stats else 0
 
+    if grids[0].dtype != object:
+        return [1.0] * len(grids)
     sizes = [min(map(free, grid.flat)) * grid.size for grid in grids]
     return sizes if all(size > 0 for size in sizes) else [1.0] * len(grids)
 

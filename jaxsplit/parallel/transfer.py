@@ -19,12 +19,12 @@ def hand_over(tree: Any, like: Any, source: Mesh, target: Mesh) -> Any:
     Between processes the devices of both meshes meet in a collective.
 
     Args:
-      tree: arrays on `source`; anything in a process that has no device there.
+      tree: arrays on `source`; None for each in a process that has no device there.
       like: their global shapes and dtypes.
       source, target: meshes of axes `data` and `tensor`, with as many places along `data`.
 
     Returns:
-      the arrays on `target`; None in a process that has no device there.
+      the arrays on `target`; None for each in a process that has no device there.
     """
     process = jax.process_index()
     devices = {*source.devices.flat, *target.devices.flat}
@@ -33,11 +33,11 @@ def hand_over(tree: Any, like: Any, source: Mesh, target: Mesh) -> Any:
         return tree
     if len(present) > 1 and not set(target.devices.flat) <= set(source.devices.flat):
         leaves, structure = jax.tree.flatten(like)
-        arrays = [None] * len(leaves) if tree is None else jax.tree.leaves(tree)
+        arrays = jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
         moved = [_meet(x, y, source, target) for x, y in zip(arrays, leaves, strict=True)]
-        return None if moved[0] is None else jax.tree.unflatten(structure, moved)
+        return jax.tree.unflatten(structure, moved)
     if not target.local_devices:
-        return None
+        return jax.tree.map(lambda _: None, like)
     return jax.tree.map(lambda x: _copy(x, source, target), tree)
 
 
@@ -75,7 +75,12 @@ def _meet(
     joined = jax.make_array_from_single_device_arrays(
         like.shape, NamedSharding(mesh, _BY_DATA), pieces
     )
-    summed = {shard.device: shard.data for shard in _sum_of_first(mesh)(joined).addressable_shards}
+    total = _sum_of_first(mesh)(joined)
+    if mesh.devices.flat[0].platform == "cpu":
+        # A CPU has no queue for each device: a collective that waits for its peers holds a thread
+        # that an earlier program may need.
+        total.block_until_ready()
+    summed = {shard.device: shard.data for shard in total.addressable_shards}
     if not target.local_devices:
         return None
     return jax.make_array_from_single_device_arrays(
