@@ -49,8 +49,9 @@ _SPLIT_MODE = flags.DEFINE_string(
     "split_mode",
     "graph",
     "graph: every device works on a part of every layer; layer: on some of the layers; row: on "
-    "some rows of every matrix; none: one device",
+    "some rows of every matrix; none: one device; auto: what should be fastest and fits",
 )
+_AUTO = flags.DEFINE_bool("auto", False, "the same as --split_mode=auto")
 _MESH = flags.DEFINE_string(
     "mesh", None, "shape, such as tensor:4 or stage:2,tensor:2 (default: all devices)"
 )
@@ -177,7 +178,7 @@ def main(_: list[str]) -> None:
     with progress_bar("loading", quiet=_QUIET.value) as progress:
         lm = jaxsplit.load(
             _MODEL.value,
-            split_mode=_SPLIT_MODE.value,
+            split_mode="auto" if _AUTO.value else _SPLIT_MODE.value,
             devices=_DEVICES.value,
             mesh=_MESH.value,
             tensor_split=_TENSOR_SPLIT.value,

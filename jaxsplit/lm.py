@@ -20,6 +20,7 @@ from jaxsplit.gguf import ModelFile, model_config, open_gguf
 from jaxsplit.loading import Progress, load_decoders
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import choose_devices, parse_shares
+from jaxsplit.plan import best_split
 from jaxsplit.sources import describe_split, parameter_sources, split_model
 from jaxsplit.text import ChatTemplate, Tokenizer
 
@@ -46,7 +47,8 @@ def load(
 
     Args:
       path: the file, any one of a model in several files; None: the demo model, if installed.
-      split_mode: `graph`, `layer`, `row` or `none`.
+      split_mode: `graph`, `layer`, `row`, `none`, or `auto`, which plans all and takes the one that
+        fits and should decode fastest.
       devices: JAX devices, or how many of the first; None: all.
       mesh: the mesh's shape, such as `tensor:4` or `stage:2,tensor:2`; None: all devices on the
         mode's axis.
@@ -67,28 +69,41 @@ def load(
       JaxsplitError: something the user can mend, in one line.
     """
     started = time.perf_counter()
-    chosen = {
-        "weights": (weights, ("quantized", *FLOATS)),
-        "dtype": (dtype, ("auto", *FLOATS)),
-        "reduce_dtype": (reduce_dtype, FLOATS),
-        "cache_dtype": (cache_dtype, ("auto", *FLOATS, "int8")),
-    }
-    for name, (value, supported) in chosen.items():
-        if value not in supported:
-            raise JaxsplitError(
-                f"--{name}={value} is not supported; supported are {', '.join(supported)}"
-            )
+    stored = dtype_of("weights", weights, quantized=None)
+    activations = dtype_of("dtype", dtype, auto=None)
+    reduce_in = dtype_of("reduce_dtype", reduce_dtype)
+    cache_in = dtype_of("cache_dtype", cache_dtype, int8=jnp.dtype(jnp.int8), auto=None)
     if ctx_size < 0:
         raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
     if slots < 1:
         raise JaxsplitError(f"--slots={slots} must be at least 1")
-    shape, mesh_devices = choose_devices(split_mode, devices, mesh, main_device)
+    automatic = split_mode == "auto"
+    if automatic and (mesh or tensor_split):
+        raise JaxsplitError(
+            "--split_mode=auto chooses the mesh; leave --mesh and --tensor_split out"
+        )
+    shape, mesh_devices = choose_devices(
+        "graph" if automatic else split_mode, devices, mesh, main_device
+    )
     shares = parse_shares(tensor_split) if isinstance(tensor_split, str) else tensor_split
-    activations = jnp.dtype(_auto_dtype(mesh_devices[0]) if dtype == "auto" else dtype)
+    activations = activations or jnp.dtype(_auto_dtype(mesh_devices[0]))
     file = open_model(demo_model() if path is None else Path(path))
     config = model_config(file)
     sources = parameter_sources(file, config)
-    stored = None if weights == "quantized" else jnp.dtype(weights)
+    context = min(ctx_size or config.context, config.context)
+    if automatic:
+        split_mode, shape = best_split(
+            sources,
+            config,
+            mesh_devices,
+            weights=stored,
+            dtype=activations,
+            cache_dtype=cache_in,
+            reduce_dtype=reduce_in,
+            context=context,
+            slots=slots,
+        )
+        mesh_devices = mesh_devices[: math.prod(shape.values())]
     partition = split_model(
         sources,
         config,
@@ -97,7 +112,7 @@ def load(
         mesh_devices,
         shares=shares,
         weights=stored,
-        reduce_dtype=jnp.dtype(reduce_dtype),
+        reduce_dtype=reduce_in,
     )
     try:
         tokenizer = Tokenizer.from_metadata(file.metadata)
@@ -110,12 +125,24 @@ def load(
         models,
         partition,
         slots=slots,
-        context=min(ctx_size or config.context, config.context),
-        cache_dtype=activations if cache_dtype == "auto" else jnp.dtype(cache_dtype),
+        context=context,
+        cache_dtype=cache_in or activations,
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
     split = describe_split(sources, config, partition, stored)
     return LM(models, engine, tokenizer, file.metadata, split, time.perf_counter() - started)
+
+
+def dtype_of(flag: str, value: str, **special: Any) -> Any:
+    """The dtype that a flag's value names, or what `special` has for it.
+
+    Raises:
+      JaxsplitError: it is neither; the message lists what is supported.
+    """
+    known = special | {name: jnp.dtype(name) for name in FLOATS}
+    if value not in known:
+        raise JaxsplitError(f"--{flag}={value} is not supported; supported are {', '.join(known)}")
+    return known[value]
 
 
 def open_model(path: Path) -> ModelFile:

@@ -31,6 +31,12 @@ def parameters(model: Decoder) -> dict[str, nnx.Param]:
     }
 
 
+@functools.cache
+def abstract_parameters(config: ModelConfig, layers: range | None = None) -> dict[str, nnx.Param]:
+    """The parameters of a decoder, or of some layers of it: shapes and axes only."""
+    return parameters(abstract_decoder(config, layers=layers))
+
+
 def _path(model: Decoder, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
     if path[0] == "blocks":
         return (path[0], path[1] + model.layers.start, *path[2:])
@@ -47,7 +53,7 @@ def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
     Raises:
       JaxsplitError: tensors are missing, of an unsupported type, or of an unexpected shape.
     """
-    shapes = {path: param.shape for path, param in parameters(abstract_decoder(config)).items()}
+    shapes = {path: param.shape for path, param in abstract_parameters(config).items()}
     sources = {path: file.tensors[name] for path, name in tensor_names(file, shapes).items()}
     for source in sources.values():
         try:
@@ -93,7 +99,7 @@ def stage_bytes(
       padding and copies.
     """
     held, extra = 0, 0.0
-    for path, param in parameters(_abstract(config, stage.layers)).items():
+    for path, param in abstract_parameters(config, stage.layers).items():
         source = sources[path]
         place, shape = stage.place(source, param.axes), raw_shape(source)
         dtype = weights if len(source.shape) > 1 else jnp.dtype(jnp.float32)
@@ -104,9 +110,6 @@ def stage_bytes(
         if shards > 1:
             extra += size - _unpacked_bytes(source.type, shape, None, dtype) / shards
     return held, round(extra)
-
-
-_abstract = functools.cache(abstract_decoder)
 
 
 @functools.cache
@@ -163,7 +166,8 @@ def split_model(
         )
         for unit in units
     ]
-    if all(stage.layouts["mlp"].devices == 1 for stage in partitions[0].stages):
+    whole = all(stage.layouts["mlp"].devices == 1 for stage in partitions[0].stages)
+    if whole or len(units) == 1:
         return partitions[0]
 
     def cost(partition: Partition) -> float:
@@ -183,19 +187,18 @@ def describe_split(
     Arguments are those of `stage_bytes`.
     """
     mesh, stages = partition.mesh, partition.stages
-    places = mesh.devices.flat if isinstance(mesh, Mesh) else range(mesh.size)
     kind = f" of {mesh.devices.flat[0].device_kind}" if isinstance(mesh, Mesh) else ""
     lines = [f"mesh {','.join(f'{axis}:{size}' for axis, size in mesh.shape.items())}{kind}"]
     if len(stages) > 1:
         runs = [
-            f"{s.layers.start}-{s.layers.stop - 1} on {s.mesh.size} device{'s'[: s.mesh.size - 1]}"
-            for s in stages
+            f"{stage.layers.start}-{stage.layers.stop - 1} on device "
+            f"{'+'.join(map(str, sorted(stage.places.flat)))}"
+            for stage in stages
         ]
         lines.append(f"layers {', '.join(runs)}")
-    if isinstance(mesh, Mesh):
-        used = {device for stage in stages for device in stage.mesh.devices.flat}
-        if idle := [place for place, device in enumerate(places) if device not in used]:
-            lines.append(f"without layers: device {', '.join(map(str, idle))}")
+    used = {place for stage in stages for place in stage.places.flat}
+    if idle := sorted(set(range(mesh.size)) - used):
+        lines.append(f"without layers: device {', '.join(map(str, idle))}")
     padded = {
         f"{name} {layout.original // layout.unit} to {len(layout.slots)}": None
         for stage in stages

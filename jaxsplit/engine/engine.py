@@ -269,6 +269,20 @@ class Engine:
         """An array of the last stage as one that this process can read."""
         return fetch(x, like, self.partition.stages[-1].mesh, self.partition.everyone)
 
+    def lower_prefill(self, length: int) -> list[jax.stages.Lowered]:
+        """The program of each stage that reads a chunk of a prompt, as `lower_step`."""
+        places = np.zeros(self.partition.data, np.int32)
+        tokens = np.zeros((len(places), length), np.int32)
+        return [
+            runner.prefill(length, all_logits=False).lower(
+                runner.params,
+                self._groups[0].caches[i],
+                runner.output(len(places), length) if i else tokens,
+                *[places] * 3,
+            )
+            for i, runner in enumerate(self.runners)
+        ]
+
     def lower_step(self, sampling: SamplingConfig) -> list[jax.stages.Lowered]:
         """The program of each stage in a decode step, before it is compiled, to look into."""
         lowered, plan = [], sampling.plan

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.engine import steps
 from jaxsplit.engine.sampling import SamplingPlan
@@ -106,7 +106,7 @@ class StageRunner:
             sharded = jax.shard_map(
                 local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
             )
-            platform = mesh.devices.flat[0].platform
+            platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
             self._programs[key] = jax.jit(
                 sharded,
                 donate_argnums=tuple(donate),

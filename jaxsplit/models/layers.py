@@ -4,6 +4,8 @@ A parameter's logical axes are in its metadata: `param.axes`, one name per dimen
 `[out, in]`, plain or quantized (`jaxsplit.quant`).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,12 @@ def param(rngs: nnx.Rngs | None, axes: tuple[str, ...], shape: tuple[int, ...]) 
     """A float32 parameter: ones without `rngs` (a norm), else normal with variance `1 / in`."""
     if rngs is None:
         return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
-    scale = shape[-1] ** -0.5
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(_normal(rngs.params(), shape), axes=axes)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # traced once for each shape
+def _normal(key: Array, shape: tuple[int, ...]) -> Array:
+    return shape[-1] ** -0.5 * jax.random.normal(key, shape, jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -10,7 +10,15 @@ from jaxsplit.parallel.modes import (
     parse_shares,
     split_mode,
 )
-from jaxsplit.parallel.partition import Partition, Placement, Stage, make_partition, share_layers
+from jaxsplit.parallel.partition import (
+    Partition,
+    Placement,
+    Stage,
+    free_memory,
+    make_partition,
+    share_layers,
+    stage_memory,
+)
 from jaxsplit.parallel.processes import from_first, start_processes
 from jaxsplit.parallel.transfer import fetch, hand_over
 
@@ -25,6 +33,7 @@ __all__ = [
     "choose_devices",
     "even",
     "fetch",
+    "free_memory",
     "from_first",
     "grouped_heads",
     "hand_over",
@@ -33,5 +42,6 @@ __all__ = [
     "parse_shares",
     "share_layers",
     "split_mode",
+    "stage_memory",
     "start_processes",
 ]

@@ -46,20 +46,22 @@ class Stage:
 
     Attributes:
       layers: which; the embedding goes with the first layer of the model, the head with the last.
+      places: where its devices are among those of the whole mesh: int `[data, tensor]`.
       mesh: its devices, axes `data` and `tensor`.
       rules: logical axis to mesh axis.
       layouts: how each split logical axis lies on the devices.
     """
 
     layers: range
+    places: np.ndarray
     mesh: Mesh | AbstractMesh
     rules: AxisRules
     layouts: Mapping[str, AxisLayout]
 
     @property
     def is_local(self) -> bool:
-        """Whether a device of this process takes part."""
-        return bool(self.mesh.local_devices)
+        """Whether a device of this process takes part; so it is where there are none at all."""
+        return not isinstance(self.mesh, Mesh) or bool(self.mesh.local_devices)
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """The partition of an array with these logical axes."""
@@ -113,7 +115,9 @@ class Partition:
     @property
     def everyone(self) -> Mesh:
         """All devices as axes `data` and `tensor`."""
-        return _mesh(_grid(self.mesh.devices, self.mesh.axis_names).reshape(self.data, -1))
+        places = np.arange(self.mesh.size).reshape(tuple(self.mesh.shape.values()))
+        rows = _grid(places, self.mesh.axis_names).reshape(self.data, -1)
+        return _mesh(rows, self.mesh.devices.reshape(-1))
 
 
 def make_partition(
@@ -147,9 +151,7 @@ def make_partition(
     Raises:
       JaxsplitError: the shares do not fit the mesh.
     """
-    count = math.prod(shape.values())
-    places = np.arange(count) if devices is None else np.asarray(devices, dtype=object)
-    places = places.reshape(tuple(shape.values()))
+    places = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
     grid = _grid(places, tuple(shape))
     stages, tensor = grid.shape[1:]
     if shares is not None and len(shares) != (wanted := stages if stages > 1 else tensor):
@@ -160,7 +162,9 @@ def make_partition(
         )
     grids = [grid[:, i] for i in range(stages)]
     if stages > 1:
-        shares = _free_memory(grids) if shares is None else shares
+        memory = free_memory(devices) if shares is None and devices is not None else None
+        if shares is None:
+            shares = stage_memory(shape, memory or [1.0] * grid.size)
     elif shares is not None:
         order = np.argsort(-np.asarray(shares), kind="stable")
         ranked = [*np.asarray(shares)[order], 0.0]
@@ -172,9 +176,9 @@ def make_partition(
     table = split_mode(mode).table
     return Partition(
         mode,
-        _mesh(places, tuple(shape)),
+        _mesh(places, devices, tuple(shape)),
         tuple(
-            _stage(config, run, _mesh(grid), table, mlp_unit, reduce_dtype)
+            _stage(config, run, grid, _mesh(grid, devices), table, mlp_unit, reduce_dtype)
             for run, grid in zip(runs, grids, strict=True)
             if run
         ),
@@ -184,6 +188,7 @@ def make_partition(
 def _stage(
     config: ModelConfig,
     layers: range,
+    places: np.ndarray,
     mesh: Mesh | AbstractMesh,
     table: Mapping[str, str],
     mlp_unit: int,
@@ -202,7 +207,7 @@ def _stage(
         "vocab": even(config.vocab, 1, shards),
         "embed_out": even(config.embed, 1, shards if "embed_out" in table else 1),
     }
-    return Stage(layers, mesh, AxisRules(table, reduce_dtype), layouts)
+    return Stage(layers, places, mesh, AxisRules(table, reduce_dtype), layouts)
 
 
 def _grid(places: np.ndarray, axes: Sequence[str]) -> np.ndarray:
@@ -213,25 +218,38 @@ def _grid(places: np.ndarray, axes: Sequence[str]) -> np.ndarray:
     return ordered.reshape([sizes.get(axis, 1) for axis in MESH_AXES])
 
 
-def _mesh(places: np.ndarray, axes: tuple[str, ...] = ("data", "tensor")) -> Mesh | AbstractMesh:
+def _mesh(
+    places: np.ndarray,
+    devices: Sequence[jax.Device] | None,
+    axes: tuple[str, ...] = ("data", "tensor"),
+) -> Mesh | AbstractMesh:
     types = (AxisType.Auto,) * len(axes)
-    if places.dtype == object:
-        return Mesh(places, axes, axis_types=types)
-    return AbstractMesh(places.shape, axes, axis_types=types)
+    if devices is None:
+        return AbstractMesh(places.shape, axes, axis_types=types)
+    present = np.asarray(devices, dtype=object)
+    return Mesh(present[places], axes, axis_types=types)
 
 
-def _free_memory(grids: Sequence[np.ndarray]) -> list[float]:
-    """Bytes that are free on the devices of each stage; alike where they do not say."""
+def free_memory(devices: Sequence[jax.Device]) -> list[float] | None:
+    """Bytes that are free on each device; None where they do not say.
 
-    def free(device: jax.Device) -> float:
-        # Processes have to agree, and know only of their own devices.
-        stats = device.memory_stats() if jax.process_count() == 1 else None
-        return stats["bytes_limit"] - stats["bytes_in_use"] if stats else 0
+    Nor do the devices of other processes, and all processes have to agree.
+    """
+    if jax.process_count() > 1:
+        return None
+    stats = [device.memory_stats() for device in devices]
+    if not all(stats):
+        return None
+    return [float(s["bytes_limit"] - s["bytes_in_use"]) for s in stats]
 
-    if grids[0].dtype != object:
-        return [1.0] * len(grids)
-    sizes = [min(map(free, grid.flat)) * grid.size for grid in grids]
-    return sizes if all(size > 0 for size in sizes) else [1.0] * len(grids)
+
+def stage_memory(shape: Mapping[str, int], memory: Sequence[float]) -> list[float]:
+    """What the stages of a mesh can hold, given each device's bytes: shares for `make_partition`.
+
+    Parts of a layer are equal, so that the smallest device of a stage counts for each.
+    """
+    grid = _grid(np.asarray(memory).reshape(tuple(shape.values())), tuple(shape))
+    return [float(stage.min()) * stage.size for stage in grid.swapaxes(0, 1)]
 
 
 def share_layers(costs: Sequence[float], shares: Sequence[float]) -> list[range]:

@@ -1,0 +1,193 @@
+"""A model over a list of mesh shapes: load, prefill, decode, memory, collectives, beside the plan.
+
+  JAX_NUM_CPU_DEVICES=4 python benchmarks/mesh_shapes.py --model=FILE.gguf --out=DIR
+  python benchmarks/mesh_shapes.py --model=FILE.gguf --out=DIR --split=none --split=graph@tensor:2
+
+Runs on whatever devices there are; without --split on all of them in every split mode. Writes
+mesh_shapes.md, mesh_shapes.json and mesh_shapes.png to the directory.
+"""
+
+import gc
+import json
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+import jaxsplit
+from jaxsplit.cli import run
+from jaxsplit.lm import open_model
+from jaxsplit.parallel import choose_devices
+from jaxsplit.plan import candidates, collectives, kind_of, make_plan
+from jaxsplit.sources import parameter_sources
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
+_OUT = flags.DEFINE_string("out", None, "directory for the results", required=True)
+_SPLIT = flags.DEFINE_multi_string(
+    "split", [], "MODE or MODE@MESH, such as graph@stage:2,tensor:2 (default: every mode)"
+)
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "length of the prompt", lower_bound=1)
+_GENERATE = flags.DEFINE_integer("n_predict", 32, "tokens to decode", lower_bound=1)
+_CTX = flags.DEFINE_integer("ctx_size", 1024, "tokens of context", lower_bound=2)
+_SLOTS = flags.DEFINE_integer("slots", 1, "sequences that are decoded together", lower_bound=1)
+_DTYPE = flags.DEFINE_string("dtype", "auto", "of activations")
+_REPEAT = flags.DEFINE_integer(
+    "repeat", 3, "how often to measure; the median counts", lower_bound=1
+)
+
+_COLUMNS = {
+    "split": "split",
+    "devices": "devices",
+    "load_s": "load s",
+    "compile_s": "compile s",
+    "prefill": "prefill tok/s",
+    "prefill_plan": "plan",
+    "decode": "decode tok/s",
+    "decode_plan": "plan",
+    "held_mb": "held MB",
+    "held_mb_plan": "plan",
+    "scratch_mb": "scratch MB",
+    "scratch_mb_plan": "plan",
+    "collectives": "collectives a step",
+    "collectives_plan": "plan",
+    "collective_kb": "kB",
+    "collective_kb_plan": "plan",
+}
+
+
+def _measure(mode: str, mesh: str | None) -> dict[str, Any]:
+    """One row of the table."""
+    options = {"split_mode": mode, "mesh": mesh, "ctx_size": _CTX.value, "slots": _SLOTS.value}
+    lm = jaxsplit.load(_MODEL.value, dtype=_DTYPE.value, **options)
+    engine, config = lm.engine, lm.config
+    greedy = jaxsplit.SamplingConfig(temperature=0.0)
+    rng = np.random.default_rng(0)
+    length = min(_PROMPT.value, engine.context - 1)
+    count = min(_GENERATE.value, engine.context - length)
+    prompts = {s: rng.integers(0, config.vocab, length).tolist() for s in range(engine.slots)}
+    start = time.perf_counter()
+    prefills, decodes = [], []
+    for turn in range(_REPEAT.value + 1):
+        begin = time.perf_counter()
+        engine.start_all(prompts, greedy)
+        engine.read(engine.tokens())
+        middle = time.perf_counter()
+        engine.loop(count, count)
+        if turn:
+            prefills.append(middle - begin)
+            decodes.append(time.perf_counter() - middle)
+        else:
+            compiling = time.perf_counter() - start
+    chunk = min(max(engine.chunks), engine.context)
+    scratch: Counter = Counter()
+    for stage, lowered in zip(engine.partition.stages, engine.lower_prefill(chunk), strict=True):
+        for place in stage.places.flat:
+            size = lowered.compile().memory_analysis().temp_size_in_bytes
+            scratch[place] = max(scratch[place], size)
+    found = [collectives(step.compile().as_text()) for step in engine.lower_step(greedy)]
+    counts = sum((count for count, _ in found), Counter())
+    carried = sum(sum(size.values()) for _, size in found)
+    file = open_model(Path(_MODEL.value))
+    shape, devices = choose_devices(mode, None, mesh)
+    plan = make_plan(
+        parameter_sources(file, config),
+        config,
+        mode,
+        shape,
+        [kind_of(device) for device in devices],
+        dtype=lm.models[0].dtype,
+        context=engine.context,
+        slots=engine.slots,
+        chunk=chunk,
+    )
+    full = plan.fullest
+    return {
+        "split": plan.name,
+        "devices": lm.mesh.size,
+        "load_s": lm.load_seconds,
+        "compile_s": compiling,
+        "prefill": engine.slots * length / statistics.median(prefills),
+        "prefill_plan": plan.prefill_rate(length),
+        "decode": engine.slots * count / statistics.median(decodes),
+        "decode_plan": plan.decode_rate,
+        "held_mb": (lm.weight_bytes + lm.cache_bytes) / 1e6,
+        "held_mb_plan": (full["weights"] + full["cache"]) / 1e6,
+        "scratch_mb": max(scratch.values()) / 1e6,
+        "scratch_mb_plan": full["scratch"] / 1e6,
+        "collectives": sum(counts.values()),
+        "collectives_plan": sum(plan.collectives.values()),
+        "collective_kb": carried / 1e3,
+        "collective_kb_plan": plan.collective_bytes / 1e3,
+    }
+
+
+def _markdown(rows: list[dict[str, Any]], title: str) -> str:
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [title, "", "| " + " | ".join(_COLUMNS.values()) + " |", "|---" * len(_COLUMNS) + "|"]
+    lines += ["| " + " | ".join(cell(row[key]) for key in _COLUMNS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+_PANELS = {
+    "decode": "decode, tokens/s",
+    "prefill": "prefill, tokens/s",
+    "held_mb": "MB of weights and cache on the fullest device",
+}
+
+
+def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Speed and memory over mesh shape, the plan's prediction below each bar."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: it needs matplotlib (pip install matplotlib)")
+        return
+    pyplot.switch_backend("Agg")
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 0.5 * len(rows) + 1.8), sharey=True)
+    places = np.arange(len(rows))[::-1]
+    for panel, (key, label) in zip(panels, _PANELS.items(), strict=True):
+        for end, shift, color in (("", 0.19, "#24609b"), ("_plan", -0.19, "#c4d6e8")):
+            values = [row[key + end] for row in rows]
+            panel.barh(places + shift, values, 0.36, label=end[1:] or "measured", color=color)
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(places, [row["split"] for row in rows])
+    panels[-1].legend(frameon=False, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(_: list[str]) -> None:
+    """Measures every mesh, and writes after each, so that nothing is lost."""
+    out = Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    devices = jax.devices()
+    splits = [tuple(split.split("@", 1)) for split in _SPLIT.value] or [
+        (mode, ",".join(f"{axis}:{size}" for axis, size in shape.items()))
+        for mode, shape in candidates(len(devices))
+    ]
+    where = f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+    title = f"{Path(_MODEL.value).name} on {where}"
+    rows: list[dict[str, Any]] = []
+    for mode, *mesh in splits:
+        shape = mesh[0] if mesh and mode != "none" else None
+        print(f"{mode} {shape or ''}", flush=True)
+        rows.append(_measure(mode, shape))
+        gc.collect()
+        (out / "mesh_shapes.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
+        (out / "mesh_shapes.md").write_text(_markdown(rows, title))
+        _plot(rows, title, out / "mesh_shapes.png")
+    print(_markdown(rows, title))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,23 @@
+"""Plans: what a model takes and does on a mesh, and how fast it should be, without loading it."""
+
+from jaxsplit.plan.compiled import collectives
+from jaxsplit.plan.devices import DEVICE_KINDS, DeviceKind, device_kind, kind_of
+from jaxsplit.plan.plan import Plan, StagePlan, best_plans, best_split, candidates, make_plan
+from jaxsplit.plan.work import Work, trace_decode, trace_prefill
+
+__all__ = [
+    "DEVICE_KINDS",
+    "DeviceKind",
+    "Plan",
+    "StagePlan",
+    "Work",
+    "best_plans",
+    "best_split",
+    "candidates",
+    "collectives",
+    "device_kind",
+    "kind_of",
+    "make_plan",
+    "trace_decode",
+    "trace_prefill",
+]

@@ -1,0 +1,102 @@
+"""What devices can do, from their makers' data sheets."""
+
+import dataclasses
+import math
+import os
+
+import jax
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.parallel import free_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceKind:
+    """A kind of device.
+
+    Attributes:
+      name: as people say it; found in JAX's `device_kind`.
+      memory: bytes.
+      bandwidth: of the memory, bytes/s.
+      flops: of dense products with 16-bit inputs and 32-bit sums, FLOP/s.
+      link: to another device of the same host, bytes/s in each direction.
+      layer_seconds: what a layer takes beside reading its weights: launching small kernels.
+      meet_seconds: the least that a collective or a hand-over takes.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    flops: float
+    link: float
+    layer_seconds: float = 64e-6
+    meet_seconds: float = 10e-6
+
+
+def _gpu(name: str, gigabytes: float, gb_per_s: float, teraflops: float, link: float) -> DeviceKind:
+    return DeviceKind(name, gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
+
+
+# PCIe 3.0 x16 carries 12 GB/s, 4.0 24, 5.0 48. NVLink counts where every board of the kind has it.
+DEVICE_KINDS: dict[str, DeviceKind] = {
+    kind.name: kind
+    for kind in (
+        _gpu("T4", 16, 320, 65, 12),
+        _gpu("P40", 24, 346, 11.8, 12),
+        _gpu("RTX 3060", 12, 360, 25.6, 24),
+        _gpu("RTX 3090", 24, 936, 71, 24),
+        _gpu("RTX 4090", 24, 1008, 165, 24),
+        _gpu("RTX A6000", 48, 768, 155, 24),
+        _gpu("A100", 80, 2039, 312, 300),
+        _gpu("L40S", 48, 864, 362, 24),
+        _gpu("H100", 80, 3350, 989, 450),
+        _gpu("H200", 141, 4800, 989, 450),
+        _gpu("RTX 5090", 32, 1792, 210, 48),
+        _gpu("B200", 180, 8000, 2250, 900),
+        DeviceKind("CPU", 16e9, 20e9, 0.5e12, 10e9, layer_seconds=200e-6, meet_seconds=50e-6),
+    )
+}
+
+
+def device_kind(name: str) -> DeviceKind:
+    """The kind that a name such as `3090`, `rtx 3090` or `NVIDIA H200` means.
+
+    Raises:
+      JaxsplitError: none does; the message lists them.
+    """
+    words = set(name.lower().replace("-", " ").split())
+    fitting = [
+        kind
+        for kind in DEVICE_KINDS.values()
+        if {kind.name.lower().split()[-1]} <= words or name.lower() == kind.name.lower()
+    ]
+    if not fitting:
+        raise JaxsplitError(
+            f"unknown device {name!r}; known are {', '.join(DEVICE_KINDS)}; for another give "
+            "--memory, --bandwidth, --tflops and --link"
+        )
+    return fitting[0]
+
+
+def kind_of(device: jax.Device) -> DeviceKind:
+    """The kind of a device of this machine, with the memory that is free on it.
+
+    A kind that is not in the table counts as the one nearest in memory.
+    """
+    if device.platform == "cpu":
+        # Devices that the CPU stands in for share it.
+        count = len([d for d in jax.devices() if d.process_index == device.process_index])
+        cpu = DEVICE_KINDS["CPU"]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return dataclasses.replace(
+            cpu, memory=memory / count, bandwidth=cpu.bandwidth / count, flops=cpu.flops / count
+        )
+    free = free_memory([device])
+    try:
+        kind = device_kind(device.device_kind)
+    except JaxsplitError:
+        if free is None:
+            raise
+        gpus = [kind for kind in DEVICE_KINDS.values() if kind.name != "CPU"]
+        kind = min(gpus, key=lambda kind: abs(math.log(kind.memory / free[0])))
+    return dataclasses.replace(kind, memory=free[0]) if free else kind

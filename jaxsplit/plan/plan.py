@@ -1,0 +1,348 @@
+"""Memory, work and predicted speed of a model on a mesh."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.models import ModelConfig
+from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
+from jaxsplit.plan.devices import DeviceKind, kind_of
+from jaxsplit.plan.work import Work, trace_decode, trace_prefill
+from jaxsplit.sources import Sources, split_model, stage_bytes
+
+# Measured (benchmarks/RESULTS.md): what plain products of one row reach of the memory's bandwidth,
+# by bits of a weight, and matrix products of the device's FLOP/s.
+_ROW_EFFICIENCY = ((4.0, 0.33), (7.0, 0.36), (16.0, 0.88), (32.0, 0.88))
+_MATMUL_EFFICIENCY = 0.5
+_COPY_EFFICIENCY = 0.9
+_RESERVED = 0.08
+"""Of a device's memory, for its runtime."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """A run of layers, on each of its devices.
+
+    Attributes:
+      stage: the layers and the mesh.
+      weights, cache, scratch: bytes.
+      padding: bytes of weights that are padding or copies.
+      read: bytes read for each decode step.
+      decode: the work of a decode step.
+      prefill: the work of reading a chunk.
+      decode_seconds, prefill_seconds: predicted for each.
+    """
+
+    stage: Stage
+    weights: int
+    cache: int
+    scratch: int
+    padding: int
+    read: int
+    decode: Work
+    prefill: Work
+    decode_seconds: float
+    prefill_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A model on a mesh.
+
+    Attributes:
+      partition: how it is split.
+      stages: what each stage takes and does.
+      chunk: tokens in a chunk of a prompt.
+      slots: sequences that are decoded together.
+      hand_overs: how often a device hands activations on in a decode step, once for each border
+        of stages, and the bytes: with each slot's token and position.
+      kinds: of the devices, in the mesh's order.
+    """
+
+    partition: Partition
+    stages: tuple[StagePlan, ...]
+    chunk: int
+    slots: int
+    hand_overs: tuple[int, int]
+    kinds: tuple[DeviceKind, ...]
+
+    @property
+    def name(self) -> str:
+        """The flags that ask for it."""
+        shape = ",".join(f"{axis}:{size}" for axis, size in self.partition.mesh.shape.items())
+        return f"{self.partition.mode} {shape}"
+
+    def on_device(self, place: int) -> dict[str, int]:
+        """Bytes of weights, cache, scratch and padding on one device, by its place in the mesh."""
+        mine = [s for s in self.stages if place in s.stage.places]
+        sums = {k: sum(getattr(s, k) for s in mine) for k in ("weights", "cache", "padding")}
+        return sums | {"scratch": max((s.scratch for s in mine), default=0)}
+
+    @property
+    def fullest(self) -> dict[str, int]:
+        """`on_device` of the device that holds most."""
+        devices = [self.on_device(place) for place in range(self.partition.mesh.size)]
+        return max(devices, key=lambda d: d["weights"] + d["cache"] + d["scratch"])
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has the memory, less what its runtime needs."""
+        return all(
+            sum(held.values()) - held["padding"] <= kind.memory * (1 - _RESERVED)
+            for place, kind in enumerate(self.kinds)
+            for held in [self.on_device(place)]
+        )
+
+    @property
+    def collectives(self) -> Counter:
+        """Of a decode step, all stages together."""
+        return sum((s.decode.collectives for s in self.stages), Counter())
+
+    @property
+    def collective_bytes(self) -> int:
+        """Of a decode step, on each device, all stages together."""
+        return sum(sum(s.decode.collective_bytes.values()) for s in self.stages)
+
+    @property
+    def decode_rate(self) -> float:
+        """Predicted tokens/s of all sequences together."""
+        seconds = [s.decode_seconds for s in self.stages]
+        latency = sum(seconds) + (len(seconds) - 1) * 2 * max(k.meet_seconds for k in self.kinds)
+        groups = min(self.slots, len(seconds))
+        return self.slots / max(latency, groups * max(seconds))
+
+    def summary(self, prompt_tokens: int) -> dict[str, Any]:
+        """Everything as plain numbers, for JSON.
+
+        Args:
+          prompt_tokens: length of the prompt whose rate is predicted.
+        """
+        return {
+            "split_mode": self.partition.mode,
+            "mesh": dict(self.partition.mesh.shape),
+            "fits": self.fits,
+            "devices": [
+                {"kind": kind.name, **self.on_device(place)}
+                for place, kind in enumerate(self.kinds)
+            ],
+            "stages": [
+                {
+                    "layers": [s.stage.layers.start, s.stage.layers.stop],
+                    "devices": s.stage.places.reshape(-1).tolist(),
+                    "read_bytes": s.read,
+                    "flops": s.decode.flops,
+                    "collectives": dict(s.decode.collectives),
+                    "collective_bytes": dict(s.decode.collective_bytes),
+                }
+                for s in self.stages
+            ],
+            "hand_overs": self.hand_overs[0],
+            "hand_over_bytes": self.hand_overs[1],
+            "decode_tokens_per_s": self.decode_rate,
+            "prefill_tokens_per_s": self.prefill_rate(prompt_tokens),
+        }
+
+    def prefill_rate(self, length: int) -> float:
+        """Predicted tokens/s of a prompt, whose chunks overlap in several stages."""
+        chunks = math.ceil(length / self.chunk)
+        seconds = [s.prefill_seconds for s in self.stages]
+        return length / (sum(seconds) + (chunks - 1) * max(seconds))
+
+
+def make_plan(
+    sources: Sources,
+    config: ModelConfig,
+    mode: str,
+    shape: dict[str, int],
+    kinds: Sequence[DeviceKind],
+    *,
+    shares: Sequence[float] | None = None,
+    weights: jnp.dtype | None = None,
+    dtype: jnp.dtype = jnp.bfloat16,
+    cache_dtype: jnp.dtype | None = None,
+    reduce_dtype: jnp.dtype = jnp.float32,
+    context: int = 4096,
+    slots: int = 1,
+    chunk: int = 512,
+) -> Plan:
+    """Plans a model on a mesh.
+
+    Args:
+      sources: the tensors of its parameters.
+      config: the model.
+      mode, shape, shares, reduce_dtype: as in `split_model`.
+      kinds: of the devices, in the mesh's order.
+      weights: dequantized to this dtype; None: as in the file.
+      dtype: of activations.
+      cache_dtype: of keys and values; None: as the activations.
+      context: tokens of each slot.
+      slots: sequences that are decoded together.
+      chunk: tokens of a prompt that are read together.
+    """
+    if shares is None and shape.get("stage", 1) > 1:
+        shares = stage_memory(shape, [kind.memory for kind in kinds])
+    partition = split_model(
+        sources,
+        config,
+        mode,
+        shape,
+        None,
+        shares=shares,
+        weights=weights,
+        reduce_dtype=reduce_dtype,
+    )
+    context = min(context, config.context)
+    chunk = min(chunk, context)
+    groups = min(slots, len(partition.stages))
+    group_slots = math.ceil(slots / (groups * partition.data)) * partition.data
+    cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
+    plans = []
+    for stage in partition.stages:
+        kind = _slowest([kinds[place] for place in stage.places.flat])
+        held, padding = stage_bytes(sources, config, stage, weights)
+        heads = len(stage.layouts["kv_heads"].slots) // stage.layouts["kv_heads"].devices
+        rows = heads * context * len(stage.layers) * 2 * group_slots // partition.data
+        scales = 4 if cache_dtype == jnp.int8 else 0
+        cache = rows * (config.head_dim * cache_dtype.itemsize + scales)
+        decode = trace_decode(config, stage, dtype, context, group_slots)
+        prefill = trace_prefill(config, stage, dtype, context, chunk)
+        first = stage.layers.start == 0 and not config.tied
+        unread = sources["embedding.table"].nbytes // stage.layouts["vocab"].devices if first else 0
+        read = held - unread + cache
+        bits = (
+            8
+            * sum(s.nbytes for s in sources.values())
+            / sum(math.prod(s.shape) for s in sources.values())
+        )
+        scores = 4 * chunk * context * len(stage.layouts["heads"].slots)
+        scores //= stage.layouts["heads"].devices
+        plans.append(
+            StagePlan(
+                stage,
+                held,
+                cache * groups,
+                _scratch(config, stage, dtype, chunk, scores),
+                padding,
+                read,
+                decode,
+                prefill,
+                _decode_seconds(kind, stage, read, decode, bits if weights is None else 16),
+                _prefill_seconds(kind, stage, held, prefill, bits, scores),
+            )
+        )
+    borders = len(partition.stages) - 1
+    size = group_slots // partition.data * (config.embed * jnp.dtype(dtype).itemsize + 8)
+    return Plan(partition, tuple(plans), chunk, slots, (borders, size), tuple(kinds))
+
+
+def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
+    """Devices that work together are as fast as the slowest of them at each task."""
+    worst = {"layer_seconds": max, "meet_seconds": max}
+    return DeviceKind(
+        "+".join(dict.fromkeys(kind.name for kind in kinds)),
+        **{
+            field.name: worst.get(field.name, min)(getattr(kind, field.name) for kind in kinds)
+            for field in dataclasses.fields(DeviceKind)
+            if field.name != "name"
+        },
+    )
+
+
+def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, scores: int) -> int:
+    """Bytes of the largest temporaries while a chunk of a prompt is read.
+
+    In attention: scores and weights. In the MLP: a dequantized matrix beside the hidden units.
+    """
+    size = jnp.dtype(dtype).itemsize
+    mlp = stage.layouts["mlp"]
+    units = mlp.size // mlp.devices
+    stream = 3 * chunk * config.embed * 4
+    hidden = chunk * units * (4 + 2 * size)
+    return stream + max(2 * scores, hidden + units * config.embed * size)
+
+
+def _decode_seconds(kind: DeviceKind, stage: Stage, read: int, work: Work, bits: float) -> float:
+    efficiency = next(e for most, e in _ROW_EFFICIENCY if bits <= most) if bits < 8 else 0.88
+    memory = read / (kind.bandwidth * efficiency)
+    products = work.flops / (kind.flops * _MATMUL_EFFICIENCY)
+    return max(memory, products) + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
+
+
+def _prefill_seconds(
+    kind: DeviceKind, stage: Stage, held: int, work: Work, bits: float, scores: int
+) -> float:
+    """Products, beside dequantizing (once written, once read, as 16 bits) and the scores, which
+    pass through memory some six times."""
+    products = work.flops / (kind.flops * _MATMUL_EFFICIENCY)
+    plain = held * 8 / bits * 2
+    traffic = held + 2 * plain + 6 * scores * len(stage.layers)
+    memory = traffic / (kind.bandwidth * _COPY_EFFICIENCY)
+    return products + memory + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
+
+
+def _meeting(kind: DeviceKind, work: Work) -> float:
+    """An all-reduce carries its bytes twice, less what a device has itself; a gather once."""
+    sent = 2 * work.collective_bytes["all-reduce"] + work.collective_bytes["all-gather"]
+    return sum(work.collectives.values()) * kind.meet_seconds + sent / 2 / kind.link
+
+
+def candidates(devices: int) -> list[tuple[str, dict[str, int]]]:
+    """Every split mode on so many devices, and every mesh of stages and parts of layers."""
+    found: list[tuple[str, dict[str, int]]] = [("none", {"tensor": 1})]
+    if devices > 1:
+        found += [(mode, {s.axis: devices}) for mode, s in SPLIT_MODES.items() if s.axis]
+        found += [
+            ("graph", {"stage": stages, "tensor": devices // stages})
+            for stages in range(2, devices)
+            if devices % stages == 0
+        ]
+    return found
+
+
+def best_split(
+    sources: Sources, config: ModelConfig, devices: Sequence[jax.Device], **options: object
+) -> tuple[str, dict[str, int]]:
+    """The split mode and mesh shape that fit these devices and should decode fastest.
+
+    Args:
+      sources, config: the model.
+      devices: that there are.
+      **options: as in `make_plan`.
+
+    Raises:
+      JaxsplitError: nothing fits; the message says what comes nearest.
+    """
+    plans = best_plans(sources, config, [kind_of(device) for device in devices], **options)
+    best = plans[0]
+    if not best.fits:
+        near = min(plans, key=lambda plan: sum(plan.fullest.values()))
+        need = sum(near.fullest.values()) - near.fullest["padding"]
+        have = min(kind.memory for kind in near.kinds)
+        raise JaxsplitError(
+            f"the model does not fit: {near.name}, which comes nearest, needs {need / 1e9:.1f} GB "
+            f"on a device of {have / 1e9:.1f} GB; try a shorter --ctx_size"
+        )
+    return best.partition.mode, dict(best.partition.mesh.shape)
+
+
+def best_plans(
+    sources: Sources, config: ModelConfig, kinds: Sequence[DeviceKind], **options: object
+) -> list[Plan]:
+    """Plans of all split modes on so many devices: those that fit first, the fastest decode first.
+
+    Args:
+      sources, config: the model.
+      kinds: of the devices.
+      **options: as in `make_plan`.
+    """
+    plans = [
+        make_plan(sources, config, mode, shape, kinds[: math.prod(shape.values())], **options)
+        for mode, shape in candidates(len(kinds))
+    ]
+    return sorted(plans, key=lambda plan: (not plan.fits, -plan.decode_rate))
