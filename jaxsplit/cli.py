@@ -50,10 +50,10 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def one_voice(*, speaks: bool) -> None:
-    """Of several processes one writes to standard output, and nothing but the program's text:
-    messages of native libraries go to standard error."""
-    own = os.dup(sys.stdout.fileno()) if speaks else os.open(os.devnull, os.O_WRONLY)
+def text_alone_on_stdout() -> None:
+    """Standard output is for the program's text: what native libraries write there goes to standard
+    error."""
+    own = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = os.fdopen(own, "w", encoding="utf-8")
 

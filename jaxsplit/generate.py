@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxsplit.cli import one_voice, progress_bar, run
+from jaxsplit.cli import progress_bar, run, text_alone_on_stdout
 from jaxsplit.errors import JaxsplitError
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -150,8 +150,10 @@ def main(_: list[str]) -> None:
     import jax
 
     import jaxsplit
-    from jaxsplit.parallel import start_processes
+    from jaxsplit.parallel import launcher, start_processes
 
+    if _PROCESS_ID.value is not None or launcher():
+        text_alone_on_stdout()
     several = start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     leads = not several or jax.process_index() == 0
     prompt = _prompt() if leads else None
@@ -159,8 +161,9 @@ def main(_: list[str]) -> None:
         flags.FLAGS[_SEED.name].value = int.from_bytes(os.urandom(4), "little")
     if several:
         prompt = _agree(prompt)
-        one_voice(speaks=leads)
-        flags.FLAGS[_QUIET.name].value |= not leads
+    if not leads:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+        flags.FLAGS[_QUIET.name].value = True
     sys.stdout.reconfigure(errors="replace")
     if _SYSTEM.value is not None and not _CHAT.value:
         raise JaxsplitError("--system needs --chat")

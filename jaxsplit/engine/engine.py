@@ -95,12 +95,6 @@ class Engine:
 
     # Reading prompts
 
-    def _chunks(self, length: int) -> Sequence[int]:
-        """Lengths of chunks for a prompt: in several stages, short enough to keep all busy."""
-        stages = len(self.runners)
-        limit = length if stages == 1 else length // (2 * stages)
-        return [c for c in self.chunks if c <= limit] or self.chunks[:1]
-
     def _read(
         self,
         group: _Group,
@@ -121,7 +115,7 @@ class Engine:
         slot = np.full_like(lengths, local)
         while (done < lengths).any():
             left = int((lengths - done).max())
-            fitting = chunks or self._chunks(int(lengths.max()))
+            fitting = chunks or self.chunks
             length = next((c for c in fitting if c >= left), fitting[-1])
             count = np.minimum(lengths - done, length)
             x: Any = np.zeros((len(prompts), length), np.int32)

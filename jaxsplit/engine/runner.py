@@ -12,13 +12,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.engine import steps
 from jaxsplit.engine.sampling import SamplingPlan
-from jaxsplit.models import Cache, Decoder, LayerCache, axis_rules, init_cache
+from jaxsplit.models import Cache, Decoder, LayerCache, ModelConfig, axis_rules, init_cache
 from jaxsplit.parallel import Stage
 
 _REPLICATED = PartitionSpec()
 
 # XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
 DECODE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+
+
+def stage_cache(
+    config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
+) -> Cache:
+    """Zeroed keys and values of a stage's layers, of all its devices together."""
+    kv_heads = len(stage.layouts["kv_heads"].slots)
+    return init_cache(len(stage.layers), slots, kv_heads, context, config.head_dim, dtype)
 
 
 class StageRunner:
@@ -61,12 +69,8 @@ class StageRunner:
         """Zeroed keys and values of so many slots."""
         if not self.stage.is_local:
             return None
-        kv_heads = len(self.stage.layouts["kv_heads"].slots)
-        sizes = (len(self.stage.layers), slots, kv_heads, self.context, self.config.head_dim)
-        make = jax.jit(
-            lambda: init_cache(*sizes, dtype), out_shardings=self.sharding(self._cache_spec)
-        )
-        return make()
+        make = functools.partial(stage_cache, self.config, self.stage, slots, self.context, dtype)
+        return jax.jit(make, out_shardings=self.sharding(self._cache_spec))()
 
     def empty_state(self, slots: int, window: int) -> steps.DecodeState | None:
         """Of slots that have nothing to do."""

@@ -19,7 +19,7 @@ from jaxsplit.parallel.partition import (
     share_layers,
     stage_memory,
 )
-from jaxsplit.parallel.processes import from_first, start_processes
+from jaxsplit.parallel.processes import from_first, launcher, start_processes
 from jaxsplit.parallel.transfer import fetch, hand_over
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "from_first",
     "grouped_heads",
     "hand_over",
+    "launcher",
     "make_partition",
     "parse_mesh",
     "parse_shares",

@@ -81,7 +81,9 @@ def _plans() -> list[Plan]:
     config = model_config(file)
     sources = parameter_sources(file, config)
     shape = parse_mesh(_MESH.value) if _MESH.value else None
-    count = _DEVICES.value or (math.prod(shape.values()) if shape else len(_KIND.value))
+    count = math.prod(shape.values()) if shape else len(_KIND.value)
+    if _DEVICES.value is not None:
+        count = _DEVICES.value
     if count < 1:
         raise JaxsplitError(f"--devices={count} must be at least 1")
     if shape and math.prod(shape.values()) != count:
@@ -162,7 +164,7 @@ def _details(plan: Plan) -> Table:
     table = _table(
         f"{plan.name}, by device; the limit is that of its memory's bandwidth",
         *("device", "kind", "layers", "weights", "cache", "scratch", "memory"),
-        *("read/token", "GFLOP/token", "limit/s"),
+        *("read/step", "GFLOP/step", "limit/s"),
     )
     for place, kind in enumerate(plan.kinds):
         held = plan.on_device(place)

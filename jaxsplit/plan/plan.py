@@ -8,17 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
+from jaxsplit.engine.runner import stage_cache
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import ModelConfig
+from jaxsplit.models import LayerCache, ModelConfig
 from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
 from jaxsplit.sources import Sources, split_model, stage_bytes
 
-# Measured (benchmarks/RESULTS.md): what plain products of one row reach of the memory's bandwidth,
-# by bits of a weight, and matrix products of the device's FLOP/s.
-_ROW_EFFICIENCY = ((4.0, 0.33), (7.0, 0.36), (16.0, 0.88), (32.0, 0.88))
+# Measured (benchmarks/RESULTS.md): what products of one row reach of the memory's bandwidth, with
+# weights of less than 8 bits and with others, and matrix products of the device's FLOP/s.
+_ROW_EFFICIENCY = (0.36, 0.88)
 _MATMUL_EFFICIENCY = 0.5
 _COPY_EFFICIENCY = 0.9
 _RESERVED = 0.08
@@ -202,24 +204,18 @@ def make_plan(
     groups = min(slots, len(partition.stages))
     group_slots = math.ceil(slots / (groups * partition.data)) * partition.data
     cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
+    weights_in_all = sum(math.prod(source.shape) for source in sources.values())
+    bits = 8 * sum(source.nbytes for source in sources.values()) / weights_in_all
     plans = []
     for stage in partition.stages:
         kind = _slowest([kinds[place] for place in stage.places.flat])
         held, padding = stage_bytes(sources, config, stage, weights)
-        heads = len(stage.layouts["kv_heads"].slots) // stage.layouts["kv_heads"].devices
-        rows = heads * context * len(stage.layers) * 2 * group_slots // partition.data
-        scales = 4 if cache_dtype == jnp.int8 else 0
-        cache = rows * (config.head_dim * cache_dtype.itemsize + scales)
+        cache = _cache_bytes(config, stage, group_slots, context, cache_dtype)
         decode = trace_decode(config, stage, dtype, context, group_slots)
         prefill = trace_prefill(config, stage, dtype, context, chunk)
         first = stage.layers.start == 0 and not config.tied
         unread = sources["embedding.table"].nbytes // stage.layouts["vocab"].devices if first else 0
         read = held - unread + cache
-        bits = (
-            8
-            * sum(s.nbytes for s in sources.values())
-            / sum(math.prod(s.shape) for s in sources.values())
-        )
         scores = 4 * chunk * context * len(stage.layouts["heads"].slots)
         scores //= stage.layouts["heads"].devices
         plans.append(
@@ -239,6 +235,16 @@ def make_plan(
     borders = len(partition.stages) - 1
     size = group_slots // partition.data * (config.embed * jnp.dtype(dtype).itemsize + 8)
     return Plan(partition, tuple(plans), chunk, slots, (borders, size), tuple(kinds))
+
+
+def _cache_bytes(
+    config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
+) -> int:
+    """Bytes of keys and values on each device of a stage."""
+    cache = jax.eval_shape(lambda: stage_cache(config, stage, slots, context, dtype))
+    sharding = NamedSharding(stage.mesh, stage.spec(LayerCache.axes))
+    leaves = jax.tree.leaves(cache)
+    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
@@ -268,7 +274,7 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
 
 
 def _decode_seconds(kind: DeviceKind, stage: Stage, read: int, work: Work, bits: float) -> float:
-    efficiency = next(e for most, e in _ROW_EFFICIENCY if bits <= most) if bits < 8 else 0.88
+    efficiency = _ROW_EFFICIENCY[bits >= 8]
     memory = read / (kind.bandwidth * efficiency)
     products = work.flops / (kind.flops * _MATMUL_EFFICIENCY)
     return max(memory, products) + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)

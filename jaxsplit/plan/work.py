@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.engine.runner import StageRunner
+from jaxsplit.engine.runner import StageRunner, stage_cache
 from jaxsplit.engine.sampling import SamplingValues
 from jaxsplit.engine.steps import DecodeState
-from jaxsplit.models import ModelConfig, init_cache
+from jaxsplit.models import ModelConfig
 from jaxsplit.parallel import Stage
 from jaxsplit.sources import abstract_decoder, abstract_parameters, parameters
 
@@ -118,9 +118,7 @@ def _trace_layers(
         ]
         param.set_value(jax.ShapeDtypeStruct(tuple(shape), dtype))
     runner = StageRunner(model, stage, context)
-    kv_heads = len(stage.layouts["kv_heads"].slots)
-    sizes = (len(stage.layers), slots, kv_heads, context, config.head_dim)
-    cache = jax.eval_shape(lambda: init_cache(*sizes, dtype))
+    cache = jax.eval_shape(lambda: stage_cache(config, stage, slots, context, dtype))
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.dtype(np.int32))
     if length is not None:
         data = stage.mesh.shape["data"]

@@ -1,0 +1,199 @@
+"""Plans: memory, collectives and their bytes against what the devices and the compiled text say."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import DATA, make_recipe
+from jax.sharding import PartitionSpec
+
+import jaxsplit
+from jaxsplit.engine import SamplingConfig
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import model_config
+from jaxsplit.lm import open_model
+from jaxsplit.parallel import parse_mesh
+from jaxsplit.plan import (
+    best_plans,
+    best_split,
+    collectives,
+    device_kind,
+    make_plan,
+)
+from jaxsplit.sources import parameter_sources
+
+SPLITS = ["none", "layer@stage:3", "row@tensor:3", "graph@tensor:3", "graph@stage:2,tensor:2"]
+
+
+@pytest.fixture(scope="module")
+def models(recipe_gguf):
+    norms = {"norm.weight": "F32"}
+    wide = make_recipe("plan", heads=9, kv_heads=3, layers=3)
+    return {
+        "Q8_0": recipe_gguf(wide, norms | {".weight": "Q8_0"}),
+        "Q4_K_M": DATA / "quant" / "quant-mix-Q4_K_M.gguf",
+        "tied": recipe_gguf("llama-tied-ropefreqs"),
+    }
+
+
+def plan_of(path, split, **options):
+    file = open_model(path)
+    config = model_config(file)
+    mode, _, mesh = split.partition("@")
+    shape = parse_mesh(mesh or "tensor:1")
+    kinds = [device_kind("CPU")] * math.prod(shape.values())
+    options = {"dtype": jnp.dtype(jnp.float32), "context": 64, **options}
+    return make_plan(parameter_sources(file, config), config, mode, shape, kinds, **options)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K_M", "tied"])
+def test_what_is_planned_is_what_devices_hold_and_exchange(models, name, split):
+    mode, _, mesh = split.partition("@")
+    lm = jaxsplit.load(
+        models[name], split_mode=mode, mesh=mesh or None, dtype="float32", ctx_size=64
+    )
+    plan = plan_of(models[name], split)
+    held: Counter = Counter()
+    arrays = [*[r.params for r in lm.engine.runners], *[g.caches for g in lm.engine._groups]]
+    for leaf in jax.tree.leaves(arrays):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    places = lm.mesh.devices.flatten().tolist()
+    for place, device in enumerate(places):
+        planned = plan.on_device(place)
+        assert planned["weights"] + planned["cache"] == held[device]
+    texts = [step.compile().as_text() for step in lm.engine.lower_step(SamplingConfig(0.0))]
+    for stage, text in zip(plan.stages, texts, strict=True):
+        count, size = collectives(text)
+        assert stage.decode.collectives == count
+        assert stage.decode.collective_bytes == size
+    assert plan.hand_overs[0] == len(texts) - 1
+
+
+def test_work_of_many_layers_is_extrapolated_exactly(recipe_gguf):
+    """Two layers are traced; products of all are counted in plain NumPy here."""
+    path = recipe_gguf(make_recipe("deep", heads=4, kv_heads=2, layers=7))
+    file = open_model(path)
+    matrices = [t for t in file.tensors.values() if len(t.shape) == 2]
+    weights = sum(math.prod(t.shape) for t in matrices if t.name != "token_embd.weight")
+    (stage,) = plan_of(path, "none").stages
+    attention = 7 * 2 * 4 * 32 * 64  # layers, scores and sums, heads, head_dim, context
+    assert stage.decode.flops == 2 * (weights + attention)
+    split = plan_of(path, "layer@stage:3")
+    assert sum(s.decode.flops for s in split.stages) == stage.decode.flops
+
+
+def test_int8_cache_and_slots(models):
+    plain = plan_of(models["Q8_0"], "graph@tensor:3", slots=4)
+    small = plan_of(models["Q8_0"], "graph@tensor:3", slots=4, cache_dtype=jnp.dtype(jnp.int8))
+    assert plain.fullest["cache"] == 3 * 2 * 4 * 64 * 32 * 4  # layers, k and v, slots, context
+    assert small.fullest["cache"] == 3 * 2 * 4 * 64 * (32 + 4)
+
+
+def test_the_best_plan_fits(models):
+    file = open_model(models["Q8_0"])
+    config = model_config(file)
+    sources = parameter_sources(file, config)
+    plans = best_plans(sources, config, [device_kind("T4")] * 4, context=64)
+    assert {plan.partition.mode for plan in plans} == {"none", "layer", "row", "graph"}
+    rates = [plan.decode_rate for plan in plans]
+    assert rates == sorted(rates, reverse=True)
+    whole = next(plan for plan in plans if plan.partition.mode == "none").fullest
+    tiny = dataclasses.replace(device_kind("T4"), memory=0.8 * sum(whole.values()))
+    plans = best_plans(sources, config, [tiny] * 4, context=64)
+    fits = [plan.fits for plan in plans]
+    assert fits == sorted(fits, reverse=True)
+    assert not all(fits)
+
+
+def test_auto_picks_a_split_that_runs(models):
+    lm = jaxsplit.load(models["Q8_0"], split_mode="auto", devices=2, dtype="float32", ctx_size=64)
+    assert lm.logits([1, 2, 3]).shape == (3, lm.config.vocab)
+    with pytest.raises(JaxsplitError, match="--split_mode=auto chooses the mesh"):
+        jaxsplit.load(models["Q8_0"], split_mode="auto", mesh="tensor:2")
+
+
+def test_what_does_not_fit_is_refused(models, monkeypatch):
+    file = open_model(models["Q8_0"])
+    config = model_config(file)
+    sources = parameter_sources(file, config)
+    monkeypatch.setattr("os.sysconf", lambda name: 1 if "PAGE_SIZE" in name else 800_000)
+    with pytest.raises(JaxsplitError, match="does not fit: .* needs .* GB on a device of"):
+        best_split(sources, config, jax.devices()[:2], context=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("NVIDIA H200", "H200"), ("3090", "RTX 3090"), ("Tesla T4", "T4"), ("rtx 4090", "RTX 4090")],
+)
+def test_device_names(name, kind):
+    assert device_kind(name).name == kind
+
+
+def test_unknown_device_is_refused_with_the_list():
+    with pytest.raises(JaxsplitError, match="unknown device 'Abacus'; known are T4, .*, CPU"):
+        device_kind("Abacus")
+
+
+def test_compiled_collectives_are_parsed():
+    """Against a program whose collectives are known."""
+    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+
+    def body(a, b):
+        return jax.lax.psum(a, "x"), jax.lax.all_gather(b, "x")
+
+    split = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(PartitionSpec("x"), PartitionSpec("x")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    text = jax.jit(split).lower(np.ones((8, 5), np.float32), np.ones(4, np.int32)).compile()
+    count, size = collectives(text.as_text())
+    assert count == {"all-reduce": 1, "all-gather": 1}
+    assert size == {"all-reduce": 2 * 5 * 4, "all-gather": 4 * 4}
+
+
+def plan_cli(*flags):
+    command = [sys.executable, "-m", "jaxsplit.plan", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line(models):
+    out = plan_cli(f"--model={models['Q8_0']}", "--devices=2", "--device_kind=3090", "--json")
+    plans = json.loads(out.stdout)
+    assert {p["split_mode"] for p in plans} == {"none", "layer", "row", "graph"}
+    assert all(len(p["devices"]) == math.prod(p["mesh"].values()) for p in plans)
+    out = plan_cli(
+        f"--model={models['Q8_0']}", "--device_kind=T4", "--device_kind=3090", "--split_mode=layer"
+    )
+    assert out.returncode == 0, out.stderr
+    assert "layer stage:2" in out.stdout and "T4" in out.stdout and "RTX 3090" in out.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device_kind=Abacus"], "unknown device 'Abacus'"),
+        (["--mesh=tensor:2", "--devices=3"], "--mesh=tensor:2 has 2 devices, --devices=3"),
+        (["--devices=0"], "--devices=0 must be at least 1"),
+        (["--split_mode=sideways"], "--split_mode=sideways is not supported"),
+        (["--cache_dtype=int3"], "--cache_dtype=int3 is not supported"),
+        (["--device_kind=T4", "--device_kind=T4", "--devices=3"], "2 times for 3 devices"),
+        (["--bandwidth=-1"], "must be above 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(models, flags, message):
+    out = plan_cli(f"--model={models['Q8_0']}", *flags)
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1

@@ -1,0 +1,102 @@
+"""Several processes on this host give the text of one, and none outlives another."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("processes") / "tiny.gguf"
+    return write_tiny_model(path, layers=3, context=20000)
+
+
+def start(model, *flags, devices=2, **process):
+    """A process of `jaxsplit.generate`."""
+    command = [sys.executable, "-m", "jaxsplit.generate", f"--model={model}", "--temperature=0"]
+    command += [*flags, "--compilation_cache=none"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command += [f"--{flag}={value}" for flag, value in process.items()]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def pair(model, *flags):
+    """Two processes, of which the first alone is told the flags and a prompt."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    ids = {"coordinator": coordinator, "num_processes": 2}
+    first = start(model, *flags, "--prompt=the hello", **ids, process_id=0)
+    return first, start(model, **ids, process_id=1)
+
+
+@pytest.mark.parametrize(
+    "split", ["--split_mode=graph", "--split_mode=layer", "--mesh=data:2,stage:2"]
+)
+def test_two_processes_give_the_text_of_one(model, split):
+    count = "--n_predict=12"
+    alone = start(model, count, "--split_mode=none", "--prompt=the hello", devices=1)
+    expected, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0 and len(expected) > len("the hello\n")
+    first, second = pair(model, count, split)
+    text, error = first.communicate(timeout=120)
+    other, _ = second.communicate(timeout=120)
+    assert first.returncode == second.returncode == 0, error
+    assert text == expected
+    assert not other
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_with_a_message(model, victim):
+    processes = pair(model, "--n_predict=1000000", "--ctx_size=0")
+    try:
+        assert processes[0].stdout.read(20).startswith("the hello")  # under way
+        processes[victim].kill()
+        killed = time.monotonic()
+        _, error = processes[1 - victim].communicate(timeout=60)
+        assert time.monotonic() - killed < 60
+        assert processes[1 - victim].returncode not in (0, None)
+        assert "another process has ended" in error or "another task died" in error
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_failing_process_does_not_keep_the_other_waiting(model, tmp_path):
+    first, second = pair(model, "--prompt_file=/nowhere")
+    try:
+        _, error = first.communicate(timeout=60)
+        assert first.returncode == 2
+        assert "--prompt and --prompt_file are both given" in error
+        second.communicate(timeout=60)
+        assert second.returncode != 0
+    finally:
+        second.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"process_id": 1}, "--coordinator and --num_processes must be given too"),
+        (
+            {"coordinator": "here", "num_processes": 2, "process_id": 0},
+            "--coordinator=here is not of the form host:port",
+        ),
+        (
+            {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
+            "--process_id=2 must lie between 0 and 1",
+        ),
+    ],
+)
+def test_incomplete_flags_are_one_line(model, flags, message):
+    process = start(model, "--prompt=x", **flags)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
