@@ -112,6 +112,7 @@ def load(
         mesh_devices,
         shares=shares,
         weights=stored,
+        cache_row=context * (cache_in or activations).itemsize,
         reduce_dtype=reduce_in,
     )
     try:

@@ -134,9 +134,10 @@ def split_model(
     *,
     shares: Sequence[float] | None = None,
     weights: jnp.dtype | None = None,
+    cache_row: int = 0,
     reduce_dtype: jnp.dtype = jnp.float32,
 ) -> Partition:
-    """Lays a model out on devices, cutting hidden units where it costs the fewest bytes.
+    """Lays a model out on devices, so that the fullest of them reads the fewest bytes.
 
     Whole blocks of hidden units are cheapest where they divide well. Where they do not, blocks are
     cut into smaller pieces, which need less padding but each their own scales.
@@ -146,10 +147,13 @@ def split_model(
       config: the model.
       mode, shape, devices, shares, reduce_dtype: as in `make_partition`.
       weights: as in `stage_bytes`.
+      cache_row: bytes of the keys in the whole context, for each dimension of a head.
 
     Raises:
       JaxsplitError: the shares do not fit the mesh.
     """
+    query = next(s for path, s in sources.items() if path.endswith("attention.query.kernel"))
+    width = query.nbytes / math.prod(query.shape) if weights is None else weights.itemsize
     blocks = [s.block_size for path, s in sources.items() if path.endswith("mlp.down.kernel")]
     unit = max(blocks)
     units = [unit // 2**i for i in range(4) if unit // 2**i >= min(unit, 32)]
@@ -162,6 +166,7 @@ def split_model(
             shares=shares,
             layer_costs=layer_costs(sources, config),
             mlp_unit=unit,
+            kv_cost=1 + cache_row / (width * config.embed),
             reduce_dtype=reduce_dtype,
         )
         for unit in units

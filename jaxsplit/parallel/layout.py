@@ -72,23 +72,29 @@ def even(count: int, unit: int, devices: int) -> AxisLayout:
 
 
 def grouped_heads(
-    heads: int, kv_heads: int, head_dim: int, devices: int
+    heads: int, kv_heads: int, head_dim: int, devices: int, kv_cost: float = 1.0
 ) -> tuple[AxisLayout, AxisLayout]:
     """Query heads and the key and value heads that groups of them share.
 
     Every device gets the same number of key and value heads, and each of these the same number of
-    query heads. Where the counts do not divide, some slots are padding, and where it means fewer
-    heads on the busiest device, a key and value head is given to several devices, each with a
-    part of its query heads.
+    query heads. Where the counts do not divide, some slots are padding, and where it costs less, a
+    key and value head is given to several devices, each with a part of its query heads.
+
+    Args:
+      heads, kv_heads: how many there are.
+      head_dim: the width of each.
+      devices: how many share them.
+      kv_cost: of a key and value head with its cache, a query head costing 1: the bytes that are
+        read for it. Of two layouts the one with fewer bytes decodes faster (benchmarks/RESULTS.md).
 
     Returns:
       the layouts of the query heads and of the key and value heads.
     """
     group = heads // kv_heads
 
-    def work(local: int) -> tuple[int, int]:
+    def work(local: int) -> tuple[float, int]:
         copies = devices * local // kv_heads
-        return local * math.ceil(group / copies) + local, local
+        return local * math.ceil(group / copies) + local * kv_cost, local
 
     least = math.ceil(kv_heads / devices)
     local = min(range(least, kv_heads + 1), key=work)

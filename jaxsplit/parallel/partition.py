@@ -129,6 +129,7 @@ def make_partition(
     shares: Sequence[float] | None = None,
     layer_costs: Sequence[float] | None = None,
     mlp_unit: int = 1,
+    kv_cost: float = 1.0,
     reduce_dtype: jnp.dtype = jnp.float32,
 ) -> Partition:
     """Lays a model out on devices.
@@ -146,6 +147,7 @@ def make_partition(
         stages' devices, and alike on the `tensor` axis.
       layer_costs: of each layer, with embedding and head; None: all alike.
       mlp_unit: hidden units of the MLP that cannot be taken apart: the weights in a block.
+      kv_cost: as in `grouped_heads`.
       reduce_dtype: dtype in which partial sums are exchanged.
 
     Raises:
@@ -178,7 +180,7 @@ def make_partition(
         mode,
         _mesh(places, devices, tuple(shape)),
         tuple(
-            _stage(config, run, grid, _mesh(grid, devices), table, mlp_unit, reduce_dtype)
+            _stage(config, run, grid, _mesh(grid, devices), table, mlp_unit, kv_cost, reduce_dtype)
             for run, grid in zip(runs, grids, strict=True)
             if run
         ),
@@ -192,11 +194,13 @@ def _stage(
     mesh: Mesh | AbstractMesh,
     table: Mapping[str, str],
     mlp_unit: int,
+    kv_cost: float,
     reduce_dtype: jnp.dtype,
 ) -> Stage:
     table = {logical: axis for logical, axis in table.items() if mesh.shape[axis] > 1}
     shards = mesh.shape["tensor"] if "heads" in table else 1
-    heads, kv_heads = grouped_heads(config.heads, config.kv_heads, config.head_dim, shards)
+    sizes = (config.heads, config.kv_heads, config.head_dim)
+    heads, kv_heads = grouped_heads(*sizes, shards, kv_cost)
     mlp = even(math.ceil(config.mlp / mlp_unit), mlp_unit, shards)
     layouts = {
         "heads": heads,

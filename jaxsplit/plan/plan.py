@@ -189,6 +189,8 @@ def make_plan(
     """
     if shares is None and shape.get("stage", 1) > 1:
         shares = stage_memory(shape, [kind.memory for kind in kinds])
+    context = min(context, config.context)
+    cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
     partition = split_model(
         sources,
         config,
@@ -197,13 +199,12 @@ def make_plan(
         None,
         shares=shares,
         weights=weights,
+        cache_row=context * cache_dtype.itemsize,
         reduce_dtype=reduce_dtype,
     )
-    context = min(context, config.context)
     chunk = min(chunk, context)
     groups = min(slots, len(partition.stages))
     group_slots = math.ceil(slots / (groups * partition.data)) * partition.data
-    cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
     weights_in_all = sum(math.prod(source.shape) for source in sources.values())
     bits = 8 * sum(source.nbytes for source in sources.values()) / weights_in_all
     plans = []
