@@ -85,7 +85,9 @@ def load(
     shape, mesh_devices = choose_devices(
         "graph" if automatic else split_mode, devices, mesh, main_device
     )
-    shares = parse_shares(tensor_split) if isinstance(tensor_split, str) else tensor_split
+    if tensor_split is not None and not isinstance(tensor_split, str):
+        tensor_split = ",".join(map(str, tensor_split))
+    shares = None if tensor_split is None else parse_shares(tensor_split)
     activations = activations or jnp.dtype(_auto_dtype(mesh_devices[0]))
     file = open_model(demo_model() if path is None else Path(path))
     config = model_config(file)

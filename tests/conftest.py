@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
+import jax
 import pytest
 from helpers import recipe, write_recipe
 
@@ -42,6 +43,14 @@ def load():
         return loaded[key]
 
     return get
+
+
+@pytest.fixture
+def quick_compilation():
+    """Programs are compiled, not optimized: for tests that compile far longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

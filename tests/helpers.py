@@ -123,6 +123,6 @@ def make_recipe(
 
 
 SHAPES = {
-    f"{h}-{kv}": make_recipe(f"heads-{h}-{kv}", heads=h, kv_heads=kv, layers=3)
+    f"{h}-{kv}": make_recipe(f"heads-{h}-{kv}", heads=h, kv_heads=kv)
     for h, kv in ((9, 3), (8, 2), (6, 1), (14, 2))
 }

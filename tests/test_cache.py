@@ -11,6 +11,8 @@ from jaxsplit.models import init_cache
 
 HEAD_DIM = 32
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def tokens():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DATA, make_recipe
+from helpers import DATA, last_tokens, make_recipe
 
 import jaxsplit
 from jaxsplit.checkpoint import open_checkpoint, save_checkpoint
@@ -29,7 +29,7 @@ def chosen(path, devices, **options):
     """Logits, and ids that follow a prompt."""
     lm = jaxsplit.load(path, devices=devices, dtype="float32", ctx_size=64, **options)
     lm.engine.start(TOKENS, SamplingConfig(temperature=0.0))
-    tokens = [int(lm.engine.state.token[0]), *lm.engine.loop(12, 12)[0].tolist()]
+    tokens = [*last_tokens(lm.engine), *lm.engine.loop(12, 12)[0].tolist()]
     return lm.logits(TOKENS), tokens
 
 

@@ -17,16 +17,16 @@ CONFIG = ModelConfig("llama", 100, 256, 1, 6, 2, 64, 512, 64, 1e-5, RopeConfig(6
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "BF16"])
 @pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize("axes", [(None, "mlp", "embed"), (None, "embed", "mlp")])
+@pytest.mark.parametrize("axes", [(None, "mlp", "embed"), (None, "embed_out", "mlp_in")])
 def test_stacks_of_experts_are_split_inside_each_expert(kind, devices, axes):
     experts, sizes = 3, {"mlp": CONFIG.mlp, "embed": CONFIG.embed}
-    shape = (experts, *(sizes[axis] for axis in axes[1:]))
+    shape = (experts, *(sizes[axis.partition("_")[0]] for axis in axes[1:]))
     entry = TYPES[kind]
     bits = fresh_rng().integers(0, 256, (*shape[:-1], shape[-1] // entry.block, entry.block_bytes))
     blocks = bits.astype(np.uint8)
     partition = make_partition(
         CONFIG, "graph", {"tensor": devices}, jax.devices()[:devices], mlp_unit=entry.block
-    )
+    ).stages[0]
     tensor = GGUFTensor("experts", kind, shape, blocks)
     place = partition.place(tensor, axes)
     weights = _unpack(tensor, _upload([tensor], [place])[0], place, None)

@@ -10,7 +10,7 @@ import pytest
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.engine.engine import DECODE_OPTIONS
+from jaxsplit.engine.runner import DECODE_OPTIONS
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.quant import TYPES, QTensor, dequantize, matmul, quant_type, take_rows, unpack
 

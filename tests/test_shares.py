@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from helpers import DATA, Q8_0, SHAPES, bytes_by_device, continuation, make_recipe, nmse
 from tiny import fresh_rng
@@ -16,6 +15,8 @@ from jaxsplit.parallel import parse_shares, share_layers
 from jaxsplit.sources import layer_costs, parameter_sources, split_model, stage_bytes
 
 MIXED = DATA / "quant" / "quant-mix-Q4_K_M.gguf"
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_runs_follow_the_shares(load, recipe_gguf, tokens):
 
 
 def test_a_stage_without_a_share_is_left_out(load, recipe_gguf, tokens):
-    path = recipe_gguf(SHAPES["6-1"])
+    path = recipe_gguf(make_recipe("left-out", heads=6, kv_heads=1, layers=3))
     one = load(path, split_mode="none")
     lm = load(path, split_mode="layer", devices=3, tensor_split="2,0,1")
     assert [stage.layers for stage in lm.engine.partition.stages] == [range(0, 2), range(2, 3)]
@@ -211,7 +212,7 @@ def test_devices_of_a_stage_hold_their_shares(load, recipe_gguf, tokens, mode, s
 
 
 def test_shares_go_to_stages_where_there_are_several(load, recipe_gguf, tokens):
-    path = recipe_gguf(SHAPES["8-2"])
+    path = recipe_gguf(make_recipe("left-out", heads=6, kv_heads=1, layers=3))
     lm = load(path, mesh="stage:2,tensor:2", tensor_split="1,2")
     first, second = lm.engine.partition.stages
     assert (first.layers, second.layers) == (range(0, 1), range(1, 3))

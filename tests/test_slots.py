@@ -4,13 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import GREEDY, SHAPES, continuation, last_tokens
+from helpers import GREEDY, continuation, last_tokens, make_recipe
 from tiny import fresh_rng
 
 from jaxsplit.engine import SamplingConfig
 
 SLOTS = 4
 COUNT = 8
+MODEL = make_recipe("slots", heads=9, kv_heads=3, layers=3)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -22,14 +25,14 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def one(load, recipe_gguf):
-    return load(recipe_gguf(SHAPES["9-3"]), split_mode="none")
+    return load(recipe_gguf(MODEL), split_mode="none")
 
 
 @pytest.fixture(
     scope="module", params=["stage:2", "stage:3", "data:2", "data:2,stage:2", "data:2,tensor:2"]
 )
 def lm(request, load, recipe_gguf):
-    return load(recipe_gguf(SHAPES["9-3"]), mesh=request.param, slots=SLOTS)
+    return load(recipe_gguf(MODEL), mesh=request.param, slots=SLOTS)
 
 
 def texts(engine, count=COUNT):
@@ -82,7 +85,7 @@ def test_each_slot_has_its_own_way_of_sampling(lm, one, prompts):
 @pytest.mark.parametrize("mesh", ["stage:2", "data:2", "data:2,stage:2"])
 def test_slots_that_have_nothing_to_do_stay_empty(load, recipe_gguf, one, prompts, mesh):
     """Three slots, where the mesh has room for four, and one of them started."""
-    lm = load(recipe_gguf(SHAPES["9-3"]), mesh=mesh, slots=3)
+    lm = load(recipe_gguf(MODEL), mesh=mesh, slots=3)
     lm.engine.start(prompts[1], GREEDY, slot=1)
     found = lm.engine.loop(COUNT, COUNT)
     assert found.shape == (3, COUNT)
@@ -93,7 +96,7 @@ def test_slots_that_have_nothing_to_do_stay_empty(load, recipe_gguf, one, prompt
 def test_slots_end_on_their_own(load, recipe_gguf, one, prompts):
     """Each at the end of its context, the others go on."""
     for mesh in ("stage:2", "data:2"):
-        lm = load(recipe_gguf(SHAPES["9-3"]), mesh=mesh, slots=SLOTS, ctx_size=44)
+        lm = load(recipe_gguf(MODEL), mesh=mesh, slots=SLOTS, ctx_size=44)
         lm.engine.start_all(dict(enumerate(prompts)), GREEDY)
         found = lm.engine.loop(COUNT, COUNT)
         for slot, prompt in enumerate(prompts):

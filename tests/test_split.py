@@ -1,5 +1,6 @@
 """A model split over devices computes what one device computes, with the promised collectives."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -25,6 +26,11 @@ def tokens():
     return fresh_rng().integers(0, 160, 37).tolist()
 
 
+def load_once(path, mode, **options):
+    """A model for a single test: kept no longer, since compiled programs take memory."""
+    return jaxsplit.load(path, split_mode=mode, dtype="float32", ctx_size=256, **options)
+
+
 def check_equal(split, one, tokens):
     """Logits of whole prompts, in two chunks, and of single tokens; and the likeliest text."""
     expected = one.logits(tokens)
@@ -36,24 +42,30 @@ def check_equal(split, one, tokens):
 # Results
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("devices", DEVICES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("mode", "devices", "shape"),
+    [
+        *itertools.product(("graph", "row"), DEVICES, SHAPES),
+        # Where layers are whole, the number of heads does not matter.
+        *(("layer", *case) for case in zip(DEVICES, SHAPES, strict=True)),
+    ],
+)
 def test_every_mode_computes_what_one_device_computes(
     load, recipe_gguf, tokens, mode, devices, shape
 ):
     path = recipe_gguf(SHAPES[shape])
-    split = load(path, split_mode=mode, devices=devices)
+    split = load_once(path, mode, devices=devices)
     assert split.mesh.shape == {AXES[mode]: devices}
     check_equal(split, load(path, split_mode="none"), tokens)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("mode", "mesh", "shape"),
     [
         *(("graph", "tensor:1", "9-3"), ("row", "tensor:1", "8-2"), ("layer", "stage:1", "6-1")),
-        *(("graph", "tensor:5", "8-2"), ("row", "tensor:5", "6-1"), ("layer", "stage:5", "14-2")),
-        *(("graph", "tensor:6", "14-2"), ("row", "tensor:6", "9-3"), ("layer", "stage:6", "8-2")),
+        *(("graph", "tensor:5", "8-2"), ("graph", "tensor:6", "14-2"), ("row", "tensor:6", "9-3")),
         *(("graph", "stage:2,tensor:2", "9-3"), ("row", "stage:2,tensor:2", "14-2")),
         *(("graph", "data:2,tensor:2", "6-1"), ("row", "data:2,tensor:2", "8-2")),
         *(("graph", "data:2,stage:2,tensor:2", "8-2"), ("row", "data:2,stage:2,tensor:2", "6-1")),
@@ -61,20 +73,16 @@ def test_every_mode_computes_what_one_device_computes(
         *(("layer", "tensor:2,data:2,stage:2", "9-3"), ("graph", "data:3", "6-1")),
     ],
 )
-def test_every_mesh_computes_what_one_device_computes(
-    load, recipe_gguf, tokens, mode, mesh, shape
-):
+def test_every_mesh_computes_what_one_device_computes(load, recipe_gguf, tokens, mode, mesh, shape):
     path = recipe_gguf(SHAPES[shape])
-    check_equal(load(path, split_mode=mode, mesh=mesh), load(path, split_mode="none"), tokens)
+    check_equal(load_once(path, mode, mesh=mesh), load(path, split_mode="none"), tokens)
 
 
-def test_each_device_can_run_one_layer(load, recipe_gguf, tokens):
+def test_each_device_can_run_one_layer(load, recipe_gguf, tokens, quick_compilation):
     path = recipe_gguf(make_recipe("deep", heads=2, kv_heads=1, layers=8))
-    split = load(path, split_mode="layer", devices=8)
-    # Embedding and head, which count with the layers beside them, are smaller than a layer here.
-    assert [stage.layers for stage in split.engine.partition.stages] == [
-        range(i, i + 1) for i in range(8)
-    ]
+    split = load_once(path, "layer", devices=8)
+    runs = [stage.layers for stage in split.engine.partition.stages]
+    assert runs == [range(i, i + 1) for i in range(8)]
     check_equal(split, load(path, split_mode="none"), tokens)
 
 
@@ -102,25 +110,24 @@ check_equal(split, one, {tokens})
 @pytest.mark.parametrize(
     ("mode", "mesh", "shape"),
     [
-        *(("graph", "tensor:2", "8-2"), ("graph", "tensor:3", "9-3"), ("graph", "tensor:8", "6-1")),
-        *(("row", "tensor:3", "14-2"), ("layer", "stage:2", "8-2")),
-        ("graph", "stage:2,tensor:2", "14-2"),
+        *(("graph", "tensor:3", "9-3"), ("graph", "tensor:8", "8-2"), ("row", "tensor:3", "8-2")),
+        ("layer", "data:2,stage:2", "9-3"),
     ],
 )
 def test_quantized_weights_are_split_alike(load, recipe_gguf, tokens, mode, mesh, shape):
     path = recipe_gguf(SHAPES[shape], Q8_0)
-    check_equal(load(path, split_mode=mode, mesh=mesh), load(path, split_mode="none"), tokens)
+    check_equal(load_once(path, mode, mesh=mesh), load(path, split_mode="none"), tokens)
 
 
 @pytest.mark.parametrize(
     ("mode", "devices"),
-    [*(("graph", devices) for devices in (1, *DEVICES, 5)), ("row", 3), ("row", 8), ("layer", 2)],
+    [*(("graph", devices) for devices in (*DEVICES, 5)), ("row", 3), ("layer", 2)],
 )
 def test_k_quants_are_cut_inside_their_blocks(load, tokens, mode, devices):
     """Heads of 64 weights in blocks of 256, and 2 blocks of hidden units."""
     path = DATA / "quant" / "quant-mix-Q4_K_M.gguf"
     expected = load(path, split_mode="none").logits(tokens)
-    split = load(path, split_mode=mode, devices=devices)
+    split = load_once(path, mode, devices=devices)
     assert nmse(split.logits(tokens), expected) <= 1e-9
     assert nmse(split.logits(tokens[:9], one_by_one=True), expected[:9]) <= 1e-9
 
@@ -128,11 +135,16 @@ def test_k_quants_are_cut_inside_their_blocks(load, tokens, mode, devices):
 @pytest.mark.parametrize("name", ["llama-bias", "llama-tied-ropefreqs"])
 @pytest.mark.parametrize(
     ("mode", "mesh"),
-    [("graph", "tensor:3"), ("graph", "tensor:8"), ("row", "tensor:3"), ("graph", "tensor:2,stage:2")],
+    [
+        ("graph", "tensor:3"),
+        ("graph", "tensor:8"),
+        ("row", "tensor:3"),
+        ("graph", "tensor:2,stage:2"),
+    ],
 )
 def test_biases_and_tied_heads_are_split(load, recipe_gguf, tokens, name, mode, mesh):
     expected = load(recipe_gguf(name), split_mode="none").logits(tokens)
-    split = load(recipe_gguf(name), split_mode=mode, mesh=mesh)
+    split = load_once(recipe_gguf(name), mode, mesh=mesh)
     assert nmse(split.logits(tokens), expected) <= 1e-9
 
 
@@ -151,8 +163,8 @@ def test_same_seed_same_text_on_any_mesh(load, recipe_gguf, tokens):
     path = recipe_gguf(SHAPES["9-3"])
     sampling = SamplingConfig(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=1234)
     texts = [
-        continuation(load(path, split_mode=mode, devices=devices).engine, tokens, sampling, 24)
-        for mode, devices in (("graph", 1), ("graph", 2), ("graph", 8), ("row", 3), ("layer", 3))
+        continuation(load_once(path, mode, devices=devices).engine, tokens, sampling, 24)
+        for mode, devices in (("graph", 1), ("graph", 2), ("graph", 8), ("row", 3), ("layer", 2))
     ]
     assert texts[1:] == texts[:1] * 4
 
@@ -184,7 +196,7 @@ def promised(mode, stage, model) -> Counter:
 @pytest.mark.parametrize(
     ("mode", "mesh", "shape"),
     [
-        *(("none", "tensor:1", "9-3"), ("layer", "stage:2", "14-2"), ("layer", "stage:3", "6-1")),
+        *(("none", "tensor:1", "9-3"), ("layer", "stage:2", "14-2"), ("layer", "stage:8", "6-1")),
         *(("graph", "tensor:2", "8-2"), ("graph", "tensor:3", "6-1"), ("graph", "tensor:8", "9-3")),
         *(("row", "tensor:2", "6-1"), ("row", "tensor:3", "14-2"), ("row", "tensor:8", "8-2")),
         *(("graph", "stage:2,tensor:2", "9-3"), ("row", "tensor:3,stage:2", "14-2")),
@@ -193,15 +205,15 @@ def promised(mode, stage, model) -> Counter:
         *(("graph", "data:2", "14-2"), ("graph", "tensor:1", "8-2")),
     ],
 )
-def test_a_decode_step_has_the_promised_collectives(load, recipe_gguf, mode, mesh, shape):
-    lm = load(recipe_gguf(SHAPES[shape]), split_mode=mode, mesh=mesh, slots=2)
+def test_a_decode_step_has_the_promised_collectives(recipe_gguf, mode, mesh, shape):
+    lm = load_once(recipe_gguf(SHAPES[shape]), mode, mesh=mesh, slots=2)
     stages = lm.engine.partition.stages
     found = [collectives(lowered) for lowered in lm.engine.lower_step(GREEDY)]
     assert found == [promised(mode, *each) for each in zip(stages, lm.models, strict=True)]
 
 
-def test_weights_of_8_bits_need_no_more_collectives(load, recipe_gguf):
-    lm = load(recipe_gguf(SHAPES["9-3"], Q8_0), split_mode="graph", devices=3)
+def test_weights_of_8_bits_need_no_more_collectives(recipe_gguf):
+    lm = load_once(recipe_gguf(SHAPES["9-3"], Q8_0), "graph", devices=3)
     (lowered,) = lm.engine.lower_step(GREEDY)
     assert collectives(lowered) == {"all-reduce": 2 * lm.config.layers + 1, "all-gather": 2}
 

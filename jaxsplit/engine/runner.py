@@ -21,6 +21,14 @@ _REPLICATED = PartitionSpec()
 DECODE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
 
 
+def _shortest(spec: PartitionSpec) -> PartitionSpec:
+    """A spec as programs return it: another spelling would compile them a second time."""
+    axes = list(spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
+
+
 def stage_cache(
     config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
 ) -> Cache:
@@ -58,8 +66,8 @@ class StageRunner:
         self._param_specs = tuple(
             jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
         )
-        self._slots = stage.spec(("slots",))
-        self._cache_spec = stage.spec(LayerCache.axes)
+        self._slots = _shortest(stage.spec(("slots",)))
+        self._cache_spec = _shortest(stage.spec(LayerCache.axes))
         self._programs: dict[Any, Callable] = {}
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
