@@ -72,7 +72,7 @@ def load(
     stored = dtype_of("weights", weights, quantized=None)
     activations = dtype_of("dtype", dtype, auto=None)
     reduce_in = dtype_of("reduce_dtype", reduce_dtype)
-    cache_in = dtype_of("cache_dtype", cache_dtype, int8=jnp.dtype(jnp.int8), auto=None)
+    cache_in = dtype_of("cache_dtype", cache_dtype, auto=None, int8=jnp.dtype(jnp.int8))
     if ctx_size < 0:
         raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
     if slots < 1:
