@@ -70,6 +70,7 @@ class Engine:
         ]
         count = min(slots, len(self.runners))
         self._local = -(-slots // (count * partition.data))  # of a group, on one device
+        count = -(-slots // (self._local * partition.data))
         self._group_slots = self._local * partition.data
         self.slots = slots
         self._groups = [
@@ -179,7 +180,7 @@ class Engine:
             first = g * self._group_slots
             group.values = SamplingValues.of(configs[first : first + self._group_slots])
             if group.state is None or group.state.recent.shape[1] != window:
-                group.state = runner.empty_state(self._group_slots, window)
+                group.state, group.fed = runner.empty_state(self._group_slots, window)
             for local in range(self._local):
                 slots = [first + place * self._local + local for place in range(data)]
                 if any(slot in prompts for slot in slots):
@@ -286,7 +287,7 @@ class Engine:
             x = runner.output(slots, 1) if i else None
             cache = self._groups[0].caches[i]
             if runner.last:
-                state = runner.empty_state(slots, window)
+                state, _ = runner.empty_state(slots, window)
                 arguments = (runner.params, cache, x, state, self.ends, values)
                 lowered.append(runner.finish(plan).lower(*arguments))
             else:

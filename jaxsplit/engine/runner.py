@@ -80,15 +80,18 @@ class StageRunner:
         make = functools.partial(stage_cache, self.config, self.stage, slots, self.context, dtype)
         return jax.jit(make, out_shardings=self.sharding(self._cache_spec))()
 
-    def empty_state(self, slots: int, window: int) -> steps.DecodeState | None:
-        """Of slots that have nothing to do."""
+    def empty_state(
+        self, slots: int, window: int
+    ) -> tuple[steps.DecodeState | None, jax.Array | None]:
+        """Of slots that have nothing to do, and its feed."""
         if not self.stage.is_local:
-            return None
+            return None, None
 
-        def make() -> steps.DecodeState:
+        def make() -> tuple[steps.DecodeState, jax.Array]:
             zeros = jnp.zeros(slots, jnp.int32)
             recent = jnp.full((slots, window), -1, jnp.int32)
-            return steps.DecodeState(zeros, zeros, jnp.zeros(slots, bool), recent)
+            state = steps.DecodeState(zeros, zeros, jnp.zeros(slots, bool), recent)
+            return state, steps.feed(state)
 
         return jax.jit(make, out_shardings=self.sharding(self._slots))()
 

@@ -205,6 +205,7 @@ def make_plan(
     chunk = min(chunk, context)
     groups = min(slots, len(partition.stages))
     group_slots = math.ceil(slots / (groups * partition.data)) * partition.data
+    groups = math.ceil(slots / group_slots)
     weights_in_all = sum(math.prod(source.shape) for source in sources.values())
     bits = 8 * sum(source.nbytes for source in sources.values()) / weights_in_all
     plans = []
