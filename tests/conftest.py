@@ -1,6 +1,8 @@
 """Eight CPU devices stand in for accelerators; models are small or tiny."""
 
+import json
 import os
+import zlib
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,8 +23,8 @@ def recipe_gguf(tmp_path_factory):
 
     def path(source: dict | str, quantize: dict[str, str] | None = None) -> Path:
         source = recipe(source) if isinstance(source, str) else source
-        label = "-".join(f"{end}-{kind}" for end, kind in (quantize or {}).items())
-        file = folder / f"{source['name']}{label}.gguf"
+        content = zlib.crc32(json.dumps([source, quantize]).encode())
+        file = folder / f"{source['name']}-{content:08x}.gguf"
         if not file.exists():
             write_recipe(source, file, quantize)
         return file
