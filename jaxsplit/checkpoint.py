@@ -25,6 +25,7 @@ from jaxsplit.gguf import GGUFTensor, ModelFile, TensorInfo
 from jaxsplit.models import ModelConfig
 from jaxsplit.parallel import Placement
 from jaxsplit.quant import unpack
+from jaxsplit.sources import Source
 
 _FORMAT = 1
 _CHUNK_BYTES = 2**24  # what is read at least for a slice
@@ -153,11 +154,11 @@ def _stored(tensor: GGUFTensor, weights: str | None) -> tuple[str, np.ndarray]:
     return kind, np.asarray(dequantized).view(np.uint8).reshape(*tensor.shape, dtype.itemsize)
 
 
-def restore(tensors: Sequence[StoredTensor], placements: Sequence[Placement]) -> list[jax.Array]:
-    """Raw blocks of the tensors of one folder, each slice on the devices that hold it.
+def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[jax.Array]:
+    """Raw blocks of parameters whose tensors are in one folder, each slice where it belongs.
 
     Args:
-      tensors: of one folder.
+      sources: of the parameters.
       placements: where they go.
 
     Returns:
@@ -168,23 +169,24 @@ def restore(tensors: Sequence[StoredTensor], placements: Sequence[Placement]) ->
     """
     import orbax.checkpoint as ocp
 
-    direct = [_in_order(place.rows) and _in_order(place.columns) for place in placements]
+    direct = [_is_direct(s, p) for s, p in zip(sources, placements, strict=True)]
     items, arguments = {}, {}
-    for tensor, place, in_order in zip(tensors, placements, direct, strict=True):
+    for source, place, is_direct in zip(sources, placements, direct, strict=True):
+        tensor = source.tensor
         shape, spec = tensor.blocks_shape, list(place.sharding.spec)
-        if in_order and len(tensor.shape) == 1:
-            shape, spec = (len(place.rows), shape[-1]), [spec[0], None]
-        elif in_order:
-            # Orbax pads with zeros at the end, and each device reads its own slice only.
-            shape = (*shape[:-3], len(place.rows), len(place.columns), shape[-1])
-        else:
+        if not is_direct:
             spec = [None] * len(shape)
+        elif source.is_matrix:
+            # Orbax pads with zeros at the end, and each device reads its own slice only.
+            shape = (*place.shape, shape[-1])
+        else:
+            shape, spec = (*place.shape[:-1], shape[-1]), [*spec[:-2], None]
         sharding = NamedSharding(place.sharding.mesh, PartitionSpec(*spec))
         items[tensor.name] = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
         arguments[tensor.name] = ocp.ArrayRestoreArgs(
             sharding=sharding, global_shape=shape, strict=False
         )
-    folder = tensors[0].folder
+    folder = sources[0].tensor.folder
     try:
         arrays = _checkpointer().restore(
             folder.resolve(),
@@ -193,12 +195,22 @@ def restore(tensors: Sequence[StoredTensor], placements: Sequence[Placement]) ->
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise JaxsplitError(f"{folder} is damaged ({reason}); convert again") from error
-    blocks = [arrays[tensor.name] for tensor in tensors]
-    blocks = [array if array.ndim > 2 else array[:, None] for array in blocks]
-    return [
-        array if in_order else _arrange(array, place)
-        for array, place, in_order in zip(blocks, placements, direct, strict=True)
-    ]
+    restored = []
+    for source, place, is_direct in zip(sources, placements, direct, strict=True):
+        array = arrays[source.tensor.name]
+        if not is_direct:
+            array = _arrange(array, source, place)
+        restored.append(array.reshape(*place.shape, array.shape[-1]))
+    return restored
+
+
+def _is_direct(source: Source, place: Placement) -> bool:
+    """Whether a parameter is a tensor as it is stored, padded at the ends."""
+    return (
+        source.rows is None
+        and source.shape == source.tensor.shape
+        and all(_in_order(index) for index in (*place.rows, place.columns))
+    )
 
 
 def _in_order(index: np.ndarray) -> bool:
@@ -207,14 +219,17 @@ def _in_order(index: np.ndarray) -> bool:
     return np.array_equal(index[:count], np.arange(count)) and bool((index[count:] < 0).all())
 
 
-def _arrange(raw: jax.Array, place: Placement) -> jax.Array:
+def _arrange(raw: jax.Array, source: Source, place: Placement) -> jax.Array:
     """Blocks that every device has whole, cut and padded as the placement says."""
     mesh, spec = place.sharding.mesh, place.sharding.spec
+    block_bytes = raw.shape[-1]
 
     def local(raw: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        kept = (rows >= 0)[:, None, None] & (columns >= 0)[:, None]
-        return jnp.where(kept, raw[..., rows, :, :][..., columns, :], 0).astype(jnp.uint8)
+        raw = raw.reshape(-1, raw.shape[-2] if source.is_matrix else 1, block_bytes)
+        kept = (rows >= 0)[..., None, None] & (columns >= 0)[:, None]
+        return jnp.where(kept, raw[rows][..., columns, :], 0).astype(jnp.uint8)
 
-    specs = (PartitionSpec(), PartitionSpec(spec[-3]), PartitionSpec(spec[-2]))
+    specs = (PartitionSpec(), PartitionSpec(*spec[:-2]), PartitionSpec(spec[-2]))
     arranged = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec)
-    return jax.jit(arranged)(raw, place.rows, place.columns)
+    rows = source.tensor_rows(place.rows)
+    return jax.jit(arranged)(raw, rows.astype(np.int32), place.columns)

@@ -90,7 +90,7 @@ def load(
     shares = None if tensor_split is None else parse_shares(tensor_split)
     activations = activations or jnp.dtype(_auto_dtype(mesh_devices[0]))
     file = open_model(demo_model() if path is None else Path(path))
-    config = model_config(file)
+    config = model_config(file, ctx_size)
     sources = parameter_sources(file, config)
     context = min(ctx_size or config.context, config.context)
     if automatic:
@@ -330,9 +330,9 @@ class LM:
 
     def describe(self) -> str:
         """The model and how it is split, in one line."""
-        c = self.config
+        c, a = self.config, self.config.attention
         return (
-            f"{c.architecture}, {c.layers} layers, {c.heads} heads, {c.kv_heads} KV heads, context "
+            f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
             f"{self.engine.context} | {self._split}"
         )
 

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.checkpoint import StoredTensor, restore
-from jaxsplit.gguf import GGUFTensor, TensorInfo
+from jaxsplit.gguf import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import Partition, Placement, Stage
 from jaxsplit.quant import Weight, unpack
-from jaxsplit.sources import Sources, abstract_decoder, parameters, raw_shape
+from jaxsplit.sources import Source, Sources, abstract_decoder, parameters, place
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -73,7 +73,7 @@ def _load(
     """A stage's parameters, some at a time, and how many bytes of the file they were."""
     params = parameters(model)
     for batch in _batches({path: sources[path] for path in params}):
-        placements = {p: stage.place(sources[p], params[p].axes) for p in batch}
+        placements = {p: place(stage, sources[p], params[p].axes) for p in batch}
         raw = _upload([sources[p] for p in batch], list(placements.values()))
         loaded = {
             path: _unpack(sources[path], blocks, placements[path], weights)
@@ -81,8 +81,8 @@ def _load(
         }
         jax.block_until_ready(loaded)
         for path in batch:
-            if isinstance(sources[path], GGUFTensor):
-                sources[path].release()
+            if isinstance(tensor := sources[path].tensor, GGUFTensor):
+                tensor.release()
         yield loaded, sum(sources[path].nbytes for path in batch)
 
 
@@ -90,49 +90,55 @@ def _batches(sources: Sources) -> list[list[str]]:
     """Parameters that are loaded together: those of one folder of a checkpoint, else each alone."""
 
     def key(path: str) -> str:
-        source = sources[path]
-        return str(source.folder) if isinstance(source, StoredTensor) else path
+        tensor = sources[path].tensor
+        return str(tensor.folder) if isinstance(tensor, StoredTensor) else path
 
     return [list(group) for _, group in itertools.groupby(sorted(sources, key=key), key)]
 
 
-def _upload(sources: Sequence[TensorInfo], placements: Sequence[Placement]) -> list[jax.Array]:
+def _upload(sources: Sequence[Source], placements: Sequence[Placement]) -> list[jax.Array]:
     """Raw blocks, uint8 `[..., rows, blocks, block_bytes]`, each slice where it belongs."""
-    if isinstance(sources[0], StoredTensor):
+    if isinstance(sources[0].tensor, StoredTensor):
         return restore(sources, placements)
     return [_upload_mapped(s, p) for s, p in zip(sources, placements, strict=True)]
 
 
-def _upload_mapped(source: GGUFTensor, place: Placement) -> jax.Array:
-    blocks = source.blocks if len(source.shape) > 1 else source.blocks[:, None]
+def _upload_mapped(source: Source, place: Placement) -> jax.Array:
+    blocks = source.tensor.blocks
+    columns = blocks.shape[-2] if source.is_matrix else 1
+    blocks = blocks.reshape(-1, columns, blocks.shape[-1])
 
     def slices(index: tuple[slice, ...]) -> np.ndarray:
-        return _take(blocks, place.rows[index[-3]], place.columns[index[-2]])
+        rows = source.tensor_rows([r[i] for r, i in zip(place.rows, index[:-2], strict=True)])
+        return _take(blocks, rows, place.columns[index[-2]])
 
-    return jax.make_array_from_callback(place.padded(raw_shape(source)), place.sharding, slices)
+    return jax.make_array_from_callback((*place.shape, blocks.shape[-1]), place.sharding, slices)
 
 
 def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Rows and columns of `[..., rows, columns, block_bytes]`, zeros where an index is -1.
+    """Rows `[...]` and columns of `[rows, columns, block_bytes]`, zeros where an index is -1:
+    `[..., columns, block_bytes]`.
 
     No copy is made where the indices are ranges.
     """
-    for axis, index in ((-3, rows), (-2, columns)):
-        after = (slice(None),) * (-1 - axis)
+    shape = (*rows.shape, len(columns), blocks.shape[-1])
+    for axis, index in enumerate((rows.reshape(-1), columns)):
         start = max(int(index[0]), 0)
         if np.array_equal(index, np.arange(start, start + len(index))):
-            blocks = blocks[(..., slice(start, start + len(index)), *after)]
+            blocks = (
+                blocks[start : start + len(index)]
+                if axis == 0
+                else (blocks[:, start : start + len(index)])
+            )
         else:
             blocks = np.take(blocks, np.maximum(index, 0), axis=axis)
-            blocks[(..., index < 0, *after)] = 0
-    return np.ascontiguousarray(blocks)
+            blocks[(slice(None),) * axis + (index < 0,)] = 0
+    return np.ascontiguousarray(blocks).reshape(shape)
 
 
-def _unpack(
-    source: TensorInfo, raw: jax.Array, place: Placement, weights: jnp.dtype | None
-) -> Weight:
+def _unpack(source: Source, raw: jax.Array, place: Placement, weights: jnp.dtype | None) -> Weight:
     """Blocks to weights, on the devices that hold them. Vectors become float32."""
-    matrix = len(source.shape) > 1
+    matrix = source.is_matrix
     spec = place.sharding.spec
     part = jax.make_array_from_callback(
         place.part.shape,

@@ -1,18 +1,20 @@
 """The tensors behind a model's parameters, and what they take on the devices of a mesh."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import ModelFile, TensorInfo, tensor_names
-from jaxsplit.models import Decoder, ModelConfig
-from jaxsplit.parallel import Partition, Stage, make_partition
+from jaxsplit.gguf import ModelFile, TensorInfo, parameter_tensors
+from jaxsplit.models import Axis, Decoder, ModelConfig
+from jaxsplit.parallel import Partition, Placement, Stage, make_partition
 from jaxsplit.quant import quant_type, unpack
 
 
@@ -43,23 +45,77 @@ def _path(model: Decoder, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return path
 
 
-Sources = Mapping[str, TensorInfo]
-"""The tensor of each parameter of a whole model."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a parameter is made of: a tensor, or some of its rows.
+
+    Attributes:
+      tensor: what holds it.
+      shape: of the parameter.
+      rows: the tensor's row, all its dimensions but the last taken as one, at each row of the
+        parameter: int `shape[:-1]`, or `shape` of a vector; None: all rows in order.
+    """
+
+    tensor: TensorInfo
+    shape: tuple[int, ...]
+    rows: np.ndarray | None = None
+
+    @property
+    def type(self) -> str:
+        """The GGML type's name."""
+        return self.tensor.type
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its last dimension consists of blocks; else it is a vector of numbers."""
+        return len(self.shape) > 1
+
+    @property
+    def block_size(self) -> int:
+        """Weights in a block."""
+        return self.tensor.block_size if self.is_matrix else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.tensor.nbytes * math.prod(self.shape) // math.prod(self.tensor.shape)
+
+    def tensor_rows(self, index: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor's row at each of some rows of the parameter, -1 where an index is -1.
+
+        Args:
+          index: for each dimension of the rows, which.
+        """
+        grid = np.ix_(*index)
+        padding = functools.reduce(np.logical_or, [part < 0 for part in grid])
+        if self.rows is None:
+            sizes = self.shape[:-1] if self.is_matrix else self.shape
+            rows = np.ravel_multi_index([np.maximum(part, 0) for part in grid], sizes)
+        else:
+            rows = self.rows[grid]
+        return np.where(padding, -1, rows)
+
+
+Sources = Mapping[str, Source]
+"""The source of each parameter of a whole model."""
 
 
 def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
-    """Which tensor each parameter comes from.
+    """Where each parameter comes from.
 
     Raises:
       JaxsplitError: tensors are missing, of an unsupported type, or of an unexpected shape.
     """
     shapes = {path: param.shape for path, param in abstract_parameters(config).items()}
-    sources = {path: file.tensors[name] for path, name in tensor_names(file, shapes).items()}
+    sources = {
+        path: Source(file.tensors[name], shapes[path], rows)
+        for path, (name, rows) in parameter_tensors(file, config, shapes).items()
+    }
     for source in sources.values():
         try:
             quant_type(source.type)
         except JaxsplitError as error:
-            raise JaxsplitError(f"{file.path}: tensor {source.name!r}: {error}") from None
+            raise JaxsplitError(f"{file.path}: tensor {source.tensor.name!r}: {error}") from None
     return sources
 
 
@@ -71,16 +127,15 @@ def layer_costs(sources: Sources, config: ModelConfig) -> list[int]:
         if name == "blocks":
             costs[int(rest.partition(".")[0])] += source.nbytes
         else:
-            costs[0 if name in ("embedding", "rope_factors") else -1] += source.nbytes
+            costs[-1 if name in ("norm", "head") else 0] += source.nbytes
     if config.tied:
         costs[-1] += sources["embedding.table"].nbytes
     return costs
 
 
-def raw_shape(source: TensorInfo) -> tuple[int, ...]:
-    """Of a tensor's blocks as `[..., rows, blocks, block_bytes]`; a vector has a single column."""
-    shape = source.blocks_shape
-    return shape if len(source.shape) > 1 else (*shape[:-1], 1, shape[-1])
+def place(stage: Stage, source: Source, axes: Sequence[Axis]) -> Placement:
+    """Where the blocks of a parameter with these logical axes go."""
+    return stage.place(source.shape, axes, source.block_size)
 
 
 def stage_bytes(
@@ -101,14 +156,19 @@ def stage_bytes(
     held, extra = 0, 0.0
     for path, param in abstract_parameters(config, stage.layers).items():
         source = sources[path]
-        place, shape = stage.place(source, param.axes), raw_shape(source)
-        dtype = weights if len(source.shape) > 1 else jnp.dtype(jnp.float32)
-        local = place.sharding.shard_shape(place.padded(shape))
-        size = _unpacked_bytes(source.type, local, place.granule, dtype)
-        shards = math.prod(stage.mesh.shape[axis] for axis in place.sharding.spec if axis)
+        blocks = place(stage, source, param.axes)
+        block_bytes = source.tensor.blocks_shape[-1]
+        dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
+        whole = (*blocks.shape, block_bytes)
+        local = blocks.sharding.shard_shape(whole)
+        size = _unpacked_bytes(source.type, local, blocks.granule, dtype)
+        shards = math.prod(whole) // math.prod(local)
         held += size
         if shards > 1:
-            extra += size - _unpacked_bytes(source.type, shape, None, dtype) / shards
+            rows = source.shape if not source.is_matrix else source.shape[:-1]
+            columns = source.shape[-1] // source.block_size if source.is_matrix else 1
+            whole = (*rows, columns, block_bytes)
+            extra += size - _unpacked_bytes(source.type, whole, None, dtype) / shards
     return held, round(extra)
 
 
@@ -152,11 +212,17 @@ def split_model(
     Raises:
       JaxsplitError: the shares do not fit the mesh.
     """
-    query = next(s for path, s in sources.items() if path.endswith("attention.query.kernel"))
-    width = query.nbytes / math.prod(query.shape) if weights is None else weights.itemsize
-    blocks = [s.block_size for path, s in sources.items() if path.endswith("mlp.down.kernel")]
-    unit = max(blocks)
-    units = [unit // 2**i for i in range(4) if unit // 2**i >= min(unit, 32)]
+    weights_in_all = sum(math.prod(source.shape) for source in sources.values())
+    nbytes = sum(source.nbytes for source in sources.values())
+    width = nbytes / weights_in_all if weights is None else weights.itemsize
+    params = abstract_parameters(config)
+    blocks: dict[Axis, int] = {}
+    for path, param in params.items():
+        if (axis := param.axes[-1]).name in ("mlp_in", "expert_mlp_in"):
+            axis = dataclasses.replace(axis, name=axis.name.removesuffix("_in"))
+            blocks[axis] = max(blocks.get(axis, 1), sources[path].block_size)
+    largest = max(blocks.values(), default=1)
+    cuts = [2**i for i in range(4) if largest // 2**i >= min(largest, 32)]
     partitions = [
         make_partition(
             config,
@@ -165,14 +231,14 @@ def split_model(
             devices,
             shares=shares,
             layer_costs=layer_costs(sources, config),
-            mlp_unit=unit,
+            pieces={axis: max(block // cut, min(block, 32)) for axis, block in blocks.items()},
             kv_cost=1 + cache_row / (width * config.embed),
             reduce_dtype=reduce_dtype,
         )
-        for unit in units
+        for cut in cuts
     ]
-    whole = all(stage.layouts["mlp"].devices == 1 for stage in partitions[0].stages)
-    if whole or len(units) == 1:
+    whole = all(stage.shards(axis) == 1 for axis in blocks for stage in partitions[0].stages)
+    if whole or len(cuts) == 1:
         return partitions[0]
 
     def cost(partition: Partition) -> float:
@@ -205,10 +271,13 @@ def describe_split(
     if idle := sorted(set(range(mesh.size)) - used):
         lines.append(f"without layers: device {', '.join(map(str, idle))}")
     padded = {
-        f"{name} {layout.original // layout.unit} to {len(layout.slots)}": None
+        f"{axis.name} {layout.original // layout.unit} to {len(layout.slots)}": None
         for stage in stages
-        for name, layout in stage.layouts.items()
-        if layout.size > layout.original and not name.endswith("_in")
+        for param in abstract_parameters(config, stage.layers).values()
+        for axis in param.axes
+        if axis.units and not axis.name.endswith("_in")
+        for layout in [stage.layout(axis)]
+        if layout.size > layout.original
     }
     if padded:
         sizes = [

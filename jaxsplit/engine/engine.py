@@ -11,7 +11,7 @@ import numpy as np
 from jaxsplit.engine import steps
 from jaxsplit.engine.runner import StageRunner
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
-from jaxsplit.models import Cache, Decoder
+from jaxsplit.models import Axis, Cache, Decoder
 from jaxsplit.parallel import Partition, fetch, hand_over
 
 
@@ -65,7 +65,7 @@ class Engine:
         self.chunks = sorted(chunks)
         self.ends = np.asarray(sorted(ends) or [-1], np.int32)
         self.runners = [
-            StageRunner(model, stage, context)
+            StageRunner(model, stage, context, cache_dtype)
             for model, stage in zip(models, partition.stages, strict=True)
         ]
         count = min(slots, len(self.runners))
@@ -74,7 +74,7 @@ class Engine:
         self._group_slots = self._local * partition.data
         self.slots = slots
         self._groups = [
-            _Group([runner.empty_cache(self._group_slots, cache_dtype) for runner in self.runners])
+            _Group([runner.empty_cache(self._group_slots) for runner in self.runners])
             for _ in range(count)
         ]
         self._plan: SamplingPlan | None = None
@@ -141,7 +141,7 @@ class Engine:
         """
         prompts = [tokens, *[()] * (self.partition.data - 1)]
         last = self.runners[-1].stage
-        rows = len(last.layouts["vocab"].slots)
+        rows = last.layout(Axis("vocab", self.config.vocab)).size
         parts = [np.zeros((0, self.config.vocab), np.float32)]
         chunks = [1] if one_by_one else None
         for logits, _, count, length in self._read(

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.engine import steps
 from jaxsplit.engine.sampling import SamplingPlan
-from jaxsplit.models import Cache, Decoder, LayerCache, ModelConfig, axis_rules, init_cache
+from jaxsplit.models import Axis, Cache, Decoder, ModelConfig, axis_rules, init_cache
+from jaxsplit.models.axes import SLOTS
 from jaxsplit.parallel import Stage
 
 _REPLICATED = PartitionSpec()
@@ -32,9 +33,15 @@ def _shortest(spec: PartitionSpec) -> PartitionSpec:
 def stage_cache(
     config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
 ) -> Cache:
-    """Zeroed keys and values of a stage's layers, of all its devices together."""
-    kv_heads = len(stage.layouts["kv_heads"].slots)
-    return init_cache(len(stage.layers), slots, kv_heads, context, config.head_dim, dtype)
+    """The empty cache of a stage's layers, of all its devices together."""
+    layers = config.cache(context, dtype, stage.layers)
+    return init_cache(layers, slots, lambda array: stage.padded(array.shape, array.axes))
+
+
+def cache_specs(config: ModelConfig, stage: Stage, context: int, dtype: jnp.dtype) -> Any:
+    """How a stage's cache lies on its devices."""
+    layers = config.cache(context, dtype, stage.layers)
+    return jax.tree.map(lambda array: _shortest(stage.spec(array.all_axes)), layers)
 
 
 class StageRunner:
@@ -47,11 +54,13 @@ class StageRunner:
       model: the decoder, its parameters on the stage's mesh.
       stage: the devices and how the layers lie on them.
       context: tokens that a slot can hold.
+      cache_dtype: of keys and values.
     """
 
-    def __init__(self, model: Decoder, stage: Stage, context: int):
+    def __init__(self, model: Decoder, stage: Stage, context: int, cache_dtype: jnp.dtype):
         self.stage = stage
         self.context = context
+        self.cache_dtype = cache_dtype
         self.config = model.config
         self.first, self.last, self.dtype = model.first, model.last, model.dtype
         # The hot loop carries flat arrays; the module is put together while tracing.
@@ -66,19 +75,20 @@ class StageRunner:
         self._param_specs = tuple(
             jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
         )
-        self._slots = _shortest(stage.spec(("slots",)))
-        self._cache_spec = _shortest(stage.spec(LayerCache.axes))
+        self._slots = _shortest(stage.spec((SLOTS,)))
+        self._cache_spec = cache_specs(model.config, stage, context, cache_dtype)
         self._programs: dict[Any, Callable] = {}
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.stage.mesh, spec)
 
-    def empty_cache(self, slots: int, dtype: jnp.dtype) -> Cache | None:
-        """Zeroed keys and values of so many slots."""
+    def empty_cache(self, slots: int) -> Cache | None:
+        """The memory of so many slots."""
         if not self.stage.is_local:
             return None
-        make = functools.partial(stage_cache, self.config, self.stage, slots, self.context, dtype)
-        return jax.jit(make, out_shardings=self.sharding(self._cache_spec))()
+        sizes = (self.stage, slots, self.context, self.cache_dtype)
+        make = functools.partial(stage_cache, self.config, *sizes)
+        return jax.jit(make, out_shardings=jax.tree.map(self.sharding, self._cache_spec))()
 
     def empty_state(
         self, slots: int, window: int
@@ -149,7 +159,7 @@ class StageRunner:
             index = jnp.maximum(count - 1, 0)[:, None, None]
             return cache, model.logits(jnp.take_along_axis(x, index, axis=1)[:, 0])
 
-        vocab = self.stage.spec(("slots", "vocab"))
+        vocab = self.stage.spec((SLOTS, Axis("vocab")))
         if not self.last:
             out = self._slots
         else:
@@ -170,7 +180,12 @@ class StageRunner:
             state = steps.begin(*arguments, plan, self.config.vocab, self.context)
             return state, steps.feed(state)
 
-        specs = [self.stage.spec(("slots", "vocab")), *[self._slots] * 4, _REPLICATED, self._slots]
+        specs = [
+            self.stage.spec((SLOTS, Axis("vocab"))),
+            *[self._slots] * 4,
+            _REPLICATED,
+            self._slots,
+        ]
         return self._program(("begin", plan), begin, specs, (self._slots, self._slots))
 
     def relay(self) -> Callable:

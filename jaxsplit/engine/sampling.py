@@ -13,7 +13,9 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models.axes import gather_over, shard_of
+from jaxsplit.models.axes import Axis, gather_over, shard_of
+
+_VOCAB = Axis("vocab")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,7 @@ def sample(
       int32 `[slots]`, the same on all devices.
     """
     rows = logits.shape[-1]
-    offset = shard_of("vocab") * rows
+    offset = shard_of(_VOCAB) * rows
     logits = jnp.where(jnp.arange(rows) + offset < vocab, logits, -jnp.inf)
     if plan.window:
         logits = penalize(logits, recent, values, offset)
@@ -164,7 +166,7 @@ def sample(
         best, index = lax.top_k(logits, plan.candidates)
     else:
         best, index = logits, jnp.broadcast_to(jnp.arange(rows), logits.shape)
-    best, tokens = gather_over(best, "vocab"), gather_over(index + offset, "vocab")
+    best, tokens = gather_over(best, _VOCAB), gather_over(index + offset, _VOCAB)
     if plan.candidates == 1:
         winner = jnp.argmax(best, axis=-1, keepdims=True)
         return jnp.take_along_axis(tokens, winner, axis=-1)[:, 0]

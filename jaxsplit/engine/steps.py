@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from jaxsplit.engine.sampling import SamplingPlan, SamplingValues, sample
 from jaxsplit.models import Cache, Decoder
-from jaxsplit.models.axes import any_over
+from jaxsplit.models.axes import SLOTS, any_over
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +186,7 @@ def decode_loop(
 
     def unfinished(carry: tuple) -> Array:
         step, _, state, _ = carry
-        return (step < limit) & any_over(state.active.any(), "slots")
+        return (step < limit) & any_over(state.active.any(), SLOTS)
 
     def advance(carry: tuple) -> tuple:
         step, cache, state, texts = carry

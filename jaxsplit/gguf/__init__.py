@@ -5,7 +5,7 @@ from jaxsplit.gguf.architectures import (
     Architecture,
     architecture,
     model_config,
-    tensor_names,
+    parameter_tensors,
 )
 from jaxsplit.gguf.reader import GGUFTensor, ModelFile, TensorInfo, open_gguf
 
@@ -18,5 +18,5 @@ __all__ = [
     "architecture",
     "model_config",
     "open_gguf",
-    "tensor_names",
+    "parameter_tensors",
 ]

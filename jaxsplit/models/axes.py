@@ -1,7 +1,7 @@
 """Logical axes: the names that parameters give to their dimensions, and how devices meet there.
 
 The model runs as one program per device over that device's shards (`jax.shard_map`). A table from
-logical axis to mesh axis, active while the program is traced, says along which axes it has to
+logical axis to mesh axes, active while the program is traced, says along which axes it has to
 communicate. Without a table nothing is split and every function here is the identity, so that the
 modules work as they are on plain arrays.
 
@@ -9,9 +9,10 @@ modules work as they are on plain arrays.
 `heads`      query heads times their width
 `kv_heads`   key and value heads times their width
 `mlp`        hidden units of the MLP
+`experts`    the experts of a mixture
+`expert_mlp` hidden units of each expert
 `vocab`      rows of the embedding and of the output head
-`heads_in`   heads, as columns of the matrix that reads them
-`mlp_in`     hidden units, as columns of the matrix that reads them
+`…_in`       the same as columns of the matrix that reads them
 `embed_out`  rows of the matrices that write to the residual stream
 `slots`      sequences in the cache
 
@@ -22,23 +23,65 @@ read whole though its parts lie on several devices, is gathered (`embed_out`, `h
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
 @dataclasses.dataclass(frozen=True)
-class AxisRules:
-    """Which mesh axis splits which logical axis.
+class Axis:
+    """A dimension of a parameter or a cache.
 
     Attributes:
-      table: logical axis to mesh axis; a logical axis that is not in it is not split.
-      reduce_dtype: partial sums are exchanged in this dtype.
+      name: the logical axis.
+      units: how many pieces that stay whole it consists of, such as heads; 0: it is never cut.
+      partner: of `heads`, how many key and value heads they share; of `kv_heads`, how many query
+        heads share them.
     """
 
-    table: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    name: str
+    units: int = 0
+    partner: int = 0
+
+    @property
+    def columns(self) -> "Axis":
+        """The same axis where a matrix reads it."""
+        return dataclasses.replace(self, name=f"{self.name}_in") if self.units else self
+
+
+EMBED = Axis("embed")
+HEAD_DIM = Axis("head_dim")
+SLOTS = Axis("slots")
+
+
+def head_axes(heads: int, kv_heads: int) -> tuple[Axis, Axis]:
+    """The axes of query heads and of the key and value heads that they share."""
+    return Axis("heads", heads, kv_heads), Axis("kv_heads", kv_heads, heads)
+
+
+def _in_order(axis: Axis) -> np.ndarray:
+    return np.arange(axis.units)
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Which mesh axes split which logical axis.
+
+    Attributes:
+      table: logical axis to mesh axes; a logical axis that is not in it is not split.
+      reduce_dtype: partial sums are exchanged in this dtype.
+      units: the unit in each place of an axis over all devices, -1 for padding: int array.
+    """
+
+    table: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reduce_dtype: jnp.dtype = jnp.float32
+    units: Callable[[Axis], np.ndarray] = _in_order
+
+    def mesh_axes(self, *axes: Axis) -> tuple[str, ...]:
+        """The mesh axes that split any of some axes."""
+        return tuple(dict.fromkeys(m for axis in axes for m in self.table.get(axis.name, ())))
 
 
 _NOTHING_SPLIT = AxisRules()
@@ -57,16 +100,25 @@ def axis_rules(rules: AxisRules) -> Iterator[None]:
         _rules.reset(token)
 
 
-def sum_over(x: Array, axis: str) -> Array:
-    """Adds up the partial sums that the shards of a logical axis hold: same shape and dtype."""
+def sum_over(x: Array, *axes: Axis) -> Array:
+    """Adds up the partial sums that the shards of logical axes hold: same shape and dtype."""
     rules = _rules.get()
-    mesh_axis = rules.table.get(axis)
-    if mesh_axis is None:
+    mesh_axes = rules.mesh_axes(*axes)
+    if not mesh_axes:
         return x
-    return lax.psum(x.astype(rules.reduce_dtype), mesh_axis).astype(x.dtype)
+    return lax.psum(x.astype(rules.reduce_dtype), mesh_axes).astype(x.dtype)
 
 
-def gather_over(x: Array, axis: str, size: int | None = None) -> Array:
+def total_over(x: Array, axis: Axis) -> Array:
+    """Adds up float32 numbers of the shards of an axis, units on several devices counted once."""
+    rules = _rules.get()
+    mesh_axes = rules.mesh_axes(axis)
+    if not mesh_axes:
+        return x
+    return lax.psum(x, mesh_axes) / np.float32((rules.units(axis) == 0).sum())
+
+
+def gather_over(x: Array, axis: Axis, size: int | None = None) -> Array:
     """Joins the last dimension of all shards of a logical axis: `[..., n]` to `[..., all]`.
 
     Args:
@@ -74,24 +126,33 @@ def gather_over(x: Array, axis: str, size: int | None = None) -> Array:
       axis: the logical axis.
       size: elements that are no padding, which comes last; None keeps the padding.
     """
-    mesh_axis = _rules.get().table.get(axis)
-    if mesh_axis is None:
+    mesh_axes = _rules.get().mesh_axes(axis)
+    if not mesh_axes:
         return x
-    return lax.all_gather(x, mesh_axis, axis=x.ndim - 1, tiled=True)[..., :size]
+    return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]
 
 
-def any_over(x: Array, axis: str) -> Array:
+def any_over(x: Array, axis: Axis) -> Array:
     """Whether a boolean is true on any shard of a logical axis."""
-    mesh_axis = _rules.get().table.get(axis)
-    return x if mesh_axis is None else lax.psum(x.astype(jnp.int32), mesh_axis) > 0
+    mesh_axes = _rules.get().mesh_axes(axis)
+    return x if not mesh_axes else lax.psum(x.astype(jnp.int32), mesh_axes) > 0
 
 
-def is_split(axis: str) -> bool:
+def is_split(axis: Axis) -> bool:
     """Whether a logical axis is split."""
-    return axis in _rules.get().table
+    return bool(_rules.get().mesh_axes(axis))
 
 
-def shard_of(axis: str) -> Array | int:
+def shard_of(axis: Axis) -> Array | int:
     """Which shard of a logical axis this device holds: an int32 scalar, 0 if it is not split."""
-    mesh_axis = _rules.get().table.get(axis)
-    return 0 if mesh_axis is None else lax.axis_index(mesh_axis)
+    mesh_axes = _rules.get().mesh_axes(axis)
+    return lax.axis_index(mesh_axes) if mesh_axes else 0
+
+
+def local_units(axis: Axis) -> Array:
+    """The units of an axis that this device holds, -1 for padding: int32 `[local units]`."""
+    units = jnp.asarray(_rules.get().units(axis), jnp.int32)
+    if not is_split(axis):
+        return units
+    shards = lax.axis_size(_rules.get().mesh_axes(axis))
+    return units.reshape(shards, -1)[shard_of(axis)]

@@ -1,135 +1,56 @@
-"""The decoder: blocks of attention and MLP over a residual stream, made from a `ModelConfig`.
+"""The decoder: layers over a residual stream, made from a `ModelConfig`.
 
 Sizes in the forward pass are read off the parameters, not the config: on a mesh each device runs
 the same code over the heads, hidden units and vocabulary rows that it holds.
 """
 
-import jax
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
-from jaxsplit.models.cache import Cache, LayerCache
-from jaxsplit.models.config import ModelConfig
-from jaxsplit.models.layers import Embedding, Linear, RMSNorm, param, rope
-from jaxsplit.quant import matmul
+from jaxsplit.models.attention import Attention
+from jaxsplit.models.axes import EMBED, Axis
+from jaxsplit.models.cache import Batch, Cache
+from jaxsplit.models.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
+from jaxsplit.models.layers import Embedding, Linear, Partial, meet, norm, param
+from jaxsplit.models.mlp import MLP
+from jaxsplit.quant import matmul, take_rows
 
-
-class Attention(nnx.Module):
-    """Causal attention with grouped key and value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        c, q, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.query = Linear("embed", c.embed, "heads", q, bias=c.qkv_bias, rngs=rngs)
-        self.key = Linear("embed", c.embed, "kv_heads", kv, bias=c.qkv_bias, rngs=rngs)
-        self.value = Linear("embed", c.embed, "kv_heads", kv, bias=c.qkv_bias, rngs=rngs)
-        self.out = Linear("heads", q, "embed", c.embed, bias=c.out_bias, rngs=rngs)
-        self.config = config
-
-    def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        slots: Array | None,
-        cache: LayerCache | None,
-        rope_factors: Array | None,
-    ) -> tuple[Array, LayerCache | None]:
-        """`[batch, time, embed]` to the same, and the cache with this call's keys and values."""
-        batch, time, _ = x.shape
-        c = self.config
-        keys = self.key(x).reshape(batch, time, -1, c.head_dim)
-        values = self.value(x).reshape(batch, time, -1, c.head_dim)
-        kv_heads = keys.shape[2]
-        queries = self.query(x).reshape(batch, time, kv_heads, -1, c.head_dim)
-        queries = rope(queries, positions, c.rope, rope_factors)
-        keys = rope(keys, positions, c.rope, rope_factors)
-        if cache is None:
-            memory = LayerCache(keys.swapaxes(1, 2), values.swapaxes(1, 2))
-            key_positions = positions
-        else:
-            cache = cache.update(
-                keys, values, jnp.arange(batch) if slots is None else slots, positions
-            )
-            memory = cache.read(slots)
-            key_positions = jnp.arange(memory.keys.shape[2])[None]
-        y = attend(queries, memory, positions, key_positions)
-        return self.out(y.reshape(batch, time, -1)), cache
-
-
-def attend(queries: Array, memory: LayerCache, positions: Array, key_positions: Array) -> Array:
-    """Softmax attention over the keys at and before each query's position.
-
-    Args:
-      queries: `[batch, time, kv_heads, group, head_dim]`.
-      memory: keys and values, `[batch, kv_heads, keys, head_dim]`. Scales of 8-bit ones multiply
-        the scores and the weights, so that keys and values are used as they are stored.
-      positions: int32 `[batch, time]`.
-      key_positions: int32 `[batch or 1, keys]`.
-
-    Returns:
-      the shape and dtype of `queries`; scores and softmax are float32.
-    """
-    dtype = queries.dtype
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    scale = queries.shape[-1] ** -0.5
-    scores = jnp.einsum(
-        "btkgd,bksd->bkgts",
-        queries,
-        memory.keys.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    if memory.key_scale is not None:
-        scores = scores * memory.key_scale[:, :, None, None]
-    seen = key_positions[:, None, :] <= positions[:, :, None]
-    scores = jnp.where(seen[:, None, None], scores * scale, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if memory.value_scale is not None:
-        weights = weights * memory.value_scale[:, :, None, None]
-    return jnp.einsum(
-        "bkgts,bksd->btkgd",
-        weights.astype(dtype),
-        memory.values.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    ).astype(dtype)
-
-
-class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        c = config
-        self.gate = Linear("embed", c.embed, "mlp", c.mlp, bias=c.mlp_bias, rngs=rngs)
-        self.up = Linear("embed", c.embed, "mlp", c.mlp, bias=c.mlp_bias, rngs=rngs)
-        self.down = Linear("mlp", c.mlp, "embed", c.embed, bias=c.mlp_bias, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        """`[..., embed]` to the same."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+MODULES: Mapping[type, type[nnx.Module]] = {AttentionConfig: Attention, MLPConfig: MLP}
+"""The module that each config of a mixer or an MLP describes."""
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each after a norm and added to the stream."""
+    """One layer."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.embed, config.norm_epsilon)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.embed, config.norm_epsilon)
-        self.mlp = MLP(config, rngs=rngs)
+    def __init__(self, config: BlockConfig, embed: int, *, rngs: nnx.Rngs):
+        c = config
+        self.mixer_norm = norm(c.mixer_norm, embed)
+        self.mixer = MODULES[type(c.mixer)](c.mixer, embed, rngs=rngs)
+        self.mixer_post_norm = norm(c.mixer_post_norm, embed)
+        self.mlp_norm = norm(c.mlp_norm, embed)
+        self.mlp = MODULES[type(c.mlp)](c.mlp, embed, rngs=rngs)
+        self.mlp_post_norm = norm(c.mlp_post_norm, embed)
+        self.config = config
 
-    def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        slots: Array | None,
-        cache: LayerCache | None,
-        rope_factors: Array | None,
-    ) -> tuple[Array, LayerCache | None]:
+    def __call__(self, x: Array, batch: Batch, cache: Any) -> tuple[Array, Any]:
         """`[batch, time, embed]` to the same, and the layer's cache."""
-        y, cache = self.attention(self.attention_norm(x), positions, slots, cache, rope_factors)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+
+        def write(*parts: Partial, norm: nnx.Module | None = None) -> Array:
+            y = meet(parts, x.dtype)
+            return (y if norm is None else norm(y)) * self.config.residual_scale
+
+        read = x if self.mixer_norm is None else self.mixer_norm(x)
+        mixed, cache = self.mixer(read, batch, cache)
+        if self.config.parallel:
+            hidden = self.mlp(read if self.mlp_norm is None else self.mlp_norm(x))
+            return x + write(mixed, hidden), cache
+        x = x + write(mixed, norm=self.mixer_post_norm)
+        hidden = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+        return x + write(hidden, norm=self.mlp_post_norm), cache
 
 
 class Decoder(nnx.Module):
@@ -158,18 +79,30 @@ class Decoder(nnx.Module):
     ):
         layers = range(config.layers) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == config.layers
-        vocab = (config.vocab, config.embed)
+        c, blocks = config, config.blocks[layers.start : layers.stop]
         self.embedding = (
-            Embedding(*vocab, rngs=rngs) if self.first or (self.last and config.tied) else None
+            Embedding(c.vocab, c.embed, rngs=rngs) if self.first or (self.last and c.tied) else None
         )
-        self.rope_factors = (
-            param(None, (None,), (config.rope.dim // 2,)) if config.rope_factors else None
+        self.positions = (
+            param(rngs, (Axis("positions"), EMBED), (c.learned_positions, c.embed))
+            if self.first and c.learned_positions
+            else None
         )
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in layers])
-        self.norm = RMSNorm(config.embed, config.norm_epsilon) if self.last else None
+        self.embedding_norm = norm(c.embedding_norm, c.embed) if self.first else None
+        ropes = {rope.factors: rope for block in blocks if (rope := block.mixer.rope)}
+        self.rope_factors = nnx.Dict(
+            {
+                name: param(None, (Axis("rope"),), (rope.dim // 2,))
+                for name, rope in ropes.items()
+                if name
+            }
+        )
+        self.blocks = nnx.List([Block(block, c.embed, rngs=rngs) for block in blocks])
+        self.norm = norm(c.norm, c.embed) if self.last else None
+        vocab = Axis("vocab", c.vocab)
         self.head = (
-            Linear("embed", config.embed, "vocab", config.vocab, rngs=rngs)
-            if self.last and not config.tied
+            Linear(EMBED, c.embed, vocab, c.vocab, bias=c.head_bias, rngs=rngs)
+            if self.last and not c.tied
             else None
         )
         self.config = config
@@ -187,8 +120,9 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: int32 `[batch, time]`.
-          positions: int32 `[batch, time]`, negative for padding; None counts from 0.
-          cache: keys and values of earlier tokens, from `init_cache`; None: there are none.
+          positions: int32 `[batch, time]`, consecutive, negative for padding, which comes last;
+            None counts from 0.
+          cache: what earlier tokens left, from `init_cache`; None: there are none.
           slots: int32 `[batch]`: where in the cache the sequences are; None: in order.
 
         Returns:
@@ -215,18 +149,30 @@ class Decoder(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
-        factors = None if self.rope_factors is None else self.rope_factors.get_value()
-        x = self.embedding(inputs, self.dtype) if self.first else inputs
+        factors = {name: factor.get_value() for name, factor in self.rope_factors.items()}
+        batch = Batch(positions, slots, factors)
+        x = self._embed(inputs, positions) if self.first else inputs
         caches = []
         for i, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache[i]
-            x, layer_cache = block(x, positions, slots, layer_cache, factors)
+            x, layer_cache = block(x, batch, None if cache is None else cache[i])
             caches.append(layer_cache)
         return x, None if cache is None else caches
 
     def logits(self, x: Array) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]`; on a mesh, of this device's rows."""
-        x = self.norm(x)
+        c, x = self.config, self.norm(x)
         if self.head is None:
-            return self.embedding.attend(x)
-        return matmul(x, self.head.kernel.get_value())
+            y = self.embedding.attend(x)
+        else:
+            y = matmul(x, self.head.kernel.get_value())
+            if self.head.bias is not None:
+                y = y + self.head.bias.get_value()
+        y = y * c.logit_scale
+        return y if c.logit_softcap is None else c.logit_softcap * jnp.tanh(y / c.logit_softcap)
+
+    def _embed(self, tokens: Array, positions: Array) -> Array:
+        x = self.embedding(tokens, self.dtype) * self.config.embedding_scale
+        if self.positions is not None:
+            table = self.positions.get_value()
+            x = x + take_rows(table, jnp.maximum(positions, 0), self.dtype)
+        return (x if self.embedding_norm is None else self.embedding_norm(x)).astype(self.dtype)

@@ -4,7 +4,10 @@ A parameter's logical axes are in its metadata: `param.axes`, one name per dimen
 `[out, in]`, plain or quantized (`jaxsplit.quant`).
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,20 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxsplit.models.axes import gather_over, is_split, shard_of, sum_over
-from jaxsplit.models.config import RopeConfig
+from jaxsplit.models.axes import (
+    EMBED,
+    Axis,
+    gather_over,
+    is_split,
+    shard_of,
+    sum_over,
+    total_over,
+)
+from jaxsplit.models.config import NormConfig, RopeConfig
 from jaxsplit.quant import matmul, take_rows
 
 
-def param(rngs: nnx.Rngs | None, axes: tuple[str, ...], shape: tuple[int, ...]) -> nnx.Param:
+def param(rngs: nnx.Rngs | None, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> nnx.Param:
     """A float32 parameter: ones without `rngs` (a norm), else normal with variance `1 / in`."""
     if rngs is None:
         return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
@@ -29,19 +40,77 @@ def _normal(key: Array, shape: tuple[int, ...]) -> Array:
     return shape[-1] ** -0.5 * jax.random.normal(key, shape, jnp.float32)
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32."""
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm, computed in float32.
 
-    def __init__(self, size: int, epsilon: float):
-        self.scale = param(None, ("embed",), (size,))
-        self.epsilon = epsilon
+    Args:
+      config: which.
+      size: elements of the whole axis.
+      axis: of the last dimension, which may be split.
+      group: elements that are normalized together; None: all, those of other devices too.
+    """
+
+    def __init__(
+        self, config: NormConfig, size: int, axis: Axis = EMBED, *, group: int | None = None
+    ):
+        self.scale = param(None, (axis,), (size,)) if config.scale else None
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32), axes=(axis,)) if config.bias else None
+        self.config = config
+        self.size = size
+        self.axis = axis
+        self.group = group
 
     def __call__(self, x: Array) -> Array:
         """`[..., size]` to the same shape and dtype."""
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * self.scale.get_value()).astype(x.dtype)
+        x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, self.group or x.shape[-1])
+
+        def mean(values: Array) -> Array:
+            if self.group:
+                return values.mean(axis=-1, keepdims=True)
+            return total_over(values.sum(axis=-1, keepdims=True), self.axis) / self.size
+
+        if self.config.kind == "layer":
+            x32 = x32 - mean(x32)
+        normed = x32 * jax.lax.rsqrt(mean(x32 * x32) + self.config.epsilon)
+        normed = normed.reshape(x.shape)
+        if self.scale is not None:
+            normed = normed * self.scale.get_value()
+        if self.bias is not None:
+            normed = normed + self.bias.get_value()
+        return normed.astype(x.dtype)
+
+
+def norm(config: NormConfig | None, size: int, **options: Any) -> Norm | None:
+    """The norm that a config describes, or none."""
+    return None if config is None else Norm(config, size, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """What devices have for the residual stream before they meet.
+
+    Attributes:
+      value: float32 `[..., rows]`: this device's rows, summed over this device's columns.
+      columns: the axes over which it is still to be added up.
+      rows: the rows' axis.
+      bias: float32 `[embed]`, added once; None: none.
+    """
+
+    value: Array
+    columns: tuple[Axis, ...]
+    rows: Axis
+    bias: Array | None = None
+
+
+def meet(parts: Sequence[Partial], dtype: jnp.dtype) -> Array:
+    """The sum of partial results, exchanged once: `[..., embed]`, the same on every device."""
+    columns = tuple(dict.fromkeys(axis for part in parts for axis in part.columns))
+    y = sum_over(sum(part.value for part in parts), *columns).astype(dtype)
+    y = gather_over(y, parts[0].rows, parts[0].rows.units)
+    for part in parts:
+        if part.bias is not None:
+            y = (y + part.bias).astype(dtype)
+    return y
 
 
 class Linear(nnx.Module):
@@ -54,30 +123,33 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        in_axis: str,
+        in_axis: Axis,
         in_size: int,
-        out_axis: str,
+        out_axis: Axis,
         out_size: int,
         *,
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.rows = "embed_out" if out_axis == "embed" else out_axis
-        self.columns = in_axis if in_axis == "embed" else f"{in_axis}_in"
+        self.rows = Axis("embed_out", out_size) if out_axis == EMBED else out_axis
+        self.columns = in_axis.columns
         self.kernel = param(rngs, (self.rows, self.columns), (out_size, in_size))
         self.bias = nnx.Param(jnp.zeros(out_size, jnp.float32), axes=(out_axis,)) if bias else None
         self.in_axis = in_axis
-        self.out_size = out_size
+
+    def partial(self, x: Array) -> Partial:
+        """`[..., in]` to a part of `[..., out]`."""
+        if not is_split(self.columns):
+            x = gather_over(x, self.in_axis)
+        bias = None if self.bias is None else self.bias.get_value()
+        return Partial(matmul(x, self.kernel.get_value()), (self.columns,), self.rows, bias)
 
     def __call__(self, x: Array) -> Array:
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""
-        if not is_split(self.columns):
-            x = gather_over(x, self.in_axis)
-        y = sum_over(matmul(x, self.kernel.get_value()), self.columns)
-        if self.rows == "embed_out":
-            y = gather_over(y.astype(x.dtype), self.rows, self.out_size)
-        if self.bias is not None:
-            y = y + self.bias.get_value()
+        part = self.partial(x)
+        if self.rows.name == "embed_out":
+            return meet([part], x.dtype)
+        y = part.value if part.bias is None else part.value + part.bias
         return y.astype(x.dtype)
 
 
@@ -85,16 +157,17 @@ class Embedding(nnx.Module):
     """Token embedding, split by vocabulary; `attend` uses the same matrix as output head."""
 
     def __init__(self, vocab: int, embed: int, *, rngs: nnx.Rngs):
-        self.table = param(rngs, ("vocab", "embed"), (vocab, embed))
+        self.axis = Axis("vocab", vocab)
+        self.table = param(rngs, (self.axis, EMBED), (vocab, embed))
 
     def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:
         """int32 `[...]` to `[..., embed]`: each device looks up the rows that it holds."""
         table = self.table.get_value()
         size = table.shape[0]
-        local = tokens - shard_of("vocab") * size
+        local = tokens - shard_of(self.axis) * size
         held = (local >= 0) & (local < size)
         rows = take_rows(table, jnp.clip(local, 0, size - 1), jnp.float32)
-        return sum_over(jnp.where(held[..., None], rows, 0), "vocab").astype(dtype)
+        return sum_over(jnp.where(held[..., None], rows, 0), self.axis).astype(dtype)
 
     def attend(self, x: Array) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]` of this device's rows."""

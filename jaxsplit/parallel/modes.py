@@ -4,6 +4,7 @@ The mesh axes:
 
 `data`    copies of the model, each with its own sequences
 `stage`   runs of layers, one after the other
+`expert`  whole experts of a mixture; for all else it is as `tensor`
 `tensor`  parts of every layer, at the same time
 """
 
@@ -16,7 +17,7 @@ import jax
 
 from jaxsplit.errors import JaxsplitError
 
-MESH_AXES = ("data", "stage", "tensor")
+MESH_AXES = ("data", "stage", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +27,23 @@ class SplitMode:
     Attributes:
       summary: one line for people.
       axis: the mesh axis that takes all devices when no mesh is given; None: a single device.
-      table: logical axis to mesh axis. Layers go to the `stage` axis in every mode.
+      table: logical axis to mesh axes. Layers go to the `stage` axis in every mode.
     """
 
     summary: str
     axis: str | None
-    table: Mapping[str, str]
+    table: Mapping[str, tuple[str, ...]]
 
 
-_UNITS = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-_ROW = {"slots": "data", **_UNITS, "embed_out": "tensor"}
-_GRAPH = {"slots": "data", **_UNITS, "heads_in": "tensor", "mlp_in": "tensor"}
+_PARTS = ("expert", "tensor")
+_UNITS = {
+    "slots": ("data",),
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), _PARTS),
+    "experts": ("expert",),
+    "expert_mlp": ("tensor",),
+}
+_ROW = {**_UNITS, "embed_out": _PARTS}
+_GRAPH = {**_UNITS, "heads_in": _PARTS, "mlp_in": _PARTS, "expert_mlp_in": ("tensor",)}
 
 SPLIT_MODES: Mapping[str, SplitMode] = MappingProxyType(
     {

@@ -1,8 +1,9 @@
 """A model on a mesh: which layers each stage holds, and how axes lie on its devices."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import TensorInfo
-from jaxsplit.models.axes import AxisRules
+from jaxsplit.models.axes import Axis, AxisRules
 from jaxsplit.models.config import ModelConfig
 from jaxsplit.parallel.layout import AxisLayout, even, grouped_heads
 from jaxsplit.parallel.modes import MESH_AXES, split_mode
@@ -19,25 +19,26 @@ from jaxsplit.parallel.modes import MESH_AXES, split_mode
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the raw blocks of one tensor go.
+    """Where the raw blocks of a parameter go.
 
     Attributes:
       sharding: of the padded array `[..., rows, blocks, block_bytes]`.
-      rows: the tensor's row at each padded row, or -1: int `[rows]`.
-      columns: the tensor's block at each padded block, or -1: int `[blocks]`.
+      rows: for each dimension but the last, the parameter's index at each padded place, or -1.
+      columns: the parameter's block at each padded block, or -1: int `[blocks]`.
       granule: weights that are kept of each block.
       part: which granule of its block it is: int32 `[blocks]`.
     """
 
     sharding: NamedSharding
-    rows: np.ndarray
+    rows: tuple[np.ndarray, ...]
     columns: np.ndarray
     granule: int
     part: np.ndarray
 
-    def padded(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the padded array, given that of the tensor's."""
-        return (*shape[:-3], len(self.rows), len(self.columns), shape[-1])
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the padded blocks, `[..., rows, blocks]`."""
+        return (*map(len, self.rows), len(self.columns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,50 +47,102 @@ class Stage:
 
     Attributes:
       layers: which; the embedding goes with the first layer of the model, the head with the last.
-      places: where its devices are among those of the whole mesh: int `[data, tensor]`.
-      mesh: its devices, axes `data` and `tensor`.
-      rules: logical axis to mesh axis.
-      layouts: how each split logical axis lies on the devices.
+      places: where its devices are among those of the whole mesh: int `[data, expert, tensor]`.
+      mesh: its devices, axes `data`, `expert` and `tensor`.
+      table: logical axis to mesh axes.
+      pieces: elements of an axis that stay together, where that is more than one: blocks of
+        quantized weights.
+      kv_cost: as in `grouped_heads`.
+      reduce_dtype: dtype in which partial sums are exchanged.
     """
 
     layers: range
     places: np.ndarray
     mesh: Mesh | AbstractMesh
-    rules: AxisRules
-    layouts: Mapping[str, AxisLayout]
+    table: Mapping[str, tuple[str, ...]]
+    pieces: Mapping[Axis, int]
+    kv_cost: float
+    reduce_dtype: jnp.dtype
 
     @property
     def is_local(self) -> bool:
         """Whether a device of this process takes part; so it is where there are none at all."""
         return not isinstance(self.mesh, Mesh) or bool(self.mesh.local_devices)
 
-    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+    @functools.cached_property
+    def rules(self) -> AxisRules:
+        """How the devices meet."""
+        return AxisRules(self.table, self.reduce_dtype, lambda axis: self.layout(axis).slots)
+
+    def spec(self, axes: Sequence[Axis | None]) -> PartitionSpec:
         """The partition of an array with these logical axes."""
-        return PartitionSpec(*(self.rules.table.get(axis) for axis in axes))
+        names = [self.table.get(axis.name, ()) if axis else () for axis in axes]
+        return PartitionSpec(*(mesh_axes or None for mesh_axes in names))
 
-    def place(self, tensor: TensorInfo, axes: Sequence[str | None]) -> Placement:
-        """Where the blocks of a vector, a matrix or a stack of matrices with these axes go.
+    def shards(self, axis: Axis) -> int:
+        """How many devices share an axis; as columns, as many as where it is written."""
+        name = axis.name.removesuffix("_in")
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.table.get(name, ()))
 
-        A vector is a matrix with a single column. Stacks are not split along their first axes.
-        """
-        if len(axes) == 1:
-            axes = (axes[0], None)
-            granule, columns, part = 1, np.zeros(1, np.int64), np.zeros(1, np.int64)
-            size = tensor.shape[0]
-        else:
-            size = tensor.shape[-2]
-            layout = self.layouts.get(axes[-1])
-            if layout is not None:
-                granule, columns, part = layout.granules(tensor.block_size)
-            else:
-                columns = np.arange(tensor.blocks_shape[-2])
-                granule, part = tensor.block_size, np.zeros_like(columns)
-        layout = self.layouts.get(axes[-2])
-        rows = np.arange(size) if layout is None else layout.elements()
-        spec = PartitionSpec(*self.spec(axes), None)
-        return Placement(
-            NamedSharding(self.mesh, spec), rows, columns, granule, part.astype(np.int32)
+    def layout(self, axis: Axis | None, size: int = 0) -> AxisLayout | None:
+        """How an axis of so many elements lies on the devices; None: it is never cut."""
+        if axis is None or not axis.units:
+            return None
+        width = max(size // axis.units, 1)
+        base = dataclasses.replace(axis, name=axis.name.removesuffix("_in"))
+        return self._layout(base, width)
+
+    @functools.cached_property
+    def _layout(self) -> Callable[[Axis, int], AxisLayout]:
+        @functools.cache
+        def layout(axis: Axis, width: int) -> AxisLayout:
+            shards = self.shards(axis)
+            if axis.name == "heads":
+                return grouped_heads(axis.units, axis.partner, width, shards, self.kv_cost)[0]
+            if axis.name == "kv_heads":
+                return grouped_heads(axis.partner, axis.units, width, shards, self.kv_cost)[1]
+            piece = self.pieces.get(axis, 1)
+            return even(math.ceil(axis.units / piece), piece * width, shards)
+
+        return layout
+
+    def padded(self, shape: Sequence[int], axes: Sequence[Axis | None]) -> tuple[int, ...]:
+        """The shape of an array with these logical axes on all devices together."""
+        layouts = [self.layout(axis, size) for axis, size in zip(axes, shape, strict=True)]
+        return tuple(
+            size if layout is None else layout.size
+            for layout, size in zip(layouts, shape, strict=True)
         )
+
+    def place(self, shape: Sequence[int], axes: Sequence[Axis], block: int) -> Placement:
+        """Where the blocks of a vector, a matrix or a stack of matrices go.
+
+        A vector is a matrix with a single column.
+
+        Args:
+          shape: of the parameter.
+          axes: its logical axes.
+          block: weights in a block, which lie in a row.
+        """
+        granule, columns, part = block, np.zeros(1, np.int64), np.zeros(1, np.int64)
+        if len(axes) > 1:
+            layout = self.layout(axes[-1], shape[-1])
+            if layout is not None:
+                granule, columns, part = layout.granules(block)
+            else:
+                columns = np.arange(shape[-1] // block)
+                part = np.zeros_like(columns)
+            shape, axes, last = shape[:-1], axes[:-1], axes[-1:]
+        else:
+            last = (None,)
+        layouts = [self.layout(axis, size) for axis, size in zip(axes, shape, strict=True)]
+        rows = tuple(
+            np.arange(size) if layout is None else layout.elements()
+            for layout, size in zip(layouts, shape, strict=True)
+        )
+        spec = PartitionSpec(*self.spec((*axes, *last)), None)
+        sharding = NamedSharding(self.mesh, spec)
+        return Placement(sharding, rows, columns, granule, part.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +167,9 @@ class Partition:
 
     @property
     def everyone(self) -> Mesh:
-        """All devices as axes `data` and `tensor`."""
+        """All devices as axes `data`, `expert` and `tensor`."""
         places = np.arange(self.mesh.size).reshape(tuple(self.mesh.shape.values()))
-        rows = _grid(places, self.mesh.axis_names).reshape(self.data, -1)
+        rows = _grid(places, self.mesh.axis_names).reshape(self.data, 1, -1)
         return _mesh(rows, self.mesh.devices.reshape(-1))
 
 
@@ -128,7 +181,7 @@ def make_partition(
     *,
     shares: Sequence[float] | None = None,
     layer_costs: Sequence[float] | None = None,
-    mlp_unit: int = 1,
+    pieces: Mapping[Axis, int] | None = None,
     kv_cost: float = 1.0,
     reduce_dtype: jnp.dtype = jnp.float32,
 ) -> Partition:
@@ -146,8 +199,7 @@ def make_partition(
       shares: of the stages, or of the devices of the `tensor` axis; None: by the free memory of the
         stages' devices, and alike on the `tensor` axis.
       layer_costs: of each layer, with embedding and head; None: all alike.
-      mlp_unit: hidden units of the MLP that cannot be taken apart: the weights in a block.
-      kv_cost: as in `grouped_heads`.
+      pieces, kv_cost: as in `Stage`.
       reduce_dtype: dtype in which partial sums are exchanged.
 
     Raises:
@@ -155,12 +207,17 @@ def make_partition(
     """
     places = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
     grid = _grid(places, tuple(shape))
-    stages, tensor = grid.shape[1:]
+    stages, experts, tensor = grid.shape[1:]
     if shares is not None and len(shares) != (wanted := stages if stages > 1 else tensor):
         axis = "stage" if stages > 1 else "tensor"
         raise JaxsplitError(
             f"--tensor_split has {len(shares)} shares, but the mesh has {wanted} "
             f"{axis} place{'s' * (wanted != 1)}; give one share for each"
+        )
+    if shares is not None and stages == 1 and experts > 1:
+        raise JaxsplitError(
+            "--tensor_split gives shares of the stage or tensor axis; leave it out with a mesh of "
+            f"expert:{experts}"
         )
     grids = [grid[:, i] for i in range(stages)]
     if stages > 1:
@@ -170,52 +227,39 @@ def make_partition(
     elif shares is not None:
         order = np.argsort(-np.asarray(shares), kind="stable")
         ranked = [*np.asarray(shares)[order], 0.0]
-        grids = [grid[:, 0, np.sort(order[: k + 1])] for k in range(tensor)]
+        grids = [grid[:, 0][..., np.sort(order[: k + 1])] for k in range(tensor)]
         shares = [(k + 1) * (ranked[k] - ranked[k + 1]) for k in range(tensor)]
     else:
         shares = [1.0]
-    runs = share_layers(layer_costs or [1.0] * config.layers, shares)
+    runs = share_layers(layer_costs or [1.0] * config.layers, shares, config.together)
     table = split_mode(mode).table
     return Partition(
         mode,
         _mesh(places, devices, tuple(shape)),
         tuple(
-            _stage(config, run, grid, _mesh(grid, devices), table, mlp_unit, kv_cost, reduce_dtype)
-            for run, grid in zip(runs, grids, strict=True)
+            Stage(
+                run,
+                grid,
+                mesh,
+                {
+                    logical: used
+                    for logical, axes in table.items()
+                    if (used := tuple(axis for axis in axes if mesh.shape[axis] > 1))
+                },
+                pieces or {},
+                kv_cost,
+                reduce_dtype,
+            )
+            for run, grid, mesh in zip(
+                runs, grids, (_mesh(grid, devices) for grid in grids), strict=True
+            )
             if run
         ),
     )
 
 
-def _stage(
-    config: ModelConfig,
-    layers: range,
-    places: np.ndarray,
-    mesh: Mesh | AbstractMesh,
-    table: Mapping[str, str],
-    mlp_unit: int,
-    kv_cost: float,
-    reduce_dtype: jnp.dtype,
-) -> Stage:
-    table = {logical: axis for logical, axis in table.items() if mesh.shape[axis] > 1}
-    shards = mesh.shape["tensor"] if "heads" in table else 1
-    sizes = (config.heads, config.kv_heads, config.head_dim)
-    heads, kv_heads = grouped_heads(*sizes, shards, kv_cost)
-    mlp = even(math.ceil(config.mlp / mlp_unit), mlp_unit, shards)
-    layouts = {
-        "heads": heads,
-        "heads_in": heads,
-        "kv_heads": kv_heads,
-        "mlp": mlp,
-        "mlp_in": mlp,
-        "vocab": even(config.vocab, 1, shards),
-        "embed_out": even(config.embed, 1, shards if "embed_out" in table else 1),
-    }
-    return Stage(layers, places, mesh, AxisRules(table, reduce_dtype), layouts)
-
-
 def _grid(places: np.ndarray, axes: Sequence[str]) -> np.ndarray:
-    """Places by `[data, stage, tensor]`."""
+    """Places by `[data, stage, expert, tensor]`."""
     present = [axis for axis in MESH_AXES if axis in axes]
     ordered = places.transpose([axes.index(axis) for axis in present])
     sizes = dict(zip(present, ordered.shape, strict=True))
@@ -225,7 +269,7 @@ def _grid(places: np.ndarray, axes: Sequence[str]) -> np.ndarray:
 def _mesh(
     places: np.ndarray,
     devices: Sequence[jax.Device] | None,
-    axes: tuple[str, ...] = ("data", "tensor"),
+    axes: tuple[str, ...] = ("data", "expert", "tensor"),
 ) -> Mesh | AbstractMesh:
     types = (AxisType.Auto,) * len(axes)
     if devices is None:
@@ -256,7 +300,9 @@ def stage_memory(shape: Mapping[str, int], memory: Sequence[float]) -> list[floa
     return [float(stage.min()) * stage.size for stage in grid.swapaxes(0, 1)]
 
 
-def share_layers(costs: Sequence[float], shares: Sequence[float]) -> list[range]:
+def share_layers(
+    costs: Sequence[float], shares: Sequence[float], together: Sequence[range] = ()
+) -> list[range]:
     """Runs of layers whose costs are as near to the shares as whole layers allow.
 
     The sum over runs of cost squared by share is least; without the limit to whole layers this
@@ -265,6 +311,7 @@ def share_layers(costs: Sequence[float], shares: Sequence[float]) -> list[range]
     Args:
       costs: of each layer.
       shares: of each run, at least one above 0; runs without a share are empty.
+      together: layers that must be in one run.
 
     Returns:
       as many runs as shares, in order.
@@ -273,12 +320,14 @@ def share_layers(costs: Sequence[float], shares: Sequence[float]) -> list[range]
     layers = len(costs)
     best = np.full(layers + 1, math.inf)
     best[0] = 0.0
+    inside = [i for run in together for i in run[1:]]
     starts = []
     for share in shares:
         # price[i, j]: of the run of layers i ... j - 1
         run = before[None, :] - before[:, None]
         price = run**2 / share if share > 0 else np.where(run > 0, math.inf, 0.0)
         price = np.where(run >= 0, price, math.inf)
+        price[:, inside] = math.inf
         total = best[:, None] + price
         starts.append(total.argmin(axis=0))
         best = total.min(axis=0)

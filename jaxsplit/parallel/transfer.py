@@ -41,12 +41,17 @@ def hand_over(tree: Any, like: Any, source: Mesh, target: Mesh) -> Any:
     return jax.tree.map(lambda x: _copy(x, source, target), tree)
 
 
+def _rows(mesh: Mesh) -> list[list[jax.Device]]:
+    """The devices of each place of the `data` axis."""
+    return mesh.devices.reshape(mesh.devices.shape[0], -1).tolist()
+
+
 def _copy(x: jax.Array, source: Mesh, target: Mesh) -> jax.Array:
     held = {shard.device: shard.data for shard in x.addressable_shards}
     local = target.local_devices
     pieces = [
         held[device] if device in held else held[row[place % len(row)]]
-        for row, devices in zip(source.devices, target.devices, strict=True)
+        for row, devices in zip(_rows(source), _rows(target), strict=True)
         for place, device in enumerate(devices)
         if device in local
     ]
@@ -62,7 +67,7 @@ def _meet(
     union = np.asarray(
         [
             [*row, *(device for device in others if device not in row)]
-            for row, others in zip(source.devices.tolist(), target.devices.tolist(), strict=True)
+            for row, others in zip(_rows(source), _rows(target), strict=True)
         ]
     )
     mesh = Mesh(union, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -112,14 +117,16 @@ def fetch(x: jax.Array | None, like: jax.ShapeDtypeStruct, source: Mesh, everyon
     Args:
       x: on `source`, split in any way; None in a process that has no device there.
       like: its global shape and dtype.
-      source: mesh of axes `data` and `tensor`.
+      source: mesh of axes `data`, `expert` and `tensor`.
       everyone: the mesh of all devices.
     """
     if all(device.process_index == jax.process_index() for device in everyone.devices.flat):
         return x
     whole = None if x is None else _replicate(source)(x)
-    flat = Mesh(everyone.devices.reshape(1, -1), everyone.axis_names)
-    return hand_over(whole, like, Mesh(source.devices.reshape(1, -1), source.axis_names), flat)
+    one_row, other = (
+        Mesh(mesh.devices.reshape(1, 1, -1), mesh.axis_names) for mesh in (source, everyone)
+    )
+    return hand_over(whole, like, one_row, other)
 
 
 @functools.cache

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxsplit.engine.runner import stage_cache
+from jaxsplit.engine.runner import cache_specs, stage_cache
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import LayerCache, ModelConfig
+from jaxsplit.models import Axis, ModelConfig
 from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
-from jaxsplit.sources import Sources, split_model, stage_bytes
+from jaxsplit.sources import Sources, abstract_parameters, split_model, stage_bytes
 
 # Measured (benchmarks/RESULTS.md): what products of one row reach of the memory's bandwidth, with
 # weights of less than 8 bits and with others, and matrix products of the device's FLOP/s.
@@ -216,10 +216,10 @@ def make_plan(
         decode = trace_decode(config, stage, dtype, context, group_slots)
         prefill = trace_prefill(config, stage, dtype, context, chunk)
         first = stage.layers.start == 0 and not config.tied
-        unread = sources["embedding.table"].nbytes // stage.layouts["vocab"].devices if first else 0
+        vocab = Axis("vocab", config.vocab)
+        unread = sources["embedding.table"].nbytes // stage.shards(vocab) if first else 0
         read = held - unread + cache
-        scores = 4 * chunk * context * len(stage.layouts["heads"].slots)
-        scores //= stage.layouts["heads"].devices
+        scores = 4 * chunk * context * _widest(config, stage, "heads")
         plans.append(
             StagePlan(
                 stage,
@@ -244,9 +244,27 @@ def _cache_bytes(
 ) -> int:
     """Bytes of keys and values on each device of a stage."""
     cache = jax.eval_shape(lambda: stage_cache(config, stage, slots, context, dtype))
-    sharding = NamedSharding(stage.mesh, stage.spec(LayerCache.axes))
-    leaves = jax.tree.leaves(cache)
-    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    specs = cache_specs(config, stage, context, dtype)
+    sizes = jax.tree.map(
+        lambda x, spec: (
+            math.prod(NamedSharding(stage.mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
+        ),
+        cache,
+        specs,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
+    """Units of an axis on each device, in the stage's layer that has most of them."""
+    axes = {
+        axis
+        for param in abstract_parameters(config, stage.layers).values()
+        for axis in param.axes
+        if axis.name == name
+    }
+    layouts = [stage.layout(axis) for axis in axes]
+    return max((layout.size // layout.devices for layout in layouts), default=0)
 
 
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
@@ -268,8 +286,7 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
     In attention: scores and weights. In the MLP: a dequantized matrix beside the hidden units.
     """
     size = jnp.dtype(dtype).itemsize
-    mlp = stage.layouts["mlp"]
-    units = mlp.size // mlp.devices
+    units = _widest(config, stage, "mlp")
     stream = 3 * chunk * config.embed * 4
     hidden = chunk * units * (4 + 2 * size)
     return stream + max(2 * scores, hidden + units * config.embed * size)

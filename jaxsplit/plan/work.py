@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from jaxsplit.engine import SamplingConfig
 from jaxsplit.engine.runner import StageRunner, stage_cache
 from jaxsplit.engine.sampling import SamplingValues
 from jaxsplit.engine.steps import DecodeState
-from jaxsplit.models import ModelConfig
+from jaxsplit.models import BlockConfig, ModelConfig
 from jaxsplit.parallel import Stage
-from jaxsplit.sources import abstract_decoder, abstract_parameters, parameters
+from jaxsplit.sources import abstract_decoder, parameters
 
 _COLLECTIVES = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gather": "all-gather"}
 
@@ -71,35 +71,30 @@ def _trace(
     slots: int,
     length: int | None,
 ) -> Work:
-    """Layers that are alike do the same work: two of them are traced, not all."""
-    layers = stage.layers
-    if len(layers) <= 2 or not _alike(config):
-        return _trace_layers(config, stage, dtype, context, slots, length)
-    before, after = layers.start > 0, layers.stop < config.layers
-    one, two = (
-        _trace_layers(
-            dataclasses.replace(config, layers=before + count + after),
-            dataclasses.replace(stage, layers=range(int(before), before + count)),
-            dtype,
-            context,
-            slots,
-            length,
-        )
-        for count in (1, 2)
-    )
-    return one.plus(two.plus(one, -1), len(layers) - 1)
+    """Layers that are alike do the same work: one of each kind is traced, not all."""
 
+    def work_of(kinds: Sequence[int]) -> Work:
+        """Of a model with these of the stage's layers, the first and the last of the model."""
+        layers = stage.layers
+        blocks = [config.blocks[i] for i in kinds]
+        before = config.blocks[:1] if layers.start > 0 else ()
+        after = config.blocks[-1:] if layers.stop < config.layers else ()
+        part = dataclasses.replace(stage, layers=range(len(before), len(before) + len(blocks)))
+        some = dataclasses.replace(config, blocks=(*before, *blocks, *after))
+        return _trace_layers(some, part, dtype, context, slots, length)
 
-@functools.cache
-def _alike(config: ModelConfig) -> bool:
-    """Whether all layers have the same parameters."""
-    layers: dict[str, set] = {}
-    for path, param in abstract_parameters(config).items():
-        name, _, rest = path.partition(".")
-        if name == "blocks":
-            number, _, leaf = rest.partition(".")
-            layers.setdefault(number, set()).add((leaf, param.shape))
-    return all(layer == layers["0"] for layer in layers.values())
+    groups: dict[BlockConfig, list[int]] = {}
+    for i in stage.layers:
+        groups.setdefault(config.blocks[i], []).append(i)
+    if len(stage.layers) <= len(groups) + 1 or any(config.together):
+        return work_of(stage.layers)
+    once = [members[0] for members in groups.values()]
+    work = base = work_of(once)
+    for members in groups.values():
+        if len(members) > 1:
+            twice = work_of([*once, members[1]])
+            work = work.plus(twice.plus(base, -1), len(members) - 1)
+    return work
 
 
 def _trace_layers(
@@ -112,12 +107,9 @@ def _trace_layers(
 ) -> Work:
     model = abstract_decoder(config, dtype, stage.layers)
     for param in parameters(model).values():
-        shape = [
-            stage.layouts[axis].size if axis in stage.layouts else size
-            for axis, size in zip(param.axes, param.shape, strict=True)
-        ]
-        param.set_value(jax.ShapeDtypeStruct(tuple(shape), dtype))
-    runner = StageRunner(model, stage, context)
+        shape = stage.padded(param.shape, param.axes)
+        param.set_value(jax.ShapeDtypeStruct(shape, dtype))
+    runner = StageRunner(model, stage, context, dtype)
     cache = jax.eval_shape(lambda: stage_cache(config, stage, slots, context, dtype))
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.dtype(np.int32))
     if length is not None:

@@ -1,0 +1,64 @@
+"""The architectures that are supported, by their GGUF names."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf.architectures import dense, hybrids, mixtures
+from jaxsplit.gguf.architectures.entry import Architecture, decoder
+from jaxsplit.gguf.header import Header
+from jaxsplit.gguf.names import NAMES, tensor_names
+from jaxsplit.gguf.reader import ModelFile
+from jaxsplit.models.config import ModelConfig
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "architecture",
+    "decoder",
+    "model_config",
+    "parameter_tensors",
+]
+
+ARCHITECTURES: dict[str, Architecture] = {
+    **dense.ARCHITECTURES,
+    **mixtures.ARCHITECTURES,
+    **hybrids.ARCHITECTURES,
+}
+
+
+def architecture(file: ModelFile) -> Architecture:
+    """The entry of a file's architecture.
+
+    Raises:
+      JaxsplitError: it is not supported; the message lists those that are.
+    """
+    if file.architecture not in ARCHITECTURES:
+        raise JaxsplitError(
+            f"{file.path}: architecture {file.architecture!r} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[file.architecture]
+
+
+def model_config(file: ModelFile, context: int = 0) -> ModelConfig:
+    """The config of the model in a file.
+
+    Args:
+      file: its header.
+      context: tokens that it will be used with, on which a few architectures depend; 0: as many as
+        it was made for.
+
+    Raises:
+      JaxsplitError: an unknown architecture, or a missing or unsupported value.
+    """
+    return architecture(file).config(Header(file, context))
+
+
+def parameter_tensors(
+    file: ModelFile, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[str, np.ndarray | None]]:
+    """Which tensor each parameter comes from; as `tensor_names`."""
+    entry = architecture(file)
+    return tensor_names(file, config, {**NAMES, **entry.names}, entry.unused, shapes)

@@ -1,0 +1,186 @@
+"""Which tensor of a GGUF file each parameter of the decoder is.
+
+Tensor names: `gguf/constants.py` of the `gguf` package.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf.reader import ModelFile
+from jaxsplit.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a tensor that several parameters share.
+
+    Attributes:
+      tensor: its name.
+      after: the parameters beside this one, in the same block, whose rows come before.
+      order: of the block's config, instead: the tensor's row at each row of the parameter.
+    """
+
+    tensor: str
+    after: tuple[str, ...] = ()
+    order: Callable[[object], np.ndarray] | None = None
+
+
+Names = Mapping[str, Sequence[str | Rows]]
+"""Parameter path to the tensors that it may be, `{i}` being the layer: the first that is in the
+file is taken."""
+
+
+def _block(**names: str | Rows | Sequence[str | Rows]) -> dict[str, list[str | Rows]]:
+    """Names inside a block, given without its prefix and with `__` for dots."""
+    found = {}
+    for path, choices in names.items():
+        choices = [choices] if isinstance(choices, str | Rows) else choices
+        found[f"blocks.{{i}}.{path.replace('__', '.')}"] = [
+            dataclasses.replace(choice, tensor=f"blk.{{i}}.{choice.tensor}")
+            if isinstance(choice, Rows)
+            else f"blk.{{i}}.{choice}"
+            for choice in choices
+        ]
+    return found
+
+
+def _qkv(end: str) -> dict[str, list[str | Rows]]:
+    """Names of the three projections' weights or biases."""
+    part = "kernel" if end == "weight" else end
+    query, key = f"mixer.query.{part}", f"mixer.key.{part}"
+    fused = f"attn_qkv.{end}"
+    return _block(
+        **{
+            query.replace(".", "__"): [f"attn_q.{end}", Rows(fused)],
+            key.replace(".", "__"): [f"attn_k.{end}", Rows(fused, (query,))],
+            f"mixer__value__{part}": [f"attn_v.{end}", Rows(fused, (query, key))],
+        }
+    )
+
+
+NAMES: Names = {
+    "embedding.table": ["token_embd.weight"],
+    "embedding_norm.scale": ["token_embd_norm.weight"],
+    "embedding_norm.bias": ["token_embd_norm.bias"],
+    "positions": ["position_embd.weight"],
+    "rope_factors.freqs": ["rope_freqs.weight"],
+    "rope_factors.long": ["rope_factors_long.weight"],
+    "rope_factors.short": ["rope_factors_short.weight"],
+    "norm.scale": ["output_norm.weight", "token_embd_norm.weight"],
+    "norm.bias": ["output_norm.bias"],
+    "head.kernel": ["output.weight"],
+    "head.bias": ["output.bias"],
+    **_qkv("weight"),
+    **_qkv("bias"),
+    **_block(
+        mixer_norm__scale="attn_norm.weight",
+        mixer_norm__bias="attn_norm.bias",
+        mixer_post_norm__scale="post_attention_norm.weight",
+        mlp_norm__scale=["ffn_norm.weight", "post_attention_norm.weight"],
+        mlp_norm__bias="ffn_norm.bias",
+        mlp_post_norm__scale="post_ffw_norm.weight",
+        mixer__query_norm__scale="attn_q_norm.weight",
+        mixer__query_norm__bias="attn_q_norm.bias",
+        mixer__key_norm__scale="attn_k_norm.weight",
+        mixer__key_norm__bias="attn_k_norm.bias",
+        mixer__sinks="attn_sinks.weight",
+        mixer__out__kernel="attn_output.weight",
+        mixer__out__bias="attn_output.bias",
+        mlp__gate__kernel=["ffn_gate.weight", Rows("ffn_up.weight")],
+        mlp__gate__bias="ffn_gate.bias",
+        mlp__up__kernel=["ffn_up.weight", Rows("ffn_up.weight", ("mlp.gate.kernel",))],
+        mlp__up__bias="ffn_up.bias",
+        mlp__down__kernel="ffn_down.weight",
+        mlp__down__bias="ffn_down.bias",
+    ),
+}
+
+
+def tensor_names(
+    file: ModelFile,
+    config: ModelConfig,
+    names: Names,
+    unused: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[str, np.ndarray | None]]:
+    """Which tensor each parameter comes from.
+
+    Args:
+      file: the model's header.
+      config: its config.
+      names: where parameters may come from.
+      unused: pattern of tensors that the model does not need.
+      shapes: of the parameters, by paths such as `blocks.0.mlp.up.kernel`.
+
+    Returns:
+      parameter path to tensor name, and which rows of it (`Source.rows`).
+
+    Raises:
+      JaxsplitError: tensors are missing, have another shape than the parameter, or would not be
+        used; the message names them all.
+    """
+    found, problems, taken = {}, [], {}
+    for path, shape in shapes.items():
+        layer = "".join(re.findall(r"^blocks\.(\d+)\.", path))
+        choices = names.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", path), ())
+        prefix = f"blocks.{layer}." if layer else ""
+        misfit = None
+        for choice in choices:
+            name = (choice.tensor if isinstance(choice, Rows) else choice).format(i=layer)
+            tensor = file.tensors.get(name)
+            if tensor is None:
+                continue
+            rows = None
+            if isinstance(choice, Rows):
+                count = math.prod(shape[:-1] if len(shape) > 1 else shape)
+                if choice.order is not None:
+                    rows = choice.order(config.blocks[int(layer)]).reshape(-1)
+                else:
+                    before = (shapes[prefix + sibling] for sibling in choice.after)
+                    start = sum(math.prod(s[:-1] if len(s) > 1 else s) for s in before)
+                    rows = np.arange(start, start + count)
+            if _fits(tensor.shape, shape, rows):
+                found[path] = name, rows
+                taken[name] = taken.get(name, 0) + math.prod(shape)
+                if rows is not None:
+                    found[path] = name, rows.reshape(shape[:-1] if len(shape) > 1 else shape)
+                break
+            misfit = misfit or f"{name} has shape {tensor.shape}, expected {shape}"
+        else:
+            first = choices[0] if choices else path
+            first = first.tensor if isinstance(first, Rows) else first
+            problems.append(misfit or f"{first.format(i=layer)} is missing")
+    for name, weights in taken.items():
+        if weights < math.prod(shape := file.tensors[name].shape):
+            problems.append(f"{name} has shape {shape}, of which only a part would be used")
+    problems += sorted(
+        f"{name} is not used by this architecture"
+        for name in set(file.tensors) - set(taken)
+        if not re.match(unused, name) and not _is_beyond(name, config.layers)
+    )
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise JaxsplitError(f"{file.path}: tensors do not fit: {'; '.join(problems[:5])}{more}")
+    return found
+
+
+def _fits(tensor: tuple[int, ...], param: tuple[int, ...], rows: np.ndarray | None) -> bool:
+    """Whether a tensor, or some of its rows, is a parameter: vectors may have any shape."""
+    if len(param) == 1:
+        available = math.prod(tensor)
+        return available == param[0] if rows is None else int(rows.max()) < available
+    if tensor[-1] != param[-1]:
+        return False
+    available = math.prod(tensor[:-1])
+    return available == math.prod(param[:-1]) if rows is None else int(rows.max()) < available
+
+
+def _is_beyond(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a layer that predicts more tokens than the next."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= layers
