@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.config import AttentionConfig, NormConfig
-from jaxsplit.models.layers import Linear, Norm, Partial, rope
+from jaxsplit.models.layers import Linear, Norm, Partials, rope
 
 
 class Attention(nnx.Module):
@@ -48,7 +48,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Array, batch: Batch, cache: AttentionCache | None
-    ) -> tuple[Partial, AttentionCache | None]:
+    ) -> tuple[Partials, AttentionCache | None]:
         """What the tokens read from one another.
 
         Args:
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
           cache: keys and values of earlier tokens; None: there are none.
 
         Returns:
-          a part of `[batch, time, embed]`, and the cache with these tokens added.
+          parts of `[batch, time, embed]`, and the cache with these tokens added.
         """
         c, positions = self.config, batch.positions
         queries = self._heads(self.query(x), c.head_dim, self.query_norm, batch)
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         y = y.reshape(*positions.shape, -1)
         if self.gate is not None:
             y = y * jax.nn.sigmoid(self.gate(x))
-        return self.out.partial(y), cache
+        return (self.out.partial(y),), cache
 
     def _heads(self, x: Array, width: int, norm: Norm | None, batch: Batch | None = None) -> Array:
         """`[batch, time, heads * width]` to `[batch, time, heads, width]`, clamped, normalized and,

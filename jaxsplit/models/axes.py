@@ -100,6 +100,11 @@ def axis_rules(rules: AxisRules) -> Iterator[None]:
         _rules.reset(token)
 
 
+def mesh_axes(*axes: Axis) -> tuple[str, ...]:
+    """The mesh axes that split any of some logical axes."""
+    return _rules.get().mesh_axes(*axes)
+
+
 def sum_over(x: Array, *axes: Axis) -> Array:
     """Adds up the partial sums that the shards of logical axes hold: same shape and dtype."""
     rules = _rules.get()

@@ -15,7 +15,7 @@ from jaxsplit.models.attention import Attention
 from jaxsplit.models.axes import EMBED, Axis
 from jaxsplit.models.cache import Batch, Cache
 from jaxsplit.models.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
-from jaxsplit.models.layers import Embedding, Linear, Partial, meet, norm, param
+from jaxsplit.models.layers import Embedding, Linear, Partials, meet, norm, param
 from jaxsplit.models.mlp import MLP
 from jaxsplit.quant import matmul, take_rows
 
@@ -39,7 +39,7 @@ class Block(nnx.Module):
     def __call__(self, x: Array, batch: Batch, cache: Any) -> tuple[Array, Any]:
         """`[batch, time, embed]` to the same, and the layer's cache."""
 
-        def write(*parts: Partial, norm: nnx.Module | None = None) -> Array:
+        def write(parts: Partials, norm: nnx.Module | None = None) -> Array:
             y = meet(parts, x.dtype)
             return (y if norm is None else norm(y)) * self.config.residual_scale
 
@@ -47,10 +47,10 @@ class Block(nnx.Module):
         mixed, cache = self.mixer(read, batch, cache)
         if self.config.parallel:
             hidden = self.mlp(read if self.mlp_norm is None else self.mlp_norm(x))
-            return x + write(mixed, hidden), cache
-        x = x + write(mixed, norm=self.mixer_post_norm)
+            return x + write(mixed + hidden), cache
+        x = x + write(mixed, self.mixer_post_norm)
         hidden = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
-        return x + write(hidden, norm=self.mlp_post_norm), cache
+        return x + write(hidden, self.mlp_post_norm), cache
 
 
 class Decoder(nnx.Module):

@@ -6,7 +6,6 @@ A parameter's logical axes are in its metadata: `param.axes`, one name per dimen
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jaxsplit.models.axes import (
     Axis,
     gather_over,
     is_split,
+    mesh_axes,
     shard_of,
     sum_over,
     total_over,
@@ -102,11 +102,22 @@ class Partial:
     bias: Array | None = None
 
 
-def meet(parts: Sequence[Partial], dtype: jnp.dtype) -> Array:
-    """The sum of partial results, exchanged once: `[..., embed]`, the same on every device."""
-    columns = tuple(dict.fromkeys(axis for part in parts for axis in part.columns))
-    y = sum_over(sum(part.value for part in parts), *columns).astype(dtype)
-    y = gather_over(y, parts[0].rows, parts[0].rows.units)
+Partials = tuple[Partial, ...]
+
+
+def meet(parts: Partials, dtype: jnp.dtype) -> Array:
+    """The sum of partial results, the same on every device: `[..., embed]`.
+
+    Those that the same devices have to add up are exchanged together.
+    """
+    exchanges: dict[tuple[str, ...], list[Partial]] = {}
+    for part in parts:
+        exchanges.setdefault(mesh_axes(*part.columns), []).append(part)
+    y = sum(
+        sum_over(sum(part.value for part in group), *group[0].columns)
+        for group in exchanges.values()
+    )
+    y = gather_over(y.astype(dtype), parts[0].rows, parts[0].rows.units)
     for part in parts:
         if part.bias is not None:
             y = (y + part.bias).astype(dtype)
@@ -148,7 +159,7 @@ class Linear(nnx.Module):
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""
         part = self.partial(x)
         if self.rows.name == "embed_out":
-            return meet([part], x.dtype)
+            return meet((part,), x.dtype)
         y = part.value if part.bias is None else part.value + part.bias
         return y.astype(x.dtype)
 

@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxsplit.models.axes import EMBED, Axis
 from jaxsplit.models.config import MLPConfig
-from jaxsplit.models.layers import Linear, Partial
+from jaxsplit.models.layers import Linear, Partials
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -34,10 +34,10 @@ class MLP(nnx.Module):
         self.down = Linear(axis, c.hidden, EMBED, embed, bias=c.bias, rngs=rngs)
         self.activation = ACTIVATIONS[c.activation]
 
-    def __call__(self, x: Array) -> Partial:
-        """`[..., embed]` to a part of the same."""
+    def __call__(self, x: Array) -> Partials:
+        """`[..., embed]` to parts of the same."""
         if self.gate is None:
             hidden = self.activation(self.up(x))
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.down.partial(hidden)
+        return (self.down.partial(hidden),)
