@@ -1,6 +1,7 @@
 """A model file's header, read the way architectures need it."""
 
 import dataclasses
+import math
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
@@ -96,14 +97,18 @@ class Header:
         factors = "freqs" if self.has("rope_freqs.weight") else None
         if self.has("rope_factors_long.weight"):
             factors = "long" if (self.context or trained) > original else "short"
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1.0)) or 1.0
+        magnitude = self.number("rope.scaling.attn_factor", 1.0)
+        if scaling == "yarn" and (multiplier := self.number("rope.scaling.yarn_log_multiplier", 0)):
+            magnitude /= 1 + 0.1 * multiplier * math.log(factor)
         found = RopeConfig(
             dim=dim,
             base=self.number("rope.freq_base", 10000.0, least=1),
             interleaved=interleaved,
             scaling="none" if scaling == "longrope" else scaling,
-            factor=self.number("rope.scaling.factor", self.number("rope.scale_linear", 1.0)) or 1.0,
+            factor=factor,
             original_context=original,
-            attention_factor=self.number("rope.scaling.attn_factor", 1.0),
+            attention_factor=magnitude,
             factors=factors,
             beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),

@@ -1,9 +1,295 @@
 """Decoders of attention and one MLP in each layer."""
 
+import dataclasses
+import math
 from functools import partial
+from typing import Any
 
+from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.architectures.entry import Architecture, decoder
+from jaxsplit.gguf.header import Header
+from jaxsplit.models.config import ModelConfig, RopeConfig
+
+
+def _head_norms(header: Header, **choices: Any) -> dict[str, Any]:
+    norm = header.norm(bias=False)
+    return {"query_norm": norm, "key_norm": norm, **choices}
+
+
+def _post_norms(header: Header) -> dict[str, Any]:
+    return {"mixer_post_norm": header.norm(), "mlp_post_norm": header.norm()}
+
+
+def _only_post_norms(header: Header) -> dict[str, Any]:
+    return {"mixer_norm": None, "mlp_norm": None, **_post_norms(header)}
+
+
+def _unscaled(rope: RopeConfig, **choices: Any) -> RopeConfig:
+    """RoPE of layers that look at their neighbourhood only."""
+    return dataclasses.replace(rope, scaling="none", attention_factor=1.0, factors=None, **choices)
+
+
+def _baichuan(header: Header) -> ModelConfig:
+    if header.layers not in (32, 40):
+        raise JaxsplitError(
+            f"{header.file.path}: baichuan with {header.layers} layers is not supported; with 32 "
+            "(7B) and 40 (13B) it is"
+        )
+    with_rope = header.layers == 32
+    return decoder(
+        header, interleaved=True, attention={} if with_rope else {"rope": None, "alibi": 8.0}
+    )
+
+
+def _bloom(header: Header) -> ModelConfig:
+    return decoder(
+        header,
+        activation="gelu_tanh",
+        attention={"rope": None, "alibi": 8.0},
+        embedding_norm=header.norm(),
+    )
+
+
+def _command_r(header: Header) -> ModelConfig:
+    large = header.layers >= 64
+    return decoder(
+        header,
+        interleaved=True,
+        attention=_head_norms(header, norm_over="each") if large else {},
+        block={"parallel": True, "mlp_norm": None},
+        logit_scale=header.number("logit_scale"),
+    )
+
+
+def _cohere2(header: Header) -> ModelConfig:
+    window = header.number("attention.sliding_window", least=1)
+    everywhere = {"rope": None}
+    return decoder(
+        header,
+        interleaved=True,
+        attention=lambda layer: everywhere if layer % 4 == 3 else {"window": window},
+        block={"parallel": True, "mlp_norm": None},
+        logit_scale=header.number("logit_scale"),
+    )
+
+
+def _exaone4(header: Header) -> ModelConfig:
+    window = header.number("attention.sliding_window", 4096, least=1)
+
+    def attention(layer: int) -> dict[str, Any]:
+        norms = _head_norms(header)
+        if header.layers < 64:
+            return norms
+        return norms | ({"rope": None} if layer % 4 == 3 else {"window": window})
+
+    return decoder(header, attention=attention, block=_only_post_norms(header))
+
+
+def _falcon(header: Header) -> ModelConfig:
+    block = {"parallel": True}
+    if not header.has("blk.*.attn_norm_2.weight"):
+        block["mlp_norm"] = None
+    return decoder(header, activation="gelu_tanh", block=block)
+
+
+def _gemma_scale(header: Header, large: int) -> float | None:
+    """The largest models scale scores by the width of a head as if all filled the stream."""
+    if header.layers != large:
+        return None
+    return (header.embed / header.number("attention.head_count", least=1)) ** -0.5
+
+
+def _gemma(header: Header, **choices: Any) -> ModelConfig:
+    return decoder(
+        header, activation="gelu_tanh", embedding_scale=math.sqrt(header.embed), **choices
+    )
+
+
+def _gemma2(header: Header) -> ModelConfig:
+    window = header.number("attention.sliding_window", 4096, least=1)
+    common = {
+        "softcap": header.number("attn_logit_softcapping", 50.0),
+        "scale": _gemma_scale(header, 46),
+    }
+    return _gemma(
+        header,
+        attention=lambda layer: common | ({} if layer % 2 else {"window": window}),
+        block=_post_norms(header),
+        logit_softcap=header.number("final_logit_softcapping", 30.0),
+    )
+
+
+def _gemma3(header: Header) -> ModelConfig:
+    window = header.number("attention.sliding_window", 1024, least=1)
+    common = _head_norms(header, scale=_gemma_scale(header, 62))
+    head_dim = header.number("attention.key_length", least=1)
+    rope = header.rope(head_dim)
+    local = _unscaled(rope, base=header.number("rope.freq_base_swa", 10000.0, least=1))
+    return _gemma(
+        header,
+        attention=lambda layer: (
+            common | ({"rope": rope} if layer % 6 == 5 else {"rope": local, "window": window})
+        ),
+        block=_post_norms(header),
+        logit_softcap=header.number("final_logit_softcapping", 0.0) or None,
+    )
+
+
+def _learned_positions(header: Header) -> ModelConfig:
+    positions = header.file.tensor("position_embd.weight").shape[0]
+    return decoder(
+        header,
+        activation="gelu_tanh",
+        attention={"rope": None},
+        learned_positions=positions,
+        context=min(header.number("context_length", least=1), positions),
+    )
+
+
+def _gptneox(header: Header) -> ModelConfig:
+    parallel = bool(header("use_parallel_residual", True))
+    return decoder(header, activation="gelu_tanh", block={"parallel": parallel})
+
+
+def scaled(header: Header, **defaults: float) -> dict[str, Any]:
+    """Choices of `decoder` for architectures that scale what passes through: Granite, MiniCPM.
+
+    Args:
+      header: of the model file.
+      **defaults: of `embedding_scale`, `residual_scale` and `logit_scale`, else 1.
+    """
+    keys = ("embedding_scale", "residual_scale", "logit_scale")
+    embedding, residual, logit = (header.number(k, defaults.get(k, 1.0)) or 1.0 for k in keys)
+    attention: dict[str, Any] = {"scale": header.number("attention.scale", 0.0) or None}
+    if not header("rope.scaling.finetuned", True):
+        attention["rope"] = None
+    return {
+        "interleaved": True,
+        "attention": attention,
+        "block": {"residual_scale": residual},
+        "embedding_scale": embedding,
+        "logit_scale": 1 / logit,
+    }
+
+
+def _minicpm(header: Header) -> ModelConfig:
+    defaults = {
+        "embedding_scale": 12.0,
+        "residual_scale": 1.4 / math.sqrt(header.layers),
+        "logit_scale": 256 / header.embed,
+    }
+    return decoder(header, **scaled(header, **defaults))
+
+
+def _mistral3(header: Header) -> ModelConfig:
+    attention = {}
+    if temperature := header.number("attention.temperature_scale", 0.0):
+        original = header.number("rope.scaling.original_context_length", least=1)
+        attention["temperature"] = (temperature, original, 0)
+    return decoder(header, interleaved=True, attention=attention)
+
+
+def _mpt(header: Header) -> ModelConfig:
+    attention = {
+        "rope": None,
+        "alibi": header.number("attention.max_alibi_bias", 0.0) or None,
+        "clamp": header.number("attention.clamp_kqv", 0.0) or None,
+    }
+    return decoder(header, activation="gelu_tanh", attention=attention)
+
+
+def _olmo(header: Header) -> ModelConfig:
+    norm = header.norm(scale=False, bias=False)
+    return decoder(
+        header,
+        interleaved=True,
+        attention={"clamp": header.number("attention.clamp_kqv", 0.0) or None},
+        block={"mixer_norm": norm, "mlp_norm": norm},
+        norm=norm,
+    )
+
+
+def _olmo2(header: Header) -> ModelConfig:
+    norms = _head_norms(header, norm_over="all")
+    window = header.number("attention.sliding_window", 0)
+    pattern = header("attention.sliding_window_pattern", [layer % 4 < 3 for layer in range(4)])
+
+    def attention(layer: int) -> dict[str, Any]:
+        if not window or not pattern[layer % len(pattern)]:
+            return norms
+        heads = header.number("attention.head_count", least=1)
+        rope = header.rope(header.number("attention.key_length", header.embed // heads))
+        return norms | {"window": window, "rope": _unscaled(rope)}
+
+    return decoder(header, attention=attention, block=_only_post_norms(header))
+
+
+def _smollm3(header: Header) -> ModelConfig:
+    return decoder(
+        header, interleaved=True, attention=lambda layer: {"rope": None} if layer % 4 == 3 else {}
+    )
+
+
+def _stablelm(header: Header) -> ModelConfig:
+    norms = header.has("blk.*.attn_q_norm.weight")
+    parallel = not header.has("blk.*.ffn_norm.weight")
+    return decoder(
+        header,
+        attention=_head_norms(header, norm_over="each") if norms else {},
+        block={"parallel": True, "mlp_norm": None} if parallel else {},
+    )
+
+
+_interleaved = partial(decoder, interleaved=True)
+_gelu = partial(decoder, activation="gelu_tanh")
+_squared_relu = partial(decoder, activation="relu2")
 
 ARCHITECTURES = {
-    "llama": Architecture(partial(decoder, interleaved=True)),
+    "llama": Architecture(_interleaved),
+    "arcee": Architecture(partial(_squared_relu, interleaved=True)),
+    "baichuan": Architecture(_baichuan),
+    "bloom": Architecture(_bloom),
+    "chatglm": Architecture(_interleaved),
+    "cohere2": Architecture(_cohere2),
+    "command-r": Architecture(_command_r),
+    "ernie4_5": Architecture(_interleaved),
+    "exaone": Architecture(decoder),
+    "exaone4": Architecture(_exaone4),
+    "falcon": Architecture(
+        _falcon,
+        {
+            f"blocks.{{i}}.{norm}.{end}": [f"blk.{{i}}.{name}.{tensor}" for name in names]
+            for norm, names in (
+                ("mixer_norm", ("attn_norm_2", "attn_norm")),
+                ("mlp_norm", ("attn_norm",)),
+            )
+            for end, tensor in (("scale", "weight"), ("bias", "bias"))
+        },
+    ),
+    "gemma": Architecture(_gemma),
+    "gemma2": Architecture(_gemma2),
+    "gemma3": Architecture(_gemma3),
+    "glm4": Architecture(lambda h: _interleaved(h, block=_post_norms(h))),
+    "gpt2": Architecture(_learned_positions),
+    "gptneox": Architecture(_gptneox),
+    "granite": Architecture(lambda h: decoder(h, **scaled(h))),
+    "hunyuan-dense": Architecture(lambda h: decoder(h, attention=_head_norms(h, norm_first=False))),
+    "internlm2": Architecture(_interleaved),
+    "minicpm": Architecture(_minicpm),
+    "mistral3": Architecture(_mistral3),
+    "mpt": Architecture(_mpt),
+    "nemotron": Architecture(_squared_relu),
+    "olmo": Architecture(_olmo),
+    "olmo2": Architecture(_olmo2),
+    "phi2": Architecture(partial(_gelu, block={"parallel": True, "mlp_norm": None})),
+    "phi3": Architecture(decoder),
+    "qwen2": Architecture(decoder),
+    "qwen2vl": Architecture(decoder),
+    "qwen3": Architecture(lambda h: decoder(h, attention=_head_norms(h))),
+    "qwen3vl": Architecture(lambda h: decoder(h, attention=_head_norms(h))),
+    "seed_oss": Architecture(decoder),
+    "smollm3": Architecture(_smollm3),
+    "stablelm": Architecture(_stablelm),
+    "starcoder": Architecture(_learned_positions),
+    "starcoder2": Architecture(_gelu),
 }
