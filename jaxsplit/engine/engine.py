@@ -124,7 +124,7 @@ class Engine:
                 x[row, :n] = prompt[start : start + n]
             for i, runner in enumerate(self.runners):
                 if i:
-                    like = runner.output(len(prompts), length)
+                    like = runner.input(len(prompts), length)
                     x = self._between(x, like, i - 1, i)
                 group.caches[i], x = runner.prefill(length, all_logits=all_logits)(
                     runner.params, group.caches[i], x, done.copy(), count, slot
@@ -213,7 +213,7 @@ class Engine:
             x, fed = None, self._between(group.fed, fed_like, -1, 0)
             for i, runner in enumerate(self.runners[:-1]):
                 group.caches[i], x = runner.relay()(runner.params, group.caches[i], x, fed)
-                like = (runner.output(self._group_slots, 1), fed_like)
+                like = (self.runners[i + 1].input(self._group_slots, 1), fed_like)
                 x, fed = self._between((x, fed), like, i, i + 1)
             runner = self.runners[-1]
             group.caches[-1], group.state, group.fed = runner.finish(self._plan)(
@@ -272,7 +272,7 @@ class Engine:
             runner.prefill(length, all_logits=False).lower(
                 runner.params,
                 self._groups[0].caches[i],
-                runner.output(len(places), length) if i else tokens,
+                runner.input(len(places), length) if i else tokens,
                 *[places] * 3,
             )
             for i, runner in enumerate(self.runners)
@@ -284,7 +284,7 @@ class Engine:
         slots, window = self._group_slots, max(1, plan.window)
         values = SamplingValues.of([sampling] * slots)
         for i, runner in enumerate(self.runners):
-            x = runner.output(slots, 1) if i else None
+            x = runner.input(slots, 1) if i else None
             cache = self._groups[0].caches[i]
             if runner.last:
                 state, _ = runner.empty_state(slots, window)

@@ -229,6 +229,7 @@ class StageRunner:
         out = (self._cache_spec, slots, slots, slots)
         return self._program(("loop", plan, length), loop, specs, out, donate=[1], decode=True)
 
-    def output(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """The shape and dtype of the output of layers, `[*shape, embed]`."""
-        return jax.ShapeDtypeStruct((*shape, self.config.embed), np.dtype(self.dtype))
+    def input(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of what the stage before hands over, `[*shape, width]`."""
+        width = self.config.stream_width(self.stage.layers.start)
+        return jax.ShapeDtypeStruct((*shape, width), np.dtype(self.dtype))

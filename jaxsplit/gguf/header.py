@@ -6,8 +6,15 @@ from typing import Any
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.reader import ModelFile
-from jaxsplit.models.config import AttentionConfig, MLPConfig, NormConfig, RopeConfig
+from jaxsplit.models.config import (
+    AttentionConfig,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+)
 
+_ROUTINGS = {1: "softmax", 2: "sigmoid", 3: "chosen_softmax"}
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
@@ -153,3 +160,45 @@ class Header:
         if not gated and self.has(up := f"blk.{layer}.ffn_up.weight"):
             gated = self.file.tensors[up].shape[0] == 2 * hidden
         return MLPConfig(hidden, activation, gated, self.has(f"blk.{layer}.ffn_up.bias"))
+
+    def experts(self, layer: int, activation: str = "silu", **choices: Any) -> MoEConfig:
+        """The mixture of experts of a layer.
+
+        Args:
+          layer: which.
+          activation: of the experts.
+          **choices: fields of `MoEConfig` that are known otherwise.
+        """
+
+        def has(tensor: str) -> bool:
+            return self.has(f"blk.{layer}.{tensor}")
+
+        def mlp(hidden: int, name: str) -> MLPConfig:
+            gated = has(f"ffn_gate_{name}.weight") or has(f"ffn_gate_up_{name}.weight")
+            return MLPConfig(hidden, activation, gated, has(f"ffn_down_{name}.bias"))
+
+        experts = self.number("expert_count", least=1)
+        used = self.number("expert_used_count", least=1)
+        groups = self.number("expert_group_count", 1) or 1
+        routing = self.number("expert_gating_func", 0) or 1
+        if routing not in _ROUTINGS or used > experts or experts % groups:
+            raise JaxsplitError(
+                f"{self.file.path}: a choice of {used} of {experts} experts in {groups} groups by "
+                f"gating function {routing} is not supported ({self.file.architecture}.expert_…)"
+            )
+        hidden = self.number("feed_forward_length", 0, layer=layer)
+        shared = self.file.tensors.get(f"blk.{layer}.ffn_up_shexp.weight")
+        found = {
+            "routing": _ROUTINGS[routing],
+            "router_bias": has("ffn_gate_inp.bias"),
+            "selection_bias": has("exp_probs_b.bias"),
+            "groups": groups,
+            "used_groups": self.number("expert_group_used_count", groups, least=1),
+            "normalize": bool(self("expert_weights_norm", False)),
+            "scale": self.number("expert_weights_scale", 1.0) or 1.0,
+            "expert_scale": has("ffn_down_exps.scale"),
+            "shared": None if shared is None else mlp(shared.shape[0], "shexp"),
+            "shared_gate": has("ffn_gate_inp_shexp.weight"),
+        }
+        expert = mlp(self.number("expert_feed_forward_length", hidden, least=1), "exps")
+        return MoEConfig(experts, used, expert, **(found | choices))

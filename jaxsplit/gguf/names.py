@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.reader import ModelFile
-from jaxsplit.models.config import ModelConfig
+from jaxsplit.models.config import BlockConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ Names = Mapping[str, Sequence[str | Rows]]
 file is taken."""
 
 
-def _block(**names: str | Rows | Sequence[str | Rows]) -> dict[str, list[str | Rows]]:
+def block_names(**names: str | Rows | Sequence[str | Rows]) -> dict[str, list[str | Rows]]:
     """Names inside a block, given without its prefix and with `__` for dots."""
     found = {}
     for path, choices in names.items():
@@ -54,13 +54,20 @@ def _qkv(end: str) -> dict[str, list[str | Rows]]:
     part = "kernel" if end == "weight" else end
     query, key = f"mixer.query.{part}", f"mixer.key.{part}"
     fused = f"attn_qkv.{end}"
-    return _block(
+    return block_names(
         **{
             query.replace(".", "__"): [f"attn_q.{end}", Rows(fused)],
             key.replace(".", "__"): [f"attn_k.{end}", Rows(fused, (query,))],
             f"mixer__value__{part}": [f"attn_v.{end}", Rows(fused, (query, key))],
         }
     )
+
+
+def _halves(block: BlockConfig) -> np.ndarray:
+    """Rows of gates and of the others where each expert has both: int `[2, experts, hidden]`."""
+    moe = getattr(block.mlp, "moe", block.mlp)
+    experts, hidden = moe.experts, moe.expert.hidden
+    return np.arange(experts * 2 * hidden).reshape(experts, 2, hidden).swapaxes(0, 1)
 
 
 NAMES: Names = {
@@ -71,19 +78,26 @@ NAMES: Names = {
     "rope_factors.freqs": ["rope_freqs.weight"],
     "rope_factors.long": ["rope_factors_long.weight"],
     "rope_factors.short": ["rope_factors_short.weight"],
+    "layer_inputs.embedding.table": ["per_layer_token_embd.weight"],
+    "layer_inputs.project.kernel": ["per_layer_model_proj.weight"],
+    "layer_inputs.norm.scale": ["per_layer_proj_norm.weight"],
     "norm.scale": ["output_norm.weight", "token_embd_norm.weight"],
     "norm.bias": ["output_norm.bias"],
     "head.kernel": ["output.weight"],
     "head.bias": ["output.bias"],
     **_qkv("weight"),
     **_qkv("bias"),
-    **_block(
+    **block_names(
         mixer_norm__scale="attn_norm.weight",
         mixer_norm__bias="attn_norm.bias",
         mixer_post_norm__scale="post_attention_norm.weight",
         mlp_norm__scale=["ffn_norm.weight", "post_attention_norm.weight"],
         mlp_norm__bias="ffn_norm.bias",
         mlp_post_norm__scale="post_ffw_norm.weight",
+        layer_input__gate__kernel="inp_gate.weight",
+        layer_input__out__kernel="proj.weight",
+        layer_input__norm__scale="post_norm.weight",
+        output_scale="layer_output_scale.weight",
         mixer__query_norm__scale="attn_q_norm.weight",
         mixer__query_norm__bias="attn_q_norm.bias",
         mixer__key_norm__scale="attn_k_norm.weight",
@@ -97,6 +111,26 @@ NAMES: Names = {
         mlp__up__bias="ffn_up.bias",
         mlp__down__kernel="ffn_down.weight",
         mlp__down__bias="ffn_down.bias",
+        mlp__router__kernel="ffn_gate_inp.weight",
+        mlp__router__bias="ffn_gate_inp.bias",
+        mlp__selection_bias="exp_probs_b.bias",
+        mlp__expert_scale="ffn_down_exps.scale",
+        mlp__experts__gate__kernel=[
+            "ffn_gate_exps.weight",
+            Rows("ffn_gate_up_exps.weight", order=lambda block: _halves(block)[0]),
+        ],
+        mlp__experts__gate__bias="ffn_gate_exps.bias",
+        mlp__experts__up__kernel=[
+            "ffn_up_exps.weight",
+            Rows("ffn_gate_up_exps.weight", order=lambda block: _halves(block)[1]),
+        ],
+        mlp__experts__up__bias="ffn_up_exps.bias",
+        mlp__experts__down__kernel="ffn_down_exps.weight",
+        mlp__experts__down_bias="ffn_down_exps.bias",
+        mlp__shared__gate__kernel="ffn_gate_shexp.weight",
+        mlp__shared__up__kernel="ffn_up_shexp.weight",
+        mlp__shared__down__kernel="ffn_down_shexp.weight",
+        mlp__shared_gate="ffn_gate_inp_shexp.weight",
     ),
 }
 

@@ -2,18 +2,31 @@
 
 from jaxsplit.models.attention import Attention
 from jaxsplit.models.axes import Axis, AxisRules, axis_rules
-from jaxsplit.models.cache import AttentionCache, Batch, Cache, CacheArray, init_cache
+from jaxsplit.models.cache import (
+    AttentionCache,
+    Batch,
+    Cache,
+    CacheArray,
+    RecurrentCache,
+    init_cache,
+)
 from jaxsplit.models.config import (
     AttentionConfig,
     BlockConfig,
+    DeltaNetConfig,
+    Mamba2Config,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
     NormConfig,
     RopeConfig,
+    ShortConvConfig,
 )
 from jaxsplit.models.decoder import Block, Decoder
 from jaxsplit.models.layers import Embedding, Linear, Norm
 from jaxsplit.models.mlp import MLP
+from jaxsplit.models.moe import MoE
+from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
 
 __all__ = [
     "MLP",
@@ -28,13 +41,22 @@ __all__ = [
     "Cache",
     "CacheArray",
     "Decoder",
+    "DeltaNet",
+    "DeltaNetConfig",
     "Embedding",
     "Linear",
     "MLPConfig",
+    "Mamba2",
+    "Mamba2Config",
+    "MoE",
+    "MoEConfig",
     "ModelConfig",
     "Norm",
     "NormConfig",
+    "RecurrentCache",
     "RopeConfig",
+    "ShortConv",
+    "ShortConvConfig",
     "axis_rules",
     "init_cache",
 ]

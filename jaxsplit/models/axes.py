@@ -14,10 +14,12 @@ modules work as they are on plain arrays.
 `vocab`      rows of the embedding and of the output head
 `…_in`       the same as columns of the matrix that reads them
 `embed_out`  rows of the matrices that write to the residual stream
+`expert_out` rows of those of the experts
 `slots`      sequences in the cache
 
 What is split along columns is added up (`heads_in`, `mlp_in`); what is split along rows only, or
 read whole though its parts lie on several devices, is gathered (`embed_out`, `heads`, `mlp`).
+Experts are added up too, since each writes for some of the tokens.
 """
 
 import contextlib
@@ -39,11 +41,13 @@ class Axis:
       units: how many pieces that stay whole it consists of, such as heads; 0: it is never cut.
       partner: of `heads`, how many key and value heads they share; of `kv_heads`, how many query
         heads share them.
+      tiled: of `heads`, head h shares key and value head `h % kv_heads`; else neighbours share one.
     """
 
     name: str
     units: int = 0
     partner: int = 0
+    tiled: bool = False
 
     @property
     def columns(self) -> "Axis":
@@ -53,12 +57,17 @@ class Axis:
 
 EMBED = Axis("embed")
 HEAD_DIM = Axis("head_dim")
+LATENT = Axis("latent")
+LAYER_INPUT = Axis("layer_input")
 SLOTS = Axis("slots")
 
 
-def head_axes(heads: int, kv_heads: int) -> tuple[Axis, Axis]:
-    """The axes of query heads and of the key and value heads that they share."""
-    return Axis("heads", heads, kv_heads), Axis("kv_heads", kv_heads, heads)
+def head_axes(heads: int, kv_heads: int, *, tiled: bool = False) -> tuple[Axis, Axis]:
+    """The axes of query heads and of the key and value heads that they share.
+
+    Heads that share one lie beside one another on the device, whatever their order in the file.
+    """
+    return Axis("heads", heads, kv_heads, tiled), Axis("kv_heads", kv_heads, heads)
 
 
 def _in_order(axis: Axis) -> np.ndarray:

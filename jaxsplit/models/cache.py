@@ -89,6 +89,12 @@ class AttentionCache:
         )
         return AttentionCache(keys, values, key_scale, value_scale)
 
+    def dequantized(self, dtype: jnp.dtype) -> Array:
+        """The keys in a floating-point dtype."""
+        if self.key_scale is None:
+            return self.keys.astype(dtype)
+        return (self.keys * self.key_scale[..., None]).astype(dtype)
+
     @property
     def length(self) -> int:
         """Positions that are kept."""
@@ -148,6 +154,54 @@ def attention_cache(
     scale = array(dtype=jnp.float32) if scaled else None
     values = None if value_dim is None else array(value_dim)
     return AttentionCache(array(head_dim), values, scale, scale if values else None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentCache:
+    """What a recurrent layer keeps of a sequence, float32.
+
+    Attributes:
+      inputs: of each convolution, its last inputs: `[slots, width - 1, channels]`.
+      state: `[slots, heads, key_dim, value_dim]`; None: only convolutions remember.
+    """
+
+    inputs: tuple[Array, ...]
+    state: Array | None = None
+
+    def read(self, batch: Batch) -> "RecurrentCache":
+        """Those of the sequences, zeros where one begins."""
+        begins = batch.positions[:, 0] == 0
+
+        def of(x: Array) -> Array:
+            x = x if batch.slots is None else x[batch.slots]
+            return jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
+
+        return jax.tree.map(of, self)
+
+    def write(self, new: "RecurrentCache", batch: Batch) -> "RecurrentCache":
+        """The cache with those of the sequences replaced."""
+        if batch.slots is None:
+            return new
+        return jax.tree.map(lambda old, x: old.at[batch.slots].set(x), self, new)
+
+
+def recurrent_cache(
+    width: int, channels: Sequence[tuple[Axis, int]], state: tuple[Axis, int, int] | None = None
+) -> RecurrentCache:
+    """`RecurrentCache` of `CacheArray`s.
+
+    Args:
+      width: of the convolutions, in tokens.
+      channels: the axis and the size of each convolution's.
+      state: the axis of the heads, `key_dim` and `value_dim`; None: there is no state.
+    """
+    inputs = [CacheArray((width - 1, size), (None, axis), jnp.float32) for axis, size in channels]
+    if state is None:
+        return RecurrentCache(tuple(inputs))
+    heads, *sizes = state
+    matrices = CacheArray((heads.units, *sizes), (heads, None, None), jnp.float32)
+    return RecurrentCache(tuple(inputs), matrices)
 
 
 Cache = list[Any]

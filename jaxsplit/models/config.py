@@ -6,8 +6,13 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsplit.models.axes import Axis, head_axes
-from jaxsplit.models.cache import AttentionCache, attention_cache
+from jaxsplit.models.axes import LATENT, Axis, head_axes
+from jaxsplit.models.cache import (
+    AttentionCache,
+    RecurrentCache,
+    attention_cache,
+    recurrent_cache,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +160,131 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Heads with a matrix of associations that forgets: what the kinds have in common.
+
+    Attributes:
+      value_heads, key_heads: heads, and the query and key heads that they share.
+      value_dim, key_dim: width of a value head, and of a query or key head.
+      width: tokens that the convolutions see.
+      norm: of the output, before the last projection; None: no norm.
+      conv_bias: the convolutions have biases.
+      tiled: as in `Axis`.
+    """
+
+    value_heads: int
+    key_heads: int
+    value_dim: int
+    key_dim: int
+    width: int
+    norm: NormConfig | None = None
+    conv_bias: bool = False
+    tiled: bool = False
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """Of value heads and of query and key heads."""
+        return head_axes(self.value_heads, self.key_heads, tiled=self.tiled)
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is."""
+        heads, key_heads = self.axes
+        keys = key_heads, self.key_heads * self.key_dim
+        values = heads, self.value_heads * self.value_dim
+        return recurrent_cache(
+            self.width, [keys, keys, values], (heads, self.key_dim, self.value_dim)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig(LinearAttentionConfig):
+    """The gated delta rule (Yang et al. 2024, arXiv:2412.06464).
+
+    Attributes:
+      epsilon: added to the squares of queries and keys before they are divided by their lengths.
+    """
+
+    epsilon: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config(LinearAttentionConfig):
+    """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060).
+
+    Its x, B and C are values, keys and queries; groups are key heads.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConvConfig:
+    """A short convolution between two gates (LFM2).
+
+    Attributes:
+      channels: the width of the residual stream.
+      width: tokens that the convolution sees.
+    """
+
+    channels: int
+    width: int
+
+    @property
+    def axis(self) -> Axis:
+        """Of the channels, which are split as hidden units are."""
+        return Axis("mlp", self.channels)
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is."""
+        return recurrent_cache(self.width, [(self.axis, self.channels)])
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Attention whose keys and values come from a latent vector.
+
+    Attributes:
+      heads: how many.
+      head_dim: width of a query or key head, without the part that turns with position.
+      value_dim: width of a value head.
+      latent: width of the latent vector.
+      query_latent: width of the vector that queries come from; 0: the layer's input.
+      rope: of the turning part, which all heads share.
+      scale: of the scores.
+      norm: of the latent vectors.
+      keys_by_row: keys' projections are `[head_dim, latent]`, else `[latent, head_dim]`.
+    """
+
+    heads: int
+    head_dim: int
+    value_dim: int
+    latent: int
+    query_latent: int
+    rope: RopeConfig
+    scale: float
+    norm: NormConfig = NormConfig()
+    keys_by_row: bool = False
+
+    @property
+    def axis(self) -> Axis:
+        """Of the heads."""
+        return head_axes(self.heads, self.heads)[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """What the heads share is as one key head."""
+        return 1
+
+    def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache:
+        """What it keeps of a sequence: latent vectors and the turning part of keys."""
+        return attention_cache(LATENT, context, self.latent + self.rope.dim, None, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class MLPConfig:
     """A perceptron with one hidden layer.
 
     Attributes:
       hidden: its width.
-      activation: a name in `jaxsplit.models.mlp.ACTIVATIONS`.
+      activation: a name that `jaxsplit.models.mlp.activate` knows.
       gated: a second projection is multiplied with the activated one (Shazeer 2020,
         arXiv:2002.05202).
       bias: the projections have biases.
@@ -172,8 +296,66 @@ class MLPConfig:
     bias: bool = False
 
 
-Mixer = AttentionConfig
-FeedForward = MLPConfig
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Attributes:
+      experts: how many there are.
+      used: how many each token is given to.
+      expert: each of them.
+      routing: an expert's weight is the `softmax` of the router's logits, their `sigmoid`, or
+        `chosen_softmax`, the softmax over the chosen ones.
+      router_bias: the logits have biases.
+      selection_bias: experts have biases that decide about the choice only (Wang et al. 2024,
+        arXiv:2408.15664).
+      groups: groups of experts, of which the `used_groups` whose two best experts have the largest
+        sums are chosen first; 1: all experts are in one.
+      used_groups: see `groups`.
+      normalize: weights are divided by their sum.
+      scale: multiplies weights.
+      expert_scale: so does a parameter of each expert.
+      weigh_input: weights multiply what experts read, not what they write.
+      shared: an MLP that all tokens go through beside; None: there is none.
+      shared_gate: its output is multiplied with the sigmoid of a projection of the input.
+    """
+
+    experts: int
+    used: int
+    expert: MLPConfig
+    routing: str = "softmax"
+    router_bias: bool = False
+    selection_bias: bool = False
+    groups: int = 1
+    used_groups: int = 1
+    normalize: bool = False
+    scale: float = 1.0
+    expert_scale: bool = False
+    weigh_input: bool = False
+    shared: MLPConfig | None = None
+    shared_gate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMoEConfig:
+    """An MLP and a mixture of experts side by side, each between norms of its own.
+
+    Attributes:
+      dense: the MLP.
+      moe: the experts.
+      norm: of what they read and write; the router reads the stream normalized without parameters,
+        times a vector.
+      router_scale: and times this.
+    """
+
+    dense: MLPConfig
+    moe: MoEConfig
+    norm: NormConfig
+    router_scale: float
+
+
+Mixer = AttentionConfig | LatentAttentionConfig | DeltaNetConfig | Mamba2Config | ShortConvConfig
+FeedForward = MLPConfig | MoEConfig | DenseMoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +369,10 @@ class BlockConfig:
       mixer_post_norm, mlp_post_norm: of what they write; None: no norm.
       parallel: both read the stream before the layer; without `mlp_norm` what the mixer reads.
       residual_scale: multiplies what they write.
+      layer_input: width of the tokens' embeddings for this layer, which gate what it adds to the
+        stream at last; 0: they have none.
+      layer_input_norm: of what is added.
+      output_scale: a parameter multiplies the stream after the layer.
     """
 
     mixer: Mixer
@@ -197,6 +383,9 @@ class BlockConfig:
     mlp_post_norm: NormConfig | None = None
     parallel: bool = False
     residual_scale: float = 1.0
+    layer_input: int = 0
+    layer_input_norm: NormConfig = NormConfig()
+    output_scale: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +427,11 @@ class ModelConfig:
         """How many there are."""
         return len(self.blocks)
 
+    def stream_width(self, layer: int) -> int:
+        """Numbers of each token that a layer is given: the residual stream, and the embeddings for
+        this and later layers."""
+        return self.embed + sum(block.layer_input for block in self.blocks[layer:])
+
     @property
     def together(self) -> list[range]:
         """Layers that have to be on the same devices: those that lend keys and values, and all up
@@ -262,7 +456,7 @@ class ModelConfig:
         return [block.mixer.cache(context, dtype) for block in blocks]
 
     @property
-    def attention(self) -> AttentionConfig | None:
+    def attention(self) -> AttentionConfig | LatentAttentionConfig | None:
         """Of the first layer that has any."""
         mixers = (block.mixer for block in self.blocks)
         return next((m for m in mixers if hasattr(m, "heads")), None)

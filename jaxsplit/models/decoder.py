@@ -14,12 +14,44 @@ from jax import Array
 from jaxsplit.models.attention import Attention
 from jaxsplit.models.axes import EMBED, Axis
 from jaxsplit.models.cache import Batch, Cache
-from jaxsplit.models.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
-from jaxsplit.models.layers import Embedding, Linear, Partials, meet, norm, param
+from jaxsplit.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    DeltaNetConfig,
+    DenseMoEConfig,
+    LatentAttentionConfig,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    ShortConvConfig,
+)
+from jaxsplit.models.latent import LatentAttention
+from jaxsplit.models.layers import (
+    Embedding,
+    LayerInput,
+    LayerInputs,
+    Linear,
+    Partials,
+    meet,
+    norm,
+    param,
+)
 from jaxsplit.models.mlp import MLP
+from jaxsplit.models.moe import DenseMoE, MoE
+from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
 from jaxsplit.quant import matmul, take_rows
 
-MODULES: Mapping[type, type[nnx.Module]] = {AttentionConfig: Attention, MLPConfig: MLP}
+MODULES: Mapping[type, type[nnx.Module]] = {
+    AttentionConfig: Attention,
+    LatentAttentionConfig: LatentAttention,
+    DeltaNetConfig: DeltaNet,
+    Mamba2Config: Mamba2,
+    ShortConvConfig: ShortConv,
+    MLPConfig: MLP,
+    MoEConfig: MoE,
+    DenseMoEConfig: DenseMoE,
+}
 """The module that each config of a mixer or an MLP describes."""
 
 
@@ -34,10 +66,28 @@ class Block(nnx.Module):
         self.mlp_norm = norm(c.mlp_norm, embed)
         self.mlp = MODULES[type(c.mlp)](c.mlp, embed, rngs=rngs)
         self.mlp_post_norm = norm(c.mlp_post_norm, embed)
+        self.layer_input = (
+            LayerInput(c.layer_input, embed, c.layer_input_norm, rngs=rngs)
+            if c.layer_input
+            else None
+        )
+        self.output_scale = param(None, (Axis("scalar"),), (1,)) if c.output_scale else None
         self.config = config
 
-    def __call__(self, x: Array, batch: Batch, cache: Any) -> tuple[Array, Any]:
-        """`[batch, time, embed]` to the same, and the layer's cache."""
+    def __call__(
+        self, x: Array, batch: Batch, cache: Any, layer_input: Array | None = None
+    ) -> tuple[Array, Any]:
+        """What the layer makes of the residual stream.
+
+        Args:
+          x: `[batch, time, embed]`.
+          batch: where the tokens belong.
+          cache: what the layer kept of earlier tokens; None: nothing.
+          layer_input: the tokens' embeddings for this layer, `[batch, time, width]`.
+
+        Returns:
+          `[batch, time, embed]`, and the layer's cache.
+        """
 
         def write(parts: Partials, norm: nnx.Module | None = None) -> Array:
             y = meet(parts, x.dtype)
@@ -50,7 +100,12 @@ class Block(nnx.Module):
             return x + write(mixed + hidden), cache
         x = x + write(mixed, self.mixer_post_norm)
         hidden = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
-        return x + write(hidden, self.mlp_post_norm), cache
+        x = x + write(hidden, self.mlp_post_norm)
+        if self.layer_input is not None:
+            x = x + self.layer_input(x, layer_input)
+        if self.output_scale is not None:
+            x = (x * self.output_scale.get_value()).astype(x.dtype)
+        return x, cache
 
 
 class Decoder(nnx.Module):
@@ -89,13 +144,20 @@ class Decoder(nnx.Module):
             else None
         )
         self.embedding_norm = norm(c.embedding_norm, c.embed) if self.first else None
-        ropes = {rope.factors: rope for block in blocks if (rope := block.mixer.rope)}
+        ropes = [getattr(block.mixer, "rope", None) for block in blocks]
+        ropes = {rope.factors: rope for rope in ropes if rope}
         self.rope_factors = nnx.Dict(
             {
                 name: param(None, (Axis("rope"),), (rope.dim // 2,))
                 for name, rope in ropes.items()
                 if name
             }
+        )
+        width = c.blocks[0].layer_input
+        self.layer_inputs = (
+            LayerInputs(c.vocab, c.embed, c.layers, width, c.norm, rngs)
+            if self.first and width
+            else None
         )
         self.blocks = nnx.List([Block(block, c.embed, rngs=rngs) for block in blocks])
         self.norm = norm(c.norm, c.embed) if self.last else None
@@ -141,21 +203,26 @@ class Decoder(nnx.Module):
         """The last layer's output.
 
         Args:
-          inputs: tokens, or the output `[batch, time, embed]` of the part before.
+          inputs: tokens, or the output `[batch, time, width]` of the part before.
           positions, cache, slots: as in `__call__`.
 
         Returns:
-          `[batch, time, embed]` and the cache.
+          `[batch, time, width]` and the cache; the width is `ModelConfig.stream_width`.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = {name: factor.get_value() for name, factor in self.rope_factors.items()}
         batch = Batch(positions, slots, factors)
-        x = self._embed(inputs, positions) if self.first else inputs
+        x, layer_inputs = self._embed(inputs, positions) if self.first else self._parts(inputs)
         caches = []
         for i, block in enumerate(self.blocks):
-            x, layer_cache = block(x, batch, None if cache is None else cache[i])
+            layer_input = None
+            if layer_inputs is not None:
+                layer_input, layer_inputs = self._parts(layer_inputs, block.config.layer_input)
+            x, layer_cache = block(x, batch, None if cache is None else cache[i], layer_input)
             caches.append(layer_cache)
+        if layer_inputs is not None:
+            x = jnp.concatenate([x, layer_inputs], axis=-1)
         return x, None if cache is None else caches
 
     def logits(self, x: Array) -> Array:
@@ -170,9 +237,16 @@ class Decoder(nnx.Module):
         y = y * c.logit_scale
         return y if c.logit_softcap is None else c.logit_softcap * jnp.tanh(y / c.logit_softcap)
 
-    def _embed(self, tokens: Array, positions: Array) -> Array:
+    def _parts(self, x: Array, width: int | None = None) -> tuple[Array, Array | None]:
+        """The residual stream, or so many numbers, and what comes after, if anything does."""
+        width = width or self.config.embed
+        return x[..., :width], x[..., width:] if x.shape[-1] > width else None
+
+    def _embed(self, tokens: Array, positions: Array) -> tuple[Array, Array | None]:
+        """The residual stream and the embeddings for each layer."""
         x = self.embedding(tokens, self.dtype) * self.config.embedding_scale
         if self.positions is not None:
             table = self.positions.get_value()
             x = x + take_rows(table, jnp.maximum(positions, 0), self.dtype)
-        return (x if self.embedding_norm is None else self.embedding_norm(x)).astype(self.dtype)
+        x = (x if self.embedding_norm is None else self.embedding_norm(x)).astype(self.dtype)
+        return x, None if self.layer_inputs is None else self.layer_inputs(tokens, x)

@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxsplit.models.axes import (
     EMBED,
+    LAYER_INPUT,
     Axis,
     gather_over,
     is_split,
@@ -108,16 +109,20 @@ Partials = tuple[Partial, ...]
 def meet(parts: Partials, dtype: jnp.dtype) -> Array:
     """The sum of partial results, the same on every device: `[..., embed]`.
 
-    Those that the same devices have to add up are exchanged together.
+    Those that the same devices have to add up or to gather are exchanged together.
     """
-    exchanges: dict[tuple[str, ...], list[Partial]] = {}
+    sums: dict[tuple[tuple[str, ...], ...], list[Partial]] = {}
     for part in parts:
-        exchanges.setdefault(mesh_axes(*part.columns), []).append(part)
+        sums.setdefault((mesh_axes(part.rows), mesh_axes(*part.columns)), []).append(part)
+    gathers: dict[tuple[str, ...], list[Partial]] = {}
+    for (rows, _), group in sums.items():
+        value = sum_over(sum(part.value for part in group), *group[0].columns)
+        gathers.setdefault(rows, []).append(dataclasses.replace(group[0], value=value))
     y = sum(
-        sum_over(sum(part.value for part in group), *group[0].columns)
-        for group in exchanges.values()
+        gather_over(sum(part.value for part in group).astype(dtype), rows, rows.units)
+        for group in gathers.values()
+        for rows in [group[0].rows]
     )
-    y = gather_over(y.astype(dtype), parts[0].rows, parts[0].rows.units)
     for part in parts:
         if part.bias is not None:
             y = (y + part.bias).astype(dtype)
@@ -212,3 +217,42 @@ def rope(x: Array, positions: Array, config: RopeConfig, factors: Array | None =
     turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=axis)
     turned = turned.reshape(*x.shape[:-1], config.dim)
     return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
+
+
+class LayerInputs(nnx.Module):
+    """Embeddings of tokens for each layer, with a projection of those for the stream (Gemma 3n).
+
+    Args:
+      width: numbers for each layer.
+    """
+
+    def __init__(
+        self, vocab: int, embed: int, layers: int, width: int, config: NormConfig, rngs: nnx.Rngs
+    ):
+        self.embedding = Embedding(vocab, layers * width, rngs=rngs)
+        self.project = Linear(EMBED, embed, LAYER_INPUT, layers * width, rngs=rngs)
+        self.norm = Norm(config, width, LAYER_INPUT)
+        self.width = width
+
+    def __call__(self, tokens: Array, x: Array) -> Array:
+        """Tokens `[...]` and their scaled embeddings `[..., embed]` to `[..., layers * width]`."""
+        chosen = self.embedding(tokens, x.dtype) * self.width**0.5
+        projected = self.project(x) * x.shape[-1] ** -0.5
+        projected = self.norm(projected.reshape(*tokens.shape, -1, self.width))
+        return ((projected.reshape(chosen.shape) + chosen) * 2**-0.5).astype(x.dtype)
+
+
+class LayerInput(nnx.Module):
+    """What a layer adds to the stream last: its own embedding of the token, gated by the stream.
+
+    Its matrices are small: every device has them whole, so that none has to wait.
+    """
+
+    def __init__(self, width: int, embed: int, config: NormConfig, *, rngs: nnx.Rngs):
+        self.gate = Linear(EMBED, embed, LAYER_INPUT, width, rngs=rngs)
+        self.out = Linear(LAYER_INPUT, width, EMBED, embed, rngs=rngs)
+        self.norm = Norm(config, embed)
+
+    def __call__(self, x: Array, layer_input: Array) -> Array:
+        """`[..., embed]` and `[..., width]` to `[..., embed]`."""
+        return self.norm(self.out(jax.nn.gelu(self.gate(x)) * layer_input))

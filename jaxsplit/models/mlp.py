@@ -20,6 +20,20 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
+def activate(name: str, up: Array, gate: Array | None = None) -> Array:
+    """Hidden units of a plain or a gated MLP.
+
+    Args:
+      name: in `ACTIVATIONS`, or `clamped_swiglu` (gpt-oss; OpenAI 2025, arXiv:2508.10925).
+      up: `[..., hidden]`.
+      gate: likewise; None: plain.
+    """
+    if name == "clamped_swiglu":
+        gate = jnp.minimum(gate, 7)
+        return gate * jax.nn.sigmoid(1.702 * gate) * (jnp.clip(up, -7, 7) + 1)
+    return ACTIVATIONS[name](up) if gate is None else ACTIVATIONS[name](gate) * up
+
+
 class MLP(nnx.Module):
     """A hidden layer, gated or plain, split by its units."""
 
@@ -32,12 +46,9 @@ class MLP(nnx.Module):
         self.gate = projection() if c.gated else None
         self.up = projection()
         self.down = Linear(axis, c.hidden, EMBED, embed, bias=c.bias, rngs=rngs)
-        self.activation = ACTIVATIONS[c.activation]
+        self.activation = c.activation
 
     def __call__(self, x: Array) -> Partials:
         """`[..., embed]` to parts of the same."""
-        if self.gate is None:
-            hidden = self.activation(self.up(x))
-        else:
-            hidden = self.activation(self.gate(x)) * self.up(x)
-        return (self.down.partial(hidden),)
+        gate = None if self.gate is None else self.gate(x)
+        return (self.down.partial(activate(self.activation, self.up(x), gate)),)

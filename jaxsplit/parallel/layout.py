@@ -72,7 +72,13 @@ def even(count: int, unit: int, devices: int) -> AxisLayout:
 
 
 def grouped_heads(
-    heads: int, kv_heads: int, head_dim: int, devices: int, kv_cost: float = 1.0
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    devices: int,
+    kv_cost: float = 1.0,
+    *,
+    tiled: bool = False,
 ) -> tuple[AxisLayout, AxisLayout]:
     """Query heads and the key and value heads that groups of them share.
 
@@ -86,6 +92,7 @@ def grouped_heads(
       devices: how many share them.
       kv_cost: of a key and value head with its cache, a query head costing 1: the bytes that are
         read for it. Of two layouts the one with fewer bytes decodes faster (benchmarks/RESULTS.md).
+      tiled: head h shares key and value head `h % kv_heads`; else neighbours share one.
 
     Returns:
       the layouts of the query heads and of the key and value heads.
@@ -103,7 +110,7 @@ def grouped_heads(
     kv_slots = np.full(devices * local, -1)
     slots = np.full((devices * local, part), -1)
     for kv in range(kv_heads):
-        members = np.arange(kv * group, (kv + 1) * group)
+        members = np.arange(heads)[kv::kv_heads] if tiled else np.arange(group) + kv * group
         for copy in range(math.ceil(group / part)):
             slot = kv * copies + copy
             chosen = members[copy * part : (copy + 1) * part]

@@ -42,7 +42,7 @@ _UNITS = {
     "experts": ("expert",),
     "expert_mlp": ("tensor",),
 }
-_ROW = {**_UNITS, "embed_out": _PARTS}
+_ROW = {**_UNITS, "embed_out": _PARTS, "expert_out": ("tensor",)}
 _GRAPH = {**_UNITS, "heads_in": _PARTS, "mlp_in": _PARTS, "expert_mlp_in": ("tensor",)}
 
 SPLIT_MODES: Mapping[str, SplitMode] = MappingProxyType(

@@ -97,10 +97,11 @@ class Stage:
         @functools.cache
         def layout(axis: Axis, width: int) -> AxisLayout:
             shards = self.shards(axis)
+            options = {"kv_cost": self.kv_cost, "tiled": axis.tiled}
             if axis.name == "heads":
-                return grouped_heads(axis.units, axis.partner, width, shards, self.kv_cost)[0]
+                return grouped_heads(axis.units, axis.partner, width, shards, **options)[0]
             if axis.name == "kv_heads":
-                return grouped_heads(axis.partner, axis.units, width, shards, self.kv_cost)[1]
+                return grouped_heads(axis.partner, axis.units, width, shards, **options)[1]
             piece = self.pieces.get(axis, 1)
             return even(math.ceil(axis.units / piece), piece * width, shards)
 

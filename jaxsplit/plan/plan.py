@@ -235,7 +235,9 @@ def make_plan(
             )
         )
     borders = len(partition.stages) - 1
-    size = group_slots // partition.data * (config.embed * jnp.dtype(dtype).itemsize + 8)
+    itemsize = jnp.dtype(dtype).itemsize
+    widths = [config.stream_width(stage.layers.start) for stage in partition.stages[1:]]
+    size = group_slots // partition.data * sum(width * itemsize + 8 for width in widths)
     return Plan(partition, tuple(plans), chunk, slots, (borders, size), tuple(kinds))
 
 

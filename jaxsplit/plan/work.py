@@ -114,7 +114,7 @@ def _trace_layers(
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.dtype(np.int32))
     if length is not None:
         data = stage.mesh.shape["data"]
-        x = ints((data, length)) if runner.first else runner.output(data, length)
+        x = ints((data, length)) if runner.first else runner.input(data, length)
         program = runner.prefill(length, all_logits=False)
         arguments = (runner.params, cache, x, *[ints((data,))] * 3)
     elif runner.last:
@@ -122,12 +122,12 @@ def _trace_layers(
         state = DecodeState(
             ints((slots,)), ints((slots,)), jax.ShapeDtypeStruct((slots,), bool), ints((slots, 1))
         )
-        x = None if runner.first else runner.output(slots, 1)
+        x = None if runner.first else runner.input(slots, 1)
         values = SamplingValues.of([sampling] * slots)
         program = runner.finish(sampling.plan)
         arguments = (runner.params, cache, x, state, np.zeros(1, np.int32), values)
     else:
-        x = None if runner.first else runner.output(slots, 1)
+        x = None if runner.first else runner.input(slots, 1)
         program, arguments = runner.relay(), (runner.params, cache, x, ints((slots, 2)))
     work = Work()
     for equation in _equations(jax.make_jaxpr(program)(*arguments).jaxpr):

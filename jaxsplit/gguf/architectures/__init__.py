@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf.architectures import dense, hybrids, mixtures
+from jaxsplit.gguf.architectures import dense, gemma, hybrids, latent, mixtures
 from jaxsplit.gguf.architectures.entry import Architecture, decoder
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import NAMES, tensor_names
@@ -23,7 +23,9 @@ __all__ = [
 
 ARCHITECTURES: dict[str, Architecture] = {
     **dense.ARCHITECTURES,
+    **gemma.ARCHITECTURES,
     **mixtures.ARCHITECTURES,
+    **latent.ARCHITECTURES,
     **hybrids.ARCHITECTURES,
 }
 

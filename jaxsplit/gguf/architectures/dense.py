@@ -1,32 +1,21 @@
 """Decoders of attention and one MLP in each layer."""
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf.architectures.entry import Architecture, decoder
+from jaxsplit.gguf.architectures.entry import (
+    Architecture,
+    decoder,
+    head_norms,
+    only_post_norms,
+    post_norms,
+    scaled,
+    unscaled,
+)
 from jaxsplit.gguf.header import Header
-from jaxsplit.models.config import ModelConfig, RopeConfig
-
-
-def _head_norms(header: Header, **choices: Any) -> dict[str, Any]:
-    norm = header.norm(bias=False)
-    return {"query_norm": norm, "key_norm": norm, **choices}
-
-
-def _post_norms(header: Header) -> dict[str, Any]:
-    return {"mixer_post_norm": header.norm(), "mlp_post_norm": header.norm()}
-
-
-def _only_post_norms(header: Header) -> dict[str, Any]:
-    return {"mixer_norm": None, "mlp_norm": None, **_post_norms(header)}
-
-
-def _unscaled(rope: RopeConfig, **choices: Any) -> RopeConfig:
-    """RoPE of layers that look at their neighbourhood only."""
-    return dataclasses.replace(rope, scaling="none", attention_factor=1.0, factors=None, **choices)
+from jaxsplit.models.config import ModelConfig
 
 
 def _baichuan(header: Header) -> ModelConfig:
@@ -55,7 +44,7 @@ def _command_r(header: Header) -> ModelConfig:
     return decoder(
         header,
         interleaved=True,
-        attention=_head_norms(header, norm_over="each") if large else {},
+        attention=head_norms(header, norm_over="each") if large else {},
         block={"parallel": True, "mlp_norm": None},
         logit_scale=header.number("logit_scale"),
     )
@@ -77,12 +66,12 @@ def _exaone4(header: Header) -> ModelConfig:
     window = header.number("attention.sliding_window", 4096, least=1)
 
     def attention(layer: int) -> dict[str, Any]:
-        norms = _head_norms(header)
+        norms = head_norms(header)
         if header.layers < 64:
             return norms
         return norms | ({"rope": None} if layer % 4 == 3 else {"window": window})
 
-    return decoder(header, attention=attention, block=_only_post_norms(header))
+    return decoder(header, attention=attention, block=only_post_norms(header))
 
 
 def _falcon(header: Header) -> ModelConfig:
@@ -90,49 +79,6 @@ def _falcon(header: Header) -> ModelConfig:
     if not header.has("blk.*.attn_norm_2.weight"):
         block["mlp_norm"] = None
     return decoder(header, activation="gelu_tanh", block=block)
-
-
-def _gemma_scale(header: Header, large: int) -> float | None:
-    """The largest models scale scores by the width of a head as if all filled the stream."""
-    if header.layers != large:
-        return None
-    return (header.embed / header.number("attention.head_count", least=1)) ** -0.5
-
-
-def _gemma(header: Header, **choices: Any) -> ModelConfig:
-    return decoder(
-        header, activation="gelu_tanh", embedding_scale=math.sqrt(header.embed), **choices
-    )
-
-
-def _gemma2(header: Header) -> ModelConfig:
-    window = header.number("attention.sliding_window", 4096, least=1)
-    common = {
-        "softcap": header.number("attn_logit_softcapping", 50.0),
-        "scale": _gemma_scale(header, 46),
-    }
-    return _gemma(
-        header,
-        attention=lambda layer: common | ({} if layer % 2 else {"window": window}),
-        block=_post_norms(header),
-        logit_softcap=header.number("final_logit_softcapping", 30.0),
-    )
-
-
-def _gemma3(header: Header) -> ModelConfig:
-    window = header.number("attention.sliding_window", 1024, least=1)
-    common = _head_norms(header, scale=_gemma_scale(header, 62))
-    head_dim = header.number("attention.key_length", least=1)
-    rope = header.rope(head_dim)
-    local = _unscaled(rope, base=header.number("rope.freq_base_swa", 10000.0, least=1))
-    return _gemma(
-        header,
-        attention=lambda layer: (
-            common | ({"rope": rope} if layer % 6 == 5 else {"rope": local, "window": window})
-        ),
-        block=_post_norms(header),
-        logit_softcap=header.number("final_logit_softcapping", 0.0) or None,
-    )
 
 
 def _learned_positions(header: Header) -> ModelConfig:
@@ -149,27 +95,6 @@ def _learned_positions(header: Header) -> ModelConfig:
 def _gptneox(header: Header) -> ModelConfig:
     parallel = bool(header("use_parallel_residual", True))
     return decoder(header, activation="gelu_tanh", block={"parallel": parallel})
-
-
-def scaled(header: Header, **defaults: float) -> dict[str, Any]:
-    """Choices of `decoder` for architectures that scale what passes through: Granite, MiniCPM.
-
-    Args:
-      header: of the model file.
-      **defaults: of `embedding_scale`, `residual_scale` and `logit_scale`, else 1.
-    """
-    keys = ("embedding_scale", "residual_scale", "logit_scale")
-    embedding, residual, logit = (header.number(k, defaults.get(k, 1.0)) or 1.0 for k in keys)
-    attention: dict[str, Any] = {"scale": header.number("attention.scale", 0.0) or None}
-    if not header("rope.scaling.finetuned", True):
-        attention["rope"] = None
-    return {
-        "interleaved": True,
-        "attention": attention,
-        "block": {"residual_scale": residual},
-        "embedding_scale": embedding,
-        "logit_scale": 1 / logit,
-    }
 
 
 def _minicpm(header: Header) -> ModelConfig:
@@ -210,7 +135,7 @@ def _olmo(header: Header) -> ModelConfig:
 
 
 def _olmo2(header: Header) -> ModelConfig:
-    norms = _head_norms(header, norm_over="all")
+    norms = head_norms(header, norm_over="all")
     window = header.number("attention.sliding_window", 0)
     pattern = header("attention.sliding_window_pattern", [layer % 4 < 3 for layer in range(4)])
 
@@ -219,9 +144,9 @@ def _olmo2(header: Header) -> ModelConfig:
             return norms
         heads = header.number("attention.head_count", least=1)
         rope = header.rope(header.number("attention.key_length", header.embed // heads))
-        return norms | {"window": window, "rope": _unscaled(rope)}
+        return norms | {"window": window, "rope": unscaled(rope)}
 
-    return decoder(header, attention=attention, block=_only_post_norms(header))
+    return decoder(header, attention=attention, block=only_post_norms(header))
 
 
 def _smollm3(header: Header) -> ModelConfig:
@@ -235,7 +160,7 @@ def _stablelm(header: Header) -> ModelConfig:
     parallel = not header.has("blk.*.ffn_norm.weight")
     return decoder(
         header,
-        attention=_head_norms(header, norm_over="each") if norms else {},
+        attention=head_norms(header, norm_over="each") if norms else {},
         block={"parallel": True, "mlp_norm": None} if parallel else {},
     )
 
@@ -245,7 +170,8 @@ _gelu = partial(decoder, activation="gelu_tanh")
 _squared_relu = partial(decoder, activation="relu2")
 
 ARCHITECTURES = {
-    "llama": Architecture(_interleaved),
+    # With experts: Mixtral.
+    "llama": Architecture(partial(_interleaved, experts={"normalize": True})),
     "arcee": Architecture(partial(_squared_relu, interleaved=True)),
     "baichuan": Architecture(_baichuan),
     "bloom": Architecture(_bloom),
@@ -266,14 +192,11 @@ ARCHITECTURES = {
             for end, tensor in (("scale", "weight"), ("bias", "bias"))
         },
     ),
-    "gemma": Architecture(_gemma),
-    "gemma2": Architecture(_gemma2),
-    "gemma3": Architecture(_gemma3),
-    "glm4": Architecture(lambda h: _interleaved(h, block=_post_norms(h))),
+    "glm4": Architecture(lambda h: _interleaved(h, block=post_norms(h))),
     "gpt2": Architecture(_learned_positions),
     "gptneox": Architecture(_gptneox),
     "granite": Architecture(lambda h: decoder(h, **scaled(h))),
-    "hunyuan-dense": Architecture(lambda h: decoder(h, attention=_head_norms(h, norm_first=False))),
+    "hunyuan-dense": Architecture(lambda h: decoder(h, attention=head_norms(h, norm_first=False))),
     "internlm2": Architecture(_interleaved),
     "minicpm": Architecture(_minicpm),
     "mistral3": Architecture(_mistral3),
@@ -285,8 +208,8 @@ ARCHITECTURES = {
     "phi3": Architecture(decoder),
     "qwen2": Architecture(decoder),
     "qwen2vl": Architecture(decoder),
-    "qwen3": Architecture(lambda h: decoder(h, attention=_head_norms(h))),
-    "qwen3vl": Architecture(lambda h: decoder(h, attention=_head_norms(h))),
+    "qwen3": Architecture(lambda h: decoder(h, attention=head_norms(h))),
+    "qwen3vl": Architecture(lambda h: decoder(h, attention=head_norms(h))),
     "seed_oss": Architecture(decoder),
     "smollm3": Architecture(_smollm3),
     "stablelm": Architecture(_stablelm),

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import Names
-from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.config import BlockConfig, ModelConfig, RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ def decoder(
     activation: str = "silu",
     attention: Choices | Callable[[int], Choices] = _NONE,
     block: Choices | Callable[[int], Choices] = _NONE,
+    experts: Choices = _NONE,
     **choices: Any,
 ) -> ModelConfig:
     """A decoder as most architectures have it.
@@ -43,8 +44,9 @@ def decoder(
     Args:
       header: of the model file.
       interleaved: neighbouring dimensions of a head turn together.
-      activation: of the MLP.
+      activation: of MLPs and experts.
       attention, block: fields of `AttentionConfig` and `BlockConfig`, of all layers or of each.
+      experts: fields of `MoEConfig`, of layers that have experts.
       **choices: fields of `ModelConfig`.
     """
 
@@ -53,7 +55,9 @@ def decoder(
         if "mixer" not in in_block:
             in_attention = attention(layer) if callable(attention) else attention
             in_block["mixer"] = header.attention(layer, interleaved=interleaved, **in_attention)
-        if "mlp" not in in_block:
+        if "mlp" not in in_block and header.has(f"blk.{layer}.ffn_gate_inp.weight"):
+            in_block["mlp"] = header.experts(layer, activation, **experts)
+        elif "mlp" not in in_block:
             in_block["mlp"] = header.mlp(layer, activation)
         return BlockConfig(**{"mixer_norm": norm, "mlp_norm": norm} | in_block)
 
@@ -69,3 +73,45 @@ def decoder(
         "head_bias": header.has("output.bias"),
     }
     return ModelConfig(**(found | choices))
+
+
+def head_norms(header: Header, **choices: Any) -> dict[str, Any]:
+    """Fields of `AttentionConfig` where queries and keys are normalized, and others."""
+    norm = header.norm(bias=False)
+    return {"query_norm": norm, "key_norm": norm, **choices}
+
+
+def post_norms(header: Header) -> dict[str, Any]:
+    """Fields of `BlockConfig` where what is written to the stream is normalized."""
+    return {"mixer_post_norm": header.norm(), "mlp_post_norm": header.norm()}
+
+
+def only_post_norms(header: Header) -> dict[str, Any]:
+    """And where what is read from it is not."""
+    return {"mixer_norm": None, "mlp_norm": None, **post_norms(header)}
+
+
+def unscaled(rope: RopeConfig, **choices: Any) -> RopeConfig:
+    """RoPE of layers that look at their neighbourhood only."""
+    return dataclasses.replace(rope, scaling="none", attention_factor=1.0, factors=None, **choices)
+
+
+def scaled(header: Header, **defaults: float) -> dict[str, Any]:
+    """Choices of `decoder` for architectures that scale what passes through: Granite, MiniCPM.
+
+    Args:
+      header: of the model file.
+      **defaults: of `embedding_scale`, `residual_scale` and `logit_scale`, else 1.
+    """
+    keys = ("embedding_scale", "residual_scale", "logit_scale")
+    embedding, residual, logit = (header.number(k, defaults.get(k, 1.0)) or 1.0 for k in keys)
+    attention: dict[str, Any] = {"scale": header.number("attention.scale", 0.0) or None}
+    if not header("rope.scaling.finetuned", True):
+        attention["rope"] = None
+    return {
+        "interleaved": True,
+        "attention": attention,
+        "block": {"residual_scale": residual},
+        "embedding_scale": embedding,
+        "logit_scale": 1 / logit,
+    }

@@ -1,0 +1,312 @@
+"""Mixtures of experts: each token is given to a few of many MLPs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from jaxsplit.models.axes import EMBED, Axis, gather_over, is_split, local_units
+from jaxsplit.models.config import DenseMoEConfig, MLPConfig, MoEConfig
+from jaxsplit.models.layers import Linear, Norm, Partial, Partials, meet, param
+from jaxsplit.models.mlp import MLP, activate
+from jaxsplit.quant import QTensor, matmul
+
+ROUTER = Axis("router")
+_AT_ONCE = 64  # pairs whose products with quantized experts need little memory
+_LARGEST_TILE = 128
+_LEAST_SUM = 2.0**-14  # llama.cpp's bound of what weights are divided by
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Pairs of a token and an expert that it chose, sorted by expert and cut into tiles.
+
+    The pairs of a tile belong to one expert. Its rows after `stop` belong to others: their results
+    are to be overwritten by the next tile, or to be left out.
+
+    Attributes:
+      rows: pairs in a tile.
+      count: int32: tiles of the experts that this device holds.
+      expert: int32 `[tiles]`: the place of the expert in this device's stack.
+      start, stop: int32 `[tiles]`: its first pair, and the one after the expert's last.
+      token: int32 `[pairs + rows - 1]`: of each pair, padded.
+      weight: float32 `[pairs + rows - 1]`: of each pair, padded.
+    """
+
+    rows: int
+    count: Array | int
+    expert: Array
+    start: Array
+    stop: Array
+    token: Array
+    weight: Array
+
+    def take(self, pairs: Array, tile: Array) -> Array:
+        """The rows of a tile: `[pairs + rows - 1, ...]` to `[rows, ...]`."""
+        return lax.dynamic_slice_in_dim(pairs, self.start[tile], self.rows)
+
+    def put(self, pairs: Array, tile: Array, values: Array) -> Array:
+        """The inverse of `take`; tiles have to be put in order."""
+        return lax.dynamic_update_slice_in_dim(pairs, values, self.start[tile], 0)
+
+    def own(self, tile: Array) -> Array:
+        """Which rows of a tile belong to its expert: bool `[rows, 1]`."""
+        return (self.start[tile] + jnp.arange(self.rows) < self.stop[tile])[:, None]
+
+
+def make_tiles(chosen: Array, weights: Array, axis: Axis, rows: int) -> Tiles:
+    """Sorts what tokens chose by expert.
+
+    Args:
+      chosen: int32 `[tokens, used]`: experts.
+      weights: float32 `[tokens, used]`.
+      axis: of the experts, of which this device may hold some.
+      rows: pairs in a tile.
+    """
+    pairs, used = chosen.size, chosen.shape[1]
+    units = local_units(axis)
+    held = len(units)
+    # Where each expert is in this device's stack; those that it does not hold come last.
+    units = jnp.where(units < 0, axis.units, units)
+    place = jnp.full(axis.units, held).at[units].set(jnp.arange(held), mode="drop")
+    place = place[chosen.reshape(-1)]
+    order = jnp.pad(jnp.argsort(place), (0, rows - 1))
+    counts = (place[:, None] == jnp.arange(held)).sum(0, dtype=jnp.int32)
+    stops = jnp.cumsum(counts)
+    tiles = -(-counts // rows)
+    last = jnp.cumsum(tiles)
+    tile = jnp.arange(min(pairs, pairs // rows + held))
+    expert = jnp.minimum((tile[:, None] >= last).sum(1), held - 1)
+    return Tiles(
+        rows=rows,
+        # A number that is known beforehand makes a faster loop.
+        count=pairs if rows == 1 and not is_split(axis) else last[-1],
+        expert=expert,
+        start=(stops - counts)[expert] + (tile - (last - tiles)[expert]) * rows,
+        stop=stops[expert],
+        token=order // used,
+        weight=weights.reshape(-1)[order],
+    )
+
+
+def tile_rows(pairs: int, experts: int) -> int:
+    """How many pairs to multiply with an expert at a time.
+
+    Single rows read an expert's weights as they are stored; more are worth it once tokens share
+    experts.
+    """
+    mean = pairs / experts
+    return 1 if mean <= 2 else min(_LARGEST_TILE, 1 << int(2 * mean).bit_length())
+
+
+class ExpertLinear(nnx.Module):
+    """One projection of every expert: a stack of matrices."""
+
+    def __init__(
+        self, axes: tuple[Axis, ...], shape: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs
+    ):
+        self.kernel = param(rngs, axes, shape)
+        zeros = jnp.zeros(shape[:-1], jnp.float32)
+        self.bias = nnx.Param(zeros, axes=axes[:-1]) if bias else None
+
+    def __call__(self, x: Array, expert: Array) -> Array:
+        """`[rows, in]` to float32 `[rows, out]` by the expert at this place."""
+
+        def of_expert(stack: Array) -> Array:
+            return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
+
+        y = matmul(x, jax.tree.map(of_expert, self.kernel.get_value()))
+        return y if self.bias is None else y + of_expert(self.bias.get_value())
+
+
+class Experts(nnx.Module):
+    """MLPs of the same shape, split by experts and by their hidden units."""
+
+    def __init__(self, count: int, config: MLPConfig, embed: int, *, rngs: nnx.Rngs):
+        c = config
+        self.axis, self.mlp = Axis("experts", count), Axis("expert_mlp", c.hidden)
+        self.rows = Axis("expert_out", embed)
+
+        def projection() -> ExpertLinear:
+            axes, shape = (self.axis, self.mlp, EMBED), (count, c.hidden, embed)
+            return ExpertLinear(axes, shape, bias=c.bias, rngs=rngs)
+
+        self.gate = projection() if c.gated else None
+        self.up = projection()
+        axes, shape = (self.axis, self.rows, self.mlp.columns), (count, embed, c.hidden)
+        self.down = ExpertLinear(axes, shape, bias=False, rngs=rngs)
+        # Whole on every device, which all know the weights of all experts.
+        zeros = jnp.zeros((count, embed), jnp.float32)
+        self.down_bias = nnx.Param(zeros, axes=(ROUTER, EMBED)) if c.bias else None
+        self.activation = c.activation
+
+    def __call__(
+        self, x: Array, chosen: Array, weights: Array, *, weigh_input: bool = False
+    ) -> Partial:
+        """The weighted sum of what the chosen experts make of each token.
+
+        Args:
+          x: `[tokens, embed]`.
+          chosen: int32 `[tokens, used]`: experts, no two alike.
+          weights: float32 `[tokens, used]`.
+          weigh_input: weights multiply the experts' input, not their output.
+
+        Returns:
+          a part of `[tokens, embed]`.
+        """
+        stacks = [s.kernel.get_value() for s in (self.gate, self.up, self.down) if s is not None]
+        quantized = all(isinstance(stack, QTensor) for stack in stacks)
+        if quantized and chosen.size <= _AT_ONCE and not is_split(self.axis):
+            total = self._at_once(x, chosen, weights, weigh_input)
+        else:
+            rows = tile_rows(chosen.size, self.axis.units)
+            total = self._by_tiles(x, make_tiles(chosen, weights, self.axis, rows), weigh_input)
+        bias = None
+        if self.down_bias is not None:
+            bias = self.down_bias.get_value()[chosen]
+            bias = (bias if weigh_input else bias * weights[..., None]).sum(1)
+        return Partial(total, (self.axis, self.mlp.columns), self.rows, bias)
+
+    def _at_once(self, x: Array, chosen: Array, weights: Array, weigh_input: bool) -> Array:
+        """All pairs in one go, without a loop around the fused products of single rows."""
+        experts, weights = chosen.reshape(-1), weights.reshape(-1, 1)
+        read = jnp.repeat(x, chosen.shape[1], axis=0)
+        if weigh_input:
+            read = (read * weights).astype(x.dtype)
+        hidden = jax.vmap(self._hidden)(read[:, None], experts)[:, 0]
+        y = jax.vmap(self.down)(self._whole(hidden)[:, None], experts)[:, 0]
+        if not weigh_input:
+            y = y * weights
+        return y.reshape(*chosen.shape, -1).sum(1)
+
+    def _by_tiles(self, x: Array, tiles: Tiles, weigh_input: bool) -> Array:
+        """Tiles one after the other, so that one expert at a time is read and dequantized.
+
+        The devices meet between two loops and not inside, since their numbers of tiles differ.
+        """
+
+        def weighted(values: Array, tile: Array) -> Array:
+            return values * tiles.take(tiles.weight, tile)[:, None]
+
+        def expand(tile: Array, hidden: Array) -> Array:
+            read = x[tiles.take(tiles.token, tile)]
+            if weigh_input:
+                read = weighted(read, tile).astype(x.dtype)
+            return tiles.put(hidden, tile, self._hidden(read, tiles.expert[tile]))
+
+        def reduce(tile: Array, total: Array) -> Array:
+            y = self.down(tiles.take(hidden, tile), tiles.expert[tile])
+            y = jnp.where(tiles.own(tile), y if weigh_input else weighted(y, tile), 0)
+            return total.at[tiles.take(tiles.token, tile)].add(y)
+
+        hidden = jnp.zeros((len(tiles.token), self.up.kernel.shape[1]), x.dtype)
+        hidden = self._whole(lax.fori_loop(0, tiles.count, expand, hidden))
+        total = jnp.zeros((len(x), self.down.kernel.shape[1]), jnp.float32)
+        return lax.fori_loop(0, tiles.count, reduce, total)
+
+    def _hidden(self, x: Array, expert: Array) -> Array:
+        """`[rows, embed]` to the hidden units of one expert."""
+        gate = None if self.gate is None else self.gate(x, expert)
+        return activate(self.activation, self.up(x, expert), gate).astype(x.dtype)
+
+    def _whole(self, hidden: Array) -> Array:
+        """The hidden units that `down` reads: those of all devices where its columns are whole."""
+        return hidden if is_split(self.mlp.columns) else gather_over(hidden, self.mlp)
+
+
+class MoE(nnx.Module):
+    """Experts, the router that chooses among them, and an MLP that all tokens go through."""
+
+    def __init__(self, config: MoEConfig, embed: int, *, rngs: nnx.Rngs):
+        c = config
+
+        def vector(has: bool) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros(c.experts, jnp.float32), axes=(ROUTER,)) if has else None
+
+        self.router = Linear(EMBED, embed, ROUTER, c.experts, bias=c.router_bias, rngs=rngs)
+        self.selection_bias = vector(c.selection_bias)
+        self.expert_scale = vector(c.expert_scale)
+        self.experts = Experts(c.experts, c.expert, embed, rngs=rngs)
+        self.shared = None if c.shared is None else MLP(c.shared, embed, rngs=rngs)
+        self.shared_gate = param(None, (EMBED,), (embed,)) if c.shared_gate else None
+        self.config = config
+
+    def __call__(self, x: Array, routed_by: Array | None = None) -> Partials:
+        """`[..., embed]` to parts of the same; the router reads `routed_by`, if given."""
+        tokens = x.reshape(-1, x.shape[-1])
+        chosen, weights = self.route(tokens if routed_by is None else routed_by)
+        routed = self.experts(tokens, chosen, weights, weigh_input=self.config.weigh_input)
+        parts = [routed] if self.shared is None else [routed, *self.shared(tokens)]
+        if self.shared_gate is not None:
+            gate = tokens.astype(jnp.float32) * self.shared_gate.get_value()
+            gate = jax.nn.sigmoid(gate.sum(-1, keepdims=True))
+            parts[1] = dataclasses.replace(parts[1], value=parts[1].value * gate)
+
+        def shaped(y: Array | None) -> Array | None:
+            return y if y is None or y.ndim == 1 else y.reshape(*x.shape[:-1], -1)
+
+        return tuple(
+            dataclasses.replace(part, value=shaped(part.value), bias=shaped(part.bias))
+            for part in parts
+        )
+
+    def route(self, x: Array) -> tuple[Array, Array]:
+        """Which experts tokens are given to, and with what weights.
+
+        Groups of experts: DeepSeek-AI 2024, arXiv:2412.19437, scored as in llama.cpp.
+
+        Args:
+          x: `[..., embed]`.
+
+        Returns:
+          int32 and float32 `[tokens, used]`.
+        """
+        c = self.config
+        logits = self.router(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+        scores = logits
+        if c.routing == "softmax":
+            scores = jax.nn.softmax(logits)
+        elif c.routing == "sigmoid":
+            scores = jax.nn.sigmoid(logits)
+        order = scores
+        if self.selection_bias is not None:
+            order = order + self.selection_bias.get_value()
+        if c.groups > 1:
+            grouped = order.reshape(len(order), c.groups, -1)
+            best = lax.top_k(grouped, 2)[0].sum(-1)
+            kept = jax.nn.one_hot(lax.top_k(best, c.used_groups)[1], c.groups, dtype=bool).any(1)
+            order = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(order.shape)
+        chosen = lax.top_k(order, c.used)[1]
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if c.routing == "chosen_softmax":
+            weights = jax.nn.softmax(weights)
+        if c.normalize:
+            weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), _LEAST_SUM)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.get_value()[chosen]
+        return chosen, weights * c.scale
+
+
+class DenseMoE(nnx.Module):
+    """An MLP and a mixture of experts, both of the stream as it is."""
+
+    def __init__(self, config: DenseMoEConfig, embed: int, *, rngs: nnx.Rngs):
+        c = config
+        self.dense_norm = Norm(c.norm, embed)
+        self.dense = MLP(c.dense, embed, rngs=rngs)
+        self.dense_post_norm = Norm(c.norm, embed)
+        self.moe_norm = Norm(c.norm, embed)
+        self.moe = MoE(c.moe, embed, rngs=rngs)
+        self.moe_post_norm = Norm(c.norm, embed)
+        self.router_norm = Norm(c.norm, embed)
+        self.router_scale = c.router_scale
+
+    def __call__(self, x: Array) -> Partials:
+        """`[..., embed]` to the same, as a single part."""
+        dense = self.dense_post_norm(meet(self.dense(self.dense_norm(x)), x.dtype))
+        routed_by = self.router_norm(x) * self.router_scale
+        routed = meet(self.moe(self.moe_norm(x), routed_by), x.dtype)
+        y = dense + self.moe_post_norm(routed)
+        return (Partial(y.astype(jnp.float32), (), EMBED),)
