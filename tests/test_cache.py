@@ -7,7 +7,7 @@ import pytest
 from helpers import SHAPES, continuation, nmse
 from tiny import fresh_rng
 
-from jaxsplit.models import init_cache
+from jaxsplit.models import AttentionCache, AttentionConfig, Batch, init_cache
 
 HEAD_DIM = 32
 
@@ -39,7 +39,7 @@ def test_a_smaller_cache_loses_little(load, path, tokens, dtype):
 )
 def test_bytes_of_a_cache(load, path, dtype, width):
     lm = load(path, split_mode="none", cache_dtype=dtype)
-    numbers = 2 * lm.config.layers * lm.config.kv_heads * lm.engine.context * HEAD_DIM
+    numbers = 2 * lm.config.layers * lm.config.attention.kv_heads * lm.engine.context * HEAD_DIM
     assert lm.cache_bytes == numbers * width
     split = load(path, split_mode="graph", devices=3, cache_dtype=dtype)
     assert split.cache_bytes == numbers * width / 3
@@ -77,8 +77,10 @@ SLOTS, KV_HEADS, CONTEXT = 3, 2, 10
 
 
 def written(keys, values, slots, positions, dtype):
-    (cache,) = init_cache(1, SLOTS, KV_HEADS, CONTEXT, HEAD_DIM, dtype)
-    return cache.update(keys, values, jnp.asarray(slots), jnp.asarray(positions))
+    layer = AttentionConfig(KV_HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM).cache(CONTEXT, dtype)
+    (cache,) = init_cache([layer], SLOTS)
+    batch = Batch(jnp.asarray(positions), jnp.asarray(slots))
+    return cache.write(AttentionCache.of(keys, values, dtype), batch)
 
 
 def as_floats(codes, scale):
@@ -108,10 +110,10 @@ def test_tokens_are_written_where_they_belong(dtype):
         # Half a step of 127, and the rounding of float32.
         step = np.abs(expected).max(axis=-1, keepdims=True) / 127 if scale is not None else 0
         assert (np.abs(found - expected) <= step * 0.5001).all()
-    read = cache.read(jnp.asarray([2]))
+    read = cache.read(Batch(jnp.zeros((1, 1), int), jnp.asarray([2])))
     for one, all_slots in zip(jax.tree.leaves(read), jax.tree.leaves(cache), strict=True):
         assert np.array_equal(one[0], all_slots[2])
-    assert cache.read(None) is cache
+    assert cache.read(Batch(jnp.zeros((3, 1), int))) is cache
 
 
 def test_the_largest_number_of_a_head_keeps_its_value():

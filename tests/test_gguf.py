@@ -1,6 +1,5 @@
 """GGUF files: what is read, what is refused, and which model the metadata describe."""
 
-import dataclasses
 import math
 import re
 import struct
@@ -17,7 +16,14 @@ import jaxsplit
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ARCHITECTURES, model_config, open_gguf
 from jaxsplit.loading import parameters
-from jaxsplit.models import ModelConfig, RopeConfig
+from jaxsplit.models import (
+    AttentionConfig,
+    BlockConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    RopeConfig,
+)
 from jaxsplit.models.layers import rope
 from jaxsplit.quant import TYPES
 
@@ -426,7 +432,7 @@ def test_a_tensor_type_without_a_name_is_refused(tmp_path):
         ),
         ({"output_norm.weight": [64]}, r"output_norm.weight has shape \(64,\).*\(128,\)"),
         ({"output.weight": [128, 161]}, r"output.weight has shape \(161, 128\).*\(160, 128\)"),
-        ({"output_norm.weight": [128, 1]}, r"output_norm.weight has shape"),
+        ({"output_norm.weight": [128, 2]}, r"output_norm.weight has shape"),
         ({"blk.0.attn_sinks.weight": [4]}, "blk.0.attn_sinks.weight is not used"),
         ({"blk.2.attn_q.weight": [128, 256]}, "blk.2.attn_q.weight is not used"),
         (
@@ -489,13 +495,11 @@ def test_a_file_without_architecture_is_refused(tmp_path):
         ("attention.head_count", "STRING", "four", "head_count"),
         ("attention.head_count_kv", "UINT32", 3, "head"),  # not a divisor of the 4 heads
         ("attention.head_count_kv", "UINT32", 8, "head"),
-        ("attention.value_length", "UINT32", 32, "width 32"),
         ("block_count", "UINT32", 0, "block_count"),
         ("context_length", "UINT32", 0, "context_length"),
         ("rope.dimension_count", "UINT32", 66, "rope.dimension_count"),  # wider than a head
         ("rope.dimension_count", "UINT32", 63, "rope.dimension_count"),  # odd
         ("rope.scaling.type", "STRING", "spiral", "'spiral' is not supported.*none, linear, yarn"),
-        ("expert_count", "UINT32", 8, "8 experts"),
     ],
 )
 def test_a_metadata_value_that_cannot_be_is_named(tmp_path, key, kind, value, message):
@@ -513,44 +517,38 @@ def test_a_metadata_value_that_cannot_be_is_named(tmp_path, key, kind, value, me
 
 EXPECTED = {
     "llama": {"head_dim": 64, "rope": {"dim": 64, "base": 500000.0}},
-    "llama-bias": {
-        "kv_heads": 4,
-        "qkv_bias": True,
-        "out_bias": True,
-        "mlp_bias": True,
-        "rope": {"dim": 32},
-    },
+    "llama-bias": {"kv_heads": 4, "bias": True, "rope": {"dim": 32}},
     "llama-linear": {"kv_heads": 1, "rope": {"dim": 32, "scaling": "linear", "factor": 4.0}},
     "llama-yarn": {"rope": {"dim": 32, "scaling": "yarn", "factor": 4.0, "original_context": 1024}},
     "llama-tied-ropefreqs": {
         "heads": 8,
         "tied": True,
-        "rope_factors": True,
-        "rope": {"dim": 32, "base": 500000.0},
+        "rope": {"dim": 32, "base": 500000.0, "factors": "freqs"},
     },
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_config_is_that_of_the_metadata(recipe_gguf, name):
-    expected = {
-        "architecture": "llama",
-        "vocab": 160,
-        "embed": 128,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 32,
-        "mlp": 192,
-        "context": 256,
-        "norm_epsilon": float(np.float32(0.001)),
-    } | EXPECTED[name]
-    rope = {"interleaved": True, "original_context": 256} | expected["rope"]
-    expected["rope"] = RopeConfig(**rope)
-    config = model_config(open_gguf(recipe_gguf(name)))
-    if config.rope.factor == 1:  # no scaling, whatever it is called
-        config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, scaling="none"))
-    assert config == ModelConfig(**expected)
+    usual = {"heads": 4, "kv_heads": 2, "head_dim": 32, "tied": False, "bias": False}
+    expected = usual | EXPECTED[name]
+    heads, kv_heads, head_dim, tied, bias = (expected[key] for key in usual)
+    norm = NormConfig("rms", float(np.float32(0.001)))
+    # Without a factor there is no scaling, whatever it is called.
+    rope = {"interleaved": True, "original_context": 256, "scaling": "linear"} | expected["rope"]
+    mixer = AttentionConfig(
+        heads,
+        kv_heads,
+        head_dim,
+        head_dim,
+        rope=RopeConfig(**rope),
+        qkv_bias=bias,
+        out_bias=bias,
+    )
+    block = BlockConfig(mixer, MLPConfig(192, bias=bias), mixer_norm=norm, mlp_norm=norm)
+    assert model_config(open_gguf(recipe_gguf(name))) == ModelConfig(
+        "llama", vocab=160, embed=128, context=256, blocks=(block, block), norm=norm, tied=tied
+    )
 
 
 def test_defaults_of_absent_keys_are_those_of_llama_cpp(tmp_path):
@@ -558,22 +556,32 @@ def test_defaults_of_absent_keys_are_those_of_llama_cpp(tmp_path):
     path = changed_recipe(
         tmp_path / "a.gguf", {f"llama.{key}": None for key in keys}, name="llama-bias"
     )
-    config = model_config(open_gguf(path))
-    assert (config.rope.base, config.rope.dim, config.kv_heads) == (10000.0, 32, 4)
+    attention = model_config(open_gguf(path)).attention
+    assert (attention.rope.base, attention.rope.dim, attention.kv_heads) == (10000.0, 32, 4)
 
 
-def test_a_value_for_each_layer_must_be_the_same_in_all(tmp_path):
-    for heads, message in ([2, 2], None), ([2, 4], "differs from layer to layer"):
-        changed = recipe("llama")
-        key = "llama.attention.head_count_kv"
-        changed["metadata"] = [m for m in changed["metadata"] if m[0] != key]
-        changed["metadata"].append((key, ["ARRAY", "INT32"], heads))
-        write_recipe(changed, tmp_path / "a.gguf")
-        if message is None:
-            assert model_config(open_gguf(tmp_path / "a.gguf")).kv_heads == 2
-        else:
-            with pytest.raises(JaxsplitError, match=f"{key} {message}"):
-                model_config(open_gguf(tmp_path / "a.gguf"))
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("attention.head_count_kv", [2, 4], None),
+        ("attention.head_count_kv", [2], "has no value for layer 1"),
+        ("attention.key_length", [64, 64], None),
+        ("attention.key_length", [64, 32], "differs from layer to layer"),
+    ],
+)
+def test_a_value_for_each_layer(tmp_path, key, values, message):
+    changed = recipe("llama")
+    key = f"llama.{key}"
+    changed["metadata"] = [m for m in changed["metadata"] if m[0] != key]
+    changed["metadata"].append((key, ["ARRAY", "INT32"], values))
+    write_recipe(changed, tmp_path / "a.gguf")
+    if message is None:
+        blocks = model_config(open_gguf(tmp_path / "a.gguf")).blocks
+        field = "kv_heads" if "head_count_kv" in key else "head_dim"
+        assert [getattr(block.mixer, field) for block in blocks] == values
+    else:
+        with pytest.raises(JaxsplitError, match=f"{key} {message}"):
+            model_config(open_gguf(tmp_path / "a.gguf"))
 
 
 # Rotary frequencies, in float64 and one pair at a time, from ggml's `rope_yarn`.
@@ -611,7 +619,7 @@ def check_frequencies(c):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_rotary_frequencies_of_the_recipes(recipe_gguf, name):
-    config = model_config(open_gguf(recipe_gguf(name))).rope
+    config = model_config(open_gguf(recipe_gguf(name))).attention.rope
     check_frequencies(config)
     assert (config.factor == 1) == np.array_equal(
         config.frequencies()[0], RopeConfig(config.dim, config.base).frequencies()[0]
@@ -633,7 +641,7 @@ def test_rotary_frequencies_of_random_models(rng):
 
 
 def rope_config(path, metadata, name="llama"):
-    return model_config(open_gguf(changed_recipe(path, metadata, name=name))).rope
+    return model_config(open_gguf(changed_recipe(path, metadata, name=name))).attention.rope
 
 
 def test_the_old_key_of_linear_scaling_is_read(tmp_path):

@@ -10,7 +10,15 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import ModelConfig, RopeConfig
+from jaxsplit.models import (
+    AttentionConfig,
+    Axis,
+    BlockConfig,
+    MLPConfig,
+    ModelConfig,
+    RopeConfig,
+)
+from jaxsplit.models.axes import EMBED
 from jaxsplit.parallel import (
     SPLIT_MODES,
     AxisLayout,
@@ -206,7 +214,7 @@ def test_devices_are_chosen():
 
 
 def test_an_unknown_split_mode_is_refused_and_the_known_are_listed():
-    for function in (split_mode, choose_devices, partition_in_mode):
+    for function in (split_mode, choose_devices, stage_in_mode):
         message = refused(r"--split_mode=diagonal is not supported", function, "diagonal")
         assert all(mode in message for mode in SPLIT_MODES)
 
@@ -260,22 +268,14 @@ def test_an_empty_list_of_devices_is_refused():
 
 # Partitions
 
-CONFIG = ModelConfig(
-    architecture="test",
-    vocab=101,
-    embed=64,
-    layers=1,
-    heads=6,
-    kv_heads=2,
-    head_dim=32,
-    mlp=160,
-    context=128,
-    norm_epsilon=1e-5,
-    rope=RopeConfig(dim=32),
-)
+BLOCK = BlockConfig(AttentionConfig(6, 2, 32, 32, RopeConfig(dim=32)), MLPConfig(160))
+CONFIG = ModelConfig("test", vocab=101, embed=64, context=128, blocks=(BLOCK,))
+HEADS_AXIS, KV_HEADS_AXIS = BLOCK.mixer.axes
+MLP_AXIS, VOCAB, EMBED_OUT = Axis("mlp", 160), Axis("vocab", 101), Axis("embed_out", 64)
+SIZES = {HEADS_AXIS: 6 * 32, KV_HEADS_AXIS: 2 * 32, MLP_AXIS: 160, VOCAB: 101, EMBED_OUT: 64}
 
 
-def partition_in_mode(mode, devices=4, **options):
+def stage_in_mode(mode, devices=4, **options):
     shape, places = {"tensor": devices}, jax.devices()[:devices]
     (stage,) = make_partition(CONFIG, mode, shape, places, **options).stages
     return stage
@@ -283,38 +283,37 @@ def partition_in_mode(mode, devices=4, **options):
 
 @pytest.mark.parametrize("devices", range(1, 9))
 def test_a_partition_lays_out_all_axes(devices):
-    partition = partition_in_mode("graph", devices, mlp_unit=32)
-    assert partition.mesh.shape == {"data": 1, "tensor": devices}
-    assert partition.mesh.devices.ravel().tolist() == jax.devices()[:devices]
-    originals = {"heads": 6 * 32, "kv_heads": 2 * 32, "mlp": 160, "vocab": 101}
-    assert (
-        originals.items()
-        <= {axis: layout.original for axis, layout in partition.layouts.items()}.items()
-    )
-    for axis, layout in partition.layouts.items():
-        assert layout.devices == (devices if axis != "embed_out" else 1), axis
+    stage = stage_in_mode("graph", devices, pieces={MLP_AXIS: 32})
+    assert stage.mesh.shape == {"data": 1, "expert": 1, "tensor": devices}
+    assert stage.mesh.devices.ravel().tolist() == jax.devices()[:devices]
+    for axis, size in SIZES.items():
+        layout = stage.layout(axis, size)
+        assert layout.original == size
+        assert layout.devices == (devices if axis != EMBED_OUT else 1), axis
         check_elements(layout)
-    assert partition.layouts["mlp"].unit == 32
-    # A mesh of one device splits nothing.
-    for axis in originals:
-        assert partition.rules.table.get(axis) == ("tensor" if devices > 1 else None), axis
+        assert stage.layout(axis.columns, size) == layout
+        assert stage.padded((size, 7), (axis, EMBED)) == (layout.size, 7)
+        # A mesh of one device splits nothing.
+        split = devices > 1 and axis != EMBED_OUT
+        assert stage.table.get(axis.name, ()) == (("tensor",) if split else ()), axis
+    assert stage.layout(MLP_AXIS, 160).unit == 32
+    assert stage.layout(EMBED, 64) is None
 
 
 def test_nothing_is_split_in_mode_none():
-    partition = partition_in_mode("none", 1)
-    assert partition.rules.table == {}
-    for layout in partition.layouts.values():
+    stage = stage_in_mode("none", 1)
+    assert stage.rules.table == {}
+    for axis, size in SIZES.items():
+        layout = stage.layout(axis, size)
         assert layout.devices == 1
         assert np.array_equal(layout.elements(), np.arange(layout.original))
 
 
 def test_specs_name_the_mesh_axis_of_split_axes_only():
-    partition = partition_in_mode("graph", 4, reduce_dtype=jnp.bfloat16)
-    assert partition.rules.reduce_dtype == jnp.bfloat16
-    assert partition.spec(("heads", "embed")) == PartitionSpec("tensor", None)
-    assert partition.spec(("embed", "mlp")) == PartitionSpec(None, "tensor")
-    assert partition.spec(("embed",)) == PartitionSpec(None)
-    assert partition.spec((None, "kv_heads", None, None)) == PartitionSpec(
-        None, "tensor", None, None
-    )
-    assert partition_in_mode("none", 1).spec(("heads", "mlp")) == PartitionSpec(None, None)
+    stage = stage_in_mode("graph", 4, reduce_dtype=jnp.bfloat16)
+    assert stage.rules.reduce_dtype == jnp.bfloat16
+    assert stage.spec((HEADS_AXIS, EMBED)) == PartitionSpec(("tensor",), None)
+    assert stage.spec((EMBED, MLP_AXIS)) == PartitionSpec(None, ("tensor",))
+    assert stage.spec((EMBED,)) == PartitionSpec(None)
+    assert stage.spec((None, KV_HEADS_AXIS, None)) == PartitionSpec(None, ("tensor",), None)
+    assert stage_in_mode("none", 1).spec((HEADS_AXIS, MLP_AXIS)) == PartitionSpec(None, None)

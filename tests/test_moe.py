@@ -13,6 +13,7 @@ from helpers import Q8_0, make_recipe, nmse, recipe_values
 from tiny import fresh_rng
 
 import jaxsplit
+from jaxsplit.engine.runner import DECODE_OPTIONS
 from jaxsplit.gguf import open_gguf
 from jaxsplit.gguf.architectures import model_config
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
@@ -148,13 +149,17 @@ def output(parts):
 
 
 def check(config, model, x, limit=1e-11):
+    """All tokens of a sequence, and each token a sequence of its own, as in a decode step."""
     expected = reference(config, params_of(model), x)
-    assert nmse(jax.jit(lambda x: output(model(x)))(x), expected) < limit
+    for shape in {x.shape, (len(x), 1, x.shape[1])}:
+        y = jax.jit(lambda x: output(model(x)))(x.reshape(shape))
+        assert nmse(y.reshape(x.shape), expected) < limit
 
 
 # Results
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("tokens", [1, 3, 50])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_equals_numpy(rng, name, tokens):
@@ -162,18 +167,12 @@ def test_a_mixture_equals_numpy(rng, name, tokens):
     check(MIXTURES[name], model, rng.normal(size=(tokens, EMBED)).astype(np.float32))
 
 
-def test_all_tokens_may_choose_the_same_experts(rng):
+def test_all_tokens_may_choose_the_same_experts(rng, quick_compilation):
     """Tiles of 128 rows for 300 tokens; five experts have none."""
     config = dataclasses.replace(BASE, selection_bias=True)
     model = random_moe(config, rng)
     model.selection_bias.set_value(jnp.where(jnp.arange(8) % 3 == 1, 10.0, 0))
     check(config, model, rng.normal(size=(300, EMBED)).astype(np.float32))
-
-
-def test_leading_dimensions_are_kept(rng):
-    model = random_moe(MIXTURES["of the chosen"], rng)
-    x = jnp.asarray(rng.normal(size=(2, 5, EMBED)), jnp.float32)
-    assert nmse(output(model(x)).reshape(10, -1), output(model(x.reshape(10, -1)))) < 1e-12
 
 
 def test_the_router_may_read_something_else(rng):
@@ -218,12 +217,13 @@ def quantized_moe(rng, kind, config, embed):
     return model
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K"])
 def test_experts_may_be_quantized(rng, kind):
     sizes = (TYPES[kind].block, max(TYPES[kind].block, EMBED))
     config = dataclasses.replace(BASE, expert=MLPConfig(sizes[0]))
     model = quantized_moe(rng, kind, config, sizes[1])
-    for tokens in (1, 5, 30):
+    for tokens in (2, 30):
         check(config, model, rng.normal(size=(tokens, sizes[1])).astype(np.float32), 1e-10)
 
 
@@ -240,7 +240,8 @@ def test_one_expert_at_a_time_is_dequantized(rng, kind, tokens):
         return nnx.merge(graph, state)(x)[0].value
 
     x = jax.ShapeDtypeStruct((tokens, embed), jnp.float32)
-    memory = jax.jit(run).lower(state, x).compile().memory_analysis()
+    program = jax.jit(run, compiler_options=DECODE_OPTIONS["cpu"] if tokens == 1 else None)
+    memory = program.lower(state, x).compile().memory_analysis()
     matrix = 4 * embed * hidden
     rows = 4 * tokens * (2 * embed + 3 * config.used * hidden)
     assert memory.temp_size_in_bytes < (2.2 if tokens > 1 or kind == "F32" else 0.6) * matrix + rows
@@ -249,27 +250,29 @@ def test_one_expert_at_a_time_is_dequantized(rng, kind, tokens):
 # Devices
 
 
-def experts_recipe(name, *, fused=False):
-    """A Qwen 2 MoE of random weights: 8 experts, 3 for each token, and a shared one."""
-    recipe = make_recipe(name, heads=4, kv_heads=2, mlp=96)
-    embed, experts, hidden, shared, arch = 128, 8, 96, 64, "qwen2moe"
-    kept = [t for t in recipe["tensors"] if not t["name"].endswith(("gate.weight", "up.weight"))]
-    kept = [t for t in kept if not t["name"].endswith("ffn_down.weight")]
-
-    def tensor(name, *shape):
-        spread = {"mean": 0.0, "std": 1.5 * shape[0] ** -0.5}
-        return {"name": name, "shape": shape, "low": -4.0, "high": 4.0, **spread}
-
-    for i in range(2):
-        stacks = (
-            {"gate_up_exps": (embed, 2 * hidden, experts)}
-            if fused
-            else dict.fromkeys(("gate_exps", "up_exps"), (embed, hidden, experts))
-        )
-        stacks |= {"down_exps": (hidden, embed, experts), "gate_inp": (embed, experts)}
-        stacks |= {"gate_inp_shexp": (embed,), "down_shexp": (shared, embed)}
-        stacks |= dict.fromkeys(("gate_shexp", "up_shexp"), (embed, shared))
-        kept += [tensor(f"blk.{i}.ffn_{end}.weight", *shape) for end, shape in stacks.items()]
+def experts_recipe(name, *, hidden=96, fused=False):
+    """A layer of a random Qwen 2 MoE: 8 experts, 3 for each token, and a shared one."""
+    recipe = make_recipe(name, heads=4, kv_heads=2, layers=1)
+    embed, experts, shared, arch = 128, 8, 64, "qwen2moe"
+    kept = [t for t in recipe["tensors"] if "ffn_" not in t["name"] or "norm" in t["name"]]
+    two = ["gate_up_exps"] if fused else ["gate_exps", "up_exps"]
+    stacks = {
+        **dict.fromkeys(two, (embed, 2 * hidden // len(two), experts)),
+        "down_exps": (hidden, embed, experts),
+        "gate_inp": (embed, experts),
+        "gate_inp_shexp": (embed,),
+        "gate_shexp": (embed, shared),
+        "up_shexp": (embed, shared),
+        "down_shexp": (shared, embed),
+    }
+    kept += [
+        {
+            "name": f"blk.0.ffn_{end}.weight",
+            "shape": shape,
+            **{"mean": 0.0, "std": 1.5 * shape[0] ** -0.5, "low": -4.0, "high": 4.0},
+        }
+        for end, shape in stacks.items()
+    ]
     numbers = {"count": experts, "used_count": 3, "feed_forward_length": hidden}
     metadata = [[key.replace("llama.", f"{arch}."), *rest] for key, *rest in recipe["metadata"]]
     metadata += [[f"{arch}.expert_{key}", ["UINT32"], value] for key, value in numbers.items()]
@@ -290,7 +293,7 @@ KINDS = {"F32": None, "Q8_0": {"inp.weight": "F32", "inp_shexp.weight": "F32", *
             ("graph", "tensor:3", "F32"),
         ),
         *(("graph", "expert:2,tensor:2", "Q8_0"), ("row", "expert:3,tensor:2", "F32")),
-        *(("row", "tensor:2", "Q8_0"), ("layer", "stage:2", "Q8_0")),
+        ("row", "tensor:2", "Q8_0"),
     ],
 )
 def test_every_mesh_computes_what_one_device_computes(load, recipe_gguf, rng, mode, mesh, kind):
@@ -316,9 +319,9 @@ def test_each_device_holds_its_experts(recipe_gguf):
 def test_gate_and_up_may_be_one_tensor(recipe_gguf):
     recipe = experts_recipe("fused", fused=True)
     lm = jaxsplit.load(recipe_gguf(recipe), split_mode="none", ctx_size=8)
-    spec = next(t for t in recipe["tensors"] if t["name"] == "blk.1.ffn_gate_up_exps.weight")
+    spec = next(t for t in recipe["tensors"] if t["name"] == "blk.0.ffn_gate_up_exps.weight")
     gate, up = np.split(recipe_values(recipe["seed"], spec), 2, axis=1)
-    experts = lm.model.blocks[1].mlp.experts
+    experts = lm.model.blocks[0].mlp.experts
     assert np.array_equal(experts.gate.kernel.get_value(), gate)
     assert np.array_equal(experts.up.kernel.get_value(), up)
 

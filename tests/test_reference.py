@@ -5,20 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import DATA, nmse, recipe
+from helpers import DATA, nmse
 
 import jaxsplit
 
-ARCHITECTURES = sorted(path.stem for path in (DATA / "arch").glob("*.json"))
 TEXTS = ("english", "python", "multilingual")
-
-
-@pytest.mark.parametrize("one_by_one", [False, True], ids=["at_once", "one_by_one"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_tiny_models_have_the_reference_logits(load, recipe_gguf, name, one_by_one):
-    lm = load(recipe_gguf(name), split_mode="none")
-    logits = lm.logits(recipe(name)["tokens"], one_by_one=one_by_one)
-    assert nmse(logits, np.load(DATA / "arch" / f"{name}.npy")) <= 1e-6
 
 
 @pytest.fixture(scope="module")

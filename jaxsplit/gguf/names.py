@@ -158,6 +158,7 @@ def tensor_names(
       JaxsplitError: tensors are missing, have another shape than the parameter, or would not be
         used; the message names them all.
     """
+    more = file.metadata.get(f"{file.architecture}.nextn_predict_layers", 0)
     found, problems, taken = {}, [], {}
     for path, shape in shapes.items():
         layer = "".join(re.findall(r"^blocks\.(\d+)\.", path))
@@ -195,11 +196,11 @@ def tensor_names(
     problems += sorted(
         f"{name} is not used by this architecture"
         for name in set(file.tensors) - set(taken)
-        if not re.match(unused, name) and not _is_beyond(name, config.layers)
+        if not re.match(unused, name) and not _is_beyond(name, config.layers, more)
     )
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise JaxsplitError(f"{file.path}: tensors do not fit: {'; '.join(problems[:5])}{more}")
+        rest = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise JaxsplitError(f"{file.path}: tensors do not fit: {'; '.join(problems[:5])}{rest}")
     return found
 
 
@@ -214,7 +215,7 @@ def _fits(tensor: tuple[int, ...], param: tuple[int, ...], rows: np.ndarray | No
     return available == math.prod(param[:-1]) if rows is None else int(rows.max()) < available
 
 
-def _is_beyond(name: str, layers: int) -> bool:
-    """Whether a tensor belongs to a layer that predicts more tokens than the next."""
+def _is_beyond(name: str, layers: int, more: int) -> bool:
+    """Whether a tensor belongs to one of the layers that predict more tokens than the next."""
     match = re.match(r"blk\.(\d+)\.", name)
-    return match is not None and int(match[1]) >= layers
+    return match is not None and layers <= int(match[1]) < layers + more

@@ -94,7 +94,7 @@ class Partial:
       value: float32 `[..., rows]`: this device's rows, summed over this device's columns.
       columns: the axes over which it is still to be added up.
       rows: the rows' axis.
-      bias: float32 `[embed]`, added once; None: none.
+      bias: float32 `[embed]` or `[..., embed]`, added once; None: none.
     """
 
     value: Array

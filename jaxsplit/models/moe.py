@@ -1,6 +1,7 @@
 """Mixtures of experts: each token is given to a few of many MLPs."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxsplit.quant import QTensor, matmul
 
 ROUTER = Axis("router")
 _AT_ONCE = 64  # pairs whose products with quantized experts need little memory
-_LARGEST_TILE = 128
+_LEAST_TILE, _LARGEST_TILE = 8, 128
 _LEAST_SUM = 2.0**-14  # llama.cpp's bound of what weights are divided by
 
 
@@ -91,14 +92,16 @@ def make_tiles(chosen: Array, weights: Array, axis: Axis, rows: int) -> Tiles:
     )
 
 
-def tile_rows(pairs: int, experts: int) -> int:
+def tile_rows(pairs: int, experts: int, *, step: bool) -> int:
     """How many pairs to multiply with an expert at a time.
 
-    Single rows read an expert's weights as they are stored; more are worth it once tokens share
-    experts.
+    In a decode step single rows read an expert's weights as they are stored, until tokens share
+    experts. Else an expert is dequantized for every tile, about once if pairs are spread evenly.
     """
     mean = pairs / experts
-    return 1 if mean <= 2 else min(_LARGEST_TILE, 1 << int(2 * mean).bit_length())
+    if step and mean <= 2:
+        return 1
+    return min(_LARGEST_TILE, max(_LEAST_TILE, 1 << (math.ceil(2 * mean) - 1).bit_length()))
 
 
 class ExpertLinear(nnx.Module):
@@ -148,25 +151,30 @@ class Experts(nnx.Module):
         """The weighted sum of what the chosen experts make of each token.
 
         Args:
-          x: `[tokens, embed]`.
-          chosen: int32 `[tokens, used]`: experts, no two alike.
-          weights: float32 `[tokens, used]`.
+          x: `[..., time, embed]`.
+          chosen: int32 `[..., time, used]`: experts, no two alike.
+          weights: float32, likewise.
           weigh_input: weights multiply the experts' input, not their output.
 
         Returns:
-          a part of `[tokens, embed]`.
+          a part of `[..., time, embed]`.
         """
         stacks = [s.kernel.get_value() for s in (self.gate, self.up, self.down) if s is not None]
         quantized = all(isinstance(stack, QTensor) for stack in stacks)
-        if quantized and chosen.size <= _AT_ONCE and not is_split(self.axis):
-            total = self._at_once(x, chosen, weights, weigh_input)
+        step = x.shape[-2] == 1
+        tokens = x.reshape(-1, x.shape[-1])
+        pairs = [a.reshape(-1, a.shape[-1]) for a in (chosen, weights)]
+        if step and chosen.size <= _AT_ONCE and quantized and not is_split(self.axis):
+            total = self._at_once(tokens, *pairs, weigh_input)
         else:
-            rows = tile_rows(chosen.size, self.axis.units)
-            total = self._by_tiles(x, make_tiles(chosen, weights, self.axis, rows), weigh_input)
+            rows = tile_rows(chosen.size, self.axis.units, step=step)
+            tiles = make_tiles(*pairs, self.axis, rows)
+            total = self._by_tiles(tokens, tiles, weigh_input)
         bias = None
         if self.down_bias is not None:
             bias = self.down_bias.get_value()[chosen]
-            bias = (bias if weigh_input else bias * weights[..., None]).sum(1)
+            bias = (bias if weigh_input else bias * weights[..., None]).sum(-2)
+        total = total.reshape(*x.shape[:-1], -1)
         return Partial(total, (self.axis, self.mlp.columns), self.rows, bias)
 
     def _at_once(self, x: Array, chosen: Array, weights: Array, weigh_input: bool) -> Array:
@@ -235,22 +243,15 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Array, routed_by: Array | None = None) -> Partials:
         """`[..., embed]` to parts of the same; the router reads `routed_by`, if given."""
-        tokens = x.reshape(-1, x.shape[-1])
-        chosen, weights = self.route(tokens if routed_by is None else routed_by)
-        routed = self.experts(tokens, chosen, weights, weigh_input=self.config.weigh_input)
-        parts = [routed] if self.shared is None else [routed, *self.shared(tokens)]
+        chosen, weights = self.route(x if routed_by is None else routed_by)
+        routed = self.experts(x, chosen, weights, weigh_input=self.config.weigh_input)
+        if self.shared is None:
+            return (routed,)
+        (shared,) = self.shared(x)
         if self.shared_gate is not None:
-            gate = tokens.astype(jnp.float32) * self.shared_gate.get_value()
-            gate = jax.nn.sigmoid(gate.sum(-1, keepdims=True))
-            parts[1] = dataclasses.replace(parts[1], value=parts[1].value * gate)
-
-        def shaped(y: Array | None) -> Array | None:
-            return y if y is None or y.ndim == 1 else y.reshape(*x.shape[:-1], -1)
-
-        return tuple(
-            dataclasses.replace(part, value=shaped(part.value), bias=shaped(part.bias))
-            for part in parts
-        )
+            gate = (x.astype(jnp.float32) * self.shared_gate.get_value()).sum(-1, keepdims=True)
+            shared = dataclasses.replace(shared, value=shared.value * jax.nn.sigmoid(gate))
+        return routed, shared
 
     def route(self, x: Array) -> tuple[Array, Array]:
         """Which experts tokens are given to, and with what weights.
@@ -261,10 +262,10 @@ class MoE(nnx.Module):
           x: `[..., embed]`.
 
         Returns:
-          int32 and float32 `[tokens, used]`.
+          int32 and float32 `[..., used]`.
         """
         c = self.config
-        logits = self.router(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+        logits = self.router(x.astype(jnp.float32))
         scores = logits
         if c.routing == "softmax":
             scores = jax.nn.softmax(logits)
@@ -274,9 +275,9 @@ class MoE(nnx.Module):
         if self.selection_bias is not None:
             order = order + self.selection_bias.get_value()
         if c.groups > 1:
-            grouped = order.reshape(len(order), c.groups, -1)
-            best = lax.top_k(grouped, 2)[0].sum(-1)
-            kept = jax.nn.one_hot(lax.top_k(best, c.used_groups)[1], c.groups, dtype=bool).any(1)
+            grouped = order.reshape(*order.shape[:-1], c.groups, -1)
+            best = lax.top_k(lax.top_k(grouped, 2)[0].sum(-1), c.used_groups)[1]
+            kept = jax.nn.one_hot(best, c.groups, dtype=bool).any(-2)
             order = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(order.shape)
         chosen = lax.top_k(order, c.used)[1]
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
