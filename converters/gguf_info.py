@@ -3,7 +3,6 @@
 python converters/gguf_info.py FILE.gguf [--json]
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -36,7 +35,7 @@ def types(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
 def describe(file: ModelFile) -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
     try:
-        config = dataclasses.asdict(model_config(file))
+        config = model_config(file).summary()
     except JaxsplitError as error:
         config = {"not supported": str(error)}
     metadata = {

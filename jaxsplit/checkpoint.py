@@ -8,6 +8,7 @@ Tensors are stored whole and unpadded, so that any mesh can restore what any oth
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import GGUFTensor, ModelFile, TensorInfo
@@ -126,7 +127,7 @@ def save_checkpoint(
             if progress:
                 progress(done, total)
         header = {"format": _FORMAT, "metadata": file.metadata, "tensors": table}
-        (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        (partial / "config.json").write_text(json.dumps(config.summary(), indent=1))
         (partial / "model.json").write_text(json.dumps(header), "utf-8")
         partial.rename(path)
     except OSError as error:
@@ -221,15 +222,19 @@ def _in_order(index: np.ndarray) -> bool:
 
 def _arrange(raw: jax.Array, source: Source, place: Placement) -> jax.Array:
     """Blocks that every device has whole, cut and padded as the placement says."""
-    mesh, spec = place.sharding.mesh, place.sharding.spec
-    block_bytes = raw.shape[-1]
+    rows = source.tensor_rows(place.rows).astype(np.int32)
+    arranger = _arranger(place.sharding.mesh, place.sharding.spec, source.is_matrix)
+    return arranger(raw, rows, place.columns)
+
+
+@functools.cache
+def _arranger(mesh: Mesh, spec: PartitionSpec, matrix: bool) -> Callable[..., jax.Array]:
+    """The program that does it; compiled once for each shape."""
 
     def local(raw: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        raw = raw.reshape(-1, raw.shape[-2] if source.is_matrix else 1, block_bytes)
+        raw = raw.reshape(-1, raw.shape[-2] if matrix else 1, raw.shape[-1])
         kept = (rows >= 0)[..., None, None] & (columns >= 0)[:, None]
         return jnp.where(kept, raw[rows][..., columns, :], 0).astype(jnp.uint8)
 
     specs = (PartitionSpec(), PartitionSpec(*spec[:-2]), PartitionSpec(spec[-2]))
-    arranged = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec)
-    rows = source.tensor_rows(place.rows)
-    return jax.jit(arranged)(raw, rows.astype(np.int32), place.columns)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec))

@@ -15,6 +15,8 @@ from jaxsplit.engine import SamplingConfig
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import model_config, open_gguf
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parent.parent
 TOKENS = np.random.default_rng().integers(0, 160, 20).tolist()
 
@@ -79,7 +81,8 @@ def test_metadata_survive(mixed):
     file, stored = open_gguf(path), open_checkpoint(checkpoint)
     assert stored.metadata == file.metadata
     assert model_config(stored) == model_config(file)
-    assert json.loads((checkpoint / "config.json").read_text())["heads"] == 4
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert [layer["mixer"]["heads"] for layer in config["blocks"].values()] == [4]
 
 
 def test_an_interrupted_conversion_leaves_nothing(mixed, tmp_path):
@@ -134,7 +137,8 @@ def test_the_converters_as_programs(mixed, tmp_path):
         shown = json.loads(run("converters/gguf_info.py", path, "--json").stdout)
         assert shown["architecture"] == "llama"
         assert shown["types"]["Q4_K"]["tensors"] == 13
-        assert shown["config"]["heads"] == 4
+        assert list(shown["config"]["blocks"]) == ["0-1"]
+        assert shown["config"]["blocks"]["0-1"]["mixer"]["heads"] == 4
         assert "Q6_K" in run("converters/gguf_info.py", path).stdout
     missing = run("converters/gguf_info.py", tmp_path / "missing.gguf")
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)

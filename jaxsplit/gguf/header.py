@@ -6,13 +6,8 @@ from typing import Any
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.reader import ModelFile
-from jaxsplit.models.config import (
-    AttentionConfig,
-    MLPConfig,
-    MoEConfig,
-    NormConfig,
-    RopeConfig,
-)
+from jaxsplit.models.config import MLPConfig, MoEConfig
+from jaxsplit.models.mixer_config import AttentionConfig, NormConfig, RopeConfig
 
 _ROUTINGS = {1: "softmax", 2: "sigmoid", 3: "chosen_softmax"}
 _SCALINGS = ("none", "linear", "yarn", "longrope")

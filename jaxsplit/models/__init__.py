@@ -10,20 +10,17 @@ from jaxsplit.models.cache import (
     RecurrentCache,
     init_cache,
 )
-from jaxsplit.models.config import (
+from jaxsplit.models.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
+from jaxsplit.models.decoder import Block, Decoder
+from jaxsplit.models.layers import Embedding, Linear, Norm
+from jaxsplit.models.mixer_config import (
     AttentionConfig,
-    BlockConfig,
     DeltaNetConfig,
     Mamba2Config,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
     NormConfig,
     RopeConfig,
     ShortConvConfig,
 )
-from jaxsplit.models.decoder import Block, Decoder
-from jaxsplit.models.layers import Embedding, Linear, Norm
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import MoE
 from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv

@@ -10,8 +10,8 @@ from jax import Array, lax
 
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.models.config import AttentionConfig, NormConfig
 from jaxsplit.models.layers import Linear, Norm, Partials, rope
+from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
 
 
 class Attention(nnx.Module):

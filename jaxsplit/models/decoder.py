@@ -14,18 +14,7 @@ from jax import Array
 from jaxsplit.models.attention import Attention
 from jaxsplit.models.axes import EMBED, Axis
 from jaxsplit.models.cache import Batch, Cache
-from jaxsplit.models.config import (
-    AttentionConfig,
-    BlockConfig,
-    DeltaNetConfig,
-    DenseMoEConfig,
-    LatentAttentionConfig,
-    Mamba2Config,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    ShortConvConfig,
-)
+from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.latent import LatentAttention
 from jaxsplit.models.layers import (
     Embedding,
@@ -36,6 +25,13 @@ from jaxsplit.models.layers import (
     meet,
     norm,
     param,
+)
+from jaxsplit.models.mixer_config import (
+    AttentionConfig,
+    DeltaNetConfig,
+    LatentAttentionConfig,
+    Mamba2Config,
+    ShortConvConfig,
 )
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE

@@ -8,8 +8,8 @@ from jax import Array
 from jaxsplit.models.attention import attend, recall
 from jaxsplit.models.axes import EMBED, LATENT, Axis
 from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.models.config import AttentionConfig, LatentAttentionConfig
 from jaxsplit.models.layers import Linear, Norm, Partials, param, rope
+from jaxsplit.models.mixer_config import AttentionConfig, LatentAttentionConfig
 from jaxsplit.quant import Weight, dequantize, matmul
 
 

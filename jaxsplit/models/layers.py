@@ -25,7 +25,7 @@ from jaxsplit.models.axes import (
     sum_over,
     total_over,
 )
-from jaxsplit.models.config import NormConfig, RopeConfig
+from jaxsplit.models.mixer_config import NormConfig, RopeConfig
 from jaxsplit.quant import matmul, take_rows
 
 

@@ -12,13 +12,13 @@ from jax import Array, lax
 
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, is_split, local_units, total_over
 from jaxsplit.models.cache import Batch, RecurrentCache
-from jaxsplit.models.config import (
+from jaxsplit.models.layers import Linear, Partials, norm, param
+from jaxsplit.models.mixer_config import (
     DeltaNetConfig,
     LinearAttentionConfig,
     Mamba2Config,
     ShortConvConfig,
 )
-from jaxsplit.models.layers import Linear, Partials, norm, param
 
 _CHUNK = 64
 _HIGHEST = lax.Precision.HIGHEST

@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import Names
-from jaxsplit.models.config import BlockConfig, ModelConfig, RopeConfig
+from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.mixer_config import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)

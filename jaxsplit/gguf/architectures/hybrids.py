@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf.architectures.dense import head_norms, scaled
-from jaxsplit.gguf.architectures.entry import Architecture, decoder
+from jaxsplit.gguf.architectures.entry import Architecture, decoder, head_norms, scaled
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import NAMES, Names, Rows, block_names
-from jaxsplit.models.config import (
+from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.mixer_config import (
     AttentionConfig,
-    BlockConfig,
     DeltaNetConfig,
     Mamba2Config,
-    ModelConfig,
     ShortConvConfig,
 )
 

@@ -8,7 +8,8 @@ import numpy as np
 from jaxsplit.gguf.architectures.entry import Architecture, decoder
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import Rows, block_names
-from jaxsplit.models.config import BlockConfig, LatentAttentionConfig, ModelConfig
+from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.mixer_config import LatentAttentionConfig
 
 
 def _deepseek2(header: Header) -> ModelConfig:

@@ -3,10 +3,10 @@
 from functools import partial
 from typing import Any
 
-from jaxsplit.gguf.architectures.dense import head_norms, scaled
-from jaxsplit.gguf.architectures.entry import Architecture, decoder
+from jaxsplit.gguf.architectures.entry import Architecture, decoder, head_norms, scaled
 from jaxsplit.gguf.header import Header
-from jaxsplit.models.config import ModelConfig, NormConfig
+from jaxsplit.models.config import ModelConfig
+from jaxsplit.models.mixer_config import NormConfig
 
 _NORMALIZED = {"normalize": True}
 
