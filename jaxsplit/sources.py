@@ -156,20 +156,33 @@ def stage_bytes(
     held, extra = 0, 0.0
     for path, param in abstract_parameters(config, stage.layers).items():
         source = sources[path]
-        blocks = place(stage, source, param.axes)
-        block_bytes = source.tensor.blocks_shape[-1]
-        dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
-        whole = (*blocks.shape, block_bytes)
-        local = blocks.sharding.shard_shape(whole)
-        size = _unpacked_bytes(source.type, local, blocks.granule, dtype)
-        shards = math.prod(whole) // math.prod(local)
+        size = parameter_bytes(stage, source, param.axes, weights)
         held += size
+        shards = math.prod(stage.shards(axis) for axis in param.axes if axis.name in stage.table)
         if shards > 1:
-            rows = source.shape if not source.is_matrix else source.shape[:-1]
+            rows = source.shape[:-1] if source.is_matrix else source.shape
             columns = source.shape[-1] // source.block_size if source.is_matrix else 1
-            whole = (*rows, columns, block_bytes)
+            whole = (*rows, columns, source.tensor.blocks_shape[-1])
+            dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
             extra += size - _unpacked_bytes(source.type, whole, None, dtype) / shards
     return held, round(extra)
+
+
+def parameter_bytes(
+    stage: Stage, source: Source, axes: Sequence[Axis], weights: jnp.dtype | None = None
+) -> int:
+    """Bytes of a parameter on each device of a stage.
+
+    Args:
+      stage: where.
+      source: what it is made of.
+      axes: its logical axes.
+      weights: dequantized to this dtype, if it is a matrix; None: as in the file.
+    """
+    blocks = place(stage, source, axes)
+    local = blocks.sharding.shard_shape((*blocks.shape, source.tensor.blocks_shape[-1]))
+    dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
+    return _unpacked_bytes(source.type, local, blocks.granule, dtype)
 
 
 @functools.cache

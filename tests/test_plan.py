@@ -1,6 +1,7 @@
 """Plans: memory, collectives and their bytes against what the devices and the compiled text say."""
 
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -40,6 +41,9 @@ def models(recipe_gguf):
         "Q8_0": recipe_gguf(wide, norms | {".weight": "Q8_0"}),
         "Q4_K_M": DATA / "quant" / "quant-mix-Q4_K_M.gguf",
         "tied": recipe_gguf("llama-tied-ropefreqs"),
+        "experts": DATA / "quant" / "quant-moe-Q4_K_M.gguf",
+        "windows": recipe_gguf("gemma4"),
+        "hybrid": recipe_gguf("qwen35moe"),
     }
 
 
@@ -53,8 +57,15 @@ def plan_of(path, split, **options):
     return make_plan(parameter_sources(file, config), config, mode, shape, kinds, **options)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_K_M", "tied"])
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *itertools.product(["Q8_0", "Q4_K_M", "tied"], SPLITS),
+        *(("experts", f"graph@{mesh}") for mesh in ("tensor:3", "expert:3", "expert:2,tensor:2")),
+        *(("experts", "row@tensor:2"), ("windows", "layer@stage:3"), ("windows", "graph@tensor:3")),
+        *(("hybrid", "row@tensor:3"), ("hybrid", "graph@stage:2,tensor:2")),
+    ],
+)
 def test_what_is_planned_is_what_devices_hold_and_exchange(models, name, split):
     mode, _, mesh = split.partition("@")
     lm = jaxsplit.load(

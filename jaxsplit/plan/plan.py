@@ -12,11 +12,17 @@ from jax.sharding import NamedSharding
 
 from jaxsplit.engine.runner import cache_specs, stage_cache
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import Axis, ModelConfig
+from jaxsplit.models import ModelConfig
 from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
-from jaxsplit.sources import Sources, abstract_parameters, split_model, stage_bytes
+from jaxsplit.sources import (
+    Sources,
+    abstract_parameters,
+    parameter_bytes,
+    split_model,
+    stage_bytes,
+)
 
 # Measured (benchmarks/RESULTS.md): what products of one row reach of the memory's bandwidth, with
 # weights of less than 8 bits and with others, and matrix products of the device's FLOP/s.
@@ -215,10 +221,7 @@ def make_plan(
         cache = _cache_bytes(config, stage, group_slots, context, cache_dtype)
         decode = trace_decode(config, stage, dtype, context, group_slots)
         prefill = trace_prefill(config, stage, dtype, context, chunk)
-        first = stage.layers.start == 0 and not config.tied
-        vocab = Axis("vocab", config.vocab)
-        unread = sources["embedding.table"].nbytes // stage.shards(vocab) if first else 0
-        read = held - unread + cache
+        read = held - _unread(sources, config, stage, weights, group_slots) + cache
         scores = 4 * chunk * context * _widest(config, stage, "heads")
         plans.append(
             StagePlan(
@@ -239,6 +242,27 @@ def make_plan(
     widths = [config.stream_width(stage.layers.start) for stage in partition.stages[1:]]
     size = group_slots // partition.data * sum(width * itemsize + 8 for width in widths)
     return Plan(partition, tuple(plans), chunk, slots, (borders, size), tuple(kinds))
+
+
+def _unread(
+    sources: Sources, config: ModelConfig, stage: Stage, weights: jnp.dtype | None, tokens: int
+) -> int:
+    """Bytes of a stage's parameters on each device that a decode step does not need: embeddings of
+    other tokens, and experts that are not chosen, if tokens choose evenly."""
+    params = abstract_parameters(config, stage.layers)
+    unread = 0.0
+    for path, param in params.items():
+        share = 0.0
+        if path.endswith("embedding.table"):
+            last = stage.layers.stop == config.layers
+            share = 0.0 if config.tied and last and path == "embedding.table" else 1.0
+        elif param.axes[0].name == "experts":
+            mlp = config.blocks[int(path.split(".")[1])].mlp
+            moe = getattr(mlp, "moe", mlp)
+            share = (1 - moe.used / moe.experts) ** (tokens // stage.mesh.shape["data"])
+        if share:
+            unread += share * parameter_bytes(stage, sources[path], param.axes, weights)
+    return round(unread)
 
 
 def _cache_bytes(
@@ -319,11 +343,13 @@ def _meeting(kind: DeviceKind, work: Work) -> float:
     return sum(work.collectives.values()) * kind.meet_seconds + sent / 2 / kind.link
 
 
-def candidates(devices: int) -> list[tuple[str, dict[str, int]]]:
-    """Every split mode on so many devices, and every mesh of stages and parts of layers."""
+def candidates(devices: int, *, experts: bool = False) -> list[tuple[str, dict[str, int]]]:
+    """Every split mode on so many devices, and every mesh of stages and parts of layers; with
+    experts, a mesh of them."""
     found: list[tuple[str, dict[str, int]]] = [("none", {"tensor": 1})]
     if devices > 1:
         found += [(mode, {s.axis: devices}) for mode, s in SPLIT_MODES.items() if s.axis]
+        found += [("graph", {"expert": devices})] * experts
         found += [
             ("graph", {"stage": stages, "tensor": devices // stages})
             for stages in range(2, devices)
@@ -368,8 +394,9 @@ def best_plans(
       kinds: of the devices.
       **options: as in `make_plan`.
     """
+    has_experts = any("experts" in path for path in sources)
     plans = [
         make_plan(sources, config, mode, shape, kinds[: math.prod(shape.values())], **options)
-        for mode, shape in candidates(len(kinds))
+        for mode, shape in candidates(len(kinds), experts=has_experts)
     ]
     return sorted(plans, key=lambda plan: (not plan.fits, -plan.decode_rate))

@@ -15,7 +15,8 @@ from jaxsplit.engine import SamplingConfig
 from jaxsplit.engine.runner import StageRunner, stage_cache
 from jaxsplit.engine.sampling import SamplingValues
 from jaxsplit.engine.steps import DecodeState
-from jaxsplit.models import BlockConfig, ModelConfig
+from jaxsplit.models import Axis, BlockConfig, ModelConfig, MoEConfig
+from jaxsplit.models.moe import tile_rows
 from jaxsplit.parallel import Stage
 from jaxsplit.sources import abstract_decoder, parameters
 
@@ -130,20 +131,47 @@ def _trace_layers(
         x = None if runner.first else runner.input(slots, 1)
         program, arguments = runner.relay(), (runner.params, cache, x, ints((slots, 2)))
     work = Work()
-    for equation in _equations(jax.make_jaxpr(program)(*arguments).jaxpr):
-        work = work.plus(_work_of(equation))
-    return work
+    for equation, times in _equations(jax.make_jaxpr(program)(*arguments).jaxpr):
+        work = work.plus(_work_of(equation), times)
+    tokens = slots // stage.mesh.shape["data"] if length is None else length
+    return work.plus(_work_of_experts(config, stage, tokens, step=length is None))
 
 
-def _equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
-    """All equations, those of inner programs too; of a choice between programs, of the first."""
+def _equations(
+    jaxpr: jax.extend.core.Jaxpr, times: int = 1
+) -> Iterator[tuple[jax.extend.core.JaxprEqn, int]]:
+    """All equations and how often they run, those of inner programs too.
+
+    Of a choice between programs the first counts; a loop whose end is not known does not.
+    """
     for equation in jaxpr.eqns:
-        yield equation
-        inner = equation.params.get("branches", list(equation.params.values()))
+        yield equation, times
+        inner = list(equation.params.get("branches", equation.params.values()))
+        if equation.primitive.name == "while":
+            continue
         for value in inner[:1] if "branches" in equation.params else inner:
             value = getattr(value, "jaxpr", value)
             if hasattr(value, "eqns"):
-                yield from _equations(value)
+                yield from _equations(value, times * equation.params.get("length", 1))
+
+
+def _work_of_experts(config: ModelConfig, stage: Stage, tokens: int, *, step: bool) -> Work:
+    """What experts do in loops that run as often as tokens choose them, if they choose evenly."""
+    flops = 0.0
+    for layer in stage.layers:
+        mlp = config.blocks[layer].mlp
+        moe = getattr(mlp, "moe", mlp)
+        if not isinstance(moe, MoEConfig):
+            continue
+        experts = Axis("experts", moe.experts)
+        pairs = tokens * moe.used
+        if tile_rows(pairs, moe.experts, step=step) == 1 and stage.shards(experts) == 1:
+            continue  # a loop of known length
+        layout = stage.layout(Axis("expert_mlp", moe.expert.hidden))
+        hidden = layout.size // layout.devices
+        matrices = 3 if moe.expert.gated else 2
+        flops += 2 * pairs / stage.shards(experts) * matrices * config.embed * hidden
+    return Work(round(flops))
 
 
 def _work_of(equation: jax.extend.core.JaxprEqn) -> Work:
