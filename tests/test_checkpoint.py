@@ -61,11 +61,17 @@ def test_heads_that_do_not_divide_are_restored(recipe_gguf, tmp_path, heads):
         assert np.array_equal(chosen(checkpoint, devices)[0], chosen(path, devices)[0])
 
 
-def test_biases_and_frequency_factors_are_restored(recipe_gguf, tmp_path):
-    for name in ("llama-bias", "llama-tied-ropefreqs"):
-        checkpoint = convert(recipe_gguf(name), tmp_path / name)
-        expected = chosen(recipe_gguf(name), 3)[0]
-        assert np.array_equal(chosen(checkpoint, 3)[0], expected)
+@pytest.mark.parametrize(
+    "name", ["llama-bias", "llama-tied-ropefreqs", "phi3", "deepseek2-nomla", "qwen35moe"]
+)
+def test_parts_of_tensors_stacks_and_vectors_are_restored(recipe_gguf, tmp_path, name):
+    path = recipe_gguf(name)
+    checkpoint = convert(path, tmp_path / name)
+    expected, restored = (
+        jaxsplit.load(source, devices=3, dtype="float32", ctx_size=64).logits(TOKENS)
+        for source in (path, checkpoint)
+    )
+    assert np.array_equal(restored, expected)
 
 
 def test_dequantized_checkpoints(mixed, tmp_path):

@@ -57,6 +57,7 @@ def plan_of(path, split, **options):
     return make_plan(parameter_sources(file, config), config, mode, shape, kinds, **options)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("name", "split"),
     [

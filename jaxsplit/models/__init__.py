@@ -12,17 +12,19 @@ from jaxsplit.models.cache import (
 )
 from jaxsplit.models.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.decoder import Block, Decoder
+from jaxsplit.models.latent import LatentAttention
 from jaxsplit.models.layers import Embedding, Linear, Norm
 from jaxsplit.models.mixer_config import (
     AttentionConfig,
     DeltaNetConfig,
+    LatentAttentionConfig,
     Mamba2Config,
     NormConfig,
     RopeConfig,
     ShortConvConfig,
 )
 from jaxsplit.models.mlp import MLP
-from jaxsplit.models.moe import MoE
+from jaxsplit.models.moe import DenseMoE, MoE
 from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
 
 __all__ = [
@@ -40,7 +42,11 @@ __all__ = [
     "Decoder",
     "DeltaNet",
     "DeltaNetConfig",
+    "DenseMoE",
+    "DenseMoEConfig",
     "Embedding",
+    "LatentAttention",
+    "LatentAttentionConfig",
     "Linear",
     "MLPConfig",
     "Mamba2",

@@ -1,0 +1,158 @@
+"""Writes docs/architectures.md: the architectures that run, what they are made of, and how that is
+checked. Run it after adding one: `python docs/architectures.py`."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxsplit.gguf import ARCHITECTURES, ModelFile, TensorInfo, model_config
+from jaxsplit.models import (
+    AttentionConfig,
+    BlockConfig,
+    DeltaNetConfig,
+    LatentAttentionConfig,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    ShortConvConfig,
+)
+
+RECIPES = Path(__file__).parent.parent / "tests" / "data" / "arch"
+TABLE = Path(__file__).with_suffix(".md")
+MIXERS = {
+    AttentionConfig: "attention",
+    LatentAttentionConfig: "latent attention",
+    DeltaNetConfig: "gated delta-net",
+    Mamba2Config: "Mamba-2",
+    ShortConvConfig: "short convolution",
+}
+
+HEAD = """# Architectures
+
+Every architecture runs in every split mode, on any number of devices, with every quantization type.
+Others are refused by name. This table is made by `docs/architectures.py` from the configs of the
+models that the tests check.
+
+**How they are checked:** each variant is a tiny model with logits of llama.cpp in float32
+(`tests/data/arch`). The whole prompt at once and one token at a time agree with them (NMSE at most
+1e-6); `graph`, `row` and `layer` on 2, 3 and 4 devices agree with one device (at most 1e-9). `make
+test` takes some of the combinations, `pytest -m full` takes all.
+
+| GGUF architecture | mixer | MLP | norms, residual, head | variants checked |
+|---|---|---|---|---|
+"""
+
+
+def mixer(c: Any) -> Iterator[str]:
+    """Words for a mixer."""
+    yield MIXERS[type(c)]
+    if getattr(c, "window", None):
+        yield "chunks" if c.chunked else "sliding window"
+    if isinstance(c, LatentAttentionConfig | AttentionConfig):
+        rope = c.rope
+        if rope is None:
+            yield "no RoPE" if c.alibi is None else "ALiBi"
+        else:
+            yield f"RoPE by {'neighbours' if rope.interleaved else 'halves'}"
+            if rope.dim < c.head_dim and isinstance(c, AttentionConfig):
+                yield "partial RoPE"
+            if rope.factor != 1 and rope.scaling != "none":
+                yield rope.scaling
+            if rope.factors:
+                yield "frequency factors"
+    if isinstance(c, AttentionConfig):
+        words = {
+            "softcap": "soft-cap",
+            "clamp": "clamped q, k, v",
+            "sinks": "sinks",
+            "gate": "output gate",
+            "temperature": "temperature by position",
+            "value_norm": "v norm",
+            "value_is_key": "K = V",
+            "borrows": "shared K, V",
+            "qkv_bias": "biases",
+        }
+        yield from (word for field, word in words.items() if getattr(c, field))
+        if c.query_norm:
+            width = {"head": "q, k norm", "each": "q, k norm of each head", "all": "wide q, k norm"}
+            yield width[c.norm_over] + ("" if c.norm_first else " after RoPE")
+
+
+def mlp(c: Any) -> Iterator[str]:
+    """Words for an MLP."""
+    if isinstance(c, MLPConfig):
+        yield f"{'gated' if c.gated else 'plain'} {c.activation}"
+    elif isinstance(c, MoEConfig):
+        yield f"experts ({c.expert.activation})"
+        yield c.routing.replace("_", " ")
+        if c.groups > 1:
+            yield "groups"
+        if c.selection_bias:
+            yield "selection bias"
+        if c.shared:
+            yield "shared expert" + (" with gate" if c.shared_gate else "")
+    else:
+        yield from (*mlp(c.dense), *mlp(c.moe))
+
+
+def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
+    """Words for norms, and for what happens outside the layers."""
+    norm = b.mixer_norm or b.mixer_post_norm
+    kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
+    if b.mixer_post_norm:
+        kind += " around mixer and MLP" if b.mixer_norm else " after mixer and MLP"
+    yield kind if norm.scale else f"{kind} without parameters"
+    if b.parallel:
+        yield "parallel residual"
+    if b.layer_input:
+        yield "per-layer embeddings"
+    words = {
+        "learned_positions": "learned positions",
+        "embedding_norm": "embedding norm",
+        "logit_softcap": "logit soft-cap",
+        "tied": "tied head",
+    }
+    yield from (word for field, word in words.items() if getattr(c, field))
+    if (c.embedding_scale, c.logit_scale, b.residual_scale) != (1, 1, 1):
+        yield "scales"
+
+
+def config_of(recipe: dict[str, Any]) -> ModelConfig:
+    """The config of the model that a recipe describes, used with 256 tokens as in the tests."""
+    metadata = {key: value for key, _, value in recipe["metadata"]}
+    metadata["general.architecture"] = recipe["arch"]
+    tensors = {
+        t["name"]: TensorInfo(t["name"], "F32", tuple(t["shape"][::-1])) for t in recipe["tensors"]
+    }
+    return model_config(ModelFile(Path(recipe["name"]), metadata, tensors), 256)
+
+
+def table() -> str:
+    """The text of the file."""
+    rows: dict[str, list[Any]] = {}
+    for path in sorted(RECIPES.glob("*.json")):
+        recipe = json.loads(path.read_text())
+        rows.setdefault(recipe["arch"], []).append((recipe["name"], config_of(recipe)))
+
+    def cell(words: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(words))
+
+    lines = []
+    for name in sorted(ARCHITECTURES):
+        variants = rows.get(name, [])
+        blocks = [(block, config) for _, config in variants for block in config.blocks]
+        cells = [
+            f"`{name}`",
+            cell(word for block, _ in blocks for word in mixer(block.mixer)),
+            cell(word for block, _ in blocks for word in mlp(block.mlp)),
+            cell(word for block, config in blocks for word in residual(block, config)),
+            cell(variant for variant, _ in variants),
+        ]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return HEAD + "".join(lines)
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())

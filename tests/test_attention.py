@@ -1,0 +1,117 @@
+"""Attention through the cache: however a sequence is cut into calls, the logits are the same."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import nmse
+from tiny import fresh_rng
+
+from jaxsplit.models import (
+    AttentionConfig,
+    BlockConfig,
+    Decoder,
+    LatentAttentionConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    RopeConfig,
+    init_cache,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONTEXT, LENGTH = 64, 40
+ROPE = RopeConfig(8)
+
+
+def attention(**choices) -> AttentionConfig:
+    return AttentionConfig(4, 2, 8, 8, **({"rope": ROPE} | choices))
+
+
+def latent(**choices) -> LatentAttentionConfig:
+    """So narrow that 16 tokens or fewer are read absorbed, more with keys and values."""
+    return LatentAttentionConfig(4, 8, 8, 16, 0, ROPE, 16**-0.5, **choices)
+
+
+MIXERS = {
+    "all": [attention()],
+    "window": [attention(window=5), attention()],
+    "window of the context": [attention(window=CONTEXT), attention(window=CONTEXT + 1)],
+    "chunks": [attention(window=6, chunked=True), attention(rope=None)],
+    "sinks, soft-cap, biases": [
+        attention(window=7, sinks=True, softcap=2.0),
+        attention(rope=None, alibi=8.0),
+    ],
+    "norms, gate, temperature": [
+        attention(query_norm=NormConfig(), key_norm=NormConfig("layer"), norm_over="each"),
+        attention(gate=True, temperature=(0.3, 4, 1), value_is_key=True, value_norm=NormConfig()),
+    ],
+    "lent": [
+        attention(window=5, lends="local"),
+        attention(lends="global"),
+        attention(window=5, borrows="local"),
+        attention(borrows="global"),
+    ],
+    "latent": [latent(), latent(keys_by_row=True)],
+}
+
+
+call = nnx.jit(lambda model, *arguments: model(*arguments))
+
+
+def model_with(mixers) -> Decoder:
+    blocks = tuple(BlockConfig(mixer, MLPConfig(24)) for mixer in mixers)
+    config = ModelConfig("test", vocab=50, embed=32, context=CONTEXT, blocks=blocks)
+    return Decoder(config, rngs=nnx.Rngs(int(fresh_rng().integers(2**31))))
+
+
+@pytest.mark.parametrize("cuts", [(1,) * LENGTH, (17, 1, 1, 9, 12)], ids=len)
+@pytest.mark.parametrize("name", MIXERS)
+def test_calls_of_any_length_give_the_same_logits(name, cuts):
+    model, slots = model_with(MIXERS[name]), jnp.asarray([2, 0])
+    tokens = fresh_rng().integers(0, 50, (2, LENGTH))
+    whole, _ = call(model, tokens)
+    cache = init_cache(model.config.cache(CONTEXT, jnp.float32), slots=3)
+    # Other numbers were in these slots before.
+    cache = jax.tree.map(lambda x: x + 7, cache)
+    found = []
+    for start, stop in itertools.pairwise((0, *itertools.accumulate(cuts))):
+        # The second sequence is shorter: its last tokens are padding.
+        positions = np.stack([np.arange(start, stop), np.arange(start, stop)])
+        positions[1] = np.where(positions[1] < LENGTH - 5, positions[1], -1)
+        logits, cache = call(model, tokens[:, start:stop], positions, cache, slots)
+        found.append(np.asarray(logits))
+    found = np.concatenate(found, axis=1)
+    assert nmse(found[0], np.asarray(whole)[0]) <= 1e-10
+    assert nmse(found[1, : LENGTH - 5], np.asarray(whole)[1, : LENGTH - 5]) <= 1e-10
+
+
+def test_a_window_is_all_that_is_kept():
+    window, every = (attention(window=w).cache(CONTEXT, jnp.float32) for w in (5, None))
+    assert window.keys.shape == window.values.shape == (2, 5, 8)
+    assert every.keys.shape == (2, CONTEXT, 8)
+    assert attention(window=500).cache(CONTEXT, jnp.float32).keys.shape == (2, CONTEXT, 8)
+    assert attention(borrows="global").cache(CONTEXT, jnp.float32) is None
+    kept = latent().cache(CONTEXT, jnp.float32)
+    assert (kept.keys.shape, kept.values) == ((1, CONTEXT, 24), None)
+
+
+@pytest.mark.parametrize("name", ["window", "latent"])
+def test_a_cache_of_8_bits_loses_little(name):
+    model, tokens = model_with(MIXERS[name]), fresh_rng().integers(0, 50, (1, LENGTH))
+    whole, _ = call(model, tokens)
+    cache = init_cache(model.config.cache(CONTEXT, jnp.int8), slots=1)
+    found = []
+    for start, stop in ((0, 30), (30, 39), (39, 40)):
+        positions = jnp.arange(start, stop)[None]
+        logits, cache = call(model, tokens[:, start:stop], positions, cache)
+        found.append(logits)
+    assert 1e-9 < nmse(np.concatenate(found, axis=1), whole) < 1e-3
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {
+        np.dtype("int8"),
+        np.dtype("float32"),
+    }
