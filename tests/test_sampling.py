@@ -312,7 +312,7 @@ PLANS = [(0, WINDOW), (5, 0), (1, 0), (1, WINDOW)]
 def sampler(devices, vocab):
     """Samples by each plan from `[slots, padded vocab]`, split over so many devices."""
     mesh = jax.make_mesh((devices,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:devices])
-    rules = AxisRules({"vocab": "tensor"} if devices > 1 else {})
+    rules = AxisRules({"vocab": ("tensor",)} if devices > 1 else {})
 
     def local(logits, positions, recent, values):
         with axis_rules(rules):
