@@ -6,19 +6,65 @@ Any engine can load the file: speed depends on shapes and types, not on values. 
 made up.
 """
 
+import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 
 import gguf
 import numpy as np
 
-_FIELDS = ("embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "tied")
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model's sizes; `mlp` is the width of each expert where there are `experts`."""
+
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    arch: str = "llama"
+    vocab: int = 128256
+    tied: bool = False
+    experts: int = 0
+    experts_used: int = 0
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each matrix of a layer: `[out, in]`, experts first."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes = {
+            "attn_q": (q, self.embed),
+            "attn_k": (kv, self.embed),
+            "attn_v": (kv, self.embed),
+            "attn_output": (self.embed, q),
+        }
+        stack, suffix = ((self.experts,), "_exps") if self.experts else ((), "")
+        sizes |= {f"ffn_{name}{suffix}": (*stack, self.mlp, self.embed) for name in ("gate", "up")}
+        sizes[f"ffn_down{suffix}"] = (*stack, self.embed, self.mlp)
+        return sizes
+
+    @property
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Those of a layer in float32."""
+        sizes = {"attn_norm": (self.embed,), "ffn_norm": (self.embed,)}
+        if self.arch.startswith("qwen3"):
+            sizes |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
+        if self.experts:
+            sizes["ffn_gate_inp"] = (self.experts, self.embed)
+        return sizes
+
+
 SHAPES = {
-    "llama-1b": (2048, 16, 32, 8, 64, 8192, True),
-    "llama-8b": (4096, 32, 32, 8, 128, 14336, False),
-    "llama-70b": (8192, 80, 64, 8, 128, 28672, False),
+    "llama-1b": Shape(2048, 16, 32, 8, 64, 8192, tied=True),
+    "llama-8b": Shape(4096, 32, 32, 8, 128, 14336),
+    "llama-70b": Shape(8192, 80, 64, 8, 128, 28672),
+    "qwen3-30b-a3b": Shape(
+        *(2048, 48, 32, 4, 128, 768), arch="qwen3moe", vocab=151936, experts=128, experts_used=8
+    ),
 }
-VOCAB = 128256
 
 # Where a block keeps its float16 scales, and their ratio to the first: affine types are centred.
 _SCALES = {
@@ -31,18 +77,18 @@ _SCALES = {
 }
 
 
-def tensor_types(mix: str, layers: int, tied: bool) -> dict[str, str]:
-    """The type of each tensor of llama-quantize's mixes `Q4_K_M` and `Q5_K_M`, or of one type."""
+def tensor_types(mix: str, shape: Shape) -> dict[str, str]:
+    """The type of each matrix in llama-quantize's mixes `Q4_K_M` and `Q5_K_M`, or of one type."""
     base = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}.get(mix, mix)
-    types = {"token_embd": "Q6_K" if base != mix and tied else base}
-    types["output"] = "Q6_K" if base != mix else base
-    for i in range(layers):
-        first = layers // 8
-        more = i < first or i >= 7 * layers // 8 or (i - first) % 3 == 2
-        for name in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up"):
-            types[f"blk.{i}.{name}"] = base
-        for name in ("attn_v", "ffn_down"):
-            types[f"blk.{i}.{name}"] = "Q6_K" if base != mix and more else base
+    types = {"token_embd": "Q6_K" if base != mix and shape.tied else base}
+    if not shape.tied:
+        types["output"] = "Q6_K" if base != mix else base
+    for i in range(shape.layers):
+        first = shape.layers // 8
+        more = i < first or i >= 7 * shape.layers // 8 or (i - first) % 3 == 2
+        for name in shape.matrices:
+            better = base != mix and more and name.startswith(("attn_v", "ffn_down"))
+            types[f"blk.{i}.{name}"] = "Q6_K" if better else base
     return types
 
 
@@ -65,11 +111,11 @@ def random_blocks(kind: str, count: int, std: float, rng: np.random.Generator) -
     return blocks
 
 
-def tensor_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) -> Iterator:
-    """A matrix's blocks in pieces of at most 64 MB: slices of one random pool."""
+def tensor_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator:
+    """The blocks of matrices in pieces of at most 64 MB: slices of one random pool."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    left = rows * columns // block
-    pool = random_blocks(kind, min(left, 2**26 // size), columns**-0.5, rng)
+    left = math.prod(shape) // block
+    pool = random_blocks(kind, min(left, 2**26 // size), shape[-1] ** -0.5, rng)
     while left:
         yield pool[:left]
         left -= min(left, len(pool))
@@ -78,52 +124,39 @@ def tensor_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) 
 def write(spec: str, path: str) -> None:
     """Writes the file of `model:type`, such as `llama-8b:Q8_0`."""
     model, _, mix = spec.partition(":")
-    shape = dict(zip(_FIELDS, SHAPES[model], strict=True))
-    embed, q = shape["embed"], shape["heads"] * shape["head_dim"]
-    kv, mlp = shape["kv_heads"] * shape["head_dim"], shape["mlp"]
-    sizes = {
-        "token_embd": (VOCAB, embed),
-        "output": (VOCAB, embed),
-        "attn_q": (q, embed),
-        "attn_k": (kv, embed),
-        "attn_v": (kv, embed),
-        "attn_output": (embed, q),
-        "ffn_gate": (mlp, embed),
-        "ffn_up": (mlp, embed),
-        "ffn_down": (embed, mlp),
-    }
-    writer = gguf.GGUFWriter(path, "llama")
+    shape = SHAPES[model]
+    writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name(spec)
     writer.add_context_length(131072)
-    writer.add_embedding_length(embed)
-    writer.add_block_count(shape["layers"])
-    writer.add_feed_forward_length(mlp)
-    writer.add_head_count(shape["heads"])
-    writer.add_head_count_kv(shape["kv_heads"])
-    writer.add_key_length(shape["head_dim"])
-    writer.add_value_length(shape["head_dim"])
-    writer.add_rope_dimension_count(shape["head_dim"])
+    writer.add_embedding_length(shape.embed)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.mlp)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(500000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCAB)
-    _add_vocabulary(writer)
-    tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    for name, kind in tensor_types(mix, shape["layers"], shape["tied"]).items():
-        if name == "output" and shape["tied"]:
-            continue
-        tensors.append((f"{name}.weight", kind, sizes[name.split(".")[-1]]))
-    norms = [f"blk.{i}.{n}_norm.weight" for i in range(shape["layers"]) for n in ("attn", "ffn")]
-    tensors += [(name, "F32", (embed,)) for name in ["output_norm.weight", *norms]]
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_used)
+        writer.add_expert_feed_forward_length(shape.mlp)
+    writer.add_vocab_size(shape.vocab)
+    _add_vocabulary(writer, shape.vocab)
+    sizes = {"token_embd": (shape.vocab, shape.embed), "output": (shape.vocab, shape.embed)}
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [
+        (f"{name}.weight", kind, (sizes | shape.matrices)[name.split(".")[-1]])
+        for name, kind in tensor_types(mix, shape).items()
+    ]
+    tensors.append(("output_norm.weight", "F32", (shape.embed,)))
+    for i in range(shape.layers):
+        tensors += [(f"blk.{i}.{n}.weight", "F32", size) for n, size in shape.vectors.items()]
     for name, kind, dims in tensors:
         ggml = gguf.GGMLQuantizationType[kind]
         block, size = gguf.GGML_QUANT_SIZES[ggml]
-        if len(dims) == 1:
-            writer.add_tensor_info(name, dims, np.dtype(np.float32), dims[0] * 4)
-            continue
-        row = dims[1] // block * size
-        writer.add_tensor_info(
-            name, (dims[0], row), np.dtype(np.uint8), dims[0] * row, raw_dtype=ggml
-        )
+        stored = (*dims[:-1], dims[-1] // block * size)
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), raw_dtype=ggml)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -131,26 +164,26 @@ def write(spec: str, path: str) -> None:
     out = writer.fout[0]
     writer.write_padding(out, out.tell())
     for _, kind, dims in tensors:
-        vector = len(dims) == 1
-        for piece in [np.ones(dims, np.float32)] if vector else tensor_blocks(kind, *dims, rng):
+        pieces = [np.ones(dims, np.float32)] if len(dims) == 1 else tensor_blocks(kind, dims, rng)
+        for piece in pieces:
             out.write(piece.data)
         writer.write_padding(out, out.tell())
     writer.close()
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, vocab: int) -> None:
     """One token for each byte, then made-up words."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     alphabet = [chr(b if b in printable else next(others)) for b in range(256)]
-    words = [f"w{i}" for i in range(VOCAB - 258)]
+    words = [f"w{i}" for i in range(vocab - 258)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*alphabet, *words, "<s>", "</s>"])
-    writer.add_token_types([1] * (VOCAB - 2) + [3, 3])
+    writer.add_token_types([1] * (vocab - 2) + [3, 3])
     writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(VOCAB - 2)
-    writer.add_eos_token_id(VOCAB - 1)
+    writer.add_bos_token_id(vocab - 2)
+    writer.add_eos_token_id(vocab - 1)
     writer.add_add_bos_token(True)
 
 
