@@ -18,11 +18,22 @@ from jaxsplit.parallel import Partition, Placement, Stage, make_partition
 from jaxsplit.quant import quant_type, unpack
 
 
+class _SameKey:
+    """Stands for `nnx.Rngs` where values do not matter: making a new key for each parameter takes
+    longer than all the rest."""
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
+
+
 def abstract_decoder(
     config: ModelConfig, dtype: jnp.dtype = jnp.float32, layers: range | None = None
 ) -> Decoder:
     """A decoder, or some layers of it, with shapes in place of parameters."""
-    return nnx.eval_shape(lambda: Decoder(config, layers=layers, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Decoder(config, layers=layers, dtype=dtype, rngs=_SameKey()))
 
 
 def parameters(model: Decoder) -> dict[str, nnx.Param]:
@@ -33,9 +44,13 @@ def parameters(model: Decoder) -> dict[str, nnx.Param]:
     }
 
 
-@functools.cache
 def abstract_parameters(config: ModelConfig, layers: range | None = None) -> dict[str, nnx.Param]:
     """The parameters of a decoder, or of some layers of it: shapes and axes only."""
+    return _abstract_parameters(config, range(config.layers) if layers is None else layers)
+
+
+@functools.cache
+def _abstract_parameters(config: ModelConfig, layers: range) -> dict[str, nnx.Param]:
     return parameters(abstract_decoder(config, layers=layers))
 
 

@@ -4,19 +4,23 @@ The references are logits of llama.cpp in float32 for tiny models of each archit
 variants (tests/data/arch).
 """
 
+import functools
 import itertools
 import json
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import DATA, nmse, recipe
 
 import jaxsplit
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ARCHITECTURES
-from jaxsplit.models import init_cache
+from jaxsplit.models import Batch, init_cache
+from jaxsplit.models.decoder import Block
 
 VARIANTS = sorted(path.stem for path in (DATA / "arch").glob("*.json"))
 DEEP = (
@@ -35,39 +39,62 @@ def load(path, mode, devices=1):
     return jaxsplit.load(path, split_mode=mode, devices=devices, dtype="float32", ctx_size=256)
 
 
-def check_split(path, mode, devices, tokens, expected):
-    """A few single tokens too: they take another way through the cache."""
-    split = load(path, mode, devices)
-    assert nmse(split.logits(tokens), expected) <= 1e-9, (mode, devices)
-    few = split.logits(tokens[:9], one_by_one=True)
-    assert nmse(few, expected[:9]) <= 1e-9, (mode, devices)
+def check_split(path, mode, devices, tokens, expected, *, one_by_one):
+    """Single tokens, a few of them, take another way through the cache than many."""
+    if one_by_one:
+        tokens, expected = tokens[:9], expected[:9]
+    logits = load(path, mode, devices).logits(tokens, one_by_one=one_by_one)
+    assert nmse(logits, expected) <= 1e-9, (mode, devices, one_by_one)
+
+
+def first_of_its_architecture(name):
+    arch = recipe(name)["arch"]
+    return name == next(other for other in VARIANTS if recipe(other)["arch"] == arch)
 
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in DEEP])
 def test_logits_are_those_of_llama_cpp(recipe_gguf, name):
-    """And those of one split, in turn: all of them are in `test_every_mode_and_count`."""
+    """And, for one variant of each architecture, those of one split, in turn: all of them are in
+    `test_every_mode_and_count`."""
     path, tokens = recipe_gguf(name), recipe(name)["tokens"]
     expected = reference(name)
     one = load(path, "none")
     logits = one.logits(tokens)
     assert nmse(logits, expected) <= 1e-6
     assert nmse(one.logits(tokens, one_by_one=True), expected) <= 1e-6
-    splits = [*itertools.product(MODES, DEVICES)]
-    check_split(path, *splits[VARIANTS.index(name) % len(splits)], tokens, logits)
+    if first_of_its_architecture(name):
+        splits = [*itertools.product(MODES, DEVICES)]
+        index = VARIANTS.index(name)
+        split = splits[index % len(splits)]
+        check_split(path, *split, tokens, logits, one_by_one=index // len(splits) % 2 == 1)
 
 
+CALL = Block.__call__
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_block(graph, state, x, batch, cache):
+    return CALL(nnx.merge(graph, state), x, Batch(*batch), cache)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", DEEP)
-def test_logits_of_deep_models(recipe_gguf, name):
-    """Which differ from others in numbers only; run layer by layer, since programs of so many
-    layers take long to compile."""
+def test_logits_of_deep_models(recipe_gguf, monkeypatch, name):
+    """Which differ from others in numbers only. Their layers are programs, compiled once for all
+    that are alike, since a program of so many layers takes long to compile."""
+
+    def call(block, x, batch, cache, layer_input):
+        assert layer_input is None
+        return run_block(*nnx.split(block), x, (batch.positions, None, batch.rope_factors), cache)
+
     model, tokens = load(recipe_gguf(name), "none").model, np.asarray([recipe(name)["tokens"]])
+    monkeypatch.setattr(Block, "__call__", call)
     assert nmse(model(tokens)[0][0], reference(name)) <= 1e-6
     cache = init_cache(model.config.cache(tokens.shape[1], np.dtype("float32")), slots=1)
-    for start, stop in ((0, 30), (30, 31), (31, 32)):
-        positions = np.arange(start, stop)[None]
-        logits, cache = model(tokens[:, start:stop], positions, cache)
-        assert nmse(logits[0], reference(name)[start:stop]) <= 1e-6
+    for step in range(tokens.shape[1]):
+        logits, cache = model(tokens[:, [step]], np.asarray([[step]]), cache)
+        assert nmse(logits[0], reference(name)[[step]]) <= 1e-6
 
 
 @pytest.mark.full
@@ -76,8 +103,8 @@ def test_logits_of_deep_models(recipe_gguf, name):
 def test_every_mode_and_count(recipe_gguf, name):
     path, tokens = recipe_gguf(name), recipe(name)["tokens"]
     logits = load(path, "none").logits(tokens)
-    for mode, count in itertools.product(MODES, DEVICES):
-        check_split(path, mode, count, tokens, logits)
+    for *split, one_by_one in itertools.product(MODES, DEVICES, (False, True)):
+        check_split(path, *split, tokens, logits, one_by_one=one_by_one)
 
 
 def test_every_architecture_has_a_reference():
