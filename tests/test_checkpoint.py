@@ -42,7 +42,7 @@ def mixed(tmp_path_factory):
     return path, convert(path, tmp_path_factory.mktemp("checkpoints") / "mixed")
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("devices", [1, 3, 8])
 def test_a_checkpoint_is_the_same_model_on_any_mesh(mixed, devices):
     """Evenly split, padded, and with heads that are copied and blocks that are cut."""
     path, checkpoint = mixed
@@ -52,13 +52,12 @@ def test_a_checkpoint_is_the_same_model_on_any_mesh(mixed, devices):
     assert restored_tokens == tokens
 
 
-@pytest.mark.parametrize("heads", [(9, 3), (6, 1)])
-def test_heads_that_do_not_divide_are_restored(recipe_gguf, tmp_path, heads):
+@pytest.mark.parametrize(("heads", "devices"), [((9, 3), 4), ((6, 1), 2)])
+def test_heads_that_do_not_divide_are_restored(recipe_gguf, tmp_path, heads, devices):
     recipe = make_recipe(f"stored-{heads[0]}", heads=heads[0], kv_heads=heads[1])
     path = recipe_gguf(recipe, {"norm.weight": "F32", ".weight": "Q8_0"})
     checkpoint = convert(path, tmp_path / "checkpoint")
-    for devices in (2, 4):
-        assert np.array_equal(chosen(checkpoint, devices)[0], chosen(path, devices)[0])
+    assert np.array_equal(chosen(checkpoint, devices)[0], chosen(path, devices)[0])
 
 
 @pytest.mark.parametrize(

@@ -33,16 +33,9 @@ def test_smollm2_has_the_reference_logits(smollm2_path, texts, weights, dtype, t
         assert nmse(logprobs, texts[f"{name}_logprobs"]) <= tolerance, name
 
 
-@pytest.fixture(scope="module", params=["none", "graph"])
-def smollm2(request, smollm2_path):
-    devices = 3 if request.param == "graph" else 1
-    return jaxsplit.load(
-        smollm2_path, split_mode=request.param, devices=devices, dtype="float32", ctx_size=128
-    )
-
-
-@pytest.mark.parametrize("block", [1, 16], ids=["streamed", "looped"])
-def test_smollm2_continues_like_the_reference(smollm2, block):
+@pytest.mark.parametrize(("devices", "block"), [(1, 1), (3, 16)], ids=["streamed", "looped"])
+def test_smollm2_continues_like_the_reference(smollm2_path, devices, block):
+    smollm2 = jaxsplit.load(smollm2_path, devices=devices, dtype="float32", ctx_size=128)
     for case in json.loads((DATA / "smollm2" / "greedy.json").read_text()):
         assert smollm2.tokenizer.encode(case["prompt"]) == case["prompt_token_ids"]
         stream = smollm2.stream(case["prompt"], len(case["token_ids"]), temperature=0, block=block)
@@ -51,6 +44,7 @@ def test_smollm2_continues_like_the_reference(smollm2, block):
         assert stream.stop_reason == {"eos": "end of text", "limit": "n_predict"}[case["stop"]]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("path", sorted((DATA / "quant").glob("*.gguf")), ids=lambda p: p.stem)
 def test_quantized_models_have_the_reference_logits(load, path, devices):
