@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from measure import markdown
 
 import jaxsplit
 from jaxsplit.cli import run
@@ -92,7 +93,7 @@ def _measure(mode: str, mesh: str | None) -> dict[str, Any]:
     found = [collectives(step.compile().as_text()) for step in engine.lower_step(greedy)]
     counts = sum((count for count, _ in found), Counter())
     carried = sum(sum(size.values()) for _, size in found)
-    file = open_model(Path(_MODEL.value))
+    file = open_model(_MODEL.value)
     shape, devices = choose_devices(mode, None, mesh)
     plan = make_plan(
         parameter_sources(file, config),
@@ -124,15 +125,6 @@ def _measure(mode: str, mesh: str | None) -> dict[str, Any]:
         "collective_kb": carried / 1e3,
         "collective_kb_plan": plan.collective_bytes / 1e3,
     }
-
-
-def _markdown(rows: list[dict[str, Any]], title: str) -> str:
-    def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [title, "", "| " + " | ".join(_COLUMNS.values()) + " |", "|---" * len(_COLUMNS) + "|"]
-    lines += ["| " + " | ".join(cell(row[key]) for key in _COLUMNS) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 _PANELS = {
@@ -184,9 +176,9 @@ def main(_: list[str]) -> None:
         rows.append(_measure(mode, shape))
         gc.collect()
         (out / "mesh_shapes.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
-        (out / "mesh_shapes.md").write_text(_markdown(rows, title))
+        (out / "mesh_shapes.md").write_text(f"{title}\n\n{markdown(rows, _COLUMNS)}")
         _plot(rows, title, out / "mesh_shapes.png")
-    print(_markdown(rows, title))
+    print(f"{title}\n\n{markdown(rows, _COLUMNS)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Write a GGUF file of a well-known model's shapes with random, valid weights.
+"""Models of well-known shapes with random, valid weights: speed depends on shapes and types, not on
+values.
 
   python benchmarks/random_gguf.py llama-8b:Q4_K_M out.gguf
 
-Any engine can load the file: speed depends on shapes and types, not on values. The vocabulary is
-made up.
+writes such a model to a file, so that any engine can be measured on it. The vocabulary is made up.
 """
 
 import dataclasses
+import functools
 import math
 import sys
-from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import GGUFTensor, ModelFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +52,54 @@ class Shape:
         return sizes
 
     @property
-    def vectors(self) -> dict[str, tuple[int, ...]]:
-        """Those of a layer in float32."""
+    def plain(self) -> dict[str, tuple[int, ...]]:
+        """What a layer has in float32."""
         sizes = {"attn_norm": (self.embed,), "ffn_norm": (self.embed,)}
         if self.arch.startswith("qwen3"):
             sizes |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
         if self.experts:
             sizes["ffn_gate_inp"] = (self.experts, self.embed)
         return sizes
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The keys of the GGUF header, with a vocabulary of bytes and made-up words."""
+        numbers = {
+            "context_length": 131072,
+            "embedding_length": self.embed,
+            "block_count": self.layers,
+            "feed_forward_length": self.mlp,
+            "attention.head_count": self.heads,
+            "attention.head_count_kv": self.kv_heads,
+            "attention.key_length": self.head_dim,
+            "attention.value_length": self.head_dim,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": self.head_dim,
+            "rope.freq_base": 500000.0,
+            "vocab_size": self.vocab,
+        }
+        if self.experts:
+            numbers |= {
+                "expert_count": self.experts,
+                "expert_used_count": self.experts_used,
+                "expert_feed_forward_length": self.mlp,
+            }
+        printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+        others = iter(range(0x100, 0x200))
+        alphabet = [chr(b if b in printable else next(others)) for b in range(256)]
+        words = [f"w{i}" for i in range(self.vocab - 258)]
+        return {
+            "general.architecture": self.arch,
+            **{f"{self.arch}.{key}": value for key, value in numbers.items()},
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": [*alphabet, *words, "<s>", "</s>"],
+            "tokenizer.ggml.token_type": [1] * (self.vocab - 2) + [3, 3],
+            "tokenizer.ggml.merges": ["a b"],
+            "tokenizer.ggml.bos_token_id": self.vocab - 2,
+            "tokenizer.ggml.eos_token_id": self.vocab - 1,
+            "tokenizer.ggml.add_bos_token": True,
+        }
 
 
 SHAPES = {
@@ -68,6 +113,9 @@ SHAPES = {
 
 # Where a block keeps its float16 scales, and their ratio to the first: affine types are centred.
 _SCALES = {
+    "F32": {},
+    "F16": {},
+    "BF16": {},
     "Q8_0": {0: 1.0},
     "Q4_0": {0: 1.0},
     "Q4_1": {0: 1.0, 2: -7.5},
@@ -75,11 +123,12 @@ _SCALES = {
     "Q5_K": {0: 1.0, 2: 15.5},
     "Q6_K": {208: 1.0},
 }
+_MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 
 
 def tensor_types(mix: str, shape: Shape) -> dict[str, str]:
     """The type of each matrix in llama-quantize's mixes `Q4_K_M` and `Q5_K_M`, or of one type."""
-    base = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}.get(mix, mix)
+    base = _MIXES.get(mix, mix)
     types = {"token_embd": "Q6_K" if base != mix and shape.tied else base}
     if not shape.tied:
         types["output"] = "Q6_K" if base != mix else base
@@ -92,11 +141,13 @@ def tensor_types(mix: str, shape: Shape) -> dict[str, str]:
     return types
 
 
-def random_blocks(kind: str, count: int, std: float, rng: np.random.Generator) -> np.ndarray:
+@functools.cache
+def _pool(kind: str, count: int, std: float) -> np.ndarray:
     """Blocks of weights of about the given standard deviation: uint8 `[count, block_bytes]`."""
+    rng = np.random.default_rng(0)
     ggml = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[ggml]
-    if kind in ("F32", "F16", "BF16"):
+    size = gguf.GGML_QUANT_SIZES[ggml][1]
+    if not _SCALES[kind]:
         values = rng.normal(0, std, count).astype(np.float32)
         return gguf.quants.quantize(values[None], ggml).view(np.uint8).reshape(count, size)
     blocks = rng.integers(0, 256, (count, size), dtype=np.uint8)
@@ -111,83 +162,80 @@ def random_blocks(kind: str, count: int, std: float, rng: np.random.Generator) -
     return blocks
 
 
-def tensor_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator:
-    """The blocks of matrices in pieces of at most 64 MB: slices of one random pool."""
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    left = math.prod(shape) // block
-    pool = random_blocks(kind, min(left, 2**26 // size), shape[-1] ** -0.5, rng)
-    while left:
-        yield pool[:left]
-        left -= min(left, len(pool))
+def _tensor(name: str, kind: str, shape: tuple[int, ...]) -> GGUFTensor:
+    """A tensor that takes little memory: each row begins one block after the row before."""
+    tensor = GGUFTensor(name, kind, shape, np.empty(0, np.uint8))
+    *rows, columns, size = tensor.blocks_shape
+    if len(shape) == 1:
+        blocks = np.ones(shape, np.float32).view(np.uint8).reshape(columns, size)
+        return dataclasses.replace(tensor, blocks=blocks)
+    count = math.prod(rows) + columns
+    pool = _pool(kind, 2 ** math.ceil(math.log2(count)), shape[-1] ** -0.5)
+    strides = [size * math.prod(rows[i + 1 :]) for i in range(len(rows))]
+    blocks = np.lib.stride_tricks.as_strided(
+        pool, tensor.blocks_shape, (*strides, size, 1), writeable=False
+    )
+    return dataclasses.replace(tensor, blocks=blocks)
+
+
+def random_model(spec: str) -> ModelFile:
+    """The model of `shape:type`, such as `llama-8b:Q8_0`, as if it had been read from a file.
+
+    Raises:
+      JaxsplitError: the shape or the type is unknown; the message lists those that are not.
+    """
+    name, _, mix = spec.partition(":")
+    if name not in SHAPES or _MIXES.get(mix, mix) not in _SCALES:
+        raise JaxsplitError(
+            f"{spec!r} is not SHAPE:TYPE; shapes are {', '.join(SHAPES)}; types are "
+            f"{', '.join([*_SCALES, *_MIXES])}"
+        )
+    shape = SHAPES[name]
+    ends = {"token_embd": (shape.vocab, shape.embed), "output": (shape.vocab, shape.embed)}
+    kinds = {
+        key: (kind, (ends | shape.matrices)[key.split(".")[-1]])
+        for key, kind in tensor_types(mix, shape).items()
+    }
+    kinds["output_norm"] = ("F32", (shape.embed,))
+    for i in range(shape.layers):
+        kinds |= {f"blk.{i}.{key}": ("F32", size) for key, size in shape.plain.items()}
+    tensors = {f"{key}.weight": _tensor(f"{key}.weight", *kind) for key, kind in kinds.items()}
+    return ModelFile(Path(spec), shape.metadata | {"general.name": spec}, tensors)
+
+
+_KINDS = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
 
 
 def write(spec: str, path: str) -> None:
-    """Writes the file of `model:type`, such as `llama-8b:Q8_0`."""
-    model, _, mix = spec.partition(":")
-    shape = SHAPES[model]
-    writer = gguf.GGUFWriter(path, shape.arch)
-    writer.add_name(spec)
-    writer.add_context_length(131072)
-    writer.add_embedding_length(shape.embed)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.mlp)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    if shape.experts:
-        writer.add_expert_count(shape.experts)
-        writer.add_expert_used_count(shape.experts_used)
-        writer.add_expert_feed_forward_length(shape.mlp)
-    writer.add_vocab_size(shape.vocab)
-    _add_vocabulary(writer, shape.vocab)
-    sizes = {"token_embd": (shape.vocab, shape.embed), "output": (shape.vocab, shape.embed)}
-    tensors: list[tuple[str, str, tuple[int, ...]]] = [
-        (f"{name}.weight", kind, (sizes | shape.matrices)[name.split(".")[-1]])
-        for name, kind in tensor_types(mix, shape).items()
-    ]
-    tensors.append(("output_norm.weight", "F32", (shape.embed,)))
-    for i in range(shape.layers):
-        tensors += [(f"blk.{i}.{n}.weight", "F32", size) for n, size in shape.vectors.items()]
-    for name, kind, dims in tensors:
-        ggml = gguf.GGMLQuantizationType[kind]
-        block, size = gguf.GGML_QUANT_SIZES[ggml]
-        stored = (*dims[:-1], dims[-1] // block * size)
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), raw_dtype=ggml)
+    """Writes the file of `random_model(spec)`."""
+    model = random_model(spec)
+    writer = gguf.GGUFWriter(path, model.architecture)
+    for key, value in model.metadata.items():
+        if key != "general.architecture":
+            writer.add_key_value(key, value, gguf.GGUFValueType[_KINDS[type(value)]])
+    for tensor in model.tensors.values():
+        *rows, columns, size = tensor.blocks_shape
+        ggml = gguf.GGMLQuantizationType[tensor.type]
+        stored = (*rows, columns * size) if tensor.type != "F32" else tensor.shape
+        dtype = np.dtype(np.uint8 if tensor.type != "F32" else np.float32)
+        writer.add_tensor_info(tensor.name, stored, dtype, tensor.nbytes, raw_dtype=ggml)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    rng = np.random.default_rng(0)
     out = writer.fout[0]
     writer.write_padding(out, out.tell())
-    for _, kind, dims in tensors:
-        pieces = [np.ones(dims, np.float32)] if len(dims) == 1 else tensor_blocks(kind, dims, rng)
-        for piece in pieces:
-            out.write(piece.data)
+    for tensor in model.tensors.values():
+        blocks = tensor.blocks.reshape(-1, tensor.blocks.shape[-2] * tensor.blocks.shape[-1])
+        for start in range(0, len(blocks), 4096):
+            out.write(np.ascontiguousarray(blocks[start : start + 4096]).data)
         writer.write_padding(out, out.tell())
     writer.close()
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocab: int) -> None:
-    """One token for each byte, then made-up words."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    alphabet = [chr(b if b in printable else next(others)) for b in range(256)]
-    words = [f"w{i}" for i in range(vocab - 258)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*alphabet, *words, "<s>", "</s>"])
-    writer.add_token_types([1] * (vocab - 2) + [3, 3])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(vocab - 2)
-    writer.add_eos_token_id(vocab - 1)
-    writer.add_add_bos_token(True)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1].partition(":")[0] not in SHAPES:
-        sys.exit(f"usage: {sys.argv[0]} {'|'.join(SHAPES)}:TYPE OUT.gguf")
-    write(*sys.argv[1:])
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: {sys.argv[0]} SHAPE:TYPE OUT.gguf")
+    try:
+        write(*sys.argv[1:])
+    except JaxsplitError as error:
+        sys.exit(str(error))

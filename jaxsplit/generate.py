@@ -66,6 +66,9 @@ _WEIGHTS = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_string(
     "dtype", "auto", f"of activations: auto (what the devices are best at), {', '.join(_DTYPES)}"
 )
+_ACTIVATIONS = flags.DEFINE_string(
+    "activations", "float", "in products with quantized matrices in decoding: float, or int8"
+)
 _REDUCE_DTYPE = flags.DEFINE_string(
     "reduce_dtype", "float32", "in which devices exchange partial sums"
 )
@@ -188,6 +191,7 @@ def main(_: list[str]) -> None:
             main_device=_MAIN_DEVICE.value,
             weights=_WEIGHTS.value,
             dtype=_DTYPE.value,
+            activations=_ACTIVATIONS.value,
             reduce_dtype=_REDUCE_DTYPE.value,
             cache_dtype=_CACHE_DTYPE.value,
             ctx_size=_CTX_SIZE.value,

@@ -21,14 +21,16 @@ from jaxsplit.loading import Progress, load_decoders
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import choose_devices, parse_shares
 from jaxsplit.plan import best_split
+from jaxsplit.quant import Arithmetic
 from jaxsplit.sources import describe_split, parameter_sources, split_model
 from jaxsplit.text import ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
+ACTIVATIONS = ("float", "int8")
 
 
 def load(
-    path: str | Path | None = None,
+    path: str | Path | ModelFile | None = None,
     *,
     split_mode: str = "graph",
     devices: Sequence[jax.Device] | int | None = None,
@@ -37,6 +39,7 @@ def load(
     main_device: int = 0,
     weights: str = "quantized",
     dtype: str = "auto",
+    activations: str = "float",
     reduce_dtype: str = "float32",
     cache_dtype: str = "auto",
     ctx_size: int = 4096,
@@ -46,7 +49,8 @@ def load(
     """Loads a GGUF file onto devices.
 
     Args:
-      path: the file, any one of a model in several files; None: the demo model, if installed.
+      path: the file, any one of a model in several files, or one that is open; None: the demo
+        model, if installed.
       split_mode: `graph`, `layer`, `row`, `none`, or `auto`, which plans all and takes the one that
         fits and should decode fastest.
       devices: JAX devices, or how many of the first; None: all.
@@ -59,6 +63,8 @@ def load(
         `float16` or `float32`, to which they are dequantized.
       dtype: of the activations; `auto` is float32 on CPUs, float16 on GPUs without bfloat16
         units, and bfloat16 elsewhere.
+      activations: `int8` rounds them to 8 bits, with a scale for each 32, for products of a few
+        rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype.
       reduce_dtype: in which partial sums are exchanged.
       cache_dtype: of keys and values; `auto` is that of the activations.
       ctx_size: tokens of context, at most the model's; 0 is the model's.
@@ -70,8 +76,12 @@ def load(
     """
     started = time.perf_counter()
     stored = dtype_of("weights", weights, quantized=None)
-    activations = dtype_of("dtype", dtype, auto=None)
+    compute_in = dtype_of("dtype", dtype, auto=None)
     reduce_in = dtype_of("reduce_dtype", reduce_dtype)
+    if activations not in ACTIVATIONS:
+        raise JaxsplitError(
+            f"--activations={activations} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
     cache_in = dtype_of("cache_dtype", cache_dtype, auto=None, int8=jnp.dtype(jnp.int8))
     if ctx_size < 0:
         raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
@@ -88,8 +98,8 @@ def load(
     if tensor_split is not None and not isinstance(tensor_split, str):
         tensor_split = ",".join(map(str, tensor_split))
     shares = None if tensor_split is None else parse_shares(tensor_split)
-    activations = activations or jnp.dtype(_auto_dtype(mesh_devices[0]))
-    file = open_model(demo_model() if path is None else Path(path))
+    compute_in = compute_in or jnp.dtype(_auto_dtype(mesh_devices[0]))
+    file = path if isinstance(path, ModelFile) else open_model(path or demo_model())
     config = model_config(file, ctx_size)
     sources = parameter_sources(file, config)
     context = min(ctx_size or config.context, config.context)
@@ -99,7 +109,7 @@ def load(
             config,
             mesh_devices,
             weights=stored,
-            dtype=activations,
+            dtype=compute_in,
             cache_dtype=cache_in,
             reduce_dtype=reduce_in,
             context=context,
@@ -114,22 +124,30 @@ def load(
         mesh_devices,
         shares=shares,
         weights=stored,
-        cache_row=context * (cache_in or activations).itemsize,
+        cache_row=context * (cache_in or compute_in).itemsize,
         reduce_dtype=reduce_in,
     )
     try:
         tokenizer = Tokenizer.from_metadata(file.metadata)
     except JaxsplitError as error:
         tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
+    arithmetic = Arithmetic.on(mesh_devices[0], rounded=activations == "int8")
     models = load_decoders(
-        sources, config, partition, weights=stored, dtype=activations, progress=progress
+        sources,
+        config,
+        partition,
+        weights=stored,
+        dtype=compute_in,
+        words=arithmetic.rounded and arithmetic.kernels,
+        progress=progress,
     )
     engine = Engine(
         models,
         partition,
         slots=slots,
         context=context,
-        cache_dtype=cache_in or activations,
+        cache_dtype=cache_in or compute_in,
+        arithmetic=arithmetic,
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
     split = describe_split(sources, config, partition, stored)
@@ -148,12 +166,13 @@ def dtype_of(flag: str, value: str, **special: Any) -> Any:
     return known[value]
 
 
-def open_model(path: Path) -> ModelFile:
+def open_model(path: str | Path) -> ModelFile:
     """The header of a GGUF file or of a checkpoint directory.
 
     Raises:
       JaxsplitError: it is neither, or damaged.
     """
+    path = Path(path)
     return open_checkpoint(path) if is_checkpoint(path) else open_gguf(path)
 
 

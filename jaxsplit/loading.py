@@ -17,7 +17,7 @@ from jaxsplit.checkpoint import StoredTensor, restore
 from jaxsplit.gguf import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import Partition, Placement, Stage
-from jaxsplit.quant import Weight, unpack
+from jaxsplit.quant import QTensor, Weight, kernels, unpack, with_words
 from jaxsplit.sources import Source, Sources, abstract_decoder, parameters, place
 
 Progress = Callable[[int, int], None]
@@ -31,6 +31,7 @@ def load_decoders(
     *,
     weights: jnp.dtype | None = None,
     dtype: jnp.dtype = jnp.float32,
+    words: bool = False,
     progress: Progress | None = None,
 ) -> list[Decoder]:
     """Loads a model onto a mesh.
@@ -41,6 +42,7 @@ def load_decoders(
       partition: where its parameters go.
       weights: dequantize matrices to this dtype; None keeps them as they are in the file.
       dtype: of the activations.
+      words: quantized matrices are as `jaxsplit.quant.kernels` read them.
       progress: told about the bytes loaded.
 
     Returns:
@@ -57,7 +59,7 @@ def load_decoders(
     done = 0
     for model, stage in local:
         loaded = {}
-        for arrays, nbytes in _load(sources, model, stage, weights):
+        for arrays, nbytes in _load(sources, model, stage, weights, words):
             loaded |= arrays
             done += nbytes
             if progress:
@@ -68,7 +70,7 @@ def load_decoders(
 
 
 def _load(
-    sources: Sources, model: Decoder, stage: Stage, weights: jnp.dtype | None
+    sources: Sources, model: Decoder, stage: Stage, weights: jnp.dtype | None, words: bool
 ) -> Iterator[tuple[dict[str, Weight], int]]:
     """A stage's parameters, some at a time, and how many bytes of the file they were."""
     params = parameters(model)
@@ -76,7 +78,7 @@ def _load(
         placements = {p: place(stage, sources[p], params[p].axes) for p in batch}
         raw = _upload([sources[p] for p in batch], list(placements.values()))
         loaded = {
-            path: _unpack(sources[path], blocks, placements[path], weights)
+            path: _unpack(sources[path], blocks, placements[path], weights, words)
             for path, blocks in zip(batch, raw, strict=True)
         }
         jax.block_until_ready(loaded)
@@ -136,7 +138,13 @@ def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarr
     return np.ascontiguousarray(blocks).reshape(shape)
 
 
-def _unpack(source: Source, raw: jax.Array, place: Placement, weights: jnp.dtype | None) -> Weight:
+def _unpack(
+    source: Source,
+    raw: jax.Array,
+    place: Placement,
+    weights: jnp.dtype | None,
+    words: bool = False,
+) -> Weight:
     """Blocks to weights, on the devices that hold them. Vectors become float32."""
     matrix = source.is_matrix
     spec = place.sharding.spec
@@ -146,7 +154,8 @@ def _unpack(source: Source, raw: jax.Array, place: Placement, weights: jnp.dtype
         lambda index: place.part[index],
     )
     dtype = weights if matrix else jnp.float32
-    unpacker = _unpacker(source.type, place.granule, dtype, place.sharding.mesh, spec, matrix)
+    mesh = place.sharding.mesh
+    unpacker = _unpacker(source.type, place.granule, dtype, mesh, spec, matrix, words)
     return unpacker(raw, part)
 
 
@@ -158,11 +167,14 @@ def _unpacker(
     mesh: Mesh,
     spec: PartitionSpec,
     matrix: bool,
+    words: bool,
 ) -> Callable[[jax.Array, jax.Array], Weight]:
     """The program that unpacks blocks where they lie; compiled once for each shape."""
 
     def unpack_blocks(raw: jax.Array, part: jax.Array) -> Weight:
         weight = unpack(kind, raw, granule=granule, part=part, dtype=dtype)
+        if words and isinstance(weight, QTensor) and kernels.supports(weight):
+            return with_words(weight)
         return weight if matrix else weight[:, 0]
 
     out = PartitionSpec(*spec[:-1]) if matrix else PartitionSpec(spec[0])

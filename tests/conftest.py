@@ -21,6 +21,7 @@ import pytest
 from helpers import recipe, write_recipe
 
 import jaxsplit
+from jaxsplit.engine import runner
 from jaxsplit.lm import demo_model
 
 
@@ -56,8 +57,13 @@ def load():
 
 
 @pytest.fixture
-def quick_compilation():
+def quick_compilation(monkeypatch):
     """Programs are compiled, not optimized: for tests that compile far longer than they run."""
+
+    def options(platform, *, decode):
+        return {"xla_cpu_use_fusion_emitters": False}  # which take a third of the time
+
+    monkeypatch.setattr(runner, "compiler_options", options)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -9,6 +9,8 @@ import jaxsplit
 from jaxsplit.engine import Engine, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module", params=["graph", "layer"])
 def lm(request, load, recipe_gguf):

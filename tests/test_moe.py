@@ -13,7 +13,7 @@ from helpers import Q8_0, make_recipe, nmse, recipe_values
 from tiny import fresh_rng
 
 import jaxsplit
-from jaxsplit.engine.runner import DECODE_OPTIONS
+from jaxsplit.engine.runner import compiler_options
 from jaxsplit.gguf import open_gguf
 from jaxsplit.gguf.architectures import model_config
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
@@ -240,7 +240,7 @@ def test_one_expert_at_a_time_is_dequantized(rng, kind, tokens):
         return nnx.merge(graph, state)(x)[0].value
 
     x = jax.ShapeDtypeStruct((tokens, embed), jnp.float32)
-    program = jax.jit(run, compiler_options=DECODE_OPTIONS["cpu"] if tokens == 1 else None)
+    program = jax.jit(run, compiler_options=compiler_options("cpu", decode=tokens == 1))
     memory = program.lower(state, x).compile().memory_analysis()
     matrix = 4 * embed * hidden
     rows = 4 * tokens * (2 * embed + 3 * config.used * hidden)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blocks import any_blocks, ggml_type, reference, usual_blocks
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.engine.runner import DECODE_OPTIONS
+from jaxsplit.engine.runner import compiler_options
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.quant import TYPES, QTensor, dequantize, matmul, quant_type, take_rows, unpack
 
@@ -68,43 +69,6 @@ def uses_of_cuts(name, raw, inputs, parts):
 @pytest.fixture
 def rng():
     return fresh_rng()
-
-
-def ggml_type(name):
-    return gguf.GGMLQuantizationType[name]
-
-
-def reference(name, raw):
-    """The gguf package's dequantization: uint8 `[..., blocks, block_bytes]` to float32."""
-    if name == "Q1_0":  # which the package does not know: a scale, and a sign for each weight
-        scale = np.ascontiguousarray(raw[..., :2]).view(np.float16).astype(np.float32)
-        positive = np.unpackbits(raw[..., 2:], axis=-1, bitorder="little")
-        return np.where(positive, scale, -scale).reshape(*raw.shape[:-2], -1)
-    with np.errstate(all="ignore"):
-        flat = gguf.quants.dequantize(raw.reshape(*raw.shape[:-2], -1), ggml_type(name))
-    return np.asarray(flat, np.float32)
-
-
-def any_blocks(rng, name, *shape):
-    """Random bytes, among them scales that are infinite or not a number."""
-    return rng.integers(0, 256, (*shape, TYPES[name].block_bytes), dtype=np.uint8)
-
-
-def usual_blocks(rng, name, *shape):
-    """Blocks as in a file: of normal weights if the gguf package can quantize to the type, else
-    random bytes that give finite weights of ordinary size."""
-    kind, count = TYPES[name], int(np.prod(shape))
-    try:
-        weights = rng.normal(size=(count, kind.block)).astype(np.float32)
-        packed = gguf.quants.quantize(weights, ggml_type(name))
-        return np.ascontiguousarray(packed).view(np.uint8).reshape(*shape, kind.block_bytes)
-    except NotImplementedError:
-        found = np.empty((0, kind.block_bytes), np.uint8)
-    while len(found) < count:
-        blocks = any_blocks(rng, name, 8 * count)
-        largest = np.abs(reference(name, blocks[:, None])).max(axis=-1)
-        found = np.concatenate([found, blocks[(largest > 0.01) & (largest < 10)]])
-    return found[:count].reshape(*shape, kind.block_bytes)
 
 
 def inputs(rng, size, rows=40):
@@ -370,7 +334,11 @@ def test_one_row_needs_no_temporary_of_a_matrix(name):
         functools.partial(unpack, name), jax.ShapeDtypeStruct(blocks, np.uint8)
     )
     x = jax.ShapeDtypeStruct((1, size), np.float32)
-    product = jax.jit(matmul, compiler_options=DECODE_OPTIONS["cpu"]).lower(x, weights).compile()
+    product = (
+        jax.jit(matmul, compiler_options=compiler_options("cpu", decode=True))
+        .lower(x, weights)
+        .compile()
+    )
     planes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     assert product.memory_analysis().temp_size_in_bytes < planes / 2
 

@@ -107,6 +107,7 @@ check_equal(split, one, {tokens})
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("mode", "mesh", "shape"),
     [
@@ -119,6 +120,7 @@ def test_quantized_weights_are_split_alike(load, recipe_gguf, tokens, mode, mesh
     check_equal(load_once(path, mode, mesh=mesh), load(path, split_mode="none"), tokens)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("mode", "devices"),
     [*(("graph", devices) for devices in (*DEVICES, 5)), ("row", 3), ("layer", 2)],
@@ -132,6 +134,7 @@ def test_k_quants_are_cut_inside_their_blocks(load, tokens, mode, devices):
     assert nmse(split.logits(tokens[:9], one_by_one=True), expected[:9]) <= 1e-9
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["llama-bias", "llama-tied-ropefreqs"])
 @pytest.mark.parametrize(
     ("mode", "mesh"),
@@ -148,6 +151,7 @@ def test_biases_and_tied_heads_are_split(load, recipe_gguf, tokens, name, mode, 
     assert nmse(split.logits(tokens), expected) <= 1e-9
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("shape", "weights"),
     [("9-3", "float32"), ("8-2", "bfloat16"), ("6-1", "bfloat16"), ("14-2", "float32")],
@@ -159,6 +163,7 @@ def test_dequantized_weights_are_split_alike(load, recipe_gguf, tokens, shape, w
     assert nmse(split.logits(tokens), one.logits(tokens)) <= 1e-9
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_same_seed_same_text_on_any_mesh(load, recipe_gguf, tokens):
     path = recipe_gguf(SHAPES["9-3"])
     sampling = SamplingConfig(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=1234)

@@ -13,6 +13,7 @@ from jaxsplit.engine.runner import StageRunner
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
 from jaxsplit.models import Axis, Cache, Decoder
 from jaxsplit.parallel import Partition, fetch, hand_over
+from jaxsplit.quant import PLAIN, Arithmetic
 
 
 @dataclasses.dataclass
@@ -46,6 +47,7 @@ class Engine:
       slots: sequences that are decoded together.
       ends: tokens that end a text.
       chunks: lengths for which prefill is compiled; longer prompts are read piece by piece.
+      arithmetic: of products with quantized matrices.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Engine:
         slots: int = 1,
         ends: Sequence[int] = (),
         chunks: Sequence[int] = (32, 128, 512),
+        arithmetic: Arithmetic = PLAIN,
     ):
         self.partition = partition
         self.config = models[0].config
@@ -65,7 +68,7 @@ class Engine:
         self.chunks = sorted(chunks)
         self.ends = np.asarray(sorted(ends) or [-1], np.int32)
         self.runners = [
-            StageRunner(model, stage, context, cache_dtype)
+            StageRunner(model, stage, context, cache_dtype, arithmetic)
             for model, stage in zip(models, partition.stages, strict=True)
         ]
         count = min(slots, len(self.runners))

@@ -15,11 +15,17 @@ from jaxsplit.engine.sampling import SamplingPlan
 from jaxsplit.models import Axis, Cache, Decoder, ModelConfig, axis_rules, init_cache
 from jaxsplit.models.axes import SLOTS
 from jaxsplit.parallel import Stage
+from jaxsplit.quant import PLAIN, Arithmetic, use_arithmetic
 
 _REPLICATED = PartitionSpec()
 
-# XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
-DECODE_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+
+def compiler_options(platform: str | None, *, decode: bool) -> dict[str, Any] | None:
+    """Options of the programs that run the layers, for a platform."""
+    if platform == "cpu" and decode:
+        # XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
+        return {"xla_cpu_experimental_ynn_fusion_type": ""}
+    return None
 
 
 def _shortest(spec: PartitionSpec) -> PartitionSpec:
@@ -55,10 +61,19 @@ class StageRunner:
       stage: the devices and how the layers lie on them.
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
+      arithmetic: of products with quantized matrices.
     """
 
-    def __init__(self, model: Decoder, stage: Stage, context: int, cache_dtype: jnp.dtype):
+    def __init__(
+        self,
+        model: Decoder,
+        stage: Stage,
+        context: int,
+        cache_dtype: jnp.dtype,
+        arithmetic: Arithmetic = PLAIN,
+    ):
         self.stage = stage
+        self.arithmetic = arithmetic
         self.context = context
         self.cache_dtype = cache_dtype
         self.config = model.config
@@ -125,7 +140,7 @@ class StageRunner:
 
             @functools.wraps(body)
             def local(*arguments: Any) -> Any:
-                with axis_rules(self.stage.rules):
+                with axis_rules(self.stage.rules), use_arithmetic(self.arithmetic):
                     return body(*arguments)
 
             sharded = jax.shard_map(
@@ -135,7 +150,7 @@ class StageRunner:
             self._programs[key] = jax.jit(
                 sharded,
                 donate_argnums=tuple(donate),
-                compiler_options=DECODE_OPTIONS.get(platform) if decode else None,
+                compiler_options=compiler_options(platform, decode=decode),
             )
         return self._programs[key]
 

@@ -1,10 +1,13 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
-from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, matmul, take_rows
+from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, take_rows, with_words
+from jaxsplit.quant.products import PLAIN, Arithmetic, matmul, use_arithmetic
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 
 __all__ = [
+    "PLAIN",
     "TYPES",
+    "Arithmetic",
     "Form",
     "QTensor",
     "QuantType",
@@ -14,4 +17,6 @@ __all__ = [
     "quant_type",
     "take_rows",
     "unpack",
+    "use_arithmetic",
+    "with_words",
 ]

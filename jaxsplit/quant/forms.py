@@ -1,4 +1,4 @@
-"""Quantized matrices on the device: integer codes in bit planes, scales, and the products.
+"""Quantized matrices on the device: integer codes in bit planes, and scales.
 
 Every GGML type becomes one of a few forms. A weight is
 
@@ -13,7 +13,6 @@ one partition spec shards them all, and a slice of a matrix is made of the slice
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -21,8 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-
-_HIGHEST = lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +53,8 @@ class QTensor:
     """A quantized array `[..., out, in]`.
 
     Attributes:
-      codes: a plane for each of `form.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8 bits).
+      codes: a plane for each of `form.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8 bits);
+        or the same bytes as little-endian uint32 `[..., out, in * bits / 32]`.
       scale: `[..., out, in / group]` (half as many bytes for 4 bits): float16, integers to be
         multiplied with `super_scale`, or bytes for `form.decode_scale`.
       minimum: like `scale`, or None.
@@ -76,7 +74,8 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """`[..., out, in]`."""
         plane = self.codes[0]
-        return (*plane.shape[:-1], plane.shape[-1] * 8 // self.form.bits[0])
+        weights = plane.shape[-1] * plane.dtype.itemsize * 8 // self.form.bits[0]
+        return (*plane.shape[:-1], weights)
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +84,19 @@ class QTensor:
 
 
 Weight = Array | QTensor
+
+
+def with_words(w: QTensor) -> QTensor:
+    """The same matrix with planes of words."""
+    planes = [plane.reshape(*plane.shape[:-1], -1, 4) for plane in w.codes]
+    words = [lax.bitcast_convert_type(plane, jnp.uint32) for plane in planes]
+    return dataclasses.replace(w, codes=tuple(words))
+
+
+def as_bytes(codes: Array, form: Form) -> Array:
+    """Words, or bytes, of codes `[..., n]` as bytes `[..., 4 * n]`; int8 for 8 bits."""
+    dtype = jnp.int8 if form.bits == (8,) else jnp.uint8
+    return lax.bitcast_convert_type(codes, dtype).reshape(*codes.shape[:-1], -1)
 
 
 def unpack_bits(plane: Array, bits: int, chunk: int) -> Array:
@@ -118,7 +130,7 @@ def pack_codes(codes: Array, form: Form) -> tuple[Array, ...]:
     return tuple(planes)
 
 
-def _value(codes: Array, form: Form) -> Array:
+def value_of(codes: Array, form: Form) -> Array:
     """Codes to float32 values, before scaling."""
     if form.table is not None:
         return _look_up(codes, form.table)
@@ -139,7 +151,7 @@ def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
     return (lax.bitcast_convert_type(on_top, jnp.int32) >> 24).astype(jnp.float32)
 
 
-def _combine(planes: Iterable[Array], form: Form) -> Array:
+def combine(planes: Iterable[Array], form: Form) -> Array:
     """Codes of all planes put together, in order from the lowest bits."""
     codes, shift = None, 0
     for plane, bits in zip(planes, form.bits, strict=True):
@@ -153,12 +165,12 @@ def pack_scales(values: Array | None, form: Form) -> Array | None:
     return None if values is None else pack_bits(values, form.scale_bits, 8 // form.scale_bits)
 
 
-def _scales(w: QTensor) -> Array:
+def scales(w: QTensor) -> Array:
     """The scales of the groups, float32 `[..., out, in / group]`."""
     return _per_group(w.scale, w.super_scale, w.form, w.form.decode_scale)
 
 
-def _minima(w: QTensor) -> Array | None:
+def minima(w: QTensor) -> Array | None:
     """The minima of the groups, float32 `[..., out, in / group]`."""
     return None if w.minimum is None else _per_group(w.minimum, w.super_minimum, w.form)
 
@@ -179,109 +191,13 @@ def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
     if not isinstance(w, QTensor):
         return w.astype(dtype)
     form = w.form
-    codes = _combine(map(partial(unpack_bits, chunk=form.chunk), w.codes, form.bits), form)
-    scale, minimum = _scales(w), _minima(w)
-    grouped = _value(codes, form).reshape(*scale.shape, -1) * scale[..., None]
+    planes = [as_bytes(plane, form) for plane in w.codes]
+    codes = combine(map(partial(unpack_bits, chunk=form.chunk), planes, form.bits), form)
+    scale, minimum = scales(w), minima(w)
+    grouped = value_of(codes, form).reshape(*scale.shape, -1) * scale[..., None]
     if minimum is not None:
         grouped = grouped + minimum[..., None]
     return grouped.reshape(w.shape).astype(dtype)
-
-
-def _slices(w: QTensor) -> list[Array]:
-    """Values before scaling, as slices that need no shuffling of the stored bytes.
-
-    Returns:
-      float32 `[out, chunks, width]` each; slice `i` holds the weights `[i * width, (i + 1) *
-      width)` of each chunk.
-    """
-    form = w.form
-    count = 8 // min(form.bits)
-    width = form.chunk // count
-    slices = []
-    for i in range(count):
-        pieces = []
-        for plane, bits in zip(w.codes, form.bits, strict=True):
-            shift, byte = divmod(i * width, form.chunk * bits // 8)
-            packed = plane.reshape(plane.shape[0], -1, form.chunk * bits // 8)
-            piece = packed[..., byte : byte + width]
-            pieces.append(piece if bits == 8 else (piece >> (shift * bits)) & (2**bits - 1))
-        slices.append(_value(_combine(pieces, form), form))
-    return slices
-
-
-def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
-    """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`.
-
-    Summing each group before it is scaled is fastest on a CPU; a GPU needs a single sum, since
-    two would be two kernels.
-    """
-    slices = _slices(w)
-    chunk, width = w.form.chunk, slices[0].shape[-1]
-    x = x.reshape(-1, len(slices), width)
-
-    def per_chunk(groups: Array) -> Array:
-        """`[out, groups]` to `[out, chunks, groups in a chunk]`."""
-        chunks = w.shape[-1] // chunk
-        if groups.shape[-1] < chunks:
-            groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
-        return groups.reshape(groups.shape[0], chunks, -1, 1)
-
-    scale, minimum = per_chunk(_scales(w)), _minima(w)
-    if minimum is not None:
-        minimum = per_chunk(minimum)
-    groups = scale.shape[2]
-    if groups > len(slices):
-        raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
-    per_group = len(slices) // groups
-    total = 0.0
-    for g in range(groups):
-        members = range(g * per_group, (g + 1) * per_group)
-        products = sum(slices[i] * x[:, i] for i in members)
-        inputs = sum(x[:, i] for i in members)
-        if sum_groups_first:
-            products = jnp.sum(products, axis=-1, keepdims=True)
-            inputs = jnp.sum(inputs, axis=-1, keepdims=True)
-        total = total + products * scale[:, :, g]
-        if minimum is not None:
-            total = total + inputs * minimum[:, :, g]
-    return jnp.sum(total, axis=(1, 2))
-
-
-def matmul(x: Array, w: Weight) -> Array:
-    """The product `x @ w.T` with a plain or quantized matrix.
-
-    One row is multiplied and summed in one fused loop, so that the weights are read as they are
-    stored and their dequantized form never reaches memory. More rows dequantize the matrix to the
-    dtype of `x` and use the matrix unit.
-
-    Args:
-      x: `[..., in]`.
-      w: `[out, in]`.
-
-    Returns:
-      float32 `[..., out]`, accumulated in float32.
-    """
-    if isinstance(w, QTensor) and math.prod(x.shape[:-1]) == 1:
-        y = lax.platform_dependent(
-            x.reshape(-1).astype(jnp.float32),
-            w,
-            cpu=partial(_row_product, sum_groups_first=True),
-            default=partial(_row_product, sum_groups_first=False),
-        )
-        return y.reshape(*x.shape[:-1], -1)
-    if isinstance(w, QTensor):
-        # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them
-        # alive. Some backends drop an optimization barrier too early to serve.
-        poisoned = jnp.isnan(x[(0,) * x.ndim])
-        scale = jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale)
-        w = dataclasses.replace(w, scale=scale)
-    return lax.dot_general(
-        x,
-        dequantize(w, x.dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=_HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def take_rows(w: Weight, rows: Array, dtype: jnp.dtype) -> Array:

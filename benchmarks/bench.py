@@ -1,0 +1,236 @@
+"""Prefill and decode rates, each beside the limit of the same run.
+
+  python benchmarks/bench.py --model=FILE.gguf -p 512,2048 -n 128 -d 0,4096
+  python benchmarks/bench.py --random=llama-8b:Q4_K_M --split=none --split=graph@tensor:2 -b 1,8
+
+`ppN` reads a prompt of N tokens, `tgN` generates N; `@ dN` is after N tokens of context. The limits
+come from the bandwidth of a copy, the rate of a matrix product and the latency of an all-reduce,
+measured first. Decoding: each device reads its weights and the filled part of its cache once, and
+the devices meet as often as the program does. Prefill: all devices work on the products all the
+time.
+"""
+
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from measure import all_reduce_seconds, copy_bandwidth, markdown, matmul_rate
+from random_gguf import random_model
+
+import jaxsplit
+from jaxsplit.cli import run
+from jaxsplit.engine import compile_seconds
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import ModelFile
+from jaxsplit.lm import open_model
+from jaxsplit.models import ModelConfig
+from jaxsplit.plan import kind_of, make_plan
+from jaxsplit.sources import Sources, parameter_sources
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint")
+_RANDOM = flags.DEFINE_string("random", None, "random weights instead, such as llama-8b:Q4_K_M")
+_SPLIT = flags.DEFINE_multi_string(
+    "split", [], "MODE or MODE@MESH, such as graph@stage:2,tensor:2 (default: graph, all devices)"
+)
+_PROMPT = flags.DEFINE_list("n_prompt", "512", "prompt lengths; 0: none", short_name="p")
+_GENERATE = flags.DEFINE_list("n_gen", "128", "tokens to generate; 0: none", short_name="n")
+_DEPTH = flags.DEFINE_list("n_depth", "0", "tokens of context before", short_name="d")
+_BATCH = flags.DEFINE_list("batch", "1", "sequences that are decoded together", short_name="b")
+_REPEAT = flags.DEFINE_integer("repetitions", 3, "how often to measure", 1, short_name="r")
+_DTYPE = flags.DEFINE_string("dtype", "auto", "of activations")
+_ACTIVATIONS = flags.DEFINE_string("activations", "float", "as in jaxsplit.generate")
+_WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
+_CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values")
+_JSON = flags.DEFINE_string("json", None, "write the rows to this file too")
+
+_COLUMNS = {
+    "model": "model",
+    "gb": "GB",
+    "split": "split",
+    "batch": "batch",
+    "test": "test",
+    "rate": "tokens/s",
+    "spread": "±",
+    "limit": "limit",
+    "ratio": "ratio",
+}
+
+
+def _numbers(flag: flags.FlagHolder) -> list[int]:
+    try:
+        return [int(value) for value in flag.value]
+    except ValueError:
+        raise JaxsplitError(
+            f"--{flag.name}={','.join(flag.value)} is not a list of integers"
+        ) from None
+
+
+def _active_weights(sources: Sources, config: ModelConfig) -> float:
+    """Weights that a token is multiplied with, without embedding and head."""
+    active = 0.0
+    for path, source in sources.items():
+        if path.startswith("blocks.") and source.is_matrix:
+            mlp = config.blocks[int(path.split(".")[1])].mlp
+            moe = getattr(mlp, "moe", mlp)
+            share = moe.used / moe.experts if len(source.shape) == 3 and ".mlp." in path else 1.0
+            active += share * math.prod(source.shape)
+    return active
+
+
+def _prefill_flops(sources: Sources, config: ModelConfig, length: int, depth: int) -> float:
+    """What a prompt needs: products with the weights, attention to what is before each token."""
+    pairs = length * depth + length**2 / 2
+    heads = sum(
+        block.mixer.heads * (block.mixer.head_dim + block.mixer.value_dim)
+        for block in config.blocks
+        if hasattr(block.mixer, "value_dim") and hasattr(block.mixer, "kv_heads")
+    )
+    return 2 * length * _active_weights(sources, config) + 2 * pairs * heads
+
+
+class _Limits:
+    """What the devices can do."""
+
+    def __init__(self, mesh: jax.sharding.Mesh, dtype: jax.numpy.dtype, embed: int):
+        device = mesh.devices.flat[0]
+        self.bandwidth = copy_bandwidth(device)
+        self.flops = matmul_rate(device, dtype)
+        self.meet = all_reduce_seconds(mesh, embed)
+
+    def __str__(self) -> str:
+        return f"copy {self.bandwidth / 1e9:.1f} GB/s, products {self.flops / 1e12:.2f} TFLOP/s" + (
+            f", all-reduce {self.meet * 1e6:.1f} µs" if self.meet else ""
+        )
+
+
+def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[float]]]:
+    """Each test: its kind, tokens, depth and the seconds that it took each time."""
+    engine, greedy = lm.engine, jaxsplit.SamplingConfig(temperature=0.0)
+    rng = np.random.default_rng(0)
+
+    def read(length: int) -> float:
+        prompts = {s: rng.integers(0, lm.config.vocab, length).tolist() for s in range(batch)}
+        start = time.perf_counter()
+        engine.start_all(prompts, greedy)
+        engine.read(engine.tokens())
+        return time.perf_counter() - start
+
+    for depth in _numbers(_DEPTH):
+        for length in filter(None, _numbers(_PROMPT)):
+            read(depth + length)
+            before = statistics.median(read(depth) for _ in range(3)) if depth else 0.0
+            times = [read(depth + length) - before for _ in range(_REPEAT.value)]
+            yield "pp", length, depth, times
+        for count in filter(None, _numbers(_GENERATE)):
+            times = []
+            for turn in range(_REPEAT.value + 1):
+                read(max(depth, 1))
+                start = time.perf_counter()
+                engine.loop(count, count)
+                if turn:
+                    times.append(time.perf_counter() - start)
+            yield "tg", count, depth, times
+
+
+def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[dict[str, Any]]:
+    """The rows of a split: a model is loaded once for all tests."""
+    longest = max(_numbers(_DEPTH)) + max(*_numbers(_PROMPT), *_numbers(_GENERATE)) + 1
+    loading, compiling = time.perf_counter(), compile_seconds()
+    lm = jaxsplit.load(
+        file,
+        split_mode=mode,
+        mesh=mesh,
+        dtype=_DTYPE.value,
+        activations=_ACTIVATIONS.value,
+        weights=_WEIGHTS.value,
+        cache_dtype=_CACHE.value,
+        ctx_size=longest,
+        slots=batch,
+    )
+    loading = time.perf_counter() - loading
+    config, engine, dtype = lm.config, lm.engine, lm.models[0].dtype
+    limits = _Limits(lm.mesh, dtype, config.embed * batch)
+    sources = parameter_sources(file, config)
+    stored = None if _WEIGHTS.value == "quantized" else np.dtype(_WEIGHTS.value)
+    plan = make_plan(
+        sources,
+        config,
+        mode,
+        dict(lm.mesh.shape),
+        [kind_of(device) for device in lm.mesh.devices.flat],
+        weights=stored,
+        dtype=dtype,
+        cache_dtype=engine.runners[0].cache_dtype,
+        context=engine.context,
+        slots=batch,
+    )
+    groups = min(batch, len(plan.stages))
+
+    def decode_limit(filled: float) -> float:
+        stages = [
+            max(
+                (s.read - s.cache / groups * (1 - filled / engine.context)) / limits.bandwidth,
+                s.decode.flops / limits.flops,
+            )
+            + sum(s.decode.collectives.values()) * limits.meet
+            for s in plan.stages
+        ]
+        return batch / max(sum(stages), groups * max(stages))
+
+    print(f"\n{plan.name}, batch {batch}: {limits}; loaded in {loading:.1f} s", flush=True)
+    for kind, count, depth, times in _tests(lm, batch):
+        rates = [batch * count / t for t in times]
+        if kind == "tg":
+            limit = decode_limit(max(depth, 1) + count / 2)
+        else:
+            needed = _prefill_flops(sources, config, count, depth)
+            limit = count * lm.mesh.size * limits.flops / needed
+        yield {
+            "model": file.metadata.get("general.name", file.path.name),
+            "gb": sum(source.nbytes for source in sources.values()) / 1e9,
+            "split": plan.name,
+            "batch": batch,
+            "test": f"{kind}{count}" + (f" @ d{depth}" if depth else ""),
+            "rate": statistics.median(rates),
+            "spread": float(np.std(rates)),
+            "limit": limit,
+            "ratio": statistics.median(rates) / limit,
+            "bandwidth": limits.bandwidth,
+            "flops": limits.flops,
+            "all_reduce_seconds": limits.meet,
+            "weight_bytes": lm.weight_bytes,
+            "load_seconds": loading,
+            "compile_seconds": compile_seconds() - compiling,
+        }
+
+
+def main(_: list[str]) -> None:
+    """Measures each split and batch size; the table grows as it goes."""
+    if (_MODEL.value is None) == (_RANDOM.value is None):
+        raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
+    file = random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
+    devices = jax.devices()
+    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
+    rows: list[dict[str, Any]] = []
+    for split in _SPLIT.value or ["graph"]:
+        mode, _, mesh = split.partition("@")
+        for batch in _numbers(_BATCH):
+            for row in _rows(file, mode, mesh or None, batch):
+                rows.append(row)
+                print(f"{row['test']}: {row['rate']:.1f} tokens/s", flush=True)
+                if _JSON.value:
+                    Path(_JSON.value).write_text(json.dumps(rows, indent=1))
+            gc.collect()
+    print(f"\n{markdown(rows, _COLUMNS)}")
+
+
+if __name__ == "__main__":
+    run(main)

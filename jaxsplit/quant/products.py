@@ -1,0 +1,174 @@
+"""Products of activations with plain and quantized matrices."""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsplit.quant import kernels
+from jaxsplit.quant.forms import (
+    QTensor,
+    Weight,
+    as_bytes,
+    combine,
+    dequantize,
+    minima,
+    scales,
+    value_of,
+)
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """How a few rows of activations are multiplied with quantized matrices.
+
+    Attributes:
+      rounded: activations are rounded to 8 bits; else they stay what they are.
+      kernels: the devices run the kernels of `jaxsplit.quant.kernels`; else the same numbers are
+        computed without them.
+    """
+
+    rounded: bool = False
+    kernels: bool = False
+
+    @staticmethod
+    def on(device: jax.Device, *, rounded: bool) -> "Arithmetic":
+        """What a device can do. Kernels need compute capability 8.0."""
+        capability = getattr(device, "compute_capability", None)
+        gpu = device.platform in ("gpu", "cuda") and capability is not None
+        return Arithmetic(rounded, gpu and float(capability) >= 8)
+
+
+PLAIN = Arithmetic()
+_arithmetic: contextvars.ContextVar[Arithmetic] = contextvars.ContextVar(
+    "arithmetic", default=PLAIN
+)
+
+
+@contextlib.contextmanager
+def use_arithmetic(value: Arithmetic) -> Iterator[None]:
+    """Makes an arithmetic active for the code that is traced inside the block."""
+    token = _arithmetic.set(value)
+    try:
+        yield
+    finally:
+        _arithmetic.reset(token)
+
+
+def _slices(w: QTensor) -> list[Array]:
+    """Values before scaling, as slices that need no shuffling of the stored bytes.
+
+    Returns:
+      float32 `[out, chunks, width]` each; slice `i` holds the weights `[i * width, (i + 1) *
+      width)` of each chunk.
+    """
+    form = w.form
+    count = 8 // min(form.bits)
+    width = form.chunk // count
+    slices = []
+    for i in range(count):
+        pieces = []
+        for plane, bits in zip(w.codes, form.bits, strict=True):
+            size = plane.dtype.itemsize
+            mask = jnp.asarray(2**bits - 1, jnp.uint8)
+            mask = (
+                lax.bitcast_convert_type(jnp.repeat(mask, size), plane.dtype) if size > 1 else mask
+            )
+            shift, byte = divmod(i * width, form.chunk * bits // 8)
+            packed = plane.reshape(plane.shape[0], -1, form.chunk * bits // 8 // size)
+            piece = packed[..., byte // size : (byte + width) // size]
+            pieces.append(piece if bits == 8 else (piece >> (shift * bits)) & mask)
+        codes = as_bytes(combine(pieces, form), form)
+        slices.append(value_of(codes, form))
+    return slices
+
+
+def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
+    """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`.
+
+    Summing each group before it is scaled is fastest on a CPU; a GPU needs a single sum, since
+    two would be two kernels.
+    """
+    slices = _slices(w)
+    chunk, width = w.form.chunk, slices[0].shape[-1]
+    x = x.reshape(-1, len(slices), width)
+
+    def per_chunk(groups: Array) -> Array:
+        """`[out, groups]` to `[out, chunks, groups in a chunk]`."""
+        chunks = w.shape[-1] // chunk
+        if groups.shape[-1] < chunks:
+            groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
+        return groups.reshape(groups.shape[0], chunks, -1, 1)
+
+    scale, minimum = per_chunk(scales(w)), minima(w)
+    if minimum is not None:
+        minimum = per_chunk(minimum)
+    groups = scale.shape[2]
+    if groups > len(slices):
+        raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
+    per_group = len(slices) // groups
+    total = 0.0
+    for g in range(groups):
+        members = range(g * per_group, (g + 1) * per_group)
+        products = sum(slices[i] * x[:, i] for i in members)
+        inputs = sum(x[:, i] for i in members)
+        if sum_groups_first:
+            products = jnp.sum(products, axis=-1, keepdims=True)
+            inputs = jnp.sum(inputs, axis=-1, keepdims=True)
+        total = total + products * scale[:, :, g]
+        if minimum is not None:
+            total = total + inputs * minimum[:, :, g]
+    return jnp.sum(total, axis=(1, 2))
+
+
+def matmul(x: Array, w: Weight) -> Array:
+    """The product `x @ w.T` with a plain or quantized matrix.
+
+    One row is multiplied and summed in one fused loop, so that the weights are read as they are
+    stored and their dequantized form never reaches memory. More rows dequantize the matrix to the
+    dtype of `x` and use the matrix unit. The active `arithmetic` may have a few rows rounded.
+
+    Args:
+      x: `[..., in]`.
+      w: `[out, in]`.
+
+    Returns:
+      float32 `[..., out]`, accumulated in float32.
+    """
+    rows = math.prod(x.shape[:-1])
+    active = _arithmetic.get()
+    few = isinstance(w, QTensor) and rows <= kernels.MAX_ROWS
+    if few and active.rounded and kernels.supports(w):
+        rounded = kernels.round_rows(x.reshape(rows, -1))
+        if active.kernels and w.codes[0].dtype == jnp.uint32:
+            return kernels.product(rounded, w).reshape(*x.shape[:-1], -1)
+        x = rounded.dequantized().reshape(x.shape)
+    if isinstance(w, QTensor) and rows == 1:
+        y = lax.platform_dependent(
+            x.reshape(-1).astype(jnp.float32),
+            w,
+            cpu=partial(_row_product, sum_groups_first=True),
+            default=partial(_row_product, sum_groups_first=False),
+        )
+        return y.reshape(*x.shape[:-1], -1)
+    if isinstance(w, QTensor):
+        # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them
+        # alive. Some backends drop an optimization barrier too early to serve.
+        poisoned = jnp.isnan(x[(0,) * x.ndim])
+        scale = jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale)
+        w = dataclasses.replace(w, scale=scale)
+    return lax.dot_general(
+        x,
+        dequantize(w, x.dtype),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=_HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
