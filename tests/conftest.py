@@ -61,7 +61,8 @@ def quick_compilation(monkeypatch):
     """Programs are compiled, not optimized: for tests that compile far longer than they run."""
 
     def options(platform, *, decode):
-        return {"xla_cpu_use_fusion_emitters": False}  # which take a third of the time
+        # Those take a third of the time. Programs that are only traced have no platform.
+        return {"xla_cpu_use_fusion_emitters": False} if platform else None
 
     monkeypatch.setattr(runner, "compiler_options", options)
     jax.config.update("jax_disable_most_optimizations", True)

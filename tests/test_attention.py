@@ -21,6 +21,9 @@ from jaxsplit.models import (
     RopeConfig,
     init_cache,
 )
+from jaxsplit.models import attention as attention_module
+from jaxsplit.models.attention import attend
+from jaxsplit.models.cache import AttentionCache
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -88,6 +91,39 @@ def test_calls_of_any_length_give_the_same_logits(name, cuts):
     found = np.concatenate(found, axis=1)
     assert nmse(found[0], np.asarray(whole)[0]) <= 1e-10
     assert nmse(found[1, : LENGTH - 5], np.asarray(whole)[1, : LENGTH - 5]) <= 1e-10
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_queries_that_are_read_in_parts_give_the_same_logits(monkeypatch, name):
+    """13 of them at a time, of 40; the cache beside the new tokens makes it less."""
+    model, tokens = model_with(MIXERS[name]), fresh_rng().integers(0, 50, (2, LENGTH))
+    cache = init_cache(model.config.cache(CONTEXT, jnp.float32), slots=2)
+    positions = np.broadcast_to(np.arange(LENGTH), tokens.shape)
+
+    def run() -> list[np.ndarray]:
+        fresh = nnx.jit(lambda *arguments: model(*arguments)[0])
+        return [np.asarray(fresh(tokens)), np.asarray(fresh(tokens, positions, cache))]
+
+    expected = run()
+    monkeypatch.setattr(attention_module, "SCORES", 13 * LENGTH)
+    jax.clear_caches()
+    for found, whole in zip(run(), expected, strict=True):
+        assert nmse(found, whole) <= 1e-12
+
+
+def test_a_long_context_takes_no_more_memory():
+    """Of temporaries, while a prompt is read: a multiple of `SCORES`, not of the context."""
+    config = attention(rope=None)
+
+    def temporaries(context: int) -> int:
+        keys, positions = jnp.zeros((1, 2, context, 8)), jnp.arange(512)[None]
+        queries, places = jnp.zeros((1, 512, 2, 2, 8)), jnp.arange(context)[None]
+        program = jax.jit(attend, static_argnums=4).lower(
+            queries, AttentionCache(keys, keys), positions, places, config
+        )
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2**15) <= 1.5 * temporaries(2**12) + 2**23
 
 
 def test_a_window_is_all_that_is_kept():

@@ -1,6 +1,7 @@
 """Softmax attention."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, rope
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
+
+SCORES = 2**21
+"""Of each head at a time: more would take too much memory."""
 
 
 class Attention(nnx.Module):
@@ -178,6 +182,14 @@ def attend(
       `[batch, time, kv_heads, group, value_dim]` in the dtype of `queries`; scores and softmax are
       float32.
     """
+    at_once = max(1, SCORES // memory.length)
+    if queries.shape[1] > at_once:
+        return _some_at_a_time(
+            lambda some, where: attend(some, memory, where, key_positions, config, sinks),
+            at_once,
+            queries,
+            positions,
+        )
     c, dtype = config, queries.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     values, value_scale = memory.values, memory.value_scale
@@ -221,3 +233,19 @@ def attend(
         precision=precision,
         preferred_element_type=jnp.float32,
     ).astype(dtype)
+
+
+def _some_at_a_time(
+    run: Callable[[Array, Array], Array], count: int, x: Array, positions: Array
+) -> Array:
+    """`run` on so many of `[batch, time, ...]` and of their positions at a time."""
+    time = positions.shape[1]
+    steps = -(-time // count)
+
+    def cut(x: Array, filling: int) -> Array:
+        widths = [(0, 0), (0, steps * count - time), *[(0, 0)] * (x.ndim - 2)]
+        padded = jnp.pad(x, widths, constant_values=filling)
+        return jnp.moveaxis(padded.reshape(x.shape[0], steps, count, *x.shape[2:]), 1, 0)
+
+    y = lax.map(lambda some: run(*some), (cut(x, 0), cut(positions, -1)))
+    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, *y.shape[3:])[:, :time]

@@ -74,9 +74,9 @@ def _in_order(axis: Axis) -> np.ndarray:
     return np.arange(axis.units)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class AxisRules:
-    """Which mesh axes split which logical axis.
+    """Which mesh axes split which logical axis. Each is equal to itself only.
 
     Attributes:
       table: logical axis to mesh axes; a logical axis that is not in it is not split.
@@ -107,6 +107,11 @@ def axis_rules(rules: AxisRules) -> Iterator[None]:
         yield
     finally:
         _rules.reset(token)
+
+
+def active_rules() -> AxisRules:
+    """The active table."""
+    return _rules.get()
 
 
 def mesh_axes(*axes: Axis) -> tuple[str, ...]:

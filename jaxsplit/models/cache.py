@@ -36,6 +36,7 @@ class CacheArray:
         return (SLOTS, *self.axes)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What all layers need to know of the tokens that they are given.

@@ -4,15 +4,18 @@ Sizes in the forward pass are read off the parameters, not the config: on a mesh
 the same code over the heads, hidden units and vocabulary rows that it holds.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jaxsplit.models.attention import Attention
-from jaxsplit.models.axes import EMBED, Axis
+from jaxsplit.models.axes import EMBED, Axis, active_rules
 from jaxsplit.models.cache import Batch, Cache
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.latent import LatentAttention
@@ -36,7 +39,7 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
 from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
-from jaxsplit.quant import matmul, take_rows
+from jaxsplit.quant import active_arithmetic, matmul, take_rows
 
 MODULES: Mapping[type, type[nnx.Module]] = {
     AttentionConfig: Attention,
@@ -102,6 +105,30 @@ class Block(nnx.Module):
         if self.output_scale is not None:
             x = (x * self.output_scale.get_value()).astype(x.dtype)
         return x, cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    _: Any,
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    x: Array,
+    batch: Batch,
+    cache: Any,
+    layer_input: Array | None,
+) -> tuple[Array, Any, Mapping]:
+    """`Block.__call__` as a program of its own, traced once for all layers that are alike.
+
+    Args:
+      _: what else decides how a layer is traced.
+      graph, state: the block.
+      x, batch, cache, layer_input: its arguments.
+
+    Returns:
+      its results, and what `batch` has been lent.
+    """
+    x, cache = nnx.merge(graph, state)(x, batch, cache, layer_input)
+    return x, cache, batch.lent
 
 
 class Decoder(nnx.Module):
@@ -210,12 +237,16 @@ class Decoder(nnx.Module):
         factors = {name: factor.get_value() for name, factor in self.rope_factors.items()}
         batch = Batch(positions, slots, factors)
         x, layer_inputs = self._embed(inputs, positions) if self.first else self._parts(inputs)
-        caches = []
+        caches, traced_with = [], (active_rules(), active_arithmetic())
         for i, block in enumerate(self.blocks):
             layer_input = None
             if layer_inputs is not None:
                 layer_input, layer_inputs = self._parts(layer_inputs, block.config.layer_input)
-            x, layer_cache = block(x, batch, None if cache is None else cache[i], layer_input)
+            layer_cache = None if cache is None else cache[i]
+            x, layer_cache, lent = _run(
+                traced_with, *nnx.split(block), x, batch, layer_cache, layer_input
+            )
+            batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
         if layer_inputs is not None:
             x = jnp.concatenate([x, layer_inputs], axis=-1)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jaxsplit.engine.runner import cache_specs, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
+from jaxsplit.models.attention import SCORES
 from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
@@ -222,19 +223,19 @@ def make_plan(
         decode = trace_decode(config, stage, dtype, context, group_slots)
         prefill = trace_prefill(config, stage, dtype, context, chunk)
         read = held - _unread(sources, config, stage, weights, group_slots) + cache
-        scores = 4 * chunk * context * _widest(config, stage, "heads")
+        pairs, heads = chunk * context, _widest(config, stage, "heads")
         plans.append(
             StagePlan(
                 stage,
                 held,
                 cache * groups,
-                _scratch(config, stage, dtype, chunk, scores),
+                _scratch(config, stage, dtype, chunk, 4 * min(pairs, SCORES) * heads),
                 padding,
                 read,
                 decode,
                 prefill,
                 _decode_seconds(kind, stage, read, decode, bits if weights is None else 16),
-                _prefill_seconds(kind, stage, held, prefill, bits, scores),
+                _prefill_seconds(kind, stage, held, prefill, bits, 4 * pairs * heads),
             )
         )
     borders = len(partition.stages) - 1

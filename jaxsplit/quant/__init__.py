@@ -1,7 +1,7 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
 from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, take_rows, with_words
-from jaxsplit.quant.products import PLAIN, Arithmetic, matmul, use_arithmetic
+from jaxsplit.quant.products import PLAIN, Arithmetic, active_arithmetic, matmul, use_arithmetic
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "QTensor",
     "QuantType",
     "Weight",
+    "active_arithmetic",
     "dequantize",
     "matmul",
     "quant_type",

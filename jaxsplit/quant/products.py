@@ -63,6 +63,11 @@ def use_arithmetic(value: Arithmetic) -> Iterator[None]:
         _arithmetic.reset(token)
 
 
+def active_arithmetic() -> Arithmetic:
+    """The active one."""
+    return _arithmetic.get()
+
+
 def _slices(w: QTensor) -> list[Array]:
     """Values before scaling, as slices that need no shuffling of the stored bytes.
 
