@@ -61,7 +61,7 @@ def quick_compilation(monkeypatch):
     """Programs are compiled, not optimized: for tests that compile far longer than they run."""
 
     def options(platform, *, decode):
-        # Those take a third of the time. Programs that are only traced have no platform.
+        # Fusion emitters compile slowly. Programs that are only traced have no platform.
         return {"xla_cpu_use_fusion_emitters": False} if platform else None
 
     monkeypatch.setattr(runner, "compiler_options", options)

@@ -1,7 +1,6 @@
 """Softmax attention."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -184,12 +183,13 @@ def attend(
     """
     at_once = max(1, SCORES // memory.length)
     if queries.shape[1] > at_once:
-        return _some_at_a_time(
-            lambda some, where: attend(some, memory, where, key_positions, config, sinks),
-            at_once,
-            queries,
-            positions,
-        )
+
+        def attend_one(query: tuple[Array, Array]) -> Array:
+            one, position = (x[:, None] for x in query)
+            return attend(one, memory, position, key_positions, config, sinks)[:, 0]
+
+        by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (queries, positions))
+        return jnp.moveaxis(lax.map(attend_one, by_time, batch_size=at_once), 0, 1)
     c, dtype = config, queries.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     values, value_scale = memory.values, memory.value_scale
@@ -233,19 +233,3 @@ def attend(
         precision=precision,
         preferred_element_type=jnp.float32,
     ).astype(dtype)
-
-
-def _some_at_a_time(
-    run: Callable[[Array, Array], Array], count: int, x: Array, positions: Array
-) -> Array:
-    """`run` on so many of `[batch, time, ...]` and of their positions at a time."""
-    time = positions.shape[1]
-    steps = -(-time // count)
-
-    def cut(x: Array, filling: int) -> Array:
-        widths = [(0, 0), (0, steps * count - time), *[(0, 0)] * (x.ndim - 2)]
-        padded = jnp.pad(x, widths, constant_values=filling)
-        return jnp.moveaxis(padded.reshape(x.shape[0], steps, count, *x.shape[2:]), 1, 0)
-
-    y = lax.map(lambda some: run(*some), (cut(x, 0), cut(positions, -1)))
-    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, *y.shape[3:])[:, :time]

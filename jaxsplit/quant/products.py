@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxsplit.quant import kernels
@@ -83,14 +84,13 @@ def _slices(w: QTensor) -> list[Array]:
         pieces = []
         for plane, bits in zip(w.codes, form.bits, strict=True):
             size = plane.dtype.itemsize
-            mask = jnp.asarray(2**bits - 1, jnp.uint8)
-            mask = (
-                lax.bitcast_convert_type(jnp.repeat(mask, size), plane.dtype) if size > 1 else mask
-            )
             shift, byte = divmod(i * width, form.chunk * bits // 8)
             packed = plane.reshape(plane.shape[0], -1, form.chunk * bits // 8 // size)
             piece = packed[..., byte // size : (byte + width) // size]
-            pieces.append(piece if bits == 8 else (piece >> (shift * bits)) & mask)
+            mask = int.from_bytes([2**bits - 1] * size)
+            pieces.append(
+                piece if bits == 8 else (piece >> (shift * bits)) & np.asarray(mask, plane.dtype)
+            )
         codes = as_bytes(combine(pieces, form), form)
         slices.append(value_of(codes, form))
     return slices
