@@ -1,6 +1,7 @@
 """Eight CPU devices stand in for accelerators; models are small or tiny."""
 
 import atexit
+import functools
 import json
 import os
 import shutil
@@ -56,13 +57,23 @@ def load():
     return get
 
 
+@functools.cache
+def _quick_options() -> dict[str, bool] | None:
+    """Without fusion emitters, which compile slowly; some versions have no other way."""
+    options = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
+
+
 @pytest.fixture
 def quick_compilation(monkeypatch):
     """Programs are compiled, not optimized: for tests that compile far longer than they run."""
 
     def options(platform, *, decode):
-        # Fusion emitters compile slowly. Programs that are only traced have no platform.
-        return {"xla_cpu_use_fusion_emitters": False} if platform else None
+        return _quick_options() if platform else None  # those only traced have no platform
 
     monkeypatch.setattr(runner, "compiler_options", options)
     jax.config.update("jax_disable_most_optimizations", True)

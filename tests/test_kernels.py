@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import usual_blocks
 from helpers import Q8_0, SHAPES, nmse
 from tiny import fresh_rng
 
+import jaxsplit
 from jaxsplit.quant import (
     TYPES,
     Arithmetic,
@@ -54,26 +56,43 @@ def test_rounding_is_that_of_ggml(rng):
     assert np.allclose(rounded.scale, scale, rtol=1e-6)
     error = np.abs(np.asarray(rounded.dequantized()).reshape(blocks.shape) - blocks)
     assert (error <= 0.5001 * scale[..., None]).all()
-    for run in (16, 32):
-        sums = np.float64(rounded.dequantized()).reshape(3, -1, run).sum(axis=-1)
-        assert np.allclose(rounded.sums(run), sums, atol=1e-4 * np.abs(x).max())
 
 
-# Rows that end inside a tile, one or more tiles of them.
+@pytest.mark.parametrize("epsilon", [None, 1e-5])
+def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
+    """The same as computing, dividing and rounding them one after the other."""
+    x, scale = rng.normal(size=(2, 3, 1344)).astype(np.float32), rng.uniform(0.5, 2, 1344)
+    operands = (jnp.asarray(x), jnp.asarray(scale, jnp.float32))
+    pending = kernels.Pending(jnp.multiply, operands, jnp.float32, epsilon, 1400)
+    rounded = kernels.round_pending(pending, interpret=True)
+    exact = np.float64(x) * np.float32(scale)
+    if epsilon:
+        exact /= np.sqrt((np.float64(x) ** 2).sum(axis=-1, keepdims=True) / 1400 + epsilon)
+    assert nmse(pending.array, exact) <= 1e-12
+    expected = kernels.round_rows(jnp.asarray(exact.reshape(6, -1), jnp.float32))
+    assert nmse(rounded.dequantized(), expected.dequantized()) <= 1e-6
+    assert 1e-7 < nmse(rounded.dequantized(), exact.reshape(6, -1)) < 1e-4
+
+
+# Rows that end inside a tile, one or more tiles of them; matrices that end inside a program.
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    ("name", "rows", "columns"),
+    ("names", "rows", "columns"),
     [
-        *(("Q8_0", 1, 1536), ("Q4_0", 1, 2816), ("Q5_1", 1, 1536), ("Q3_K", 1, 1536)),
-        *(("Q4_K", 1, 2816), ("Q4_K", 3, 512), ("Q5_K", 1, 2816), ("Q6_K", 1, 2816)),
-        *(("Q6_K", 3, 512), ("TQ2_0", 1, 1536)),
+        *((["Q8_0"], 1, 1536), (["Q4_0"], 1, 2816), (["Q5_1"], 1, 1536), (["Q3_K"], 1, 1536)),
+        *((["Q4_K"], 1, 4352), (["Q4_K"], 3, 512), (["Q5_K"], 1, 2816), (["TQ2_0"], 1, 1536)),
+        *((["Q6_K"], 1, 4608), (["Q6_K", "Q4_K", "Q8_0"], 3, 512)),
     ],
 )
-def test_the_kernel_multiplies_rounded_activations(rng, name, rows, columns):
-    w = matrix(rng, name, 7, columns)
-    x = kernels.round_rows(rng.normal(size=(rows, columns)).astype(np.float32))
-    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
-    assert nmse(kernels.product(x, w, interpret=True), expected) <= 1e-10
+def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
+    matrices = [matrix(rng, name, 7 + i, columns) for i, name in enumerate(names)]
+    x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
+    pending = kernels.Pending(lambda x: x, (x,), jnp.float32, 1e-6, columns)
+    for rounded in (kernels.round_rows(x), kernels.round_pending(pending, interpret=True)):
+        results = kernels.products(rounded, matrices, interpret=True)
+        for y, w in zip(results, matrices, strict=True):
+            expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
+            assert nmse(y, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -82,7 +101,7 @@ def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     x = rng.normal(size=(rows, 512)).astype(np.float32)
     with use_arithmetic(Arithmetic(rounded=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    expected = kernels.product(kernels.round_rows(x), w, interpret=True)
+    [expected] = kernels.products(kernels.round_rows(x), [w], interpret=True)
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
     assert 1e-7 < nmse(y, exact) < 1e-4
@@ -103,3 +122,14 @@ def test_rounded_activations_change_a_model_little(load, recipe_gguf):
     assert np.array_equal(rounded.logits(tokens), exact.logits(tokens)), "prompts are not rounded"
     error = nmse(rounded.logits(tokens, one_by_one=True), exact.logits(tokens, one_by_one=True))
     assert 1e-7 < error < 1e-2
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("options", [{}, {"devices": 2}])
+def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, options):
+    path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, 4).tolist()
+    options |= {"dtype": "float32", "ctx_size": 64, "activations": "int8"}
+    plain = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
+    monkeypatch.setattr(Arithmetic, "on", lambda *_, **__: Arithmetic(True, True, True))
+    kernel = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
+    assert nmse(kernel, plain) <= 1e-5

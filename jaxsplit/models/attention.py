@@ -10,8 +10,9 @@ from jax import Array, lax
 
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.models.layers import Linear, Norm, Partials, rope
+from jaxsplit.models.layers import Linear, Norm, Partials, project, rope
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
+from jaxsplit.quant import Rows
 
 SCORES = 2**21
 """Of each head at a time: more would take too much memory."""
@@ -50,7 +51,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Array, batch: Batch, cache: AttentionCache | None
+        self, x: Rows, batch: Batch, cache: AttentionCache | None
     ) -> tuple[Partials, AttentionCache | None]:
         """What the tokens read from one another.
 
@@ -63,15 +64,15 @@ class Attention(nnx.Module):
           parts of `[batch, time, embed]`, and the cache with these tokens added.
         """
         c, positions = self.config, batch.positions
-        queries = self._heads(self.query(x), c.head_dim, self.query_norm, batch)
+        query, key, value, gate = project(x, self.query, self.key, self.value, self.gate)
+        queries = self._heads(query, c.head_dim, self.query_norm, batch)
         if c.temperature is not None:
             scale, floor, offset = c.temperature
             steps = jnp.floor((positions + offset).astype(jnp.float32) / floor)
             factor = 1 + scale * jnp.log1p(steps)
             queries = (queries * factor[..., None, None]).astype(x.dtype)
-        if self.key is not None:
-            key = self.key(x)
-            value = key if self.value is None else self.value(x)
+        if key is not None:
+            value = key if value is None else value
             keys = self._heads(key, c.head_dim, self.key_norm, batch)
             values = self._heads(value, c.value_dim, self.value_norm)
             memory, key_positions, cache = recall(keys, values, batch, cache, c.window)
@@ -84,8 +85,8 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks.get_value()
         y = attend(queries, memory, positions, key_positions, c, sinks)
         y = y.reshape(*positions.shape, -1)
-        if self.gate is not None:
-            y = y * jax.nn.sigmoid(self.gate(x))
+        if gate is not None:
+            y = y * jax.nn.sigmoid(gate)
         return (self.out.partial(y),), cache
 
     def _heads(self, x: Array, width: int, norm: Norm | None, batch: Batch | None = None) -> Array:

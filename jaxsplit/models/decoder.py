@@ -92,13 +92,13 @@ class Block(nnx.Module):
             y = meet(parts, x.dtype)
             return (y if norm is None else norm(y)) * self.config.residual_scale
 
-        read = x if self.mixer_norm is None else self.mixer_norm(x)
+        read = x if self.mixer_norm is None else self.mixer_norm.pending(x)
         mixed, cache = self.mixer(read, batch, cache)
         if self.config.parallel:
-            hidden = self.mlp(read if self.mlp_norm is None else self.mlp_norm(x))
+            hidden = self.mlp(read if self.mlp_norm is None else self.mlp_norm.pending(x))
             return x + write(mixed + hidden), cache
         x = x + write(mixed, self.mixer_post_norm)
-        hidden = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+        hidden = self.mlp(x if self.mlp_norm is None else self.mlp_norm.pending(x))
         x = x + write(hidden, self.mlp_post_norm)
         if self.layer_input is not None:
             x = x + self.layer_input(x, layer_input)
@@ -254,7 +254,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]`; on a mesh, of this device's rows."""
-        c, x = self.config, self.norm(x)
+        c, x = self.config, self.norm.pending(x)
         if self.head is None:
             y = self.embedding.attend(x)
         else:

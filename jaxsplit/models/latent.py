@@ -10,7 +10,7 @@ from jaxsplit.models.axes import EMBED, LATENT, Axis
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, param, rope
 from jaxsplit.models.mixer_config import AttentionConfig, LatentAttentionConfig
-from jaxsplit.quant import Weight, dequantize, matmul
+from jaxsplit.quant import Rows, Weight, dequantize, matmul, values
 
 
 class LatentAttention(nnx.Module):
@@ -42,11 +42,12 @@ class LatentAttention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Array, batch: Batch, cache: AttentionCache | None
+        self, x: Rows, batch: Batch, cache: AttentionCache | None
     ) -> tuple[Partials, AttentionCache | None]:
         """What the tokens read from one another; as `Attention`."""
         c, positions = self.config, batch.positions
         factors = batch.rope_factors.get(c.rope.factors)
+        x = values(x)
         low = x if self.query_down is None else self.query_norm(self.query_down(x))
         queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
         queries, turning = jnp.split(queries, [c.head_dim], axis=-1)

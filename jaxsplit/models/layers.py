@@ -6,6 +6,8 @@ A parameter's logical axes are in its metadata: `param.axes`, one name per dimen
 
 import dataclasses
 import functools
+import math
+import operator
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ from jaxsplit.models.axes import (
     total_over,
 )
 from jaxsplit.models.mixer_config import NormConfig, RopeConfig
-from jaxsplit.quant import matmul, take_rows
+from jaxsplit.quant import Pending, Rows, matmul, matmuls, pends, take_rows, values
 
 
 def param(rngs: nnx.Rngs | None, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> nnx.Param:
@@ -61,6 +63,15 @@ class Norm(nnx.Module):
         self.axis = axis
         self.group = group
 
+    def pending(self, x: Array) -> Rows:
+        """`__call__`, left to the kernel that reads the result if there is one."""
+        c = self.config
+        plain = c.kind == "rms" and not c.bias and not self.group and not is_split(self.axis)
+        if not plain or not pends(math.prod(x.shape[:-1])):
+            return self(x)
+        scale = () if self.scale is None else (self.scale.get_value(),)
+        return Pending(_product, (x, *scale), x.dtype, c.epsilon, self.size)
+
     def __call__(self, x: Array) -> Array:
         """`[..., size]` to the same shape and dtype."""
         x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, self.group or x.shape[-1])
@@ -79,6 +90,10 @@ class Norm(nnx.Module):
         if self.bias is not None:
             normed = normed + self.bias.get_value()
         return normed.astype(x.dtype)
+
+
+def _product(*factors: Array) -> Array:
+    return functools.reduce(operator.mul, factors)
 
 
 def norm(config: NormConfig | None, size: int, **options: Any) -> Norm | None:
@@ -153,20 +168,46 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_size, jnp.float32), axes=(out_axis,)) if bias else None
         self.in_axis = in_axis
 
-    def partial(self, x: Array) -> Partial:
+    def partial(self, x: Rows) -> Partial:
         """`[..., in]` to a part of `[..., out]`."""
-        if not is_split(self.columns):
-            x = gather_over(x, self.in_axis)
         bias = None if self.bias is None else self.bias.get_value()
-        return Partial(matmul(x, self.kernel.get_value()), (self.columns,), self.rows, bias)
+        y = matmul(self._whole(x), self.kernel.get_value())
+        return Partial(y, (self.columns,), self.rows, bias)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Rows) -> Array:
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""
-        part = self.partial(x)
         if self.rows.name == "embed_out":
-            return meet((part,), x.dtype)
-        y = part.value if part.bias is None else part.value + part.bias
-        return y.astype(x.dtype)
+            return meet((self.partial(x),), x.dtype)
+        [y] = project(x, self)
+        return y
+
+    def _whole(self, x: Rows) -> Rows:
+        """The columns that this device's kernel multiplies."""
+        if is_split(self.columns) or not is_split(self.in_axis):
+            return x
+        return gather_over(values(x), self.in_axis)
+
+
+def project(x: Rows, *linears: Linear | None) -> list[Array | None]:
+    """What several projections of the same input make of it, None for None: all at once.
+
+    Args:
+      x: `[..., in]`.
+      *linears: whose rows stay where they are.
+
+    Returns:
+      `[..., out]` each in the dtype of `x`.
+    """
+    present = [linear for linear in linears if linear is not None]
+    biased = any(linear.bias is not None for linear in present)
+    kernels = [linear.kernel.get_value() for linear in present]
+    dtype = jnp.float32 if biased else x.dtype
+    results = []
+    for y, linear in zip(matmuls(present[0]._whole(x), kernels, dtype), present, strict=True):
+        y = y if linear.bias is None else y + linear.bias.get_value()
+        results.append(y.astype(x.dtype))
+    results = iter(results)
+    return [None if linear is None else next(results) for linear in linears]
 
 
 class Embedding(nnx.Module):
@@ -185,7 +226,7 @@ class Embedding(nnx.Module):
         rows = take_rows(table, jnp.clip(local, 0, size - 1), jnp.float32)
         return sum_over(jnp.where(held[..., None], rows, 0), self.axis).astype(dtype)
 
-    def attend(self, x: Array) -> Array:
+    def attend(self, x: Rows) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]` of this device's rows."""
         return matmul(x, self.table.get_value())
 

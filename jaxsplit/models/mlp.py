@@ -1,5 +1,6 @@
 """The perceptron that follows the mixer in each layer."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -10,7 +11,8 @@ from jax import Array
 
 from jaxsplit.models.axes import EMBED, Axis
 from jaxsplit.models.config import MLPConfig
-from jaxsplit.models.layers import Linear, Partials
+from jaxsplit.models.layers import Linear, Partials, project
+from jaxsplit.quant import Pending, Rows, pends
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -48,7 +50,11 @@ class MLP(nnx.Module):
         self.down = Linear(axis, c.hidden, EMBED, embed, bias=c.bias, rngs=rngs)
         self.activation = c.activation
 
-    def __call__(self, x: Array) -> Partials:
+    def __call__(self, x: Rows) -> Partials:
         """`[..., embed]` to parts of the same."""
-        gate = None if self.gate is None else self.gate(x)
-        return (self.down.partial(activate(self.activation, self.up(x), gate)),)
+        up, gate = project(x, self.up, self.gate)
+        function = partial(activate, self.activation)
+        operands = (up,) if gate is None else (up, gate)
+        if pends(math.prod(x.shape[:-1])):
+            return (self.down.partial(Pending(function, operands, x.dtype)),)
+        return (self.down.partial(function(*operands)),)

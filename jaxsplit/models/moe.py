@@ -12,7 +12,7 @@ from jaxsplit.models.axes import EMBED, Axis, gather_over, is_split, local_units
 from jaxsplit.models.config import DenseMoEConfig, MLPConfig, MoEConfig
 from jaxsplit.models.layers import Linear, Norm, Partial, Partials, meet, param
 from jaxsplit.models.mlp import MLP, activate
-from jaxsplit.quant import QTensor, matmul
+from jaxsplit.quant import QTensor, Rows, matmul, values
 
 ROUTER = Axis("router")
 _AT_ONCE = 64  # pairs whose products with quantized experts need little memory
@@ -241,13 +241,14 @@ class MoE(nnx.Module):
         self.shared_gate = param(None, (EMBED,), (embed,)) if c.shared_gate else None
         self.config = config
 
-    def __call__(self, x: Array, routed_by: Array | None = None) -> Partials:
+    def __call__(self, x: Rows, routed_by: Array | None = None) -> Partials:
         """`[..., embed]` to parts of the same; the router reads `routed_by`, if given."""
+        pending, x = x, values(x)
         chosen, weights = self.route(x if routed_by is None else routed_by)
         routed = self.experts(x, chosen, weights, weigh_input=self.config.weigh_input)
         if self.shared is None:
             return (routed,)
-        (shared,) = self.shared(x)
+        (shared,) = self.shared(pending)
         if self.shared_gate is not None:
             gate = (x.astype(jnp.float32) * self.shared_gate.get_value()).sum(-1, keepdims=True)
             shared = dataclasses.replace(shared, value=shared.value * jax.nn.sigmoid(gate))

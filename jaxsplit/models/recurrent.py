@@ -19,6 +19,7 @@ from jaxsplit.models.mixer_config import (
     Mamba2Config,
     ShortConvConfig,
 )
+from jaxsplit.quant import Rows
 
 _CHUNK = 64
 _HIGHEST = lax.Precision.HIGHEST
@@ -66,7 +67,7 @@ class ConvLinear(Linear):
         super().__init__(EMBED, embed, axis, size, rngs=rngs)
         self.conv = CausalConv(axis, size, width, bias=bias, rngs=rngs)
 
-    def __call__(self, x: Array, past: Array | None, batch: Batch) -> tuple[Array, Array]:
+    def __call__(self, x: Rows, past: Array | None, batch: Batch) -> tuple[Array, Array]:
         """`[batch, time, embed]` to float32 `[batch, time, size]`, and the convolution's inputs."""
         y, past = self.conv(super().__call__(x), past, batch)
         return jax.nn.silu(y), past
@@ -169,7 +170,7 @@ class LinearAttention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Array, batch: Batch, cache: RecurrentCache | None
+        self, x: Rows, batch: Batch, cache: RecurrentCache | None
     ) -> tuple[Partials, RecurrentCache | None]:
         """What the tokens read from the states.
 
@@ -206,7 +207,7 @@ class LinearAttention(nnx.Module):
         return (self.out.partial(y),), cache
 
     def _associate(
-        self, x: Array, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Rows, queries: Array, keys: Array, values: Array, steps: Array
     ) -> tuple[Array, Array, Array, Array | None]:
         """Queries, keys, values and strengths as `linear_attention` takes them."""
         raise NotImplementedError
@@ -229,7 +230,7 @@ class DeltaNet(LinearAttention):
         self.norm = norm(config.norm, config.value_dim, axis=HEAD_DIM)
 
     def _associate(
-        self, x: Array, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Rows, queries: Array, keys: Array, values: Array, steps: Array
     ) -> tuple[Array, Array, Array, Array]:
         def unit(x: Array) -> Array:
             return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + self.config.epsilon)
@@ -251,7 +252,7 @@ class Mamba2(LinearAttention):
         self.norm = GroupNorm(config) if config.norm else None
 
     def _associate(
-        self, x: Array, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Rows, queries: Array, keys: Array, values: Array, steps: Array
     ) -> tuple[Array, Array, Array, None]:
         return queries, keys, values * steps[..., None], None
 
@@ -297,7 +298,7 @@ class ShortConv(nnx.Module):
         self.out = Linear(axis, c.channels, EMBED, embed, rngs=rngs)
 
     def __call__(
-        self, x: Array, batch: Batch, cache: RecurrentCache | None
+        self, x: Rows, batch: Batch, cache: RecurrentCache | None
     ) -> tuple[Partials, RecurrentCache | None]:
         """`[batch, time, embed]` to parts of the same, and the cache with these tokens added."""
         past = None if cache is None else cache.read(batch).inputs[0]

@@ -1,7 +1,18 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
 from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, take_rows, with_words
-from jaxsplit.quant.products import PLAIN, Arithmetic, active_arithmetic, matmul, use_arithmetic
+from jaxsplit.quant.kernels import Pending
+from jaxsplit.quant.products import (
+    PLAIN,
+    Arithmetic,
+    Rows,
+    active_arithmetic,
+    matmul,
+    matmuls,
+    pends,
+    use_arithmetic,
+    values,
+)
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 
 __all__ = [
@@ -9,15 +20,20 @@ __all__ = [
     "TYPES",
     "Arithmetic",
     "Form",
+    "Pending",
     "QTensor",
     "QuantType",
+    "Rows",
     "Weight",
     "active_arithmetic",
     "dequantize",
     "matmul",
+    "matmuls",
+    "pends",
     "quant_type",
     "take_rows",
     "unpack",
     "use_arithmetic",
+    "values",
     "with_words",
 ]

@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -33,12 +33,13 @@ class Arithmetic:
 
     Attributes:
       rounded: activations are rounded to 8 bits; else they stay what they are.
-      kernels: the devices run the kernels of `jaxsplit.quant.kernels`; else the same numbers are
-        computed without them.
+      kernels: the devices run kernels; else the same numbers are computed without them.
+      interpret: kernels are interpreted, to test them without a GPU.
     """
 
     rounded: bool = False
     kernels: bool = False
+    interpret: bool = False
 
     @staticmethod
     def on(device: jax.Device, *, rounded: bool) -> "Arithmetic":
@@ -134,46 +135,108 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
     return jnp.sum(total, axis=(1, 2))
 
 
-def matmul(x: Array, w: Weight) -> Array:
-    """The product `x @ w.T` with a plain or quantized matrix.
+def pends(rows: int) -> bool:
+    """Whether so many rows are best left to be computed by the kernel that rounds them."""
+    active = _arithmetic.get()
+    return active.rounded and active.kernels and rows <= kernels.MAX_ROWS
+
+
+Rows = Array | kernels.Pending
+"""Activations `[..., in]`, perhaps not computed yet."""
+
+
+def values(x: Rows) -> Array:
+    """Activations, computed."""
+    return x.array if isinstance(x, kernels.Pending) else x
+
+
+def matmul(x: Rows, w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
+    """The product with one matrix, as `matmuls`."""
+    return matmuls(x, [w], dtype)[0]
+
+
+def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) -> list[Array]:
+    """The products `x @ w.T` with plain or quantized matrices.
 
     One row is multiplied and summed in one fused loop, so that the weights are read as they are
     stored and their dequantized form never reaches memory. More rows dequantize the matrix to the
-    dtype of `x` and use the matrix unit. The active `arithmetic` may have a few rows rounded.
+    dtype of `x` and use the matrix unit. The active `arithmetic` may have a few rows rounded, and
+    multiplied by a kernel that serves all matrices.
 
     Args:
       x: `[..., in]`.
-      w: `[out, in]`.
+      weights: `[out, in]` each.
+      dtype: of the results.
 
     Returns:
-      float32 `[..., out]`, accumulated in float32.
+      `[..., out]` each, accumulated in float32.
     """
-    rows = math.prod(x.shape[:-1])
-    active = _arithmetic.get()
-    few = isinstance(w, QTensor) and rows <= kernels.MAX_ROWS
-    if few and active.rounded and kernels.supports(w):
-        rounded = kernels.round_rows(x.reshape(rows, -1))
-        if active.kernels and w.codes[0].dtype == jnp.uint32:
-            return kernels.product(rounded, w).reshape(*x.shape[:-1], -1)
-        x = rounded.dequantized().reshape(x.shape)
-    if isinstance(w, QTensor) and rows == 1:
-        y = lax.platform_dependent(
-            x.reshape(-1).astype(jnp.float32),
-            w,
-            cpu=partial(_row_product, sum_groups_first=True),
-            default=partial(_row_product, sum_groups_first=False),
-        )
-        return y.reshape(*x.shape[:-1], -1)
+    rows, active = math.prod(x.shape[:-1]), _arithmetic.get()
+    served: dict[int, Array] = {}
+    if active.rounded and rows <= kernels.MAX_ROWS:
+        served = {i: w for i, w in enumerate(weights) if _is_rounded(w)}
+        if served and active.kernels:
+            pending = x if isinstance(x, kernels.Pending) else kernels.Pending(_same, (x,), x.dtype)
+            rounded = kernels.round_pending(pending, interpret=active.interpret)
+            results = kernels.products(
+                rounded, list(served.values()), dtype, interpret=active.interpret
+            )
+            results = [y.reshape(*x.shape[:-1], -1) for y in results]
+        elif served:
+            rounded = kernels.round_rows(values(x).reshape(rows, -1)).dequantized()
+            results = [
+                _multiply(rounded.reshape(x.shape), w).astype(dtype) for w in served.values()
+            ]
+        served = dict(zip(served, results if served else (), strict=True))
+    return [
+        served[i] if i in served else _multiply(values(x), w).astype(dtype)
+        for i, w in enumerate(weights)
+    ]
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _is_rounded(w: Weight) -> bool:
+    return isinstance(w, QTensor) and kernels.supports(w)
+
+
+def _multiply(x: Array, w: Weight) -> Array:
+    """`x @ w.T` without rounding: float32 `[..., out]`."""
+    if math.prod(x.shape[:-1]) == 1:
+        row = x.reshape(-1).astype(jnp.float32)
+        if isinstance(w, QTensor):
+            y = lax.platform_dependent(
+                row,
+                w,
+                cpu=partial(_row_product, sum_groups_first=True),
+                default=partial(_row_product, sum_groups_first=False),
+            )
+            return y.reshape(*x.shape[:-1], -1)
+        if x.dtype != jnp.float32:
+            y = lax.platform_dependent(x, w, cuda=_sum_of_products, default=_dot)
+            return y.reshape(*x.shape[:-1], -1)
     if isinstance(w, QTensor):
         # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them
         # alive. Some backends drop an optimization barrier too early to serve.
         poisoned = jnp.isnan(x[(0,) * x.ndim])
         scale = jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale)
         w = dataclasses.replace(w, scale=scale)
+    return _dot(x, dequantize(w, x.dtype))
+
+
+def _dot(x: Array, w: Array) -> Array:
     return lax.dot_general(
         x,
-        dequantize(w, x.dtype),
+        w.astype(x.dtype),
         (((x.ndim - 1,), (1,)), ((), ())),
         precision=_HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
+
+
+def _sum_of_products(x: Array, w: Array) -> Array:
+    """One row, faster than the matrix unit."""
+    row = x.reshape(-1).astype(jnp.float32)
+    return jnp.sum(w.astype(jnp.float32) * row, axis=-1).reshape(*x.shape[:-1], -1)
