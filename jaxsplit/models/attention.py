@@ -8,11 +8,12 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxsplit.models import flash
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, project, rope
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
-from jaxsplit.quant import Rows
+from jaxsplit.quant import Rows, active_arithmetic
 
 SCORES = 2**21
 """Of each head at a time: more would take too much memory."""
@@ -117,7 +118,7 @@ def recall(
     batch: Batch,
     cache: AttentionCache | None,
     window: int | None,
-) -> tuple[AttentionCache, Array, AttentionCache | None]:
+) -> tuple[AttentionCache, Array | None, AttentionCache | None]:
     """What new tokens can look at: earlier tokens and themselves.
 
     Args:
@@ -128,8 +129,9 @@ def recall(
       window: how many positions the cache keeps; None: all.
 
     Returns:
-      keys and values, `[batch, kv_heads, keys, width]` each; the keys' positions, int32 `[batch or
-      1, keys]`, negative where there is none; and the cache with the new tokens.
+      keys and values, `[batch, kv_heads, keys, width]` each; the keys' positions, int32
+      `[batch, keys]`, negative where there is none, or None: each is at its place; and the cache
+      with the new tokens.
     """
     if cache is None:
         return AttentionCache.of(keys, values, keys.dtype), batch.positions, None
@@ -137,7 +139,7 @@ def recall(
     if window is None:
         cache = cache.write(new, batch)
         memory = cache.read(batch)
-        return memory, jnp.arange(cache.length)[None], cache
+        return memory, None, cache
     if keys.shape[1] == 1:
         cache = cache.write(new, batch)
         return cache.read(batch), cache.positions(batch.positions[:, 0]), cache
@@ -163,7 +165,7 @@ def attend(
     queries: Array,
     memory: AttentionCache,
     positions: Array,
-    key_positions: Array,
+    key_positions: Array | None,
     config: AttentionConfig,
     sinks: Array | None = None,
 ) -> Array:
@@ -174,7 +176,8 @@ def attend(
       memory: keys and values, `[batch, kv_heads, keys, width]`. Scales of 8-bit ones multiply the
         scores and the weights, so that keys and values are used as they are stored.
       positions: int32 `[batch, time]`.
-      key_positions: int32 `[batch or 1, keys]`, negative where there is no key.
+      key_positions: int32 `[batch or 1, keys]`, negative where there is no key; None: a key's
+        position is its place.
       config: scale, window, soft-cap and biases of the scores.
       sinks: float32 `[kv_heads * group]`, or None.
 
@@ -182,6 +185,13 @@ def attend(
       `[batch, time, kv_heads, group, value_dim]` in the dtype of `queries`; scores and softmax are
       float32.
     """
+    active = active_arithmetic()
+    if active.kernels and flash.supports(queries, memory, config):
+        return flash.attend(
+            queries, memory, positions, key_positions, config, sinks, interpret=active.interpret
+        )
+    if key_positions is None:
+        key_positions = jnp.arange(memory.length)[None]
     at_once = max(1, SCORES // memory.length)
     if queries.shape[1] > at_once:
 

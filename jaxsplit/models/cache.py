@@ -52,7 +52,7 @@ class Batch:
     positions: Array
     slots: Array | None = None
     rope_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
-    lent: dict[str, tuple["AttentionCache", Array]] = dataclasses.field(default_factory=dict)
+    lent: dict[str, tuple["AttentionCache", Array | None]] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> Array:

@@ -69,7 +69,7 @@ class LatentAttention(nnx.Module):
         turning: Array,
         memory: AttentionCache,
         positions: Array,
-        key_positions: Array,
+        key_positions: Array | None,
     ) -> Array:
         """Queries `[batch, time, heads, width]` and their turning part to values likewise."""
         c = self.config
@@ -86,7 +86,7 @@ class LatentAttention(nnx.Module):
         turning: Array,
         memory: AttentionCache,
         positions: Array,
-        key_positions: Array,
+        key_positions: Array | None,
     ) -> Array:
         """As `_absorbed`, with keys and values of each head."""
         c, dtype = self.config, queries.dtype

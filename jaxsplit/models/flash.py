@@ -1,0 +1,280 @@
+"""Softmax attention as kernels for GPUs: scores never reach memory.
+
+Dao 2023, arXiv:2307.08691; for a few queries the keys are split among programs, whose results a
+second kernel joins (Dao et al. 2023, "Flash-Decoding").
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxsplit.models.cache import AttentionCache
+from jaxsplit.models.mixer_config import AttentionConfig
+
+_LOG2_E = math.log2(math.e)
+_NONE = -1e30  # the score of a key that is not looked at
+_FEW = 16  # rows of queries: the least that a matrix unit takes
+_KEYS_OF_A_SPLIT = 256
+_MOST_SPLITS = 64
+_WIDEST_HEAD = 256
+
+
+def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) -> bool:
+    """Whether `attend` can compute this."""
+    return (
+        queries.dtype.itemsize == 2
+        and memory.values is not None
+        and memory.keys.dtype.itemsize <= 2
+        and max(memory.keys.shape[-1], memory.values.shape[-1]) <= _WIDEST_HEAD
+        and config.alibi is None
+        and not config.chunked
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiling:
+    """Rows of queries (a row is a head's of a group at a time), keys and splits of a program."""
+
+    rows: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def _tiling(rows: int, keys: int, width: int) -> _Tiling:
+    if rows <= _FEW:
+        splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _KEYS_OF_A_SPLIT)))
+        return _Tiling(_FEW, 64 if width <= 128 else 32, splits, 4, 3)
+    if rows <= 64:
+        splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, 2 * _KEYS_OF_A_SPLIT)))
+        return _Tiling(pl.next_power_of_2(rows), 64 if width <= 128 else 32, splits, 4, 2)
+    return _Tiling(128, 64, 1, 8, 3) if width <= 128 else _Tiling(64, 32, 1, 4, 2)
+
+
+def attend(
+    queries: Array,
+    memory: AttentionCache,
+    positions: Array,
+    key_positions: Array | None,
+    config: AttentionConfig,
+    sinks: Array | None = None,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """As `jaxsplit.models.attention.attend`, for what is supported.
+
+    Args:
+      interpret: run it without a GPU, to test it.
+    """
+    batch, time, kv_heads, group, _ = queries.shape
+    value_dim = memory.values.shape[-1]
+    width = pl.next_power_of_2(max(memory.keys.shape[-1], value_dim))
+    tiling = _tiling(time * group, memory.length, width)
+    scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
+    inputs = (queries, memory, positions, key_positions, sinks if tiling.splits == 1 else None)
+    leaves, structure = jax.tree.flatten(inputs)
+    shape = (batch, time, kv_heads, group)
+    out = jax.ShapeDtypeStruct((*shape, value_dim), queries.dtype)
+    of_splits = (tiling.splits, *shape)
+    sums = [
+        jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
+        *[jax.ShapeDtypeStruct(of_splits, jnp.float32)] * 2,
+    ]
+    results = pl.pallas_call(
+        partial(_kernel, structure=structure, tiling=tiling, config=config, scale=scale),
+        grid=(pl.cdiv(time * group, tiling.rows) * tiling.splits, kv_heads, batch),
+        out_shape=[out] if tiling.splits == 1 else sums,
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=interpret,
+        name="attend",
+    )(*leaves)
+    if tiling.splits == 1:
+        return results[0]
+    return pl.pallas_call(
+        partial(_join, splits=tiling.splits),
+        grid=(batch * time, kv_heads * group),
+        out_shape=out,
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        interpret=interpret,
+        name="attend_join",
+    )(*results, *(() if sinks is None else (sinks,)))
+
+
+def _padded(width: int) -> int:
+    """The least that a matrix unit takes."""
+    return max(16, pl.next_power_of_2(width))
+
+
+def _wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """`[n]` as an array in which it runs along an axis."""
+    return jnp.broadcast_to(x.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
+
+
+def _kernel(
+    *refs: jax.Ref,
+    structure: jax.tree_util.PyTreeDef,
+    tiling: _Tiling,
+    config: AttentionConfig,
+    scale: float,
+) -> None:
+    """Some rows of queries of one head of keys, with all keys that they see or a split of them."""
+    inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    queries, memory, positions, key_positions, sinks = inputs
+    out_refs = refs[structure.num_leaves :]
+    time, group, head_dim = queries.shape[1], *queries.shape[3:]
+    value_dim, length = memory.values.shape[-1], memory.keys.shape[2]
+    tiles = pl.cdiv(time * group, tiling.rows)
+    # The last queries see the most keys: they begin first.
+    tile, split = tiles - 1 - pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
+    head, sequence = pl.program_id(1), pl.program_id(2)
+
+    rows = tile * tiling.rows + jnp.arange(tiling.rows)
+    inside = rows < time * group
+    position = plgpu.load(positions.at[sequence, jnp.minimum(rows // group, time - 1)])
+    member = rows % group
+
+    def load(ref: jax.Ref, place: tuple, mask: Array, other: float, *, whole: bool) -> Array:
+        if whole:
+            return plgpu.load(ref.at[place])
+        return plgpu.load(ref.at[place], mask=mask, other=jnp.asarray(other, ref.dtype))
+
+    q_shape = (tiling.rows, _padded(head_dim))
+    q_column = _wide(jnp.arange(q_shape[1]), q_shape, 1)
+    q = plgpu.load(
+        queries.at[
+            sequence, _wide(rows // group, q_shape, 0), head, _wide(member, q_shape, 0), q_column
+        ],
+        mask=_wide(inside, q_shape, 0) & (q_column < head_dim),
+        other=jnp.zeros((), queries.dtype),
+    )
+    places_are_positions = key_positions is None
+    filled = jnp.minimum(jnp.max(position) + 1, length) if places_are_positions else length
+    share = pl.cdiv(pl.cdiv(filled, tiling.splits), tiling.keys) * tiling.keys
+    start = split * share
+    stop = jnp.minimum(start + share, filled)
+    key_row = 0 if places_are_positions or key_positions.shape[0] == 1 else sequence
+
+    def step(i: Array, carry: tuple[Array, Array, Array], *, whole: bool) -> tuple:
+        """Some more keys; `whole`: all queries see all of them."""
+        largest, total, values = carry
+        place = start + i * tiling.keys + jnp.arange(tiling.keys)
+        exists = place < stop
+
+        def tile_of(ref: jax.Ref, width: int) -> Array:
+            shape = (tiling.keys, _padded(width))
+            column = _wide(jnp.arange(shape[1]), shape, 1)
+            mask = _wide(exists, shape, 0) & (column < width)
+            at = (sequence, head, _wide(place, shape, 0), column)
+            return load(ref, at, mask, 0, whole=whole and shape[1] == width).astype(q.dtype)
+
+        def scale_of(ref: jax.Ref) -> Array:
+            return load(ref, (sequence, head, place), exists, 0, whole=whole)[None]
+
+        contract_columns = (((1,), (1,)), ((), ()))
+        scores = lax.dot_general(
+            q, tile_of(memory.keys, head_dim), contract_columns, preferred_element_type=jnp.float32
+        )
+        if memory.key_scale is not None:
+            scores *= scale_of(memory.key_scale)
+        if config.softcap is None:
+            scores *= scale * _LOG2_E
+        else:
+            scores = config.softcap * _LOG2_E * jnp.tanh(scores * (scale / config.softcap))
+        if not whole:
+            key_position = place
+            if not places_are_positions:
+                key_position = plgpu.load(key_positions.at[key_row, place], mask=exists, other=-1)
+            distance = position[:, None] - key_position[None]
+            seen = (distance >= 0) & (exists & (key_position >= 0))[None]
+            if config.window is not None:
+                seen &= distance < config.window
+            scores = jnp.where(seen, scores, _NONE)
+        now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - now_largest[:, None])
+        if not whole:
+            weights = jnp.where(seen, weights, 0)
+        fade = jnp.exp2(largest - now_largest)
+        total = total * fade + jnp.sum(weights, axis=1)
+        if memory.value_scale is not None:
+            weights *= scale_of(memory.value_scale)
+        values = values * fade[:, None] + jnp.dot(
+            weights.astype(q.dtype),
+            tile_of(memory.values, value_dim),
+            preferred_element_type=jnp.float32,
+        )
+        return now_largest, total, values
+
+    steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
+    out_shape = (tiling.rows, _padded(value_dim))
+    carry = (
+        jnp.full(tiling.rows, _NONE, jnp.float32),
+        jnp.zeros(tiling.rows, jnp.float32),
+        jnp.zeros(out_shape, jnp.float32),
+    )
+    whole_steps = 0
+    if places_are_positions and config.window is None and tiling.rows > _FEW:
+        seen_by_all = jnp.minimum(jnp.min(position) + 1, stop) - start
+        whole_steps = jnp.clip(seen_by_all // tiling.keys, 0, steps)
+        carry = lax.fori_loop(0, whole_steps, partial(step, whole=True), carry)
+    largest, total, values = lax.fori_loop(whole_steps, steps, partial(step, whole=False), carry)
+
+    def store(ref: jax.Ref, x: Array, *before: Array) -> None:
+        t, g, mask, column = rows // group, member, inside, ()
+        if x.ndim == 2:
+            t, g, mask = (_wide(a, out_shape, 0) for a in (t, g, mask))
+            column = _wide(jnp.arange(out_shape[1]), out_shape, 1)
+            mask, column = mask & (column < value_dim), (column,)
+        plgpu.store(
+            ref.at[(*before, sequence, t, head, g, *column)], x.astype(ref.dtype), mask=mask
+        )
+
+    if tiling.splits > 1:
+        for ref, x in zip(out_refs, (values, largest, total), strict=True):
+            store(ref, x, split)
+        return
+    if sinks is not None:
+        sink = plgpu.load(sinks.at[head * group + member]) * _LOG2_E
+        final = jnp.maximum(largest, sink)
+        fade = jnp.exp2(largest - final)
+        values, total = values * fade[:, None], total * fade + jnp.exp2(sink - final)
+    store(out_refs[0], values / jnp.maximum(total, 1e-30)[:, None])
+
+
+def _join(*refs: jax.Ref, splits: int) -> None:
+    """What the splits have for one head of one query, put together."""
+    values_ref, largest_ref, total_ref, *sinks, out_ref = refs
+    _, _, time, kv_heads, group, value_dim = values_ref.shape
+    sequence, t = pl.program_id(0) // time, pl.program_id(0) % time
+    head, member = pl.program_id(1) // group, pl.program_id(1) % group
+    split = jnp.arange(splits)
+    largest = plgpu.load(largest_ref.at[split, sequence, t, head, member])
+    total = plgpu.load(total_ref.at[split, sequence, t, head, member])
+    final = jnp.max(largest)
+    if sinks:
+        sink = sinks[0][pl.program_id(1)] * _LOG2_E
+        final = jnp.maximum(final, sink)
+    fade = jnp.exp2(largest - final)
+    total = jnp.sum(total * fade)
+    if sinks:
+        total += jnp.exp2(sink - final)
+    shape = (splits, pl.next_power_of_2(value_dim))
+    column = _wide(jnp.arange(shape[1]), shape, 1)
+    values = plgpu.load(
+        values_ref.at[_wide(split, shape, 0), sequence, t, head, member, column],
+        mask=column < value_dim,
+        other=0.0,
+    )
+    y = jnp.sum(values * fade[:, None], axis=0) / jnp.maximum(total, 1e-30)
+    column = jnp.arange(shape[1])
+    plgpu.store(
+        out_ref.at[sequence, t, head, member, column],
+        y.astype(out_ref.dtype),
+        mask=column < value_dim,
+    )

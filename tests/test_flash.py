@@ -1,0 +1,79 @@
+"""The attention kernels, run without a GPU, against plain attention in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import nmse
+from tiny import fresh_rng
+
+from jaxsplit.models import AttentionConfig, flash
+from jaxsplit.models.attention import attend
+from jaxsplit.models.cache import AttentionCache
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KV_HEADS, GROUP, KEYS = 2, 3, 600
+
+
+def inputs(rng, batch, time, head_dim, value_dim, dtype="bfloat16"):
+    """Queries and a memory of keys and values; every other sequence begins later."""
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    queries = normal(batch, time, KV_HEADS, GROUP, head_dim)
+    keys, values = (normal(batch, KEYS, KV_HEADS, width) for width in (head_dim, value_dim))
+    first = 40 + 300 * (np.arange(batch) % 2)
+    return queries, AttentionCache.of(keys, values, dtype), first[:, None] + np.arange(time)
+
+
+def check(queries, memory, positions, key_positions, config, sinks=None):
+    assert flash.supports(queries, memory, config)
+    found = flash.attend(queries, memory, positions, key_positions, config, sinks, interpret=True)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (queries, memory))
+    expected = attend(*exact, positions, key_positions, config, sinks)
+    assert found.dtype == jnp.bfloat16
+    assert nmse(found, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("time", [1, 15, 70])
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"softcap": 2.0, "scale": 0.3}, {"window": 130}, {"sinks": True}],
+    ids=lambda choices: "-".join(choices) or "plain",
+)
+def test_kernels_attend(time, choices):
+    rng = fresh_rng()
+    config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 24, 40, **choices)
+    sinks = jnp.asarray(rng.normal(size=6), jnp.float32) if "sinks" in choices else None
+    check(*inputs(rng, 2, time, 24, 40), None, config, sinks)
+
+
+@pytest.mark.parametrize("time", [1, 70])
+def test_keys_of_8_bits(time):
+    config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 32, 32)
+    check(*inputs(fresh_rng(), 1, time, 32, 32, "int8"), None, config)
+
+
+@pytest.mark.parametrize("time", [1, 70])
+def test_keys_in_any_order(time):
+    """Places that hold no key, and a row of positions for each sequence."""
+    rng = fresh_rng()
+    queries, memory, positions = inputs(rng, 2, time, 16, 16)
+    key_positions = np.stack([rng.permutation(KEYS) for _ in range(2)])
+    key_positions[rng.random(key_positions.shape) < 0.2] = -1
+    config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16, window=300)
+    check(queries, memory, positions, jnp.asarray(key_positions), config)
+
+
+def test_padding_is_no_number_that_spreads():
+    queries, memory, positions = inputs(fresh_rng(), 1, 70, 16, 16)
+    positions = np.where(np.arange(70) < 50, positions, -1)
+    config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16)
+    found = flash.attend(queries, memory, positions, None, config, interpret=True)
+    assert np.isfinite(np.asarray(found, np.float32)).all()
+    expected = flash.attend(
+        queries[:, :50], memory, positions[:, :50], None, config, interpret=True
+    )
+    assert nmse(found[:, :50], expected) <= 1e-10
