@@ -33,6 +33,10 @@ class _Group:
     values: SamplingValues | None = None
 
 
+CHUNKS = (32, 128, 512, 2048)
+"""Lengths for which prefill is compiled."""
+
+
 class Engine:
     """Runs a model on a mesh: slots, each holding one sequence.
 
@@ -59,7 +63,7 @@ class Engine:
         cache_dtype: jnp.dtype,
         slots: int = 1,
         ends: Sequence[int] = (),
-        chunks: Sequence[int] = (32, 128, 512),
+        chunks: Sequence[int] = CHUNKS,
         arithmetic: Arithmetic = PLAIN,
     ):
         self.partition = partition
@@ -121,6 +125,8 @@ class Engine:
             left = int((lengths - done).max())
             fitting = chunks or self.chunks
             length = next((c for c in fitting if c >= left), fitting[-1])
+            if length > 2 * left:  # rather several shorter ones than mostly padding
+                length = max((c for c in fitting if c <= left), default=length)
             count = np.minimum(lengths - done, length)
             x: Any = np.zeros((len(prompts), length), np.int32)
             for row, (prompt, start, n) in enumerate(zip(prompts, done, count, strict=True)):

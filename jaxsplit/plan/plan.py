@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jaxsplit.engine.engine import CHUNKS
 from jaxsplit.engine.runner import cache_specs, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
@@ -178,7 +179,7 @@ def make_plan(
     reduce_dtype: jnp.dtype = jnp.float32,
     context: int = 4096,
     slots: int = 1,
-    chunk: int = 512,
+    chunk: int = CHUNKS[-1],
 ) -> Plan:
     """Plans a model on a mesh.
 
