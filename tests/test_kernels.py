@@ -58,6 +58,17 @@ def test_rounding_is_that_of_ggml(rng):
     assert (error <= 0.5001 * scale[..., None]).all()
 
 
+def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
+    stream, addend = rng.normal(size=(2, 3, 1, 96)).astype(np.float32)
+    total = kernels.Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(addend))
+    expected = jax.tree.map(lambda x: x, total).array
+    pending = kernels.Pending(lambda x: x, (total,), jnp.bfloat16)
+    rounded = kernels.round_pending(pending, interpret=True)
+    assert nmse(total.array, expected) <= 2e-5
+    exact = kernels.round_rows(total.array[:, 0])
+    assert np.array_equal(rounded.words, exact.words)
+
+
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
 def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     """The same as computing, dividing and rounding them one after the other."""

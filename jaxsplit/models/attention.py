@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxsplit.models import flash
+from jaxsplit.models import flash, placing
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, project, rope
@@ -66,21 +66,26 @@ class Attention(nnx.Module):
         """
         c, positions = self.config, batch.positions
         query, key, value, gate = project(x, self.query, self.key, self.value, self.gate)
-        queries = self._heads(query, c.head_dim, self.query_norm, batch)
-        if c.temperature is not None:
-            scale, floor, offset = c.temperature
-            steps = jnp.floor((positions + offset).astype(jnp.float32) / floor)
-            factor = 1 + scale * jnp.log1p(steps)
-            queries = (queries * factor[..., None, None]).astype(x.dtype)
-        if key is not None:
+        active = active_arithmetic()
+        if active.kernels and placing.supports(c, batch, cache, x.dtype):
             value = key if value is None else value
-            keys = self._heads(key, c.head_dim, self.key_norm, batch)
-            values = self._heads(value, c.value_dim, self.value_norm)
-            memory, key_positions, cache = recall(keys, values, batch, cache, c.window)
-            if c.lends is not None:
-                batch.lent[c.lends] = memory, key_positions
+            norms = self.query_norm, self.key_norm
+            queries, memory = placing.place(
+                query, key, value, batch, cache, c, norms, interpret=active.interpret
+            )
+            key_positions = None if c.window is None else memory.positions(positions[:, 0])
+            cache = memory
         else:
-            memory, key_positions = batch.lent[c.borrows]
+            queries = self._queries(query, batch)
+            if key is not None:
+                value = key if value is None else value
+                keys = self._heads(key, c.head_dim, self.key_norm, batch)
+                values = self._heads(value, c.value_dim, self.value_norm)
+                memory, key_positions, cache = recall(keys, values, batch, cache, c.window)
+            else:
+                memory, key_positions = batch.lent[c.borrows]
+        if c.lends is not None:
+            batch.lent[c.lends] = memory, key_positions
         kv_heads = memory.keys.shape[1]
         queries = queries.reshape(*positions.shape, kv_heads, -1, c.head_dim)
         sinks = None if self.sinks is None else self.sinks.get_value()
@@ -89,6 +94,16 @@ class Attention(nnx.Module):
         if gate is not None:
             y = y * jax.nn.sigmoid(gate)
         return (self.out.partial(y),), cache
+
+    def _queries(self, x: Array, batch: Batch) -> Array:
+        """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`."""
+        queries = self._heads(x, self.config.head_dim, self.query_norm, batch)
+        if self.config.temperature is None:
+            return queries
+        scale, floor, offset = self.config.temperature
+        steps = jnp.floor((batch.positions + offset).astype(jnp.float32) / floor)
+        factor = 1 + scale * jnp.log1p(steps)
+        return (queries * factor[..., None, None]).astype(x.dtype)
 
     def _heads(self, x: Array, width: int, norm: Norm | None, batch: Batch | None = None) -> Array:
         """`[batch, time, heads * width]` to `[batch, time, heads, width]`, clamped, normalized and,

@@ -25,6 +25,7 @@ from jaxsplit.models.layers import (
     LayerInputs,
     Linear,
     Partials,
+    add,
     meet,
     norm,
     param,
@@ -39,7 +40,7 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
 from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
-from jaxsplit.quant import active_arithmetic, matmul, take_rows
+from jaxsplit.quant import Rows, Sum, active_arithmetic, matmul, take_rows, values
 
 MODULES: Mapping[type, type[nnx.Module]] = {
     AttentionConfig: Attention,
@@ -74,8 +75,8 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Array, batch: Batch, cache: Any, layer_input: Array | None = None
-    ) -> tuple[Array, Any]:
+        self, x: Array | Sum, batch: Batch, cache: Any, layer_input: Array | None = None
+    ) -> tuple[Array | Sum, Any]:
         """What the layer makes of the residual stream.
 
         Args:
@@ -88,22 +89,26 @@ class Block(nnx.Module):
           `[batch, time, embed]`, and the layer's cache.
         """
 
-        def write(parts: Partials, norm: nnx.Module | None = None) -> Array:
+        def write(x: Array | Sum, parts: Partials, norm: nnx.Module | None = None) -> Array | Sum:
+            if norm is None and self.config.residual_scale == 1:
+                return add(x, parts)
             y = meet(parts, x.dtype)
-            return (y if norm is None else norm(y)) * self.config.residual_scale
+            return values(x) + (y if norm is None else norm(y)) * self.config.residual_scale
 
-        read = x if self.mixer_norm is None else self.mixer_norm.pending(x)
-        mixed, cache = self.mixer(read, batch, cache)
+        def read(x: Array | Sum, norm: nnx.Module | None) -> Rows:
+            return values(x) if norm is None else norm.pending(x)
+
+        before = read(x, self.mixer_norm)
+        mixed, cache = self.mixer(before, batch, cache)
         if self.config.parallel:
-            hidden = self.mlp(read if self.mlp_norm is None else self.mlp_norm.pending(x))
-            return x + write(mixed + hidden), cache
-        x = x + write(mixed, self.mixer_post_norm)
-        hidden = self.mlp(x if self.mlp_norm is None else self.mlp_norm.pending(x))
-        x = x + write(hidden, self.mlp_post_norm)
+            hidden = self.mlp(before if self.mlp_norm is None else read(x, self.mlp_norm))
+            return write(x, mixed + hidden), cache
+        x = write(x, mixed, self.mixer_post_norm)
+        x = write(x, self.mlp(read(x, self.mlp_norm)), self.mlp_post_norm)
         if self.layer_input is not None:
-            x = x + self.layer_input(x, layer_input)
+            x = values(x) + self.layer_input(values(x), layer_input)
         if self.output_scale is not None:
-            x = (x * self.output_scale.get_value()).astype(x.dtype)
+            x = (values(x) * self.output_scale.get_value()).astype(x.dtype)
         return x, cache
 
 
@@ -112,11 +117,11 @@ def _run(
     _: Any,
     graph: nnx.GraphDef,
     state: nnx.State,
-    x: Array,
+    x: Array | Sum,
     batch: Batch,
     cache: Any,
     layer_input: Array | None,
-) -> tuple[Array, Any, Mapping]:
+) -> tuple[Array | Sum, Any, Mapping]:
     """`Block.__call__` as a program of its own, traced once for all layers that are alike.
 
     Args:
@@ -248,6 +253,7 @@ class Decoder(nnx.Module):
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
+        x = values(x)
         if layer_inputs is not None:
             x = jnp.concatenate([x, layer_inputs], axis=-1)
         return x, None if cache is None else caches

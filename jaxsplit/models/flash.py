@@ -66,17 +66,19 @@ def attend(
     config: AttentionConfig,
     sinks: Array | None = None,
     *,
+    tiling: _Tiling | None = None,
     interpret: bool = False,
 ) -> Array:
     """As `jaxsplit.models.attention.attend`, for what is supported.
 
     Args:
+      tiling: of the work; None: a usual one.
       interpret: run it without a GPU, to test it.
     """
     batch, time, kv_heads, group, _ = queries.shape
     value_dim = memory.values.shape[-1]
     width = pl.next_power_of_2(max(memory.keys.shape[-1], value_dim))
-    tiling = _tiling(time * group, memory.length, width)
+    tiling = tiling or _tiling(time * group, memory.length, width)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
     inputs = (queries, memory, positions, key_positions, sinks if tiling.splits == 1 else None)
     leaves, structure = jax.tree.flatten(inputs)

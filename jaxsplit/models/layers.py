@@ -28,7 +28,7 @@ from jaxsplit.models.axes import (
     total_over,
 )
 from jaxsplit.models.mixer_config import NormConfig, RopeConfig
-from jaxsplit.quant import Pending, Rows, matmul, matmuls, pends, take_rows, values
+from jaxsplit.quant import Pending, Rows, Sum, matmul, matmuls, pends, take_rows, values
 
 
 def param(rngs: nnx.Rngs | None, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> nnx.Param:
@@ -63,12 +63,12 @@ class Norm(nnx.Module):
         self.axis = axis
         self.group = group
 
-    def pending(self, x: Array) -> Rows:
+    def pending(self, x: Array | Sum) -> Rows:
         """`__call__`, left to the kernel that reads the result if there is one."""
         c = self.config
         plain = c.kind == "rms" and not c.bias and not self.group and not is_split(self.axis)
         if not plain or not pends(math.prod(x.shape[:-1])):
-            return self(x)
+            return self(values(x))
         scale = () if self.scale is None else (self.scale.get_value(),)
         return Pending(_product, (x, *scale), x.dtype, c.epsilon, self.size)
 
@@ -142,6 +142,14 @@ def meet(parts: Partials, dtype: jnp.dtype) -> Array:
         if part.bias is not None:
             y = (y + part.bias).astype(dtype)
     return y
+
+
+def add(x: Array | Sum, parts: Partials) -> Array | Sum:
+    """The residual stream with what a layer writes to it, left to the kernel that reads it."""
+    x = values(x)
+    if not pends(math.prod(x.shape[:-1])) or any(is_split(part.rows) for part in parts):
+        return x + meet(parts, x.dtype)
+    return Sum(x, meet(parts, jnp.float32))
 
 
 class Linear(nnx.Module):
@@ -231,6 +239,18 @@ class Embedding(nnx.Module):
         return matmul(x, self.table.get_value())
 
 
+def rope_factors(
+    positions: Array, config: RopeConfig, factors: Array | None = None
+) -> tuple[Array, Array]:
+    """Cosines and sines of the angles by which `rope` turns: float32 `[batch, time, dim / 2]`."""
+    frequencies, magnitude = config.frequencies()
+    frequencies = jnp.asarray(frequencies)
+    if factors is not None:
+        frequencies = frequencies / factors
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles) * np.float32(magnitude), jnp.sin(angles) * np.float32(magnitude)
+
+
 def rope(x: Array, positions: Array, config: RopeConfig, factors: Array | None = None) -> Array:
     """Turns heads by their positions (Su et al. 2021, arXiv:2104.09864), computed in float32.
 
@@ -243,13 +263,10 @@ def rope(x: Array, positions: Array, config: RopeConfig, factors: Array | None =
     Returns:
       the shape and dtype of `x`; dimensions from `config.dim` on are unchanged.
     """
-    frequencies, magnitude = config.frequencies()
-    frequencies = jnp.asarray(frequencies)
-    if factors is not None:
-        frequencies = frequencies / factors
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    angles = angles.reshape(*positions.shape, *[1] * (x.ndim - 3), -1)
-    cos, sin = jnp.cos(angles) * np.float32(magnitude), jnp.sin(angles) * np.float32(magnitude)
+    cos, sin = (
+        factor.reshape(*positions.shape, *[1] * (x.ndim - 3), -1)
+        for factor in rope_factors(positions, config, factors)
+    )
     turning, rest = jnp.split(x.astype(jnp.float32), [config.dim], axis=-1)
     pairs = (-1, 2) if config.interleaved else (2, -1)
     axis = -1 if config.interleaved else -2

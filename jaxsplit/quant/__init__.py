@@ -1,7 +1,7 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
 from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, take_rows, with_words
-from jaxsplit.quant.kernels import Pending
+from jaxsplit.quant.kernels import Pending, Sum
 from jaxsplit.quant.products import (
     PLAIN,
     Arithmetic,
@@ -24,6 +24,7 @@ __all__ = [
     "QTensor",
     "QuantType",
     "Rows",
+    "Sum",
     "Weight",
     "active_arithmetic",
     "dequantize",

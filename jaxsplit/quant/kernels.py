@@ -23,7 +23,6 @@ MAX_ROWS = 8
 
 _BLOCK = 32  # activations that share a scale
 _UNIT = 16  # bytes that a thread loads at once
-_TILE = 2048  # weights of a row in each step of a warp
 _ROUNDED_AT_ONCE = 16  # blocks in each program that rounds
 _GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 
@@ -37,13 +36,42 @@ def supports(w: QTensor) -> bool:
     return plain and whole and w.shape[-1] % _BLOCK == 0
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sum:
+    """Two terms that are not added yet, so that the kernel that reads them can add them too.
+
+    Attributes:
+      stream: `[..., n]`, of the dtype of the sum.
+      addend: likewise, float32.
+    """
+
+    stream: Array
+    addend: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., n]`."""
+        return self.stream.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the sum."""
+        return self.stream.dtype
+
+    @cached_property
+    def array(self) -> Array:
+        """The sum; a kernel that read the terms has left it here."""
+        return self.stream + self.addend.astype(self.dtype)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pending:
     """Rows that are not computed yet, so that a kernel can compute them as it rounds them.
 
     Attributes:
       function: of the operands' elements, float32.
-      operands: `[..., in]` or `[in]` each.
+      operands: `[..., in]` or `[in]` each, the first of them perhaps a `Sum`.
       dtype: of the rows.
       epsilon: the rows are then divided by the root of the mean square of the first operand, with
         this added to it; None: they are not.
@@ -51,7 +79,7 @@ class Pending:
     """
 
     function: Callable[..., Array]
-    operands: tuple[Array, ...]
+    operands: tuple[Array | Sum, ...]
     dtype: jnp.dtype
     epsilon: float | None = None
     size: int = 0
@@ -64,7 +92,8 @@ class Pending:
     @cached_property
     def array(self) -> Array:
         """The rows `[..., in]`."""
-        operands = [x.astype(jnp.float32) for x in self.operands]
+        operands = [x.array if isinstance(x, Sum) else x for x in self.operands]
+        operands = [x.astype(jnp.float32) for x in operands]
         y = self.function(*operands)
         if self.epsilon is not None:
             squares = jnp.sum(operands[0] ** 2, axis=-1, keepdims=True)
@@ -80,6 +109,7 @@ class Rounded:
     Attributes:
       words: four neighbouring codes each, uint32 `[rows, in / 4]`.
       scale: float32 `[rows, in / 32]`.
+      sums: of 32 values each, likewise.
       squares: sums of so many squares, float32 like `scale`: products are to be divided by the root
         of their mean; None: they are not.
       epsilon, size: of that mean, as in `Pending`.
@@ -87,6 +117,7 @@ class Rounded:
 
     words: Array
     scale: Array
+    sums: Array
     squares: Array | None = None
     epsilon: float = dataclasses.field(default=0.0, metadata={"static": True})
     size: int = dataclasses.field(default=0, metadata={"static": True})
@@ -103,20 +134,23 @@ class Rounded:
         return x * lax.rsqrt(squares / self.size + self.epsilon)
 
 
-def _round_block(x: Array) -> tuple[Array, Array]:
-    """`[..., 8, 4]` to words `[..., 8]` and scales `[...]`: the largest magnitude becomes 127."""
+def _round_block(x: Array) -> tuple[Array, Array, Array]:
+    """`[..., 8, 4]` to words `[..., 8]`, scales and sums `[...]`: the largest magnitude becomes
+    127."""
     scale = jnp.max(jnp.max(jnp.abs(x), axis=-1), axis=-1) / 127
     inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None]
     codes = jnp.floor(x * inverse + 0.5).astype(jnp.int32)
     bytes_ = (codes & 255) << jnp.broadcast_to(8 * jnp.arange(4, dtype=jnp.int32), codes.shape)
-    return jnp.sum(bytes_, axis=-1), scale
+    sums = jnp.sum(jnp.sum(codes, axis=-1), axis=-1).astype(jnp.float32) * scale
+    return jnp.sum(bytes_, axis=-1), scale, sums
 
 
 def round_rows(x: Array) -> Rounded:
     """Rounds `[rows, in]`."""
     blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, _BLOCK // 4, 4)
-    words, scale = _round_block(blocks)
-    return Rounded(lax.bitcast_convert_type(words, jnp.uint32).reshape(x.shape[0], -1), scale)
+    words, scale, sums = _round_block(blocks)
+    words = lax.bitcast_convert_type(words, jnp.uint32).reshape(x.shape[0], -1)
+    return Rounded(words, scale, sums)
 
 
 def round_pending(x: Pending, *, interpret: bool = False) -> Rounded:
@@ -127,60 +161,82 @@ def round_pending(x: Pending, *, interpret: bool = False) -> Rounded:
       x: of `[..., in]`.
       interpret: run it without a GPU, to test it.
     """
-    columns = x.shape[-1]
-    operands = [y if y.ndim == 1 else y.reshape(-1, columns) for y in x.operands]
-    rows, blocks = len(operands[0]), columns // _BLOCK
-    shapes = [
-        jax.ShapeDtypeStruct((rows, columns // 4), jnp.int32),
-        *[jax.ShapeDtypeStruct((rows, blocks), jnp.float32)] * (1 + (x.epsilon is not None)),
-    ]
-    words, *scales = pl.pallas_call(
-        partial(_round_kernel, function=x.function, operands=len(operands), blocks=blocks),
+    columns, total = x.shape[-1], x.operands[0]
+    operands = jax.tree.map(lambda y: y if y.ndim == 1 else y.reshape(-1, columns), x.operands)
+    inputs, structure = jax.tree.flatten(operands)
+    rows, blocks = len(inputs[0]), columns // _BLOCK
+    of_blocks = jax.ShapeDtypeStruct((rows, blocks), jnp.float32)
+    shapes = [jax.ShapeDtypeStruct((rows, columns // 4), jnp.int32), of_blocks, of_blocks]
+    if x.epsilon is not None:
+        shapes.append(of_blocks)
+    if isinstance(total, Sum):
+        shapes.append(jax.ShapeDtypeStruct((rows, columns), x.dtype))
+    words, scale, sums, *more = pl.pallas_call(
+        partial(_round_kernel, function=x.function, structure=structure),
         grid=(rows, pl.cdiv(blocks, _ROUNDED_AT_ONCE)),
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="round_rows",
-    )(*operands)
+    )(*inputs)
+    if isinstance(total, Sum):
+        vars(total)["array"] = more.pop().reshape(total.shape)
     words = lax.bitcast_convert_type(words, jnp.uint32)
-    if x.epsilon is None:
-        return Rounded(words, *scales)
-    return Rounded(words, *scales, epsilon=x.epsilon, size=x.size)
+    return Rounded(words, scale, sums, *more, epsilon=x.epsilon or 0.0, size=x.size)
 
 
-def _round_kernel(
-    *refs: jax.Ref, function: Callable[..., Array], operands: int, blocks: int
-) -> None:
+def _round_kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any) -> None:
     """Some blocks of a row.
 
     Args:
-      *refs: the operands; words, scales and perhaps sums of squares.
+      *refs: the operands; words, scales, sums, perhaps sums of squares, and perhaps the rows that
+        the first operand adds up to.
       function: of the operands.
-      operands: their count.
-      blocks: of a row.
+      structure: of the operands.
     """
-    row, block = (
-        pl.program_id(0),
-        pl.program_id(1) * _ROUNDED_AT_ONCE + jnp.arange(_ROUNDED_AT_ONCE),
-    )
+    operands = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    words_ref, scale_ref, sums_ref, *more = refs[structure.num_leaves :]
+    added_ref = more.pop() if isinstance(operands[0], Sum) else None
+    row = pl.program_id(0)
+    block = pl.program_id(1) * _ROUNDED_AT_ONCE + jnp.arange(_ROUNDED_AT_ONCE)
+    blocks = scale_ref.shape[1]
     inside = block < blocks
     word = block[:, None] * (_BLOCK // 4) + jnp.arange(_BLOCK // 4)
     element = word[..., None] * 4 + jnp.arange(4)
+    exists = jnp.broadcast_to(inside[:, None, None], element.shape)
 
-    def load(ref: jax.Ref) -> Array:
-        at = (element,) if ref.ndim == 1 else (row, element)
-        mask = jnp.broadcast_to(inside[:, None, None], element.shape)
-        x = plgpu.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
-        return x.astype(jnp.float32)
+    def load(operand: jax.Ref | Sum) -> Array:
+        if isinstance(operand, Sum):
+            x = load(operand.stream) + load(operand.addend)
+            x = x.astype(added_ref.dtype)
+            plgpu.store(added_ref.at[row, element], x, mask=exists)
+            return x.astype(jnp.float32)
+        at = (element,) if operand.ndim == 1 else (row, element)
+        zero = jnp.zeros((), operand.dtype)
+        return plgpu.load(operand.at[at], mask=exists, other=zero).astype(jnp.float32)
 
-    values = [load(ref) for ref in refs[:operands]]
-    words_ref, scale_ref, *squares_ref = refs[operands:]
-    words, scale = _round_block(function(*values))
-    plgpu.store(words_ref.at[row, word], words, mask=jnp.broadcast_to(inside[:, None], word.shape))
+    values = [load(operand) for operand in operands]
+    words, scale, sums = _round_block(function(*values))
+    in_words = jnp.broadcast_to(inside[:, None], word.shape)
+    plgpu.store(words_ref.at[row, word], words, mask=in_words)
     plgpu.store(scale_ref.at[row, block], scale, mask=inside)
-    for ref in squares_ref:
+    plgpu.store(sums_ref.at[row, block], sums, mask=inside)
+    for squares_ref in more:
         squares = jnp.sum(jnp.sum(values[0] * values[0], axis=-1), axis=-1)
-        plgpu.store(ref.at[row, block], squares, mask=inside)
+        plgpu.store(squares_ref.at[row, block], squares, mask=inside)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiling:
+    """How a program multiplies: rows of the matrix, weights of each in a step, and warps."""
+
+    height: int
+    weights: int
+    warps: int
+
+
+def _tiling(rows: int) -> _Tiling:
+    return _Tiling(4, 2048, 4) if rows == 1 else _Tiling(8, 1024, 2)
 
 
 def products(
@@ -188,6 +244,7 @@ def products(
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
+    tiling: _Tiling | None = None,
     interpret: bool = False,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
@@ -196,26 +253,26 @@ def products(
       x: `[rows, in]`.
       weights: `[out, in]` each, ones that are supported; planes of bytes are turned into words.
       dtype: of the results.
+      tiling: of the work; None: a usual one.
       interpret: run it without a GPU, to test it.
     """
-    # Warps share a row of activations, or the activations of several rows are kept for more rows.
-    rows, (height, warps, width) = len(x.words), (4, 4, 1) if len(x.words) == 1 else (8, 2, 2)
-    programs = [pl.cdiv(w.shape[0], height) for w in weights]
+    rows = len(x.words)
+    tiling = tiling or _tiling(rows)
+    programs = [pl.cdiv(w.shape[0], tiling.height) for w in weights]
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
     inputs, structure = jax.tree.flatten((x, list(weights)))
     kernel = partial(
         _kernel,
         structure=structure,
         programs=programs,
-        height=height,
-        tile=_TILE // width,
+        tiling=tiling,
         interpret=interpret,
     )
     return pl.pallas_call(
         kernel,
         grid=(sum(programs),),
         out_shape=[jax.ShapeDtypeStruct((rows, w.shape[0]), dtype) for w in weights],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
         interpret=interpret,
         name="quantized_products",
     )(*inputs)
@@ -225,8 +282,7 @@ def _kernel(
     *refs: jax.Ref,
     structure: Any,
     programs: Sequence[int],
-    height: int,
-    tile: int,
+    tiling: _Tiling,
     interpret: bool,
 ) -> None:
     """Some rows of one matrix, with all rows of activations.
@@ -235,15 +291,14 @@ def _kernel(
       *refs: activations, matrices and results.
       structure: of activations and matrices.
       programs: for each matrix.
-      height: rows of the matrix in a program.
-      tile: weights of a row in a step.
+      tiling: of the work.
       interpret: as in `products`.
     """
     x, weights = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     first = 0
     for w, out_ref, count in zip(weights, refs[structure.num_leaves :], programs, strict=True):
         program = pl.program_id(0) - first
-        multiply = partial(_rows, x, w, out_ref, program * height, height, tile, interpret)
+        multiply = partial(_rows, x, w, out_ref, program * tiling.height, tiling, interpret)
         if len(weights) == 1:
             multiply()
         else:
@@ -252,31 +307,34 @@ def _kernel(
 
 
 def _rows(
-    x: Rounded, w: QTensor, out_ref: jax.Ref, first: Array, height: int, tile: int, interpret: bool
+    x: Rounded, w: QTensor, out_ref: jax.Ref, first: Array, tiling: _Tiling, interpret: bool
 ) -> None:
-    """The products of `height` rows of `w`, from the row `first` on.
+    """The products of some rows of `w`, from the row `first` on.
 
     A step multiplies some units: 16 bytes of the first plane, with what belongs to the same weights
-    in the other planes. What a step needs of the matrix is read while the one before multiplies.
+    in the other planes.
     """
     form, (out, columns) = w.form, w.shape
     pieces = 8 // form.bits[0]
     size = form.chunk // pieces  # bytes of a chunk in the first plane
     per_chunk = size // _UNIT
     count = columns // form.chunk * per_chunk
-    units = min(tile // (_UNIT * pieces), pl.next_power_of_2(count))
+    units = min(tiling.weights // (_UNIT * pieces), pl.next_power_of_2(count))
     steps = pl.cdiv(count, units)
     groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
     run = min(columns // ref.shape[-1] for ref in groups.values())
+    # An offset is taken off the codes, or off the sum of a block of activations.
+    from_codes = form.offset if run < _BLOCK else 0
     # Pieces whose weights share scales are added up before they are scaled.
     parts = [range(pieces)] if form.chunk <= min(run, _BLOCK) else [[p] for p in range(pieces)]
-    row = jnp.minimum(first + jnp.arange(height), out - 1)
+    row = jnp.minimum(first + jnp.arange(tiling.height), out - 1)
 
-    def place(step: Array | int, piece: int) -> tuple[Array, Array]:
-        """The first weight of each unit's piece, int32 `[units]`, and which units exist."""
+    def place(step: Array | int) -> tuple[Array, Array, Array]:
+        """For each unit, int32 `[units]`: its chunk, where in it its first weight is, and whether
+        the unit exists."""
         unit = step * units + jnp.arange(units)
-        begin = unit // per_chunk * form.chunk + unit % per_chunk * _UNIT
-        return begin + piece * size, unit < count
+        chunk, of_chunk = _split(unit, per_chunk)
+        return chunk, of_chunk * _UNIT, unit < count
 
     def load(ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
         """Elements `[*row.shape, units, ...]`."""
@@ -288,102 +346,96 @@ def _rows(
             return plgpu.load(ref.at[row, index])
         return plgpu.load(ref.at[row, index], mask=inside, other=jnp.zeros((), ref.dtype))
 
-    def words(weight: Array) -> Array:
-        """Indices `[units, 4]` of the words that begin with the byte of so many weights."""
-        return (weight // 4)[:, None] + jnp.arange(_UNIT // 4)
+    def words(byte: Array) -> Array:
+        """Indices `[units, 4]` of the words that begin with a byte."""
+        return (byte >> 2)[:, None] + jnp.arange(_UNIT // 4)
 
-    def fetch(step: Array | int) -> tuple[list[Array], list[dict[str, Array]]]:
-        """What a step needs of the matrix: words of each plane, and what scales each part."""
-        begin, inside = place(step, 0)
-        places = (begin % form.chunk)[:, None] + 4 * jnp.arange(_UNIT // 4)
-        planes = []
-        for ref, bits in zip(w.codes, form.bits, strict=True):
-            plane_size = form.chunk * bits // 8
-            if plane_size >= _UNIT:
-                byte = begin // form.chunk * plane_size + begin % form.chunk % plane_size
-                index = words(byte)
-            else:
-                index = (begin // form.chunk * plane_size // 4)[:, None] + places % plane_size // 4
-            planes.append(load(ref, row, index, inside))
-        entries = [
-            {
-                name: load(ref, row, place(step, part[0])[0] // (columns // ref.shape[-1]), inside)
-                for name, ref in groups.items()
-            }
-            for part in parts
-        ]
-        return planes, entries
+    def plane(ref: jax.Ref, bits: int, chunk: Array, begin: Array, inside: Array) -> Array:
+        """The words of a plane that the units need, `[height, units, 4]`."""
+        plane_size = form.chunk * bits // 8
+        if plane_size >= _UNIT:
+            index = words(chunk * plane_size + _split(begin, plane_size)[1])
+        else:
+            byte = _split(begin[:, None] + 4 * jnp.arange(_UNIT // 4), plane_size)[1]
+            index = (chunk * (plane_size // 4))[:, None] + (byte >> 2)
+        return load(ref, row, index, inside)
 
     def codes(planes: list[Array], begin: Array, piece: int) -> Array:
         """Words of codes `[height, units, 4]`."""
         word, shift = None, 0
-        for plane, bits in zip(planes, form.bits, strict=True):
+        for part, bits in zip(planes, form.bits, strict=True):
             plane_size = form.chunk * bits // 8
             if bits < 8:
                 if plane_size == size:
                     right = jnp.uint32(piece * bits)
                 else:
-                    places = (begin % form.chunk)[:, None] + piece * size
+                    places = begin[:, None] + piece * size
                     if plane_size < _UNIT:
                         places += 4 * jnp.arange(_UNIT // 4)
-                    right = (places // plane_size * bits).astype(jnp.uint32)
-                plane = (plane >> right) & jnp.uint32(0x01010101 * (2**bits - 1))
-            word = plane if word is None else word | (plane << jnp.uint32(shift))
+                    right = (_split(places, plane_size)[0] * bits).astype(jnp.uint32)
+                part = (part >> right) & jnp.uint32(0x01010101 * (2**bits - 1))
+            word = part if word is None else word | (part << jnp.uint32(shift))
             shift += bits
+        if from_codes:  # in each byte, with its upper bit as a guard
+            top = jnp.uint32(0x80808080)
+            word = ((word | top) - jnp.uint32(0x01010101 * int(from_codes))) ^ top
         return word
 
-    def multiply(
-        step: Array | int,
-        fetched: tuple[list[Array], list[dict[str, Array]]],
-        totals: Sequence[Array],
-    ) -> tuple[Array, ...]:
-        planes, entries = fetched
-        begin, inside = place(step, 0)
-        for part, entry in zip(parts, entries, strict=True):
+    def multiply(step: Array | int, totals: Sequence[Array]) -> tuple[Array, ...]:
+        chunk, begin, inside = place(step)
+        planes = [
+            plane(ref, bits, chunk, begin, inside)
+            for ref, bits in zip(w.codes, form.bits, strict=True)
+        ]
+        first_weight = chunk * form.chunk + begin
+        for part in parts:
+            weight = first_weight + part[0] * size
+            entry = {
+                name: load(ref, row, _split(weight, columns // ref.shape[-1])[0], inside)
+                for name, ref in groups.items()
+            }
             entry = {name: value.astype(jnp.float32) for name, value in entry.items()}
             scale = entry["scale"] * entry.get("super_scale", 1)
-            constant = -form.offset * scale if form.offset else None
+            constant = None
+            if form.offset and not from_codes:
+                constant = -form.offset * scale
             if "minimum" in entry:
                 constant = entry["minimum"] * entry.get("super_minimum", 1)
             of_part = [codes(planes, begin, piece) for piece in part]
+            block = _split(weight, _BLOCK)[0]
+            signed = form.bits == (8,) or bool(from_codes)
             added = []
             for m, total in enumerate(totals):
                 m = jnp.asarray(m)
-                x_scale = load(x.scale, m, place(step, part[0])[0] // _BLOCK, inside)
-                dots, sums = 0, 0
+                dots = 0
                 for piece, word in zip(part, of_part, strict=True):
-                    y = load(x.words, m, words(place(step, piece)[0]), inside)
-                    whole = jnp.broadcast_to(y, word.shape)
-                    signed = form.bits == (8,)
-                    dots += _dot4(word, whole, signed=signed, interpret=interpret)
-                    if constant is not None:
-                        ones = jnp.full(y.shape, 0x01010101, jnp.uint32)
-                        sums += _dot4(ones, y, signed=False, interpret=interpret)
+                    y = load(x.words, m, words(first_weight + piece * size), inside)
+                    y = jnp.broadcast_to(y, word.shape)
+                    dots += _dot4(word, y, signed=signed, interpret=interpret)
+                x_scale = load(x.scale, m, block, inside)
                 total += jnp.sum(dots, axis=-1).astype(jnp.float32) * (x_scale * scale)
                 if constant is not None:
-                    total += jnp.sum(sums, axis=-1).astype(jnp.float32) * x_scale * constant
+                    share = len(part) * _UNIT / _BLOCK  # of the block that the unit multiplies
+                    total += load(x.sums, m, block, inside) * share * constant
                 added.append(total)
             totals = added
         return tuple(totals)
 
-    def step(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        fetched, totals = carry
-        following = fetch(i + 1)
-        return following, multiply(i, fetched, totals)
-
-    totals = (jnp.zeros((height, units), jnp.float32),) * x.words.shape[0]
-    carry = fetch(0), totals
-    if steps > 1:
-        carry = lax.fori_loop(0, steps - 1, step, carry)
-    totals = multiply(steps - 1, *carry)
+    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * x.words.shape[0]
+    totals = multiply(0, totals) if steps == 1 else lax.fori_loop(0, steps, multiply, totals)
     for m, total in enumerate(totals):
         y = jnp.sum(total, axis=1)
         if x.squares is not None:
             block = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
             squares = plgpu.load(x.squares.at[m, block], mask=block < x.squares.shape[1], other=0.0)
             y *= lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
-        at = first + jnp.arange(height)
+        at = first + jnp.arange(tiling.height)
         plgpu.store(out_ref.at[m, at], y.astype(out_ref.dtype), mask=at < out)
+
+
+def _split(x: Array, by: int) -> tuple[Array, Array]:
+    """Quotient and remainder by a power of two of numbers that are not negative."""
+    return x >> (by.bit_length() - 1), x & (by - 1)
 
 
 def _dot4(a: Array, b: Array, *, signed: bool, interpret: bool) -> Array:

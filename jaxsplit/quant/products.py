@@ -141,13 +141,13 @@ def pends(rows: int) -> bool:
     return active.rounded and active.kernels and rows <= kernels.MAX_ROWS
 
 
-Rows = Array | kernels.Pending
+Rows = Array | kernels.Pending | kernels.Sum
 """Activations `[..., in]`, perhaps not computed yet."""
 
 
 def values(x: Rows) -> Array:
     """Activations, computed."""
-    return x.array if isinstance(x, kernels.Pending) else x
+    return x.array if isinstance(x, kernels.Pending | kernels.Sum) else x
 
 
 def matmul(x: Rows, w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -184,13 +184,10 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
             results = [y.reshape(*x.shape[:-1], -1) for y in results]
         elif served:
             rounded = kernels.round_rows(values(x).reshape(rows, -1)).dequantized()
-            results = [
-                _multiply(rounded.reshape(x.shape), w).astype(dtype) for w in served.values()
-            ]
+            results = [_multiply(rounded.reshape(x.shape), w, dtype) for w in served.values()]
         served = dict(zip(served, results if served else (), strict=True))
     return [
-        served[i] if i in served else _multiply(values(x), w).astype(dtype)
-        for i, w in enumerate(weights)
+        served[i] if i in served else _multiply(values(x), w, dtype) for i, w in enumerate(weights)
     ]
 
 
@@ -202,8 +199,8 @@ def _is_rounded(w: Weight) -> bool:
     return isinstance(w, QTensor) and kernels.supports(w)
 
 
-def _multiply(x: Array, w: Weight) -> Array:
-    """`x @ w.T` without rounding: float32 `[..., out]`."""
+def _multiply(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
+    """`x @ w.T` without rounding: `[..., out]`."""
     if math.prod(x.shape[:-1]) == 1:
         row = x.reshape(-1).astype(jnp.float32)
         if isinstance(w, QTensor):
@@ -213,26 +210,26 @@ def _multiply(x: Array, w: Weight) -> Array:
                 cpu=partial(_row_product, sum_groups_first=True),
                 default=partial(_row_product, sum_groups_first=False),
             )
-            return y.reshape(*x.shape[:-1], -1)
+            return y.reshape(*x.shape[:-1], -1).astype(dtype)
         if x.dtype != jnp.float32:
             y = lax.platform_dependent(x, w, cuda=_sum_of_products, default=_dot)
-            return y.reshape(*x.shape[:-1], -1)
+            return y.astype(dtype)
     if isinstance(w, QTensor):
         # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them
         # alive. Some backends drop an optimization barrier too early to serve.
         poisoned = jnp.isnan(x[(0,) * x.ndim])
         scale = jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale)
         w = dataclasses.replace(w, scale=scale)
-    return _dot(x, dequantize(w, x.dtype))
+    return _dot(x, dequantize(w, x.dtype), dtype)
 
 
-def _dot(x: Array, w: Array) -> Array:
+def _dot(x: Array, w: Array, dtype: jnp.dtype = jnp.float32) -> Array:
     return lax.dot_general(
         x,
         w.astype(x.dtype),
         (((x.ndim - 1,), (1,)), ((), ())),
         precision=_HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
 
 

@@ -1,0 +1,70 @@
+"""The kernel before attention, run without a GPU, against the steps that it stands for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import nmse
+from tiny import fresh_rng
+
+from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig, placing
+from jaxsplit.models.attention import Attention
+from jaxsplit.models.cache import AttentionCache, Batch
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+HEADS, KV_HEADS, LENGTH = 6, 2, 50
+CHOICES = {
+    "plain": {"rope": RopeConfig(24)},
+    "interleaved, in part": {"rope": RopeConfig(16, interleaved=True)},
+    "in part": {"rope": RopeConfig(8), "window": LENGTH},
+    "norms": {
+        "rope": RopeConfig(24),
+        "query_norm": NormConfig(),
+        "key_norm": NormConfig(scale=False),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_heads_are_turned_and_kept(name, dtype):
+    rng = fresh_rng()
+    config = AttentionConfig(HEADS, KV_HEADS, 24, 24, **CHOICES[name])
+    module = Attention(config, 32, rngs=nnx.Rngs(0))
+    for norm in (module.query_norm, module.key_norm):
+        if norm is not None and norm.scale is not None:
+            norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 2, 24), jnp.float32))
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    # One sequence is past the end of a ring, one is padding.
+    batch = Batch(jnp.asarray([[7], [LENGTH + 3 if "window" in CHOICES[name] else 40], [-1]]))
+    query, key, value = (normal(3, 1, 24 * n) for n in (HEADS, KV_HEADS, KV_HEADS))
+    cache = AttentionCache.of(*(normal(3, LENGTH, KV_HEADS, 24) for _ in range(2)), dtype)
+    assert placing.supports(config, batch, cache, jnp.bfloat16)
+    norms = module.query_norm, module.key_norm
+    queries, found = placing.place(query, key, value, batch, cache, config, norms, interpret=True)
+    exact = [x.astype(jnp.float32) for x in (query, key, value)]
+    expected = module._queries(exact[0], batch)
+    assert queries.dtype == jnp.bfloat16
+    assert nmse(queries, expected) <= 1e-5
+    new = AttentionCache.of(
+        module._heads(exact[1], 24, module.key_norm, batch),
+        module._heads(exact[2], 24, None),
+        jnp.float32,
+    )
+    places = batch.positions[:2, 0] % LENGTH
+    rows = jnp.arange(2)
+    for part in ("key", "value"):
+        before, after = (getattr(x, part + "s") for x in (cache, found))
+        scale = getattr(found, part + "_scale")
+        kept = after[rows, :, places].astype(jnp.float32)
+        if scale is not None:
+            kept *= scale[rows, :, places][..., None]
+        written = getattr(new, part + "s")[:2, :, 0]
+        assert nmse(kept, written) <= (1e-4 if dtype == "int8" else 1e-5)
+        untouched = np.array(jnp.abs(after.astype(jnp.float32) - before.astype(jnp.float32)))
+        untouched[rows, :, places] = 0
+        assert not untouched.any()
