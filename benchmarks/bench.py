@@ -46,7 +46,7 @@ _DEPTH = flags.DEFINE_list("n_depth", "0", "tokens of context before", short_nam
 _BATCH = flags.DEFINE_list("batch", "1", "sequences that are decoded together", short_name="b")
 _REPEAT = flags.DEFINE_integer("repetitions", 3, "how often to measure", 1, short_name="r")
 _DTYPE = flags.DEFINE_string("dtype", "auto", "of activations")
-_ACTIVATIONS = flags.DEFINE_string("activations", "float", "as in jaxsplit.generate")
+_ACTIVATIONS = flags.DEFINE_string("activations", "auto", "as in jaxsplit.generate")
 _WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
 _CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values")
 _JSON = flags.DEFINE_string("json", None, "write the rows to this file too")

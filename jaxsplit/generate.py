@@ -67,7 +67,9 @@ _DTYPE = flags.DEFINE_string(
     "dtype", "auto", f"of activations: auto (what the devices are best at), {', '.join(_DTYPES)}"
 )
 _ACTIVATIONS = flags.DEFINE_string(
-    "activations", "float", "in products with quantized matrices in decoding: float, or int8"
+    "activations",
+    "auto",
+    "in products with quantized matrices in decoding: float, int8, or auto (int8 where kernels do it)",
 )
 _REDUCE_DTYPE = flags.DEFINE_string(
     "reduce_dtype", "float32", "in which devices exchange partial sums"

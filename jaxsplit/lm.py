@@ -26,7 +26,7 @@ from jaxsplit.sources import describe_split, parameter_sources, split_model
 from jaxsplit.text import ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
-ACTIVATIONS = ("float", "int8")
+ACTIVATIONS = ("auto", "float", "int8")
 
 
 def load(
@@ -39,7 +39,7 @@ def load(
     main_device: int = 0,
     weights: str = "quantized",
     dtype: str = "auto",
-    activations: str = "float",
+    activations: str = "auto",
     reduce_dtype: str = "float32",
     cache_dtype: str = "auto",
     ctx_size: int = 4096,
@@ -64,7 +64,8 @@ def load(
       dtype: of the activations; `auto` is float32 on CPUs, float16 on GPUs without bfloat16
         units, and bfloat16 elsewhere.
       activations: `int8` rounds them to 8 bits, with a scale for each 32, for products of a few
-        rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype.
+        rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype; `auto`
+        rounds where there are kernels for it, unless the dtype is float32.
       reduce_dtype: in which partial sums are exchanged.
       cache_dtype: of keys and values; `auto` is that of the activations.
       ctx_size: tokens of context, at most the model's; 0 is the model's.
@@ -131,7 +132,10 @@ def load(
         tokenizer = Tokenizer.from_metadata(file.metadata)
     except JaxsplitError as error:
         tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
-    arithmetic = Arithmetic.on(mesh_devices[0], rounded=activations == "int8")
+    arithmetic = Arithmetic.on(mesh_devices[0])
+    suits = arithmetic.kernels and compute_in.itemsize == 2
+    rounded = activations == "int8" or (activations == "auto" and suits)
+    arithmetic = dataclasses.replace(arithmetic, rounded=rounded)
     models = load_decoders(
         sources,
         config,

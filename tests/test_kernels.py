@@ -106,6 +106,25 @@ def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
             assert nmse(y, expected) <= 1e-10
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("used", [1, 2])
+def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
+    stacks = [
+        jax.tree.map(
+            lambda *planes: jnp.stack(planes), *[matrix(rng, name, n, 512) for _ in range(3)]
+        )
+        for name, n in (("Q4_K", 9), ("Q6_K", 6))
+    ]
+    x = jnp.asarray(rng.normal(size=(2, 512)), jnp.float32)
+    experts = jnp.asarray(rng.integers(0, 3, 2 * used), jnp.int32)
+    rounded = kernels.round_rows(x)
+    results = kernels.products(rounded, stacks, experts=experts, interpret=True)
+    for y, stack in zip(results, stacks, strict=True):
+        dense = np.float64(dequantize(stack))[np.asarray(experts)]
+        rows = np.repeat(np.float64(rounded.dequantized()), used, axis=0)
+        assert nmse(y, np.einsum("pi,poi->po", rows, dense)) <= 1e-10
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     w = matrix(rng, "Q4_K", 33, 512)
@@ -141,6 +160,6 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
     path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, 4).tolist()
     options |= {"dtype": "float32", "ctx_size": 64, "activations": "int8"}
     plain = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
-    monkeypatch.setattr(Arithmetic, "on", lambda *_, **__: Arithmetic(True, True, True))
+    monkeypatch.setattr(Arithmetic, "on", lambda _: Arithmetic(kernels=True, interpret=True))
     kernel = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
     assert nmse(kernel, plain) <= 1e-5

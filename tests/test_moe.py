@@ -17,9 +17,10 @@ from jaxsplit.engine.runner import compiler_options
 from jaxsplit.gguf import open_gguf
 from jaxsplit.gguf.architectures import model_config
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
+from jaxsplit.models.layers import meet
 from jaxsplit.parallel import make_partition
 from jaxsplit.plan.work import trace_decode
-from jaxsplit.quant import TYPES, QTensor, dequantize, unpack
+from jaxsplit.quant import TYPES, Arithmetic, QTensor, dequantize, unpack, use_arithmetic
 
 EMBED = 64
 BASE = MoEConfig(experts=8, used=3, expert=MLPConfig(48))
@@ -210,7 +211,7 @@ def quantized(rng, kind, *shape):
 def quantized_moe(rng, kind, config, embed):
     model = nnx.eval_shape(lambda: MoE(config, embed, rngs=nnx.Rngs(0)))
     for path, param in params_of(model).items():
-        if path.startswith("experts"):
+        if path.startswith("experts") and path.endswith("kernel"):
             param.set_value(quantized(rng, kind, *param.shape))
         else:
             param.set_value(jnp.asarray(rng.normal(size=param.shape), jnp.float32))
@@ -225,6 +226,19 @@ def test_experts_may_be_quantized(rng, kind):
     model = quantized_moe(rng, kind, config, sizes[1])
     for tokens in (2, 30):
         check(config, model, rng.normal(size=(tokens, sizes[1])).astype(np.float32), 1e-10)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("change", [{}, {"gated": False}, {"bias": True}])
+def test_kernels_multiply_with_chosen_experts(rng, change):
+    """The rounded activations differ a little, and nothing else does."""
+    config = dataclasses.replace(BASE, expert=MLPConfig(64, **change))
+    model = quantized_moe(rng, "Q8_0", config, 64)
+    x = jnp.asarray(rng.normal(size=(1, 1, 64)), jnp.float32)
+    exact = meet(model(x), x.dtype)
+    with use_arithmetic(Arithmetic(rounded=True, kernels=True, interpret=True)):
+        found = meet(model(x), x.dtype)
+    assert 1e-8 < nmse(found, exact) < 2e-3
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("Q8_0", 1), ("Q4_K", 1), ("Q8_0", 128), ("F32", 1)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,18 @@ from jaxsplit.models.axes import EMBED, Axis, gather_over, is_split, local_units
 from jaxsplit.models.config import DenseMoEConfig, MLPConfig, MoEConfig
 from jaxsplit.models.layers import Linear, Norm, Partial, Partials, meet, param
 from jaxsplit.models.mlp import MLP, activate
-from jaxsplit.quant import QTensor, Rows, matmul, values
+from jaxsplit.quant import (
+    PLAIN,
+    Pending,
+    QTensor,
+    Rows,
+    expert_products,
+    has_kernel,
+    matmul,
+    pends,
+    use_arithmetic,
+    values,
+)
 
 ROUTER = Axis("router")
 _AT_ONCE = 64  # pairs whose products with quantized experts need little memory
@@ -120,8 +132,13 @@ class ExpertLinear(nnx.Module):
         def of_expert(stack: Array) -> Array:
             return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
 
-        y = matmul(x, jax.tree.map(of_expert, self.kernel.get_value()))
+        with use_arithmetic(PLAIN):  # a kernel would not read the expert where it lies
+            y = matmul(x, jax.tree.map(of_expert, self.kernel.get_value()))
         return y if self.bias is None else y + of_expert(self.bias.get_value())
+
+    def biased(self, y: Array, experts: Array) -> Array:
+        """`[pairs, out]` with the bias of each pair's expert."""
+        return y if self.bias is None else (y + self.bias.get_value()[experts]).astype(y.dtype)
 
 
 class Experts(nnx.Module):
@@ -180,6 +197,10 @@ class Experts(nnx.Module):
     def _at_once(self, x: Array, chosen: Array, weights: Array, weigh_input: bool) -> Array:
         """All pairs in one go, without a loop around the fused products of single rows."""
         experts, weights = chosen.reshape(-1), weights.reshape(-1, 1)
+        stacks = [s.kernel.get_value() for s in (self.up, self.gate, self.down) if s is not None]
+        if pends(len(x)) and not weigh_input and all(map(has_kernel, stacks)):
+            y = self._by_kernels(x, experts) * weights
+            return y.reshape(*chosen.shape, -1).sum(1)
         read = jnp.repeat(x, chosen.shape[1], axis=0)
         if weigh_input:
             read = (read * weights).astype(x.dtype)
@@ -188,6 +209,21 @@ class Experts(nnx.Module):
         if not weigh_input:
             y = y * weights
         return y.reshape(*chosen.shape, -1).sum(1)
+
+    def _by_kernels(self, x: Array, experts: Array) -> Array:
+        """What the expert of each pair makes of its token: `[pairs, out]`."""
+
+        def project(x: Rows, layers: list[ExpertLinear], dtype: jnp.dtype) -> list[Array]:
+            stacks = [layer.kernel.get_value() for layer in layers]
+            results = expert_products(x, stacks, experts, dtype)
+            return [layer.biased(y, experts) for layer, y in zip(layers, results, strict=True)]
+
+        layers = [self.up] if self.gate is None else [self.up, self.gate]
+        operands = tuple(project(x, layers, x.dtype))
+        hidden: Rows = Pending(partial(activate, self.activation), operands, x.dtype)
+        if not is_split(self.mlp.columns):
+            hidden = self._whole(values(hidden))
+        return project(hidden, [self.down], jnp.float32)[0]
 
     def _by_tiles(self, x: Array, tiles: Tiles, weigh_input: bool) -> Array:
         """Tiles one after the other, so that one expert at a time is read and dequantized.

@@ -6,6 +6,7 @@ computes what it rounds, so that norms and activation functions need none of the
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +23,8 @@ MAX_ROWS = 8
 """More rows of activations are faster on the matrix unit."""
 
 _BLOCK = 32  # activations that share a scale
-_UNIT = 16  # bytes that a thread loads at once
+_SLICE = 16  # bytes that a thread loads at once
+_LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
 _ROUNDED_AT_ONCE = 16  # blocks in each program that rounds
 _GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 
@@ -32,7 +34,7 @@ def supports(w: QTensor) -> bool:
     form = w.form
     plain = form.table is None and form.decode_scale is None and form.scale_bits == 8
     sizes = [form.chunk * bits // 8 for bits in form.bits]  # of a chunk of each plane
-    whole = sizes[0] % _UNIT == 0 and all(size % 4 == 0 for size in sizes)
+    whole = sizes[0] % _SLICE == 0 and all(size % 4 == 0 for size in sizes)
     return plain and whole and w.shape[-1] % _BLOCK == 0
 
 
@@ -110,6 +112,7 @@ class Rounded:
       words: four neighbouring codes each, uint32 `[rows, in / 4]`.
       scale: float32 `[rows, in / 32]`.
       sums: of 32 values each, likewise.
+      half_sums: of 16 values each, `[rows, in / 16]`.
       squares: sums of so many squares, float32 like `scale`: products are to be divided by the root
         of their mean; None: they are not.
       epsilon, size: of that mean, as in `Pending`.
@@ -118,6 +121,7 @@ class Rounded:
     words: Array
     scale: Array
     sums: Array
+    half_sums: Array
     squares: Array | None = None
     epsilon: float = dataclasses.field(default=0.0, metadata={"static": True})
     size: int = dataclasses.field(default=0, metadata={"static": True})
@@ -134,23 +138,25 @@ class Rounded:
         return x * lax.rsqrt(squares / self.size + self.epsilon)
 
 
-def _round_block(x: Array) -> tuple[Array, Array, Array]:
-    """`[..., 8, 4]` to words `[..., 8]`, scales and sums `[...]`: the largest magnitude becomes
-    127."""
-    scale = jnp.max(jnp.max(jnp.abs(x), axis=-1), axis=-1) / 127
-    inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None]
+def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
+    """`[..., 2, 4, 4]` to words `[..., 2, 4]`, scales and sums `[...]`, and sums of halves `[...,
+    2]`: the largest magnitude becomes 127."""
+    scale = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=-1), axis=-1), axis=-1) / 127
+    inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None, None]
     codes = jnp.floor(x * inverse + 0.5).astype(jnp.int32)
     bytes_ = (codes & 255) << jnp.broadcast_to(8 * jnp.arange(4, dtype=jnp.int32), codes.shape)
-    sums = jnp.sum(jnp.sum(codes, axis=-1), axis=-1).astype(jnp.float32) * scale
-    return jnp.sum(bytes_, axis=-1), scale, sums
+    counts = jnp.sum(jnp.sum(codes, axis=-1), axis=-1)
+    half_sums = counts.astype(jnp.float32) * scale[..., None]
+    return jnp.sum(bytes_, axis=-1), scale, jnp.sum(half_sums, axis=-1), half_sums
 
 
 def round_rows(x: Array) -> Rounded:
     """Rounds `[rows, in]`."""
-    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, _BLOCK // 4, 4)
-    words, scale, sums = _round_block(blocks)
-    words = lax.bitcast_convert_type(words, jnp.uint32).reshape(x.shape[0], -1)
-    return Rounded(words, scale, sums)
+    rows = len(x)
+    blocks = x.astype(jnp.float32).reshape(rows, -1, 2, _BLOCK // 8, 4)
+    words, scale, sums, half_sums = _round_block(blocks)
+    words = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, -1)
+    return Rounded(words, scale, sums, half_sums.reshape(rows, -1))
 
 
 def round_pending(x: Pending, *, interpret: bool = False) -> Rounded:
@@ -166,12 +172,14 @@ def round_pending(x: Pending, *, interpret: bool = False) -> Rounded:
     inputs, structure = jax.tree.flatten(operands)
     rows, blocks = len(inputs[0]), columns // _BLOCK
     of_blocks = jax.ShapeDtypeStruct((rows, blocks), jnp.float32)
-    shapes = [jax.ShapeDtypeStruct((rows, columns // 4), jnp.int32), of_blocks, of_blocks]
+    of_halves = jax.ShapeDtypeStruct((rows, 2 * blocks), jnp.float32)
+    words = jax.ShapeDtypeStruct((rows, columns // 4), jnp.int32)
+    shapes = [words, of_blocks, of_blocks, of_halves]
     if x.epsilon is not None:
         shapes.append(of_blocks)
     if isinstance(total, Sum):
         shapes.append(jax.ShapeDtypeStruct((rows, columns), x.dtype))
-    words, scale, sums, *more = pl.pallas_call(
+    words, scale, sums, half_sums, *more = pl.pallas_call(
         partial(_round_kernel, function=x.function, structure=structure),
         grid=(rows, pl.cdiv(blocks, _ROUNDED_AT_ONCE)),
         out_shape=shapes,
@@ -182,47 +190,52 @@ def round_pending(x: Pending, *, interpret: bool = False) -> Rounded:
     if isinstance(total, Sum):
         vars(total)["array"] = more.pop().reshape(total.shape)
     words = lax.bitcast_convert_type(words, jnp.uint32)
-    return Rounded(words, scale, sums, *more, epsilon=x.epsilon or 0.0, size=x.size)
+    rounded = Rounded(words, scale, sums, half_sums, *more)
+    return dataclasses.replace(rounded, epsilon=x.epsilon or 0.0, size=x.size)
 
 
 def _round_kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any) -> None:
     """Some blocks of a row.
 
     Args:
-      *refs: the operands; words, scales, sums, perhaps sums of squares, and perhaps the rows that
-        the first operand adds up to.
+      *refs: the operands; words, scales, sums and those of halves, perhaps sums of squares, and
+        perhaps the rows that the first operand adds up to.
       function: of the operands.
       structure: of the operands.
     """
     operands = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    words_ref, scale_ref, sums_ref, *more = refs[structure.num_leaves :]
+    words_ref, scale_ref, sums_ref, half_sums_ref, *more = refs[structure.num_leaves :]
     added_ref = more.pop() if isinstance(operands[0], Sum) else None
     row = pl.program_id(0)
     block = pl.program_id(1) * _ROUNDED_AT_ONCE + jnp.arange(_ROUNDED_AT_ONCE)
-    blocks = scale_ref.shape[1]
-    inside = block < blocks
-    word = block[:, None] * (_BLOCK // 4) + jnp.arange(_BLOCK // 4)
+    inside = block < scale_ref.shape[1]
+    half = block[:, None] * 2 + jnp.arange(2)
+    word = half[..., None] * (_BLOCK // 8) + jnp.arange(_BLOCK // 8)
     element = word[..., None] * 4 + jnp.arange(4)
-    exists = jnp.broadcast_to(inside[:, None, None], element.shape)
+
+    def exists(index: Array) -> Array:
+        """Which places of an index that begins with the blocks' dimension there are."""
+        return jnp.broadcast_to(inside.reshape(-1, *[1] * (index.ndim - 1)), index.shape)
 
     def load(operand: jax.Ref | Sum) -> Array:
         if isinstance(operand, Sum):
             x = load(operand.stream) + load(operand.addend)
             x = x.astype(added_ref.dtype)
-            plgpu.store(added_ref.at[row, element], x, mask=exists)
+            plgpu.store(added_ref.at[row, element], x, mask=exists(element))
             return x.astype(jnp.float32)
         at = (element,) if operand.ndim == 1 else (row, element)
         zero = jnp.zeros((), operand.dtype)
-        return plgpu.load(operand.at[at], mask=exists, other=zero).astype(jnp.float32)
+        return plgpu.load(operand.at[at], mask=exists(element), other=zero).astype(jnp.float32)
 
     values = [load(operand) for operand in operands]
-    words, scale, sums = _round_block(function(*values))
-    in_words = jnp.broadcast_to(inside[:, None], word.shape)
-    plgpu.store(words_ref.at[row, word], words, mask=in_words)
+    words, scale, sums, half_sums = _round_block(function(*values))
+    plgpu.store(words_ref.at[row, word], words, mask=exists(word))
     plgpu.store(scale_ref.at[row, block], scale, mask=inside)
     plgpu.store(sums_ref.at[row, block], sums, mask=inside)
+    plgpu.store(half_sums_ref.at[row, half], half_sums, mask=exists(half))
     for squares_ref in more:
-        squares = jnp.sum(jnp.sum(values[0] * values[0], axis=-1), axis=-1)
+        squares = jnp.sum(values[0] * values[0], axis=-1)
+        squares = jnp.sum(jnp.sum(squares, axis=-1), axis=-1)
         plgpu.store(squares_ref.at[row, block], squares, mask=inside)
 
 
@@ -244,6 +257,7 @@ def products(
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
+    experts: Array | None = None,
     tiling: _Tiling | None = None,
     interpret: bool = False,
 ) -> list[Array]:
@@ -253,14 +267,16 @@ def products(
       x: `[rows, in]`.
       weights: `[out, in]` each, ones that are supported; planes of bytes are turned into words.
       dtype: of the results.
+      experts: int32 `[pairs]`, a multiple of the rows: weights are stacks `[experts, out, in]`, of
+        which each row is multiplied with its own few; the results are `[pairs, out]`.
       tiling: of the work; None: a usual one.
       interpret: run it without a GPU, to test it.
     """
-    rows = len(x.words)
-    tiling = tiling or _tiling(rows)
-    programs = [pl.cdiv(w.shape[0], tiling.height) for w in weights]
+    rows = len(x.words) if experts is None else len(experts)
+    tiling = tiling or _tiling(len(x.words) if experts is None else 1)
+    programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
-    inputs, structure = jax.tree.flatten((x, list(weights)))
+    inputs, structure = jax.tree.flatten((x, list(weights), experts))
     kernel = partial(
         _kernel,
         structure=structure,
@@ -270,8 +286,8 @@ def products(
     )
     return pl.pallas_call(
         kernel,
-        grid=(sum(programs),),
-        out_shape=[jax.ShapeDtypeStruct((rows, w.shape[0]), dtype) for w in weights],
+        grid=(sum(programs), 1 if experts is None else rows),
+        out_shape=[jax.ShapeDtypeStruct((rows, w.shape[-2]), dtype) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
         interpret=interpret,
         name="quantized_products",
@@ -294,11 +310,12 @@ def _kernel(
       tiling: of the work.
       interpret: as in `products`.
     """
-    x, weights = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    first = 0
+    x, weights, experts = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    first, pair = 0, pl.program_id(1)
     for w, out_ref, count in zip(weights, refs[structure.num_leaves :], programs, strict=True):
         program = pl.program_id(0) - first
-        multiply = partial(_rows, x, w, out_ref, program * tiling.height, tiling, interpret)
+        first_row = program * tiling.height
+        multiply = partial(_rows, x, w, experts, out_ref, first_row, pair, tiling, interpret)
         if len(weights) == 1:
             multiply()
         else:
@@ -307,34 +324,41 @@ def _kernel(
 
 
 def _rows(
-    x: Rounded, w: QTensor, out_ref: jax.Ref, first: Array, tiling: _Tiling, interpret: bool
+    x: Rounded,
+    w: QTensor,
+    experts: jax.Ref | None,
+    out_ref: jax.Ref,
+    first: Array,
+    pair: Array,
+    tiling: _Tiling,
+    interpret: bool,
 ) -> None:
     """The products of some rows of `w`, from the row `first` on.
 
-    A step multiplies some units: 16 bytes of the first plane, with what belongs to the same weights
-    in the other planes.
+    A step multiplies some units: a chunk where it is short, else 16 bytes of the first plane, with
+    what belongs to the same weights in the other planes. A unit is made of slices: 16 neighbouring
+    weights each.
     """
-    form, (out, columns) = w.form, w.shape
+    form, (*_, out, columns) = w.form, w.shape
     pieces = 8 // form.bits[0]
     size = form.chunk // pieces  # bytes of a chunk in the first plane
-    per_chunk = size // _UNIT
+    unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
+    per_chunk = size // unit_bytes
     count = columns // form.chunk * per_chunk
-    units = min(tiling.weights // (_UNIT * pieces), pl.next_power_of_2(count))
+    units = min(tiling.weights // (unit_bytes * pieces), pl.next_power_of_2(count))
     steps = pl.cdiv(count, units)
     groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
-    run = min(columns // ref.shape[-1] for ref in groups.values())
-    # An offset is taken off the codes, or off the sum of a block of activations.
-    from_codes = form.offset if run < _BLOCK else 0
-    # Pieces whose weights share scales are added up before they are scaled.
-    parts = [range(pieces)] if form.chunk <= min(run, _BLOCK) else [[p] for p in range(pieces)]
+    run = min(_BLOCK, *(columns // ref.shape[-1] for ref in groups.values()))
+    slices = [(p * size + b, b) for p in range(pieces) for b in range(0, unit_bytes, _SLICE)]
+    # Slices that share scales are added up before they are scaled.
+    together = run if per_chunk == 1 else _SLICE
+    parts = [list(part) for _, part in itertools.groupby(slices, lambda s: s[0] // together)]
     row = jnp.minimum(first + jnp.arange(tiling.height), out - 1)
-
-    def place(step: Array | int) -> tuple[Array, Array, Array]:
-        """For each unit, int32 `[units]`: its chunk, where in it its first weight is, and whether
-        the unit exists."""
-        unit = step * units + jnp.arange(units)
-        chunk, of_chunk = _split(unit, per_chunk)
-        return chunk, of_chunk * _UNIT, unit < count
+    stack: tuple[Array, ...] = ()
+    batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(x.words.shape[0])]  # rows of x, out
+    if experts is not None:
+        stack = (experts[pair],)
+        batch = [(pair // (experts.shape[0] // x.words.shape[0]), pair)]
 
     def load(ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
         """Elements `[*row.shape, units, ...]`."""
@@ -342,98 +366,103 @@ def _rows(
         shape = (*row.shape, *index.shape)
         row = jnp.broadcast_to(row.reshape(*row.shape, *[1] * index.ndim), shape)
         index, inside = (jnp.broadcast_to(a, shape) for a in (index, inside))
+        at = (*stack, row, index) if ref.ndim == 3 else (row, index)
         if count % units == 0:
-            return plgpu.load(ref.at[row, index])
-        return plgpu.load(ref.at[row, index], mask=inside, other=jnp.zeros((), ref.dtype))
+            return plgpu.load(ref.at[at])
+        return plgpu.load(ref.at[at], mask=inside, other=jnp.zeros((), ref.dtype))
 
     def words(byte: Array) -> Array:
         """Indices `[units, 4]` of the words that begin with a byte."""
-        return (byte >> 2)[:, None] + jnp.arange(_UNIT // 4)
+        return (byte >> 2)[:, None] + jnp.arange(_SLICE // 4)
 
-    def plane(ref: jax.Ref, bits: int, chunk: Array, begin: Array, inside: Array) -> Array:
-        """The words of a plane that the units need, `[height, units, 4]`."""
+    def in_plane(bits: int, begin: Array, weight: int) -> tuple[Array | int, Array | int]:
+        """Where a slice is in a chunk of a plane: by how much its codes are shifted, and the bytes
+        of its words; `begin` is where in the chunk a unit begins."""
         plane_size = form.chunk * bits // 8
-        if plane_size >= _UNIT:
-            index = words(chunk * plane_size + _split(begin, plane_size)[1])
+        if plane_size < _SLICE:
+            at = begin[:, None] + weight + 4 * jnp.arange(_SLICE // 4)
         else:
-            byte = _split(begin[:, None] + 4 * jnp.arange(_UNIT // 4), plane_size)[1]
-            index = (chunk * (plane_size // 4))[:, None] + (byte >> 2)
-        return load(ref, row, index, inside)
+            at = weight if per_chunk == 1 else begin + weight
+        piece, byte = _split(at, plane_size)
+        return piece * bits, byte
 
-    def codes(planes: list[Array], begin: Array, piece: int) -> Array:
-        """Words of codes `[height, units, 4]`."""
-        word, shift = None, 0
-        for part, bits in zip(planes, form.bits, strict=True):
-            plane_size = form.chunk * bits // 8
-            if bits < 8:
-                if plane_size == size:
-                    right = jnp.uint32(piece * bits)
-                else:
-                    places = begin[:, None] + piece * size
-                    if plane_size < _UNIT:
-                        places += 4 * jnp.arange(_UNIT // 4)
-                    right = (_split(places, plane_size)[0] * bits).astype(jnp.uint32)
-                part = (part >> right) & jnp.uint32(0x01010101 * (2**bits - 1))
-            word = part if word is None else word | (part << jnp.uint32(shift))
-            shift += bits
-        if from_codes:  # in each byte, with its upper bit as a guard
-            top = jnp.uint32(0x80808080)
-            word = ((word | top) - jnp.uint32(0x01010101 * int(from_codes))) ^ top
-        return word
+    def codes(chunk: Array, begin: Array, inside: Array) -> list[Array]:
+        """Words of codes of each slice, `[height, units, 4]`."""
+        read: dict[Any, Array] = {}
+        found = []
+        for weight, offset in slices:
+            word, shift = None, 0
+            for i, (ref, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
+                plane_size = form.chunk * bits // 8
+                right, byte = in_plane(bits, begin, weight)
+                key = (i, byte if isinstance(byte, int) else offset)
+                if key not in read:
+                    if plane_size < _SLICE:
+                        index = (chunk * (plane_size // 4))[:, None] + (byte >> 2)
+                    else:
+                        index = words(chunk * plane_size + byte)
+                    read[key] = load(ref, row, index, inside)
+                part = read[key]
+                if bits < 8:
+                    if not isinstance(right, int):
+                        right = right.astype(jnp.uint32)
+                        right = right if right.ndim == 2 else right[:, None]
+                    part = (part >> jnp.asarray(right, jnp.uint32)) & jnp.uint32(
+                        0x01010101 * (2**bits - 1)
+                    )
+                word = part if word is None else word | (part << jnp.uint32(shift))
+                shift += bits
+            found.append(word)
+        return found
 
     def multiply(step: Array | int, totals: Sequence[Array]) -> tuple[Array, ...]:
-        chunk, begin, inside = place(step)
-        planes = [
-            plane(ref, bits, chunk, begin, inside)
-            for ref, bits in zip(w.codes, form.bits, strict=True)
-        ]
+        unit = step * units + jnp.arange(units)
+        inside = unit < count
+        chunk, of_chunk = _split(unit, per_chunk)
+        begin = of_chunk * _SLICE
         first_weight = chunk * form.chunk + begin
+        of_slices = dict(zip(slices, codes(chunk, begin, inside), strict=True))
         for part in parts:
-            weight = first_weight + part[0] * size
+            weight = first_weight + part[0][0]
             entry = {
                 name: load(ref, row, _split(weight, columns // ref.shape[-1])[0], inside)
                 for name, ref in groups.items()
             }
             entry = {name: value.astype(jnp.float32) for name, value in entry.items()}
             scale = entry["scale"] * entry.get("super_scale", 1)
-            constant = None
-            if form.offset and not from_codes:
-                constant = -form.offset * scale
+            constant = -form.offset * scale if form.offset else None
             if "minimum" in entry:
                 constant = entry["minimum"] * entry.get("super_minimum", 1)
-            of_part = [codes(planes, begin, piece) for piece in part]
-            block = _split(weight, _BLOCK)[0]
-            signed = form.bits == (8,) or bool(from_codes)
+            sums, of_sums = (x.sums, _BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
             added = []
-            for m, total in enumerate(totals):
-                m = jnp.asarray(m)
+            for (m, _), total in zip(batch, totals, strict=True):
                 dots = 0
-                for piece, word in zip(part, of_part, strict=True):
-                    y = load(x.words, m, words(first_weight + piece * size), inside)
-                    y = jnp.broadcast_to(y, word.shape)
-                    dots += _dot4(word, y, signed=signed, interpret=interpret)
-                x_scale = load(x.scale, m, block, inside)
+                for member in part:
+                    y = load(x.words, m, words(first_weight + member[0]), inside)
+                    y = jnp.broadcast_to(y, of_slices[member].shape)
+                    signed = form.bits == (8,)
+                    dots += _dot4(of_slices[member], y, signed=signed, interpret=interpret)
+                x_scale = load(x.scale, m, _split(weight, _BLOCK)[0], inside)
                 total += jnp.sum(dots, axis=-1).astype(jnp.float32) * (x_scale * scale)
                 if constant is not None:
-                    share = len(part) * _UNIT / _BLOCK  # of the block that the unit multiplies
-                    total += load(x.sums, m, block, inside) * share * constant
+                    total += load(sums, m, _split(weight, of_sums)[0], inside) * constant
                 added.append(total)
             totals = added
         return tuple(totals)
 
-    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * x.words.shape[0]
+    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * len(batch)
     totals = multiply(0, totals) if steps == 1 else lax.fori_loop(0, steps, multiply, totals)
-    for m, total in enumerate(totals):
+    for (m, out_row), total in zip(batch, totals, strict=True):
         y = jnp.sum(total, axis=1)
         if x.squares is not None:
             block = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
             squares = plgpu.load(x.squares.at[m, block], mask=block < x.squares.shape[1], other=0.0)
             y *= lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
         at = first + jnp.arange(tiling.height)
-        plgpu.store(out_ref.at[m, at], y.astype(out_ref.dtype), mask=at < out)
+        plgpu.store(out_ref.at[out_row, at], y.astype(out_ref.dtype), mask=at < out)
 
 
-def _split(x: Array, by: int) -> tuple[Array, Array]:
+def _split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
     """Quotient and remainder by a power of two of numbers that are not negative."""
     return x >> (by.bit_length() - 1), x & (by - 1)
 

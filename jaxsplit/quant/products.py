@@ -42,11 +42,11 @@ class Arithmetic:
     interpret: bool = False
 
     @staticmethod
-    def on(device: jax.Device, *, rounded: bool) -> "Arithmetic":
-        """What a device can do. Kernels need compute capability 8.0."""
+    def on(device: jax.Device) -> "Arithmetic":
+        """What a device can do, without rounding. Kernels need compute capability 8.0."""
         capability = getattr(device, "compute_capability", None)
         gpu = device.platform in ("gpu", "cuda") and capability is not None
-        return Arithmetic(rounded, gpu and float(capability) >= 8)
+        return Arithmetic(kernels=gpu and float(capability) >= 8)
 
 
 PLAIN = Arithmetic()
@@ -174,10 +174,9 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
     rows, active = math.prod(x.shape[:-1]), _arithmetic.get()
     served: dict[int, Array] = {}
     if active.rounded and rows <= kernels.MAX_ROWS:
-        served = {i: w for i, w in enumerate(weights) if _is_rounded(w)}
+        served = {i: w for i, w in enumerate(weights) if has_kernel(w)}
         if served and active.kernels:
-            pending = x if isinstance(x, kernels.Pending) else kernels.Pending(_same, (x,), x.dtype)
-            rounded = kernels.round_pending(pending, interpret=active.interpret)
+            rounded = kernels.round_pending(_pending(x), interpret=active.interpret)
             results = kernels.products(
                 rounded, list(served.values()), dtype, interpret=active.interpret
             )
@@ -191,11 +190,35 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
     ]
 
 
+def expert_products(
+    x: Rows, stacks: Sequence[QTensor], experts: Array, dtype: jnp.dtype = jnp.float32
+) -> list[Array]:
+    """The products of rows, where `pends` is true, with matrices of the experts chosen for each.
+
+    Args:
+      x: `[rows, in]`.
+      stacks: `[experts, out, in]` each, ones for which `has_kernel` is true.
+      experts: int32 `[pairs]`: those of the first row come first; all rows have as many.
+      dtype: of the results.
+
+    Returns:
+      `[pairs, out]` each.
+    """
+    interpret = _arithmetic.get().interpret
+    rounded = kernels.round_pending(_pending(x), interpret=interpret)
+    return kernels.products(rounded, stacks, dtype, experts=experts, interpret=interpret)
+
+
+def _pending(x: Rows) -> kernels.Pending:
+    return x if isinstance(x, kernels.Pending) else kernels.Pending(_same, (values(x),), x.dtype)
+
+
 def _same(x: Array) -> Array:
     return x
 
 
-def _is_rounded(w: Weight) -> bool:
+def has_kernel(w: Weight) -> bool:
+    """Whether kernels can multiply with a matrix."""
     return isinstance(w, QTensor) and kernels.supports(w)
 
 
