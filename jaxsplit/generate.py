@@ -69,7 +69,7 @@ _DTYPE = flags.DEFINE_string(
 _ACTIVATIONS = flags.DEFINE_string(
     "activations",
     "auto",
-    "in products with quantized matrices in decoding: float, int8, or auto (int8 where kernels do it)",
+    "of decoding, in products with quantized matrices: float, int8, or auto (where it is fast)",
 )
 _REDUCE_DTYPE = flags.DEFINE_string(
     "reduce_dtype", "float32", "in which devices exchange partial sums"

@@ -24,6 +24,7 @@ from jaxsplit.quant import (
     pends,
     use_arithmetic,
     values,
+    with_bytes,
 )
 
 ROUTER = Axis("router")
@@ -132,8 +133,9 @@ class ExpertLinear(nnx.Module):
         def of_expert(stack: Array) -> Array:
             return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
 
+        w = jax.tree.map(of_expert, self.kernel.get_value())
         with use_arithmetic(PLAIN):  # a kernel would not read the expert where it lies
-            y = matmul(x, jax.tree.map(of_expert, self.kernel.get_value()))
+            y = matmul(x, with_bytes(w) if isinstance(w, QTensor) else w)
         return y if self.bias is None else y + of_expert(self.bias.get_value())
 
     def biased(self, y: Array, experts: Array) -> Array:

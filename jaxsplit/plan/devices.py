@@ -22,6 +22,7 @@ class DeviceKind:
       link: to another device of the same host, bytes/s in each direction.
       layer_seconds: what a layer takes beside reading its weights: launching small kernels.
       meet_seconds: the least that a collective or a hand-over takes.
+      kernels: whether the kernels of this package run on it.
     """
 
     name: str
@@ -29,20 +30,30 @@ class DeviceKind:
     bandwidth: float
     flops: float
     link: float
-    layer_seconds: float = 64e-6
+    layer_seconds: float = 15e-6
     meet_seconds: float = 10e-6
+    kernels: bool = True
 
 
-def _gpu(name: str, gigabytes: float, gb_per_s: float, teraflops: float, link: float) -> DeviceKind:
-    return DeviceKind(name, gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
+def _gpu(
+    name: str,
+    gigabytes: float,
+    gb_per_s: float,
+    teraflops: float,
+    link: float,
+    *,
+    kernels: bool = True,
+) -> DeviceKind:
+    kind = DeviceKind(name, gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
+    return kind if kernels else dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
 
 
 # PCIe 3.0 x16 carries 12 GB/s, 4.0 24, 5.0 48. NVLink counts where every board of the kind has it.
 DEVICE_KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
-        _gpu("T4", 16, 320, 65, 12),
-        _gpu("P40", 24, 346, 11.8, 12),
+        _gpu("T4", 16, 320, 65, 12, kernels=False),
+        _gpu("P40", 24, 346, 11.8, 12, kernels=False),
         _gpu("RTX 3060", 12, 360, 25.6, 24),
         _gpu("RTX 3090", 24, 936, 71, 24),
         _gpu("RTX 4090", 24, 1008, 165, 24),
@@ -53,7 +64,7 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
         _gpu("H200", 141, 4800, 989, 450),
         _gpu("RTX 5090", 32, 1792, 210, 48),
         _gpu("B200", 180, 8000, 2250, 900),
-        DeviceKind("CPU", 16e9, 20e9, 0.5e12, 10e9, layer_seconds=200e-6, meet_seconds=50e-6),
+        DeviceKind("CPU", 16e9, 20e9, 0.5e12, 10e9, 200e-6, 50e-6, kernels=False),
     )
 }
 

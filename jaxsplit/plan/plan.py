@@ -26,10 +26,30 @@ from jaxsplit.sources import (
     stage_bytes,
 )
 
-# Measured (benchmarks/RESULTS.md): what products of one row reach of the memory's bandwidth, with
-# weights of less than 8 bits and with others, and matrix products of the device's FLOP/s.
-_ROW_EFFICIENCY = (0.36, 0.88)
-_MATMUL_EFFICIENCY = 0.5
+
+@dataclasses.dataclass(frozen=True)
+class _Efficiency:
+    """What is reached of a device's rates; measured (benchmarks/RESULTS.md).
+
+    Attributes:
+      few_bits, bytes: of the bandwidth, by products of one row with weights of less than 8 bits and
+        with others.
+      matmul: of the FLOP/s, by products of many rows.
+      score_passes: how often attention's scores pass through memory in prefill.
+    """
+
+    few_bits: float
+    bytes: float
+    matmul: float
+    score_passes: int
+
+
+_EFFICIENCY = {
+    False: _Efficiency(few_bits=0.36, bytes=0.88, matmul=0.5, score_passes=6),
+    True: _Efficiency(few_bits=0.58, bytes=0.72, matmul=0.62, score_passes=0),
+}
+"""Without kernels, and with them."""
+
 _COPY_EFFICIENCY = 0.9
 _RESERVED = 0.08
 """Of a device's memory, for its runtime."""
@@ -46,7 +66,9 @@ class StagePlan:
       read: bytes read for each decode step.
       decode: the work of a decode step.
       prefill: the work of reading a chunk.
-      decode_seconds, prefill_seconds: predicted for each.
+      decode_seconds: predicted for a decode step.
+      prefill_seconds: predicted for reading a piece of a prompt: whatever its length, and for each
+        of its tokens.
     """
 
     stage: Stage
@@ -58,7 +80,7 @@ class StagePlan:
     decode: Work
     prefill: Work
     decode_seconds: float
-    prefill_seconds: float
+    prefill_seconds: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +183,10 @@ class Plan:
     def prefill_rate(self, length: int) -> float:
         """Predicted tokens/s of a prompt, whose chunks overlap in several stages."""
         chunks = math.ceil(length / self.chunk)
-        seconds = [s.prefill_seconds for s in self.stages]
+        tokens = min(length, self.chunk)
+        seconds = [
+            fixed + each * tokens for fixed, each in (s.prefill_seconds for s in self.stages)
+        ]
         return length / (sum(seconds) + (chunks - 1) * max(seconds))
 
 
@@ -216,6 +241,7 @@ def make_plan(
     groups = math.ceil(slots / group_slots)
     weights_in_all = sum(math.prod(source.shape) for source in sources.values())
     bits = 8 * sum(source.nbytes for source in sources.values()) / weights_in_all
+    bits = bits if weights is None else 8 * weights.itemsize
     plans = []
     for stage in partition.stages:
         kind = _slowest([kinds[place] for place in stage.places.flat])
@@ -224,19 +250,20 @@ def make_plan(
         decode = trace_decode(config, stage, dtype, context, group_slots)
         prefill = trace_prefill(config, stage, dtype, context, chunk)
         read = held - _unread(sources, config, stage, weights, group_slots) + cache
-        pairs, heads = chunk * context, _widest(config, stage, "heads")
+        pairs = chunk * context
+        scores = 0 if kind.kernels else 4 * _widest(config, stage, "heads")
         plans.append(
             StagePlan(
                 stage,
                 held,
                 cache * groups,
-                _scratch(config, stage, dtype, chunk, 4 * min(pairs, SCORES) * heads),
+                _scratch(config, stage, dtype, chunk, scores * min(pairs, SCORES)),
                 padding,
                 read,
                 decode,
                 prefill,
-                _decode_seconds(kind, stage, read, decode, bits if weights is None else 16),
-                _prefill_seconds(kind, stage, held, prefill, bits, 4 * pairs * heads),
+                _decode_seconds(kind, stage, read, decode, bits),
+                _prefill_seconds(kind, stage, held, prefill, bits, scores * pairs, chunk),
             )
         )
     borders = len(partition.stages) - 1
@@ -297,7 +324,7 @@ def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
 
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
     """Devices that work together are as fast as the slowest of them at each task."""
-    worst = {"layer_seconds": max, "meet_seconds": max}
+    worst = {"layer_seconds": max, "meet_seconds": max, "kernels": all}
     return DeviceKind(
         "+".join(dict.fromkeys(kind.name for kind in kinds)),
         **{
@@ -321,22 +348,30 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
 
 
 def _decode_seconds(kind: DeviceKind, stage: Stage, read: int, work: Work, bits: float) -> float:
-    efficiency = _ROW_EFFICIENCY[bits >= 8]
-    memory = read / (kind.bandwidth * efficiency)
-    products = work.flops / (kind.flops * _MATMUL_EFFICIENCY)
+    efficiency = _EFFICIENCY[kind.kernels]
+    memory = read / (kind.bandwidth * (efficiency.bytes if bits >= 8 else efficiency.few_bits))
+    products = work.flops / (kind.flops * efficiency.matmul)
     return max(memory, products) + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
 
 
 def _prefill_seconds(
-    kind: DeviceKind, stage: Stage, held: int, work: Work, bits: float, scores: int
-) -> float:
-    """Products, beside dequantizing (once written, once read, as 16 bits) and the scores, which
-    pass through memory some six times."""
-    products = work.flops / (kind.flops * _MATMUL_EFFICIENCY)
-    plain = held * 8 / bits * 2
-    traffic = held + 2 * plain + 6 * scores * len(stage.layers)
-    memory = traffic / (kind.bandwidth * _COPY_EFFICIENCY)
-    return products + memory + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
+    kind: DeviceKind,
+    stage: Stage,
+    held: int,
+    work: Work,
+    bits: float,
+    scores: int,
+    chunk: int,
+) -> tuple[float, float]:
+    """Dequantizing (once written, once read, as 16 bits), and for each token products, the scores
+    and meeting."""
+    efficiency = _EFFICIENCY[kind.kernels]
+    bandwidth = kind.bandwidth * _COPY_EFFICIENCY
+    dequantized = held * 16 / bits if bits < 16 else 0
+    fixed = (held + 2 * dequantized) / bandwidth + len(stage.layers) * kind.layer_seconds
+    products = work.flops / (kind.flops * efficiency.matmul)
+    traffic = efficiency.score_passes * scores * len(stage.layers) / bandwidth
+    return fixed, (products + traffic + _meeting(kind, work)) / chunk
 
 
 def _meeting(kind: DeviceKind, work: Work) -> float:

@@ -1,6 +1,14 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
-from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, take_rows, with_words
+from jaxsplit.quant.forms import (
+    Form,
+    QTensor,
+    Weight,
+    dequantize,
+    take_rows,
+    with_bytes,
+    with_words,
+)
 from jaxsplit.quant.kernels import Pending, Sum
 from jaxsplit.quant.products import (
     PLAIN,
@@ -40,5 +48,6 @@ __all__ = [
     "unpack",
     "use_arithmetic",
     "values",
+    "with_bytes",
     "with_words",
 ]

@@ -93,6 +93,21 @@ def with_words(w: QTensor) -> QTensor:
     return dataclasses.replace(w, codes=tuple(words))
 
 
+def with_bytes(w: QTensor) -> QTensor:
+    """The inverse of `with_words`, by shifts: a bitcast would keep a GPU from reading a slice of a
+    stack of matrices where it lies."""
+
+    def as_bytes(plane: Array) -> Array:
+        if plane.dtype != jnp.uint32:
+            return plane
+        shifted = plane[..., None] >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
+        return (shifted & 0xFF).astype(jnp.uint8).reshape(*plane.shape[:-1], -1)
+
+    dtype = jnp.int8 if w.form.bits == (8,) else jnp.uint8
+    planes = [lax.bitcast_convert_type(as_bytes(plane), dtype) for plane in w.codes]
+    return dataclasses.replace(w, codes=tuple(planes))
+
+
 def as_bytes(codes: Array, form: Form) -> Array:
     """Words, or bytes, of codes `[..., n]` as bytes `[..., 4 * n]`; int8 for 8 bits."""
     dtype = jnp.int8 if form.bits == (8,) else jnp.uint8
