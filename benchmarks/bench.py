@@ -10,6 +10,7 @@ the devices meet as often as the program does. Prefill: all devices work on the 
 time.
 """
 
+import functools
 import gc
 import json
 import math
@@ -49,6 +50,9 @@ _DTYPE = flags.DEFINE_string("dtype", "auto", "of activations")
 _ACTIVATIONS = flags.DEFINE_string("activations", "auto", "as in jaxsplit.generate")
 _WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
 _CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values")
+_COMPILED = flags.DEFINE_string(
+    "compilation_cache", None, "folder of compiled programs, for a warm start (default: none)"
+)
 _JSON = flags.DEFINE_string("json", None, "write the rows to this file too")
 
 _COLUMNS = {
@@ -111,18 +115,22 @@ class _Limits:
         )
 
 
+_GREEDY = jaxsplit.SamplingConfig(temperature=0.0)
+
+
+def _read(lm: jaxsplit.LM, batch: int, length: int) -> float:
+    """Seconds that reading random prompts of a length takes, with the first token of each."""
+    rng, engine = np.random.default_rng(0), lm.engine
+    prompts = {slot: rng.integers(0, lm.config.vocab, length).tolist() for slot in range(batch)}
+    start = time.perf_counter()
+    engine.start_all(prompts, _GREEDY)
+    engine.read(engine.tokens())
+    return time.perf_counter() - start
+
+
 def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[float]]]:
     """Each test: its kind, tokens, depth and the seconds that it took each time."""
-    engine, greedy = lm.engine, jaxsplit.SamplingConfig(temperature=0.0)
-    rng = np.random.default_rng(0)
-
-    def read(length: int) -> float:
-        prompts = {s: rng.integers(0, lm.config.vocab, length).tolist() for s in range(batch)}
-        start = time.perf_counter()
-        engine.start_all(prompts, greedy)
-        engine.read(engine.tokens())
-        return time.perf_counter() - start
-
+    engine, read = lm.engine, functools.partial(_read, lm, batch)
     for depth in _numbers(_DEPTH):
         for length in filter(None, _numbers(_PROMPT)):
             read(depth + length)
@@ -156,6 +164,8 @@ def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[
         slots=batch,
     )
     loading = time.perf_counter() - loading
+    shortest = min(filter(None, _numbers(_PROMPT)), default=1)
+    first_token = loading + _read(lm, batch, shortest)
     config, engine, dtype = lm.config, lm.engine, lm.models[0].dtype
     limits = _Limits(lm.mesh, dtype, config.embed * batch)
     sources = parameter_sources(file, config)
@@ -185,7 +195,13 @@ def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[
         ]
         return batch / max(sum(stages), groups * max(stages))
 
-    print(f"\n{plan.name}, batch {batch}: {limits}; loaded in {loading:.1f} s", flush=True)
+    print(f"\n{plan.name}, batch {batch}: {limits}")
+    compiled = compile_seconds() - compiling
+    print(
+        f"loaded in {loading:.1f} s, {shortest} tokens read after {first_token:.1f} s in all,"
+        f" of which {compiled:.1f} s to trace and compile",
+        flush=True,
+    )
     for kind, count, depth, times in _tests(lm, batch):
         rates = [batch * count / t for t in times]
         if kind == "tg":
@@ -208,6 +224,7 @@ def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[
             "all_reduce_seconds": limits.meet,
             "weight_bytes": lm.weight_bytes,
             "load_seconds": loading,
+            "first_token_seconds": first_token,
             "compile_seconds": compile_seconds() - compiling,
         }
 
@@ -216,6 +233,8 @@ def main(_: list[str]) -> None:
     """Measures each split and batch size; the table grows as it goes."""
     if (_MODEL.value is None) == (_RANDOM.value is None):
         raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
+    if _COMPILED.value:
+        jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
     file = random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
     devices = jax.devices()
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
