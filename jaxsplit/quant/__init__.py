@@ -9,7 +9,6 @@ from jaxsplit.quant.forms import (
     with_bytes,
     with_words,
 )
-from jaxsplit.quant.kernels import Pending, Sum
 from jaxsplit.quant.products import (
     PLAIN,
     Arithmetic,
@@ -23,6 +22,7 @@ from jaxsplit.quant.products import (
     use_arithmetic,
     values,
 )
+from jaxsplit.quant.rounding import Pending, Sum
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 
 __all__ = [

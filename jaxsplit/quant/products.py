@@ -23,6 +23,7 @@ from jaxsplit.quant.forms import (
     scales,
     value_of,
 )
+from jaxsplit.quant.rounding import Pending, Sum, round_pending, round_rows
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -141,13 +142,13 @@ def pends(rows: int) -> bool:
     return active.rounded and active.kernels and rows <= kernels.MAX_ROWS
 
 
-Rows = Array | kernels.Pending | kernels.Sum
+Rows = Array | Pending | Sum
 """Activations `[..., in]`, perhaps not computed yet."""
 
 
 def values(x: Rows) -> Array:
     """Activations, computed."""
-    return x.array if isinstance(x, kernels.Pending | kernels.Sum) else x
+    return x.array if isinstance(x, Pending | Sum) else x
 
 
 def matmul(x: Rows, w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -176,13 +177,13 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
     if active.rounded and rows <= kernels.MAX_ROWS:
         served = {i: w for i, w in enumerate(weights) if has_kernel(w)}
         if served and active.kernels:
-            rounded = kernels.round_pending(_pending(x), interpret=active.interpret)
+            rounded = round_pending(_pending(x), interpret=active.interpret)
             results = kernels.products(
                 rounded, list(served.values()), dtype, interpret=active.interpret
             )
             results = [y.reshape(*x.shape[:-1], -1) for y in results]
         elif served:
-            rounded = kernels.round_rows(values(x).reshape(rows, -1)).dequantized()
+            rounded = round_rows(values(x).reshape(rows, -1)).dequantized()
             results = [_multiply(rounded.reshape(x.shape), w, dtype) for w in served.values()]
         served = dict(zip(served, results if served else (), strict=True))
     return [
@@ -205,12 +206,12 @@ def expert_products(
       `[pairs, out]` each.
     """
     interpret = _arithmetic.get().interpret
-    rounded = kernels.round_pending(_pending(x), interpret=interpret)
+    rounded = round_pending(_pending(x), interpret=interpret)
     return kernels.products(rounded, stacks, dtype, experts=experts, interpret=interpret)
 
 
-def _pending(x: Rows) -> kernels.Pending:
-    return x if isinstance(x, kernels.Pending) else kernels.Pending(_same, (values(x),), x.dtype)
+def _pending(x: Rows) -> Pending:
+    return x if isinstance(x, Pending) else Pending(_same, (values(x),), x.dtype)
 
 
 def _same(x: Array) -> Array:
