@@ -31,6 +31,7 @@ def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) ->
         queries.dtype.itemsize == 2
         and memory.values is not None
         and memory.keys.dtype.itemsize <= 2
+        and max(memory.keys.size, memory.values.size) < 2**31  # elements are counted in 32 bits
         and max(memory.keys.shape[-1], memory.values.shape[-1]) <= _WIDEST_HEAD
         and config.alibi is None
         and not config.chunked

@@ -30,6 +30,7 @@ def supports(
     return (
         cache is not None
         and cache.values is not None
+        and max(cache.keys.size, cache.values.size) < 2**31  # elements are counted in 32 bits
         and batch.positions.shape[1] == 1
         and batch.slots is None
         and jnp.dtype(dtype).itemsize == 2

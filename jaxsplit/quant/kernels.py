@@ -33,7 +33,8 @@ def supports(w: QTensor) -> bool:
     plain = form.table is None and form.decode_scale is None and form.scale_bits == 8
     sizes = [form.chunk * bits // 8 for bits in form.bits]  # of a chunk of each plane
     whole = sizes[0] % _SLICE == 0 and all(size % 4 == 0 for size in sizes)
-    return plain and whole and w.shape[-1] % BLOCK == 0
+    # Elements are counted in 32 bits.
+    return plain and whole and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
 
 
 @dataclasses.dataclass(frozen=True)
