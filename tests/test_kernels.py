@@ -135,7 +135,11 @@ def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     [expected] = kernels.products(rounding.round_rows(x), [w], interpret=True)
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
-    assert 1e-7 < nmse(y, exact) < 1e-2
+    assert nmse(y, exact) > 1e-7
+    # No activation is further from its own code than half a step of its block.
+    step = np.abs(x).reshape(rows, -1, 32).max(axis=-1).repeat(32, axis=-1) / 127
+    bound = 0.5001 * np.float64(step) @ np.abs(np.float64(dequantize(w))).T
+    assert (np.abs(y - exact) <= bound).all()
 
 
 def test_many_rows_are_not_rounded(rng):
@@ -163,4 +167,4 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
     plain = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
     monkeypatch.setattr(Arithmetic, "on", lambda _: Arithmetic(kernels=True, interpret=True))
     kernel = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
-    assert nmse(kernel, plain) <= 5e-5
+    assert nmse(kernel, plain) <= 1e-5

@@ -238,7 +238,7 @@ def test_kernels_multiply_with_chosen_experts(rng, change):
     exact = meet(model(x), x.dtype)
     with use_arithmetic(Arithmetic(rounded=True, kernels=True, interpret=True)):
         found = meet(model(x), x.dtype)
-    assert 1e-8 < nmse(found, exact) < 2e-2
+    assert 1e-8 < nmse(found, exact) < 2e-3
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("Q8_0", 1), ("Q4_K", 1), ("Q8_0", 128), ("F32", 1)])

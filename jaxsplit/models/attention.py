@@ -66,19 +66,18 @@ class Attention(nnx.Module):
         """
         c, positions = self.config, batch.positions
         query, key, value, gate = project(x, self.query, self.key, self.value, self.gate)
+        value = key if value is None else value
         active = active_arithmetic()
         if active.kernels and placing.supports(c, batch, cache, x.dtype):
-            value = key if value is None else value
             norms = self.query_norm, self.key_norm
-            queries, memory = placing.place(
+            queries, cache = placing.place(
                 query, key, value, batch, cache, c, norms, interpret=active.interpret
             )
-            key_positions = None if c.window is None else memory.positions(positions[:, 0])
-            cache = memory
+            memory = cache
+            key_positions = None if c.window is None else cache.positions(positions[:, 0])
         else:
             queries = self._queries(query, batch)
             if key is not None:
-                value = key if value is None else value
                 keys = self._heads(key, c.head_dim, self.key_norm, batch)
                 values = self._heads(value, c.value_dim, self.value_norm)
                 memory, key_positions, cache = recall(keys, values, batch, cache, c.window)
@@ -153,8 +152,7 @@ def recall(
     new = AttentionCache.of(keys, values, cache.keys.dtype)
     if window is None:
         cache = cache.write(new, batch)
-        memory = cache.read(batch)
-        return memory, None, cache
+        return cache.read(batch), None, cache
     if keys.shape[1] == 1:
         cache = cache.write(new, batch)
         return cache.read(batch), cache.positions(batch.positions[:, 0]), cache

@@ -162,7 +162,7 @@ def round_pending(x: Pending, *, interpret: bool = False) -> Rounded:
     if x.epsilon is not None:
         shapes.append(of_blocks)
     if isinstance(total, Sum):
-        shapes.append(jax.ShapeDtypeStruct((rows, columns), x.dtype))
+        shapes.append(jax.ShapeDtypeStruct((rows, columns), total.dtype))
     words, scale, sums, half_sums, *more = pl.pallas_call(
         partial(_round_kernel, function=x.function, structure=structure),
         grid=(rows, pl.cdiv(blocks, _BLOCKS)),
