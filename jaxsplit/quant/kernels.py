@@ -5,6 +5,7 @@ scaled once for each group.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -22,9 +23,10 @@ from jaxsplit.quant.rounding import BLOCK, Rounded
 MAX_ROWS = 8
 """More rows of activations are faster on the matrix unit."""
 
+_ROWS_AT_ONCE = 8
+
 _SLICE = 16  # bytes that a thread loads at once
 _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
-_GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 
 
 def supports(w: QTensor) -> bool:
@@ -39,15 +41,19 @@ def supports(w: QTensor) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies: rows of the matrix, weights of each in a step, and warps."""
+    """How a program multiplies: rows of the matrix, units of each in a step, and warps.
+
+    Where this makes as many pairs of a row and a unit as there are threads, or some times as many,
+    all arrays have the same layout, so that none has to be exchanged between threads.
+    """
 
     height: int
-    weights: int
+    units: int
     warps: int
 
 
 def _tiling(rows: int) -> _Tiling:
-    return _Tiling(4, 2048, 4) if rows == 1 else _Tiling(8, 1024, 2)
+    return _Tiling(16 if rows == 1 else 32, 16, 4)
 
 
 def products(
@@ -71,7 +77,8 @@ def products(
       interpret: run it without a GPU, to test it.
     """
     rows = len(x.words) if experts is None else len(experts)
-    tiling = tiling or _tiling(len(x.words) if experts is None else 1)
+    at_once = min(rows, _ROWS_AT_ONCE) if experts is None else 1
+    tiling = tiling or _tiling(at_once)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
     inputs, structure = jax.tree.flatten((x, list(weights), experts))
@@ -79,12 +86,13 @@ def products(
         _kernel,
         structure=structure,
         programs=programs,
+        at_once=at_once,
         tiling=tiling,
         interpret=interpret,
     )
     return pl.pallas_call(
         kernel,
-        grid=(sum(programs), 1 if experts is None else rows),
+        grid=(pl.cdiv(rows, at_once), sum(programs)),
         out_shape=[jax.ShapeDtypeStruct((rows, w.shape[-2]), dtype) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
         interpret=interpret,
@@ -96,24 +104,27 @@ def _kernel(
     *refs: jax.Ref,
     structure: Any,
     programs: Sequence[int],
+    at_once: int,
     tiling: _Tiling,
     interpret: bool,
 ) -> None:
-    """Some rows of one matrix, with all rows of activations.
+    """Some rows of one matrix, with some rows of activations.
 
     Args:
       *refs: activations, matrices and results.
       structure: of activations and matrices.
       programs: for each matrix.
+      at_once: rows of activations.
       tiling: of the work.
       interpret: as in `products`.
     """
     x, weights, experts = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    first, pair = 0, pl.program_id(1)
+    first = 0
+    pairs = [pl.program_id(0) * at_once + i for i in range(at_once)]
     for w, out_ref, count in zip(weights, refs[structure.num_leaves :], programs, strict=True):
-        program = pl.program_id(0) - first
+        program = pl.program_id(1) - first
         first_row = program * tiling.height
-        multiply = partial(_rows, x, w, experts, out_ref, first_row, pair, tiling, interpret)
+        multiply = partial(_rows, x, w, experts, out_ref, first_row, pairs, tiling, interpret)
         if len(weights) == 1:
             multiply()
         else:
@@ -127,7 +138,7 @@ def _rows(
     experts: jax.Ref | None,
     out_ref: jax.Ref,
     first: Array,
-    pair: Array,
+    pairs: Sequence[Array],
     tiling: _Tiling,
     interpret: bool,
 ) -> None:
@@ -143,20 +154,21 @@ def _rows(
     unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
     per_chunk = size // unit_bytes
     count = columns // form.chunk * per_chunk
-    units = min(tiling.weights // (unit_bytes * pieces), pl.next_power_of_2(count))
+    units = min(tiling.units, pl.next_power_of_2(count))
     steps = pl.cdiv(count, units)
-    groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
-    run = min(BLOCK, *(columns // ref.shape[-1] for ref in groups.values()))
+    run = min(BLOCK, columns // w.scale.shape[-1])
     slices = [(p * size + b, b) for p in range(pieces) for b in range(0, unit_bytes, _SLICE)]
     # Slices that share scales are added up before they are scaled.
     together = run if per_chunk == 1 else _SLICE
     parts = [list(part) for _, part in itertools.groupby(slices, lambda s: s[0] // together)]
     row = jnp.minimum(first + jnp.arange(tiling.height), out - 1)
     stack: tuple[Array, ...] = ()
-    batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(x.words.shape[0])]  # rows of x, out
+    rows = pairs  # of x
+    if x.words.shape[0] % len(pairs):
+        rows = [jnp.minimum(pair, x.words.shape[0] - 1) for pair in pairs]
     if experts is not None:
-        stack = (experts[pair],)
-        batch = [(pair // (experts.shape[0] // x.words.shape[0]), pair)]
+        stack = (experts[pairs[0]],)
+        rows = [pairs[0] // (experts.shape[0] // x.words.shape[0])]
 
     def load(ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
         """Elements `[*row.shape, units, ...]`."""
@@ -169,22 +181,27 @@ def _rows(
             return plgpu.load(ref.at[at])
         return plgpu.load(ref.at[at], mask=inside, other=jnp.zeros((), ref.dtype))
 
-    def words(byte: Array) -> Array:
-        """Indices `[units, 4]` of the words that begin with a byte."""
-        return (byte >> 2)[:, None] + jnp.arange(_SLICE // 4)
+    fma = partial(_fma, interpret=interpret)
+    dot4 = partial(_dot4, signed=form.bits == (8,), interpret=interpret)
 
-    def in_plane(bits: int, begin: Array, weight: int) -> tuple[Array | int, Array | int]:
-        """Where a slice is in a chunk of a plane: by how much its codes are shifted, and the bytes
-        of its words; `begin` is where in the chunk a unit begins."""
+    def words(slice_: Array) -> Array:
+        """Indices `[units, 4]` of the words of 16 bytes, as a product that tells the compiler of
+        their alignment."""
+        return (slice_ * (_SLICE // 4))[:, None] + jnp.arange(_SLICE // 4)
+
+    def in_plane(bits: int, of_chunk: Array, weight: int) -> tuple[Array | int, Array | int]:
+        """Where a slice is in a chunk of a plane: by how much its codes are shifted, and which 16
+        bytes they are, or bytes where a piece has fewer; `of_chunk` is the unit's place."""
         plane_size = form.chunk * bits // 8
         if plane_size < _SLICE:
-            at = begin[:, None] + weight + 4 * jnp.arange(_SLICE // 4)
+            at = (of_chunk * _SLICE)[:, None] + weight + 4 * jnp.arange(_SLICE // 4)
+            piece, place = _split(at, plane_size)
         else:
-            at = weight if per_chunk == 1 else begin + weight
-        piece, byte = _split(at, plane_size)
-        return piece * bits, byte
+            at = weight // _SLICE if per_chunk == 1 else of_chunk + weight // _SLICE
+            piece, place = _split(at, plane_size // _SLICE)
+        return piece * bits, place
 
-    def codes(chunk: Array, begin: Array, inside: Array) -> list[Array]:
+    def codes(chunk: Array, of_chunk: Array, inside: Array) -> list[Array]:
         """Words of codes of each slice, `[height, units, 4]`."""
         read: dict[Any, Array] = {}
         found = []
@@ -192,13 +209,13 @@ def _rows(
             word, shift = None, 0
             for i, (ref, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
                 plane_size = form.chunk * bits // 8
-                right, byte = in_plane(bits, begin, weight)
-                key = (i, byte if isinstance(byte, int) else offset)
+                right, place = in_plane(bits, of_chunk, weight)
+                key = (i, place if isinstance(place, int) else offset)
                 if key not in read:
                     if plane_size < _SLICE:
-                        index = (chunk * (plane_size // 4))[:, None] + (byte >> 2)
+                        index = (chunk * (plane_size // 4))[:, None] + (place >> 2)
                     else:
-                        index = words(chunk * plane_size + byte)
+                        index = words(chunk * (plane_size // _SLICE) + place)
                     read[key] = load(ref, row, index, inside)
                 part = read[key]
                 if bits < 8:
@@ -217,47 +234,58 @@ def _rows(
         unit = step * units + jnp.arange(units)
         inside = unit < count
         chunk, of_chunk = _split(unit, per_chunk)
-        begin = of_chunk * _SLICE
-        first_weight = chunk * form.chunk + begin
-        of_slices = dict(zip(slices, codes(chunk, begin, inside), strict=True))
+        first_slice = chunk * (form.chunk // _SLICE) + of_chunk
+        first_weight = first_slice * _SLICE
+        of_slices = dict(zip(slices, codes(chunk, of_chunk, inside), strict=True))
+
+        @functools.cache
+        def of_group(name: str, weight: int) -> Array:
+            ref = getattr(w, name)
+            group = _split(first_weight + weight, columns // ref.shape[-1])[0]
+            return load(ref, row, group, inside).astype(jnp.float32)
+
+        def entry(name: str, weight: int) -> Array | int:
+            """Of the groups `[height, units]` that a weight of each unit belongs to."""
+            ref = getattr(w, name)
+            if ref is None:
+                return 1
+            shared = per_chunk == 1 and columns // ref.shape[-1] >= form.chunk
+            return of_group(name, 0 if shared else weight)
+
         for part in parts:
             weight = first_weight + part[0][0]
-            entry = {
-                name: load(ref, row, _split(weight, columns // ref.shape[-1])[0], inside)
-                for name, ref in groups.items()
-            }
-            entry = {name: value.astype(jnp.float32) for name, value in entry.items()}
-            scale = entry["scale"] * entry.get("super_scale", 1)
+            scale = entry("scale", part[0][0]) * entry("super_scale", part[0][0])
             constant = -form.offset * scale if form.offset else None
-            if "minimum" in entry:
-                constant = entry["minimum"] * entry.get("super_minimum", 1)
+            if w.minimum is not None:
+                constant = entry("minimum", part[0][0]) * entry("super_minimum", part[0][0])
             sums, of_sums = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
             added = []
-            for (m, _), total in zip(batch, totals, strict=True):
-                dots = 0
+            for m, total in zip(rows, totals, strict=True):
+                dots = jnp.zeros((tiling.height, units, _SLICE // 4), jnp.int32)
                 for member in part:
-                    y = load(x.words, m, words(first_weight + member[0]), inside)
-                    y = jnp.broadcast_to(y, of_slices[member].shape)
-                    signed = form.bits == (8,)
-                    dots += _dot4(of_slices[member], y, signed=signed, interpret=interpret)
+                    y = load(x.words, m, words(first_slice + member[0] // _SLICE), inside)
+                    dots = dot4(of_slices[member], jnp.broadcast_to(y, dots.shape), dots)
                 x_scale = load(x.scale, m, _split(weight, BLOCK)[0], inside)
-                total += jnp.sum(dots, axis=-1).astype(jnp.float32) * (x_scale * scale)
+                dots = jnp.sum(dots, axis=-1).astype(jnp.float32)
+                total = fma(dots, x_scale * scale, total)
                 if constant is not None:
-                    total += load(sums, m, _split(weight, of_sums)[0], inside) * constant
+                    of_block = load(sums, m, _split(weight, of_sums)[0], inside)
+                    total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
                 added.append(total)
             totals = added
         return tuple(totals)
 
-    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * len(batch)
+    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * len(rows)
     totals = multiply(0, totals) if steps == 1 else lax.fori_loop(0, steps, multiply, totals)
-    for (m, out_row), total in zip(batch, totals, strict=True):
+    for m, pair, total in zip(rows, pairs, totals, strict=True):
         y = jnp.sum(total, axis=1)
         if x.squares is not None:
             block = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
             squares = plgpu.load(x.squares.at[m, block], mask=block < x.squares.shape[1], other=0.0)
             y *= lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
         at = first + jnp.arange(tiling.height)
-        plgpu.store(out_ref.at[out_row, at], y.astype(out_ref.dtype), mask=at < out)
+        inside = (at < out) & (pair < out_ref.shape[0])
+        plgpu.store(out_ref.at[pair, at], y.astype(out_ref.dtype), mask=inside)
 
 
 def _split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
@@ -265,17 +293,27 @@ def _split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
     return x >> (by.bit_length() - 1), x & (by - 1)
 
 
-def _dot4(a: Array, b: Array, *, signed: bool, interpret: bool) -> Array:
-    """Four products of bytes each, added up: words of codes, and of int8, to int32."""
+def _dot4(a: Array, b: Array, c: Array, *, signed: bool, interpret: bool) -> Array:
+    """`c`, to which four products of bytes each are added: words of codes, and of int8."""
     if interpret:
         a = lax.bitcast_convert_type(a, jnp.int8 if signed else jnp.uint8).astype(jnp.int32)
         b = lax.bitcast_convert_type(b, jnp.int8).astype(jnp.int32)
-        return (a * b).sum(axis=-1)
-    [dots] = plgpu.elementwise_inline_asm(
-        f"dp4a.{'s32' if signed else 'u32'}.s32 $0, $1, $2, 0;",
-        args=[a, b],
-        constraints="=r,r,r",
+        return c + (a * b).sum(axis=-1)
+    return _instruction(f"dp4a.{'s32' if signed else 'u32'}.s32", "r", a, b, c)
+
+
+def _fma(a: Array, b: Array, c: Array, *, interpret: bool) -> Array:
+    """`a * b + c`, float32."""
+    return a * b + c if interpret else _instruction("fma.rn.f32", "f", a, b, c)
+
+
+def _instruction(name: str, kind: str, *operands: Array) -> Array:
+    """One instruction for each element; the result is like the last operand."""
+    [result] = plgpu.elementwise_inline_asm(
+        f"{name} {', '.join(f'${i}' for i in range(len(operands) + 1))};",
+        args=operands,
+        constraints=",".join([f"={kind}", *kind * len(operands)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.int32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[-1].shape, operands[-1].dtype)],
     )
-    return dots
+    return result
