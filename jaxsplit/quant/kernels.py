@@ -5,7 +5,6 @@ scaled once for each group.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +25,7 @@ MAX_ROWS = 8
 _ROWS_AT_ONCE = 8
 
 _SLICE = 16  # bytes that a thread loads at once
+_GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
 
 
@@ -50,6 +50,7 @@ class _Tiling:
     height: int
     units: int
     warps: int
+    ahead: bool = False
 
 
 def _tiling(rows: int) -> _Tiling:
@@ -195,88 +196,107 @@ def _rows(
         plane_size = form.chunk * bits // 8
         if plane_size < _SLICE:
             at = (of_chunk * _SLICE)[:, None] + weight + 4 * jnp.arange(_SLICE // 4)
-            piece, place = _split(at, plane_size)
+            piece, place = split(at, plane_size)
         else:
             at = weight // _SLICE if per_chunk == 1 else of_chunk + weight // _SLICE
-            piece, place = _split(at, plane_size // _SLICE)
+            piece, place = split(at, plane_size // _SLICE)
         return piece * bits, place
 
-    def codes(chunk: Array, of_chunk: Array, inside: Array) -> list[Array]:
-        """Words of codes of each slice, `[height, units, 4]`."""
-        read: dict[Any, Array] = {}
-        found = []
-        for weight, offset in slices:
-            word, shift = None, 0
+    def places(step: Array | int) -> tuple[Array, Array, Array]:
+        """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
+        unit = step * units + jnp.arange(units)
+        return *split(unit, per_chunk), unit < count
+
+    def read(step: Array | int) -> dict[Any, Array]:
+        """What a step needs of the matrix."""
+        chunk, of_chunk, inside = places(step)
+        found: dict[Any, Array] = {}
+        for slice_ in slices:
             for i, (ref, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
                 plane_size = form.chunk * bits // 8
-                right, place = in_plane(bits, of_chunk, weight)
-                key = (i, place if isinstance(place, int) else offset)
-                if key not in read:
-                    if plane_size < _SLICE:
-                        index = (chunk * (plane_size // 4))[:, None] + (place >> 2)
-                    else:
-                        index = words(chunk * (plane_size // _SLICE) + place)
-                    read[key] = load(ref, row, index, inside)
-                part = read[key]
-                if bits < 8:
-                    if not isinstance(right, int):
-                        right = right.astype(jnp.uint32)
-                        right = right if right.ndim == 2 else right[:, None]
-                    part = (part >> jnp.asarray(right, jnp.uint32)) & jnp.uint32(
-                        0x01010101 * (2**bits - 1)
-                    )
-                word = part if word is None else word | (part << jnp.uint32(shift))
-                shift += bits
-            found.append(word)
+                _, place = in_plane(bits, of_chunk, slice_[0])
+                key = f"{i} {place if isinstance(place, int) else slice_[1]}"
+                if plane_size < _SLICE:
+                    index = (chunk * (plane_size // 4))[:, None] + (place >> 2)
+                else:
+                    index = words(chunk * (plane_size // _SLICE) + place)
+                if key not in found:
+                    found[key] = load(ref, row, index, inside)
+        weight = (chunk * (form.chunk // _SLICE) + of_chunk) * _SLICE
+        for name, ref in groups.items():
+            for part in parts:
+                key = key_of_group(name, part[0][0])
+                if key not in found:
+                    group = split(weight + int(key.split()[1]), columns // ref.shape[-1])[0]
+                    found[key] = load(ref, row, group, inside)
         return found
 
-    def multiply(step: Array | int, totals: Sequence[Array]) -> tuple[Array, ...]:
-        unit = step * units + jnp.arange(units)
-        inside = unit < count
-        chunk, of_chunk = _split(unit, per_chunk)
+    def key_of_group(name: str, weight: int) -> str:
+        shared = per_chunk == 1 and columns // groups[name].shape[-1] >= form.chunk
+        return f"{name} {0 if shared else weight}"
+
+    def codes(slice_: tuple[int, int], of_chunk: Array, found: dict[Any, Array]) -> Array:
+        """Words of codes of a slice, `[height, units, 4]`."""
+        word, shift = None, 0
+        for i, bits in enumerate(form.bits):
+            right, place = in_plane(bits, of_chunk, slice_[0])
+            part = found[f"{i} {place if isinstance(place, int) else slice_[1]}"]
+            if bits < 8:
+                if not isinstance(right, int):
+                    right = right.astype(jnp.uint32)
+                    right = right if right.ndim == 2 else right[:, None]
+                mask = jnp.uint32(0x01010101 * (2**bits - 1))
+                part = (part >> jnp.asarray(right, jnp.uint32)) & mask
+            word = part if word is None else word | (part << jnp.uint32(shift))
+            shift += bits
+        return word
+
+    def multiply(
+        step: Array | int, found: dict[Any, Array], totals: Sequence[Array]
+    ) -> tuple[Array, ...]:
+        chunk, of_chunk, inside = places(step)
         first_slice = chunk * (form.chunk // _SLICE) + of_chunk
-        first_weight = first_slice * _SLICE
-        of_slices = dict(zip(slices, codes(chunk, of_chunk, inside), strict=True))
-
-        @functools.cache
-        def of_group(name: str, weight: int) -> Array:
-            ref = getattr(w, name)
-            group = _split(first_weight + weight, columns // ref.shape[-1])[0]
-            return load(ref, row, group, inside).astype(jnp.float32)
-
-        def entry(name: str, weight: int) -> Array | int:
-            """Of the groups `[height, units]` that a weight of each unit belongs to."""
-            ref = getattr(w, name)
-            if ref is None:
-                return 1
-            shared = per_chunk == 1 and columns // ref.shape[-1] >= form.chunk
-            return of_group(name, 0 if shared else weight)
-
         for part in parts:
-            weight = first_weight + part[0][0]
-            scale = entry("scale", part[0][0]) * entry("super_scale", part[0][0])
+            entry = {
+                name: found[key_of_group(name, part[0][0])].astype(jnp.float32) for name in groups
+            }
+            scale = entry["scale"] * entry.get("super_scale", 1)
             constant = -form.offset * scale if form.offset else None
-            if w.minimum is not None:
-                constant = entry("minimum", part[0][0]) * entry("super_minimum", part[0][0])
+            if "minimum" in entry:
+                constant = entry["minimum"] * entry.get("super_minimum", 1)
+            weight = first_slice * _SLICE + part[0][0]
             sums, of_sums = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
+            of_part = [codes(slice_, of_chunk, found) for slice_ in part]
             added = []
             for m, total in zip(rows, totals, strict=True):
                 dots = jnp.zeros((tiling.height, units, _SLICE // 4), jnp.int32)
-                for member in part:
-                    y = load(x.words, m, words(first_slice + member[0] // _SLICE), inside)
-                    dots = dot4(of_slices[member], jnp.broadcast_to(y, dots.shape), dots)
-                x_scale = load(x.scale, m, _split(weight, BLOCK)[0], inside)
+                for slice_, word in zip(part, of_part, strict=True):
+                    mm = jnp.broadcast_to(m, row.shape) if len(rows) == 1 else m
+                    y = load(x.words, mm, words(first_slice + slice_[0] // _SLICE), inside)
+                    dots = dot4(word, jnp.broadcast_to(y, dots.shape), dots)
+                x_scale = load(x.scale, m, split(weight, BLOCK)[0], inside)
                 dots = jnp.sum(dots, axis=-1).astype(jnp.float32)
                 total = fma(dots, x_scale * scale, total)
                 if constant is not None:
-                    of_block = load(sums, m, _split(weight, of_sums)[0], inside)
+                    of_block = load(sums, m, split(weight, of_sums)[0], inside)
                     total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
                 added.append(total)
             totals = added
         return tuple(totals)
 
+    groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
     totals = (jnp.zeros((tiling.height, units), jnp.float32),) * len(rows)
-    totals = multiply(0, totals) if steps == 1 else lax.fori_loop(0, steps, multiply, totals)
+    if steps == 1:
+        totals = multiply(0, read(0), totals)
+    elif tiling.ahead:
+
+        def body(step: Array, carry: tuple) -> tuple:
+            found, totals = carry
+            return read(jnp.minimum(step + 1, steps - 1)), multiply(step, found, totals)
+
+        _, totals = lax.fori_loop(0, steps, body, (read(0), totals))
+    else:
+        totals = lax.fori_loop(0, steps, lambda i, t: multiply(i, read(i), t), totals)
     for m, pair, total in zip(rows, pairs, totals, strict=True):
         y = jnp.sum(total, axis=1)
         if x.squares is not None:
@@ -288,7 +308,7 @@ def _rows(
         plgpu.store(out_ref.at[pair, at], y.astype(out_ref.dtype), mask=inside)
 
 
-def _split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
+def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
     """Quotient and remainder by a power of two of numbers that are not negative."""
     return x >> (by.bit_length() - 1), x & (by - 1)
 
