@@ -142,7 +142,7 @@ def load(
         partition,
         weights=stored,
         dtype=compute_in,
-        words=arithmetic.rounded and arithmetic.kernels,
+        words=suits,
         progress=progress,
     )
     engine = Engine(

@@ -126,7 +126,7 @@ def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
         assert nmse(y, np.einsum("pi,poi->po", rows, dense)) <= 1e-10
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     w = matrix(rng, "Q4_K", 33, 512)
     x = rng.normal(size=(rows, 512)).astype(np.float32)

@@ -15,11 +15,14 @@ from jaxsplit.models.layers import Linear, Norm, Partial, Partials, meet, param
 from jaxsplit.models.mlp import MLP, activate
 from jaxsplit.quant import (
     PLAIN,
+    Groups,
     Pending,
     QTensor,
     Rows,
     expert_products,
+    grouped_products,
     has_kernel,
+    has_tiles,
     matmul,
     pends,
     use_arithmetic,
@@ -30,6 +33,7 @@ from jaxsplit.quant import (
 ROUTER = Axis("router")
 _AT_ONCE = 64  # pairs whose products with quantized experts need little memory
 _LEAST_TILE, _LARGEST_TILE = 8, 128
+_LARGEST_GROUP = 64  # rows that the kernel multiplies at once
 _LEAST_SUM = 2.0**-14  # llama.cpp's bound of what weights are divided by
 
 
@@ -45,8 +49,9 @@ class Tiles:
       count: int32: tiles of the experts that this device holds.
       expert: int32 `[tiles]`: the place of the expert in this device's stack.
       start, stop: int32 `[tiles]`: its first pair, and the one after the expert's last.
-      token: int32 `[pairs + rows - 1]`: of each pair, padded.
-      weight: float32 `[pairs + rows - 1]`: of each pair, padded.
+      order: int32 `[pairs + rows - 1]`: the pairs as sorted, padded.
+      token: likewise: of each pair.
+      weight: float32, likewise.
     """
 
     rows: int
@@ -54,6 +59,7 @@ class Tiles:
     expert: Array
     start: Array
     stop: Array
+    order: Array
     token: Array
     weight: Array
 
@@ -100,6 +106,7 @@ def make_tiles(chosen: Array, weights: Array, axis: Axis, rows: int) -> Tiles:
         expert=expert,
         start=(stops - counts)[expert] + (tile - (last - tiles)[expert]) * rows,
         stop=stops[expert],
+        order=order,
         token=order // used,
         weight=weights.reshape(-1)[order],
     )
@@ -183,7 +190,12 @@ class Experts(nnx.Module):
         step = x.shape[-2] == 1
         tokens = x.reshape(-1, x.shape[-1])
         pairs = [a.reshape(-1, a.shape[-1]) for a in (chosen, weights)]
-        if step and chosen.size <= _AT_ONCE and quantized and not is_split(self.axis):
+        at_once = step and chosen.size <= _AT_ONCE and quantized and not is_split(self.axis)
+        tiled = not weigh_input and self.up.bias is None
+        tiled &= all(has_tiles(stack, x.dtype) for stack in stacks)
+        if tiled and not (at_once and pends(len(tokens))):
+            total = self._by_groups(tokens, *pairs)
+        elif at_once:
             total = self._at_once(tokens, *pairs, weigh_input)
         else:
             rows = tile_rows(chosen.size, self.axis.units, step=step)
@@ -226,6 +238,32 @@ class Experts(nnx.Module):
         if not is_split(self.mlp.columns):
             hidden = self._whole(values(hidden))
         return project(hidden, [self.down], jnp.float32)[0]
+
+    def _by_groups(self, x: Array, chosen: Array, weights: Array) -> Array:
+        """All tiles in one go, by a kernel that reads experts as they are stored."""
+        pairs = chosen.size
+        rows = min(_LARGEST_GROUP, tile_rows(pairs, self.axis.units, step=False))
+        tiles = make_tiles(chosen, weights, self.axis, rows)
+        pair = tiles.start[:, None] + jnp.arange(rows)
+        groups = Groups(
+            matrix=tiles.expert,
+            first=tiles.start,
+            stop=tiles.stop,
+            read=tiles.token[pair],
+            count=jnp.asarray(tiles.count, jnp.int32),
+        )
+        layers = [self.up] if self.gate is None else [self.up, self.gate]
+        stacks = [layer.kernel.get_value() for layer in layers]
+        hidden = activate(
+            self.activation, *grouped_products(x, stacks, groups, pairs, x.dtype)
+        ).astype(x.dtype)
+        # Of pairs whose expert this device does not hold, nothing was written.
+        own = (jnp.arange(pairs) < jnp.max(tiles.stop))[:, None]
+        hidden = self._whole(jnp.where(own, hidden, 0))
+        groups = dataclasses.replace(groups, read=jnp.minimum(pair, pairs - 1))
+        [y] = grouped_products(hidden, [self.down.kernel.get_value()], groups, pairs)
+        y = jnp.where(own, y, 0)[jnp.argsort(tiles.order[:pairs])]
+        return (y.reshape(*chosen.shape, -1) * weights[..., None]).sum(1)
 
     def _by_tiles(self, x: Array, tiles: Tiles, weigh_input: bool) -> Array:
         """Tiles one after the other, so that one expert at a time is read and dequantized.

@@ -15,7 +15,9 @@ from jaxsplit.quant.products import (
     Rows,
     active_arithmetic,
     expert_products,
+    grouped_products,
     has_kernel,
+    has_tiles,
     matmul,
     matmuls,
     pends,
@@ -23,9 +25,11 @@ from jaxsplit.quant.products import (
     values,
 )
 from jaxsplit.quant.rounding import Pending, Sum
+from jaxsplit.quant.tiles import Groups
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 
 __all__ = [
+    "Groups",
     "PLAIN",
     "TYPES",
     "Arithmetic",
@@ -39,7 +43,9 @@ __all__ = [
     "active_arithmetic",
     "dequantize",
     "expert_products",
+    "grouped_products",
     "has_kernel",
+    "has_tiles",
     "matmul",
     "matmuls",
     "pends",

@@ -19,10 +19,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsplit.quant.forms import QTensor, with_words
 from jaxsplit.quant.rounding import BLOCK, Rounded
 
-MAX_ROWS = 8
+MAX_ROWS = 2
 """More rows of activations are faster on the matrix unit."""
 
-_ROWS_AT_ONCE = 8
 
 _SLICE = 16  # bytes that a thread loads at once
 _GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
@@ -41,20 +40,15 @@ def supports(w: QTensor) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies: rows of the matrix, units of each in a step, and warps.
+    """How a program multiplies: rows of the matrix, bytes of each in the first plane in a step, and
+    warps.
 
-    Where this makes as many pairs of a row and a unit as there are threads, or some times as many,
-    all arrays have the same layout, so that none has to be exchanged between threads.
+    With a warp for each row, all arrays are laid out alike, so that threads exchange nothing.
     """
 
-    height: int
-    units: int
-    warps: int
-    ahead: bool = False
-
-
-def _tiling(rows: int) -> _Tiling:
-    return _Tiling(16 if rows == 1 else 32, 16, 4)
+    height: int = 4
+    bytes: int = 1024
+    warps: int = 4
 
 
 def products(
@@ -63,7 +57,7 @@ def products(
     dtype: jnp.dtype = jnp.float32,
     *,
     experts: Array | None = None,
-    tiling: _Tiling | None = None,
+    tiling: _Tiling = _Tiling(),  # noqa: B008
     interpret: bool = False,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
@@ -74,12 +68,10 @@ def products(
       dtype: of the results.
       experts: int32 `[pairs]`, a multiple of the rows: weights are stacks `[experts, out, in]`, of
         which each row is multiplied with its own few; the results are `[pairs, out]`.
-      tiling: of the work; None: a usual one.
+      tiling: of the work.
       interpret: run it without a GPU, to test it.
     """
     rows = len(x.words) if experts is None else len(experts)
-    at_once = min(rows, _ROWS_AT_ONCE) if experts is None else 1
-    tiling = tiling or _tiling(at_once)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
     inputs, structure = jax.tree.flatten((x, list(weights), experts))
@@ -87,13 +79,12 @@ def products(
         _kernel,
         structure=structure,
         programs=programs,
-        at_once=at_once,
         tiling=tiling,
         interpret=interpret,
     )
     return pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows, at_once), sum(programs)),
+        grid=(1 if experts is None else rows, sum(programs)),
         out_shape=[jax.ShapeDtypeStruct((rows, w.shape[-2]), dtype) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
         interpret=interpret,
@@ -105,27 +96,24 @@ def _kernel(
     *refs: jax.Ref,
     structure: Any,
     programs: Sequence[int],
-    at_once: int,
     tiling: _Tiling,
     interpret: bool,
 ) -> None:
-    """Some rows of one matrix, with some rows of activations.
+    """Some rows of one matrix, with all rows of activations.
 
     Args:
       *refs: activations, matrices and results.
       structure: of activations and matrices.
       programs: for each matrix.
-      at_once: rows of activations.
       tiling: of the work.
       interpret: as in `products`.
     """
     x, weights, experts = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    first = 0
-    pairs = [pl.program_id(0) * at_once + i for i in range(at_once)]
+    first, pair = 0, pl.program_id(0)
     for w, out_ref, count in zip(weights, refs[structure.num_leaves :], programs, strict=True):
         program = pl.program_id(1) - first
         first_row = program * tiling.height
-        multiply = partial(_rows, x, w, experts, out_ref, first_row, pairs, tiling, interpret)
+        multiply = partial(_rows, x, w, experts, out_ref, first_row, pair, tiling, interpret)
         if len(weights) == 1:
             multiply()
         else:
@@ -139,7 +127,7 @@ def _rows(
     experts: jax.Ref | None,
     out_ref: jax.Ref,
     first: Array,
-    pairs: Sequence[Array],
+    pair: Array,
     tiling: _Tiling,
     interpret: bool,
 ) -> None:
@@ -155,21 +143,20 @@ def _rows(
     unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
     per_chunk = size // unit_bytes
     count = columns // form.chunk * per_chunk
-    units = min(tiling.units, pl.next_power_of_2(count))
+    units = min(tiling.bytes // unit_bytes, pl.next_power_of_2(count))
     steps = pl.cdiv(count, units)
     run = min(BLOCK, columns // w.scale.shape[-1])
+    groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
     slices = [(p * size + b, b) for p in range(pieces) for b in range(0, unit_bytes, _SLICE)]
     # Slices that share scales are added up before they are scaled.
     together = run if per_chunk == 1 else _SLICE
     parts = [list(part) for _, part in itertools.groupby(slices, lambda s: s[0] // together)]
     row = jnp.minimum(first + jnp.arange(tiling.height), out - 1)
     stack: tuple[Array, ...] = ()
-    rows = pairs  # of x
-    if x.words.shape[0] % len(pairs):
-        rows = [jnp.minimum(pair, x.words.shape[0] - 1) for pair in pairs]
+    batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(x.words.shape[0])]  # rows of x, out
     if experts is not None:
-        stack = (experts[pairs[0]],)
-        rows = [pairs[0] // (experts.shape[0] // x.words.shape[0])]
+        stack = (experts[pair],)
+        batch = [(pair // (experts.shape[0] // x.words.shape[0]), pair)]
 
     def load(ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
         """Elements `[*row.shape, units, ...]`."""
@@ -207,10 +194,10 @@ def _rows(
         unit = step * units + jnp.arange(units)
         return *split(unit, per_chunk), unit < count
 
-    def read(step: Array | int) -> dict[Any, Array]:
+    def read(step: Array | int) -> dict[str, Array]:
         """What a step needs of the matrix."""
         chunk, of_chunk, inside = places(step)
-        found: dict[Any, Array] = {}
+        found: dict[str, Array] = {}
         for slice_ in slices:
             for i, (ref, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
                 plane_size = form.chunk * bits // 8
@@ -235,7 +222,7 @@ def _rows(
         shared = per_chunk == 1 and columns // groups[name].shape[-1] >= form.chunk
         return f"{name} {0 if shared else weight}"
 
-    def codes(slice_: tuple[int, int], of_chunk: Array, found: dict[Any, Array]) -> Array:
+    def codes(slice_: tuple[int, int], of_chunk: Array, found: dict[str, Array]) -> Array:
         """Words of codes of a slice, `[height, units, 4]`."""
         word, shift = None, 0
         for i, bits in enumerate(form.bits):
@@ -252,7 +239,7 @@ def _rows(
         return word
 
     def multiply(
-        step: Array | int, found: dict[Any, Array], totals: Sequence[Array]
+        step: Array | int, found: dict[str, Array], totals: Sequence[Array]
     ) -> tuple[Array, ...]:
         chunk, of_chunk, inside = places(step)
         first_slice = chunk * (form.chunk // _SLICE) + of_chunk
@@ -268,12 +255,12 @@ def _rows(
             sums, of_sums = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
             of_part = [codes(slice_, of_chunk, found) for slice_ in part]
             added = []
-            for m, total in zip(rows, totals, strict=True):
+            for (m, _), total in zip(batch, totals, strict=True):
                 dots = jnp.zeros((tiling.height, units, _SLICE // 4), jnp.int32)
                 for slice_, word in zip(part, of_part, strict=True):
-                    mm = jnp.broadcast_to(m, row.shape) if len(rows) == 1 else m
-                    y = load(x.words, mm, words(first_slice + slice_[0] // _SLICE), inside)
-                    dots = dot4(word, jnp.broadcast_to(y, dots.shape), dots)
+                    at = words(first_slice + slice_[0] // _SLICE)
+                    y = load(x.words, jnp.broadcast_to(m, row.shape), at, inside)
+                    dots = dot4(word, y, dots)
                 x_scale = load(x.scale, m, split(weight, BLOCK)[0], inside)
                 dots = jnp.sum(dots, axis=-1).astype(jnp.float32)
                 total = fma(dots, x_scale * scale, total)
@@ -284,28 +271,27 @@ def _rows(
             totals = added
         return tuple(totals)
 
-    groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
-    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * len(rows)
+    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * len(batch)
     if steps == 1:
         totals = multiply(0, read(0), totals)
-    elif tiling.ahead:
+    elif len(form.bits) > 1:
+        totals = lax.fori_loop(0, steps, lambda i, totals: multiply(i, read(i), totals), totals)
+    else:
 
-        def body(step: Array, carry: tuple) -> tuple:
+        def ahead(step: Array, carry: tuple) -> tuple:
+            """With what the step before has read; more planes would need too many registers."""
             found, totals = carry
             return read(jnp.minimum(step + 1, steps - 1)), multiply(step, found, totals)
 
-        _, totals = lax.fori_loop(0, steps, body, (read(0), totals))
-    else:
-        totals = lax.fori_loop(0, steps, lambda i, t: multiply(i, read(i), t), totals)
-    for m, pair, total in zip(rows, pairs, totals, strict=True):
+        _, totals = lax.fori_loop(0, steps, ahead, (read(0), totals))
+    for (m, out_row), total in zip(batch, totals, strict=True):
         y = jnp.sum(total, axis=1)
         if x.squares is not None:
             block = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
             squares = plgpu.load(x.squares.at[m, block], mask=block < x.squares.shape[1], other=0.0)
             y *= lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
         at = first + jnp.arange(tiling.height)
-        inside = (at < out) & (pair < out_ref.shape[0])
-        plgpu.store(out_ref.at[pair, at], y.astype(out_ref.dtype), mask=inside)
+        plgpu.store(out_ref.at[out_row, at], y.astype(out_ref.dtype), mask=at < out)
 
 
 def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:

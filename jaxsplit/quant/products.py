@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.quant import kernels
+from jaxsplit.quant import kernels, tiles
 from jaxsplit.quant.forms import (
     QTensor,
     Weight,
@@ -161,8 +161,8 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
 
     One row is multiplied and summed in one fused loop, so that the weights are read as they are
     stored and their dequantized form never reaches memory. More rows dequantize the matrix to the
-    dtype of `x` and use the matrix unit. The active `arithmetic` may have a few rows rounded, and
-    multiplied by a kernel that serves all matrices.
+    dtype of `x` and use the matrix unit. The active `arithmetic` may have one or two rows rounded,
+    and up to some tens multiplied by a kernel that serves all matrices.
 
     Args:
       x: `[..., in]`.
@@ -173,19 +173,22 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
       `[..., out]` each, accumulated in float32.
     """
     rows, active = math.prod(x.shape[:-1]), _arithmetic.get()
-    served: dict[int, Array] = {}
-    if active.rounded and rows <= kernels.MAX_ROWS:
-        served = {i: w for i, w in enumerate(weights) if has_kernel(w)}
-        if served and active.kernels:
-            rounded = round_pending(_pending(x), interpret=active.interpret)
-            results = kernels.products(
-                rounded, list(served.values()), dtype, interpret=active.interpret
-            )
-            results = [y.reshape(*x.shape[:-1], -1) for y in results]
-        elif served:
-            rounded = round_rows(values(x).reshape(rows, -1)).dequantized()
-            results = [_multiply(rounded.reshape(x.shape), w, dtype) for w in served.values()]
-        served = dict(zip(served, results if served else (), strict=True))
+    few = active.rounded and rows <= kernels.MAX_ROWS
+    tens = active.kernels and not few and 1 < rows <= tiles.MAX_ROWS
+    suits = has_kernel if few else partial(has_tiles, dtype=x.dtype)
+    served = {i: w for i, w in enumerate(weights) if (few or tens) and suits(w)}
+    matrices, results = list(served.values()), []
+    if few and served and active.kernels:
+        rounded = round_pending(_pending(x), interpret=active.interpret)
+        results = kernels.products(rounded, matrices, dtype, interpret=active.interpret)
+    elif few and served:
+        rounded = round_rows(values(x).reshape(rows, -1)).dequantized()
+        results = [_multiply(rounded, w, dtype) for w in matrices]
+    elif served:
+        read = values(x).reshape(rows, -1)
+        results = tiles.products(read, matrices, dtype, interpret=active.interpret)
+    results = [y.reshape(*x.shape[:-1], -1) for y in results]
+    served = dict(zip(served, results, strict=True))
     return [
         served[i] if i in served else _multiply(values(x), w, dtype) for i, w in enumerate(weights)
     ]
@@ -210,6 +213,29 @@ def expert_products(
     return kernels.products(rounded, stacks, dtype, experts=experts, interpret=interpret)
 
 
+def grouped_products(
+    x: Array,
+    stacks: Sequence[QTensor],
+    groups: tiles.Groups,
+    results: int,
+    dtype: jnp.dtype = jnp.float32,
+) -> list[Array]:
+    """The products of groups of rows with one matrix of a stack each: see `tiles.products`.
+
+    Args:
+      x: `[rows, in]`.
+      stacks: `[experts, out, in]` each, ones for which `has_tiles` is true.
+      groups: of rows.
+      results: rows of the results.
+      dtype: of the results.
+
+    Returns:
+      `[results, out]` each.
+    """
+    interpret = _arithmetic.get().interpret
+    return tiles.products(x, stacks, dtype, groups=groups, results=results, interpret=interpret)
+
+
 def _pending(x: Rows) -> Pending:
     return x if isinstance(x, Pending) else Pending(_same, (values(x),), x.dtype)
 
@@ -219,8 +245,14 @@ def _same(x: Array) -> Array:
 
 
 def has_kernel(w: Weight) -> bool:
-    """Whether kernels can multiply with a matrix."""
+    """Whether kernels can multiply a few rounded rows with a matrix."""
     return isinstance(w, QTensor) and kernels.supports(w)
+
+
+def has_tiles(w: Weight, dtype: jnp.dtype) -> bool:
+    """Whether a kernel can multiply tens of rows of a dtype with a matrix, or a stack of them."""
+    active = _arithmetic.get()
+    return active.kernels and isinstance(w, QTensor) and tiles.supports(w, dtype)
 
 
 def _multiply(x: Array, w: Weight, dtype: jnp.dtype) -> Array:

@@ -22,24 +22,49 @@ from jaxsplit.quant.forms import Form, QTensor, with_words
 MAX_ROWS = 64
 """More rows are faster if the matrix is dequantized first."""
 
-_MIN_TILE = 16  # rows and columns of a tile
-_PROGRAMS = 1024  # fewer do not keep a GPU busy
+_MOST_WEIGHTS = 512  # of a row in a step
+_PROGRAMS = 512  # fewer do not keep a GPU busy
 _GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies: rows of the matrix, weights of each in a step, warps, and stages of
+    """How a program multiplies: rows of the matrix, words of each in a step, warps, and stages of
     the pipeline that reads ahead."""
 
     height: int
-    weights: int
+    words: int
     warps: int
     stages: int
 
 
 def _tiling(rows: int) -> _Tiling:
-    return _Tiling(32, 512, 2, 3) if rows <= _MIN_TILE else _Tiling(64, 256, 4, 3)
+    """By what measured best."""
+    if rows <= 8:
+        return _Tiling(32, 64, 2, 3)
+    if rows <= 16:
+        return _Tiling(32, 64, 2, 2)
+    return _Tiling(64, 64, 4, 2) if rows <= 32 else _Tiling(128, 32, 4, 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Rows that are multiplied with one of a stack of matrices, some at a time.
+
+    Attributes:
+      matrix: int32 `[groups]`: which of the stack.
+      first: likewise: the row of the results that a group begins with.
+      stop: likewise: the row before which it ends.
+      read: int32 `[groups, rows]`: the rows that it multiplies, the ones from `stop` on in vain.
+      count: groups that there are.
+    """
+
+    matrix: Array
+    first: Array
+    stop: Array
+    read: Array
+    count: Array
 
 
 def supports(w: QTensor, dtype: jnp.dtype) -> bool:
@@ -52,8 +77,10 @@ def products(
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
+    groups: Groups | None = None,
+    results: int = 0,
     tiling: _Tiling | None = None,
-    splits: int | None = None,
+    parts: int | None = None,
     interpret: bool = False,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
@@ -64,36 +91,46 @@ def products(
       x: bfloat16 `[rows, in]`.
       weights: `[out, in]` each, ones that are supported; planes of bytes are turned into words.
       dtype: of the results.
+      groups: weights are stacks `[matrices, out, in]`, which these are multiplied with.
+      results: rows of the results of groups.
       tiling: of the work; None: a usual one.
-      splits: parts of the inner dimension that are multiplied by programs of their own; None: as
-        many as keep a GPU busy.
+      parts: of the inner dimension, which are multiplied by programs of their own; None: as many
+        as keep a GPU busy.
       interpret: run it without a GPU, to test it.
     """
-    rows = len(x)
-    tiling = tiling or _tiling(rows)
-    padded = max(8, pl.next_power_of_2(rows))
+    width = max(8, pl.next_power_of_2(len(x))) if groups is None else groups.read.shape[1]
+    tiling = tiling or _tiling(width)
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
-    if splits is None:
-        splits = max(1, _PROGRAMS // sum(programs))
-    splits = min(splits, pl.cdiv(x.shape[-1], tiling.weights))
-    x = jnp.pad(x, ((0, padded - rows), (0, 0)))
+    if groups is not None:
+        parts, count, rows = 1, len(groups.matrix), results
+    else:
+        if parts is None:
+            parts = max(1, _PROGRAMS // sum(programs))
+        parts = count = min(parts, pl.cdiv(x.shape[-1], _MOST_WEIGHTS))
+        rows = len(x)
+        x = jnp.pad(x, ((0, width - rows), (0, 0)))
     xs = {form: _by_words(x, form) for form in dict.fromkeys(w.form for w in weights)}
-    inputs, structure = jax.tree.flatten(([xs[w.form] for w in weights], weights))
+    inputs, structure = jax.tree.flatten(([xs[w.form] for w in weights], weights, groups))
     kernel = partial(
-        _kernel, structure=structure, programs=programs, tiling=tiling, interpret=interpret
+        _kernel,
+        structure=structure,
+        programs=programs,
+        width=width,
+        tiling=tiling,
+        interpret=interpret,
     )
-    shape = (rows,) if splits == 1 else (splits, rows)
-    partial_dtype = dtype if splits == 1 else jnp.float32
-    results = pl.pallas_call(
+    shape = (rows,) if parts == 1 else (parts, rows)
+    of_part = dtype if parts == 1 else jnp.float32
+    ys = pl.pallas_call(
         kernel,
-        grid=(splits, sum(programs)),
-        out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), partial_dtype) for w in weights],
+        grid=(count, sum(programs)),
+        out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), of_part) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="quantized_tiles",
     )(*inputs)
-    return [y if splits == 1 else jnp.sum(y, axis=0).astype(dtype) for y in results]
+    return [y if parts == 1 else jnp.sum(y, axis=0).astype(dtype) for y in ys]
 
 
 def _pieces(form: Form) -> tuple[int, int]:
@@ -113,59 +150,79 @@ def _kernel(
     *refs: jax.Ref,
     structure: Any,
     programs: Sequence[int],
+    width: int,
     tiling: _Tiling,
     interpret: bool,
 ) -> None:
-    """Some rows of one matrix, with all rows of activations.
+    """Some rows of one matrix, with all rows of activations, or those of a group.
 
     Args:
-      *refs: activations and matrices, and results.
-      structure: of activations and matrices.
+      *refs: activations, matrices and groups, and results.
+      structure: of activations, matrices and groups.
       programs: for each matrix.
+      width: rows of activations.
       tiling: of the work.
       interpret: as in `products`.
     """
-    xs, weights = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    first, outs = 0, refs[structure.num_leaves :]
-    part = pl.program_id(0), pl.num_programs(0)
+    xs, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    begin, outs, number = 0, refs[structure.num_leaves :], pl.program_id(0)
     for x_ref, w, out_ref, count in zip(xs, weights, outs, programs, strict=True):
-        program = pl.program_id(1) - first
+        program = pl.program_id(1) - begin
+        first = program * tiling.height
         multiply = partial(
-            _tile, x_ref, w, out_ref, program * tiling.height, part, tiling, interpret
+            _tile, x_ref, w, groups, out_ref, first, number, width, tiling, interpret
         )
-        if len(weights) == 1:
+        here = (program >= 0) & (program < count)
+        if groups is not None:
+            here &= number < groups.count[()]
+        if len(weights) == 1 and groups is None:
             multiply()
         else:
-            pl.when((program >= 0) & (program < count))(multiply)
-        first += count
+            pl.when(here)(multiply)
+        begin += count
 
 
 def _tile(
     x_ref: jax.Ref,
     w: QTensor,
+    groups: Groups | None,
     out_ref: jax.Ref,
     first: Array,
-    part: tuple[Array, int],
+    number: Array,
+    width: int,
     tiling: _Tiling,
     interpret: bool,
 ) -> None:
-    """The products of some rows of `w`, from the row `first` on.
+    """The products of some rows of `w`, from the row `first` on, with the group of a number or a
+    part of the columns.
 
     A step takes some words of the narrowest plane of each row, and what belongs to them in the
     other planes. The codes at the same place of each word make a tile: a word has four bytes, and
     a byte some pieces.
     """
-    form, (out, columns), rows = w.form, w.shape, out_ref.shape[-2]
+    form, (*_, out, columns) = w.form, w.shape
     pieces, per_chunk = _pieces(form)
-    total, padded = columns // (4 * pieces), x_ref.shape[0] // (4 * pieces)
-    height, width = tiling.height, max(_MIN_TILE, tiling.weights // (4 * pieces))
-    groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
-    length = {name: columns // ref.shape[-1] for name, ref in groups.items()}
-    # Neighbouring words that share scales.
-    run = min(length["scale"] // 4, per_chunk, width)
+    total, x_rows = columns // (4 * pieces), x_ref.shape[0] // (4 * pieces)
+    height, words = tiling.height, min(tiling.words, _MOST_WEIGHTS // (4 * pieces))
+    entries = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
+    length = {name: columns // ref.shape[-1] for name, ref in entries.items()}
     row = jnp.minimum(first + jnp.arange(height), out - 1)
-    steps, whole = pl.cdiv(total, width), total % width == 0
-
+    steps, whole = pl.cdiv(total, words), total % words == 0
+    start, stop = 0, steps
+    read_row = out_row = jnp.arange(width)
+    stack: tuple[Array, ...] = ()
+    place: tuple[Array, ...] = ()
+    if groups is not None:
+        stack = (groups.matrix[number],)
+        read_row = plgpu.load(groups.read.at[number, jnp.arange(width)])
+        out_row = groups.first[number] + jnp.arange(width)
+        last_row = groups.stop[number]
+    else:
+        last_row = out_ref.shape[-2]
+        if out_ref.ndim == 3:
+            per_part = pl.cdiv(steps, out_ref.shape[0])
+            start, place = number * per_part, (number,)
+            stop = jnp.minimum(start + per_part, steps)
     split = kernels.split
 
     def load(ref: jax.Ref, row: Array, at: Array, inside: Array) -> Array:
@@ -174,66 +231,85 @@ def _tile(
         row, at, inside = (
             jnp.broadcast_to(a, shape) for a in (row[:, None], at[None], inside[None])
         )
+        index = (*stack, row, at) if ref.ndim == 3 else (row, at)
         if whole:
-            return plgpu.load(ref.at[row, at])
-        return plgpu.load(ref.at[row, at], mask=inside, other=jnp.zeros((), ref.dtype))
+            return plgpu.load(ref.at[index])
+        return plgpu.load(ref.at[index], mask=inside, other=jnp.zeros((), ref.dtype))
 
-    def scales(step: Array, piece: int) -> tuple[Array, Array | None]:
-        """Scales and minima of words, bfloat16 `[height, width]` each."""
-        at = step * width + run * jnp.arange(width // run)
+    def read_entries(step: Array | int) -> dict[str, list[Array]]:
+        """Scales and the like of a step, for each piece that has its own."""
+        found = {}
+        for name, ref in entries.items():
+            if length[name] >= form.chunk:
+                shared = per_chunk * (length[name] // form.chunk)  # words for an entry
+                count = max(1, words // shared)
+                at = split(step * words, shared)[0] if count == 1 else step * count
+                of_pieces = [at + jnp.arange(count)]
+            else:
+                shared = min(length[name] // 4, per_chunk)
+                at = step * words + shared * jnp.arange(words // shared)
+                chunk, word = split(at, per_chunk)
+                weight = 4 * (chunk * pieces * per_chunk + word)
+                begins = range(0, form.chunk, max(length[name], 4 * per_chunk))
+                of_pieces = [split(weight + begin, length[name])[0] for begin in begins]
+            found[name] = [load(ref, row, at, at < ref.shape[-1]) for at in of_pieces]
+        return found
+
+    def scales(read: dict[str, list[Array]], piece: int) -> tuple[Array, Array | None]:
+        """Scales and minima of words, bfloat16 `[height, words]` each."""
+
+        def entry(name: str) -> Array:
+            of_pieces = read[name]
+            return of_pieces[piece * len(of_pieces) // pieces].astype(jnp.float32)
+
+        def spread(values: Array, count: int) -> Array:
+            shape = (height, values.shape[1], count // values.shape[1])
+            return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
+
+        def both(name: str) -> Array:
+            values = entry(name)
+            if f"super_{name}" in entries:
+                values *= spread(entry(f"super_{name}"), values.shape[1])
+            return spread(values.astype(jnp.bfloat16), words)
+
+        return both("scale"), both("minimum") if "minimum" in entries else None
+
+    def step(i: Array, carry: tuple) -> tuple:
+        result, of_step = carry
+        # Too few bytes for the compiler to read them ahead.
+        ahead = read_entries(jnp.minimum(i + 1, steps - 1))
+        at = i * words + jnp.arange(words)
         chunk, word = split(at, per_chunk)
-        weight = (chunk * pieces + piece) * (4 * per_chunk) + 4 * word
-        entry = {
-            name: load(ref, row, split(weight, length[name])[0], at < total).astype(jnp.float32)
-            for name, ref in groups.items()
-        }
-
-        def spread(values: Array) -> Array:
-            values = values.astype(jnp.bfloat16)[:, :, None]
-            return jnp.broadcast_to(values, (height, width // run, run)).reshape(height, width)
-
-        scale = spread(entry["scale"] * entry.get("super_scale", 1))
-        if "minimum" not in entry:
-            return scale, None
-        return scale, spread(entry["minimum"] * entry.get("super_minimum", 1))
-
-    def step(i: Array, total_: Array) -> Array:
-        at = i * width + jnp.arange(width)
-        chunk, word = split(at, per_chunk)
-        read: dict[Any, Any] = {}
+        read: dict[tuple[int, int], Array] = {}
+        expanded: dict[int, tuple[Array, Array | None]] = {}
         for piece in range(pieces):
-            words, shifts = [], []
+            parts, shifts = [], []
             for p, (plane, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
                 size = form.chunk * bits // 32  # words of a chunk
-                part, before = divmod(piece * per_chunk, size)
+                shift, before = divmod(piece * per_chunk, size)
                 if (p, before) not in read:
                     index = at if size == per_chunk else chunk * size + before + word
                     read[p, before] = load(plane, row, index, at < total)
-                words.append(read[p, before])
-                shifts.append(part * bits)
-            group = piece * 4 * per_chunk // max(length["scale"], 4 * per_chunk)
-            if group not in read:
-                read[group] = scales(i, piece)
+                parts.append(read[p, before])
+                shifts.append(shift * bits)
+            group = piece * len(of_step["scale"]) // pieces
+            if group not in expanded:
+                expanded[group] = scales(of_step, piece)
             for byte in range(4):
-                tile = _weights(words, shifts, byte, form, *read[group], interpret)
-                x_row = (4 * piece + byte) * padded + jnp.arange(padded)
+                tile = _weights(parts, shifts, byte, form, *expanded[group], interpret)
+                x_row = (4 * piece + byte) * x_rows + read_row
                 x = load(x_ref, x_row, at, at < total)
-                total_ += lax.dot_general(
+                result += lax.dot_general(
                     tile, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
                 )
-        return total_
+        return result, ahead
 
-    result = jnp.zeros((height, padded), jnp.float32)
-    part, parts = part
-    per_part = pl.cdiv(steps, parts)
-    start = part * per_part
-    stop = jnp.minimum(start + per_part, steps)
-    result = lax.fori_loop(start, stop, step, result)
-    at, of_row = first + jnp.arange(height), jnp.arange(padded)
-    at, of_row = (jnp.broadcast_to(a, result.shape) for a in (at[:, None], of_row[None]))
-    place = (of_row, at) if out_ref.ndim == 2 else (part, of_row, at)
-    inside = (of_row < rows) & (at < out)
-    plgpu.store(out_ref.at[place], result.astype(out_ref.dtype), mask=inside)
+    result = jnp.zeros((height, width), jnp.float32)
+    result, _ = lax.fori_loop(start, stop, step, (result, read_entries(start)))
+    at = jnp.broadcast_to((first + jnp.arange(height))[:, None], result.shape)
+    out_row = jnp.broadcast_to(out_row[None], result.shape)
+    inside = (out_row < last_row) & (at < out)
+    plgpu.store(out_ref.at[*place, out_row, at], result.astype(out_ref.dtype), mask=inside)
 
 
 _ONE = 0x3F80  # 1 in bfloat16
@@ -252,7 +328,7 @@ def _weights(
     """Weights as bfloat16, one of each word.
 
     Args:
-      planes: words `[height, width]` of each plane.
+      planes: words `[height, words]` of each plane.
       shifts: by how much to shift a byte of each plane, to have the code's bits in front.
       byte: which byte of the words.
       form: of the matrix.

@@ -1,0 +1,97 @@
+"""Tests of the kernel for some tens of rows, interpreted, against float64 arithmetic."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import usual_blocks
+from helpers import nmse
+from tiny import fresh_rng
+
+from jaxsplit.quant import TYPES, dequantize, forms, tiles, unpack, with_words
+
+
+@pytest.fixture
+def rng():
+    return fresh_rng()
+
+
+def matrix(rng, name, rows, columns):
+    return with_words(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
+
+
+def rounded(w):
+    """The weights that the kernel multiplies with, float64: scales and weights in bfloat16."""
+
+    def bfloat16(values):
+        return None if values is None else values.astype(jnp.bfloat16).astype(jnp.float32)
+
+    plain = dataclasses.replace(
+        w,
+        scale=bfloat16(forms.scales(w)),
+        minimum=bfloat16(forms.minima(w)),
+        super_scale=None,
+        super_minimum=None,
+    )
+    return np.float64(dequantize(plain, jnp.bfloat16))
+
+
+def activations(rng, rows, columns):
+    return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
+
+
+# Rows that end inside a tile, columns that end inside a step or a part, several forms at once.
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("names", "rows", "columns", "parts"),
+    [
+        *((["Q8_0"], 3, 1536, None), (["Q4_0"], 9, 2816, 3), (["Q5_1"], 2, 1536, 1)),
+        *((["Q4_K"], 17, 1280, 2), (["Q3_K"], 40, 768, 1), (["Q5_K"], 5, 1280, None)),
+        *((["TQ2_0"], 16, 1536, 2), (["Q6_K", "Q4_K", "Q8_0"], 33, 512, None)),
+    ],
+)
+def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
+    matrices = [matrix(rng, name, 70 + i, columns) for i, name in enumerate(names)]
+    assert all(tiles.supports(w, jnp.bfloat16) for w in matrices)
+    x = activations(rng, rows, columns)
+    results = tiles.products(x, matrices, parts=parts, interpret=True)
+    for y, w in zip(results, matrices, strict=True):
+        assert nmse(y, np.float64(x) @ rounded(w).T) <= 1e-10
+        assert 1e-7 < nmse(y, np.float64(x) @ np.float64(dequantize(w)).T) < 1e-4
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
+    stacks = [
+        jax.tree.map(lambda *planes: jnp.stack(planes), *[matrix(rng, name, n, 512)] * 2)
+        for name, n in (("Q4_K", 40), ("Q6_K", 33))
+    ]
+    stacks = [
+        jax.tree.map(
+            lambda planes, other: planes.at[1].set(other), stack, matrix(rng, name, n, 512)
+        )
+        for stack, (name, n) in zip(stacks, (("Q4_K", 40), ("Q6_K", 33)), strict=True)
+    ]
+    x = activations(rng, 9, 512)
+    read = rng.integers(0, 9, (4, 8))
+    of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, first, stop
+    matrix_, first, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
+    groups = tiles.Groups(
+        *map(jnp.asarray, (matrix_, first, stop, np.int32(read), np.int32(len(of_group))))
+    )
+    results = tiles.products(x, stacks, groups=groups, results=12, interpret=True)
+    for y, stack in zip(results, stacks, strict=True):
+        expected = [
+            np.float64(x)[read[i, : stop - first]]
+            @ rounded(jax.tree.map(lambda planes, m=m: planes[m], stack)).T
+            for i, (m, first, stop) in enumerate(of_group)
+        ]
+        assert nmse(y, np.concatenate(expected)) <= 1e-10
+
+
+def test_what_has_no_tiles(rng):
+    w = matrix(rng, "Q4_K", 8, 512)
+    assert not tiles.supports(w, jnp.float32)
+    assert not tiles.supports(matrix(rng, "IQ4_XS", 8, 512), jnp.bfloat16)
