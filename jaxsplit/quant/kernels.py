@@ -40,14 +40,15 @@ def supports(w: QTensor) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies: rows of the matrix, bytes of each in the first plane in a step, and
-    warps.
+    """How a program multiplies: rows of the matrix, bytes of each in the first plane in a step,
+    bytes of a row that is not worth more than one step, and warps.
 
     With a warp for each row, all arrays are laid out alike, so that threads exchange nothing.
     """
 
     height: int = 4
     bytes: int = 1024
+    short: int = 2048
     warps: int = 4
 
 
@@ -143,7 +144,8 @@ def _rows(
     unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
     per_chunk = size // unit_bytes
     count = columns // form.chunk * per_chunk
-    units = min(tiling.bytes // unit_bytes, pl.next_power_of_2(count))
+    step_bytes = tiling.bytes if count * unit_bytes > tiling.short else tiling.short
+    units = min(step_bytes // unit_bytes, pl.next_power_of_2(count))
     steps = pl.cdiv(count, units)
     run = min(BLOCK, columns // w.scale.shape[-1])
     groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
