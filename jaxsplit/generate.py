@@ -125,7 +125,7 @@ def _use_compilation_cache() -> None:
     if folder == "auto":
         folder = platformdirs.user_cache_dir("jaxsplit", appauthor=False)
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _note(message: str) -> None:
