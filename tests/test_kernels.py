@@ -14,6 +14,7 @@ import jaxsplit
 from jaxsplit.quant import (
     TYPES,
     Arithmetic,
+    Launch,
     dequantize,
     kernels,
     matmul,
@@ -64,7 +65,7 @@ def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
     total = rounding.Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(addend))
     expected = jax.tree.map(lambda x: x, total).array
     pending = rounding.Pending(lambda x: x, (total,), jnp.bfloat16)
-    rounded = rounding.round_pending(pending, interpret=True)
+    rounded = pending.rounded(Launch(interpret=True))
     assert nmse(total.array, expected) <= 2e-5
     exact = rounding.round_rows(total.array[:, 0])
     assert np.array_equal(rounded.words, exact.words)
@@ -76,7 +77,7 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     x, scale = rng.normal(size=(2, 3, 1344)).astype(np.float32), rng.uniform(0.5, 2, 1344)
     operands = (jnp.asarray(x), jnp.asarray(scale, jnp.float32))
     pending = rounding.Pending(jnp.multiply, operands, jnp.float32, epsilon, 1400)
-    rounded = rounding.round_pending(pending, interpret=True)
+    rounded = pending.rounded(Launch(interpret=True))
     exact = np.float64(x) * np.float32(scale)
     if epsilon:
         exact /= np.sqrt((np.float64(x) ** 2).sum(axis=-1, keepdims=True) / 1400 + epsilon)
@@ -100,7 +101,7 @@ def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
     matrices = [matrix(rng, name, 7 + i, columns) for i, name in enumerate(names)]
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
     pending = rounding.Pending(lambda x: x, (x,), jnp.float32, 1e-6, columns)
-    for rounded in (rounding.round_rows(x), rounding.round_pending(pending, interpret=True)):
+    for rounded in (rounding.round_rows(x), pending.rounded(Launch(interpret=True))):
         results = kernels.products(rounded, matrices, interpret=True)
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
@@ -162,9 +163,14 @@ def test_rounded_activations_change_a_model_little(load, recipe_gguf):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("options", [{}, {"devices": 2}])
 def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, options):
-    path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, 4).tolist()
+    path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, 5).tolist()
     options |= {"dtype": "float32", "ctx_size": 64, "activations": "int8"}
     plain = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
-    monkeypatch.setattr(Arithmetic, "on", lambda _: Arithmetic(kernels=True, interpret=True))
+    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
+    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
     kernel = jaxsplit.load(path, **options).logits(tokens, one_by_one=True)
-    assert nmse(kernel, plain) <= 1e-5
+    errors = [nmse(*of_token) for of_token in zip(kernel, plain, strict=True)]
+    # Where the last bits of sums differ, an activation may be rounded to the other side: that is
+    # seen in this token and, a little, in those after it.
+    assert np.median(errors) <= 1e-5, errors
+    assert max(errors) <= 1e-3, errors

@@ -20,7 +20,7 @@ from jaxsplit.models import MLPConfig, MoE, MoEConfig
 from jaxsplit.models.layers import meet
 from jaxsplit.parallel import make_partition
 from jaxsplit.plan.work import trace_decode
-from jaxsplit.quant import TYPES, Arithmetic, QTensor, dequantize, unpack, use_arithmetic
+from jaxsplit.quant import TYPES, Arithmetic, Launch, QTensor, dequantize, unpack, use_arithmetic
 
 EMBED = 64
 BASE = MoEConfig(experts=8, used=3, expert=MLPConfig(48))
@@ -236,7 +236,7 @@ def test_kernels_multiply_with_chosen_experts(rng, change):
     model = quantized_moe(rng, "Q8_0", config, 64)
     x = jnp.asarray(rng.normal(size=(1, 1, 64)), jnp.float32)
     exact = meet(model(x), x.dtype)
-    with use_arithmetic(Arithmetic(rounded=True, kernels=True, interpret=True)):
+    with use_arithmetic(Arithmetic(rounded=True, kernels=True, launch=Launch(interpret=True))):
         found = meet(model(x), x.dtype)
     assert 1e-8 < nmse(found, exact) < 2e-3
 

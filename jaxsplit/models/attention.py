@@ -13,7 +13,7 @@ from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, project, rope
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
-from jaxsplit.quant import Rows, active_arithmetic
+from jaxsplit.quant import Rows, active_arithmetic, computed
 
 SCORES = 2**21
 """Of each head at a time: more would take too much memory."""
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         if active.kernels and placing.supports(c, batch, cache, x.dtype):
             norms = self.query_norm, self.key_norm
             queries, cache = placing.place(
-                query, key, value, batch, cache, c, norms, interpret=active.interpret
+                query, key, value, batch, cache, c, norms, interpret=active.launch.interpret
             )
             memory = cache
             key_positions = None if c.window is None else cache.positions(positions[:, 0])
@@ -89,9 +89,8 @@ class Attention(nnx.Module):
         queries = queries.reshape(*positions.shape, kv_heads, -1, c.head_dim)
         sinks = None if self.sinks is None else self.sinks.get_value()
         y = attend(queries, memory, positions, key_positions, c, sinks)
-        y = y.reshape(*positions.shape, -1)
         if gate is not None:
-            y = y * jax.nn.sigmoid(gate)
+            y = computed(y) * jax.nn.sigmoid(gate)
         return (self.out.partial(y),), cache
 
     def _queries(self, x: Array, batch: Batch) -> Array:
@@ -181,7 +180,7 @@ def attend(
     key_positions: Array | None,
     config: AttentionConfig,
     sinks: Array | None = None,
-) -> Array:
+) -> Rows:
     """Softmax attention over the keys at and before each query's position.
 
     Args:
@@ -195,13 +194,13 @@ def attend(
       sinks: float32 `[kv_heads * group]`, or None.
 
     Returns:
-      `[batch, time, kv_heads, group, value_dim]` in the dtype of `queries`; scores and softmax are
-      float32.
+      `[batch, time, kv_heads * group * value_dim]` in the dtype of `queries`, perhaps not computed
+      yet; scores and softmax are float32.
     """
     active = active_arithmetic()
     if active.kernels and flash.supports(queries, memory, config):
         return flash.attend(
-            queries, memory, positions, key_positions, config, sinks, interpret=active.interpret
+            queries, memory, positions, key_positions, config, sinks, launch=active.launch
         )
     if key_positions is None:
         key_positions = jnp.arange(memory.length)[None]
@@ -250,10 +249,11 @@ def attend(
         weights /= weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest)
     if value_scale is not None:
         weights = weights * value_scale[:, :, None, None]
-    return jnp.einsum(
+    y = jnp.einsum(
         "bkgts,bksd->btkgd",
         weights.astype(dtype),
         values.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
-    ).astype(dtype)
+    )
+    return y.astype(dtype).reshape(*y.shape[:2], -1)

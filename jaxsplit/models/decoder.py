@@ -40,7 +40,7 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
 from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
-from jaxsplit.quant import Rows, Sum, active_arithmetic, matmul, take_rows, values
+from jaxsplit.quant import Rows, Sum, active_arithmetic, computed, matmul, take_rows
 
 MODULES: Mapping[type, type[nnx.Module]] = {
     AttentionConfig: Attention,
@@ -93,10 +93,10 @@ class Block(nnx.Module):
             if norm is None and self.config.residual_scale == 1:
                 return add(x, parts)
             y = meet(parts, x.dtype)
-            return values(x) + (y if norm is None else norm(y)) * self.config.residual_scale
+            return computed(x) + (y if norm is None else norm(y)) * self.config.residual_scale
 
         def read(x: Array | Sum, norm: nnx.Module | None) -> Rows:
-            return values(x) if norm is None else norm.pending(x)
+            return computed(x) if norm is None else norm.pending(x)
 
         before = read(x, self.mixer_norm)
         mixed, cache = self.mixer(before, batch, cache)
@@ -106,9 +106,9 @@ class Block(nnx.Module):
         x = write(x, mixed, self.mixer_post_norm)
         x = write(x, self.mlp(read(x, self.mlp_norm)), self.mlp_post_norm)
         if self.layer_input is not None:
-            x = values(x) + self.layer_input(values(x), layer_input)
+            x = computed(x) + self.layer_input(computed(x), layer_input)
         if self.output_scale is not None:
-            x = (values(x) * self.output_scale.get_value()).astype(x.dtype)
+            x = (computed(x) * self.output_scale.get_value()).astype(x.dtype)
         return x, cache
 
 
@@ -253,7 +253,7 @@ class Decoder(nnx.Module):
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
-        x = values(x)
+        x = computed(x)
         if layer_inputs is not None:
             x = jnp.concatenate([x, layer_inputs], axis=-1)
         return x, None if cache is None else caches

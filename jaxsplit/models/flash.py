@@ -6,7 +6,7 @@ second kernel joins (Dao et al. 2023, "Flash-Decoding").
 
 import dataclasses
 import math
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,17 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.models.cache import AttentionCache
 from jaxsplit.models.mixer_config import AttentionConfig
+from jaxsplit.quant import (
+    BLOCK,
+    Late,
+    Launch,
+    Pending,
+    Rounded,
+    Rows,
+    block_elements,
+    rounded_shapes,
+    store_rounded,
+)
 
 _LOG2_E = math.log2(math.e)
 _NONE = -1e30  # the score of a key that is not looked at
@@ -68,13 +79,13 @@ def attend(
     sinks: Array | None = None,
     *,
     tiling: _Tiling | None = None,
-    interpret: bool = False,
-) -> Array:
+    launch: Launch = Launch(),  # noqa: B008
+) -> Rows:
     """As `jaxsplit.models.attention.attend`, for what is supported.
 
     Args:
       tiling: of the work; None: a usual one.
-      interpret: run it without a GPU, to test it.
+      launch: of the kernels.
     """
     batch, time, kv_heads, group, _ = queries.shape
     value_dim = memory.values.shape[-1]
@@ -91,23 +102,80 @@ def attend(
         *[jax.ShapeDtypeStruct(of_splits, jnp.float32)] * 2,
     ]
     results = pl.pallas_call(
-        partial(_kernel, structure=structure, tiling=tiling, config=config, scale=scale),
+        partial(
+            _kernel,
+            structure=structure,
+            tiling=tiling,
+            config=config,
+            scale=scale,
+            launch=launch,
+        ),
         grid=(pl.cdiv(time * group, tiling.rows) * tiling.splits, kv_heads, batch),
         out_shape=[out] if tiling.splits == 1 else sums,
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=interpret,
+        interpret=launch.interpret,
         name="attend",
     )(*leaves)
     if tiling.splits == 1:
-        return results[0]
-    return pl.pallas_call(
-        partial(_join, splits=tiling.splits),
-        grid=(batch * time, kv_heads * group),
-        out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
-        interpret=interpret,
-        name="attend_join",
-    )(*results, *(() if sinks is None else (sinks,)))
+        return results[0].reshape(batch, time, -1)
+    return _Splits(*results, sinks, queries.dtype, launch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Splits(Late):
+    """What the splits have, not joined yet.
+
+    Attributes:
+      values: weighted values, float32 `[splits, batch, time, kv_heads, group, value_dim]`.
+      largest: the largest scores, likewise without `value_dim`.
+      total: sums of weights, likewise.
+      sinks: as in `attend`.
+      dtype: of the rows.
+      launch: of the kernel.
+    """
+
+    values: Array
+    largest: Array
+    total: Array
+    sinks: Array | None
+    dtype: jnp.dtype
+    launch: Launch
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[batch, time, heads * value_dim]`."""
+        return *self.values.shape[1:3], math.prod(self.values.shape[3:])
+
+    @cached_property
+    def array(self) -> Array:
+        """The rows `[batch, time, heads * value_dim]`."""
+        *rows, columns = self.shape
+        [y] = self._join(
+            [jax.ShapeDtypeStruct((math.prod(rows), columns), self.dtype)], self.launch
+        )
+        return y.reshape(self.shape)
+
+    def rounded(self, launch: Launch) -> Rounded:
+        """Joined and rounded in one kernel where a head is made of whole blocks."""
+        if self.values.shape[-1] % BLOCK:
+            return Pending(lambda x: x, (self.array,), self.dtype).rounded(launch)
+        *rows, columns = self.shape
+        return Rounded(*self._join(rounded_shapes(math.prod(rows), columns), launch))
+
+    def _join(self, shapes: list[jax.ShapeDtypeStruct], launch: Launch) -> list[Array]:
+        splits, batch, time, kv_heads, group, _ = self.values.shape
+        of_splits = (self.values, self.largest, self.total)
+        of_splits = [
+            x.reshape(splits, batch * time, kv_heads * group, *x.shape[5:]) for x in of_splits
+        ]
+        return pl.pallas_call(
+            partial(_join, rounds=len(shapes) > 1, launch=launch),
+            grid=(batch * time, kv_heads * group),
+            out_shape=shapes,
+            compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+            interpret=launch.interpret,
+            name="attend_join",
+        )(*of_splits, *(() if self.sinks is None else (self.sinks,)))
 
 
 def _padded(width: int) -> int:
@@ -126,6 +194,7 @@ def _kernel(
     tiling: _Tiling,
     config: AttentionConfig,
     scale: float,
+    launch: Launch,
 ) -> None:
     """Some rows of queries of one head of keys, with all keys that they see or a split of them."""
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
@@ -138,6 +207,8 @@ def _kernel(
     tile, split = tiles - 1 - pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
     head, sequence = pl.program_id(1), pl.program_id(2)
 
+    if tiling.splits > 1:
+        tile = launch.next_from(tile)
     rows = tile * tiling.rows + jnp.arange(tiling.rows)
     inside = rows < time * group
     position = plgpu.load(positions.at[sequence, jnp.minimum(rows // group, time - 1)])
@@ -250,34 +321,39 @@ def _kernel(
     store(out_refs[0], values / jnp.maximum(total, 1e-30)[:, None])
 
 
-def _join(*refs: jax.Ref, splits: int) -> None:
-    """What the splits have for one head of one query, put together."""
-    values_ref, largest_ref, total_ref, *sinks, out_ref = refs
-    _, _, time, kv_heads, group, value_dim = values_ref.shape
-    sequence, t = pl.program_id(0) // time, pl.program_id(0) % time
-    head, member = pl.program_id(1) // group, pl.program_id(1) % group
-    split = jnp.arange(splits)
-    largest = plgpu.load(largest_ref.at[split, sequence, t, head, member])
-    total = plgpu.load(total_ref.at[split, sequence, t, head, member])
+def _join(*refs: jax.Ref, rounds: bool, launch: Launch) -> None:
+    """What the splits have for one head of one query, put together, and perhaps rounded."""
+    values_ref, largest_ref, total_ref, *rest = refs
+    results = 4 if rounds else 1
+    sinks, outs = rest[:-results], rest[-results:]
+    splits, _, _, value_dim = values_ref.shape
+    row, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(splits)
+    if rounds:
+        row = launch.next_from(row)
+    largest = plgpu.load(largest_ref.at[split, row, head])
+    total = plgpu.load(total_ref.at[split, row, head])
     final = jnp.max(largest)
     if sinks:
-        sink = sinks[0][pl.program_id(1)] * _LOG2_E
+        sink = sinks[0][head] * _LOG2_E
         final = jnp.maximum(final, sink)
     fade = jnp.exp2(largest - final)
     total = jnp.sum(total * fade)
     if sinks:
         total += jnp.exp2(sink - final)
-    shape = (splits, pl.next_power_of_2(value_dim))
-    column = _wide(jnp.arange(shape[1]), shape, 1)
+    if rounds:
+        block = jnp.arange(pl.next_power_of_2(value_dim // BLOCK))
+        column = block_elements(block)
+    else:
+        column = jnp.arange(pl.next_power_of_2(value_dim))
+    shape = (splits, *column.shape)
+    at = jnp.broadcast_to(column[None], shape)
     values = plgpu.load(
-        values_ref.at[_wide(split, shape, 0), sequence, t, head, member, column],
-        mask=column < value_dim,
-        other=0.0,
+        values_ref.at[_wide(split, shape, 0), row, head, at], mask=at < value_dim, other=0.0
     )
-    y = jnp.sum(values * fade[:, None], axis=0) / jnp.maximum(total, 1e-30)
-    column = jnp.arange(shape[1])
-    plgpu.store(
-        out_ref.at[sequence, t, head, member, column],
-        y.astype(out_ref.dtype),
-        mask=column < value_dim,
-    )
+    y = jnp.sum(values * _wide(fade, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
+    if rounds:
+        first = head * (value_dim // BLOCK)
+        store_rounded(outs, row, first + block, block < value_dim // BLOCK, y)
+    else:
+        at = (row, head * value_dim + column)
+        plgpu.store(outs[0].at[at], y.astype(outs[0].dtype), mask=column < value_dim)

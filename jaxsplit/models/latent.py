@@ -10,7 +10,7 @@ from jaxsplit.models.axes import EMBED, LATENT, Axis
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, param, rope
 from jaxsplit.models.mixer_config import AttentionConfig, LatentAttentionConfig
-from jaxsplit.quant import Rows, Weight, dequantize, matmul, values
+from jaxsplit.quant import Rows, Weight, computed, dequantize, matmul
 
 
 class LatentAttention(nnx.Module):
@@ -47,7 +47,7 @@ class LatentAttention(nnx.Module):
         """What the tokens read from one another; as `Attention`."""
         c, positions = self.config, batch.positions
         factors = batch.rope_factors.get(c.rope.factors)
-        x = values(x)
+        x = computed(x)
         low = x if self.query_down is None else self.query_norm(self.query_down(x))
         queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
         queries, turning = jnp.split(queries, [c.head_dim], axis=-1)
@@ -77,8 +77,8 @@ class LatentAttention(nnx.Module):
         to_latent = _times(queries, _turned(up, queries.dtype) if c.keys_by_row else up)
         queries = jnp.concatenate([to_latent, turning], axis=-1)[:, :, None]
         config = AttentionConfig(c.heads, 1, queries.shape[-1], c.latent, scale=c.scale)
-        y = attend(queries, memory, positions, key_positions, config)[:, :, 0]
-        return _times(y, self.value_up.get_value())
+        y = computed(attend(queries, memory, positions, key_positions, config))
+        return _times(y.reshape(*queries.shape[:2], -1, c.latent), self.value_up.get_value())
 
     def _expanded(
         self,
@@ -100,7 +100,8 @@ class LatentAttention(nnx.Module):
         queries = jnp.concatenate([queries, turning], axis=-1)[:, :, :, None]
         config = AttentionConfig(c.heads, c.heads, queries.shape[-1], c.value_dim, scale=c.scale)
         memory = AttentionCache.of(keys, values, dtype)
-        return attend(queries, memory, positions, key_positions, config)[:, :, :, 0]
+        y = computed(attend(queries, memory, positions, key_positions, config))
+        return y.reshape(*queries.shape[:3], -1)
 
 
 def _times(x: Array, w: Weight) -> Array:

@@ -28,7 +28,7 @@ from jaxsplit.models.axes import (
     total_over,
 )
 from jaxsplit.models.mixer_config import NormConfig, RopeConfig
-from jaxsplit.quant import Pending, Rows, Sum, matmul, matmuls, pends, take_rows, values
+from jaxsplit.quant import Pending, Rows, Sum, computed, matmul, matmuls, pends, take_rows
 
 
 def param(rngs: nnx.Rngs | None, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> nnx.Param:
@@ -68,7 +68,7 @@ class Norm(nnx.Module):
         c = self.config
         plain = c.kind == "rms" and not c.bias and not self.group and not is_split(self.axis)
         if not plain or not pends(math.prod(x.shape[:-1])):
-            return self(values(x))
+            return self(computed(x))
         scale = () if self.scale is None else (self.scale.get_value(),)
         return Pending(_product, (x, *scale), x.dtype, c.epsilon, self.size)
 
@@ -146,7 +146,7 @@ def meet(parts: Partials, dtype: jnp.dtype) -> Array:
 
 def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     """The residual stream with what a layer writes to it, left to the kernel that reads it."""
-    x = values(x)
+    x = computed(x)
     if not pends(math.prod(x.shape[:-1])) or any(is_split(part.rows) for part in parts):
         return x + meet(parts, x.dtype)
     return Sum(x, meet(parts, jnp.float32))
@@ -193,7 +193,7 @@ class Linear(nnx.Module):
         """The columns that this device's kernel multiplies."""
         if is_split(self.columns) or not is_split(self.in_axis):
             return x
-        return gather_over(values(x), self.in_axis)
+        return gather_over(computed(x), self.in_axis)
 
 
 def project(x: Rows, *linears: Linear | None) -> list[Array | None]:

@@ -19,6 +19,7 @@ from jaxsplit.quant import (
     Pending,
     QTensor,
     Rows,
+    computed,
     expert_products,
     grouped_products,
     has_kernel,
@@ -26,7 +27,6 @@ from jaxsplit.quant import (
     matmul,
     pends,
     use_arithmetic,
-    values,
     with_bytes,
 )
 
@@ -236,7 +236,7 @@ class Experts(nnx.Module):
         operands = tuple(project(x, layers, x.dtype))
         hidden: Rows = Pending(partial(activate, self.activation), operands, x.dtype)
         if not is_split(self.mlp.columns):
-            hidden = self._whole(values(hidden))
+            hidden = self._whole(computed(hidden))
         return project(hidden, [self.down], jnp.float32)[0]
 
     def _by_groups(self, x: Array, chosen: Array, weights: Array) -> Array:
@@ -319,7 +319,7 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Rows, routed_by: Array | None = None) -> Partials:
         """`[..., embed]` to parts of the same; the router reads `routed_by`, if given."""
-        pending, x = x, values(x)
+        pending, x = x, computed(x)
         chosen, weights = self.route(x if routed_by is None else routed_by)
         routed = self.experts(x, chosen, weights, weigh_input=self.config.weigh_input)
         if self.shared is None:

@@ -9,11 +9,13 @@ from jaxsplit.quant.forms import (
     with_bytes,
     with_words,
 )
+from jaxsplit.quant.launch import Launch
 from jaxsplit.quant.products import (
     PLAIN,
     Arithmetic,
     Rows,
     active_arithmetic,
+    computed,
     expert_products,
     grouped_products,
     has_kernel,
@@ -22,25 +24,38 @@ from jaxsplit.quant.products import (
     matmuls,
     pends,
     use_arithmetic,
-    values,
 )
-from jaxsplit.quant.rounding import Pending, Sum
+from jaxsplit.quant.rounding import (
+    BLOCK,
+    Late,
+    Pending,
+    Rounded,
+    Sum,
+    block_elements,
+    rounded_shapes,
+    store_rounded,
+)
 from jaxsplit.quant.tiles import Groups
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 
 __all__ = [
-    "Groups",
+    "BLOCK",
     "PLAIN",
     "TYPES",
     "Arithmetic",
     "Form",
+    "Groups",
+    "Late",
+    "Launch",
     "Pending",
     "QTensor",
     "QuantType",
+    "Rounded",
     "Rows",
     "Sum",
     "Weight",
     "active_arithmetic",
+    "block_elements",
     "dequantize",
     "expert_products",
     "grouped_products",
@@ -50,10 +65,12 @@ __all__ = [
     "matmuls",
     "pends",
     "quant_type",
+    "rounded_shapes",
+    "store_rounded",
     "take_rows",
     "unpack",
     "use_arithmetic",
-    "values",
+    "computed",
     "with_bytes",
     "with_words",
 ]

@@ -24,7 +24,7 @@ MAX_ROWS = 2
 
 
 _SLICE = 16  # bytes that a thread loads at once
-_GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
+GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
 
 
@@ -148,7 +148,7 @@ def _rows(
     units = min(step_bytes // unit_bytes, pl.next_power_of_2(count))
     steps = pl.cdiv(count, units)
     run = min(BLOCK, columns // w.scale.shape[-1])
-    groups = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
+    groups = {name: getattr(w, name) for name in GROUPS if getattr(w, name) is not None}
     slices = [(p * size + b, b) for p in range(pieces) for b in range(0, unit_bytes, _SLICE)]
     # Slices that share scales are added up before they are scaled.
     together = run if per_chunk == 1 else _SLICE

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.quant import kernels, tiles
+from jaxsplit.quant import dense, kernels, tiles
 from jaxsplit.quant.forms import (
     QTensor,
     Weight,
@@ -23,9 +24,11 @@ from jaxsplit.quant.forms import (
     scales,
     value_of,
 )
-from jaxsplit.quant.rounding import Pending, Sum, round_pending, round_rows
+from jaxsplit.quant.launch import Launch
+from jaxsplit.quant.rounding import Late, Pending, Sum, round_rows
 
 _HIGHEST = lax.Precision.HIGHEST
+_TOGETHER = 2**28  # bytes of plain matrices that are multiplied as one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +38,19 @@ class Arithmetic:
     Attributes:
       rounded: activations are rounded to 8 bits; else they stay what they are.
       kernels: the devices run kernels; else the same numbers are computed without them.
-      interpret: kernels are interpreted, to test them without a GPU.
+      launch: of kernels.
     """
 
     rounded: bool = False
     kernels: bool = False
-    interpret: bool = False
+    launch: Launch = Launch()
 
     @staticmethod
     def on(device: jax.Device) -> "Arithmetic":
         """What a device can do, without rounding. Kernels need compute capability 8.0."""
-        capability = getattr(device, "compute_capability", None)
-        gpu = device.platform in ("gpu", "cuda") and capability is not None
-        return Arithmetic(kernels=gpu and float(capability) >= 8)
+        gpu = device.platform in ("gpu", "cuda")
+        capability = float(getattr(device, "compute_capability", 0)) if gpu else 0
+        return Arithmetic(kernels=capability >= 8, launch=Launch(overlap=capability >= 9))
 
 
 PLAIN = Arithmetic()
@@ -142,13 +145,13 @@ def pends(rows: int) -> bool:
     return active.rounded and active.kernels and rows <= kernels.MAX_ROWS
 
 
-Rows = Array | Pending | Sum
+Rows = Array | Late | Sum
 """Activations `[..., in]`, perhaps not computed yet."""
 
 
-def values(x: Rows) -> Array:
+def computed(x: Rows) -> Array:
     """Activations, computed."""
-    return x.array if isinstance(x, Pending | Sum) else x
+    return x.array if isinstance(x, Late | Sum) else x
 
 
 def matmul(x: Rows, w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -173,25 +176,50 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
       `[..., out]` each, accumulated in float32.
     """
     rows, active = math.prod(x.shape[:-1]), _arithmetic.get()
-    few = active.rounded and rows <= kernels.MAX_ROWS
-    tens = active.kernels and not few and 1 < rows <= tiles.MAX_ROWS
-    suits = has_kernel if few else partial(has_tiles, dtype=x.dtype)
-    served = {i: w for i, w in enumerate(weights) if (few or tens) and suits(w)}
-    matrices, results = list(served.values()), []
-    if few and served and active.kernels:
-        rounded = round_pending(_pending(x), interpret=active.interpret)
-        results = kernels.products(rounded, matrices, dtype, interpret=active.interpret)
-    elif few and served:
-        rounded = round_rows(values(x).reshape(rows, -1)).dequantized()
-        results = [_multiply(rounded, w, dtype) for w in matrices]
-    elif served:
-        read = values(x).reshape(rows, -1)
-        results = tiles.products(read, matrices, dtype, interpret=active.interpret)
-    results = [y.reshape(*x.shape[:-1], -1) for y in results]
-    served = dict(zip(served, results, strict=True))
-    return [
-        served[i] if i in served else _multiply(values(x), w, dtype) for i, w in enumerate(weights)
-    ]
+    way, suits = _many_rows, lambda _: True
+    if active.rounded and rows <= kernels.MAX_ROWS:
+        way, suits = _few_rows, has_kernel
+    elif active.kernels and 1 < rows <= tiles.MAX_ROWS:
+        way, suits = _tens_of_rows, partial(has_tiles, dtype=x.dtype)
+    suited = [suits(w) for w in weights]
+    results = iter(way(x, list(itertools.compress(weights, suited)), dtype))
+    others = iter(_many_rows(x, [w for w, y in zip(weights, suited, strict=True) if not y], dtype))
+    return [next(results if y else others) for y in suited]
+
+
+def _few_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
+    """`matmuls` of rounded rows."""
+    active = _arithmetic.get()
+    if not weights:
+        return []
+    if active.kernels:
+        rounded = _late(x).rounded(active.launch)
+        ys = kernels.products(rounded, weights, dtype, interpret=active.launch.interpret)
+    else:
+        rounded = round_rows(computed(x).reshape(-1, x.shape[-1])).dequantized()
+        ys = [_multiply(rounded, w, dtype) for w in weights]
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _tens_of_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
+    """`matmuls` with tiles of the matrices."""
+    if not weights:
+        return []
+    rows, interpret = computed(x).reshape(-1, x.shape[-1]), _arithmetic.get().launch.interpret
+    ys = tiles.products(rows, weights, dtype, interpret=interpret)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _many_rows(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
+    """`matmuls` without a kernel for the products; small matrices are dequantized into one."""
+    several = len(weights) > 1 and math.prod(x.shape[:-1]) > 1
+    size = sum(math.prod(w.shape) for w in weights) * x.dtype.itemsize
+    if several and size <= _TOGETHER and all(map(_has_dense, weights)):
+        x, interpret = computed(x), _arithmetic.get().launch.interpret
+        w = dense.dequantize(weights, x.dtype, after=x, interpret=interpret)
+        ends = np.cumsum([w.shape[0] for w in weights[:-1]])
+        return jnp.split(_dot(x, w, dtype), ends, axis=-1)
+    return [_multiply(computed(x), w, dtype) for w in weights]
 
 
 def expert_products(
@@ -208,9 +236,9 @@ def expert_products(
     Returns:
       `[pairs, out]` each.
     """
-    interpret = _arithmetic.get().interpret
-    rounded = round_pending(_pending(x), interpret=interpret)
-    return kernels.products(rounded, stacks, dtype, experts=experts, interpret=interpret)
+    launch = _arithmetic.get().launch
+    rounded = _late(x).rounded(launch)
+    return kernels.products(rounded, stacks, dtype, experts=experts, interpret=launch.interpret)
 
 
 def grouped_products(
@@ -232,12 +260,12 @@ def grouped_products(
     Returns:
       `[results, out]` each.
     """
-    interpret = _arithmetic.get().interpret
+    interpret = _arithmetic.get().launch.interpret
     return tiles.products(x, stacks, dtype, groups=groups, results=results, interpret=interpret)
 
 
-def _pending(x: Rows) -> Pending:
-    return x if isinstance(x, Pending) else Pending(_same, (values(x),), x.dtype)
+def _late(x: Rows) -> Late:
+    return x if isinstance(x, Late) else Pending(_same, (computed(x),), x.dtype)
 
 
 def _same(x: Array) -> Array:
@@ -255,6 +283,11 @@ def has_tiles(w: Weight, dtype: jnp.dtype) -> bool:
     return active.kernels and isinstance(w, QTensor) and tiles.supports(w, dtype)
 
 
+def _has_dense(w: Weight) -> bool:
+    """Whether a kernel can dequantize a matrix."""
+    return _arithmetic.get().kernels and isinstance(w, QTensor) and dense.supports(w)
+
+
 def _multiply(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
     """`x @ w.T` without rounding: `[..., out]`."""
     if math.prod(x.shape[:-1]) == 1:
@@ -270,13 +303,17 @@ def _multiply(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
         if x.dtype != jnp.float32:
             y = lax.platform_dependent(x, w, cuda=_sum_of_products, default=_dot)
             return y.astype(dtype)
-    if isinstance(w, QTensor):
-        # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them
-        # alive. Some backends drop an optimization barrier too early to serve.
+    # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them alive.
+    if _has_dense(w):
+        interpret = _arithmetic.get().launch.interpret
+        w = dense.dequantize([w], x.dtype, after=x, interpret=interpret)
+    elif isinstance(w, QTensor):
+        # Some backends drop an optimization barrier too early to serve.
         poisoned = jnp.isnan(x[(0,) * x.ndim])
         scale = jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale)
         w = dataclasses.replace(w, scale=scale)
-    return _dot(x, dequantize(w, x.dtype), dtype)
+        w = dequantize(w, x.dtype)
+    return _dot(x, w, dtype)
 
 
 def _dot(x: Array, w: Array, dtype: jnp.dtype = jnp.float32) -> Array:

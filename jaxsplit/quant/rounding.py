@@ -1,12 +1,12 @@
-"""Activations rounded to 8 bits, and the kernel that computes what it rounds.
+"""Activations rounded to 8 bits, and kernels that compute what they round.
 
 As in ggml, 32 neighbours share a scale. Rounding happens between all products with quantized
 matrices, so that its kernel can do what else happens there: add to the residual stream, normalize,
-apply an activation function.
+apply an activation function, join the parts of attention.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from jaxsplit.quant.launch import Launch
 
 BLOCK = 32
 """Activations that share a scale."""
@@ -51,9 +53,28 @@ class Sum:
         return self.stream + self.addend.astype(self.dtype)
 
 
+class Late:
+    """Rows `[..., in]` that are not computed yet, so that a kernel can compute them as it rounds
+    them."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., in]`."""
+        raise NotImplementedError
+
+    @property
+    def array(self) -> Array:
+        """The rows."""
+        raise NotImplementedError
+
+    def rounded(self, launch: Launch) -> "Rounded":
+        """The rows in 8 bits, which kernels read and nothing else does."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pending:
-    """Rows that are not computed yet, so that a kernel can compute them as it rounds them.
+class Pending(Late):
+    """Rows that are a function of others, element by element.
 
     Attributes:
       function: of the operands' elements, float32.
@@ -85,6 +106,34 @@ class Pending:
             squares = jnp.sum(operands[0] ** 2, axis=-1, keepdims=True)
             y = y * lax.rsqrt(squares / self.size + self.epsilon)
         return y.astype(self.dtype)
+
+    def rounded(self, launch: Launch) -> "Rounded":
+        """In one kernel. What divides all of a row is left for later: it does not change the
+        codes."""
+        columns, total = self.shape[-1], self.operands[0]
+        operands = jax.tree.map(
+            lambda y: y if y.ndim == 1 else y.reshape(-1, columns), self.operands
+        )
+        inputs, structure = jax.tree.flatten(operands)
+        rows, blocks = len(inputs[0]), columns // BLOCK
+        shapes = rounded_shapes(rows, columns)
+        if self.epsilon is not None:
+            shapes.append(jax.ShapeDtypeStruct((rows, blocks), jnp.float32))
+        if isinstance(total, Sum):
+            shapes.append(jax.ShapeDtypeStruct((rows, columns), total.dtype))
+        *results, last = pl.pallas_call(
+            partial(_kernel, function=self.function, structure=structure, launch=launch),
+            grid=(rows, pl.cdiv(blocks, _BLOCKS)),
+            out_shape=shapes,
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            interpret=launch.interpret,
+            name="round_rows",
+        )(*inputs)
+        if isinstance(total, Sum):
+            vars(total)["array"] = last.reshape(total.shape)
+        else:
+            results.append(last)
+        return Rounded(*results, epsilon=self.epsilon or 0.0, size=self.size)
 
 
 @jax.tree_util.register_dataclass
@@ -143,42 +192,49 @@ def round_rows(x: Array) -> Rounded:
     return Rounded(words, scale, sums, half_sums.reshape(rows, -1))
 
 
-def round_pending(x: Pending, *, interpret: bool = False) -> Rounded:
-    """Computes and rounds rows in one kernel. What divides all of a row is left for later: it does
-    not change the codes.
+def rounded_shapes(rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
+    """Of words, scales, sums and those of halves."""
+    blocks = columns // BLOCK
+    words = jax.ShapeDtypeStruct((rows, columns // 4), jnp.uint32)
+    return [
+        words,
+        *(jax.ShapeDtypeStruct((rows, n), jnp.float32) for n in (blocks, blocks, 2 * blocks)),
+    ]
+
+
+def block_elements(block: Array) -> Array:
+    """Where in its row the elements of blocks `[n]` are: `[n, 2, 4, 4]`."""
+    half = block[:, None] * 2 + jnp.arange(2)
+    word = half[..., None] * (BLOCK // 8) + jnp.arange(BLOCK // 8)
+    return word[..., None] * 4 + jnp.arange(4)
+
+
+def store_rounded(
+    refs: Sequence[jax.Ref], row: Array, block: Array, inside: Array, x: Array
+) -> None:
+    """Rounds blocks `[n]` of a row in a kernel.
 
     Args:
-      x: of `[..., in]`.
-      interpret: run it without a GPU, to test it.
+      refs: words, scales, sums and those of halves.
+      row: which.
+      block: which.
+      inside: which blocks there are.
+      x: float32 `[n, 2, 4, 4]`.
     """
-    columns, total = x.shape[-1], x.operands[0]
-    operands = jax.tree.map(lambda y: y if y.ndim == 1 else y.reshape(-1, columns), x.operands)
-    inputs, structure = jax.tree.flatten(operands)
-    rows, blocks = len(inputs[0]), columns // BLOCK
-    of_blocks = jax.ShapeDtypeStruct((rows, blocks), jnp.float32)
-    of_halves = jax.ShapeDtypeStruct((rows, 2 * blocks), jnp.float32)
-    words = jax.ShapeDtypeStruct((rows, columns // 4), jnp.int32)
-    shapes = [words, of_blocks, of_blocks, of_halves]
-    if x.epsilon is not None:
-        shapes.append(of_blocks)
-    if isinstance(total, Sum):
-        shapes.append(jax.ShapeDtypeStruct((rows, columns), total.dtype))
-    words, scale, sums, half_sums, *more = pl.pallas_call(
-        partial(_round_kernel, function=x.function, structure=structure),
-        grid=(rows, pl.cdiv(blocks, _BLOCKS)),
-        out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="round_rows",
-    )(*inputs)
-    if isinstance(total, Sum):
-        vars(total)["array"] = more.pop().reshape(total.shape)
-    words = lax.bitcast_convert_type(words, jnp.uint32)
-    rounded = Rounded(words, scale, sums, half_sums, *more)
-    return dataclasses.replace(rounded, epsilon=x.epsilon or 0.0, size=x.size)
+    half = block[:, None] * 2 + jnp.arange(2)
+    word = half[..., None] * (BLOCK // 8) + jnp.arange(BLOCK // 8)
+    words, *results = _round_block(x)
+    results = [lax.bitcast_convert_type(words, jnp.uint32), *results]
+    for ref, at, y in zip(refs, (word, block, block, half), results, strict=True):
+        plgpu.store(ref.at[row, at], y, mask=like(inside, at.shape))
 
 
-def _round_kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any) -> None:
+def like(mask: Array, shape: tuple[int, ...]) -> Array:
+    """`[n]` as `[n, ...]`."""
+    return jnp.broadcast_to(mask.reshape(-1, *[1] * (len(shape) - 1)), shape)
+
+
+def _kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any, launch: Launch) -> None:
     """Some blocks of a row.
 
     Args:
@@ -186,38 +242,31 @@ def _round_kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any
         perhaps the rows that the first operand adds up to.
       function: of the operands.
       structure: of the operands.
+      launch: as in `Pending.rounded`.
     """
     operands = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    words_ref, scale_ref, sums_ref, half_sums_ref, *more = refs[structure.num_leaves :]
-    added_ref = more.pop() if isinstance(operands[0], Sum) else None
-    row = pl.program_id(0)
+    *outs, last = refs[structure.num_leaves :]
+    if not isinstance(operands[0], Sum):
+        outs.append(last)
+    row = launch.next_from(pl.program_id(0))
     block = pl.program_id(1) * _BLOCKS + jnp.arange(_BLOCKS)
-    inside = block < scale_ref.shape[1]
-    half = block[:, None] * 2 + jnp.arange(2)
-    word = half[..., None] * (BLOCK // 8) + jnp.arange(BLOCK // 8)
-    element = word[..., None] * 4 + jnp.arange(4)
-
-    def exists(index: Array) -> Array:
-        """Which places of an index that begins with the blocks' dimension there are."""
-        return jnp.broadcast_to(inside.reshape(-1, *[1] * (index.ndim - 1)), index.shape)
+    inside = block < outs[1].shape[1]
+    element = block_elements(block)
+    exists = like(inside, element.shape)
 
     def load(operand: jax.Ref | Sum) -> Array:
         if isinstance(operand, Sum):
             x = load(operand.stream) + load(operand.addend)
-            x = x.astype(added_ref.dtype)
-            plgpu.store(added_ref.at[row, element], x, mask=exists(element))
+            x = x.astype(last.dtype)
+            plgpu.store(last.at[row, element], x, mask=exists)
             return x.astype(jnp.float32)
         at = (element,) if operand.ndim == 1 else (row, element)
         zero = jnp.zeros((), operand.dtype)
-        return plgpu.load(operand.at[at], mask=exists(element), other=zero).astype(jnp.float32)
+        return plgpu.load(operand.at[at], mask=exists, other=zero).astype(jnp.float32)
 
     values = [load(operand) for operand in operands]
-    words, scale, sums, half_sums = _round_block(function(*values))
-    plgpu.store(words_ref.at[row, word], words, mask=exists(word))
-    plgpu.store(scale_ref.at[row, block], scale, mask=inside)
-    plgpu.store(sums_ref.at[row, block], sums, mask=inside)
-    plgpu.store(half_sums_ref.at[row, half], half_sums, mask=exists(half))
-    for squares_ref in more:
+    store_rounded(outs[:4], row, block, inside, function(*values))
+    for squares_ref in outs[4:]:
         squares = jnp.sum(values[0] * values[0], axis=-1)
         squares = jnp.sum(jnp.sum(squares, axis=-1), axis=-1)
         plgpu.store(squares_ref.at[row, block], squares, mask=inside)

@@ -24,7 +24,6 @@ MAX_ROWS = 64
 
 _MOST_WEIGHTS = 512  # of a row in a step
 _PROGRAMS = 512  # fewer do not keep a GPU busy
-_GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _tile(
     pieces, per_chunk = _pieces(form)
     total, x_rows = columns // (4 * pieces), x_ref.shape[0] // (4 * pieces)
     height, words = tiling.height, min(tiling.words, _MOST_WEIGHTS // (4 * pieces))
-    entries = {name: getattr(w, name) for name in _GROUPS if getattr(w, name) is not None}
+    entries = {name: getattr(w, name) for name in kernels.GROUPS if getattr(w, name) is not None}
     length = {name: columns // ref.shape[-1] for name, ref in entries.items()}
     row = jnp.minimum(first + jnp.arange(height), out - 1)
     steps, whole = pl.cdiv(total, words), total % words == 0
