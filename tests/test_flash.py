@@ -83,3 +83,14 @@ def test_padding_is_no_number_that_spreads():
     assert np.isfinite(np.asarray(found, np.float32)).all()
     expected = flash.attend(queries[:, :50], memory, positions[:, :50], None, config, launch=LAUNCH)
     assert nmse(found[:, :50], computed(expected)) <= 1e-10
+
+
+@pytest.mark.parametrize("time", [1, 70])
+def test_sequences_in_any_slots(time):
+    queries, memory, positions = inputs(fresh_rng(), 3, time, 16, 16)
+    config, slots = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16), jnp.asarray([2, 0])
+    few = queries[:2], memory, positions[:2], None, config, None
+    found = computed(flash.attend(*few, slots, launch=LAUNCH))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), few[:2])
+    assert nmse(found, attend(*exact, *few[2:], slots)) <= 2e-5
+    assert nmse(found, attend(*exact, *few[2:], slots[::-1])) > 1e-2

@@ -26,10 +26,11 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("time", [1, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_heads_are_turned_and_kept(name, dtype):
-    rng = fresh_rng()
+def test_heads_are_turned_and_kept(name, dtype, time):
+    rng, ring = fresh_rng(), "window" in CHOICES[name]
     config = AttentionConfig(HEADS, KV_HEADS, 24, 24, **CHOICES[name])
     module = Attention(config, 32, rngs=nnx.Rngs(0))
     for norm in (module.query_norm, module.key_norm):
@@ -39,10 +40,17 @@ def test_heads_are_turned_and_kept(name, dtype):
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
-    # One sequence is past the end of a ring, one is padding.
-    batch = Batch(jnp.asarray([[7], [LENGTH + 3 if "window" in CHOICES[name] else 40], [-1]]))
-    query, key, value = (normal(3, 1, 24 * n) for n in (HEADS, KV_HEADS, KV_HEADS))
-    cache = AttentionCache.of(*(normal(3, LENGTH, KV_HEADS, 24) for _ in range(2)), dtype)
+    # One sequence is past the end of a ring, one is padding, as are the last tokens of another.
+    positions = np.array([[7], [LENGTH + 3 if ring else 40], [-1]]) + np.arange(time)
+    positions[2] = -1
+    positions[0, 3:] = -1
+    slots = None if time == 1 else jnp.asarray([2, 0, 4])
+    batch = Batch(jnp.asarray(positions), slots)
+    query, key, value = (normal(3, time, 24 * n) for n in (HEADS, KV_HEADS, KV_HEADS))
+    cache = AttentionCache.of(*(normal(5, LENGTH, KV_HEADS, 24) for _ in range(2)), dtype)
+    if ring and time > 1:
+        assert not placing.supports(config, batch, cache, jnp.bfloat16)
+        return
     assert placing.supports(config, batch, cache, jnp.bfloat16)
     norms = module.query_norm, module.key_norm
     queries, found = placing.place(query, key, value, batch, cache, config, norms, interpret=True)
@@ -55,15 +63,16 @@ def test_heads_are_turned_and_kept(name, dtype):
         module._heads(exact[2], 24, None),
         jnp.float32,
     )
-    places = batch.positions[:2, 0] % LENGTH
-    rows = jnp.arange(2)
+    sequence, token = np.nonzero(positions >= 0)
+    rows = np.asarray(batch.rows)[sequence]
+    places = positions[sequence, token] % LENGTH
     for part in ("key", "value"):
         before, after = (getattr(x, part + "s") for x in (cache, found))
         scale = getattr(found, part + "_scale")
         kept = after[rows, :, places].astype(jnp.float32)
         if scale is not None:
             kept *= scale[rows, :, places][..., None]
-        written = getattr(new, part + "s")[:2, :, 0]
+        written = getattr(new, part + "s")[sequence, :, token]
         assert nmse(kept, written) <= (1e-4 if dtype == "int8" else 1e-5)
         untouched = np.array(jnp.abs(after.astype(jnp.float32) - before.astype(jnp.float32)))
         untouched[rows, :, places] = 0

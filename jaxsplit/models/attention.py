@@ -67,13 +67,14 @@ class Attention(nnx.Module):
         c, positions = self.config, batch.positions
         query, key, value, gate = project(x, self.query, self.key, self.value, self.gate)
         value = key if value is None else value
-        active = active_arithmetic()
+        active, slots = active_arithmetic(), None
         if active.kernels and placing.supports(c, batch, cache, x.dtype):
             norms = self.query_norm, self.key_norm
             queries, cache = placing.place(
                 query, key, value, batch, cache, c, norms, interpret=active.launch.interpret
             )
-            memory = cache
+            lent = c.lends is not None
+            memory, slots = (cache.read(batch), None) if lent else (cache, batch.slots)
             key_positions = None if c.window is None else cache.positions(positions[:, 0])
         else:
             queries = self._queries(query, batch)
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
         kv_heads = memory.keys.shape[1]
         queries = queries.reshape(*positions.shape, kv_heads, -1, c.head_dim)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        y = attend(queries, memory, positions, key_positions, c, sinks)
+        y = attend(queries, memory, positions, key_positions, c, sinks, slots)
         if gate is not None:
             y = computed(y) * jax.nn.sigmoid(gate)
         return (self.out.partial(y),), cache
@@ -180,6 +181,7 @@ def attend(
     key_positions: Array | None,
     config: AttentionConfig,
     sinks: Array | None = None,
+    slots: Array | None = None,
 ) -> Rows:
     """Softmax attention over the keys at and before each query's position.
 
@@ -192,6 +194,7 @@ def attend(
         position is its place.
       config: scale, window, soft-cap and biases of the scores.
       sinks: float32 `[kv_heads * group]`, or None.
+      slots: int32 `[batch]`: which of the memory's sequences each is; None: all in order.
 
     Returns:
       `[batch, time, kv_heads * group * value_dim]` in the dtype of `queries`, perhaps not computed
@@ -200,8 +203,10 @@ def attend(
     active = active_arithmetic()
     if active.kernels and flash.supports(queries, memory, config):
         return flash.attend(
-            queries, memory, positions, key_positions, config, sinks, launch=active.launch
+            queries, memory, positions, key_positions, config, sinks, slots, launch=active.launch
         )
+    if slots is not None:
+        memory = jax.tree.map(lambda x: x[slots], memory)
     if key_positions is None:
         key_positions = jnp.arange(memory.length)[None]
     at_once = max(1, SCORES // memory.length)

@@ -77,6 +77,7 @@ def attend(
     key_positions: Array | None,
     config: AttentionConfig,
     sinks: Array | None = None,
+    slots: Array | None = None,
     *,
     tiling: _Tiling | None = None,
     launch: Launch = Launch(),  # noqa: B008
@@ -92,7 +93,8 @@ def attend(
     width = pl.next_power_of_2(max(memory.keys.shape[-1], value_dim))
     tiling = tiling or _tiling(time * group, memory.length, width)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
-    inputs = (queries, memory, positions, key_positions, sinks if tiling.splits == 1 else None)
+    of_one = sinks if tiling.splits == 1 else None
+    inputs = (queries, memory, positions, key_positions, of_one, slots)
     leaves, structure = jax.tree.flatten(inputs)
     shape = (batch, time, kv_heads, group)
     out = jax.ShapeDtypeStruct((*shape, value_dim), queries.dtype)
@@ -198,7 +200,7 @@ def _kernel(
 ) -> None:
     """Some rows of queries of one head of keys, with all keys that they see or a split of them."""
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    queries, memory, positions, key_positions, sinks = inputs
+    queries, memory, positions, key_positions, sinks, slots = inputs
     out_refs = refs[structure.num_leaves :]
     time, group, head_dim = queries.shape[1], *queries.shape[3:]
     value_dim, length = memory.values.shape[-1], memory.keys.shape[2]
@@ -206,6 +208,7 @@ def _kernel(
     # The last queries see the most keys: they begin first.
     tile, split = tiles - 1 - pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
     head, sequence = pl.program_id(1), pl.program_id(2)
+    slot = sequence if slots is None else slots[sequence]
 
     if tiling.splits > 1:
         tile = launch.next_from(tile)
@@ -245,11 +248,11 @@ def _kernel(
             shape = (tiling.keys, _padded(width))
             column = _wide(jnp.arange(shape[1]), shape, 1)
             mask = _wide(exists, shape, 0) & (column < width)
-            at = (sequence, head, _wide(place, shape, 0), column)
+            at = (slot, head, _wide(place, shape, 0), column)
             return load(ref, at, mask, 0, whole=whole and shape[1] == width).astype(q.dtype)
 
         def scale_of(ref: jax.Ref) -> Array:
-            return load(ref, (sequence, head, place), exists, 0, whole=whole)[None]
+            return load(ref, (slot, head, place), exists, 0, whole=whole)[None]
 
         contract_columns = (((1,), (1,)), ((), ()))
         scores = lax.dot_general(
