@@ -174,3 +174,21 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
     # seen in this token and, a little, in those after it.
     assert np.median(errors) <= 1e-5, errors
     assert max(errors) <= 1e-3, errors
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("source", [SHAPES["9-3"], "qwen3moe"], ids=["dense", "mixture"])
+@pytest.mark.parametrize("count", [9, 70], ids=["tiles", "dequantized"])
+def test_prompts_with_kernels_are_as_exact_as_those_without(
+    recipe_gguf, monkeypatch, source, count
+):
+    path, tokens = recipe_gguf(source, Q8_0), fresh_rng().integers(0, 160, count).tolist()
+    options = {"ctx_size": 128, "split_mode": "none", "activations": "float"}
+    exact = jaxsplit.load(path, dtype="float32", **options).logits(tokens)
+    plain = jaxsplit.load(path, dtype="bfloat16", **options).logits(tokens)
+    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
+    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    kernel = jaxsplit.load(path, dtype="bfloat16", **options).logits(tokens)
+    errors = [nmse(kernel, exact), nmse(plain, exact)]
+    assert errors[0] <= 5e-3, errors
+    assert errors[0] <= 5 * errors[1], errors
