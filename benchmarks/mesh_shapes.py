@@ -86,11 +86,12 @@ def _measure(mode: str, mesh: str | None) -> dict[str, Any]:
             compiling = time.perf_counter() - start
     chunk = min(max(engine.chunks), engine.context)
     scratch: Counter = Counter()
-    for stage, lowered in zip(engine.partition.stages, engine.lower_prefill(chunk), strict=True):
+    for stage, program in zip(engine.partition.stages, engine.trace_prefill(chunk), strict=True):
+        compiled = program.lower().compile()
         for place in stage.places.flat:
-            size = lowered.compile().memory_analysis().temp_size_in_bytes
+            size = compiled.memory_analysis().temp_size_in_bytes
             scratch[place] = max(scratch[place], size)
-    found = [collectives(step.compile().as_text()) for step in engine.lower_step(greedy)]
+    found = [collectives(step.lower().compile().as_text()) for step in engine.trace_step(greedy)]
     counts = sum((count for count, _ in found), Counter())
     carried = sum(sum(size.values()) for _, size in found)
     file = open_model(_MODEL.value)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from blocks import usual_blocks
 from helpers import Q8_0, SHAPES, nmse
+from jax.extend.core import Literal, jaxprs_in_params
 from tiny import fresh_rng
 
 import jaxsplit
@@ -192,3 +193,42 @@ def test_prompts_with_kernels_are_as_exact_as_those_without(
     errors = [nmse(kernel, exact), nmse(plain, exact)]
     assert errors[0] <= 5e-3, errors
     assert errors[0] <= 5 * errors[1], errors
+
+
+def early_readers(jaxpr):
+    """What reads results of kernels that let the next one begin: names of operations, and whether
+    the kernel has certainly ended, since they also read what a kernel made of its results."""
+    source, ended = {}, {}  # of each value: the kernel it comes from, and those that have ended
+    for number, eqn in enumerate(jaxpr.eqns):
+        name = eqn.primitive.name
+        inputs = [v for v in eqn.invars if not isinstance(v, Literal)]
+        read = {source[v] for v in inputs if v in source}
+        over = set().union(*(ended.get(v, ()) for v in inputs))
+        if name in ("reshape", "squeeze", "bitcast_convert_type"):
+            source.update((v, kernel) for v in eqn.outvars for kernel in read)
+        else:
+            yield from ((name, kernel in over) for kernel in read)
+        if name == "pallas_call":
+            over |= read
+            if "launch_dependents" in str(eqn.params["jaxpr"]):
+                source.update((v, number) for v in eqn.outvars)
+        else:
+            for inner in jaxprs_in_params(eqn.params):
+                yield from early_readers(inner)
+        ended.update((v, over) for v in eqn.outvars)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [SHAPES["9-3"], "qwen3moe", "gemma2", "llama4"],
+    ids=["llama", "qwen3moe", "gemma2", "llama4"],
+)
+def test_only_kernels_begin_before_what_they_read_has_ended(recipe_gguf, monkeypatch, name):
+    arithmetic = Arithmetic(kernels=True, launch=Launch(overlap=True))
+    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    options = {"dtype": "bfloat16", "activations": "int8", "split_mode": "none", "ctx_size": 1024}
+    lm = jaxsplit.load(recipe_gguf(name, Q8_0), **options)
+    (step,) = lm.engine.trace_step(jaxsplit.SamplingConfig(temperature=0.0))
+    readers = list(early_readers(step.jaxpr.jaxpr))
+    assert len(readers) > lm.config.layers * 3
+    assert all(name == "pallas_call" or ended for name, ended in readers), readers

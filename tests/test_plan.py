@@ -82,7 +82,7 @@ def test_what_is_planned_is_what_devices_hold_and_exchange(models, name, split):
     for place, device in enumerate(places):
         planned = plan.on_device(place)
         assert planned["weights"] + planned["cache"] == held[device]
-    texts = [step.compile().as_text() for step in lm.engine.lower_step(SamplingConfig(0.0))]
+    texts = [step.lower().compile().as_text() for step in lm.engine.trace_step(SamplingConfig(0.0))]
     for stage, text in zip(plan.stages, texts, strict=True):
         count, size = collectives(text)
         assert stage.decode.collectives == count

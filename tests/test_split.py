@@ -212,14 +212,14 @@ def promised(mode, stage, model) -> Counter:
 def test_a_decode_step_has_the_promised_collectives(recipe_gguf, mode, mesh, shape):
     lm = load_once(recipe_gguf(SHAPES[shape]), mode, mesh=mesh, slots=2)
     stages = lm.engine.partition.stages
-    found = [collectives(lowered) for lowered in lm.engine.lower_step(GREEDY)]
+    found = [collectives(step.lower()) for step in lm.engine.trace_step(GREEDY)]
     assert found == [promised(mode, *each) for each in zip(stages, lm.models, strict=True)]
 
 
 def test_weights_of_8_bits_need_no_more_collectives(recipe_gguf):
     lm = load_once(recipe_gguf(SHAPES["9-3"], Q8_0), "graph", devices=3)
-    (lowered,) = lm.engine.lower_step(GREEDY)
-    assert collectives(lowered) == {"all-reduce": 2 * lm.config.layers + 1, "all-gather": 2}
+    (step,) = lm.engine.trace_step(GREEDY)
+    assert collectives(step.lower()) == {"all-reduce": 2 * lm.config.layers + 1, "all-gather": 2}
 
 
 def test_reduce_dtype_is_used_between_devices(load, recipe_gguf, tokens):

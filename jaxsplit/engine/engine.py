@@ -273,12 +273,12 @@ class Engine:
         """An array of the last stage as one that this process can read."""
         return fetch(x, like, self.partition.stages[-1].mesh, self.partition.everyone)
 
-    def lower_prefill(self, length: int) -> list[jax.stages.Lowered]:
-        """The program of each stage that reads a chunk of a prompt, as `lower_step`."""
+    def trace_prefill(self, length: int) -> list[jax.stages.Traced]:
+        """The program of each stage that reads a chunk of a prompt, as `trace_step`."""
         places = np.zeros(self.partition.data, np.int32)
         tokens = np.zeros((len(places), length), np.int32)
         return [
-            runner.prefill(length, all_logits=False).lower(
+            runner.prefill(length, all_logits=False).trace(
                 runner.params,
                 self._groups[0].caches[i],
                 runner.input(len(places), length) if i else tokens,
@@ -287,9 +287,9 @@ class Engine:
             for i, runner in enumerate(self.runners)
         ]
 
-    def lower_step(self, sampling: SamplingConfig) -> list[jax.stages.Lowered]:
+    def trace_step(self, sampling: SamplingConfig) -> list[jax.stages.Traced]:
         """The program of each stage in a decode step, before it is compiled, to look into."""
-        lowered, plan = [], sampling.plan
+        traced, plan = [], sampling.plan
         slots, window = self._group_slots, max(1, plan.window)
         values = SamplingValues.of([sampling] * slots)
         for i, runner in enumerate(self.runners):
@@ -298,11 +298,11 @@ class Engine:
             if runner.last:
                 state, _ = runner.empty_state(slots, window)
                 arguments = (runner.params, cache, x, state, self.ends, values)
-                lowered.append(runner.finish(plan).lower(*arguments))
+                traced.append(runner.finish(plan).trace(*arguments))
             else:
                 fed = jax.ShapeDtypeStruct((slots, 2), np.int32)
-                lowered.append(runner.relay().lower(runner.params, cache, x, fed))
-        return lowered
+                traced.append(runner.relay().trace(runner.params, cache, x, fed))
+        return traced
 
 
 def _bytes_on_fullest(tree: Any) -> int:
