@@ -30,7 +30,7 @@ class DeviceKind:
     bandwidth: float
     flops: float
     link: float
-    layer_seconds: float = 15e-6
+    layer_seconds: float = 12e-6
     meet_seconds: float = 10e-6
     kernels: bool = True
 

@@ -18,6 +18,7 @@ from jaxsplit.models.attention import SCORES
 from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
+from jaxsplit.quant.products import TOGETHER
 from jaxsplit.sources import (
     Sources,
     abstract_parameters,
@@ -32,21 +33,22 @@ class _Efficiency:
     """What is reached of a device's rates; measured (benchmarks/RESULTS.md).
 
     Attributes:
-      few_bits, bytes: of the bandwidth, by products of one row with weights of less than 8 bits and
-        with others.
+      few_bits, bytes, plain: of the bandwidth, by products of one row with weights of less than 8
+        bits, of less than 16, and with others.
       matmul: of the FLOP/s, by products of many rows.
       score_passes: how often attention's scores pass through memory in prefill.
     """
 
     few_bits: float
     bytes: float
+    plain: float
     matmul: float
     score_passes: int
 
 
 _EFFICIENCY = {
-    False: _Efficiency(few_bits=0.36, bytes=0.88, matmul=0.5, score_passes=6),
-    True: _Efficiency(few_bits=0.58, bytes=0.72, matmul=0.62, score_passes=0),
+    False: _Efficiency(few_bits=0.36, bytes=0.88, plain=0.88, matmul=0.5, score_passes=6),
+    True: _Efficiency(few_bits=0.64, bytes=0.75, plain=0.87, matmul=0.68, score_passes=0),
 }
 """Without kernels, and with them."""
 
@@ -338,18 +340,22 @@ def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
 def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, scores: int) -> int:
     """Bytes of the largest temporaries while a chunk of a prompt is read.
 
-    In attention: scores and weights. In the MLP: a dequantized matrix beside the hidden units.
+    In attention: scores and weights. In the MLP: a dequantized matrix, or two small ones, beside
+    the hidden units.
     """
     size = jnp.dtype(dtype).itemsize
     units = _widest(config, stage, "mlp")
     stream = 3 * chunk * config.embed * 4
     hidden = chunk * units * (4 + 2 * size)
-    return stream + max(2 * scores, hidden + units * config.embed * size)
+    matrix = units * config.embed * size
+    matrices = 2 * matrix if 2 * matrix <= TOGETHER else matrix
+    return stream + max(2 * scores, hidden + matrices)
 
 
 def _decode_seconds(kind: DeviceKind, stage: Stage, read: int, work: Work, bits: float) -> float:
     efficiency = _EFFICIENCY[kind.kernels]
-    memory = read / (kind.bandwidth * (efficiency.bytes if bits >= 8 else efficiency.few_bits))
+    reached = efficiency.plain if bits >= 16 else efficiency.bytes
+    memory = read / (kind.bandwidth * (reached if bits >= 8 else efficiency.few_bits))
     products = work.flops / (kind.flops * efficiency.matmul)
     return max(memory, products) + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
 

@@ -40,10 +40,15 @@ def supports(w: QTensor) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies: rows of the matrix, bytes of each in the first plane in a step,
-    bytes of a row that is not worth more than one step, and warps.
+    """How a program multiplies.
 
     With a warp for each row, all arrays are laid out alike, so that threads exchange nothing.
+
+    Attributes:
+      height: rows of the matrix.
+      bytes: of each row, in the first plane, in a step.
+      short: bytes up to which a row is multiplied in one step.
+      warps: of a program.
     """
 
     height: int = 4

@@ -28,7 +28,8 @@ from jaxsplit.quant.launch import Launch
 from jaxsplit.quant.rounding import Late, Pending, Sum, round_rows
 
 _HIGHEST = lax.Precision.HIGHEST
-_TOGETHER = 2**28  # bytes of plain matrices that are multiplied as one
+TOGETHER = 2**28
+"""Bytes of matrices up to which those of the same activations are dequantized into one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _many_rows(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Arr
     """`matmuls` without a kernel for the products; small matrices are dequantized into one."""
     several = len(weights) > 1 and math.prod(x.shape[:-1]) > 1
     size = sum(math.prod(w.shape) for w in weights) * x.dtype.itemsize
-    if several and size <= _TOGETHER and all(map(_has_dense, weights)):
+    if several and size <= TOGETHER and all(map(_has_dense, weights)):
         x, interpret = computed(x), _arithmetic.get().launch.interpret
         w = dense.dequantize(weights, x.dtype, after=x, interpret=interpret)
         ends = np.cumsum([w.shape[0] for w in weights[:-1]])
