@@ -22,9 +22,10 @@ from jaxsplit.quant.rounding import BLOCK, Rounded
 MAX_ROWS = 2
 """More rows of activations are faster on the matrix unit."""
 
+GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
+"""What a `QTensor` has for groups of weights."""
 
 _SLICE = 16  # bytes that a thread loads at once
-GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
 
 
