@@ -7,7 +7,7 @@
 come from the bandwidth of a copy, the rate of a matrix product and the latency of an all-reduce,
 measured first. Decoding: each device reads its weights and the filled part of its cache once, and
 the devices meet as often as the program does. Prefill: all devices work on the products all the
-time.
+time. `plan` is what `jaxsplit.plan` predicts.
 """
 
 import functools
@@ -65,6 +65,7 @@ _COLUMNS = {
     "spread": "±",
     "limit": "limit",
     "ratio": "ratio",
+    "plan": "plan",
 }
 
 
@@ -148,8 +149,17 @@ def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[fl
             yield "tg", count, depth, times
 
 
-def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[dict[str, Any]]:
-    """The rows of a split: a model is loaded once for all tests."""
+def model_file() -> ModelFile:
+    """The one that the flags choose."""
+    if (_MODEL.value is None) == (_RANDOM.value is None):
+        raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
+    return random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
+
+
+def measure(
+    file: ModelFile, mode: str, mesh: str | None, batch: int = 1
+) -> Iterator[dict[str, Any]]:
+    """The rows of a split, beside limits and the plan: a model is loaded once for all tests."""
     longest = max(_numbers(_DEPTH)) + max(*_numbers(_PROMPT), *_numbers(_GENERATE)) + 1
     loading, compiling = time.perf_counter(), compile_seconds()
     lm = jaxsplit.load(
@@ -205,10 +215,10 @@ def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[
     for kind, count, depth, times in _tests(lm, batch):
         rates = [batch * count / t for t in times]
         if kind == "tg":
-            limit = decode_limit(max(depth, 1) + count / 2)
+            limit, planned = decode_limit(max(depth, 1) + count / 2), plan.decode_rate
         else:
             needed = _prefill_flops(sources, config, count, depth)
-            limit = count * lm.mesh.size * limits.flops / needed
+            limit, planned = count * lm.mesh.size * limits.flops / needed, plan.prefill_rate(count)
         yield {
             "model": file.metadata.get("general.name", file.path.name),
             "gb": sum(source.nbytes for source in sources.values()) / 1e9,
@@ -219,6 +229,7 @@ def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[
             "spread": float(np.std(rates)),
             "limit": limit,
             "ratio": statistics.median(rates) / limit,
+            "plan": planned,
             "bandwidth": limits.bandwidth,
             "flops": limits.flops,
             "all_reduce_seconds": limits.meet,
@@ -231,18 +242,16 @@ def _rows(file: ModelFile, mode: str, mesh: str | None, batch: int) -> Iterator[
 
 def main(_: list[str]) -> None:
     """Measures each split and batch size; the table grows as it goes."""
-    if (_MODEL.value is None) == (_RANDOM.value is None):
-        raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
+    file = model_file()
     if _COMPILED.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
-    file = random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
     devices = jax.devices()
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
     rows: list[dict[str, Any]] = []
     for split in _SPLIT.value or ["graph"]:
         mode, _, mesh = split.partition("@")
         for batch in _numbers(_BATCH):
-            for row in _rows(file, mode, mesh or None, batch):
+            for row in measure(file, mode, mesh or None, batch):
                 rows.append(row)
                 print(f"{row['test']}: {row['rate']:.1f} tokens/s", flush=True)
                 if _JSON.value:

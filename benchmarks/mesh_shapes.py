@@ -19,15 +19,19 @@ import jax
 import numpy as np
 from absl import flags
 from measure import markdown
+from random_gguf import random_model
 
 import jaxsplit
 from jaxsplit.cli import run
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.gguf import ModelFile
 from jaxsplit.lm import open_model
 from jaxsplit.parallel import choose_devices
 from jaxsplit.plan import candidates, collectives, kind_of, make_plan
 from jaxsplit.sources import parameter_sources
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
+_MODEL = flags.DEFINE_string("model", None, "GGUF file")
+_RANDOM = flags.DEFINE_string("random", None, "random weights instead, such as llama-8b:Q4_K_M")
 _OUT = flags.DEFINE_string("out", None, "directory for the results", required=True)
 _SPLIT = flags.DEFINE_multi_string(
     "split", [], "MODE or MODE@MESH, such as graph@stage:2,tensor:2 (default: every mode)"
@@ -61,10 +65,10 @@ _COLUMNS = {
 }
 
 
-def _measure(mode: str, mesh: str | None) -> dict[str, Any]:
+def _measure(file: ModelFile, mode: str, mesh: str | None) -> dict[str, Any]:
     """One row of the table."""
     options = {"split_mode": mode, "mesh": mesh, "ctx_size": _CTX.value, "slots": _SLOTS.value}
-    lm = jaxsplit.load(_MODEL.value, dtype=_DTYPE.value, **options)
+    lm = jaxsplit.load(file, dtype=_DTYPE.value, **options)
     engine, config = lm.engine, lm.config
     greedy = jaxsplit.SamplingConfig(temperature=0.0)
     rng = np.random.default_rng(0)
@@ -94,7 +98,6 @@ def _measure(mode: str, mesh: str | None) -> dict[str, Any]:
     found = [collectives(step.lower().compile().as_text()) for step in engine.trace_step(greedy)]
     counts = sum((count for count, _ in found), Counter())
     carried = sum(sum(size.values()) for _, size in found)
-    file = open_model(_MODEL.value)
     shape, devices = choose_devices(mode, None, mesh)
     plan = make_plan(
         parameter_sources(file, config),
@@ -161,6 +164,9 @@ def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def main(_: list[str]) -> None:
     """Measures every mesh, and writes after each, so that nothing is lost."""
+    if (_MODEL.value is None) == (_RANDOM.value is None):
+        raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
+    file = random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     devices = jax.devices()
@@ -169,12 +175,12 @@ def main(_: list[str]) -> None:
         for mode, shape in candidates(len(devices))
     ]
     where = f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
-    title = f"{Path(_MODEL.value).name} on {where}"
+    title = f"{_RANDOM.value or Path(_MODEL.value).name} on {where}"
     rows: list[dict[str, Any]] = []
     for mode, *mesh in splits:
         shape = mesh[0] if mesh and mode != "none" else None
         print(f"{mode} {shape or ''}", flush=True)
-        rows.append(_measure(mode, shape))
+        rows.append(_measure(file, mode, shape))
         gc.collect()
         (out / "mesh_shapes.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
         (out / "mesh_shapes.md").write_text(f"{title}\n\n{markdown(rows, _COLUMNS)}")

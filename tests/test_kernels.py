@@ -190,9 +190,10 @@ def test_prompts_with_kernels_are_as_exact_as_those_without(
     arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
     monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
     kernel = jaxsplit.load(path, dtype="bfloat16", **options).logits(tokens)
-    errors = [nmse(kernel, exact), nmse(plain, exact)]
+    # Of most tokens: an undecided router may choose another expert for one of them.
+    errors = [np.median([nmse(*of) for of in zip(x, exact, strict=True)]) for x in (kernel, plain)]
     assert errors[0] <= 5e-3, errors
-    assert errors[0] <= 5 * errors[1], errors
+    assert errors[0] <= 3 * errors[1], errors
 
 
 def early_readers(jaxpr):

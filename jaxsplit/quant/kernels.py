@@ -25,6 +25,7 @@ MAX_ROWS = 2
 GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 """What a `QTensor` has for groups of weights."""
 
+_Found = dict[tuple[str, int], Array]
 _SLICE = 16  # bytes that a thread loads at once
 _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
 
@@ -202,15 +203,24 @@ def _rows(
         unit = step * units + jnp.arange(units)
         return *split(unit, per_chunk), unit < count
 
-    def read(step: Array | int) -> dict[str, Array]:
+    def key_of_codes(plane: int, place: Array | int, slice_: tuple[int, int]) -> tuple[str, int]:
+        """By which a plane's part of a slice is found: slices share 16 bytes in a narrow plane."""
+        return f"codes {plane}", place if isinstance(place, int) else slice_[1]
+
+    def key_of_group(name: str, weight: int) -> tuple[str, int]:
+        """By which what a group has is found, with a weight of it."""
+        shared = per_chunk == 1 and columns // groups[name].shape[-1] >= form.chunk
+        return name, 0 if shared else weight
+
+    def read(step: Array | int) -> _Found:
         """What a step needs of the matrix."""
         chunk, of_chunk, inside = places(step)
-        found: dict[str, Array] = {}
+        found: _Found = {}
         for slice_ in slices:
             for i, (ref, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
                 plane_size = form.chunk * bits // 8
                 _, place = in_plane(bits, of_chunk, slice_[0])
-                key = f"{i} {place if isinstance(place, int) else slice_[1]}"
+                key = key_of_codes(i, place, slice_)
                 if plane_size < _SLICE:
                     index = (chunk * (plane_size // 4))[:, None] + (place >> 2)
                 else:
@@ -222,20 +232,16 @@ def _rows(
             for part in parts:
                 key = key_of_group(name, part[0][0])
                 if key not in found:
-                    group = split(weight + int(key.split()[1]), columns // ref.shape[-1])[0]
+                    group = split(weight + key[1], columns // ref.shape[-1])[0]
                     found[key] = load(ref, row, group, inside)
         return found
 
-    def key_of_group(name: str, weight: int) -> str:
-        shared = per_chunk == 1 and columns // groups[name].shape[-1] >= form.chunk
-        return f"{name} {0 if shared else weight}"
-
-    def codes(slice_: tuple[int, int], of_chunk: Array, found: dict[str, Array]) -> Array:
+    def codes(slice_: tuple[int, int], of_chunk: Array, found: _Found) -> Array:
         """Words of codes of a slice, `[height, units, 4]`."""
         word, shift = None, 0
         for i, bits in enumerate(form.bits):
             right, place = in_plane(bits, of_chunk, slice_[0])
-            part = found[f"{i} {place if isinstance(place, int) else slice_[1]}"]
+            part = found[key_of_codes(i, place, slice_)]
             if bits < 8:
                 if not isinstance(right, int):
                     right = right.astype(jnp.uint32)
@@ -246,9 +252,7 @@ def _rows(
             shift += bits
         return word
 
-    def multiply(
-        step: Array | int, found: dict[str, Array], totals: Sequence[Array]
-    ) -> tuple[Array, ...]:
+    def multiply(step: Array | int, found: _Found, totals: Sequence[Array]) -> tuple[Array, ...]:
         chunk, of_chunk, inside = places(step)
         first_slice = chunk * (form.chunk // _SLICE) + of_chunk
         for part in parts:
