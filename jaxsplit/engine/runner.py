@@ -1,6 +1,8 @@
 """The compiled programs of one stage."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsplit.engine import steps
 from jaxsplit.engine.sampling import SamplingPlan
 from jaxsplit.models import Axis, Cache, Decoder, ModelConfig, axis_rules, init_cache
-from jaxsplit.models.axes import SLOTS
-from jaxsplit.parallel import Stage
-from jaxsplit.quant import PLAIN, Arithmetic, use_arithmetic
+from jaxsplit.models.axes import SLOTS, use_peers
+from jaxsplit.parallel import Stage, make_mailboxes
+from jaxsplit.quant import PLAIN, Arithmetic, Peers, exchange, use_arithmetic
 
 _REPLICATED = PartitionSpec()
 
@@ -48,6 +50,20 @@ def cache_specs(config: ModelConfig, stage: Stage, context: int, dtype: jnp.dtyp
     """How a stage's cache lies on its devices."""
     layers = config.cache(context, dtype, stage.layers)
     return jax.tree.map(lambda array: _shortest(stage.spec(array.all_axes)), layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A compiled function of the devices' mailboxes and of what it is called with."""
+
+    function: Any
+    mailboxes: jax.Array | None
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(self.mailboxes, *arguments)
+
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        return self.function.trace(self.mailboxes, *arguments)
 
 
 class StageRunner:
@@ -92,7 +108,19 @@ class StageRunner:
         )
         self._slots = _shortest(stage.spec((SLOTS,)))
         self._cache_spec = cache_specs(model.config, stage, context, cache_dtype)
-        self._programs: dict[Any, Callable] = {}
+        self._programs: dict[Any, _Program] = {}
+        self._meeting = tuple(a for a in ("expert", "tensor") if stage.mesh.shape[a] > 1)
+        self._mailboxes = self._make_mailboxes()
+
+    def _make_mailboxes(self) -> jax.Array | None:
+        """For what devices exchange in kernels, if they run kernels."""
+        mesh = self.stage.mesh
+        if not (self.arithmetic.kernels and self._meeting and isinstance(mesh, Mesh)):
+            return None
+        if self.arithmetic.launch.interpret:
+            count = math.prod(mesh.shape[axis] for axis in self._meeting)
+            return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
+        return make_mailboxes(mesh, self._meeting, exchange.mailbox_bytes, self)
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.stage.mesh, spec)
@@ -139,19 +167,29 @@ class StageRunner:
             mesh = self.stage.mesh
 
             @functools.wraps(body)
-            def local(*arguments: Any) -> Any:
-                with axis_rules(self.stage.rules), use_arithmetic(self.arithmetic):
+            def local(table: jax.Array | None, *arguments: Any) -> Any:
+                peers = table if table is None else Peers(table.reshape(-1), self._meeting)
+                with (
+                    axis_rules(self.stage.rules),
+                    use_arithmetic(self.arithmetic),
+                    use_peers(peers),
+                ):
                     return body(*arguments)
 
             sharded = jax.shard_map(
-                local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
+                local,
+                mesh=mesh,
+                in_specs=(PartitionSpec(*mesh.axis_names), *in_specs),
+                out_specs=out_specs,
+                check_vma=False,
             )
             platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
-            self._programs[key] = jax.jit(
+            jitted = jax.jit(
                 sharded,
-                donate_argnums=tuple(donate),
+                donate_argnums=tuple(1 + i for i in donate),
                 compiler_options=compiler_options(platform, decode=decode),
             )
+            self._programs[key] = _Program(jitted, self._mailboxes)
         return self._programs[key]
 
     def _model(self, params: Sequence[jax.Array]) -> Decoder:

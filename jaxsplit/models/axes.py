@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxsplit.quant import Peers, active_arithmetic, exchange
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
@@ -114,6 +116,32 @@ def active_rules() -> AxisRules:
     return _rules.get()
 
 
+_peers: contextvars.ContextVar[Peers | None] = contextvars.ContextVar("peers", default=None)
+
+
+@contextlib.contextmanager
+def use_peers(peers: Peers | None) -> Iterator[None]:
+    """Lets devices exchange a few numbers in kernels, in the code that is traced inside the block."""
+    token = _peers.set(peers)
+    try:
+        yield
+    finally:
+        _peers.reset(token)
+
+
+def active_peers() -> Peers | None:
+    """The active ones."""
+    return _peers.get()
+
+
+def peers_over(size: int, *axes: Axis) -> Peers | None:
+    """The peers, if it is they who split some axes and they can exchange so many numbers."""
+    peers = _peers.get()
+    if peers is None or mesh_axes(*axes) != peers.axes or not exchange.supports(size):
+        return None
+    return peers
+
+
 def mesh_axes(*axes: Axis) -> tuple[str, ...]:
     """The mesh axes that split any of some logical axes."""
     return _rules.get().mesh_axes(*axes)
@@ -125,6 +153,8 @@ def sum_over(x: Array, *axes: Axis) -> Array:
     mesh_axes = rules.mesh_axes(*axes)
     if not mesh_axes:
         return x
+    if (peers := peers_over(x.size, *axes)) is not None:
+        return exchange.total(x, peers, interpret=active_arithmetic().launch.interpret)
     return lax.psum(x.astype(rules.reduce_dtype), mesh_axes).astype(x.dtype)
 
 
@@ -148,6 +178,9 @@ def gather_over(x: Array, axis: Axis, size: int | None = None) -> Array:
     mesh_axes = _rules.get().mesh_axes(axis)
     if not mesh_axes:
         return x
+    if (peers := peers_over(x.size, axis)) is not None:
+        parts = exchange.gather(x, peers, interpret=active_arithmetic().launch.interpret)
+        return jnp.concatenate(list(parts), axis=-1)[..., :size]
     return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from jaxsplit.models.attention import Attention
-from jaxsplit.models.axes import EMBED, Axis, active_rules
+from jaxsplit.models.axes import EMBED, Axis, active_peers, active_rules, use_peers
 from jaxsplit.models.cache import Batch, Cache
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.latent import LatentAttention
@@ -40,7 +40,7 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
 from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
-from jaxsplit.quant import Rows, Sum, active_arithmetic, computed, matmul, take_rows
+from jaxsplit.quant import Peers, Rows, Sum, active_arithmetic, computed, matmul, take_rows
 
 MODULES: Mapping[type, type[nnx.Module]] = {
     AttentionConfig: Attention,
@@ -121,6 +121,7 @@ def _run(
     batch: Batch,
     cache: Any,
     layer_input: Array | None,
+    peers: Peers | None,
 ) -> tuple[Array | Sum, Any, Mapping]:
     """`Block.__call__` as a program of its own, traced once for all layers that are alike.
 
@@ -128,11 +129,13 @@ def _run(
       _: what else decides how a layer is traced.
       graph, state: the block.
       x, batch, cache, layer_input: its arguments.
+      peers: devices that exchange numbers in kernels.
 
     Returns:
       its results, and what `batch` has been lent.
     """
-    x, cache = nnx.merge(graph, state)(x, batch, cache, layer_input)
+    with use_peers(peers):
+        x, cache = nnx.merge(graph, state)(x, batch, cache, layer_input)
     return x, cache, batch.lent
 
 
@@ -249,7 +252,7 @@ class Decoder(nnx.Module):
                 layer_input, layer_inputs = self._parts(layer_inputs, block.config.layer_input)
             layer_cache = None if cache is None else cache[i]
             x, layer_cache, lent = _run(
-                traced_with, *nnx.split(block), x, batch, layer_cache, layer_input
+                traced_with, *nnx.split(block), x, batch, layer_cache, layer_input, active_peers()
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)

@@ -23,12 +23,23 @@ from jaxsplit.models.axes import (
     gather_over,
     is_split,
     mesh_axes,
+    peers_over,
     shard_of,
     sum_over,
     total_over,
 )
 from jaxsplit.models.mixer_config import NormConfig, RopeConfig
-from jaxsplit.quant import Pending, Rows, Sum, computed, matmul, matmuls, pends, take_rows
+from jaxsplit.quant import (
+    Pending,
+    Rows,
+    Sum,
+    active_arithmetic,
+    computed,
+    matmul,
+    matmuls,
+    pends,
+    take_rows,
+)
 
 
 def param(rngs: nnx.Rngs | None, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> nnx.Param:
@@ -149,7 +160,11 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     x = computed(x)
     if not pends(math.prod(x.shape[:-1])) or any(is_split(part.rows) for part in parts):
         return x + meet(parts, x.dtype)
-    return Sum(x, meet(parts, jnp.float32))
+    peers = [peers_over(x.size, *part.columns) for part in parts]
+    if None in peers or any(part.bias is not None for part in parts):
+        return Sum(x, meet(parts, jnp.float32))
+    interpret = active_arithmetic().launch.interpret
+    return Sum(x, sum(part.value for part in parts), peers[0], interpret)
 
 
 class Linear(nnx.Module):

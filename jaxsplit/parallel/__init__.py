@@ -1,6 +1,7 @@
 """Split modes: meshes of devices, and how a model's layers and axes lie on them."""
 
 from jaxsplit.parallel.layout import AxisLayout, even, grouped_heads
+from jaxsplit.parallel.mailboxes import make_mailboxes
 from jaxsplit.parallel.modes import (
     MESH_AXES,
     SPLIT_MODES,
@@ -38,6 +39,7 @@ __all__ = [
     "grouped_heads",
     "hand_over",
     "launcher",
+    "make_mailboxes",
     "make_partition",
     "parse_mesh",
     "parse_shares",

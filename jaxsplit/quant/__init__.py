@@ -1,5 +1,7 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
+from jaxsplit.quant import exchange
+from jaxsplit.quant.exchange import Peers
 from jaxsplit.quant.forms import (
     Form,
     QTensor,
@@ -41,6 +43,7 @@ from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 __all__ = [
     "BLOCK",
     "PLAIN",
+    "Peers",
     "TYPES",
     "Arithmetic",
     "Form",
@@ -57,6 +60,7 @@ __all__ = [
     "active_arithmetic",
     "block_elements",
     "dequantize",
+    "exchange",
     "expert_products",
     "grouped_products",
     "has_kernel",

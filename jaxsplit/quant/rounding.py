@@ -16,12 +16,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxsplit.quant import exchange
 from jaxsplit.quant.launch import Launch
 
 BLOCK = 32
 """Activations that share a scale."""
 
-_BLOCKS = 16  # in each program
+_BLOCKS = exchange.WIDTH // BLOCK  # in each program
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +33,14 @@ class Sum:
     Attributes:
       stream: `[..., n]`, of the dtype of the sum.
       addend: likewise, float32.
+      peers: devices whose addends are to be added; None: there is no other.
+      interpret: kernels are interpreted, to test them without a GPU.
     """
 
     stream: Array
     addend: Array
+    peers: exchange.Peers | None = None
+    interpret: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +55,10 @@ class Sum:
     @cached_property
     def array(self) -> Array:
         """The sum; a kernel that read the terms has left it here."""
-        return self.stream + self.addend.astype(self.dtype)
+        addend = self.addend
+        if self.peers is not None:
+            addend = exchange.total(addend, self.peers, interpret=self.interpret)
+        return self.stream + addend.astype(self.dtype)
 
 
 class Late:
@@ -256,8 +264,17 @@ def _kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any, laun
 
     def load(operand: jax.Ref | Sum) -> Array:
         if isinstance(operand, Sum):
-            x = load(operand.stream) + load(operand.addend)
-            x = x.astype(last.dtype)
+            stream, addend = load(operand.stream), load(operand.addend)
+            if operand.peers is not None:
+                parts = exchange.exchange(
+                    addend,
+                    operand.peers,
+                    row * pl.num_programs(1) + pl.program_id(1),
+                    element - pl.program_id(1) * exchange.WIDTH,
+                    interpret=launch.interpret,
+                )
+                addend = sum(parts[1:], parts[0])
+            x = (stream + addend).astype(last.dtype)
             plgpu.store(last.at[row, element], x, mask=exists)
             return x.astype(jnp.float32)
         at = (element,) if operand.ndim == 1 else (row, element)
