@@ -72,7 +72,9 @@ _ACTIVATIONS = flags.DEFINE_string(
     "of decoding, in products with quantized matrices: float, int8, or auto (where it is fast)",
 )
 _REDUCE_DTYPE = flags.DEFINE_string(
-    "reduce_dtype", "float32", "in which devices exchange partial sums"
+    "reduce_dtype",
+    "auto",
+    "in which devices exchange partial sums; auto: float32, but bfloat16 in prompts of that dtype",
 )
 _CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype", "auto", f"of keys and values: {', '.join(_DTYPES)}, int8; auto: as --dtype"
@@ -86,7 +88,11 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 _BLOCK = flags.DEFINE_integer(
-    "decode_block", 1, "tokens decoded on the devices before the text is printed", lower_bound=1
+    "decode_block",
+    None,
+    "tokens decoded on the devices before the text is printed (default: as many as take a tenth of "
+    "a second, at most 32)",
+    lower_bound=1,
 )
 _COMPILE_CACHE = flags.DEFINE_string(
     "compilation_cache", "auto", "folder of compiled programs; auto: the user's cache; none: off"

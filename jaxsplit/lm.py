@@ -27,6 +27,8 @@ from jaxsplit.text import ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
 ACTIVATIONS = ("auto", "float", "int8")
+MOST_IN_BLOCK = 32
+BLOCK_SECONDS = 0.1
 
 
 def load(
@@ -40,7 +42,7 @@ def load(
     weights: str = "quantized",
     dtype: str = "auto",
     activations: str = "auto",
-    reduce_dtype: str = "float32",
+    reduce_dtype: str = "auto",
     cache_dtype: str = "auto",
     ctx_size: int = 4096,
     slots: int = 1,
@@ -66,7 +68,8 @@ def load(
       activations: `int8` rounds them to 8 bits, with a scale for each 32, for products of a few
         rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype; `auto`
         rounds where there are kernels for it, unless the dtype is float32.
-      reduce_dtype: in which partial sums are exchanged.
+      reduce_dtype: in which partial sums are exchanged; `auto` is float32 in decoding, bfloat16 in
+        prompts where activations are.
       cache_dtype: of keys and values; `auto` is that of the activations.
       ctx_size: tokens of context, at most the model's; 0 is the model's.
       slots: sequences that can be decoded together.
@@ -78,7 +81,7 @@ def load(
     started = time.perf_counter()
     stored = dtype_of("weights", weights, quantized=None)
     compute_in = dtype_of("dtype", dtype, auto=None)
-    reduce_in = dtype_of("reduce_dtype", reduce_dtype)
+    reduce_in = dtype_of("reduce_dtype", reduce_dtype, auto=None)
     if activations not in ACTIVATIONS:
         raise JaxsplitError(
             f"--activations={activations} is not supported; supported are {', '.join(ACTIVATIONS)}"
@@ -314,7 +317,7 @@ class LM:
         *,
         stop: Sequence[str] = (),
         parse_special: bool = False,
-        block: int = 1,
+        block: int | None = None,
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> "Stream":
@@ -325,7 +328,8 @@ class LM:
           n_predict: tokens to generate; -1 goes on until the text or the context ends.
           stop: the text ends before any of these strings.
           parse_special: special tokens may be written out in the prompt.
-          block: tokens that are decoded before the host looks at them.
+          block: tokens that are decoded before the host looks at them; None: as many as take a
+            tenth of a second, at most 32.
           sampling: how tokens are chosen.
           **options: fields of `SamplingConfig` to change: `temperature`, `top_k`, `seed`, ...
 
@@ -388,7 +392,7 @@ class Stream(Iterator[str]):
         prompt_tokens: list[int],
         n_predict: int,
         stop: tuple[str, ...],
-        block: int,
+        block: int | None,
         sampling: SamplingConfig,
     ):
         self.prompt_tokens = prompt_tokens
@@ -459,21 +463,19 @@ class Stream(Iterator[str]):
         engine = self._lm.engine
         engine.start(self.prompt_tokens, sampling)
         room = engine.context - len(self.prompt_tokens)
-        coming = engine.tokens()
-        if self._block == 1:
-            while True:
-                tokens = coming
-                if room and len(self.tokens) + 1 < self._limit:
-                    engine.step()  # under way while the host looks at this token
-                    coming = engine.tokens()
-                yield int(engine.read(tokens)[0][0])
-                if not room:
-                    return
-                room -= 1
-        yield int(engine.read(coming)[0][0])
+        yield int(engine.read(engine.tokens())[0][0])
+        length = self._block or MOST_IN_BLOCK
+        limit = self._block or 1
         while room > 0:
-            limit = min(self._block, room, self._limit - len(self.tokens))
-            for token in engine.loop(limit, self._block)[0]:
+            count = min(limit, room, self._limit - len(self.tokens))
+            started, compiled = time.perf_counter(), compile_seconds()
+            tokens = engine.loop(count, length)[0]
+            took = time.perf_counter() - started - (compile_seconds() - compiled)
+            if self._block is None:
+                limit = min(max(1, int(count * BLOCK_SECONDS / max(took, 1e-6))), length)
+                if jax.process_count() > 1:  # which have to agree
+                    limit = length // 4
+            for token in tokens:
                 if token < 0:
                     return
                 yield int(token)

@@ -223,7 +223,7 @@ def split_model(
     shares: Sequence[float] | None = None,
     weights: jnp.dtype | None = None,
     cache_row: int = 0,
-    reduce_dtype: jnp.dtype = jnp.float32,
+    reduce_dtype: jnp.dtype | None = None,
 ) -> Partition:
     """Lays a model out on devices, so that the fullest of them reads the fewest bytes.
 

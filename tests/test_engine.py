@@ -43,7 +43,7 @@ def test_prompt_lengths_share_compiled_programs(lm):
     for runner in engine.runners:
         prefills = [program for key, program in runner._programs.items() if key[0] == "prefill"]
         assert len(prefills) == 2
-        assert all(program._cache_size() == 1 for program in runner._programs.values())
+        assert all(program.function._cache_size() == 1 for program in runner._programs.values())
 
 
 def test_steps_and_loops_choose_the_same_tokens(lm, tokens):

@@ -38,6 +38,18 @@ def test_sums_are_the_same_on_all_devices(devices, shape):
     assert nmse(found[0], x.astype(np.float64).sum(axis=0)) <= 1e-12
 
 
+@pytest.mark.parametrize("devices", [2, 3])
+def test_sums_of_many_are_the_same_on_all_devices(devices):
+    x = jnp.asarray(fresh_rng().normal(size=(devices, 3, 3000)), jnp.bfloat16)
+    assert exchange.supports_many(9000, x.dtype, Peers(np.zeros(1 + 2 * devices), AXIS, 9000))
+    found = on_devices(
+        devices, lambda x, peers: exchange.total_of_many(x, peers, interpret=True), x
+    )
+    assert (found == found[0]).all()
+    exact = np.asarray(x.astype(jnp.float32)).sum(axis=0, dtype=np.float64)
+    assert nmse(found[0].astype(np.float32), exact) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
 def test_all_devices_have_the_numbers_of_all(dtype):
     x = jnp.asarray(fresh_rng().normal(size=(3, 2, 300)) * 100, dtype)

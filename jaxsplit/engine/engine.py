@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsplit.engine import steps
-from jaxsplit.engine.runner import StageRunner
+from jaxsplit.engine.runner import CHUNKS, StageRunner
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
 from jaxsplit.models import Axis, Cache, Decoder
 from jaxsplit.parallel import Partition, fetch, hand_over
@@ -31,10 +31,6 @@ class _Group:
     state: steps.DecodeState | None = None
     fed: jax.Array | None = None
     values: SamplingValues | None = None
-
-
-CHUNKS = (32, 128, 512, 2048)
-"""Lengths for which prefill is compiled."""
 
 
 class Engine:

@@ -19,6 +19,12 @@ from jaxsplit.models.axes import SLOTS, use_peers
 from jaxsplit.parallel import Stage, make_mailboxes
 from jaxsplit.quant import PLAIN, Arithmetic, Peers, exchange, use_arithmetic
 
+CHUNKS = (32, 128, 512, 2048)
+"""Lengths for which prefill is compiled."""
+
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
+"""What becomes part of a CUDA graph: XLA's own choice, and loops, which then need no host."""
+
 _REPLICATED = PartitionSpec()
 
 
@@ -27,6 +33,8 @@ def compiler_options(platform: str | None, *, decode: bool) -> dict[str, Any] | 
     if platform == "cpu" and decode:
         # XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
         return {"xla_cpu_experimental_ynn_fusion_type": ""}
+    if platform in ("gpu", "cuda") and decode:
+        return {"xla_gpu_enable_command_buffer": _IN_GRAPHS}
     return None
 
 
@@ -120,7 +128,23 @@ class StageRunner:
         if self.arithmetic.launch.interpret:
             count = math.prod(mesh.shape[axis] for axis in self._meeting)
             return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
-        return make_mailboxes(mesh, self._meeting, exchange.mailbox_bytes, self)
+
+        def size(devices: int) -> int:
+            return exchange.mailbox_bytes(devices, self._most(devices))
+
+        return make_mailboxes(mesh, self._meeting, size, self)
+
+    def _most(self, devices: int) -> int:
+        """Numbers of which sums are exchanged in kernels."""
+        tokens = min(self.context, max(CHUNKS)) if devices <= exchange.FEW_DEVICES else 0
+        return tokens * self.config.embed
+
+    def _peers(self, table: jax.Array | None) -> Peers | None:
+        """The devices whose mailboxes are in a device's table."""
+        if table is None:
+            return None
+        peers = Peers(table.reshape(-1), self._meeting)
+        return dataclasses.replace(peers, most=self._most(peers.count))
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.stage.mesh, spec)
@@ -168,7 +192,7 @@ class StageRunner:
 
             @functools.wraps(body)
             def local(table: jax.Array | None, *arguments: Any) -> Any:
-                peers = table if table is None else Peers(table.reshape(-1), self._meeting)
+                peers = self._peers(table)
                 with (
                     axis_rules(self.stage.rules),
                     use_arithmetic(self.arithmetic),

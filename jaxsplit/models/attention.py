@@ -8,12 +8,12 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxsplit.models import flash, placing
+from jaxsplit.models import flash, placing, token_attention
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, project, rope
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
-from jaxsplit.quant import Rows, active_arithmetic, computed
+from jaxsplit.quant import Rows, active_arithmetic, computed, has_kernel, pends
 
 SCORES = 2**21
 """Of each head at a time: more would take too much memory."""
@@ -68,6 +68,14 @@ class Attention(nnx.Module):
         query, key, value, gate = project(x, self.query, self.key, self.value, self.gate)
         value = key if value is None else value
         active, slots = active_arithmetic(), None
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        rounds = gate is None and pends(positions.size) and has_kernel(self.out.kernel.get_value())
+        if rounds and token_attention.supports(c, batch, cache, query):
+            norms = self.query_norm, self.key_norm
+            y, cache = token_attention.attend(
+                query, key, value, batch, cache, c, norms, sinks, launch=active.launch
+            )
+            return (self.out.partial(y),), cache
         if active.kernels and placing.supports(c, batch, cache, x.dtype):
             norms = self.query_norm, self.key_norm
             queries, cache = placing.place(
@@ -88,7 +96,6 @@ class Attention(nnx.Module):
             batch.lent[c.lends] = memory, key_positions
         kv_heads = memory.keys.shape[1]
         queries = queries.reshape(*positions.shape, kv_heads, -1, c.head_dim)
-        sinks = None if self.sinks is None else self.sinks.get_value()
         y = attend(queries, memory, positions, key_positions, c, sinks, slots)
         if gate is not None:
             y = computed(y) * jax.nn.sigmoid(gate)

@@ -82,12 +82,13 @@ class AxisRules:
 
     Attributes:
       table: logical axis to mesh axes; a logical axis that is not in it is not split.
-      reduce_dtype: partial sums are exchanged in this dtype.
+      reduce_dtype: partial sums are exchanged in this dtype; None: in float32, but as bfloat16 if
+        they are many and added to bfloat16.
       units: the unit in each place of an axis over all devices, -1 for padding: int array.
     """
 
     table: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    reduce_dtype: jnp.dtype = jnp.float32
+    reduce_dtype: jnp.dtype | None = None
     units: Callable[[Axis], np.ndarray] = _in_order
 
     def mesh_axes(self, *axes: Axis) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ _peers: contextvars.ContextVar[Peers | None] = contextvars.ContextVar("peers", d
 
 @contextlib.contextmanager
 def use_peers(peers: Peers | None) -> Iterator[None]:
-    """Lets devices exchange a few numbers in kernels, in the code that is traced inside the block."""
+    """Lets devices exchange numbers in kernels, in the code that is traced inside the block."""
     token = _peers.set(peers)
     try:
         yield
@@ -135,11 +136,14 @@ def active_peers() -> Peers | None:
 
 
 def peers_over(size: int, *axes: Axis) -> Peers | None:
-    """The peers, if it is they who split some axes and they can exchange so many numbers."""
+    """The peers, if it is they who split some axes and they can exchange so few numbers."""
+    peers = _peers_over(*axes)
+    return peers if exchange.supports(size) else None
+
+
+def _peers_over(*axes: Axis) -> Peers | None:
     peers = _peers.get()
-    if peers is None or mesh_axes(*axes) != peers.axes or not exchange.supports(size):
-        return None
-    return peers
+    return peers if peers is not None and mesh_axes(*axes) == peers.axes else None
 
 
 def mesh_axes(*axes: Axis) -> tuple[str, ...]:
@@ -147,15 +151,28 @@ def mesh_axes(*axes: Axis) -> tuple[str, ...]:
     return _rules.get().mesh_axes(*axes)
 
 
-def sum_over(x: Array, *axes: Axis) -> Array:
-    """Adds up the partial sums that the shards of logical axes hold: same shape and dtype."""
+def sum_over(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Array:
+    """Adds up the partial sums that the shards of logical axes hold: same shape and dtype.
+
+    Args:
+      x: partial sums.
+      *axes: which are split.
+      addend_of: the dtype of what they will be added to.
+    """
     rules = _rules.get()
     mesh_axes = rules.mesh_axes(*axes)
     if not mesh_axes:
         return x
+    interpret = active_arithmetic().launch.interpret
     if (peers := peers_over(x.size, *axes)) is not None:
-        return exchange.total(x, peers, interpret=active_arithmetic().launch.interpret)
-    return lax.psum(x.astype(rules.reduce_dtype), mesh_axes).astype(x.dtype)
+        return exchange.total(x, peers, interpret=interpret)
+    many = not exchange.supports(x.size)
+    automatic = jnp.bfloat16 if many and addend_of == jnp.bfloat16 else jnp.float32
+    sent = x.astype(rules.reduce_dtype or automatic)
+    peers = _peers_over(*axes)
+    if peers is not None and exchange.supports_many(sent.size, sent.dtype, peers):
+        return exchange.total_of_many(sent, peers, interpret=interpret).astype(x.dtype)
+    return lax.psum(sent, mesh_axes).astype(x.dtype)
 
 
 def total_over(x: Array, axis: Axis) -> Array:

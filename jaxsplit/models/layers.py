@@ -142,7 +142,8 @@ def meet(parts: Partials, dtype: jnp.dtype) -> Array:
         sums.setdefault((mesh_axes(part.rows), mesh_axes(*part.columns)), []).append(part)
     gathers: dict[tuple[str, ...], list[Partial]] = {}
     for (rows, _), group in sums.items():
-        value = sum_over(sum(part.value for part in group), *group[0].columns)
+        value = sum(part.value for part in group)
+        value = sum_over(value, *group[0].columns, addend_of=dtype)
         gathers.setdefault(rows, []).append(dataclasses.replace(group[0], value=value))
     y = sum(
         gather_over(sum(part.value for part in group).astype(dtype), rows, rows.units)
@@ -247,7 +248,8 @@ class Embedding(nnx.Module):
         local = tokens - shard_of(self.axis) * size
         held = (local >= 0) & (local < size)
         rows = take_rows(table, jnp.clip(local, 0, size - 1), jnp.float32)
-        return sum_over(jnp.where(held[..., None], rows, 0), self.axis).astype(dtype)
+        rows = jnp.where(held[..., None], rows, 0)
+        return sum_over(rows, self.axis, addend_of=dtype).astype(dtype)
 
     def attend(self, x: Rows) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]` of this device's rows."""

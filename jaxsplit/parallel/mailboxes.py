@@ -89,9 +89,10 @@ def make_mailboxes(
       owner: the memory is freed when it is.
 
     Returns:
-      for each device its place among them, and the addresses of their memory, two words each with
-      the lower first: uint32 `[*mesh, 1 + 2 * devices]`, split over the mesh. None if some device
-      cannot write to another's memory, or belongs to another process.
+      for each device its place among them, and the addresses of its own memory and that of those
+      after it, in turn, two words each with the lower first: uint32 `[*mesh, 1 + 2 * devices]`,
+      split over the mesh. None if some device cannot write to another's memory, or belongs to
+      another process.
     """
     if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
         return None
@@ -110,8 +111,8 @@ def make_mailboxes(
             for context in contexts:
                 addresses.append(context.allocate(size(count)))
                 allocated.append((context, addresses[-1]))
-            words = np.asarray([[a & 0xFFFFFFFF, a >> 32] for a in addresses]).reshape(-1)
-            rows += [[place, *words] for place in range(count)]
+            words = np.asarray([[a & 0xFFFFFFFF, a >> 32] for a in addresses])
+            rows += [[i, *np.roll(words, -i, axis=0).reshape(-1)] for i in range(count)]
     except _CudaError:
         return None
     finally:

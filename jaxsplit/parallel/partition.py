@@ -53,7 +53,7 @@ class Stage:
       pieces: elements of an axis that stay together, where that is more than one: blocks of
         quantized weights.
       kv_cost: as in `grouped_heads`.
-      reduce_dtype: dtype in which partial sums are exchanged.
+      reduce_dtype: dtype in which partial sums are exchanged, as in `AxisRules`.
     """
 
     layers: range
@@ -62,7 +62,7 @@ class Stage:
     table: Mapping[str, tuple[str, ...]]
     pieces: Mapping[Axis, int]
     kv_cost: float
-    reduce_dtype: jnp.dtype
+    reduce_dtype: jnp.dtype | None
 
     @property
     def is_local(self) -> bool:
@@ -184,7 +184,7 @@ def make_partition(
     layer_costs: Sequence[float] | None = None,
     pieces: Mapping[Axis, int] | None = None,
     kv_cost: float = 1.0,
-    reduce_dtype: jnp.dtype = jnp.float32,
+    reduce_dtype: jnp.dtype | None = None,
 ) -> Partition:
     """Lays a model out on devices.
 
@@ -201,7 +201,7 @@ def make_partition(
         stages' devices, and alike on the `tensor` axis.
       layer_costs: of each layer, with embedding and head; None: all alike.
       pieces, kv_cost: as in `Stage`.
-      reduce_dtype: dtype in which partial sums are exchanged.
+      reduce_dtype: dtype in which partial sums are exchanged, as in `AxisRules`.
 
     Raises:
       JaxsplitError: the shares do not fit the mesh.

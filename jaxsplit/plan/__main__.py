@@ -41,7 +41,7 @@ _SLOTS = flags.DEFINE_integer("slots", 1, "sequences that are decoded together",
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "length of the prompt", lower_bound=1)
 _WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of activations")
-_REDUCE = flags.DEFINE_string("reduce_dtype", "float32", "in which partial sums are exchanged")
+_REDUCE = flags.DEFINE_string("reduce_dtype", "auto", "in which partial sums are exchanged")
 _CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values; auto: as --dtype")
 _MEMORY = flags.DEFINE_float("memory", None, "GB of a device, instead of its kind's")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", None, "GB/s of its memory")
@@ -93,7 +93,7 @@ def _plans() -> list[Plan]:
     options = {
         "weights": dtype_of("weights", _WEIGHTS.value, quantized=None),
         "dtype": dtype_of("dtype", _DTYPE.value),
-        "reduce_dtype": dtype_of("reduce_dtype", _REDUCE.value),
+        "reduce_dtype": dtype_of("reduce_dtype", _REDUCE.value, auto=None),
         "cache_dtype": dtype_of("cache_dtype", _CACHE.value, auto=None, int8=jnp.dtype(jnp.int8)),
         "context": min(_CTX.value or config.context, config.context),
         "slots": _SLOTS.value,

@@ -203,7 +203,7 @@ def make_plan(
     weights: jnp.dtype | None = None,
     dtype: jnp.dtype = jnp.bfloat16,
     cache_dtype: jnp.dtype | None = None,
-    reduce_dtype: jnp.dtype = jnp.float32,
+    reduce_dtype: jnp.dtype | None = None,
     context: int = 4096,
     slots: int = 1,
     chunk: int = CHUNKS[-1],

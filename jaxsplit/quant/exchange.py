@@ -1,9 +1,10 @@
-"""Sums and gathers of a few numbers inside kernels: devices write to one another's memory.
+"""Sums and gathers inside kernels: devices write to one another's memory.
 
-Each device has a mailbox that the others can write to (`jaxsplit.parallel.mailboxes`). A number
-travels together with a count that tells which exchange it belongs to, in one access of 8 bytes, and
-the reader looks until the count is there: no other signal is needed, and an exchange costs the time
-of one write over the link. (The protocol that NCCL calls LL.)
+Each device has a mailbox that the others can write to (`jaxsplit.parallel.mailboxes`). Of a few
+numbers, each travels together with a count that tells which exchange it belongs to, in one access
+of 8 bytes, and the reader looks until the count is there: no other signal is needed, and an
+exchange costs the time of one write over the link. (The protocol that NCCL calls LL.) Many numbers
+are written first, and the count after them, so that little else than numbers crosses the link.
 
 Two exchanges in turn use different halves of a mailbox. A device begins the one after those only
 when it has the numbers of all others for the second, which they write when they have read all of
@@ -26,8 +27,14 @@ WIDTH = 512
 PROGRAMS = 128
 """Programs for which a mailbox has room."""
 
+FEW_DEVICES = 3
+"""With more, what each writes to all others takes longer than a ring."""
+
 _WARPS = 4
-_PACK = WIDTH // (32 * _WARPS)  # numbers of a thread, whose accesses are under way together
+_THREADS = 32 * _WARPS
+_PACK = WIDTH // _THREADS  # numbers of a thread, whose accesses are under way together
+_WORDS = 16  # of a thread where there are many numbers, two in each
+_TILE = 2 * _WORDS * _THREADS
 
 
 @jax.tree_util.register_dataclass
@@ -36,13 +43,15 @@ class Peers:
     """The devices that exchange numbers.
 
     Attributes:
-      table: this device's place among them, then the addresses of all their mailboxes, two words
-        each with the lower first: uint32 `[1 + 2 * devices]`.
+      table: this device's place among them, then the addresses of the mailboxes of this device and
+        of those after it, in turn, two words each with the lower first: uint32 `[1 + 2 * devices]`.
       axes: the mesh axes along which they lie.
+      most: numbers of 2 bytes for which mailboxes have room.
     """
 
     table: Array
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    most: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def count(self) -> int:
@@ -50,14 +59,30 @@ class Peers:
         return self.table.shape[-1] // 2
 
 
-def mailbox_bytes(devices: int) -> int:
-    """Of one device: a count for each number, and two places of 8 bytes from each device."""
+def _few_bytes(devices: int) -> int:
+    """A count for each number, and two places of 8 bytes for those of each device."""
     return PROGRAMS * WIDTH * (4 + 2 * 8 * devices)
 
 
+def mailbox_bytes(devices: int, most: int) -> int:
+    """Of one device: room for a few numbers, then for many.
+
+    Args:
+      devices: that exchange numbers.
+      most: numbers of 2 bytes.
+    """
+    threads = pl.cdiv(most, _TILE) * _THREADS
+    return _few_bytes(devices) + 4 * threads * devices * (1 + 2 * (1 + _WORDS))
+
+
 def supports(size: int) -> bool:
-    """Whether mailboxes have room for so many numbers."""
+    """Whether so few numbers can be exchanged."""
     return pl.cdiv(size, WIDTH) <= PROGRAMS
+
+
+def supports_many(size: int, dtype: jnp.dtype, peers: Peers) -> bool:
+    """Whether the sum of so many numbers can be exchanged."""
+    return peers.count <= FEW_DEVICES and jnp.dtype(dtype).itemsize == 2 and size <= peers.most
 
 
 def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
@@ -78,6 +103,19 @@ def total(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
     of `x`. Arguments are those of `gather`."""
     y = _exchange(x.astype(jnp.float32), peers, (x.size,), interpret)
     return y.astype(x.dtype).reshape(x.shape)
+
+
+def total_of_many(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
+    """As `total`, of a number of bfloat16 or float16 that is supported."""
+    y = pl.pallas_call(
+        partial(_many_kernel, axes=peers.axes, most=peers.most, interpret=interpret),
+        grid=(pl.cdiv(x.size, _TILE),),
+        out_shape=jax.ShapeDtypeStruct((x.size,), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+        interpret=interpret,
+        name="exchange_many",
+    )(x.reshape(-1), peers.table)
+    return y.reshape(x.shape)
 
 
 def _exchange(x: Array, peers: Peers, shape: tuple[int, ...], interpret: bool) -> Array:
@@ -125,7 +163,7 @@ def exchange(
         return list(lax.all_gather(x, peers.axes))
     me, devices = peers.table[0].astype(jnp.int32), peers.count
     at = program * WIDTH + place
-    mine = _address(peers.table, me, at.shape)
+    mine, *theirs = (_address(peers.table, step, at.shape) for step in range(devices))
     count = _packed(_TICK, *mine, at * 4)
     # Counts come first in a mailbox, then the numbers: of odd and even exchanges, by sender.
     half = count & 1
@@ -135,16 +173,37 @@ def exchange(
         return 4 * numbers + 8 * ((half * devices + sender) * numbers + at)
 
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    for device in range(devices):
-        address = _address(peers.table, device, at.shape)
+    for address in theirs:
         count = _packed(_SEND, *address, offset(me), bits, count)
-    parts = [_packed(_RECEIVE, *mine, offset(sender), count) for sender in range(devices)]
-    return [lax.bitcast_convert_type(part, x.dtype) for part in parts]
+    received = [
+        _packed(_RECEIVE, *mine, offset((me + devices - step) % devices), count)
+        for step in range(1, devices)
+    ]
+    received = [lax.bitcast_convert_type(part, x.dtype) for part in received]
+    return _in_order(x, received, me)
 
 
-def _address(table: jax.Ref, device: Array | int, shape: Sequence[int]) -> list[Array]:
-    """Of a device's mailbox, for each number: the lower and the upper word."""
-    return [jnp.full(shape, table[1 + 2 * device + word]) for word in range(2)]
+def _in_order(x: Array, received: Sequence[Array], me: Array) -> list[Array]:
+    """What all devices have, in their order: all add it up alike.
+
+    Args:
+      x: what this device has.
+      received: of the device before, the one before that, and so on.
+      me: this device's place.
+    """
+    devices, parts = 1 + len(received), []
+    for device in range(devices):
+        before, part = (me - device + devices) % devices, x
+        for step, other in enumerate(received, 1):
+            part = jnp.where(before == step, other, part)
+        parts.append(part)
+    return parts
+
+
+def _address(table: jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
+    """Of the mailbox of the device so many places after this one, for each number: the lower and
+    the upper word."""
+    return [jnp.full(shape, table[1 + 2 * step + word]) for word in range(2)]
 
 
 def _packed(lines: Sequence[str], *operands: Array) -> Array:
@@ -202,3 +261,104 @@ _RECEIVE = (
     "@late bra again;",
     "mov.b32 %z, u#;",
 )
+
+
+def _many_kernel(
+    x_ref: jax.Ref,
+    table: jax.Ref,
+    out_ref: jax.Ref,
+    *,
+    axes: tuple[str, ...],
+    most: int,
+    interpret: bool,
+) -> None:
+    """The sums of a tile."""
+    at = pl.program_id(0) * _TILE + jnp.arange(_TILE)
+    inside = at < x_ref.shape[0]
+    x = plgpu.load(x_ref.at[at], mask=inside, other=jnp.zeros((), x_ref.dtype))
+    peers = Peers(table, axes, most)
+    if interpret:
+        parts = list(lax.all_gather(x, axes))
+    else:
+        received = [_exchange_tile(x, peers, step) for step in range(1, peers.count)]
+        parts = _in_order(x, received, table[0].astype(jnp.int32))
+    parts = [part.astype(jnp.float32) for part in parts]
+    y = sum(parts[1:], parts[0])
+    plgpu.store(out_ref.at[at], y.astype(out_ref.dtype), mask=inside)
+
+
+def _exchange_tile(x: Array, peers: Peers, step: int) -> Array:
+    """Sends a tile to the device that is so many places after this one, and receives that of the
+    one so many places before: like `x`.
+
+    A thread writes its words, then a count behind them, and looks for the other's count. After the
+    room for a few numbers, mailboxes have, for each thread of the grid: a count of exchanges for
+    each step; the counts of odd and even ones by sender; and their words, likewise.
+    """
+    devices, size = peers.count, x.shape
+    threads = pl.cdiv(peers.most, _TILE) * _THREADS
+    counts = _few_bytes(devices) + 4 * threads * (step - 1)
+    flags = _few_bytes(devices) + 4 * threads * devices
+    words = flags + 4 * threads * 2 * devices
+    me = peers.table[0].astype(jnp.int32)
+    sender = (me + devices - step) % devices
+    # A register holds two numbers of x, or one of these.
+    others = [*_address(peers.table, 0, size), *_address(peers.table, step, size)]
+    others += [jnp.full(size, me), jnp.full(size, sender)]
+    mine, theirs, me, sender = 0, 2, 4, 5
+
+    def register(operand: int) -> str:
+        return f"${2 * _WORDS * (1 + operand)}"
+
+    def address(name: str, operand: int) -> str:
+        return f"mov.b64 {name}, {{{register(operand)}, {register(operand + 1)}}};"
+
+    def places(mailbox: str, sender: int) -> list[str]:
+        """`a` of the count and `b` of the words of a sender."""
+        return [
+            f"mad.lo.u32 place, half, {devices}, {register(sender)};",
+            f"mad.lo.u32 place, place, {threads // _THREADS}, tile;",
+            f"mad.lo.u32 index, place, {_THREADS}, thread;",
+            f"mad.wide.u32 a, index, 4, {mailbox};",
+            f"mad.lo.u32 index, place, {_THREADS * _WORDS // 4}, thread;",
+            f"mad.wide.u32 b, index, 16, {mailbox};",
+        ]
+
+    def four(first: int, k: int) -> str:
+        return "{" + ", ".join(f"${first + 4 * k + i}" for i in range(4)) + "}"
+
+    quarters = [(k, f"[b+{words + 16 * _THREADS * k}]") for k in range(_WORDS // 4)]
+    lines = [
+        ".reg .pred late;",
+        ".reg .b64 mine, theirs, a, b;",
+        ".reg .b32 tile, thread, count, half, place, index, found;",
+        "mov.u32 tile, %ctaid.x;",
+        "mov.u32 thread, %tid.x;",
+        address("mine", mine),
+        address("theirs", theirs),
+        f"mad.lo.u32 index, tile, {_THREADS}, thread;",
+        "mad.wide.u32 a, index, 4, mine;",
+        f"ld.relaxed.sys.global.b32 count, [a+{counts}];",
+        "add.u32 count, count, 1;",
+        f"st.relaxed.sys.global.b32 [a+{counts}], count;",
+        "and.b32 half, count, 1;",
+        *places("theirs", me),
+        *[f"st.global.v4.b32 {at}, {four(_WORDS, k)};" for k, at in quarters],
+        "fence.acq_rel.sys;",
+        f"st.relaxed.sys.global.b32 [a+{flags}], count;",
+        *places("mine", sender),
+        "again:",
+        f"ld.acquire.sys.global.b32 found, [a+{flags}];",
+        "setp.ne.u32 late, found, count;",
+        "@late bra again;",
+        *[f"ld.relaxed.sys.global.v4.b32 {four(0, k)}, {at};" for k, at in quarters],
+    ]
+    inputs = _WORDS + 2 * _WORDS * len(others)
+    [y] = plgpu.elementwise_inline_asm(
+        "\n".join(["{", *lines, "}"]),
+        args=[x, *others],
+        constraints=",".join(["=&r"] * _WORDS + ["r"] * inputs),
+        pack=2 * _WORDS,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(size, x.dtype)],
+    )
+    return y

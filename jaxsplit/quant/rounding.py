@@ -211,8 +211,8 @@ def rounded_shapes(rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
 
 
 def block_elements(block: Array) -> Array:
-    """Where in its row the elements of blocks `[n]` are: `[n, 2, 4, 4]`."""
-    half = block[:, None] * 2 + jnp.arange(2)
+    """Where in its row the elements of blocks `[...]` are: `[..., 2, 4, 4]`."""
+    half = block[..., None] * 2 + jnp.arange(2)
     word = half[..., None] * (BLOCK // 8) + jnp.arange(BLOCK // 8)
     return word[..., None] * 4 + jnp.arange(4)
 
@@ -220,16 +220,16 @@ def block_elements(block: Array) -> Array:
 def store_rounded(
     refs: Sequence[jax.Ref], row: Array, block: Array, inside: Array, x: Array
 ) -> None:
-    """Rounds blocks `[n]` of a row in a kernel.
+    """Rounds blocks `[...]` of a row in a kernel.
 
     Args:
       refs: words, scales, sums and those of halves.
       row: which.
       block: which.
       inside: which blocks there are.
-      x: float32 `[n, 2, 4, 4]`.
+      x: float32 `[..., 2, 4, 4]`.
     """
-    half = block[:, None] * 2 + jnp.arange(2)
+    half = block[..., None] * 2 + jnp.arange(2)
     word = half[..., None] * (BLOCK // 8) + jnp.arange(BLOCK // 8)
     words, *results = _round_block(x)
     results = [lax.bitcast_convert_type(words, jnp.uint32), *results]
@@ -238,8 +238,8 @@ def store_rounded(
 
 
 def like(mask: Array, shape: tuple[int, ...]) -> Array:
-    """`[n]` as `[n, ...]`."""
-    return jnp.broadcast_to(mask.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    """`[n]` as `[n, ...]`, likewise more dimensions."""
+    return jnp.broadcast_to(mask.reshape(*mask.shape, *[1] * (len(shape) - mask.ndim)), shape)
 
 
 def _kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any, launch: Launch) -> None:

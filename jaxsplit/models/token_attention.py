@@ -1,0 +1,477 @@
+"""Attention of single tokens, from their projections to rounded rows, in one kernel for GPUs.
+
+Heads are turned, the new key and value are put into the cache, the keys before are split among
+programs, and the last of them to end joins what they have and rounds it ("Flash-Decoding", Dao et
+al. 2023). One launch instead of three: with little context, a launch takes as long as its work.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxsplit.models import flash, placing
+from jaxsplit.models.cache import AttentionCache, Batch
+from jaxsplit.models.flash import _FEW as FEW
+from jaxsplit.models.flash import _LOG2_E as LOG2_E
+from jaxsplit.models.flash import _NONE as NONE
+from jaxsplit.models.flash import _padded as padded
+from jaxsplit.models.flash import _wide as wide
+from jaxsplit.models.layers import Norm, rope_factors
+from jaxsplit.models.mixer_config import AttentionConfig, NormConfig, RopeConfig
+from jaxsplit.quant import (
+    BLOCK,
+    Late,
+    Launch,
+    Rounded,
+    block_elements,
+    rounded_shapes,
+    store_rounded,
+)
+
+_LEAST = 128
+"""Keys for which a program more is worth while."""
+
+_JOINED = 4096
+"""Numbers of splits that are joined at a time."""
+
+
+def supports(
+    config: AttentionConfig, batch: Batch, cache: AttentionCache | None, query: Array
+) -> bool:
+    """Whether `attend` can do what a layer needs, where only rounded rows are read."""
+    return (
+        batch.positions.shape[1] == 1
+        and placing.supports(config, batch, cache, query.dtype)
+        and flash.supports(query, cache, config)
+        and query.shape[-1] // config.head_dim <= FEW * cache.keys.shape[1]
+        and config.lends is None
+        and cache.values.shape[-1] % BLOCK == 0
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Joined(Late):
+    """Rows that were rounded where they were computed."""
+
+    rows: Rounded
+    dtype: jnp.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, words = self.rows.words.shape
+        return rows, 1, 4 * words
+
+    @property
+    def array(self) -> Array:
+        return self.rows.dequantized().astype(self.dtype).reshape(self.shape)
+
+    def rounded(self, launch: Launch) -> Rounded:
+        return self.rows
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    batch: Batch,
+    cache: AttentionCache,
+    config: AttentionConfig,
+    norms: tuple[Norm | None, Norm | None],
+    sinks: Array | None = None,
+    *,
+    launch: Launch = Launch(),  # noqa: B008
+) -> tuple[Late, AttentionCache]:
+    """What tokens read from those before them and themselves, and the cache with them.
+
+    Args:
+      query, key, value: projections, `[batch, 1, heads * width]`.
+      batch: where the tokens belong; nothing is written for padding.
+      cache: of earlier tokens.
+      config: one that is supported.
+      norms: of queries and of keys.
+      sinks: float32 `[heads]`, or None.
+      launch: of the kernel.
+
+    Returns:
+      `[batch, 1, heads * value_dim]`, rounded, and the cache.
+    """
+    c, sequences, (kv_heads, length) = config, len(query), cache.keys.shape[1:3]
+    value_dim = cache.values.shape[-1]
+    query = query.reshape(sequences, kv_heads, -1, c.head_dim)
+    group = query.shape[2]
+    cos, sin = rope_factors(batch.positions, c.rope, batch.rope_factors.get(c.rope.factors))
+    inputs = (
+        query,
+        key.reshape(sequences, kv_heads, -1),
+        value.reshape(sequences, kv_heads, -1),
+        batch.positions.reshape(-1),
+        batch.slots,
+        cos.reshape(sequences, -1),
+        sin.reshape(sequences, -1),
+        [None if n is None or n.scale is None else n.scale.get_value() for n in norms],
+        sinks,
+        # Programs that have ended, by sequence and head: the last leaves zeros, as it has found.
+        jnp.zeros((sequences, kv_heads), jnp.int32),
+    )
+    leaves, structure = jax.tree.flatten(inputs)
+    kept, cache_structure = jax.tree.flatten(cache)
+    width = pl.next_power_of_2(max(c.head_dim, value_dim))
+    tiling = flash._tiling(group, length, width)
+    of_splits = (tiling.splits, sequences, kv_heads, group)
+    outs = [
+        jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
+        *[jax.ShapeDtypeStruct(of_splits, jnp.float32)] * 2,
+        *rounded_shapes(sequences, kv_heads * group * value_dim),
+    ]
+    results = pl.pallas_call(
+        partial(
+            _kernel,
+            structures=(structure, cache_structure),
+            tiling=tiling,
+            config=c,
+            launch=launch,
+        ),
+        grid=(tiling.splits, kv_heads, sequences),
+        out_shape=[*outs, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
+        input_output_aliases={len(leaves) + i: len(outs) + i for i in range(len(kept))},
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=launch.interpret,
+        name="attend_token",
+    )(*leaves, *kept)
+    rows, kept = Rounded(*results[3 : len(outs)]), results[len(outs) :]
+    return _Joined(rows, query.dtype), jax.tree.unflatten(cache_structure, kept)
+
+
+class _Heads:
+    """Loads heads of a token, normalized and turned.
+
+    Args:
+      head_dim: of each.
+      rope: by which they turn.
+      cos, sin: references `[sequences, rope / 2]`.
+      sequence: which.
+    """
+
+    def __init__(
+        self, head_dim: int, rope: RopeConfig, cos: jax.Ref, sin: jax.Ref, sequence: Array
+    ):
+        self.head_dim = head_dim
+        self.column = jnp.arange(padded(head_dim))
+        self.inside = self.column < head_dim
+        if rope.interleaved:
+            self.other, pair = self.column ^ 1, self.column >> 1
+            sign = jnp.where(self.column % 2 == 0, -1.0, 1.0)
+        else:
+            first = self.column < rope.dim // 2
+            self.other = jnp.where(first, self.column + rope.dim // 2, self.column - rope.dim // 2)
+            pair = jnp.where(first, self.column, self.column - rope.dim // 2)
+            sign = jnp.where(first, -1.0, 1.0)
+        self.turns = self.column < rope.dim
+        self.cos = plgpu.load(cos.at[sequence, pair], mask=self.turns, other=1.0)
+        self.sin = sign * plgpu.load(sin.at[sequence, pair], mask=self.turns, other=0.0)
+
+    def load(
+        self,
+        ref: jax.Ref,
+        rows: Sequence[Array],
+        inside: Array | None,
+        norm: NormConfig | None,
+        scale: jax.Ref | None,
+    ) -> Array:
+        """float32 `[head_dim]`, padded, or `[rows, head_dim]`.
+
+        Args:
+          ref: projections, `[..., head_dim]`.
+          rows: the indices before, of which the last may be an array `[rows]`.
+          inside: which rows there are; None: there is a single one.
+          norm: if any.
+          scale: its reference `[head_dim]`, if it has one.
+        """
+        shape = self.column.shape if inside is None else (*inside.shape, *self.column.shape)
+
+        def of(column: Array, mask: Array) -> Array:
+            column, mask = (wide(x, shape, len(shape) - 1) for x in (column, mask))
+            at = rows
+            if inside is not None:
+                at, mask = (*rows[:-1], wide(rows[-1], shape, 0)), mask & wide(inside, shape, 0)
+            zero = jnp.zeros((), ref.dtype)
+            return plgpu.load(ref.at[(*at, column)], mask=mask, other=zero).astype(jnp.float32)
+
+        x, y = of(self.column, self.inside), of(self.other, self.turns)
+        if norm is not None:
+            squares = jnp.sum(x * x, axis=-1, keepdims=True)
+            factor = lax.rsqrt(squares / self.head_dim + norm.epsilon)
+            x, y = x * factor, y * factor
+            if scale is not None:
+                x *= plgpu.load(scale.at[self.column], mask=self.inside, other=0.0)
+                y *= plgpu.load(scale.at[self.other], mask=self.turns, other=0.0)
+        return x * self.cos + y * self.sin
+
+
+def _kernel(
+    *refs: jax.Ref,
+    structures: tuple[Any, Any],
+    tiling: flash._Tiling,
+    config: AttentionConfig,
+    launch: Launch,
+) -> None:
+    """One head of keys of one token, with all queries that share it: a split of the keys."""
+    structure, cache_structure = structures
+    inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    positions, slots = inputs[3:5]
+    length = refs[-1].shape[2]
+    split, head = pl.program_id(0), pl.program_id(1)
+    sequence = launch.next_from(pl.program_id(2))
+    position = positions[sequence]
+    slot = sequence if slots is None else slots[sequence]
+    filled = jnp.clip(position, 0, length)  # places of earlier tokens
+    share = jnp.maximum(pl.cdiv(filled, tiling.splits), _LEAST)
+    share = pl.cdiv(share, tiling.keys) * tiling.keys
+    used = jnp.maximum(pl.cdiv(filled, share), 1)
+
+    @pl.when(split < used)
+    def _() -> None:
+        outs = refs[structure.num_leaves + cache_structure.num_leaves :]
+        results, kept = outs[:7], outs[7:]
+        _attend_split(
+            inputs,
+            jax.tree.unflatten(cache_structure, kept),
+            results,
+            (split, head, sequence, slot, position),
+            (filled, share, used),
+            tiling,
+            config,
+            launch,
+        )
+
+
+def _attend_split(
+    inputs: tuple,
+    cache: AttentionCache,
+    results: Sequence[jax.Ref],
+    place: tuple[Array, Array, Array, Array, Array],
+    sizes: tuple[Array, Array, Array],
+    tiling: flash._Tiling,
+    config: AttentionConfig,
+    launch: Launch,
+) -> None:
+    """A split of the keys.
+
+    Args:
+      inputs: of the kernel.
+      cache: of references.
+      results: values, largest scores and sums of weights of the splits; rounded rows.
+      place: split, head, sequence, slot and position.
+      sizes: places of earlier tokens, those of a split, and splits that have any.
+      tiling: of the work.
+      config: of the attention.
+      launch: of the kernel.
+    """
+    query, key, value, _, _, cos, sin, scales, sinks, ended = inputs
+    values_ref, largest_ref, total_ref, *rounded = results
+    split, head, sequence, slot, position = place
+    filled, share, used = sizes
+    c, dtype, group = config, query.dtype, query.shape[2]
+    (length, head_dim), value_dim = cache.keys.shape[2:], value.shape[-1]
+    heads = _Heads(head_dim, c.rope, cos, sin, sequence)
+    row = jnp.arange(tiling.rows)
+    q = heads.load(query, (sequence, head, row), row < group, c.query_norm, scales[0])
+    q = q.astype(dtype)
+    scale = head_dim**-0.5 if c.scale is None else c.scale
+
+    def score(products: Array) -> Array:
+        if c.softcap is None:
+            return products * (scale * LOG2_E)
+        return c.softcap * LOG2_E * jnp.tanh(products * (scale / c.softcap))
+
+    new_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
+    of_value = jnp.arange(padded(value_dim))
+    new_value = plgpu.load(
+        value.at[sequence, head, of_value],
+        mask=of_value < value_dim,
+        other=jnp.zeros((), value.dtype),
+    ).astype(jnp.float32)
+    new_key, key_codes, key_scale = _as_kept(new_key, cache.keys.dtype, dtype)
+    new_value, value_codes, value_scale = _as_kept(new_value, cache.values.dtype, dtype)
+
+    @pl.when(split == 0)
+    def _() -> None:
+        ring = c.window is not None
+        spot = jnp.maximum(position, 0) % length
+        exists = (position >= 0) & (ring | (position < length))
+        for ref, codes, width in (
+            (cache.keys, key_codes, head_dim),
+            (cache.values, value_codes, value_dim),
+        ):
+            column = jnp.arange(codes.shape[0])
+            mask = (column < width) & exists
+            plgpu.store(ref.at[slot, head, spot, column], codes, mask=mask)
+        for ref, of_head in ((cache.key_scale, key_scale), (cache.value_scale, value_scale)):
+            if ref is not None:
+                at = (slot, head, spot + jnp.arange(1))
+                plgpu.store(ref.at[at], jnp.full(1, of_head), mask=jnp.full(1, exists))
+
+    # The first split begins with the token itself, the others with nothing.
+    out_shape = (tiling.rows, padded(value_dim))
+    own = score(jnp.sum(q.astype(jnp.float32) * new_key[None], axis=1))
+    carry = (
+        jnp.where(split == 0, own, NONE),
+        jnp.where(split == 0, jnp.ones_like(own), 0),
+        jnp.broadcast_to(jnp.where(split == 0, new_value, 0)[None], out_shape),
+    )
+    start = split * share
+    stop = jnp.minimum(start + share, filled)
+
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """Some more keys."""
+        largest, total, values = carry
+        at = start + i * tiling.keys + jnp.arange(tiling.keys)
+        seen = at < stop
+        if c.window is not None:
+            behind = position % length - at
+            behind = jnp.where(behind < 0, behind + length, behind)
+            seen &= (behind > 0) & (behind < c.window) & (behind <= position)
+
+        def tile_of(ref: jax.Ref, width: int) -> Array:
+            shape = (tiling.keys, padded(width))
+            column = wide(jnp.arange(shape[1]), shape, 1)
+            mask = wide(seen, shape, 0) & (column < width)
+            x = plgpu.load(
+                ref.at[slot, head, wide(at, shape, 0), column],
+                mask=mask,
+                other=jnp.zeros((), ref.dtype),
+            )
+            return x.astype(dtype)
+
+        def scale_of(ref: jax.Ref) -> Array:
+            return plgpu.load(ref.at[slot, head, at], mask=seen, other=0.0)[None]
+
+        products = lax.dot_general(
+            q,
+            tile_of(cache.keys, head_dim),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        if cache.key_scale is not None:
+            products *= scale_of(cache.key_scale)
+        scores = jnp.where(seen[None], score(products), NONE)
+        now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
+        weights = jnp.where(seen[None], jnp.exp2(scores - now_largest[:, None]), 0)
+        fade = jnp.exp2(largest - now_largest)
+        total = total * fade + jnp.sum(weights, axis=1)
+        if cache.value_scale is not None:
+            weights *= scale_of(cache.value_scale)
+        values = values * fade[:, None] + jnp.dot(
+            weights.astype(dtype),
+            tile_of(cache.values, value_dim),
+            preferred_element_type=jnp.float32,
+        )
+        return now_largest, total, values
+
+    steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
+    largest, total, values = lax.fori_loop(0, steps, step, carry)
+
+    column = wide(jnp.arange(out_shape[1]), out_shape, 1)
+    member = wide(row, out_shape, 0)
+    mask = (member < group) & (column < value_dim)
+    plgpu.store(values_ref.at[split, sequence, head, member, column], values, mask=mask)
+    for ref, x in ((largest_ref, largest), (total_ref, total)):
+        plgpu.store(ref.at[split, sequence, head, row], x, mask=row < group)
+    if not launch.interpret:
+        plgpu.debug_barrier()  # all threads have stored before one of them says so
+    before = lax.cond(
+        used > 1,
+        lambda: plgpu.atomic_add(ended, (sequence, head), jnp.ones((), jnp.int32)),
+        lambda: jnp.zeros((), jnp.int32),
+    )
+
+    @pl.when(before == used - 1)
+    def _() -> None:
+        plgpu.store(ended.at[sequence, head + jnp.arange(1)], jnp.zeros(1, jnp.int32))
+        _join((values_ref, largest_ref, total_ref), sinks, rounded, sequence, head, used)
+
+
+def _as_kept(x: Array, kept: jnp.dtype, dtype: jnp.dtype) -> tuple[Array, Array, Array | None]:
+    """What attention sees of a new key or value `[width]` in a cache: float32, what is stored, and
+    its scale if it has one."""
+    if kept != jnp.int8:
+        stored = x.astype(kept)
+        return stored.astype(dtype).astype(jnp.float32), stored, None
+    scale = jnp.max(jnp.abs(x)) / 127
+    codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5)
+    return codes * scale, codes.astype(jnp.int8), scale
+
+
+def _join(
+    splits: Sequence[jax.Ref],
+    sinks: jax.Ref | None,
+    rounded: Sequence[jax.Ref],
+    sequence: Array,
+    head: Array,
+    used: Array,
+) -> None:
+    """Puts together what the splits have for one head of keys, and rounds it.
+
+    Args:
+      splits: values, largest scores and sums of weights.
+      sinks: as in `attend`.
+      rounded: results.
+      sequence, head: which.
+      used: splits that have anything.
+    """
+    values_ref, largest_ref, total_ref = splits
+    most, _, _, group, value_dim = values_ref.shape
+    blocks = value_dim // BLOCK
+    member, block = jnp.arange(pl.next_power_of_2(group)), jnp.arange(pl.next_power_of_2(blocks))
+    at_once = min(most, max(1, _JOINED // (len(member) * len(block) * BLOCK)))
+    rows = (len(member), *block_elements(block).shape)
+    shape = (at_once, *rows)
+    element = jnp.broadcast_to(block_elements(block)[None, None], shape)
+    exists = wide(member < group, shape, 1) & wide(block < blocks, shape, 2)
+
+    def load(ref: jax.Ref, at: tuple, mask: Array, other: float) -> Array:
+        # What other programs have written is not in this one's cache.
+        return plgpu.load(ref.at[at], mask=mask, other=other, volatile=True)
+
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        largest, total, values = carry
+        split = i * at_once + jnp.arange(at_once)
+        of_row = (at_once, len(member))
+        mask = wide(split < used, of_row, 0) & wide(member < group, of_row, 1)
+        at = (wide(split, of_row, 0), sequence, head, wide(member, of_row, 1))
+        more = load(largest_ref, at, mask, NONE)
+        now_largest = jnp.maximum(largest, jnp.max(more, axis=0))
+        weight, fade = jnp.exp2(more - now_largest[None]), jnp.exp2(largest - now_largest)
+        total = total * fade + jnp.sum(weight * load(total_ref, at, mask, 0.0), axis=0)
+        at = (wide(split, shape, 0), sequence, head, wide(member, shape, 1), element)
+        more = load(values_ref, at, exists & wide(split < used, shape, 0), 0.0)
+        weight = jnp.broadcast_to(weight[..., None, None, None, None], shape)
+        fade = jnp.broadcast_to(fade[:, None, None, None, None], rows)
+        return now_largest, total, values * fade + jnp.sum(more * weight, axis=0)
+
+    carry = (
+        jnp.full(len(member), NONE, jnp.float32),
+        jnp.zeros(len(member), jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+    )
+    largest, total, values = lax.fori_loop(0, pl.cdiv(used, at_once), step, carry)
+    if sinks is not None:
+        at = head * group + member
+        sink = plgpu.load(sinks.at[at], mask=member < group, other=0.0) * LOG2_E
+        final = jnp.maximum(largest, sink)
+        fade = jnp.exp2(largest - final)
+        values *= jnp.broadcast_to(fade[:, None, None, None, None], rows)
+        total = total * fade + jnp.exp2(sink - final)
+    total = jnp.maximum(total, 1e-30)
+    y = values / jnp.broadcast_to(total[:, None, None, None, None], rows)
+    of_head = (len(member), len(block))
+    at = (head * group + wide(member, of_head, 0)) * blocks + wide(block, of_head, 1)
+    inside = wide(member < group, of_head, 0) & wide(block < blocks, of_head, 1)
+    store_rounded(rounded, sequence, at, inside, y)

@@ -1,0 +1,78 @@
+"""Attention of single tokens in one kernel, run without a GPU, against the steps it stands for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import nmse
+from tiny import fresh_rng
+
+from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig, token_attention
+from jaxsplit.models.attention import Attention, attend, recall
+from jaxsplit.models.cache import AttentionCache, Batch
+from jaxsplit.quant import Launch
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+HEADS, KV_HEADS, WIDTH = 6, 2, 32
+CHOICES = {
+    "plain": {"rope": RopeConfig(32)},
+    "interleaved, in part": {"rope": RopeConfig(16, interleaved=True), "softcap": 3.0},
+    "window": {"rope": RopeConfig(8), "window": 40},
+    "norms, sinks": {
+        "rope": RopeConfig(32),
+        "query_norm": NormConfig(),
+        "key_norm": NormConfig(scale=False),
+        "sinks": True,
+    },
+}
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_token_reads_those_before_it_and_itself(name, kept):
+    rng, choice = fresh_rng(), CHOICES[name]
+    length = choice.get("window", 700)
+    config = AttentionConfig(HEADS, KV_HEADS, WIDTH, WIDTH, **choice)
+    module = Attention(config, 64, rngs=nnx.Rngs(0))
+    if module.query_norm is not None:
+        module.query_norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 2, WIDTH), jnp.float32))
+    sinks = jnp.asarray(rng.normal(size=HEADS), jnp.float32) if config.sinks else None
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    # The first token of a text, others with few and with many tokens before them, and padding.
+    positions = np.array([[0], [5], [length - 1 if "window" not in choice else 3 * length], [-1]])
+    batch = Batch(jnp.asarray(positions), jnp.asarray([2, 0, 4, 1]))
+    query, key, value = (normal(4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
+    cache = AttentionCache.of(*(normal(5, length, KV_HEADS, WIDTH) for _ in range(2)), kept)
+    assert token_attention.supports(config, batch, cache, query)
+    rows, found = token_attention.attend(
+        query,
+        key,
+        value,
+        batch,
+        cache,
+        config,
+        (module.query_norm, module.key_norm),
+        sinks,
+        launch=Launch(interpret=True),
+    )
+    exact = [x.astype(jnp.float32) for x in (query, key, value)]
+    queries = module._queries(exact[0], batch).reshape(4, 1, KV_HEADS, -1, WIDTH)
+    keys = module._heads(exact[1], WIDTH, module.key_norm, batch)
+    values = module._heads(exact[2], WIDTH, None)
+    memory, key_positions, expected = recall(keys, values, batch, cache, config.window)
+    y = attend(queries, memory, batch.positions, key_positions, config, sinks)
+    for row in range(3):
+        # Rounding to 8 bits alone is 1e-5 of normal numbers.
+        assert nmse(rows.array[row].astype(jnp.float32), y[row]) <= 1e-4, row
+    for old, new, there in zip(
+        *(x.__dict__.values() for x in (cache, expected, found)), strict=True
+    ):
+        if old is not None:
+            assert there.dtype == old.dtype
+            assert nmse(there.astype(jnp.float32), new.astype(jnp.float32)) <= 1e-5
+            changed = (np.asarray(old) != np.asarray(there)).any(axis=tuple(range(3, old.ndim)))
+            assert changed.any(axis=1).sum() <= 3  # a place for each token that exists
