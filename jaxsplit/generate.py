@@ -76,6 +76,12 @@ _REDUCE_DTYPE = flags.DEFINE_string(
     "auto",
     "in which devices exchange partial sums; auto: float32, but bfloat16 in prompts of that dtype",
 )
+_PEER_ACCESS = flags.DEFINE_bool(
+    "peer_access",
+    True,
+    "kernels of several GPUs exchange numbers by writing to one another's memory, where they can; "
+    "off: through NCCL",
+)
 _CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype", "auto", f"of keys and values: {', '.join(_DTYPES)}, int8; auto: as --dtype"
 )
@@ -201,6 +207,7 @@ def main(_: list[str]) -> None:
             dtype=_DTYPE.value,
             activations=_ACTIVATIONS.value,
             reduce_dtype=_REDUCE_DTYPE.value,
+            peer_access=_PEER_ACCESS.value,
             cache_dtype=_CACHE_DTYPE.value,
             ctx_size=_CTX_SIZE.value,
             progress=progress,

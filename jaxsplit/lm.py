@@ -43,6 +43,7 @@ def load(
     dtype: str = "auto",
     activations: str = "auto",
     reduce_dtype: str = "auto",
+    peer_access: bool = True,
     cache_dtype: str = "auto",
     ctx_size: int = 4096,
     slots: int = 1,
@@ -70,6 +71,8 @@ def load(
         rounds where there are kernels for it, unless the dtype is float32.
       reduce_dtype: in which partial sums are exchanged; `auto` is float32 in decoding, bfloat16 in
         prompts where activations are.
+      peer_access: kernels of several GPUs exchange numbers by writing to one another's memory,
+        where they can; else through NCCL.
       cache_dtype: of keys and values; `auto` is that of the activations.
       ctx_size: tokens of context, at most the model's; 0 is the model's.
       slots: sequences that can be decoded together.
@@ -155,6 +158,7 @@ def load(
         context=context,
         cache_dtype=cache_in or compute_in,
         arithmetic=arithmetic,
+        peer_access=peer_access,
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
     split = describe_split(sources, config, partition, stored)

@@ -48,6 +48,7 @@ class Engine:
       ends: tokens that end a text.
       chunks: lengths for which prefill is compiled; longer prompts are read piece by piece.
       arithmetic: of products with quantized matrices.
+      peer_access: where devices run kernels, these exchange numbers, if the devices can.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         ends: Sequence[int] = (),
         chunks: Sequence[int] = CHUNKS,
         arithmetic: Arithmetic = PLAIN,
+        peer_access: bool = True,
     ):
         self.partition = partition
         self.config = models[0].config
@@ -68,7 +70,7 @@ class Engine:
         self.chunks = sorted(chunks)
         self.ends = np.asarray(sorted(ends) or [-1], np.int32)
         self.runners = [
-            StageRunner(model, stage, context, cache_dtype, arithmetic)
+            StageRunner(model, stage, context, cache_dtype, arithmetic, peer_access=peer_access)
             for model, stage in zip(models, partition.stages, strict=True)
         ]
         count = min(slots, len(self.runners))

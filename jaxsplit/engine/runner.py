@@ -86,6 +86,7 @@ class StageRunner:
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
       arithmetic: of products with quantized matrices.
+      peer_access: where devices run kernels, these exchange numbers, if the devices can.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class StageRunner:
         context: int,
         cache_dtype: jnp.dtype,
         arithmetic: Arithmetic = PLAIN,
+        *,
+        peer_access: bool = True,
     ):
         self.stage = stage
         self.arithmetic = arithmetic
@@ -118,7 +121,7 @@ class StageRunner:
         self._cache_spec = cache_specs(model.config, stage, context, cache_dtype)
         self._programs: dict[Any, _Program] = {}
         self._meeting = tuple(a for a in ("expert", "tensor") if stage.mesh.shape[a] > 1)
-        self._mailboxes = self._make_mailboxes()
+        self._mailboxes = self._make_mailboxes() if peer_access else None
 
     def _make_mailboxes(self) -> jax.Array | None:
         """For what devices exchange in kernels, if they run kernels."""

@@ -389,7 +389,7 @@ def _attend_split(
     before = lax.cond(
         used > 1,
         lambda: plgpu.atomic_add(ended, (sequence, head), jnp.ones((), jnp.int32)),
-        lambda: jnp.zeros((), jnp.int32),
+        lambda: used - 1,
     )
 
     @pl.when(before == used - 1)

@@ -39,6 +39,9 @@ def _driver() -> Callable[..., None]:
     return call
 
 
+_pointer = ctypes.c_uint64
+
+
 class _Context:
     """What the process has on a device; entered, it is where calls of the driver work."""
 
@@ -54,7 +57,7 @@ class _Context:
     def __exit__(self, *_: object) -> None:
         _driver()("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
-    def reaches(self, other: "_Context") -> bool:
+    def may_reach(self, other: "_Context") -> bool:
         """Whether this device can write to another's memory; after that it may."""
         can = ctypes.c_int()
         _driver()("cuDeviceCanAccessPeer", ctypes.byref(can), self.device, other.device)
@@ -64,17 +67,34 @@ class _Context:
         return bool(can.value)
 
     def allocate(self, size: int) -> int:
-        """The address of so many bytes, zeros."""
+        """The address of so many bytes."""
         address = ctypes.c_uint64()
         with self as call:
             call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
-            call("cuMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
-            call("cuCtxSynchronize")
         return address.value
+
+    def fill(self, address: int, byte: int, size: int) -> None:
+        """Writes to this device's memory."""
+        with self as call:
+            call("cuMemsetD8_v2", _pointer(address), ctypes.c_ubyte(byte), ctypes.c_size_t(size))
+            call("cuCtxSynchronize")
+
+    def send(self, address: int, other: int) -> None:
+        """Copies a byte of this device's memory to that of another."""
+        with self as call:
+            call("cuMemcpyDtoD_v2", _pointer(other), _pointer(address), ctypes.c_size_t(1))
+            call("cuCtxSynchronize")
+
+    def read(self, address: int) -> int:
+        """A byte of this device's memory."""
+        byte = ctypes.c_ubyte()
+        with self as call:
+            call("cuMemcpyDtoH_v2", ctypes.byref(byte), _pointer(address), ctypes.c_size_t(1))
+        return byte.value
 
     def free(self, address: int) -> None:
         with self as call:
-            call("cuMemFree_v2", ctypes.c_uint64(address))
+            call("cuMemFree_v2", _pointer(address))
 
 
 def make_mailboxes(
@@ -105,12 +125,16 @@ def make_mailboxes(
     try:
         for group in groups:
             contexts = [_Context(device) for device in group]
-            if not all(a.reaches(b) for a, b in itertools.permutations(contexts, 2)):
+            if not all(a.may_reach(b) for a, b in itertools.permutations(contexts, 2)):
                 return None
             addresses = []
             for context in contexts:
                 addresses.append(context.allocate(size(count)))
                 allocated.append((context, addresses[-1]))
+            if not _arrives(contexts, addresses):
+                return None
+            for context, address in zip(contexts, addresses, strict=True):
+                context.fill(address, 0, size(count))
             words = np.asarray([[a & 0xFFFFFFFF, a >> 32] for a in addresses])
             rows += [[i, *np.roll(words, -i, axis=0).reshape(-1)] for i in range(count)]
     except _CudaError:
@@ -121,6 +145,18 @@ def make_mailboxes(
     table = np.asarray(rows, np.uint32).reshape(*shape, -1)
     table = table.transpose([*np.argsort(order), len(order)])
     return jax.device_put(table, NamedSharding(mesh, PartitionSpec(*mesh.axis_names)))
+
+
+def _arrives(contexts: Sequence[_Context], addresses: Sequence[int]) -> bool:
+    """Whether what each device writes to the others is there; not all machines keep the promise."""
+    for i, (writer, mine) in enumerate(zip(contexts, addresses, strict=True)):
+        for reader, other in zip(contexts, addresses, strict=True):
+            reader.fill(other + 1, 0, 1)
+            writer.fill(mine, i + 1, 1)
+            writer.send(mine, other + 1)
+            if reader.read(other + 1) != i + 1:
+                return False
+    return True
 
 
 def _free(allocated: Sequence[tuple[_Context, int]]) -> None:

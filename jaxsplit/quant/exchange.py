@@ -27,6 +27,9 @@ WIDTH = 512
 PROGRAMS = 128
 """Programs for which a mailbox has room."""
 
+PATIENCE = 2**26
+"""Looks for a number before a kernel gives up with an error: half a minute or more."""
+
 FEW_DEVICES = 3
 """With more, what each writes to all others takes longer than a ring."""
 
@@ -223,7 +226,7 @@ def _packed(lines: Sequence[str], *operands: Array) -> Array:
             text = text.replace(f"%{name}", registers[f"{name}#{k}"])
         return text.replace("#", str(k))
 
-    text = ["{", ".reg .pred late;", ".reg .b64 base;"]
+    text = ["{", ".reg .pred late, never;", ".reg .b32 looks;", ".reg .b64 base;"]
     text += [f".reg .b64 a{k}, w{k};\n.reg .b32 u{k}, v{k};" for k in range(_PACK)]
     text += ["mov.b64 base, {" + f"{registers['lo#0']}, {registers['hi#0']}" + "};"]
     for part in ("mad.wide.u32 a#, %offset, 1, base;", *lines):
@@ -253,7 +256,11 @@ _SEND = (
     "mov.b32 %z, %y;",
 )
 _RECEIVE = (
+    "mov.b32 looks, 0;",
     "again:",
+    "add.u32 looks, looks, 1;",
+    f"setp.gt.u32 never, looks, {PATIENCE};",
+    "@never trap;",
     "ld.relaxed.sys.global.b64 w#, [a#];",
     "mov.b64 {u#, v#}, w#;",
     "setp.ne.u32 late, v0, v0;",
@@ -329,9 +336,9 @@ def _exchange_tile(x: Array, peers: Peers, step: int) -> Array:
 
     quarters = [(k, f"[b+{words + 16 * _THREADS * k}]") for k in range(_WORDS // 4)]
     lines = [
-        ".reg .pred late;",
+        ".reg .pred late, never;",
         ".reg .b64 mine, theirs, a, b;",
-        ".reg .b32 tile, thread, count, half, place, index, found;",
+        ".reg .b32 tile, thread, count, half, place, index, found, looks;",
         "mov.u32 tile, %ctaid.x;",
         "mov.u32 thread, %tid.x;",
         address("mine", mine),
@@ -347,7 +354,11 @@ def _exchange_tile(x: Array, peers: Peers, step: int) -> Array:
         "fence.acq_rel.sys;",
         f"st.relaxed.sys.global.b32 [a+{flags}], count;",
         *places("mine", sender),
+        "mov.b32 looks, 0;",
         "again:",
+        "add.u32 looks, looks, 1;",
+        f"setp.gt.u32 never, looks, {PATIENCE};",
+        "@never trap;",
         f"ld.acquire.sys.global.b32 found, [a+{flags}];",
         "setp.ne.u32 late, found, count;",
         "@late bra again;",

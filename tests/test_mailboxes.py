@@ -1,0 +1,102 @@
+"""Memory that GPUs share, with devices that only pretend."""
+
+import gc
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxsplit.parallel import mailboxes as module
+from jaxsplit.parallel.mailboxes import make_mailboxes
+
+
+class Owner:
+    pass
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """What pretended devices have: their memory by address; options decide what works."""
+    state = types.SimpleNamespace(bytes={}, freed=[], reaches=True, arrives=True)
+
+    class Context:
+        def __init__(self, device):
+            self.device = device
+
+        def may_reach(self, other):
+            return state.reaches
+
+        def allocate(self, size):
+            address = (self.device.id + 1 << 36) + 4096 * len(state.bytes)
+            state.bytes[address] = (self.device, size, bytearray([99] * size))
+            return address
+
+        def find(self, address):
+            device, size, content = state.bytes[address // 4096 * 4096]
+            assert device == self.device
+            assert address % 4096 < size
+            return content, address % 4096
+
+        def fill(self, address, byte, size):
+            content, place = self.find(address)
+            content[place : place + size] = [byte] * size
+
+        def send(self, address, other):
+            target, _, content = state.bytes[other // 4096 * 4096]
+            if state.arrives or target == self.device:
+                content[other % 4096] = self.read(address)
+
+        def read(self, address):
+            content, place = self.find(address)
+            return content[place]
+
+        def free(self, address):
+            state.freed.append(address)
+
+    monkeypatch.setattr(module, "_Context", Context)
+    return state
+
+
+def mesh_of(*shape):
+    devices = np.asarray(jax.devices()[: np.prod(shape)]).reshape(shape)
+    return Mesh(devices, ("data", "expert", "tensor"))
+
+
+def test_each_device_has_the_addresses_of_those_after_it(memory):
+    owner, mesh = Owner(), mesh_of(2, 1, 3)
+    table = np.asarray(make_mailboxes(mesh, ("tensor",), lambda count: 1000 * count, owner))
+    assert table.shape == (2, 1, 3, 7)
+    assert all(bytes(content) == bytes(3000) for _, _, content in memory.bytes.values())
+    for data in range(2):
+        for place in range(3):
+            me, *words = table[data, 0, place].tolist()
+            assert me == place
+            addresses = [
+                low + (high << 32) for low, high in zip(words[::2], words[1::2], strict=True)
+            ]
+            found = [memory.bytes[address][0] for address in addresses]
+            assert found == [mesh.devices[data, 0, (place + step) % 3] for step in range(3)]
+    del owner
+    gc.collect()
+    assert sorted(memory.freed) == sorted(memory.bytes)
+
+
+def test_devices_along_two_axes_are_one_group(memory):
+    table = make_mailboxes(mesh_of(2, 2, 2), ("expert", "tensor"), lambda count: 8 * count, Owner())
+    assert np.asarray(table)[..., 0].tolist() == [[[0, 1], [2, 3]]] * 2
+
+
+@pytest.mark.parametrize("broken", ["reaches", "arrives"])
+def test_there_are_none_where_devices_cannot_write_to_one_another(memory, broken):
+    setattr(memory, broken, False)
+    owner = Owner()
+    assert make_mailboxes(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, owner) is None
+    del owner
+    gc.collect()
+    assert sorted(memory.freed) == sorted(memory.bytes)
+
+
+def test_there_are_none_without_a_driver():
+    assert make_mailboxes(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, Owner()) is None
