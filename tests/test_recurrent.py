@@ -313,4 +313,4 @@ def test_collectives_of_a_decode_step():
     config = hybrid(*MIXERS.values())
     (stage,) = make_partition(config, "graph", {"tensor": 3}, None).stages
     work = trace_decode(config, stage, jnp.float32, 64, 1)
-    assert work.collectives == Counter({"all-reduce": 2 * config.layers + 2 + 1, "all-gather": 2})
+    assert work.collectives == Counter({"all-reduce": 2 * config.layers + 2 + 1, "all-gather": 1})

@@ -166,7 +166,10 @@ def sample(
         best, index = lax.top_k(logits, plan.candidates)
     else:
         best, index = logits, jnp.broadcast_to(jnp.arange(rows), logits.shape)
-    best, tokens = gather_over(best, _VOCAB), gather_over(index + offset, _VOCAB)
+    # Both at once: what a collective costs here is its latency.
+    pairs = jnp.stack([lax.bitcast_convert_type(best, jnp.int32), index + offset], axis=1)
+    pairs = gather_over(pairs, _VOCAB)
+    best, tokens = lax.bitcast_convert_type(pairs[:, 0], jnp.float32), pairs[:, 1]
     if plan.candidates == 1:
         winner = jnp.argmax(best, axis=-1, keepdims=True)
         return jnp.take_along_axis(tokens, winner, axis=-1)[:, 0]
