@@ -1,5 +1,6 @@
 """What benchmarks share: what the devices can do, measured; tables."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+
+from jaxsplit.parallel import make_mailboxes
+from jaxsplit.quant import Peers, exchange
 
 
 def seconds(run: Callable[[], Any], repeat: int = 3) -> float:
@@ -49,19 +53,53 @@ def matmul_rate(device: jax.Device, dtype: jnp.dtype) -> float:
     return 8 * 2 * size**3 / seconds(run)
 
 
-def all_reduce_seconds(mesh: Mesh, size: int) -> float:
-    """How long the devices of a mesh take to add up so many float32 numbers."""
+def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float | None:
+    """How long the devices of a mesh take to add up so many bytes, one sum after another.
+
+    Args:
+      mesh: of any axes.
+      size: in bytes: float32 numbers; where kernels add up many, bfloat16 numbers.
+      kernels: devices exchange the numbers in kernels (`jaxsplit.quant.exchange`); else XLA adds
+        them up.
+
+    Returns:
+      seconds; None: the devices have no such kernels, or too little room.
+    """
     if mesh.size == 1:
         return 0.0
-    count = 64
+    axes, count = ("tensor",), 32
+    mesh = Mesh(mesh.devices.reshape(-1), axes)
+    few = exchange.supports(size // 4)
+    dtype = jnp.float32 if few or not kernels else jnp.bfloat16
+    numbers = size // jnp.dtype(dtype).itemsize
+    owner, table = _Owner(), None
+    if kernels:
+        if mesh.devices.flat[0].platform == "gpu":
+            room = functools.partial(exchange.mailbox_bytes, most=0 if few else numbers)
+            table = make_mailboxes(mesh, axes, room, owner)
+        if table is None or not (few or mesh.size <= exchange.FEW_DEVICES):
+            return None
 
-    def local(x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, count, lambda _, x: lax.psum(x, mesh.axis_names) / mesh.size, x)
+    def local(table: jax.Array | None, x: jax.Array) -> jax.Array:
+        for _ in range(count):
+            if table is None:
+                x = lax.psum(x, axes)
+            else:
+                peers = Peers(table.reshape(-1), axes, 0 if few else numbers)
+                x = (exchange.total if few else exchange.total_of_many)(x, peers)
+            x = x * jnp.asarray(1 / mesh.size, dtype)
+        return x
 
-    spec = PartitionSpec()
-    add = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    x = np.ones(size, np.float32)
-    return seconds(lambda: add(x)) / count
+    specs = (PartitionSpec(*axes), PartitionSpec())
+    local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False)
+    add, x = jax.jit(local), jnp.ones(numbers, dtype)
+    took = seconds(lambda: add(table, x)) / count
+    del owner
+    return took
+
+
+class _Owner:
+    """Of memory that is freed with it."""
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

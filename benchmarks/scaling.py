@@ -30,7 +30,7 @@ _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 
 _MODES = flags.DEFINE_list("modes", "layer,row,graph", "split modes on more than one device")
 _SECONDS = flags.DEFINE_float("seconds", 540.0, "when to begin nothing new")
 
-_SIZES = [2**n for n in range(13, 27)]
+_SIZES = [2**n for n in (13, 14, 16, 18, 20, 22, 24, 26)]
 _COLUMNS = {
     "devices": "devices",
     "mode": "split",
@@ -43,18 +43,29 @@ _COLUMNS = {
     "prefill_layer": "÷ layer",
     "prefill_one": "÷ 1 device",
 }
-_SUMS = {"devices": "devices", "bytes": "bytes", "micros": "µs", "rate": "GB/s"}
+_SUMS = {
+    "devices": "devices",
+    "bytes": "bytes",
+    "xla": "XLA µs",
+    "xla_rate": "GB/s",
+    "kernels": "kernels µs",
+    "kernels_rate": "GB/s",
+}
 
 
 def _sums(count: int) -> list[dict[str, Any]]:
-    """All-reduces of float32 on so many devices. The rate is that at which each device sends, were
-    they in a ring: `2 (n - 1) / n` of the bytes."""
+    """All-reduces on so many devices, by XLA and by kernels of this package. The rates are those at
+    which each device sends, were they in a ring: `2 (n - 1) / n` of the bytes."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), "tensor")
     rows = []
     for size in _SIZES:
-        took = all_reduce_seconds(mesh, size // 4)
-        rate = 2 * (count - 1) / count * size / took / 1e9
-        rows.append({"devices": count, "bytes": size, "micros": took * 1e6, "rate": rate})
+        row: dict[str, Any] = {"devices": count, "bytes": size}
+        for way, kernels in (("xla", False), ("kernels", True)):
+            took = all_reduce_seconds(mesh, size, kernels=kernels)
+            sent = 2 * (count - 1) / count * size
+            row[way] = "" if took is None else took * 1e6
+            row[f"{way}_rate"] = "" if took is None else sent / took / 1e9
+        rows.append(row)
     return rows
 
 

@@ -13,7 +13,7 @@ from jaxsplit.models.cache import AttentionCache, Batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-HEADS, KV_HEADS, LENGTH = 6, 2, 50
+HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, LENGTH = 12, 6, 24, 20, 50
 CHOICES = {
     "plain": {"rope": RopeConfig(24)},
     "interleaved, in part": {"rope": RopeConfig(16, interleaved=True)},
@@ -26,16 +26,20 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("together", [1, 4], ids=lambda n: f"{n} heads a program")
 @pytest.mark.parametrize("time", [1, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_heads_are_turned_and_kept(name, dtype, time):
+def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
+    if together > 1:
+        monkeypatch.setattr(placing, "_FEW", 0)
+        monkeypatch.setattr(placing, "_ELEMENTS", 32 * together)
     rng, ring = fresh_rng(), "window" in CHOICES[name]
-    config = AttentionConfig(HEADS, KV_HEADS, 24, 24, **CHOICES[name])
+    config = AttentionConfig(HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, **CHOICES[name])
     module = Attention(config, 32, rngs=nnx.Rngs(0))
     for norm in (module.query_norm, module.key_norm):
         if norm is not None and norm.scale is not None:
-            norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 2, 24), jnp.float32))
+            norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 2, WIDTH), jnp.float32))
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
@@ -46,8 +50,11 @@ def test_heads_are_turned_and_kept(name, dtype, time):
     positions[0, 3:] = -1
     slots = None if time == 1 else jnp.asarray([2, 0, 4])
     batch = Batch(jnp.asarray(positions), slots)
-    query, key, value = (normal(3, time, 24 * n) for n in (HEADS, KV_HEADS, KV_HEADS))
-    cache = AttentionCache.of(*(normal(5, LENGTH, KV_HEADS, 24) for _ in range(2)), dtype)
+    query, key = (normal(3, time, WIDTH * n) for n in (HEADS, KV_HEADS))
+    value = normal(3, time, VALUE_WIDTH * KV_HEADS)
+    cache = AttentionCache.of(
+        *(normal(5, LENGTH, KV_HEADS, width) for width in (WIDTH, VALUE_WIDTH)), dtype
+    )
     if ring and time > 1:
         assert not placing.supports(config, batch, cache, jnp.bfloat16)
         return
@@ -59,8 +66,8 @@ def test_heads_are_turned_and_kept(name, dtype, time):
     assert queries.dtype == jnp.bfloat16
     assert nmse(queries, expected) <= 1e-5
     new = AttentionCache.of(
-        module._heads(exact[1], 24, module.key_norm, batch),
-        module._heads(exact[2], 24, None),
+        module._heads(exact[1], WIDTH, module.key_norm, batch),
+        module._heads(exact[2], VALUE_WIDTH, None),
         jnp.float32,
     )
     sequence, token = np.nonzero(positions >= 0)

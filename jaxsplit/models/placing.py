@@ -3,7 +3,7 @@
 Heads are normalized and turned, and the new keys and values are put into the cache.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -15,6 +15,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Norm, rope_factors
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig, RopeConfig
+
+_ELEMENTS = 2048  # of a program at most, and its warps; a head and a warp where tokens are few
+_WARPS = 4
+_FEW = 32
 
 
 def supports(
@@ -83,20 +87,26 @@ def place(
         scales,
     )
     leaves, structure = jax.tree.flatten(inputs)
+    width = pl.next_power_of_2(max(c.head_dim, value.shape[-1] // kv_heads))
+    most = 1 if tokens <= _FEW else max(1, _ELEMENTS // width)
+    together, kv_together = (min(most, pl.next_power_of_2(n)) for n in (heads, kv_heads))
     kept, cache_structure = jax.tree.flatten(cache)
     queries = jax.ShapeDtypeStruct((tokens, heads, c.head_dim), query.dtype)
     queries, *kept = pl.pallas_call(
         partial(
             _kernel,
             structures=(structure, cache_structure),
+            together=(together, kv_together),
             rope=c.rope,
             norms=(c.query_norm, c.key_norm),
             ring=c.window is not None,
         ),
-        grid=(tokens, heads + kv_heads),
+        grid=(tokens, pl.cdiv(heads, together) + pl.cdiv(kv_heads, kv_together)),
         out_shape=[queries, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
         input_output_aliases={len(leaves) + i: 1 + i for i in range(len(kept))},
-        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=1 if tokens <= _FEW else _WARPS, num_stages=1
+        ),
         interpret=interpret,
         name="place_heads",
     )(*leaves, *kept)
@@ -108,78 +118,104 @@ def place(
 def _kernel(
     *refs: jax.Ref,
     structures: tuple[Any, Any],
+    together: tuple[int, int],
     rope: RopeConfig,
     norms: tuple[NormConfig | None, NormConfig | None],
     ring: bool,
 ) -> None:
-    """One head of one token: of queries, or of keys and values."""
+    """Some heads of one token: of queries, or of keys and values.
+
+    A head is in parts: where it turns by halves, each half is one and what does not turn another.
+    """
     structure, cache_structure = structures
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     query, key, value, positions, slots, cos, sin, scales = inputs
     queries_ref, *kept = refs[structure.num_leaves + cache_structure.num_leaves :]
     cache = jax.tree.unflatten(cache_structure, kept)
-    token, head = pl.program_id(0), pl.program_id(1)
-    heads, head_dim = query.shape[1:]
-    column = jnp.arange(pl.next_power_of_2(head_dim))
-    inside = column < head_dim
-    if rope.interleaved:
-        other, pair, sign = column ^ 1, column >> 1, jnp.where(column % 2 == 0, -1.0, 1.0)
-    else:
-        half = rope.dim // 2
-        first = column < half
-        other = jnp.where(first, column + half, column - half)
-        pair, sign = jnp.where(first, column, column - half), jnp.where(first, -1.0, 1.0)
-    turns = column < rope.dim
+    token, program = pl.program_id(0), pl.program_id(1)
+    (heads, head_dim), (kv_heads, value_dim) = query.shape[1:], value.shape[1:]
+    half = rope.dim // 2
+    bounds = [0, head_dim] if rope.interleaved else [0, half, rope.dim, head_dim]
+    parts = [_Columns(*ends) for ends in zip(bounds, bounds[1:], strict=False) if len({*ends}) > 1]
+    pairs = _Columns(0, half, parts[0].size // 2 if rope.interleaved else None)
 
-    def load(ref: jax.Ref, at: tuple, mask: Array, other: float = 0.0) -> Array:
-        x = plgpu.load(ref.at[at], mask=mask, other=jnp.asarray(other, ref.dtype))
+    def load(ref: jax.Ref, head: Array, columns: _Columns) -> Array:
+        """float32 `[heads, columns]`."""
+        at, mask = columns.of(head, ref.shape[1])
+        x = plgpu.load(ref.at[token, *at], mask=mask, other=jnp.zeros((), ref.dtype))
         return x.astype(jnp.float32)
 
-    def turned(ref: jax.Ref, head: Array, norm: NormConfig | None, scale: jax.Ref | None) -> Array:
-        """float32 `[head_dim]`."""
-        x, y = (
-            load(ref, (token, head, column), inside),
-            load(ref, (token, head, other), turns),
-        )
+    def load_row(ref: jax.Ref, before: tuple, columns: _Columns, other: float = 0.0) -> Array:
+        """float32 `[1, columns]`."""
+        return plgpu.load(ref.at[*before, columns.index], mask=columns.inside, other=other)[None]
+
+    def turned(
+        ref: jax.Ref, head: Array, norm: NormConfig | None, scale: jax.Ref | None
+    ) -> list[Array]:
+        """The parts of heads, float32 `[heads, columns]`."""
+        xs = [load(ref, head, part) for part in parts]
+        c, s = load_row(cos, (token,), pairs, 1.0), load_row(sin, (token,), pairs)
         if norm is not None:
-            factor = jax.lax.rsqrt(jnp.sum(x * x) / head_dim + norm.epsilon)
-            x, y = x * factor, y * factor
+            mean = sum(jnp.sum(x * x, axis=1) for x in xs) / head_dim
+            factor = jax.lax.rsqrt(mean + norm.epsilon)[:, None]
+            xs = [x * factor for x in xs]
             if scale is not None:
-                x, y = x * load(scale, (column,), inside), y * load(scale, (other,), turns)
-        c, s = load(cos, (token, pair), turns, 1), load(sin, (token, pair), turns)
-        return x * c + y * (sign * s)
+                xs = [x * load_row(scale, (), p) for x, p in zip(xs, parts, strict=True)]
+        if rope.interleaved:
+            x, y = jnp.unstack(xs[0].reshape(len(head), -1, 2), axis=2)
+            return [jnp.stack([x * c - y * s, y * c + x * s], axis=2).reshape(len(head), -1)]
+        x, y, *rest = xs
+        return [x * c - y * s, y * c + x * s, *rest]
 
-    @pl.when(head < heads)
+    @pl.when(program < pl.cdiv(heads, together[0]))
     def _() -> None:
-        y = turned(query, head, norms[0], scales[0])
-        at = (token, head, column)
-        plgpu.store(queries_ref.at[at], y.astype(queries_ref.dtype), mask=inside)
+        head = program * together[0] + jnp.arange(together[0])
+        for part, y in zip(parts, turned(query, head, norms[0], scales[0]), strict=True):
+            at, mask = part.of(head, heads)
+            plgpu.store(queries_ref.at[token, *at], y.astype(queries_ref.dtype), mask=mask)
 
-    @pl.when(head >= heads)
+    @pl.when(program >= pl.cdiv(heads, together[0]))
     def _() -> None:
-        kv_head = head - heads
+        first = (program - pl.cdiv(heads, together[0])) * together[1]
+        head = first + jnp.arange(together[1])
         length, (_, time) = cache.keys.shape[2], positions.shape
         sequence = token // time
         position = positions[sequence, token % time]
         slot = sequence if slots is None else slots[sequence]
         exists = (position >= 0) & (ring | (position < length))
         spot = jnp.maximum(position, 0) % length
+        whole = _Columns(0, value_dim)
+        values = load(value, head, whole)
 
-        def keep(ref: jax.Ref, scale_ref: jax.Ref | None, x: Array, mask: Array) -> None:
-            mask &= exists
+        def keep(
+            ref: jax.Ref, scale_ref: jax.Ref | None, xs: list[Array], parts: list[_Columns]
+        ) -> None:
             if scale_ref is not None:
-                scale = jnp.max(jnp.abs(x)) / 127
-                x = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5)
-                plgpu.store(
-                    scale_ref.at[slot, kv_head, spot + jnp.arange(1)],
-                    jnp.full(1, scale),
-                    mask=jnp.full(1, exists),
-                )
-            at = (slot, kv_head, spot, jnp.arange(len(mask)))
-            plgpu.store(ref.at[at], x.astype(ref.dtype), mask=mask)
+                largest = [jnp.max(jnp.abs(x), axis=1) for x in xs]
+                scale = reduce(jnp.maximum, largest) / 127
+                divisor = jnp.where(scale > 0, scale, 1)[:, None]
+                xs = [jnp.floor(x / divisor + 0.5) for x in xs]
+                mask = exists & (head < kv_heads)
+                plgpu.store(scale_ref.at[slot, head, spot], scale, mask=mask)
+            for part, x in zip(parts, xs, strict=True):
+                (row, column), mask = part.of(head, kv_heads)
+                at = (slot, row, spot, column)
+                plgpu.store(ref.at[at], x.astype(ref.dtype), mask=mask & exists)
 
-        keep(cache.keys, cache.key_scale, turned(key, kv_head, norms[1], scales[1]), inside)
-        width = value.shape[-1]
-        of_value = jnp.arange(pl.next_power_of_2(width))
-        x = load(value, (token, kv_head, of_value), of_value < width)
-        keep(cache.values, cache.value_scale, x, of_value < width)
+        keep(cache.keys, cache.key_scale, turned(key, head, norms[1], scales[1]), parts)
+        keep(cache.values, cache.value_scale, [values], [whole])
+
+
+class _Columns:
+    """Columns of a head from `first` to `stop`, as many as a power of two."""
+
+    def __init__(self, first: int, stop: int, size: int | None = None) -> None:
+        self.size = size or pl.next_power_of_2(stop - first)
+        self.index = first + jnp.arange(self.size)
+        self.inside = self.index < stop
+
+    def of(self, head: Array, heads: int) -> tuple[tuple[Array, Array], Array]:
+        """Indices `[heads, columns]` of both and what exists."""
+        shape = (len(head), self.size)
+        row, column = jnp.broadcast_to(head[:, None], shape), jnp.broadcast_to(self.index, shape)
+        return (row, column), (row < heads) & self.inside[None]

@@ -45,10 +45,16 @@ def _gpu(
     kernels: bool = True,
 ) -> DeviceKind:
     kind = DeviceKind(name, gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
-    return kind if kernels else dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
+    if not kernels:
+        return dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
+    # Over NVLink, kernels exchange what they have themselves.
+    return dataclasses.replace(kind, meet_seconds=2.5e-6) if link > _PCIE else kind
 
 
-# PCIe 3.0 x16 carries 12 GB/s, 4.0 24, 5.0 48. NVLink counts where every board of the kind has it.
+_PCIE = 48
+"""GB/s that PCIe 5.0 x16 carries; 4.0 carries 24, 3.0 12."""
+
+# NVLink counts where every board of the kind has it.
 DEVICE_KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (

@@ -53,6 +53,7 @@ _EFFICIENCY = {
 """Without kernels, and with them."""
 
 _COPY_EFFICIENCY = 0.9
+_LINK_EFFICIENCY = 0.6
 _RESERVED = 0.08
 """Of a device's memory, for its runtime."""
 
@@ -383,7 +384,8 @@ def _prefill_seconds(
 def _meeting(kind: DeviceKind, work: Work) -> float:
     """An all-reduce carries its bytes twice, less what a device has itself; a gather once."""
     sent = 2 * work.collective_bytes["all-reduce"] + work.collective_bytes["all-gather"]
-    return sum(work.collectives.values()) * kind.meet_seconds + sent / 2 / kind.link
+    rate = kind.link * _LINK_EFFICIENCY
+    return sum(work.collectives.values()) * kind.meet_seconds + sent / 2 / rate
 
 
 def candidates(devices: int, *, experts: bool = False) -> list[tuple[str, dict[str, int]]]:
