@@ -4,10 +4,10 @@
   python benchmarks/bench.py --random=llama-8b:Q4_K_M --split=none --split=graph@tensor:2 -b 1,8
 
 `ppN` reads a prompt of N tokens, `tgN` generates N; `@ dN` is after N tokens of context. The limits
-come from the bandwidth of a copy, the rate of a matrix product and the latency of an all-reduce,
-measured first. Decoding: each device reads its weights and the filled part of its cache once, and
-the devices meet as often as the program does. Prefill: all devices work on the products all the
-time. `plan` is what `jaxsplit.plan` predicts.
+come from the bandwidth of a copy and the rate of a matrix product, measured first. Decoding: each
+device reads its weights and the filled part of its cache once. Prefill: all devices work on the
+products all the time. Meeting is free in both; what a sum of one token takes alone is printed.
+`plan` is what `jaxsplit.plan` predicts.
 """
 
 import functools
@@ -201,7 +201,6 @@ def measure(
                 (s.read - s.cache / groups * (1 - filled / engine.context)) / limits.bandwidth,
                 s.decode.flops / limits.flops,
             )
-            + sum(s.decode.collectives.values()) * limits.meet
             for s in plan.stages
         ]
         return batch / max(sum(stages), groups * max(stages))

@@ -46,6 +46,17 @@ def _shortest(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+def _exchanged(config: ModelConfig, context: int, devices: int) -> int:
+    """Numbers of which so many devices exchange sums in kernels."""
+    tokens = min(context, max(CHUNKS)) if devices <= exchange.FEW_DEVICES else 0
+    return tokens * config.embed
+
+
+def mailbox_bytes(config: ModelConfig, context: int, devices: int) -> int:
+    """Of each of so many devices whose kernels exchange numbers."""
+    return exchange.mailbox_bytes(devices, _exchanged(config, context, devices))
+
+
 def stage_cache(
     config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
 ) -> Cache:
@@ -132,22 +143,16 @@ class StageRunner:
             count = math.prod(mesh.shape[axis] for axis in self._meeting)
             return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
 
-        def size(devices: int) -> int:
-            return exchange.mailbox_bytes(devices, self._most(devices))
-
+        size = functools.partial(mailbox_bytes, self.config, self.context)
         return make_mailboxes(mesh, self._meeting, size, self)
-
-    def _most(self, devices: int) -> int:
-        """Numbers of which sums are exchanged in kernels."""
-        tokens = min(self.context, max(CHUNKS)) if devices <= exchange.FEW_DEVICES else 0
-        return tokens * self.config.embed
 
     def _peers(self, table: jax.Array | None) -> Peers | None:
         """The devices whose mailboxes are in a device's table."""
         if table is None:
             return None
         peers = Peers(table.reshape(-1), self._meeting)
-        return dataclasses.replace(peers, most=self._most(peers.count))
+        most = _exchanged(self.config, self.context, peers.count)
+        return dataclasses.replace(peers, most=most)
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.stage.mesh, spec)

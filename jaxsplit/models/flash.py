@@ -28,9 +28,9 @@ from jaxsplit.quant import (
     store_rounded,
 )
 
-_LOG2_E = math.log2(math.e)
-_NONE = -1e30  # the score of a key that is not looked at
-_FEW = 16  # rows of queries: the least that a matrix unit takes
+LOG2_E = math.log2(math.e)
+NONE = -1e30  # the score of a key that is not looked at
+FEW = 16  # rows of queries: the least that a matrix unit takes
 _KEYS_OF_A_SPLIT = 256
 _MOST_SPLITS = 64
 _WIDEST_HEAD = 256
@@ -50,7 +50,7 @@ def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tiling:
+class Tiling:
     """Rows of queries (a row is a head's of a group at a time), keys and splits of a program."""
 
     rows: int
@@ -60,14 +60,14 @@ class _Tiling:
     stages: int
 
 
-def _tiling(rows: int, keys: int, width: int) -> _Tiling:
-    if rows <= _FEW:
+def tiling_of(rows: int, keys: int, width: int) -> Tiling:
+    if rows <= FEW:
         splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _KEYS_OF_A_SPLIT)))
-        return _Tiling(_FEW, 64 if width <= 128 else 32, splits, 4, 3)
+        return Tiling(FEW, 64 if width <= 128 else 32, splits, 4, 3)
     if rows <= 64:
         splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, 2 * _KEYS_OF_A_SPLIT)))
-        return _Tiling(pl.next_power_of_2(rows), 64 if width <= 128 else 32, splits, 4, 2)
-    return _Tiling(128, 64, 1, 8, 3) if width <= 128 else _Tiling(64, 32, 1, 4, 2)
+        return Tiling(pl.next_power_of_2(rows), 64 if width <= 128 else 32, splits, 4, 2)
+    return Tiling(128, 64, 1, 8, 3) if width <= 128 else Tiling(64, 32, 1, 4, 2)
 
 
 def attend(
@@ -79,7 +79,7 @@ def attend(
     sinks: Array | None = None,
     slots: Array | None = None,
     *,
-    tiling: _Tiling | None = None,
+    tiling: Tiling | None = None,
     launch: Launch = Launch(),  # noqa: B008
 ) -> Rows:
     """As `jaxsplit.models.attention.attend`, for what is supported.
@@ -91,7 +91,7 @@ def attend(
     batch, time, kv_heads, group, _ = queries.shape
     value_dim = memory.values.shape[-1]
     width = pl.next_power_of_2(max(memory.keys.shape[-1], value_dim))
-    tiling = tiling or _tiling(time * group, memory.length, width)
+    tiling = tiling or tiling_of(time * group, memory.length, width)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
     of_one = sinks if tiling.splits == 1 else None
     inputs = (queries, memory, positions, key_positions, of_one, slots)
@@ -180,12 +180,12 @@ class _Splits(Late):
         )(*of_splits, *(() if self.sinks is None else (self.sinks,)))
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
     """The least that a matrix unit takes."""
     return max(16, pl.next_power_of_2(width))
 
 
-def _wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
+def wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
     """`[n]` as an array in which it runs along an axis."""
     return jnp.broadcast_to(x.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
 
@@ -193,7 +193,7 @@ def _wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
 def _kernel(
     *refs: jax.Ref,
     structure: jax.tree_util.PyTreeDef,
-    tiling: _Tiling,
+    tiling: Tiling,
     config: AttentionConfig,
     scale: float,
     launch: Launch,
@@ -222,13 +222,13 @@ def _kernel(
             return plgpu.load(ref.at[place])
         return plgpu.load(ref.at[place], mask=mask, other=jnp.asarray(other, ref.dtype))
 
-    q_shape = (tiling.rows, _padded(head_dim))
-    q_column = _wide(jnp.arange(q_shape[1]), q_shape, 1)
+    q_shape = (tiling.rows, padded(head_dim))
+    q_column = wide(jnp.arange(q_shape[1]), q_shape, 1)
     q = plgpu.load(
         queries.at[
-            sequence, _wide(rows // group, q_shape, 0), head, _wide(member, q_shape, 0), q_column
+            sequence, wide(rows // group, q_shape, 0), head, wide(member, q_shape, 0), q_column
         ],
-        mask=_wide(inside, q_shape, 0) & (q_column < head_dim),
+        mask=wide(inside, q_shape, 0) & (q_column < head_dim),
         other=jnp.zeros((), queries.dtype),
     )
     places_are_positions = key_positions is None
@@ -245,10 +245,10 @@ def _kernel(
         exists = place < stop
 
         def tile_of(ref: jax.Ref, width: int) -> Array:
-            shape = (tiling.keys, _padded(width))
-            column = _wide(jnp.arange(shape[1]), shape, 1)
-            mask = _wide(exists, shape, 0) & (column < width)
-            at = (slot, head, _wide(place, shape, 0), column)
+            shape = (tiling.keys, padded(width))
+            column = wide(jnp.arange(shape[1]), shape, 1)
+            mask = wide(exists, shape, 0) & (column < width)
+            at = (slot, head, wide(place, shape, 0), column)
             return load(ref, at, mask, 0, whole=whole and shape[1] == width).astype(q.dtype)
 
         def scale_of(ref: jax.Ref) -> Array:
@@ -261,9 +261,9 @@ def _kernel(
         if memory.key_scale is not None:
             scores *= scale_of(memory.key_scale)
         if config.softcap is None:
-            scores *= scale * _LOG2_E
+            scores *= scale * LOG2_E
         else:
-            scores = config.softcap * _LOG2_E * jnp.tanh(scores * (scale / config.softcap))
+            scores = config.softcap * LOG2_E * jnp.tanh(scores * (scale / config.softcap))
         if not whole:
             key_position = place
             if not places_are_positions:
@@ -272,7 +272,7 @@ def _kernel(
             seen = (distance >= 0) & (exists & (key_position >= 0))[None]
             if config.window is not None:
                 seen &= distance < config.window
-            scores = jnp.where(seen, scores, _NONE)
+            scores = jnp.where(seen, scores, NONE)
         now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - now_largest[:, None])
         if not whole:
@@ -289,14 +289,14 @@ def _kernel(
         return now_largest, total, values
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
-    out_shape = (tiling.rows, _padded(value_dim))
+    out_shape = (tiling.rows, padded(value_dim))
     carry = (
-        jnp.full(tiling.rows, _NONE, jnp.float32),
+        jnp.full(tiling.rows, NONE, jnp.float32),
         jnp.zeros(tiling.rows, jnp.float32),
         jnp.zeros(out_shape, jnp.float32),
     )
     whole_steps = 0
-    if places_are_positions and config.window is None and tiling.rows > _FEW:
+    if places_are_positions and config.window is None and tiling.rows > FEW:
         seen_by_all = jnp.minimum(jnp.min(position) + 1, stop) - start
         whole_steps = jnp.clip(seen_by_all // tiling.keys, 0, steps)
         carry = lax.fori_loop(0, whole_steps, partial(step, whole=True), carry)
@@ -305,8 +305,8 @@ def _kernel(
     def store(ref: jax.Ref, x: Array, *before: Array) -> None:
         t, g, mask, column = rows // group, member, inside, ()
         if x.ndim == 2:
-            t, g, mask = (_wide(a, out_shape, 0) for a in (t, g, mask))
-            column = _wide(jnp.arange(out_shape[1]), out_shape, 1)
+            t, g, mask = (wide(a, out_shape, 0) for a in (t, g, mask))
+            column = wide(jnp.arange(out_shape[1]), out_shape, 1)
             mask, column = mask & (column < value_dim), (column,)
         plgpu.store(
             ref.at[(*before, sequence, t, head, g, *column)], x.astype(ref.dtype), mask=mask
@@ -317,7 +317,7 @@ def _kernel(
             store(ref, x, split)
         return
     if sinks is not None:
-        sink = plgpu.load(sinks.at[head * group + member]) * _LOG2_E
+        sink = plgpu.load(sinks.at[head * group + member]) * LOG2_E
         final = jnp.maximum(largest, sink)
         fade = jnp.exp2(largest - final)
         values, total = values * fade[:, None], total * fade + jnp.exp2(sink - final)
@@ -337,7 +337,7 @@ def _join(*refs: jax.Ref, rounds: bool, launch: Launch) -> None:
     total = plgpu.load(total_ref.at[split, row, head])
     final = jnp.max(largest)
     if sinks:
-        sink = sinks[0][head] * _LOG2_E
+        sink = sinks[0][head] * LOG2_E
         final = jnp.maximum(final, sink)
     fade = jnp.exp2(largest - final)
     total = jnp.sum(total * fade)
@@ -351,9 +351,9 @@ def _join(*refs: jax.Ref, rounds: bool, launch: Launch) -> None:
     shape = (splits, *column.shape)
     at = jnp.broadcast_to(column[None], shape)
     values = plgpu.load(
-        values_ref.at[_wide(split, shape, 0), row, head, at], mask=at < value_dim, other=0.0
+        values_ref.at[wide(split, shape, 0), row, head, at], mask=at < value_dim, other=0.0
     )
-    y = jnp.sum(values * _wide(fade, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
+    y = jnp.sum(values * wide(fade, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
     if rounds:
         first = head * (value_dim // BLOCK)
         store_rounded(outs, row, first + block, block < value_dim // BLOCK, y)

@@ -18,11 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.models import flash, placing
 from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.models.flash import _FEW as FEW
-from jaxsplit.models.flash import _LOG2_E as LOG2_E
-from jaxsplit.models.flash import _NONE as NONE
-from jaxsplit.models.flash import _padded as padded
-from jaxsplit.models.flash import _wide as wide
+from jaxsplit.models.flash import FEW, LOG2_E, NONE, padded, wide
 from jaxsplit.models.layers import Norm, rope_factors
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.quant import (
@@ -123,7 +119,7 @@ def attend(
     leaves, structure = jax.tree.flatten(inputs)
     kept, cache_structure = jax.tree.flatten(cache)
     width = pl.next_power_of_2(max(c.head_dim, value_dim))
-    tiling = flash._tiling(group, length, width)
+    tiling = flash.tiling_of(group, length, width)
     of_splits = (tiling.splits, sequences, kv_heads, group)
     outs = [
         jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
@@ -218,7 +214,7 @@ class _Heads:
 def _kernel(
     *refs: jax.Ref,
     structures: tuple[Any, Any],
-    tiling: flash._Tiling,
+    tiling: flash.Tiling,
     config: AttentionConfig,
     launch: Launch,
 ) -> None:
@@ -258,7 +254,7 @@ def _attend_split(
     results: Sequence[jax.Ref],
     place: tuple[Array, Array, Array, Array, Array],
     sizes: tuple[Array, Array, Array],
-    tiling: flash._Tiling,
+    tiling: flash.Tiling,
     config: AttentionConfig,
     launch: Launch,
 ) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxsplit.engine.engine import CHUNKS
-from jaxsplit.engine.runner import cache_specs, stage_cache
+from jaxsplit.engine.runner import cache_specs, mailbox_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.models.attention import SCORES
@@ -255,12 +255,16 @@ def make_plan(
         read = held - _unread(sources, config, stage, weights, group_slots) + cache
         pairs = chunk * context
         scores = 0 if kind.kernels else 4 * _widest(config, stage, "heads")
+        scratch = _scratch(config, stage, dtype, chunk, scores * min(pairs, SCORES))
+        meeting = stage.mesh.size // stage.mesh.shape["data"]
+        if kind.kernels and meeting > 1:
+            scratch += mailbox_bytes(config, context, meeting)
         plans.append(
             StagePlan(
                 stage,
                 held,
                 cache * groups,
-                _scratch(config, stage, dtype, chunk, scores * min(pairs, SCORES)),
+                scratch,
                 padding,
                 read,
                 decode,
