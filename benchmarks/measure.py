@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxsplit.parallel import make_mailboxes
-from jaxsplit.quant import Peers, exchange
+from jaxsplit.quant import Arithmetic, Peers, exchange
 
 
 def seconds(run: Callable[[], Any], repeat: int = 3) -> float:
@@ -74,7 +74,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
     numbers = size // jnp.dtype(dtype).itemsize
     owner, table = _Owner(), None
     if kernels:
-        if mesh.devices.flat[0].platform == "gpu":
+        if Arithmetic.on(mesh.devices.flat[0]).kernels:
             room = functools.partial(exchange.mailbox_bytes, most=0 if few else numbers)
             table = make_mailboxes(mesh, axes, room, owner)
         if table is None or not (few or mesh.size <= exchange.FEW_DEVICES):

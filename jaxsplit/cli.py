@@ -37,10 +37,14 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _leave(1)
         except Exception as error:
-            if not _one_of_several():
+            failed = _is_runtime_error(error)
+            reason = str(error).splitlines()[0] if failed else ""
+            if failed and "RESOURCE_EXHAUSTED" in reason:
+                message = "try a shorter --ctx_size or more devices; jaxsplit.plan tells what fits"
+                print(f"jaxsplit: a device's memory is full ({reason}); {message}", file=sys.stderr)
+            elif not _one_of_several():
                 raise
-            if isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
-                reason = str(error).splitlines()[0]
+            elif failed:
                 message = f"another process has ended or cannot be reached ({reason})"
                 print(f"jaxsplit: {message}", file=sys.stderr)
             else:
@@ -56,6 +60,11 @@ def text_alone_on_stdout() -> None:
     own = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = os.fdopen(own, "w", encoding="utf-8")
+
+
+def _is_runtime_error(error: Exception) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _one_of_several() -> bool:

@@ -428,3 +428,16 @@ def test_configs_hold_flags_that_there_are(config):
     with flagsaver.flagsaver():
         assert flags.FLAGS(["generate", f"--flagfile={config}"]) == ["generate"]
         assert flags.FLAGS["prompt"].value or flags.FLAGS["prompt_file"].value
+
+
+def test_a_full_memory_is_one_line():
+    program = """
+import jax
+from jaxsplit.cli import run
+def main(_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+run(main)
+"""
+    done = run_python("-c", program)
+    assert done.code == 1
+    assert re.fullmatch(r"jaxsplit: a device's memory is full .*ctx_size.*\n", done.err)
