@@ -69,8 +69,8 @@ def load(
       activations: `int8` rounds them to 8 bits, with a scale for each 32, for products of a few
         rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype; `auto`
         rounds where there are kernels for it, unless the dtype is float32.
-      reduce_dtype: in which partial sums are exchanged; `auto` is float32 in decoding, bfloat16 in
-        prompts where activations are.
+      reduce_dtype: in which partial sums are exchanged; `auto` is float32, but
+        bfloat16 where activations are and many numbers are added up, as in prompts.
       peer_access: kernels of several GPUs exchange numbers by writing to one another's memory,
         where they can; else through NCCL.
       cache_dtype: of keys and values; `auto` is that of the activations.

@@ -31,7 +31,7 @@ PATIENCE = 2**26
 """Looks for a number before a kernel gives up with an error: half a minute or more."""
 
 FEW_DEVICES = 3
-"""With more, what each writes to all others takes longer than a ring."""
+"""Of more, each would send many more bytes to all others than it does in a ring."""
 
 _WARPS = 4
 _THREADS = 32 * _WARPS
