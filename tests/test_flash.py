@@ -59,9 +59,19 @@ def test_kernels_attend(time, choices):
 
 
 @pytest.mark.parametrize("time", [1, 70])
-def test_keys_of_8_bits(time):
-    config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 32, 32)
-    check(*inputs(fresh_rng(), 1, time, 32, 32, "int8"), None, config)
+@pytest.mark.parametrize("widths", [(32, 32), (24, 40), (18, 33)])
+def test_keys_of_8_bits(widths, time):
+    config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, *widths)
+    check(*inputs(fresh_rng(), 1, time, *widths, "int8"), None, config)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_bytes_of_pairs(dtype):
+    pairs = jnp.arange(-(2**15), 2**15).astype(jnp.int16)
+    found = flash.unpaired(pairs, jnp.dtype(dtype), LAUNCH)
+    expected = np.asarray(pairs).view(np.int8).reshape(-1, 2)
+    assert all(x.dtype == dtype for x in found)
+    np.testing.assert_array_equal(np.stack(found, axis=1).astype(np.float32), expected)
 
 
 @pytest.mark.parametrize("time", [1, 70])

@@ -6,10 +6,12 @@ second kernel joins (Dao et al. 2023, "Flash-Decoding").
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -94,7 +96,9 @@ def attend(
     tiling = tiling or tiling_of(time * group, memory.length, width)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
     of_one = sinks if tiling.splits == 1 else None
-    inputs = (queries, memory, positions, key_positions, of_one, slots)
+    # Of more rows, unpacking is a small part of the work.
+    read = in_pairs(memory) if tiling.rows <= FEW else memory
+    inputs = (queries, read, positions, key_positions, of_one, slots)
     leaves, structure = jax.tree.flatten(inputs)
     shape = (batch, time, kv_heads, group)
     out = jax.ShapeDtypeStruct((*shape, value_dim), queries.dtype)
@@ -180,14 +184,172 @@ class _Splits(Late):
         )(*of_splits, *(() if self.sinks is None else (self.sinks,)))
 
 
-def padded(width: int) -> int:
-    """The least that a matrix unit takes."""
-    return max(16, pl.next_power_of_2(width))
+def padded(width: int, parts: int = 1) -> int:
+    """The least that a matrix unit takes, of columns that are multiplied in parts."""
+    return max(16 * parts, pl.next_power_of_2(width))
+
+
+def in_pairs(memory: AttentionCache) -> AttentionCache:
+    """int8 keys and values `[..., width]` as int16 `[..., width / 2]`, others as they are.
+
+    The matrix unit's loads move 16 bits at a time: values of 8 bits would be turned byte by byte.
+    """
+    arrays = memory.keys, memory.values
+    if memory.keys.dtype != jnp.int8 or any(x.shape[-1] % 2 for x in arrays):
+        return memory
+    pairs = [x.reshape(*x.shape[:-1], -1, 2) for x in arrays]
+    keys, values = (lax.bitcast_convert_type(x, jnp.int16) for x in pairs)
+    return dataclasses.replace(memory, keys=keys, values=values)
+
+
+def without_pairs(memory: AttentionCache) -> AttentionCache:
+    """The inverse of `in_pairs`."""
+    if parts_of(memory) == 1:
+        return memory
+    arrays = memory.keys, memory.values
+    bytes_ = [lax.bitcast_convert_type(x, jnp.int8) for x in arrays]
+    keys, values = (x.reshape(*x.shape[:-2], -1) for x in bytes_)
+    return dataclasses.replace(memory, keys=keys, values=values)
+
+
+def parts_of(memory: AttentionCache) -> int:
+    """Into how many parts columns are divided where a memory is read, even and odd ones."""
+    return 2 if memory.keys.dtype == jnp.int16 else 1
+
+
+def in_parts(x: Array, parts: int) -> list[Array]:
+    """Columns `i, i + parts, ...` of `[..., columns]` for each part `i`."""
+    if parts == 1:
+        return [x]
+    return list(jnp.unstack(x.reshape(*x.shape[:-1], -1, parts), axis=-1))
+
+
+def joined(parts: list[Array]) -> Array:
+    """The inverse of `in_parts`."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
+
+
+def unpaired(pairs: Array, dtype: jnp.dtype, launch: Launch) -> list[Array]:
+    """The first and the second int8 of each int16, in a floating-point dtype of 16 bits."""
+    if launch.interpret:
+        return [x.astype(dtype) for x in ((pairs & 0x7F) - (pairs & 0x80), pairs >> 8)]
+
+    def twice(x: float) -> int:
+        """The bits of two numbers."""
+        return int(np.asarray(x, dtype).view(np.uint16)) * 0x10001
+
+    # In the mantissa of `one`, whose last bit counts 1: `one + low - (one + 128 * negative)`.
+    one = twice(2.0 ** jnp.finfo(dtype).nmant)
+    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    results = []
+    for shift in (0, 8):
+        [x] = plgpu.elementwise_inline_asm(
+            f"""{{
+            .reg .b32 codes, low, negative, minus;
+            shr.u32 codes, $1, {shift};
+            lop3.b32 low, codes, {0x7F007F}, {one}, 0xea;
+            lop3.b32 negative, codes, {0x800080}, {one}, 0xea;
+            mov.b32 minus, {twice(-1.0)};
+            fma.rn.{kind} $0, negative, minus, low;
+            }}""",
+            args=[pairs],
+            constraints="=r,r",
+            pack=2,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(pairs.shape, dtype)],
+        )
+        results.append(x)
+    return results
 
 
 def wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
     """`[n]` as an array in which it runs along an axis."""
     return jnp.broadcast_to(x.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
+
+
+Sums = tuple[Array, Array, list[Array]]
+"""What some queries have of the keys so far: the largest score and the sum of weights, float32
+`[rows]` each, and weighted values, float32 `[rows, columns]` for each part of the columns."""
+
+
+def scores_of(products: Array, config: AttentionConfig, scale: float) -> Array:
+    """Scores to the base 2."""
+    if config.softcap is None:
+        return products * (scale * LOG2_E)
+    return config.softcap * LOG2_E * jnp.tanh(products * (scale / config.softcap))
+
+
+def more_keys(
+    sums: Sums,
+    queries: list[Array],
+    memory: AttentionCache,
+    at: tuple[Array, Array, Array],
+    exists: Array | None,
+    seen: Array | None,
+    score: Callable[[Array], Array],
+    launch: Launch,
+) -> Sums:
+    """Some more keys, in a kernel.
+
+    Args:
+      sums: of the keys before.
+      queries: `[rows, columns]` for each part.
+      memory: of references, perhaps `in_pairs`.
+      at: slot, head and places `[keys]`.
+      exists: bool `[keys]`: the places that are read; None: all.
+      seen: bool `[rows, keys]` or `[1, keys]`; None: all.
+      score: of products.
+      launch: of the kernel.
+    """
+    largest, total, values = sums
+    slot, head, place = at
+    dtype, parts = queries[0].dtype, len(queries)
+
+    def load(ref: jax.Ref, index: tuple, mask: Array | None) -> Array:
+        if mask is None:
+            return plgpu.load(ref.at[index])
+        return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+
+    def tiles_of(ref: jax.Ref) -> list[Array]:
+        """`[keys, columns]` for each part."""
+        width = ref.shape[-1]
+        shape = (len(place), padded(width * parts, parts) // parts)
+        column, mask = wide(jnp.arange(shape[1]), shape, 1), None
+        if exists is not None or shape[1] != width:
+            mask = column < width
+            if exists is not None:
+                mask &= wide(exists, shape, 0)
+        x = load(ref, (slot, head, wide(place, shape, 0), column), mask)
+        return [x.astype(dtype)] if parts == 1 else unpaired(x, dtype, launch)
+
+    def scale_of(ref: jax.Ref) -> Array:
+        return load(ref, (slot, head, place), exists)[None]
+
+    contract_columns = (((1,), (1,)), ((), ()))
+    products = sum(
+        lax.dot_general(x, keys, contract_columns, preferred_element_type=jnp.float32)
+        for x, keys in zip(queries, tiles_of(memory.keys), strict=True)
+    )
+    if memory.key_scale is not None:
+        products *= scale_of(memory.key_scale)
+    scores = score(products)
+    if seen is not None:
+        scores = jnp.where(seen, scores, NONE)
+    now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
+    weights = jnp.exp2(scores - now_largest[:, None])
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0)
+    fade = jnp.exp2(largest - now_largest)
+    total = total * fade + jnp.sum(weights, axis=1)
+    if memory.value_scale is not None:
+        weights *= scale_of(memory.value_scale)
+    weights = weights.astype(dtype)
+    values = [
+        x * fade[:, None] + jnp.dot(weights, tile, preferred_element_type=jnp.float32)
+        for x, tile in zip(values, tiles_of(memory.values), strict=True)
+    ]
+    return now_largest, total, values
 
 
 def _kernel(
@@ -202,8 +364,9 @@ def _kernel(
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     queries, memory, positions, key_positions, sinks, slots = inputs
     out_refs = refs[structure.num_leaves :]
+    parts = parts_of(memory)
     time, group, head_dim = queries.shape[1], *queries.shape[3:]
-    value_dim, length = memory.values.shape[-1], memory.keys.shape[2]
+    value_dim, length = memory.values.shape[-1] * parts, memory.keys.shape[2]
     tiles = pl.cdiv(time * group, tiling.rows)
     # The last queries see the most keys: they begin first.
     tile, split = tiles - 1 - pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
@@ -217,12 +380,7 @@ def _kernel(
     position = plgpu.load(positions.at[sequence, jnp.minimum(rows // group, time - 1)])
     member = rows % group
 
-    def load(ref: jax.Ref, place: tuple, mask: Array, other: float, *, whole: bool) -> Array:
-        if whole:
-            return plgpu.load(ref.at[place])
-        return plgpu.load(ref.at[place], mask=mask, other=jnp.asarray(other, ref.dtype))
-
-    q_shape = (tiling.rows, padded(head_dim))
+    q_shape = (tiling.rows, padded(head_dim, parts))
     q_column = wide(jnp.arange(q_shape[1]), q_shape, 1)
     q = plgpu.load(
         queries.at[
@@ -231,6 +389,7 @@ def _kernel(
         mask=wide(inside, q_shape, 0) & (q_column < head_dim),
         other=jnp.zeros((), queries.dtype),
     )
+    qs = in_parts(q, parts)
     places_are_positions = key_positions is None
     filled = jnp.minimum(jnp.max(position) + 1, length) if places_are_positions else length
     share = pl.cdiv(pl.cdiv(filled, tiling.splits), tiling.keys) * tiling.keys
@@ -238,62 +397,31 @@ def _kernel(
     stop = jnp.minimum(start + share, filled)
     key_row = 0 if places_are_positions or key_positions.shape[0] == 1 else sequence
 
-    def step(i: Array, carry: tuple[Array, Array, Array], *, whole: bool) -> tuple:
+    def score(products: Array) -> Array:
+        return scores_of(products, config, scale)
+
+    def step(i: Array, carry: Sums, *, whole: bool) -> Sums:
         """Some more keys; `whole`: all queries see all of them."""
-        largest, total, values = carry
         place = start + i * tiling.keys + jnp.arange(tiling.keys)
+        at = slot, head, place
+        if whole:
+            return more_keys(carry, qs, memory, at, None, None, score, launch)
         exists = place < stop
-
-        def tile_of(ref: jax.Ref, width: int) -> Array:
-            shape = (tiling.keys, padded(width))
-            column = wide(jnp.arange(shape[1]), shape, 1)
-            mask = wide(exists, shape, 0) & (column < width)
-            at = (slot, head, wide(place, shape, 0), column)
-            return load(ref, at, mask, 0, whole=whole and shape[1] == width).astype(q.dtype)
-
-        def scale_of(ref: jax.Ref) -> Array:
-            return load(ref, (slot, head, place), exists, 0, whole=whole)[None]
-
-        contract_columns = (((1,), (1,)), ((), ()))
-        scores = lax.dot_general(
-            q, tile_of(memory.keys, head_dim), contract_columns, preferred_element_type=jnp.float32
-        )
-        if memory.key_scale is not None:
-            scores *= scale_of(memory.key_scale)
-        if config.softcap is None:
-            scores *= scale * LOG2_E
-        else:
-            scores = config.softcap * LOG2_E * jnp.tanh(scores * (scale / config.softcap))
-        if not whole:
-            key_position = place
-            if not places_are_positions:
-                key_position = plgpu.load(key_positions.at[key_row, place], mask=exists, other=-1)
-            distance = position[:, None] - key_position[None]
-            seen = (distance >= 0) & (exists & (key_position >= 0))[None]
-            if config.window is not None:
-                seen &= distance < config.window
-            scores = jnp.where(seen, scores, NONE)
-        now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - now_largest[:, None])
-        if not whole:
-            weights = jnp.where(seen, weights, 0)
-        fade = jnp.exp2(largest - now_largest)
-        total = total * fade + jnp.sum(weights, axis=1)
-        if memory.value_scale is not None:
-            weights *= scale_of(memory.value_scale)
-        values = values * fade[:, None] + jnp.dot(
-            weights.astype(q.dtype),
-            tile_of(memory.values, value_dim),
-            preferred_element_type=jnp.float32,
-        )
-        return now_largest, total, values
+        key_position = place
+        if not places_are_positions:
+            key_position = plgpu.load(key_positions.at[key_row, place], mask=exists, other=-1)
+        distance = position[:, None] - key_position[None]
+        seen = (distance >= 0) & (exists & (key_position >= 0))[None]
+        if config.window is not None:
+            seen &= distance < config.window
+        return more_keys(carry, qs, memory, at, exists, seen, score, launch)
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
-    out_shape = (tiling.rows, padded(value_dim))
+    out_shape = (tiling.rows, padded(value_dim, parts))
     carry = (
         jnp.full(tiling.rows, NONE, jnp.float32),
         jnp.zeros(tiling.rows, jnp.float32),
-        jnp.zeros(out_shape, jnp.float32),
+        in_parts(jnp.zeros(out_shape, jnp.float32), parts),
     )
     whole_steps = 0
     if places_are_positions and config.window is None and tiling.rows > FEW:
@@ -301,6 +429,7 @@ def _kernel(
         whole_steps = jnp.clip(seen_by_all // tiling.keys, 0, steps)
         carry = lax.fori_loop(0, whole_steps, partial(step, whole=True), carry)
     largest, total, values = lax.fori_loop(whole_steps, steps, partial(step, whole=False), carry)
+    values = joined(values)
 
     def store(ref: jax.Ref, x: Array, *before: Array) -> None:
         t, g, mask, column = rows // group, member, inside, ()

@@ -117,7 +117,7 @@ def attend(
         jnp.zeros((sequences, kv_heads), jnp.int32),
     )
     leaves, structure = jax.tree.flatten(inputs)
-    kept, cache_structure = jax.tree.flatten(cache)
+    kept, cache_structure = jax.tree.flatten(flash.in_pairs(cache))
     width = pl.next_power_of_2(max(c.head_dim, value_dim))
     tiling = flash.tiling_of(group, length, width)
     of_splits = (tiling.splits, sequences, kv_heads, group)
@@ -142,7 +142,8 @@ def attend(
         name="attend_token",
     )(*leaves, *kept)
     rows, kept = Rounded(*results[3 : len(outs)]), results[len(outs) :]
-    return _Joined(rows, query.dtype), jax.tree.unflatten(cache_structure, kept)
+    cache = flash.without_pairs(jax.tree.unflatten(cache_structure, kept))
+    return _Joined(rows, query.dtype), cache
 
 
 class _Heads:
@@ -150,16 +151,23 @@ class _Heads:
 
     Args:
       head_dim: of each.
+      columns: of the arrays that they are loaded into.
       rope: by which they turn.
       cos, sin: references `[sequences, rope / 2]`.
       sequence: which.
     """
 
     def __init__(
-        self, head_dim: int, rope: RopeConfig, cos: jax.Ref, sin: jax.Ref, sequence: Array
+        self,
+        head_dim: int,
+        columns: int,
+        rope: RopeConfig,
+        cos: jax.Ref,
+        sin: jax.Ref,
+        sequence: Array,
     ):
         self.head_dim = head_dim
-        self.column = jnp.arange(padded(head_dim))
+        self.column = jnp.arange(columns)
         self.inside = self.column < head_dim
         if rope.interleaved:
             self.other, pair = self.column ^ 1, self.column >> 1
@@ -275,20 +283,20 @@ def _attend_split(
     split, head, sequence, slot, position = place
     filled, share, used = sizes
     c, dtype, group = config, query.dtype, query.shape[2]
-    (length, head_dim), value_dim = cache.keys.shape[2:], value.shape[-1]
-    heads = _Heads(head_dim, c.rope, cos, sin, sequence)
+    length, head_dim, value_dim = cache.keys.shape[2], key.shape[-1], value.shape[-1]
+    parts = flash.parts_of(cache)
+    heads = _Heads(head_dim, padded(head_dim, parts), c.rope, cos, sin, sequence)
     row = jnp.arange(tiling.rows)
     q = heads.load(query, (sequence, head, row), row < group, c.query_norm, scales[0])
     q = q.astype(dtype)
+    queries = flash.in_parts(q, parts)
     scale = head_dim**-0.5 if c.scale is None else c.scale
 
     def score(products: Array) -> Array:
-        if c.softcap is None:
-            return products * (scale * LOG2_E)
-        return c.softcap * LOG2_E * jnp.tanh(products * (scale / c.softcap))
+        return flash.scores_of(products, c, scale)
 
     new_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
-    of_value = jnp.arange(padded(value_dim))
+    of_value = jnp.arange(padded(value_dim, parts))
     new_value = plgpu.load(
         value.at[sequence, head, of_value],
         mask=of_value < value_dim,
@@ -307,7 +315,7 @@ def _attend_split(
             (cache.values, value_codes, value_dim),
         ):
             column = jnp.arange(codes.shape[0])
-            mask = (column < width) & exists
+            mask = (column < width // parts) & exists
             plgpu.store(ref.at[slot, head, spot, column], codes, mask=mask)
         for ref, of_head in ((cache.key_scale, key_scale), (cache.value_scale, value_scale)):
             if ref is not None:
@@ -315,64 +323,32 @@ def _attend_split(
                 plgpu.store(ref.at[at], jnp.full(1, of_head), mask=jnp.full(1, exists))
 
     # The first split begins with the token itself, the others with nothing.
-    out_shape = (tiling.rows, padded(value_dim))
+    out_shape = (tiling.rows, padded(value_dim, parts))
     own = score(jnp.sum(q.astype(jnp.float32) * new_key[None], axis=1))
     carry = (
         jnp.where(split == 0, own, NONE),
         jnp.where(split == 0, jnp.ones_like(own), 0),
-        jnp.broadcast_to(jnp.where(split == 0, new_value, 0)[None], out_shape),
+        flash.in_parts(
+            jnp.broadcast_to(jnp.where(split == 0, new_value, 0)[None], out_shape), parts
+        ),
     )
     start = split * share
     stop = jnp.minimum(start + share, filled)
 
-    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(i: Array, carry: flash.Sums) -> flash.Sums:
         """Some more keys."""
-        largest, total, values = carry
-        at = start + i * tiling.keys + jnp.arange(tiling.keys)
-        seen = at < stop
+        place = start + i * tiling.keys + jnp.arange(tiling.keys)
+        seen = place < stop
         if c.window is not None:
-            behind = position % length - at
+            behind = position % length - place
             behind = jnp.where(behind < 0, behind + length, behind)
             seen &= (behind > 0) & (behind < c.window) & (behind <= position)
-
-        def tile_of(ref: jax.Ref, width: int) -> Array:
-            shape = (tiling.keys, padded(width))
-            column = wide(jnp.arange(shape[1]), shape, 1)
-            mask = wide(seen, shape, 0) & (column < width)
-            x = plgpu.load(
-                ref.at[slot, head, wide(at, shape, 0), column],
-                mask=mask,
-                other=jnp.zeros((), ref.dtype),
-            )
-            return x.astype(dtype)
-
-        def scale_of(ref: jax.Ref) -> Array:
-            return plgpu.load(ref.at[slot, head, at], mask=seen, other=0.0)[None]
-
-        products = lax.dot_general(
-            q,
-            tile_of(cache.keys, head_dim),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        if cache.key_scale is not None:
-            products *= scale_of(cache.key_scale)
-        scores = jnp.where(seen[None], score(products), NONE)
-        now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-        weights = jnp.where(seen[None], jnp.exp2(scores - now_largest[:, None]), 0)
-        fade = jnp.exp2(largest - now_largest)
-        total = total * fade + jnp.sum(weights, axis=1)
-        if cache.value_scale is not None:
-            weights *= scale_of(cache.value_scale)
-        values = values * fade[:, None] + jnp.dot(
-            weights.astype(dtype),
-            tile_of(cache.values, value_dim),
-            preferred_element_type=jnp.float32,
-        )
-        return now_largest, total, values
+        at = slot, head, place
+        return flash.more_keys(carry, queries, cache, at, seen, seen[None], score, launch)
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
     largest, total, values = lax.fori_loop(0, steps, step, carry)
+    values = flash.joined(values)
 
     column = wide(jnp.arange(out_shape[1]), out_shape, 1)
     member = wide(row, out_shape, 0)
@@ -397,12 +373,16 @@ def _attend_split(
 def _as_kept(x: Array, kept: jnp.dtype, dtype: jnp.dtype) -> tuple[Array, Array, Array | None]:
     """What attention sees of a new key or value `[width]` in a cache: float32, what is stored, and
     its scale if it has one."""
-    if kept != jnp.int8:
+    if jnp.issubdtype(kept, jnp.floating):
         stored = x.astype(kept)
         return stored.astype(dtype).astype(jnp.float32), stored, None
     scale = jnp.max(jnp.abs(x)) / 127
     codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5)
-    return codes * scale, codes.astype(jnp.int8), scale
+    seen = codes * scale
+    if kept == jnp.int16:  # two of 8 bits
+        first, second = flash.in_parts(codes.astype(jnp.int32), 2)
+        codes = (first & 0xFF) | (second << 8)
+    return seen, codes.astype(kept), scale
 
 
 def _join(
