@@ -360,11 +360,13 @@ class LM:
         return Stream(self, tokens, n_predict, tuple(stop), block, config)
 
     def describe(self) -> str:
-        """The model and how it is split, in one line."""
+        """The model, how it is split, and through what GPUs meet, in one line."""
         c, a = self.config, self.config.attention
+        ways = dict.fromkeys(r.exchange for r in self.engine.runners if r.exchange)
         return (
             f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
             f"{self.engine.context} | {self._split}"
+            f"{''.join(f' | GPUs meet through {way}' for way in ways)}"
         )
 
     def _check(self, tokens: Sequence[int]) -> None:

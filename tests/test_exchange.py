@@ -92,3 +92,7 @@ def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh,
     found = list(primitives(step.jaxpr.jaxpr))
     assert found.count("pallas_call") > 4 * split.config.layers
     assert not {"psum", "psum_invariant", "all_gather"} & set(found)
+    assert split.describe().endswith("| GPUs meet through peer access")
+    assert "meet" not in one.describe()
+    split = jaxsplit.load(path, split_mode=mode, mesh=mesh, peer_access=False, **options)
+    assert split.describe().endswith("| GPUs meet through NCCL")

@@ -22,20 +22,22 @@ def matrix(rng, name, rows, columns):
     return with_words(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
 
 
-def rounded(w):
-    """The weights that the kernel multiplies with, float64: scales and weights in bfloat16."""
+def product(x, w):
+    """What the kernel computes, in float64: weights without minima, scales, minima and sums of
+    activations in bfloat16."""
 
     def bfloat16(values):
-        return None if values is None else values.astype(jnp.bfloat16).astype(jnp.float32)
+        return values.astype(jnp.bfloat16).astype(jnp.float32)
 
-    plain = dataclasses.replace(
-        w,
-        scale=bfloat16(forms.scales(w)),
-        minimum=bfloat16(forms.minima(w)),
-        super_scale=None,
-        super_minimum=None,
+    scaled = dataclasses.replace(
+        w, scale=bfloat16(forms.scales(w)), minimum=None, super_scale=None, super_minimum=None
     )
-    return np.float64(dequantize(plain, jnp.bfloat16))
+    y = np.float64(x) @ np.float64(dequantize(scaled, jnp.bfloat16)).T
+    minima = forms.minima(w)
+    if minima is not None:
+        groups = x.astype(jnp.float32).reshape(len(x), minima.shape[-1], -1)
+        y += np.float64(bfloat16(groups.sum(axis=-1))) @ np.float64(bfloat16(minima)).T
+    return y
 
 
 def activations(rng, rows, columns):
@@ -58,7 +60,7 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     x = activations(rng, rows, columns)
     results = tiles.products(x, matrices, parts=parts, interpret=True)
     for y, w in zip(results, matrices, strict=True):
-        assert nmse(y, np.float64(x) @ rounded(w).T) <= 1e-10
+        assert nmse(y, product(x, w)) <= 1e-10
         assert 1e-7 < nmse(y, np.float64(x) @ np.float64(dequantize(w)).T) < 1e-4
 
 
@@ -84,8 +86,7 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
     results = tiles.products(x, stacks, groups=groups, results=12, interpret=True)
     for y, stack in zip(results, stacks, strict=True):
         expected = [
-            np.float64(x)[read[i, : stop - first]]
-            @ rounded(jax.tree.map(lambda planes, m=m: planes[m], stack)).T
+            product(x[read[i, : stop - first]], jax.tree.map(lambda planes, m=m: planes[m], stack))
             for i, (m, first, stop) in enumerate(of_group)
         ]
         assert nmse(y, np.concatenate(expected)) <= 1e-10

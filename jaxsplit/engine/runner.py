@@ -134,6 +134,14 @@ class StageRunner:
         self._meeting = tuple(a for a in ("expert", "tensor") if stage.mesh.shape[a] > 1)
         self._mailboxes = self._make_mailboxes() if peer_access else None
 
+    @property
+    def exchange(self) -> str | None:
+        """Through what the devices of the stage, ones that run kernels, exchange numbers; None:
+        they do not, or run none."""
+        if not (self.arithmetic.kernels and self._meeting):
+            return None
+        return "NCCL" if self._mailboxes is None else "peer access"
+
     def _make_mailboxes(self) -> jax.Array | None:
         """For what devices exchange in kernels, if they run kernels."""
         mesh = self.stage.mesh

@@ -17,33 +17,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant import kernels
-from jaxsplit.quant.forms import Form, QTensor, with_words
+from jaxsplit.quant.forms import Form, QTensor
 
 MAX_ROWS = 64
 """More rows are faster if the matrix is dequantized first."""
 
 _MOST_WEIGHTS = 512  # of a row in a step
-_PROGRAMS = 512  # fewer do not keep a GPU busy
+_WARPS = 1024  # fewer do not keep a GPU busy
+_FEW = 16  # the least that a matrix unit adds up
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies: rows of the matrix, words of each in a step, warps, and stages of
-    the pipeline that reads ahead."""
+    """How a program multiplies: rows of the matrix, pairs of bytes of each in a step, warps, and
+    stages of the pipeline that reads ahead."""
 
     height: int
-    words: int
+    pairs: int
     warps: int
     stages: int
 
 
-def _tiling(rows: int) -> _Tiling:
+def _tiling(rows: int, weights: Sequence[QTensor]) -> _Tiling:
     """By what measured best."""
-    if rows <= 8:
-        return _Tiling(32, 64, 2, 3)
-    if rows <= 16:
-        return _Tiling(32, 64, 2, 2)
-    return _Tiling(64, 64, 4, 2) if rows <= 32 else _Tiling(128, 32, 4, 2)
+    if rows > 16:
+        return _Tiling(64, 64, 4, 2)
+    if any(w.form.bits == (8,) for w in weights):
+        return _Tiling(32, 128, 2, 2)
+    return _Tiling(16, 128, 1, 3) if rows <= 8 else _Tiling(32, 64, 2, 3)
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +85,8 @@ def products(
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
 
-    Weights are rounded to bfloat16, and so are the scales that they are computed with.
+    Codes times scales are rounded to bfloat16, and so are scales. A minimum is multiplied with the
+    sum of its group's activations, both rounded likewise.
 
     Args:
       x: bfloat16 `[rows, in]`.
@@ -98,19 +100,22 @@ def products(
       interpret: run it without a GPU, to test it.
     """
     width = max(8, pl.next_power_of_2(len(x))) if groups is None else groups.read.shape[1]
-    tiling = tiling or _tiling(width)
-    weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
+    weights = [_in_pairs(w) for w in weights]
+    tiling = tiling or _tiling(width, weights)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
     if groups is not None:
         parts, count, rows = 1, len(groups.matrix), results
     else:
         if parts is None:
-            parts = max(1, _PROGRAMS // sum(programs))
+            parts = max(1, _WARPS // (sum(programs) * tiling.warps))
         parts = count = min(parts, pl.cdiv(x.shape[-1], _MOST_WEIGHTS))
         rows = len(x)
         x = jnp.pad(x, ((0, width - rows), (0, 0)))
-    xs = {form: _by_words(x, form) for form in dict.fromkeys(w.form for w in weights)}
-    inputs, structure = jax.tree.flatten(([xs[w.form] for w in weights], weights, groups))
+    by_pairs = {form: _by_pairs(x, form) for form in dict.fromkeys(w.form for w in weights)}
+    lengths = [None if w.minimum is None else _length(w, w.minimum) for w in weights]
+    sums = {length: None if length is None else _sums(x, length) for length in set(lengths)}
+    xs = [(by_pairs[w.form], sums[n]) for w, n in zip(weights, lengths, strict=True)]
+    inputs, structure = jax.tree.flatten((xs, weights, groups))
     kernel = partial(
         _kernel,
         structure=structure,
@@ -133,16 +138,39 @@ def products(
 
 
 def _pieces(form: Form) -> tuple[int, int]:
-    """Codes in a byte of the narrowest plane, and words of a chunk in it."""
+    """Codes in a byte of the narrowest plane, and pairs of bytes of a chunk in it."""
     pieces = 8 // min(form.bits)
-    return pieces, form.chunk // pieces // 4
+    return pieces, form.chunk // pieces // 2
 
 
-def _by_words(x: Array, form: Form) -> Array:
-    """`[rows, in]` ordered by where the weights are: `[places in a word * rows, words]`."""
-    pieces, words = _pieces(form)
-    x = x.reshape(len(x), -1, pieces, words, 4).transpose(2, 4, 0, 1, 3)
-    return x.reshape(pieces * 4 * x.shape[2], -1)
+def _by_pairs(x: Array, form: Form) -> Array:
+    """`[rows, in]` ordered by where the weights are: `[places in a pair * rows, pairs]`."""
+    pieces, pairs = _pieces(form)
+    x = x.reshape(len(x), -1, pieces, pairs, 2).transpose(2, 4, 0, 1, 3)
+    return x.reshape(pieces * 2 * x.shape[2], -1)
+
+
+def _length(w: QTensor, entries: Array | jax.Ref) -> int:
+    """Weights that share one of the entries `[..., out, groups]`."""
+    return w.shape[-1] // entries.shape[-1]
+
+
+def _sums(x: Array, length: int) -> Array:
+    """Sums of groups of `[rows, in]`, bfloat16 `[rows, in / length]`."""
+    groups = x.reshape(len(x), -1, length)
+    return jnp.sum(groups, axis=-1, dtype=jnp.float32).astype(jnp.bfloat16)
+
+
+def _in_pairs(w: QTensor) -> QTensor:
+    """A matrix with planes of uint16: what the matrix unit takes at a time."""
+
+    def paired(plane: Array) -> Array:
+        if plane.dtype != jnp.uint32:
+            plane = plane.reshape(*plane.shape[:-1], -1, 2)
+        pairs = lax.bitcast_convert_type(plane, jnp.uint16)
+        return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
+
+    return dataclasses.replace(w, codes=tuple(map(paired, w.codes)))
 
 
 def _kernel(
@@ -165,12 +193,10 @@ def _kernel(
     """
     xs, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     begin, outs, number = 0, refs[structure.num_leaves :], pl.program_id(0)
-    for x_ref, w, out_ref, count in zip(xs, weights, outs, programs, strict=True):
+    for x, w, out_ref, count in zip(xs, weights, outs, programs, strict=True):
         program = pl.program_id(1) - begin
         first = program * tiling.height
-        multiply = partial(
-            _tile, x_ref, w, groups, out_ref, first, number, width, tiling, interpret
-        )
+        multiply = partial(_tile, *x, w, groups, out_ref, first, number, width, tiling, interpret)
         here = (program >= 0) & (program < count)
         if groups is not None:
             here &= number < groups.count[()]
@@ -183,6 +209,7 @@ def _kernel(
 
 def _tile(
     x_ref: jax.Ref,
+    sums_ref: jax.Ref | None,
     w: QTensor,
     groups: Groups | None,
     out_ref: jax.Ref,
@@ -195,18 +222,18 @@ def _tile(
     """The products of some rows of `w`, from the row `first` on, with the group of a number or a
     part of the columns.
 
-    A step takes some words of the narrowest plane of each row, and what belongs to them in the
-    other planes. The codes at the same place of each word make a tile: a word has four bytes, and
-    a byte some pieces.
+    A step takes some pairs of bytes of the narrowest plane of each row, and what belongs to them in
+    the other planes. The codes at the same place of each pair make a tile: a byte has some pieces.
     """
     form, (*_, out, columns) = w.form, w.shape
     pieces, per_chunk = _pieces(form)
-    total, x_rows = columns // (4 * pieces), x_ref.shape[0] // (4 * pieces)
-    height, words = tiling.height, min(tiling.words, _MOST_WEIGHTS // (4 * pieces))
+    total, x_rows = columns // (2 * pieces), x_ref.shape[0] // (2 * pieces)
+    height, pairs = tiling.height, min(tiling.pairs, _MOST_WEIGHTS // (2 * pieces))
     entries = {name: getattr(w, name) for name in kernels.GROUPS if getattr(w, name) is not None}
-    length = {name: columns // ref.shape[-1] for name, ref in entries.items()}
+    length = {name: _length(w, ref) for name, ref in entries.items()}
+    of_step = 2 * pieces * pairs  # weights
     row = jnp.minimum(first + jnp.arange(height), out - 1)
-    steps, whole = pl.cdiv(total, words), total % words == 0
+    steps, whole = pl.cdiv(total, pairs), total % pairs == 0
     start, stop = 0, steps
     read_row = out_row = jnp.arange(width)
     stack: tuple[Array, ...] = ()
@@ -224,83 +251,96 @@ def _tile(
             stop = jnp.minimum(start + per_part, steps)
     split = kernels.split
 
-    def load(ref: jax.Ref, row: Array, at: Array, inside: Array) -> Array:
-        """Elements `[rows, words]`."""
+    def load(ref: jax.Ref, row: Array, at: Array, inside: Array | None) -> Array:
+        """Elements `[rows, ...]`."""
         shape = (len(row), len(at))
-        row, at, inside = (
-            jnp.broadcast_to(a, shape) for a in (row[:, None], at[None], inside[None])
-        )
+        row, at = (jnp.broadcast_to(a, shape) for a in (row[:, None], at[None]))
         index = (*stack, row, at) if ref.ndim == 3 else (row, at)
-        if whole:
+        if inside is None:
             return plgpu.load(ref.at[index])
-        return plgpu.load(ref.at[index], mask=inside, other=jnp.zeros((), ref.dtype))
+        mask = jnp.broadcast_to(inside[None], shape)
+        return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def read_entries(step: Array | int) -> dict[str, list[Array]]:
-        """Scales and the like of a step, for each piece that has its own."""
-        found = {}
-        for name, ref in entries.items():
-            if length[name] >= form.chunk:
-                shared = per_chunk * (length[name] // form.chunk)  # words for an entry
-                count = max(1, words // shared)
-                at = split(step * words, shared)[0] if count == 1 else step * count
-                of_pieces = [at + jnp.arange(count)]
-            else:
-                shared = min(length[name] // 4, per_chunk)
-                at = step * words + shared * jnp.arange(words // shared)
-                chunk, word = split(at, per_chunk)
-                weight = 4 * (chunk * pieces * per_chunk + word)
-                begins = range(0, form.chunk, max(length[name], 4 * per_chunk))
-                of_pieces = [split(weight + begin, length[name])[0] for begin in begins]
-            found[name] = [load(ref, row, at, at < ref.shape[-1]) for at in of_pieces]
-        return found
+    def below(at: Array, count: int) -> Array | None:
+        return None if whole else at < count
 
-    def scales(read: dict[str, list[Array]], piece: int) -> tuple[Array, Array | None]:
-        """Scales and minima of words, bfloat16 `[height, words]` each."""
+    def read_groups(ref: jax.Ref, row: Array, length: int, step: Array, least: int = 1) -> Array:
+        """Entries of the groups of a step `[rows, at least so many]`, the last of them zeros."""
+        count = max(1, of_step // length)
+        place = jnp.arange(max(count, least))
+        at = place + (step * count if of_step >= length else split(step * of_step, length)[0])
+        inside = below(at, ref.shape[-1])
+        if count < least:
+            inside = (place < count) & (at < ref.shape[-1])
+        return load(ref, row, at, inside)
 
-        def entry(name: str) -> Array:
-            of_pieces = read[name]
-            return of_pieces[piece * len(of_pieces) // pieces].astype(jnp.float32)
+    def read_pieces(name: str, step: Array) -> list[Array]:
+        """Entries of a step, for each piece that has its own."""
+        ref = entries[name]
+        if length[name] >= form.chunk:
+            return [read_groups(ref, row, length[name], step)]
+        shared = min(length[name] // 2, per_chunk)
+        at = step * pairs + shared * jnp.arange(pairs // shared)
+        chunk, pair = split(at, per_chunk)
+        weight = 2 * (chunk * pieces * per_chunk + pair)
+        begins = range(0, form.chunk, max(length[name], 2 * per_chunk))
+        of_pieces = [split(weight + begin, length[name])[0] for begin in begins]
+        return [load(ref, row, at, below(at, ref.shape[-1])) for at in of_pieces]
 
-        def spread(values: Array, count: int) -> Array:
-            shape = (height, values.shape[1], count // values.shape[1])
-            return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
+    def read_entries(step: Array) -> tuple[list, list]:
+        """Of a step: scales for each piece, and minima."""
+        scales = [read_pieces(name, step) for name in ("scale", "super_scale") if name in entries]
+        minima = [
+            read_groups(entries[name], row, length[name], step, least)
+            for name, least in (("minimum", _FEW), ("super_minimum", 1))
+            if name in entries
+        ]
+        return scales, minima
 
-        def both(name: str) -> Array:
-            values = entry(name)
-            if f"super_{name}" in entries:
-                values *= spread(entry(f"super_{name}"), values.shape[1])
-            return spread(values.astype(jnp.bfloat16), words)
+    def spread(values: Array, count: int) -> Array:
+        shape = (height, values.shape[1], count // values.shape[1])
+        return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
 
-        return both("scale"), both("minimum") if "minimum" in entries else None
+    def both(inner: Array, *outer: Array) -> Array:
+        """float32 `[height, groups]`."""
+        values = inner.astype(jnp.float32)
+        for other in outer:
+            values *= spread(other.astype(jnp.float32), values.shape[1])
+        return values
+
+    def dot(a: Array, b: Array) -> Array:
+        return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     def step(i: Array, carry: tuple) -> tuple:
-        result, of_step = carry
+        result, (scales, minima) = carry
         # Too few bytes for the compiler to read them ahead.
         ahead = read_entries(jnp.minimum(i + 1, steps - 1))
-        at = i * words + jnp.arange(words)
-        chunk, word = split(at, per_chunk)
+        if sums_ref is not None:
+            sums = read_groups(sums_ref, read_row, length["minimum"], i, _FEW)
+            result += dot(both(*minima).astype(jnp.bfloat16), sums)
+        at = i * pairs + jnp.arange(pairs)
+        # In this form the compiler sees which of them are neighbours.
+        chunk, pair = lax.div(at, per_chunk), lax.rem(at, per_chunk)
         read: dict[tuple[int, int], Array] = {}
-        expanded: dict[int, tuple[Array, Array | None]] = {}
+        expanded: dict[int, Array] = {}
         for piece in range(pieces):
             parts, shifts = [], []
             for p, (plane, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
-                size = form.chunk * bits // 32  # words of a chunk
+                size = form.chunk * bits // 16  # pairs of a chunk
                 shift, before = divmod(piece * per_chunk, size)
                 if (p, before) not in read:
-                    index = at if size == per_chunk else chunk * size + before + word
-                    read[p, before] = load(plane, row, index, at < total)
+                    index = at if size == per_chunk else chunk * size + before + pair
+                    read[p, before] = load(plane, row, index, below(at, total))
                 parts.append(read[p, before])
                 shifts.append(shift * bits)
-            group = piece * len(of_step["scale"]) // pieces
+            group = piece * len(scales[0]) // pieces
             if group not in expanded:
-                expanded[group] = scales(of_step, piece)
-            for byte in range(4):
-                tile = _weights(parts, shifts, byte, form, *expanded[group], interpret)
-                x_row = (4 * piece + byte) * x_rows + read_row
-                x = load(x_ref, x_row, at, at < total)
-                result += lax.dot_general(
-                    tile, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-                )
+                of_piece = [x[piece * len(x) // pieces] for x in scales]
+                expanded[group] = spread(both(*of_piece).astype(jnp.bfloat16), pairs)
+            for byte in range(2):
+                x_row = (2 * piece + byte) * x_rows + read_row
+                x = load(x_ref, x_row, at, below(at, total))
+                result += dot(_scaled(parts, shifts, byte, form, expanded[group], interpret), x)
         return result, ahead
 
     result = jnp.zeros((height, width), jnp.float32)
@@ -311,90 +351,77 @@ def _tile(
     plgpu.store(out_ref.at[*place, out_row, at], result.astype(out_ref.dtype), mask=inside)
 
 
-_ONE = 0x3F80  # 1 in bfloat16
-_BASE = 0x4300  # 128, to which an integer below it can be added as bits
-
-
-def _weights(
+def _scaled(
     planes: Sequence[Array],
     shifts: Sequence[int],
     byte: int,
     form: Form,
     scale: Array,
-    minimum: Array | None,
     interpret: bool,
 ) -> Array:
-    """Weights as bfloat16, one of each word.
+    """Weights without their minima as bfloat16, one of each pair of bytes.
 
     Args:
-      planes: words `[height, words]` of each plane.
+      planes: pairs of bytes `[height, pairs]` of each plane, uint16.
       shifts: by how much to shift a byte of each plane, to have the code's bits in front.
-      byte: which byte of the words.
+      byte: which byte of the pairs.
       form: of the matrix.
-      scale: bfloat16, like the words.
-      minimum: likewise, or None.
+      scale: bfloat16, like the pairs.
       interpret: as in `products`.
     """
     if interpret:
-        code, done = jnp.uint32(0), 0
+        code, done = jnp.uint16(0), 0
         for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
-            shifted = plane >> jnp.uint32(8 * byte + by)
-            code |= (shifted & jnp.uint32(2**bits - 1)) << jnp.uint32(done)
+            shifted = plane >> jnp.uint16(8 * byte + by)
+            code |= (shifted & jnp.uint16(2**bits - 1)) << jnp.uint16(done)
             done += bits
         code = code.astype(jnp.int32)
         value = jnp.where(code > 127, code - 256, code) if form.bits == (8,) else code
         weight = (value.astype(jnp.float32) - form.offset) * scale.astype(jnp.float32)
-        if minimum is not None:
-            weight += minimum.astype(jnp.float32)
         return weight.astype(jnp.bfloat16)
 
-    # Two words at once, for each of which a register has 16 bits.
-    args: list[Array] = []
-    constraints = ["=r"]
+    # Two at once, in the halves of a register. A code becomes the last bits of 128 + code. Compute
+    # capability 8.0 has no other instruction than `fma` for what follows.
+    def both(x: float) -> str:
+        return f"0x{int(np.asarray(x, jnp.bfloat16).view(np.uint16)) * 0x10001:08x}"
 
-    def operand(value: Array) -> str:
-        """The first register of an operand."""
-        name = f"${len(constraints)}"
-        args.append(value)
-        constraints.extend(["r"] * (value.dtype.itemsize // 2))
-        return name
+    def mask(bits: int) -> str:
+        return f"0x{bits * 0x10001:08x}"
 
-    def both(half: int) -> str:
-        return f"0x{half:04x}{half:04x}"
-
-    lines = [".reg .b32 code, part, one, more;", f"mov.b32 code, {both(_BASE)};"]
+    scaled = f"${len(planes) + 1}"
+    lines = [
+        ".reg .b32 code, part, less, more, one, zero;",
+        f"mov.b32 code, {both(128)}; mov.b32 zero, {both(-0.0)};",
+    ]
     done = 0
-    for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
-        name = operand(plane)
-        second = f"${int(name[1:]) + 1}"
-        select = byte | byte << 4 | (byte + 4) << 8 | (byte + 4) << 12
-        lines.append(f"prmt.b32 part, {name}, {second}, 0x{select:04x};")
-        if by != done:
-            shift = f"shr.b32 part, part, {by - done};"
-            lines.append(shift if by > done else f"shl.b32 part, part, {done - by};")
+    for i, (by, bits) in enumerate(zip(shifts, form.bits, strict=True)):
+        by, part = by + 8 * byte - done, f"${i + 1}"
+        if by:
+            lines.append(f"sh{'r' if by > 0 else 'l'}.b32 part, {part}, {abs(by)};")
+            part = "part"
         if bits == 8:
-            # 128 + (code & 127), less 256 or 128 by the sign.
-            lines.append(f"mov.b32 more, {both(0xC300)};")
-            lines.append(f"lop3.b32 more, part, {both(128)}, more, 0x6A;")
-            lines.append(f"lop3.b32 code, part, {both(127)}, code, 0xEA;")
+            # Its sign is the last bit of the exponent: 128 more is twice as much.
+            lines.append(f"lop3.b32 more, {part}, {mask(128)}, code, 0xEA;")
+            lines.append(f"lop3.b32 code, {part}, {mask(127)}, code, 0xEA;")
         else:
-            lines.append(f"lop3.b32 code, part, {both((2**bits - 1) << done)}, code, 0xEA;")
+            lines.append(f"lop3.b32 code, {part}, {mask((2**bits - 1) << done)}, code, 0xEA;")
         done += bits
-    if form.bits != (8,):
-        less = np.asarray(-128 - form.offset, jnp.bfloat16).view(np.uint16)
-        lines.append(f"mov.b32 more, {both(int(less))};")
-    lines.append(f"mov.b32 one, {both(_ONE)}; fma.rn.bf16x2 code, code, one, more;")
-    name = operand(scale)
-    if minimum is None:
-        lines.append(f"mov.b32 more, {both(0x8000)};")
-        lines.append(f"fma.rn.bf16x2 $0, code, {name}, more;")
+    if form.bits == (8,):
+        lines.append(f"mov.b32 less, {both(-1)}; fma.rn.bf16x2 code, more, less, code;")
+        lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, zero;")
+    elif form.offset:
+        lines.append(f"mov.b32 one, {both(1)}; mov.b32 less, {both(-128 - form.offset)};")
+        lines.append("fma.rn.bf16x2 code, code, one, less;")
+        lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, zero;")
     else:
-        lines.append(f"fma.rn.bf16x2 $0, code, {name}, {operand(minimum)};")
-    [weights] = plgpu.elementwise_inline_asm(
+        # 128 times the scale is exact, and the difference is rounded once.
+        lines.append(f"mov.b32 less, {both(-128)}; fma.rn.bf16x2 less, {scaled}, less, zero;")
+        lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, less;")
+    [result] = plgpu.elementwise_inline_asm(
         "{ " + " ".join(lines) + " }",
-        args=args,
-        constraints=",".join(constraints),
+        args=[*planes, scale],
+        constraints=",".join(["=r", *["r"] * (len(planes) + 1)]),
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(scale.shape, jnp.bfloat16)],
     )
-    return weights
+    return result
