@@ -61,7 +61,11 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     results = tiles.products(x, matrices, parts=parts, interpret=True)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, product(x, w)) <= 1e-10
-        assert 1e-7 < nmse(y, np.float64(x) @ np.float64(dequantize(w)).T) < 1e-4
+        assert (
+            1e-7
+            < nmse(y, np.float64(x) @ np.float64(dequantize(w)).T)
+            < (1e-4 if w.minimum is None else 3e-4)
+        )
 
 
 @pytest.mark.usefixtures("quick_compilation")

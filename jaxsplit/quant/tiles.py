@@ -95,8 +95,8 @@ def products(
       groups: weights are stacks `[matrices, out, in]`, which these are multiplied with.
       results: rows of the results of groups.
       tiling: of the work; None: a usual one.
-      parts: of the inner dimension, which are multiplied by programs of their own; None: as many
-        as keep a GPU busy.
+      parts: of the inner dimension, which are multiplied by programs of their own; None: of a
+        single matrix as many as keep a GPU busy, which another kernel then adds up.
       interpret: run it without a GPU, to test it.
     """
     width = max(8, pl.next_power_of_2(len(x))) if groups is None else groups.read.shape[1]
@@ -107,14 +107,14 @@ def products(
         parts, count, rows = 1, len(groups.matrix), results
     else:
         if parts is None:
-            parts = max(1, _WARPS // (sum(programs) * tiling.warps))
+            parts = max(1, _WARPS // (programs[0] * tiling.warps)) if len(weights) == 1 else 1
         parts = count = min(parts, pl.cdiv(x.shape[-1], _MOST_WEIGHTS))
         rows = len(x)
         x = jnp.pad(x, ((0, width - rows), (0, 0)))
-    by_pairs = {form: _by_pairs(x, form) for form in dict.fromkeys(w.form for w in weights)}
     lengths = [None if w.minimum is None else _length(w, w.minimum) for w in weights]
-    sums = {length: None if length is None else _sums(x, length) for length in set(lengths)}
-    xs = [(by_pairs[w.form], sums[n]) for w, n in zip(weights, lengths, strict=True)]
+    keys = list(zip((w.form for w in weights), lengths, strict=True))
+    ordered = {key: _ordered(x, *key) for key in keys}
+    xs = [ordered[key] for key in keys]
     inputs, structure = jax.tree.flatten((xs, weights, groups))
     kernel = partial(
         _kernel,
@@ -143,22 +143,26 @@ def _pieces(form: Form) -> tuple[int, int]:
     return pieces, form.chunk // pieces // 2
 
 
-def _by_pairs(x: Array, form: Form) -> Array:
-    """`[rows, in]` ordered by where the weights are: `[places in a pair * rows, pairs]`."""
+def _ordered(x: Array, form: Form, length: int | None) -> Array:
+    """`[rows, in]` by where the weights are, then sums of groups of a length: one array, so that
+    one kernel makes it.
+
+    Returns:
+      first `[places in a pair of bytes, rows, pairs]`, then `[rows, in / length]`, flat.
+    """
     pieces, pairs = _pieces(form)
-    x = x.reshape(len(x), -1, pieces, pairs, 2).transpose(2, 4, 0, 1, 3)
-    return x.reshape(pieces * 2 * x.shape[2], -1)
+    by_pairs = x.reshape(len(x), -1, pieces, pairs, 2).transpose(2, 4, 0, 1, 3).reshape(-1)
+    if length is None:
+        return by_pairs
+    groups = x.astype(jnp.float32).reshape(len(x), -1, length)
+    while groups.shape[-1] > 1:  # so that it is no reduction, which would be a kernel of its own
+        groups = groups[..., ::2] + groups[..., 1::2]
+    return jnp.concatenate([by_pairs, groups.reshape(-1).astype(x.dtype)])
 
 
 def _length(w: QTensor, entries: Array | jax.Ref) -> int:
     """Weights that share one of the entries `[..., out, groups]`."""
     return w.shape[-1] // entries.shape[-1]
-
-
-def _sums(x: Array, length: int) -> Array:
-    """Sums of groups of `[rows, in]`, bfloat16 `[rows, in / length]`."""
-    groups = x.reshape(len(x), -1, length)
-    return jnp.sum(groups, axis=-1, dtype=jnp.float32).astype(jnp.bfloat16)
 
 
 def _in_pairs(w: QTensor) -> QTensor:
@@ -193,10 +197,12 @@ def _kernel(
     """
     xs, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     begin, outs, number = 0, refs[structure.num_leaves :], pl.program_id(0)
-    for x, w, out_ref, count in zip(xs, weights, outs, programs, strict=True):
+    for x_ref, w, out_ref, count in zip(xs, weights, outs, programs, strict=True):
         program = pl.program_id(1) - begin
         first = program * tiling.height
-        multiply = partial(_tile, *x, w, groups, out_ref, first, number, width, tiling, interpret)
+        multiply = partial(
+            _tile, x_ref, w, groups, out_ref, first, number, width, tiling, interpret
+        )
         here = (program >= 0) & (program < count)
         if groups is not None:
             here &= number < groups.count[()]
@@ -209,7 +215,6 @@ def _kernel(
 
 def _tile(
     x_ref: jax.Ref,
-    sums_ref: jax.Ref | None,
     w: QTensor,
     groups: Groups | None,
     out_ref: jax.Ref,
@@ -227,11 +232,13 @@ def _tile(
     """
     form, (*_, out, columns) = w.form, w.shape
     pieces, per_chunk = _pieces(form)
-    total, x_rows = columns // (2 * pieces), x_ref.shape[0] // (2 * pieces)
+    total = columns // (2 * pieces)
     height, pairs = tiling.height, min(tiling.pairs, _MOST_WEIGHTS // (2 * pieces))
     entries = {name: getattr(w, name) for name in kernels.GROUPS if getattr(w, name) is not None}
     length = {name: _length(w, ref) for name, ref in entries.items()}
     of_step = 2 * pieces * pairs  # weights
+    of_row = 0 if w.minimum is None else w.minimum.shape[-1]
+    x_rows = x_ref.shape[0] // (columns + of_row)
     row = jnp.minimum(first + jnp.arange(height), out - 1)
     steps, whole = pl.cdiv(total, pairs), total % pairs == 0
     start, stop = 0, steps
@@ -261,24 +268,31 @@ def _tile(
         mask = jnp.broadcast_to(inside[None], shape)
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
+    def load_x(row: Array, at: Array, inside: Array | None, begin: int, length: int) -> Array:
+        """Elements of activations, or of their sums, whose rows begin there and have a length."""
+        index = begin + row[:, None] * length + at[None]
+        if inside is None:
+            return plgpu.load(x_ref.at[index])
+        mask = jnp.broadcast_to(inside[None], index.shape)
+        return plgpu.load(x_ref.at[index], mask=mask, other=jnp.zeros((), x_ref.dtype))
+
     def below(at: Array, count: int) -> Array | None:
         return None if whole else at < count
 
-    def read_groups(ref: jax.Ref, row: Array, length: int, step: Array, least: int = 1) -> Array:
-        """Entries of the groups of a step `[rows, at least so many]`, the last of them zeros."""
+    def of_groups(length: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
+        """Where the groups of a step are, at least so many places, and which of these have any."""
         count = max(1, of_step // length)
         place = jnp.arange(max(count, least))
         at = place + (step * count if of_step >= length else split(step * of_step, length)[0])
-        inside = below(at, ref.shape[-1])
         if count < least:
-            inside = (place < count) & (at < ref.shape[-1])
-        return load(ref, row, at, inside)
+            return at, (place < count) & (at < columns // length)
+        return at, below(at, columns // length)
 
     def read_pieces(name: str, step: Array) -> list[Array]:
         """Entries of a step, for each piece that has its own."""
         ref = entries[name]
         if length[name] >= form.chunk:
-            return [read_groups(ref, row, length[name], step)]
+            return [load(ref, row, *of_groups(length[name], step))]
         shared = min(length[name] // 2, per_chunk)
         at = step * pairs + shared * jnp.arange(pairs // shared)
         chunk, pair = split(at, per_chunk)
@@ -291,7 +305,7 @@ def _tile(
         """Of a step: scales for each piece, and minima."""
         scales = [read_pieces(name, step) for name in ("scale", "super_scale") if name in entries]
         minima = [
-            read_groups(entries[name], row, length[name], step, least)
+            load(entries[name], row, *of_groups(length[name], step, least))
             for name, least in (("minimum", _FEW), ("super_minimum", 1))
             if name in entries
         ]
@@ -315,8 +329,9 @@ def _tile(
         result, (scales, minima) = carry
         # Too few bytes for the compiler to read them ahead.
         ahead = read_entries(jnp.minimum(i + 1, steps - 1))
-        if sums_ref is not None:
-            sums = read_groups(sums_ref, read_row, length["minimum"], i, _FEW)
+        if minima:
+            group, inside = of_groups(length["minimum"], i, _FEW)
+            sums = load_x(read_row, group, inside, x_rows * columns, of_row)
             result += dot(both(*minima).astype(jnp.bfloat16), sums)
         at = i * pairs + jnp.arange(pairs)
         # In this form the compiler sees which of them are neighbours.
@@ -339,7 +354,7 @@ def _tile(
                 expanded[group] = spread(both(*of_piece).astype(jnp.bfloat16), pairs)
             for byte in range(2):
                 x_row = (2 * piece + byte) * x_rows + read_row
-                x = load(x_ref, x_row, at, below(at, total))
+                x = load_x(x_row, at, below(at, total), 0, total)
                 result += dot(_scaled(parts, shifts, byte, form, expanded[group], interpret), x)
         return result, ahead
 
