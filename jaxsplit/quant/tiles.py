@@ -44,7 +44,7 @@ def _tiling(rows: int, weights: Sequence[QTensor]) -> _Tiling:
         return _Tiling(64, 64, 4, 2)
     if any(w.form.bits == (8,) for w in weights):
         return _Tiling(32, 128, 2, 2)
-    return _Tiling(16, 128, 1, 3) if rows <= 8 else _Tiling(32, 64, 2, 3)
+    return _Tiling(32, 128 if rows <= 8 else 64, 2, 3)
 
 
 @jax.tree_util.register_dataclass
