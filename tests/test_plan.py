@@ -47,12 +47,12 @@ def models(recipe_gguf):
     }
 
 
-def plan_of(path, split, **options):
+def plan_of(path, split, kind="CPU", **options):
     file = open_model(path)
     config = model_config(file)
     mode, _, mesh = split.partition("@")
     shape = parse_mesh(mesh or "tensor:1")
-    kinds = [device_kind("CPU")] * math.prod(shape.values())
+    kinds = [device_kind(kind)] * math.prod(shape.values())
     options = {"dtype": jnp.dtype(jnp.float32), "context": 64, **options}
     return make_plan(parameter_sources(file, config), config, mode, shape, kinds, **options)
 
@@ -108,6 +108,13 @@ def test_int8_cache_and_slots(models):
     small = plan_of(models["Q8_0"], "graph@tensor:3", slots=4, cache_dtype=jnp.dtype(jnp.int8))
     assert plain.fullest["cache"] == 3 * 2 * 4 * 64 * 32 * 4  # layers, k and v, slots, context
     assert small.fullest["cache"] == 3 * 2 * 4 * 64 * (32 + 4)
+
+
+def test_more_sequences_are_faster_together_but_not_so_many_times(models):
+    slots = [1, 2, 3, 16, 64, 65]
+    rates = [plan_of(models["Q8_0"], "none", kind="H100", slots=n).decode_rate for n in slots]
+    assert rates == sorted(rates)
+    assert all(rate < n * rates[0] for n, rate in zip(slots[1:], rates[1:], strict=True))
 
 
 def test_the_best_plan_fits(models):

@@ -18,6 +18,7 @@ from jaxsplit.models.attention import SCORES
 from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
+from jaxsplit.quant import kernels, tiles
 from jaxsplit.quant.products import TOGETHER
 from jaxsplit.sources import (
     Sources,
@@ -35,6 +36,9 @@ class _Efficiency:
     Attributes:
       few_bits, bytes, plain: of the bandwidth, by products of one row with weights of less than 8
         bits, of less than 16, and with others.
+      few_bits_tiles, bytes_tiles: likewise, by products of some tens of rows, without what each row
+        takes.
+      tiles: of the FLOP/s, what each row takes there.
       matmul: of the FLOP/s, by products of many rows.
       score_passes: how often attention's scores pass through memory in prefill.
     """
@@ -44,6 +48,9 @@ class _Efficiency:
     plain: float
     matmul: float
     score_passes: int
+    few_bits_tiles: float = 0.49
+    bytes_tiles: float = 0.7
+    tiles: float = 0.23
 
 
 _EFFICIENCY = {
@@ -269,7 +276,7 @@ def make_plan(
                 read,
                 decode,
                 prefill,
-                _decode_seconds(kind, stage, read, decode, bits),
+                _decode_seconds(kind, stage, read, decode, bits, group_slots // partition.data),
                 _prefill_seconds(kind, stage, held, prefill, bits, scores * pairs, chunk),
             )
         )
@@ -357,12 +364,18 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
     return stream + max(2 * scores, hidden + matrices)
 
 
-def _decode_seconds(kind: DeviceKind, stage: Stage, read: int, work: Work, bits: float) -> float:
-    efficiency = _EFFICIENCY[kind.kernels]
-    reached = efficiency.plain if bits >= 16 else efficiency.bytes
-    memory = read / (kind.bandwidth * (reached if bits >= 8 else efficiency.few_bits))
-    products = work.flops / (kind.flops * efficiency.matmul)
-    return max(memory, products) + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
+def _decode_seconds(
+    kind: DeviceKind, stage: Stage, read: int, work: Work, bits: float, rows: int
+) -> float:
+    """A step of so many rows on each device."""
+    e, few = _EFFICIENCY[kind.kernels], bits < 8
+    if kind.kernels and bits < 16 and kernels.MAX_ROWS < rows <= tiles.MAX_ROWS:
+        reached = e.few_bits_tiles if few else e.bytes_tiles
+        products = read / (kind.bandwidth * reached) + work.flops / (kind.flops * e.tiles)
+    else:
+        reached = e.plain if bits >= 16 else e.few_bits if few else e.bytes
+        products = max(read / (kind.bandwidth * reached), work.flops / (kind.flops * e.matmul))
+    return products + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
 
 
 def _prefill_seconds(
