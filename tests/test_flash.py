@@ -7,7 +7,7 @@ import pytest
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.models import AttentionConfig, flash
+from jaxsplit.models import AttentionConfig, flash, online_softmax
 from jaxsplit.models.attention import attend
 from jaxsplit.models.cache import AttentionCache
 from jaxsplit.quant import BLOCK, Late, Launch, computed, rounding
@@ -68,7 +68,7 @@ def test_keys_of_8_bits(widths, time):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_bytes_of_pairs(dtype):
     pairs = jnp.arange(-(2**15), 2**15).astype(jnp.int16)
-    found = flash.unpaired(pairs, jnp.dtype(dtype), LAUNCH)
+    found = online_softmax.unpaired(pairs, jnp.dtype(dtype), LAUNCH)
     expected = np.asarray(pairs).view(np.int8).reshape(-1, 2)
     assert all(x.dtype == dtype for x in found)
     np.testing.assert_array_equal(np.stack(found, axis=1).astype(np.float32), expected)

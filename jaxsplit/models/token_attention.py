@@ -18,9 +18,23 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.models import flash, placing
 from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.models.flash import FEW, LOG2_E, NONE, padded, wide
 from jaxsplit.models.layers import Norm, rope_factors
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig, RopeConfig
+from jaxsplit.models.online_softmax import (
+    FEW,
+    LOG2_E,
+    NONE,
+    Sums,
+    in_pairs,
+    in_parts,
+    joined,
+    more_keys,
+    padded,
+    parts_of,
+    scores_of,
+    wide,
+    without_pairs,
+)
 from jaxsplit.quant import (
     BLOCK,
     Late,
@@ -117,7 +131,7 @@ def attend(
         jnp.zeros((sequences, kv_heads), jnp.int32),
     )
     leaves, structure = jax.tree.flatten(inputs)
-    kept, cache_structure = jax.tree.flatten(flash.in_pairs(cache))
+    kept, cache_structure = jax.tree.flatten(in_pairs(cache))
     width = pl.next_power_of_2(max(c.head_dim, value_dim))
     tiling = flash.tiling_of(group, length, width)
     of_splits = (tiling.splits, sequences, kv_heads, group)
@@ -142,7 +156,7 @@ def attend(
         name="attend_token",
     )(*leaves, *kept)
     rows, kept = Rounded(*results[3 : len(outs)]), results[len(outs) :]
-    cache = flash.without_pairs(jax.tree.unflatten(cache_structure, kept))
+    cache = without_pairs(jax.tree.unflatten(cache_structure, kept))
     return _Joined(rows, query.dtype), cache
 
 
@@ -284,16 +298,16 @@ def _attend_split(
     filled, share, used = sizes
     c, dtype, group = config, query.dtype, query.shape[2]
     length, head_dim, value_dim = cache.keys.shape[2], key.shape[-1], value.shape[-1]
-    parts = flash.parts_of(cache)
+    parts = parts_of(cache)
     heads = _Heads(head_dim, padded(head_dim, parts), c.rope, cos, sin, sequence)
     row = jnp.arange(tiling.rows)
     q = heads.load(query, (sequence, head, row), row < group, c.query_norm, scales[0])
     q = q.astype(dtype)
-    queries = flash.in_parts(q, parts)
+    queries = in_parts(q, parts)
     scale = head_dim**-0.5 if c.scale is None else c.scale
 
     def score(products: Array) -> Array:
-        return flash.scores_of(products, c, scale)
+        return scores_of(products, c, scale)
 
     new_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
     of_value = jnp.arange(padded(value_dim, parts))
@@ -328,14 +342,12 @@ def _attend_split(
     carry = (
         jnp.where(split == 0, own, NONE),
         jnp.where(split == 0, jnp.ones_like(own), 0),
-        flash.in_parts(
-            jnp.broadcast_to(jnp.where(split == 0, new_value, 0)[None], out_shape), parts
-        ),
+        in_parts(jnp.broadcast_to(jnp.where(split == 0, new_value, 0)[None], out_shape), parts),
     )
     start = split * share
     stop = jnp.minimum(start + share, filled)
 
-    def step(i: Array, carry: flash.Sums) -> flash.Sums:
+    def step(i: Array, carry: Sums) -> Sums:
         """Some more keys."""
         place = start + i * tiling.keys + jnp.arange(tiling.keys)
         seen = place < stop
@@ -344,11 +356,11 @@ def _attend_split(
             behind = jnp.where(behind < 0, behind + length, behind)
             seen &= (behind > 0) & (behind < c.window) & (behind <= position)
         at = slot, head, place
-        return flash.more_keys(carry, queries, cache, at, seen, seen[None], score, launch)
+        return more_keys(carry, queries, cache, at, seen, seen[None], score, launch)
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
     largest, total, values = lax.fori_loop(0, steps, step, carry)
-    values = flash.joined(values)
+    values = joined(values)
 
     column = wide(jnp.arange(out_shape[1]), out_shape, 1)
     member = wide(row, out_shape, 0)
@@ -380,7 +392,7 @@ def _as_kept(x: Array, kept: jnp.dtype, dtype: jnp.dtype) -> tuple[Array, Array,
     codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5)
     seen = codes * scale
     if kept == jnp.int16:  # two of 8 bits
-        first, second = flash.in_parts(codes.astype(jnp.int32), 2)
+        first, second = in_parts(codes.astype(jnp.int32), 2)
         codes = (first & 0xFF) | (second << 8)
     return seen, codes.astype(kept), scale
 
