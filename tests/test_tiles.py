@@ -69,6 +69,21 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("name", "rows", "granule"),
+    [("Q4_K", 6, 128), ("Q4_K", 17, 128), ("Q4_K", 17, 64), ("Q6_K", 17, 128)],
+)
+def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
+    # A device's heads may end inside a block: what belongs to all of it is then stored repeatedly.
+    raw = usual_blocks(rng, name, 40, 7)
+    w = with_words(unpack(name, raw, granule=granule, part=np.arange(7) % (256 // granule)))
+    assert w.super_scale.shape[-1] == 7
+    x = activations(rng, rows, w.shape[-1])
+    [y] = tiles.products(x, [w], parts=1, interpret=True)
+    assert nmse(y, product(x, w)) <= 1e-10
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
     stacks = [
         jax.tree.map(lambda *planes: jnp.stack(planes), *[matrix(rng, name, n, 512)] * 2)

@@ -108,7 +108,8 @@ def products(
     else:
         if parts is None:
             parts = max(1, _WARPS // (programs[0] * tiling.warps)) if len(weights) == 1 else 1
-        parts = count = min(parts, pl.cdiv(x.shape[-1], _MOST_WEIGHTS))
+        steps = pl.cdiv(x.shape[-1], _MOST_WEIGHTS)
+        parts = count = pl.cdiv(steps, pl.cdiv(steps, parts))
         rows = len(x)
         x = jnp.pad(x, ((0, width - rows), (0, 0)))
     lengths = [None if w.minimum is None else _length(w, w.minimum) for w in weights]
@@ -304,11 +305,12 @@ def _tile(
     def read_entries(step: Array) -> tuple[list, list]:
         """Of a step: scales for each piece, and minima."""
         scales = [read_pieces(name, step) for name in ("scale", "super_scale") if name in entries]
-        minima = [
-            load(entries[name], row, *of_groups(length[name], step, least))
-            for name, least in (("minimum", _FEW), ("super_minimum", 1))
-            if name in entries
-        ]
+        minima = []
+        for name in ("minimum", "super_minimum"):
+            if name in entries:
+                # Their places, some of them empty, are to spread over those of the minima.
+                least = max(1, _FEW * length["minimum"] // length[name])
+                minima.append(load(entries[name], row, *of_groups(length[name], step, least)))
         return scales, minima
 
     def spread(values: Array, count: int) -> Array:
