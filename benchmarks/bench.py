@@ -34,6 +34,7 @@ from jaxsplit.gguf import ModelFile
 from jaxsplit.lm import open_model
 from jaxsplit.models import ModelConfig
 from jaxsplit.plan import kind_of, make_plan
+from jaxsplit.quant import float8
 from jaxsplit.sources import Sources, parameter_sources
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint")
@@ -48,6 +49,7 @@ _BATCH = flags.DEFINE_list("batch", "1", "sequences that are decoded together", 
 _REPEAT = flags.DEFINE_integer("repetitions", 3, "how often to measure", 1, short_name="r")
 _DTYPE = flags.DEFINE_string("dtype", "auto", "of activations")
 _ACTIVATIONS = flags.DEFINE_string("activations", "auto", "as in jaxsplit.generate")
+_PROMPT_DTYPE = flags.DEFINE_string("prompt_dtype", "auto", "as in jaxsplit.generate")
 _WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
 _CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values")
 _COMPILED = flags.DEFINE_string(
@@ -104,16 +106,25 @@ def _prefill_flops(sources: Sources, config: ModelConfig, length: int, depth: in
 class _Limits:
     """What the devices can do."""
 
-    def __init__(self, mesh: jax.sharding.Mesh, dtype: jax.numpy.dtype, embed: int):
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh,
+        dtype: jax.numpy.dtype,
+        prompt_dtype: jax.numpy.dtype,
+        embed: int,
+    ):
         device = mesh.devices.flat[0]
         self.bandwidth = copy_bandwidth(device)
         self.flops = matmul_rate(device, dtype)
+        self.prompt_flops = matmul_rate(device, prompt_dtype)
         sums = [all_reduce_seconds(mesh, 4 * embed, kernels=kernels) for kernels in (False, True)]
         self.meet = min(took for took in sums if took is not None)
 
     def __str__(self) -> str:
-        return f"copy {self.bandwidth / 1e9:.1f} GB/s, products {self.flops / 1e12:.2f} TFLOP/s" + (
-            f", all-reduce {self.meet * 1e6:.1f} µs" if self.meet else ""
+        met = f", all-reduce {self.meet * 1e6:.1f} µs" if self.meet else ""
+        return (
+            f"copy {self.bandwidth / 1e9:.1f} GB/s, products {self.flops / 1e12:.2f} TFLOP/s, "
+            f"of prompts {self.prompt_flops / 1e12:.2f} TFLOP/s{met}"
         )
 
 
@@ -169,6 +180,7 @@ def measure(
         mesh=mesh,
         dtype=_DTYPE.value,
         activations=_ACTIVATIONS.value,
+        prompt_dtype=_PROMPT_DTYPE.value,
         weights=_WEIGHTS.value,
         cache_dtype=_CACHE.value,
         ctx_size=longest,
@@ -178,7 +190,8 @@ def measure(
     shortest = min(filter(None, _numbers(_PROMPT)), default=1)
     first_token = loading + _read(lm, batch, shortest)
     config, engine, dtype = lm.config, lm.engine, lm.models[0].dtype
-    limits = _Limits(lm.mesh, dtype, config.embed * batch)
+    prompt_dtype = float8.DTYPE if _PROMPT_DTYPE.value == "float8" else dtype
+    limits = _Limits(lm.mesh, dtype, prompt_dtype, config.embed * batch)
     sources = parameter_sources(file, config)
     stored = None if _WEIGHTS.value == "quantized" else np.dtype(_WEIGHTS.value)
     plan = make_plan(
@@ -189,6 +202,7 @@ def measure(
         [kind_of(device) for device in lm.mesh.devices.flat],
         weights=stored,
         dtype=dtype,
+        float8=_PROMPT_DTYPE.value == "float8",
         cache_dtype=engine.runners[0].cache_dtype,
         context=engine.context,
         slots=batch,
@@ -218,7 +232,8 @@ def measure(
             limit, planned = decode_limit(max(depth, 1) + count / 2), plan.decode_rate
         else:
             needed = _prefill_flops(sources, config, count, depth)
-            limit, planned = count * lm.mesh.size * limits.flops / needed, plan.prefill_rate(count)
+            limit = count * lm.mesh.size * limits.prompt_flops / needed
+            planned = plan.prefill_rate(count)
         yield {
             "model": file.metadata.get("general.name", file.path.name),
             "gb": sum(source.nbytes for source in sources.values()) / 1e9,
@@ -232,6 +247,7 @@ def measure(
             "plan": planned,
             "bandwidth": limits.bandwidth,
             "flops": limits.flops,
+            "prompt_flops": limits.prompt_flops,
             "all_reduce_seconds": limits.meet,
             "weight_bytes": lm.weight_bytes,
             "load_seconds": loading,

@@ -43,9 +43,9 @@ def copy_bandwidth(device: jax.Device) -> float:
 def matmul_rate(device: jax.Device, dtype: jnp.dtype) -> float:
     """FLOP/s of a large matrix product on one device, of random numbers."""
     size = 1024 if device.platform == "cpu" else 8192
-    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     x = jax.device_put(x, device)
-    dot = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+    dot = jax.jit(lambda x: jnp.dot(x, x.T, preferred_element_type=jnp.float32))
 
     def run() -> jax.Array:
         return [dot(x) for _ in range(8)][-1]

@@ -71,6 +71,12 @@ _ACTIVATIONS = flags.DEFINE_string(
     "auto",
     "of decoding, in products with quantized matrices: float, int8, or auto (where it is fast)",
 )
+_PROMPT_DTYPE = flags.DEFINE_string(
+    "prompt_dtype",
+    "auto",
+    "of prompts, in products with quantized matrices: auto (as --dtype) or float8 (faster from "
+    "compute capability 8.9 on, less exact)",
+)
 _REDUCE_DTYPE = flags.DEFINE_string(
     "reduce_dtype",
     "auto",
@@ -206,6 +212,7 @@ def main(_: list[str]) -> None:
             weights=_WEIGHTS.value,
             dtype=_DTYPE.value,
             activations=_ACTIVATIONS.value,
+            prompt_dtype=_PROMPT_DTYPE.value,
             reduce_dtype=_REDUCE_DTYPE.value,
             peer_access=_PEER_ACCESS.value,
             cache_dtype=_CACHE_DTYPE.value,

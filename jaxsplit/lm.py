@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from jaxsplit.loading import Progress, load_decoders
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import choose_devices, parse_shares
 from jaxsplit.plan import best_split
-from jaxsplit.quant import Arithmetic
+from jaxsplit.quant import Arithmetic, float8
 from jaxsplit.sources import describe_split, parameter_sources, split_model
 from jaxsplit.text import ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
 ACTIVATIONS = ("auto", "float", "int8")
+PROMPT_DTYPES = ("auto", "float8")
 MOST_IN_BLOCK = 32
 BLOCK_SECONDS = 0.1
 
@@ -42,6 +43,7 @@ def load(
     weights: str = "quantized",
     dtype: str = "auto",
     activations: str = "auto",
+    prompt_dtype: str = "auto",
     reduce_dtype: str = "auto",
     peer_access: bool = True,
     cache_dtype: str = "auto",
@@ -69,6 +71,8 @@ def load(
       activations: `int8` rounds them to 8 bits, with a scale for each 32, for products of a few
         rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype; `auto`
         rounds where there are kernels for it, unless the dtype is float32.
+      prompt_dtype: `float8` rounds activations and quantized matrices to 8-bit floating point for
+        products of more than 64 rows, as in prompts: faster and less exact; `auto` does not.
       reduce_dtype: in which partial sums are exchanged; `auto` is float32, but
         bfloat16 where activations are and many numbers are added up, as in prompts.
       peer_access: kernels of several GPUs exchange numbers by writing to one another's memory,
@@ -85,10 +89,8 @@ def load(
     stored = dtype_of("weights", weights, quantized=None)
     compute_in = dtype_of("dtype", dtype, auto=None)
     reduce_in = dtype_of("reduce_dtype", reduce_dtype, auto=None)
-    if activations not in ACTIVATIONS:
-        raise JaxsplitError(
-            f"--activations={activations} is not supported; supported are {', '.join(ACTIVATIONS)}"
-        )
+    choice_of("activations", activations, ACTIVATIONS)
+    in_float8 = choice_of("prompt_dtype", prompt_dtype, PROMPT_DTYPES) == "float8"
     cache_in = dtype_of("cache_dtype", cache_dtype, auto=None, int8=jnp.dtype(jnp.int8))
     if ctx_size < 0:
         raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
@@ -102,6 +104,13 @@ def load(
     shape, mesh_devices = choose_devices(
         "graph" if automatic else split_mode, devices, mesh, main_device
     )
+    unable = [device for device in mesh_devices if not float8.supported_by(device)]
+    if in_float8 and unable:
+        found = getattr(unable[0], "compute_capability", "none")
+        raise JaxsplitError(
+            "--prompt_dtype=float8 needs GPUs of compute capability 8.9 or later; "
+            f"{unable[0].device_kind} has {found}"
+        )
     if tensor_split is not None and not isinstance(tensor_split, str):
         tensor_split = ",".join(map(str, tensor_split))
     shares = None if tensor_split is None else parse_shares(tensor_split)
@@ -141,7 +150,7 @@ def load(
     arithmetic = Arithmetic.on(mesh_devices[0])
     suits = arithmetic.kernels and compute_in.itemsize == 2
     rounded = activations == "int8" or (activations == "auto" and suits)
-    arithmetic = dataclasses.replace(arithmetic, rounded=rounded)
+    arithmetic = dataclasses.replace(arithmetic, rounded=rounded, float8=in_float8)
     models = load_decoders(
         sources,
         config,
@@ -172,9 +181,18 @@ def dtype_of(flag: str, value: str, **special: Any) -> Any:
       JaxsplitError: it is neither; the message lists what is supported.
     """
     known = special | {name: jnp.dtype(name) for name in FLOATS}
+    return known[choice_of(flag, value, known)]
+
+
+def choice_of(flag: str, value: str, known: Collection[str]) -> str:
+    """A flag's value, if it is one of those known.
+
+    Raises:
+      JaxsplitError: it is not; the message lists what is supported.
+    """
     if value not in known:
         raise JaxsplitError(f"--{flag}={value} is not supported; supported are {', '.join(known)}")
-    return known[value]
+    return value
 
 
 def open_model(path: str | Path) -> ModelFile:
@@ -362,7 +380,7 @@ class LM:
     def describe(self) -> str:
         """The model, how it is split, and through what GPUs meet, in one line."""
         c, a = self.config, self.config.attention
-        ways = dict.fromkeys(r.exchange for r in self.engine.runners if r.exchange)
+        ways = dict.fromkeys(r.meets_through for r in self.engine.runners if r.meets_through)
         return (
             f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
             f"{self.engine.context} | {self._split}"

@@ -251,6 +251,7 @@ def generate(tiny, load, capsys, monkeypatch):
         (["--prompt=a", "--weights=int3"], "--weights=int3.*quantized, bfloat16"),
         (["--prompt=a", "--dtype=float8"], "--dtype=float8.*auto, bfloat16, float16, float32"),
         (["--prompt=a", "--activations=int4"], "--activations=int4.*auto, float, int8"),
+        (["--prompt=a", "--prompt_dtype=bfloat16"], "--prompt_dtype=bfloat16.*auto, float8"),
         (["--prompt=a", "--reduce_dtype=int8"], "--reduce_dtype=int8.*auto, bfloat16, float16"),
         (["--prompt=a", "--cache_dtype=int4"], "--cache_dtype=int4.*auto, int8, bfloat16"),
         (["--prompt=a", "--ctx_size=-1"], "--ctx_size=-1"),

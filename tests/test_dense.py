@@ -7,7 +7,7 @@ import pytest
 from blocks import usual_blocks
 from tiny import fresh_rng
 
-from jaxsplit.quant import TYPES, QTensor, dense, dequantize, unpack, with_words
+from jaxsplit.quant import TYPES, QTensor, dense, dequantize, float8, forms, unpack, with_words
 
 QUANTIZED = [name for name, kind in TYPES.items() if kind.block > 1]
 
@@ -32,6 +32,31 @@ def test_what_comes_first_changes_nothing():
     found = dense.dequantize([w], jnp.bfloat16, after=after, interpret=True)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, jax.jit(dequantize, static_argnums=1)(w, jnp.bfloat16))
+
+
+def test_rows_are_scaled_so_that_bounds_become_the_largest_number():
+    rng = fresh_rng()
+    weights = [
+        unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
+        for name, rows in (("Q4_K", 5), ("Q8_0", 3))
+    ]
+    bounds = [forms.row_bounds(w) for w in weights]
+    bounds[0] = bounds[0].at[2].set(0)  # of a row of zeros, which stay zeros
+    found = dense.dequantize(weights, float8.DTYPE, bounds=bounds, interpret=True)
+    expected = [jax.jit(float8.round_matrix)(w, b) for w, b in zip(weights, bounds, strict=True)]
+    expected = np.float32(jnp.concatenate(expected))
+    np.testing.assert_allclose(np.float32(found), expected, rtol=1 / 8)  # one step of 3 bits
+    assert np.mean(np.float32(found) == expected) > 0.999
+    assert not np.float32(found)[2].any()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_no_weight_exceeds_the_bound_of_its_row(name):
+    w = unpack(name, usual_blocks(fresh_rng(), name, 9, 768 // TYPES[name].block))
+    largest = np.abs(np.float32(dequantize(w))).max(axis=-1)
+    bounds = np.float32(forms.row_bounds(w))
+    assert (largest <= bounds * (1 + 1e-6)).all()
+    assert (bounds <= 8 * largest).all()  # else small weights would lose their last bits
 
 
 def test_rows_of_several_matrices_follow_one_another():

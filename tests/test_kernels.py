@@ -19,6 +19,7 @@ from jaxsplit.quant import (
     dequantize,
     kernels,
     matmul,
+    matmuls,
     rounding,
     unpack,
     use_arithmetic,
@@ -194,6 +195,26 @@ def test_prompts_with_kernels_are_as_exact_as_those_without(
     errors = [np.median([nmse(*of) for of in zip(x, exact, strict=True)]) for x in (kernel, plain)]
     assert errors[0] <= 5e-3, errors
     assert errors[0] <= 3 * errors[1], errors
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_many_rows_are_multiplied_in_8_bit_floating_point(rng, kernels):
+    weights = [matrix(rng, *of, 768) for of in (("Q4_K", 20), ("Q8_0", 9), ("IQ4_XS", 7))]
+    plain = jnp.asarray(rng.normal(size=(6, 768)), jnp.float32)
+    sizes = 10.0 ** rng.uniform(-6, 6, (70, 1))  # of rows, of which one is of zeros
+    x = jnp.asarray(rng.normal(size=(70, 768)) * sizes, jnp.float32).at[3].set(0)
+    arithmetic = Arithmetic(float8=True, kernels=kernels, launch=Launch(interpret=True))
+    with use_arithmetic(arithmetic):
+        *ys, exact = matmuls(x, [*weights, plain])
+        few = matmuls(x[:3], weights)
+    assert nmse(exact, np.float64(x) @ np.float64(plain).T) <= 1e-10
+    for y, w in zip(ys, weights, strict=True):
+        expected = np.float64(x) @ np.float64(dequantize(w)).T
+        assert not np.any(y[3])
+        # Both are rounded to 4 bits, with an error of 2^-5 to 2^-4 at most.
+        assert 5e-4 < nmse(y / sizes, expected / sizes) < 4e-3
+    for y, w in zip(few, weights, strict=True):  # these are not
+        assert nmse(y, np.float64(x[:3]) @ np.float64(dequantize(w)).T) <= 1e-10
 
 
 def early_readers(jaxpr):

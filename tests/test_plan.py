@@ -52,7 +52,8 @@ def plan_of(path, split, kind="CPU", **options):
     config = model_config(file)
     mode, _, mesh = split.partition("@")
     shape = parse_mesh(mesh or "tensor:1")
-    kinds = [device_kind(kind)] * math.prod(shape.values())
+    kind = device_kind(kind) if isinstance(kind, str) else kind
+    kinds = [kind] * math.prod(shape.values())
     options = {"dtype": jnp.dtype(jnp.float32), "context": 64, **options}
     return make_plan(parameter_sources(file, config), config, mode, shape, kinds, **options)
 
@@ -112,9 +113,27 @@ def test_int8_cache_and_slots(models):
 
 def test_more_sequences_are_faster_together_but_not_so_many_times(models):
     slots = [1, 2, 3, 16, 64, 65]
-    rates = [plan_of(models["Q8_0"], "none", kind="H100", slots=n).decode_rate for n in slots]
+    options = {"kind": "H100", "dtype": jnp.dtype(jnp.bfloat16)}
+    rates = [plan_of(models["Q8_0"], "none", slots=n, **options).decode_rate for n in slots]
     assert rates == sorted(rates)
     assert all(rate < n * rates[0] for n, rate in zip(slots[1:], rates[1:], strict=True))
+
+
+def test_prompts_in_8_bits_are_faster(models):
+    rates = [
+        plan_of(models["Q8_0"], "none", kind="H100", float8=float8).prefill_rate(64)
+        for float8 in (False, True)
+    ]
+    assert rates[0] < rates[1] < 2 * rates[0]
+
+
+def test_more_rows_than_tiles_take_dequantize_the_weights(models):
+    slow = dataclasses.replace(device_kind("H100"), bandwidth=1e6)
+    few, many = (
+        plan_of(models["Q8_0"], "none", kind=slow, slots=n, dtype=jnp.bfloat16).decode_rate / n
+        for n in (64, 65)
+    )
+    assert many < few
 
 
 def test_the_best_plan_fits(models):
@@ -209,6 +228,11 @@ def test_command_line(models):
         (["--cache_dtype=int3"], "--cache_dtype=int3 is not supported"),
         (["--device_kind=T4", "--device_kind=T4", "--devices=3"], "2 times for 3 devices"),
         (["--bandwidth=-1"], "must be above 0"),
+        (
+            ["--prompt_dtype=float8", "--device_kind=A100"],
+            "--prompt_dtype=float8 does not suit A100",
+        ),
+        (["--prompt_dtype=int8"], "--prompt_dtype=int8 is not supported"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(models, flags, message):

@@ -135,10 +135,10 @@ class StageRunner:
         self._mailboxes = self._make_mailboxes() if peer_access else None
 
     @property
-    def exchange(self) -> str | None:
-        """Through what the devices of the stage, ones that run kernels, exchange numbers; None:
-        they do not, or run none."""
-        if not (self.arithmetic.kernels and self._meeting):
+    def meets_through(self) -> str | None:
+        """Through what the devices of the stage, ones of this process that run kernels, exchange
+        numbers in decode steps; None: they do not."""
+        if not (self.arithmetic.kernels and self._meeting and self.stage.is_local):
             return None
         return "NCCL" if self._mailboxes is None else "peer access"
 

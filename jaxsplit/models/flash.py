@@ -72,6 +72,13 @@ class Tiling:
 
 
 def tiling_of(rows: int, keys: int, width: int) -> Tiling:
+    """By what measured best.
+
+    Args:
+      rows: queries of all heads that share a KV head.
+      keys: that there may be.
+      width: of a head.
+    """
     if rows <= FEW:
         splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _KEYS_OF_A_SPLIT)))
         return Tiling(FEW, 64 if width <= 128 else 32, splits, 4, 3)
@@ -238,8 +245,7 @@ def _kernel(
     stop = jnp.minimum(start + share, filled)
     key_row = 0 if places_are_positions or key_positions.shape[0] == 1 else sequence
 
-    def score(products: Array) -> Array:
-        return scores_of(products, config, scale)
+    score = partial(scores_of, config=config, scale=scale)
 
     def step(i: Array, carry: Sums, *, whole: bool) -> Sums:
         """Some more keys; `whole`: all queries see all of them."""

@@ -24,7 +24,7 @@ FEW = 16  # rows of queries: the least that a matrix unit takes
 
 
 def padded(width: int, parts: int = 1) -> int:
-    """The least that a matrix unit takes, of columns that are multiplied in parts."""
+    """Columns as the matrix unit takes them: a power of two, of which each part has 16 or more."""
     return max(16 * parts, pl.next_power_of_2(width))
 
 
@@ -64,7 +64,7 @@ def in_parts(x: Array, parts: int) -> list[Array]:
 
 
 def joined(parts: list[Array]) -> Array:
-    """The inverse of `in_parts`."""
+    """The inverse of `in_parts`, of two dimensions: `[rows, columns]`."""
     if len(parts) == 1:
         return parts[0]
     return jnp.stack(parts, axis=2).reshape(parts[0].shape[0], -1)

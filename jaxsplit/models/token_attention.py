@@ -46,7 +46,7 @@ from jaxsplit.quant import (
 )
 
 _LEAST = 128
-"""Keys for which a program more is worth while."""
+"""Keys of a split, or more."""
 
 _JOINED = 4096
 """Numbers of splits that are joined at a time."""
@@ -306,9 +306,7 @@ def _attend_split(
     queries = in_parts(q, parts)
     scale = head_dim**-0.5 if c.scale is None else c.scale
 
-    def score(products: Array) -> Array:
-        return scores_of(products, c, scale)
-
+    score = partial(scores_of, config=c, scale=scale)
     new_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
     of_value = jnp.arange(padded(value_dim, parts))
     new_value = plgpu.load(

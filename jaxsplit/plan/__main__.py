@@ -21,7 +21,7 @@ from rich.table import Table
 from jaxsplit.cli import run
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import model_config
-from jaxsplit.lm import dtype_of, open_model
+from jaxsplit.lm import PROMPT_DTYPES, choice_of, dtype_of, open_model
 from jaxsplit.parallel import parse_mesh, parse_shares, split_mode
 from jaxsplit.plan import DeviceKind, Plan, best_plans, device_kind, make_plan
 from jaxsplit.sources import parameter_sources
@@ -41,6 +41,7 @@ _SLOTS = flags.DEFINE_integer("slots", 1, "sequences that are decoded together",
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "length of the prompt", lower_bound=1)
 _WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of activations")
+_PROMPT_DTYPE = flags.DEFINE_string("prompt_dtype", "auto", "as in jaxsplit.generate")
 _REDUCE = flags.DEFINE_string("reduce_dtype", "auto", "in which partial sums are exchanged")
 _CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values; auto: as --dtype")
 _MEMORY = flags.DEFINE_float("memory", None, "GB of a device, instead of its kind's")
@@ -93,6 +94,7 @@ def _plans() -> list[Plan]:
     options = {
         "weights": dtype_of("weights", _WEIGHTS.value, quantized=None),
         "dtype": dtype_of("dtype", _DTYPE.value),
+        "float8": choice_of("prompt_dtype", _PROMPT_DTYPE.value, PROMPT_DTYPES) == "float8",
         "reduce_dtype": dtype_of("reduce_dtype", _REDUCE.value, auto=None),
         "cache_dtype": dtype_of("cache_dtype", _CACHE.value, auto=None, int8=jnp.dtype(jnp.int8)),
         "context": min(_CTX.value or config.context, config.context),
@@ -101,6 +103,9 @@ def _plans() -> list[Plan]:
     if options["context"] < 1:
         raise JaxsplitError(f"--ctx_size={_CTX.value} must not be negative")
     kinds = _kinds(count)
+    unable = [kind.name for kind in kinds if not kind.float8]
+    if options["float8"] and unable:
+        raise JaxsplitError(f"--prompt_dtype=float8 does not suit {unable[0]}, which has no float8")
     if _MODE.value is None and shape is None and _SPLIT.value is None:
         return best_plans(sources, config, kinds, **options)
     mode = _MODE.value or "graph"

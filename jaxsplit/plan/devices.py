@@ -23,6 +23,7 @@ class DeviceKind:
       layer_seconds: what a layer takes beside reading its weights: launching small kernels.
       meet_seconds: the least that a collective or a hand-over takes.
       kernels: whether the kernels of this package run on it.
+      float8: whether it multiplies 8-bit floating point, at twice the rate.
     """
 
     name: str
@@ -33,6 +34,7 @@ class DeviceKind:
     layer_seconds: float = 12e-6
     meet_seconds: float = 10e-6
     kernels: bool = True
+    float8: bool = True
 
 
 def _gpu(
@@ -43,8 +45,10 @@ def _gpu(
     link: float,
     *,
     kernels: bool = True,
+    float8: bool = True,
 ) -> DeviceKind:
-    kind = DeviceKind(name, gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
+    rates = (gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
+    kind = DeviceKind(name, *rates, float8=float8)
     if not kernels:
         return dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
     # Over NVLink, kernels exchange what they have themselves.
@@ -58,13 +62,13 @@ _PCIE = 48
 DEVICE_KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
-        _gpu("T4", 16, 320, 65, 12, kernels=False),
-        _gpu("P40", 24, 346, 11.8, 12, kernels=False),
-        _gpu("RTX 3060", 12, 360, 25.6, 24),
-        _gpu("RTX 3090", 24, 936, 71, 24),
+        _gpu("T4", 16, 320, 65, 12, kernels=False, float8=False),
+        _gpu("P40", 24, 346, 11.8, 12, kernels=False, float8=False),
+        _gpu("RTX 3060", 12, 360, 25.6, 24, float8=False),
+        _gpu("RTX 3090", 24, 936, 71, 24, float8=False),
         _gpu("RTX 4090", 24, 1008, 165, 24),
-        _gpu("RTX A6000", 48, 768, 155, 24),
-        _gpu("A100", 80, 2039, 312, 300),
+        _gpu("RTX A6000", 48, 768, 155, 24, float8=False),
+        _gpu("A100", 80, 2039, 312, 300, float8=False),
         _gpu("L40S", 48, 864, 362, 24),
         _gpu("H100", 80, 3350, 989, 450),
         _gpu("H200", 141, 4800, 989, 450),

@@ -38,7 +38,7 @@ class _Efficiency:
         bits, of less than 16, and with others.
       few_bits_tiles, bytes_tiles: likewise, by products of some tens of rows, without what each row
         takes.
-      tiles: of the FLOP/s, what each row takes there.
+      tiles: of the FLOP/s, what each row takes there. None of these: there are no such products.
       matmul: of the FLOP/s, by products of many rows.
       score_passes: how often attention's scores pass through memory in prefill.
     """
@@ -48,14 +48,23 @@ class _Efficiency:
     plain: float
     matmul: float
     score_passes: int
-    few_bits_tiles: float = 0.49
-    bytes_tiles: float = 0.7
-    tiles: float = 0.23
+    few_bits_tiles: float | None = None
+    bytes_tiles: float | None = None
+    tiles: float | None = None
 
 
 _EFFICIENCY = {
     False: _Efficiency(few_bits=0.36, bytes=0.88, plain=0.88, matmul=0.5, score_passes=6),
-    True: _Efficiency(few_bits=0.64, bytes=0.75, plain=0.87, matmul=0.68, score_passes=0),
+    True: _Efficiency(
+        few_bits=0.64,
+        bytes=0.75,
+        plain=0.87,
+        matmul=0.68,
+        score_passes=0,
+        few_bits_tiles=0.49,
+        bytes_tiles=0.7,
+        tiles=0.23,
+    ),
 }
 """Without kernels, and with them."""
 
@@ -210,6 +219,7 @@ def make_plan(
     shares: Sequence[float] | None = None,
     weights: jnp.dtype | None = None,
     dtype: jnp.dtype = jnp.bfloat16,
+    float8: bool = False,
     cache_dtype: jnp.dtype | None = None,
     reduce_dtype: jnp.dtype | None = None,
     context: int = 4096,
@@ -225,6 +235,7 @@ def make_plan(
       kinds: of the devices, in the mesh's order.
       weights: dequantized to this dtype; None: as in the file.
       dtype: of activations.
+      float8: prompts are multiplied with quantized matrices in 8-bit floating point.
       cache_dtype: of keys and values; None: as the activations.
       context: tokens of each slot.
       slots: sequences that are decoded together.
@@ -248,13 +259,14 @@ def make_plan(
     chunk = min(chunk, context)
     groups = min(slots, len(partition.stages))
     group_slots = math.ceil(slots / (groups * partition.data)) * partition.data
-    groups = math.ceil(slots / group_slots)
+    groups, rows = math.ceil(slots / group_slots), group_slots // partition.data
     weights_in_all = sum(math.prod(source.shape) for source in sources.values())
     bits = 8 * sum(source.nbytes for source in sources.values()) / weights_in_all
     bits = bits if weights is None else 8 * weights.itemsize
     plans = []
     for stage in partition.stages:
         kind = _slowest([kinds[place] for place in stage.places.flat])
+        prompt_bits = 8 if float8 and weights is None else 16
         held, padding = stage_bytes(sources, config, stage, weights)
         cache = _cache_bytes(config, stage, group_slots, context, cache_dtype)
         decode = trace_decode(config, stage, dtype, context, group_slots)
@@ -276,8 +288,12 @@ def make_plan(
                 read,
                 decode,
                 prefill,
-                _decode_seconds(kind, stage, read, decode, bits, group_slots // partition.data),
-                _prefill_seconds(kind, stage, held, prefill, bits, scores * pairs, chunk),
+                _decode_seconds(
+                    kind, stage, decode, read, read - cache, bits, rows, jnp.dtype(dtype)
+                ),
+                _prefill_seconds(
+                    kind, stage, held, prefill, bits, prompt_bits, scores * pairs, chunk
+                ),
             )
         )
     borders = len(partition.stages) - 1
@@ -338,7 +354,7 @@ def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
 
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
     """Devices that work together are as fast as the slowest of them at each task."""
-    worst = {"layer_seconds": max, "meet_seconds": max, "kernels": all}
+    worst = {"layer_seconds": max, "meet_seconds": max, "kernels": all, "float8": all}
     return DeviceKind(
         "+".join(dict.fromkeys(kind.name for kind in kinds)),
         **{
@@ -365,13 +381,34 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
 
 
 def _decode_seconds(
-    kind: DeviceKind, stage: Stage, read: int, work: Work, bits: float, rows: int
+    kind: DeviceKind,
+    stage: Stage,
+    work: Work,
+    read: int,
+    weights: int,
+    bits: float,
+    rows: int,
+    dtype: jnp.dtype,
 ) -> float:
-    """A step of so many rows on each device."""
+    """A step of so many rows on each device.
+
+    Args:
+      kind, stage, work: the devices, their layers, and what one of them does.
+      read: bytes.
+      weights: bytes of them that are weights.
+      bits: of a weight.
+      rows: sequences.
+      dtype: of activations.
+    """
     e, few = _EFFICIENCY[kind.kernels], bits < 8
-    if kind.kernels and bits < 16 and kernels.MAX_ROWS < rows <= tiles.MAX_ROWS:
+    tiled = kind.kernels and dtype == jnp.bfloat16 and rows <= tiles.MAX_ROWS
+    if bits < 16 and tiled and rows > kernels.MAX_ROWS:
         reached = e.few_bits_tiles if few else e.bytes_tiles
         products = read / (kind.bandwidth * reached) + work.flops / (kind.flops * e.tiles)
+    elif bits < 16 and rows > (kernels.MAX_ROWS if kind.kernels else 1):
+        moved = read + 2 * weights * 16 / bits
+        products = moved / (kind.bandwidth * _COPY_EFFICIENCY)
+        products += work.flops / (kind.flops * e.matmul)
     else:
         reached = e.plain if bits >= 16 else e.few_bits if few else e.bytes
         products = max(read / (kind.bandwidth * reached), work.flops / (kind.flops * e.matmul))
@@ -384,16 +421,17 @@ def _prefill_seconds(
     held: int,
     work: Work,
     bits: float,
+    prompt_bits: int,
     scores: int,
     chunk: int,
 ) -> tuple[float, float]:
-    """Dequantizing (once written, once read, as 16 bits), and for each token products, the scores
-    and meeting."""
+    """Dequantizing, which writes and reads them once, and for each token products, the scores and
+    meeting."""
     efficiency = _EFFICIENCY[kind.kernels]
     bandwidth = kind.bandwidth * _COPY_EFFICIENCY
-    dequantized = held * 16 / bits if bits < 16 else 0
+    dequantized = held * prompt_bits / bits if bits < 16 else 0
     fixed = (held + 2 * dequantized) / bandwidth + len(stage.layers) * kind.layer_seconds
-    products = work.flops / (kind.flops * efficiency.matmul)
+    products = work.flops / (kind.flops * efficiency.matmul * 16 / prompt_bits)
     traffic = efficiency.score_passes * scores * len(stage.layers) / bandwidth
     return fixed, (products + traffic + _meeting(kind, work)) / chunk
 

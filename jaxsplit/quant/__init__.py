@@ -1,6 +1,6 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
-from jaxsplit.quant import exchange
+from jaxsplit.quant import exchange, float8
 from jaxsplit.quant.exchange import Peers
 from jaxsplit.quant.forms import (
     Form,
@@ -62,6 +62,7 @@ __all__ = [
     "dequantize",
     "exchange",
     "expert_products",
+    "float8",
     "grouped_products",
     "has_kernel",
     "has_tiles",

@@ -30,6 +30,7 @@ def dequantize(
     weights: Sequence[QTensor],
     dtype: jnp.dtype,
     *,
+    bounds: Sequence[Array] | None = None,
     after: Array | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -38,6 +39,8 @@ def dequantize(
     Args:
       weights: ones that `supports`; planes of bytes are turned into words.
       dtype: of the result.
+      bounds: float32 `[out]` for each matrix: rows are scaled so that these become the largest
+        number of the result's dtype; None: they are not.
       after: computed first, whatever it is.
       interpret: run it without a GPU, to test it.
     """
@@ -45,9 +48,9 @@ def dequantize(
     sizes = [math.prod(w.shape) for w in weights]
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
     flat = jax.tree.map(lambda plane: plane.reshape(-1), weights)
-    inputs, structure = jax.tree.flatten((flat, after))
+    inputs, structure = jax.tree.flatten((flat, bounds, after))
     y = pl.pallas_call(
-        partial(_kernel, structure=structure, sizes=sizes),
+        partial(_kernel, structure=structure, sizes=sizes, columns=columns),
         grid=(sum(pl.cdiv(size, _UNITS * _WIDTH) for size in sizes),),
         out_shape=jax.ShapeDtypeStruct((sum(sizes),), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
@@ -57,20 +60,24 @@ def dequantize(
     return y.reshape(-1, columns)
 
 
-def _kernel(*refs: jax.Ref, structure: jax.tree_util.PyTreeDef, sizes: Sequence[int]) -> None:
+def _kernel(
+    *refs: jax.Ref, structure: jax.tree_util.PyTreeDef, sizes: Sequence[int], columns: int
+) -> None:
     """Some neighbouring weights of one matrix.
 
     Args:
-      *refs: matrices, what is computed first, and the result.
+      *refs: matrices, perhaps bounds of their rows, what is computed first, and the result.
       structure: of all but the result.
       sizes: weights of each matrix.
+      columns: weights in a row.
     """
     *refs, out_ref = refs
-    weights, _ = jax.tree.unflatten(structure, refs)
+    weights, bounds, _ = jax.tree.unflatten(structure, refs)
     program, first = pl.program_id(0), 0
-    for w, size in zip(weights, sizes, strict=True):
+    bounds = bounds or [None] * len(weights)
+    for w, size, bound in zip(weights, sizes, bounds, strict=True):
         programs = pl.cdiv(size, _UNITS * _WIDTH)
-        store = partial(_dequantize, w, size, program, first, out_ref)
+        store = partial(_dequantize, w, size, program, first, out_ref, bound, columns)
         if len(weights) == 1:
             store()
         else:
@@ -78,7 +85,15 @@ def _kernel(*refs: jax.Ref, structure: jax.tree_util.PyTreeDef, sizes: Sequence[
         program, first = program - programs, first + size
 
 
-def _dequantize(w: QTensor, size: int, program: Array, first: int, out_ref: jax.Ref) -> None:
+def _dequantize(
+    w: QTensor,
+    size: int,
+    program: Array,
+    first: int,
+    out_ref: jax.Ref,
+    bounds: jax.Ref | None,
+    columns: int,
+) -> None:
     """Some neighbouring weights of a matrix.
 
     Args:
@@ -87,6 +102,8 @@ def _dequantize(w: QTensor, size: int, program: Array, first: int, out_ref: jax.
       program: which of those for the matrix.
       first: where in the result the matrix begins.
       out_ref: the result.
+      bounds: of its rows, or None.
+      columns: weights in a row.
     """
     form = w.form
     weight = (program * _UNITS + jnp.arange(_UNITS)) * _WIDTH
@@ -138,5 +155,9 @@ def _dequantize(w: QTensor, size: int, program: Array, first: int, out_ref: jax.
     y = value_of(code, form) * (entry["scale"] * entry["super_scale"])
     if "minimum" in entry:
         y += entry["minimum"] * entry["super_minimum"]
+    if bounds is not None:
+        bound = load(bounds, lax.div(weight, columns))
+        largest = float(jnp.finfo(out_ref.dtype).max)
+        y *= jnp.where(bound > 0, largest / bound, 0)[:, None]
     at = first + weight[:, None] + of_unit
     plgpu.store(out_ref.at[at], y.astype(out_ref.dtype), **inside(at))

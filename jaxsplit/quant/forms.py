@@ -190,6 +190,19 @@ def minima(w: QTensor) -> Array | None:
     return None if w.minimum is None else _per_group(w.minimum, w.super_minimum, w.form)
 
 
+def row_bounds(w: QTensor) -> Array:
+    """What no weight of a row exceeds in magnitude, by scales and minima: float32 `[..., out]`."""
+    form, codes = w.form, 2 ** sum(w.form.bits) - 1
+    if form.table is not None:
+        value = max(map(abs, form.table))
+    else:
+        value = 128 if form.bits == (8,) else max(form.offset, codes - form.offset)
+    bounds, minimum = jnp.abs(scales(w)) * value, minima(w)
+    if minimum is not None:
+        bounds = bounds + jnp.abs(minimum)
+    return jnp.max(bounds, axis=-1)
+
+
 def _per_group(
     plane: Array, outer: Array | None, form: Form, decode: Callable | None = None
 ) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.quant import dense, kernels, tiles
+from jaxsplit.quant import dense, float8, kernels, tiles
 from jaxsplit.quant.forms import (
     QTensor,
     Weight,
@@ -21,6 +21,7 @@ from jaxsplit.quant.forms import (
     combine,
     dequantize,
     minima,
+    row_bounds,
     scales,
     value_of,
 )
@@ -34,15 +35,17 @@ TOGETHER = 2**28
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How a few rows of activations are multiplied with quantized matrices.
+    """How activations are multiplied with quantized matrices.
 
     Attributes:
-      rounded: activations are rounded to 8 bits; else they stay what they are.
+      rounded: a few rows are rounded to 8 bits; else they stay what they are.
+      float8: more rows than `tiles.MAX_ROWS` are rounded to 8-bit floating point, and the matrices.
       kernels: the devices run kernels; else the same numbers are computed without them.
       launch: of kernels.
     """
 
     rounded: bool = False
+    float8: bool = False
     kernels: bool = False
     launch: Launch = Launch()
 
@@ -166,7 +169,8 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
     One row is multiplied and summed in one fused loop, so that the weights are read as they are
     stored and their dequantized form never reaches memory. More rows dequantize the matrix to the
     dtype of `x` and use the matrix unit. The active `arithmetic` may have one or two rows rounded,
-    and up to some tens multiplied by a kernel that serves all matrices.
+    up to some tens multiplied by a kernel that serves all matrices, and more multiplied in 8-bit
+    floating point.
 
     Args:
       x: `[..., in]`.
@@ -182,6 +186,8 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
         way, suits = _few_rows, has_kernel
     elif active.kernels and 1 < rows <= tiles.MAX_ROWS:
         way, suits = _tens_of_rows, partial(has_tiles, dtype=x.dtype)
+    elif active.float8 and rows > tiles.MAX_ROWS:
+        way, suits = _float8_rows, lambda w: isinstance(w, QTensor)
     suited = [suits(w) for w in weights]
     results = iter(way(x, list(itertools.compress(weights, suited)), dtype))
     others = iter(_many_rows(x, [w for w, y in zip(weights, suited, strict=True) if not y], dtype))
@@ -198,7 +204,7 @@ def _few_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Arr
         ys = kernels.products(rounded, weights, dtype, interpret=active.launch.interpret)
     else:
         rounded = round_rows(computed(x).reshape(-1, x.shape[-1])).dequantized()
-        ys = [_multiply(rounded, w, dtype) for w in weights]
+        ys = _many_rows(rounded, weights, dtype)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
@@ -211,16 +217,63 @@ def _tens_of_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
+def _float8_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
+    """`matmuls` in 8-bit floating point."""
+    if not weights:
+        return []
+    interpret, results = _arithmetic.get().launch.interpret, []
+    x, largest = float8.round_rows(computed(x))
+    for group in _together(weights, x.dtype):
+        bounds = [row_bounds(w) for w in group]
+        if _has_dense(group[0]):
+            w = dense.dequantize(group, x.dtype, bounds=bounds, after=x, interpret=interpret)
+        else:
+            w = float8.round_matrix(_after(x, group[0]), bounds[0])
+        # Sums of such numbers are too large for float16.
+        y = _dot(x, w, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+        y = float8.scaled(y, largest, jnp.concatenate(bounds)).astype(dtype)
+        results += _split_rows(y, group)
+    return results
+
+
 def _many_rows(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
-    """`matmuls` without a kernel for the products; small matrices are dequantized into one."""
-    several = len(weights) > 1 and math.prod(x.shape[:-1]) > 1
-    size = sum(math.prod(w.shape) for w in weights) * x.dtype.itemsize
-    if several and size <= TOGETHER and all(map(_has_dense, weights)):
-        x, interpret = computed(x), _arithmetic.get().launch.interpret
-        w = dense.dequantize(weights, x.dtype, after=x, interpret=interpret)
-        ends = np.cumsum([w.shape[0] for w in weights[:-1]])
-        return jnp.split(_dot(x, w, dtype), ends, axis=-1)
-    return [_multiply(computed(x), w, dtype) for w in weights]
+    """`matmuls` without a kernel for the products."""
+    if math.prod(x.shape[:-1]) == 1:
+        return [_one_row(computed(x), w, dtype) for w in weights]
+    results = []
+    for group in _together(weights, x.dtype):
+        x = computed(x)
+        if _has_dense(group[0]):
+            interpret = _arithmetic.get().launch.interpret
+            w = dense.dequantize(group, x.dtype, after=x, interpret=interpret)
+        else:
+            w = dequantize(_after(x, group[0]), x.dtype)
+        results += _split_rows(_dot(x, w, dtype), group)
+    return results
+
+
+def _together(weights: Sequence[Weight], dtype: jnp.dtype) -> list[Sequence[Weight]]:
+    """Matrices that are dequantized into one: all if they are small, else each by itself."""
+    size = sum(math.prod(w.shape) for w in weights) * dtype.itemsize
+    if weights and size <= TOGETHER and all(map(_has_dense, weights)):
+        return [weights]
+    return [[w] for w in weights]
+
+
+def _split_rows(y: Array, weights: Sequence[Weight]) -> list[Array]:
+    """The results `[..., out]` of matrices that were multiplied as one."""
+    return jnp.split(y, np.cumsum([w.shape[0] for w in weights[:-1]]), axis=-1)
+
+
+def _after(x: Array, w: Weight) -> Weight:
+    """A matrix that depends on `x`: else the compiler may dequantize many ahead and keep them.
+
+    Some backends drop an optimization barrier too early to serve.
+    """
+    if not isinstance(w, QTensor):
+        return w
+    poisoned = jnp.isnan(x[(0,) * x.ndim])
+    return dataclasses.replace(w, scale=jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale))
 
 
 def expert_products(
@@ -289,32 +342,20 @@ def _has_dense(w: Weight) -> bool:
     return _arithmetic.get().kernels and isinstance(w, QTensor) and dense.supports(w)
 
 
-def _multiply(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
-    """`x @ w.T` without rounding: `[..., out]`."""
-    if math.prod(x.shape[:-1]) == 1:
-        row = x.reshape(-1).astype(jnp.float32)
-        if isinstance(w, QTensor):
-            y = lax.platform_dependent(
-                row,
-                w,
-                cpu=partial(_row_product, sum_groups_first=True),
-                default=partial(_row_product, sum_groups_first=False),
-            )
-            return y.reshape(*x.shape[:-1], -1).astype(dtype)
-        if x.dtype != jnp.float32:
-            y = lax.platform_dependent(x, w, cuda=_sum_of_products, default=_dot)
-            return y.astype(dtype)
-    # Made to depend on x: else the compiler may dequantize many matrices ahead and keep them alive.
-    if _has_dense(w):
-        interpret = _arithmetic.get().launch.interpret
-        w = dense.dequantize([w], x.dtype, after=x, interpret=interpret)
-    elif isinstance(w, QTensor):
-        # Some backends drop an optimization barrier too early to serve.
-        poisoned = jnp.isnan(x[(0,) * x.ndim])
-        scale = jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale)
-        w = dataclasses.replace(w, scale=scale)
-        w = dequantize(w, x.dtype)
-    return _dot(x, w, dtype)
+def _one_row(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
+    """`x @ w.T` for one row, without rounding: `[..., out]`."""
+    row = x.reshape(-1).astype(jnp.float32)
+    if isinstance(w, QTensor):
+        y = lax.platform_dependent(
+            row,
+            w,
+            cpu=partial(_row_product, sum_groups_first=True),
+            default=partial(_row_product, sum_groups_first=False),
+        )
+        return y.reshape(*x.shape[:-1], -1).astype(dtype)
+    if x.dtype == jnp.float32:
+        return _dot(x, w, dtype)
+    return lax.platform_dependent(x, w, cuda=_sum_of_products, default=_dot).astype(dtype)
 
 
 def _dot(x: Array, w: Array, dtype: jnp.dtype = jnp.float32) -> Array:

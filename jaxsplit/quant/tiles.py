@@ -20,7 +20,7 @@ from jaxsplit.quant import kernels
 from jaxsplit.quant.forms import Form, QTensor
 
 MAX_ROWS = 64
-"""More rows are faster if the matrix is dequantized first."""
+"""With more rows it is as fast to dequantize the matrix first."""
 
 _MOST_WEIGHTS = 512  # of a row in a step
 _WARPS = 1024  # fewer do not keep a GPU busy
@@ -95,8 +95,8 @@ def products(
       groups: weights are stacks `[matrices, out, in]`, which these are multiplied with.
       results: rows of the results of groups.
       tiling: of the work; None: a usual one.
-      parts: of the inner dimension, which are multiplied by programs of their own; None: of a
-        single matrix as many as keep a GPU busy, which another kernel then adds up.
+      parts: of the inner dimension, which are multiplied by programs of their own and added up by
+        another kernel; None: for a single matrix as many as keep a GPU busy, for several one.
       interpret: run it without a GPU, to test it.
     """
     width = max(8, pl.next_power_of_2(len(x))) if groups is None else groups.read.shape[1]
