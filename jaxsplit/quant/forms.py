@@ -191,15 +191,26 @@ def minima(w: QTensor) -> Array | None:
 
 
 def row_bounds(w: QTensor) -> Array:
-    """What no weight of a row exceeds in magnitude, by scales and minima: float32 `[..., out]`."""
-    form, codes = w.form, 2 ** sum(w.form.bits) - 1
+    """What no weight of a row exceeds in magnitude, by the outermost scales: float32 `[..., out]`.
+
+    Those inside super-groups count as the largest that there may be: reading less is worth more
+    than a bound that is a few times closer.
+    """
+    form, code = w.form, 2 ** sum(w.form.bits) - 1
     if form.table is not None:
         value = max(map(abs, form.table))
     else:
-        value = 128 if form.bits == (8,) else max(form.offset, codes - form.offset)
-    bounds, minimum = jnp.abs(scales(w)) * value, minima(w)
-    if minimum is not None:
-        bounds = bounds + jnp.abs(minimum)
+        value = 128 if form.bits == (8,) else max(form.offset, code - form.offset)
+
+    def bound(inner: Array, outer: Array | None, decode: Callable | None = None) -> Array:
+        if outer is None or decode:
+            return jnp.abs(_per_group(inner, outer, form, decode))
+        most = 128 if inner.dtype == jnp.int8 else 2**form.scale_bits - 1
+        return jnp.abs(outer.astype(jnp.float32)) * most
+
+    bounds = bound(w.scale, w.super_scale, form.decode_scale) * value
+    if w.minimum is not None:
+        bounds = bounds + bound(w.minimum, w.super_minimum)
     return jnp.max(bounds, axis=-1)
 
 
