@@ -40,6 +40,7 @@ class _Efficiency:
         takes.
       tiles: of the FLOP/s, what each row takes there. None of these: there are no such products.
       matmul: of the FLOP/s, by products of many rows.
+      float8: how many times as fast these are in 8-bit floating point, with what is around them.
       score_passes: how often attention's scores pass through memory in prefill.
     """
 
@@ -48,6 +49,7 @@ class _Efficiency:
     plain: float
     matmul: float
     score_passes: int
+    float8: float = 1.44
     few_bits_tiles: float | None = None
     bytes_tiles: float | None = None
     tiles: float | None = None
@@ -431,7 +433,8 @@ def _prefill_seconds(
     bandwidth = kind.bandwidth * _COPY_EFFICIENCY
     dequantized = held * prompt_bits / bits if bits < 16 else 0
     fixed = (held + 2 * dequantized) / bandwidth + len(stage.layers) * kind.layer_seconds
-    products = work.flops / (kind.flops * efficiency.matmul * 16 / prompt_bits)
+    products = work.flops / (kind.flops * efficiency.matmul)
+    products /= efficiency.float8 if prompt_bits == 8 else 1
     traffic = efficiency.score_passes * scores * len(stage.layers) / bandwidth
     return fixed, (products + traffic + _meeting(kind, work)) / chunk
 
