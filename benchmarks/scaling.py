@@ -133,8 +133,9 @@ def main(_: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     name = file.metadata.get("general.name", file.path.name)
     title = f"{name} on {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
-    sums = [row for count in counts if count > 1 for row in _sums(count)]
+    sums = [row for count in counts if count > 1 and _SECONDS.value > 0 for row in _sums(count)]
     rows: list[dict[str, Any]] = []
+    table = title
     for count in counts:
         for mode in _MODES.value if count > 1 else ["none"]:
             if time.perf_counter() - begin > _SECONDS.value:

@@ -13,6 +13,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsplit.quant.forms import QTensor, value_of, with_words
 from jaxsplit.quant.kernels import GROUPS, split
 
+LEAST_BOUND = 1e-30
+"""Rows with less become zeros, whose inverse might overflow."""
 _WIDTH = 8  # neighbouring weights of a thread
 _UNITS = 256  # of so many weights, in each program
 _WARPS = 4
@@ -158,6 +160,6 @@ def _dequantize(
     if bounds is not None:
         bound = load(bounds, lax.div(weight, columns))
         largest = float(jnp.finfo(out_ref.dtype).max)
-        y *= jnp.where(bound > 0, largest / bound, 0)[:, None]
+        y *= jnp.where(bound > LEAST_BOUND, largest / bound, 0)[:, None]
     at = first + weight[:, None] + of_unit
     plgpu.store(out_ref.at[at], y.astype(out_ref.dtype), **inside(at))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxsplit.quant.dense import LEAST_BOUND
 from jaxsplit.quant.forms import QTensor, dequantize
 
 DTYPE = jnp.dtype(jnp.float8_e4m3fn)
@@ -44,4 +45,4 @@ def scaled(y: Array, largest: Array, bounds: Array) -> Array:
 
 
 def _inverse(largest: Array) -> Array:
-    return jnp.where(largest > 0, LARGEST / largest, 0)
+    return jnp.where(largest > LEAST_BOUND, LARGEST / largest, 0)
