@@ -106,10 +106,9 @@ def load(
     )
     unable = [device for device in mesh_devices if not float8.supported_by(device)]
     if in_float8 and unable:
-        found = getattr(unable[0], "compute_capability", "none")
         raise JaxsplitError(
-            "--prompt_dtype=float8 needs GPUs of compute capability 8.9 or later; "
-            f"{unable[0].device_kind} has {found}"
+            f"--prompt_dtype=float8 does not suit {unable[0].device_kind}: it needs GPUs of "
+            "compute capability 8.9 or later; try --prompt_dtype=auto"
         )
     if tensor_split is not None and not isinstance(tensor_split, str):
         tensor_split = ",".join(map(str, tensor_split))

@@ -14,7 +14,7 @@ from jaxsplit.quant.forms import QTensor, value_of, with_words
 from jaxsplit.quant.kernels import GROUPS, split
 
 LEAST_BOUND = 1e-30
-"""Rows with less become zeros, whose inverse might overflow."""
+"""Rows whose bound is less become zeros: its inverse might overflow."""
 _WIDTH = 8  # neighbouring weights of a thread
 _UNITS = 256  # of so many weights, in each program
 _WARPS = 4

@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxsplit.quant.dense import LEAST_BOUND
 from jaxsplit.quant.forms import QTensor, dequantize
+from jaxsplit.quant.launch import compute_capability
 
 DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 LARGEST = float(jnp.finfo(DTYPE).max)
@@ -18,7 +19,7 @@ LARGEST = float(jnp.finfo(DTYPE).max)
 
 def supported_by(device: jax.Device) -> bool:
     """Whether a device multiplies such numbers itself, or is a CPU, which does so slowly."""
-    return device.platform == "cpu" or float(getattr(device, "compute_capability", 0)) >= 8.9
+    return device.platform == "cpu" or compute_capability(device) >= 8.9
 
 
 def round_rows(x: Array) -> tuple[Array, Array]:

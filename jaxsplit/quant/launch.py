@@ -8,6 +8,13 @@ from jax import Array
 from jax.experimental.pallas import triton as plgpu
 
 
+def compute_capability(device: jax.Device) -> float:
+    """That of an NVIDIA GPU, such as 9.0; 0 of any other device."""
+    found = str(getattr(device, "compute_capability", ""))
+    nvidia = device.platform in ("gpu", "cuda") and found.replace(".", "").isdigit()
+    return float(found) if nvidia else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """How kernels are launched.

@@ -25,7 +25,7 @@ from jaxsplit.quant.forms import (
     scales,
     value_of,
 )
-from jaxsplit.quant.launch import Launch
+from jaxsplit.quant.launch import Launch, compute_capability
 from jaxsplit.quant.rounding import Late, Pending, Sum, round_rows
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -52,8 +52,7 @@ class Arithmetic:
     @staticmethod
     def on(device: jax.Device) -> "Arithmetic":
         """What a device can do, without rounding. Kernels need compute capability 8.0."""
-        gpu = device.platform in ("gpu", "cuda")
-        capability = float(getattr(device, "compute_capability", 0)) if gpu else 0
+        capability = compute_capability(device)
         return Arithmetic(kernels=capability >= 8, launch=Launch(overlap=capability >= 9))
 
 
