@@ -33,7 +33,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile
 from jaxsplit.lm import open_model
 from jaxsplit.models import ModelConfig
-from jaxsplit.plan import kind_of, make_plan
+from jaxsplit.plan import kind_of, make_plan, weight_bits
 from jaxsplit.quant import float8
 from jaxsplit.sources import Sources, parameter_sources
 
@@ -116,7 +116,8 @@ class _Limits:
         device = mesh.devices.flat[0]
         self.bandwidth = copy_bandwidth(device)
         self.flops = matmul_rate(device, dtype)
-        self.prompt_flops = matmul_rate(device, prompt_dtype)
+        same = prompt_dtype == dtype
+        self.prompt_flops = self.flops if same else matmul_rate(device, prompt_dtype)
         sums = [all_reduce_seconds(mesh, 4 * embed, kernels=kernels) for kernels in (False, True)]
         self.meet = min(took for took in sums if took is not None)
 
@@ -190,10 +191,10 @@ def measure(
     shortest = min(filter(None, _numbers(_PROMPT)), default=1)
     first_token = loading + _read(lm, batch, shortest)
     config, engine, dtype = lm.config, lm.engine, lm.models[0].dtype
-    prompt_dtype = float8.DTYPE if _PROMPT_DTYPE.value == "float8" else dtype
-    limits = _Limits(lm.mesh, dtype, prompt_dtype, config.embed * batch)
     sources = parameter_sources(file, config)
     stored = None if _WEIGHTS.value == "quantized" else np.dtype(_WEIGHTS.value)
+    in_float8 = _PROMPT_DTYPE.value == "float8" and weight_bits(sources, stored) < 16
+    limits = _Limits(lm.mesh, dtype, float8.DTYPE if in_float8 else dtype, config.embed * batch)
     plan = make_plan(
         sources,
         config,
@@ -202,7 +203,7 @@ def measure(
         [kind_of(device) for device in lm.mesh.devices.flat],
         weights=stored,
         dtype=dtype,
-        float8=_PROMPT_DTYPE.value == "float8",
+        float8=in_float8,
         cache_dtype=engine.runners[0].cache_dtype,
         context=engine.context,
         slots=batch,

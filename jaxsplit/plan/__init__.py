@@ -3,6 +3,7 @@
 from jaxsplit.plan.compiled import collectives
 from jaxsplit.plan.devices import DEVICE_KINDS, DeviceKind, device_kind, kind_of
 from jaxsplit.plan.plan import Plan, StagePlan, best_plans, best_split, candidates, make_plan
+from jaxsplit.plan.speed import weight_bits
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "make_plan",
     "trace_decode",
     "trace_prefill",
+    "weight_bits",
 ]

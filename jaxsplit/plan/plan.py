@@ -17,8 +17,8 @@ from jaxsplit.models import ModelConfig
 from jaxsplit.models.attention import SCORES
 from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.plan.devices import DeviceKind, kind_of
+from jaxsplit.plan.speed import decode_seconds, prefill_seconds, weight_bits
 from jaxsplit.plan.work import Work, trace_decode, trace_prefill
-from jaxsplit.quant import kernels, tiles
 from jaxsplit.quant.products import TOGETHER
 from jaxsplit.sources import (
     Sources,
@@ -28,50 +28,6 @@ from jaxsplit.sources import (
     stage_bytes,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class _Efficiency:
-    """What is reached of a device's rates; measured (benchmarks/RESULTS.md).
-
-    Attributes:
-      few_bits, bytes, plain: of the bandwidth, by products of one row with weights of less than 8
-        bits, of less than 16, and with others.
-      few_bits_tiles, bytes_tiles: likewise, by products of some tens of rows, without what each row
-        takes.
-      tiles: of the FLOP/s, what each row takes there. None of these: there are no such products.
-      matmul: of the FLOP/s, by products of many rows.
-      float8: how many times as fast these are in 8-bit floating point, with what is around them.
-      score_passes: how often attention's scores pass through memory in prefill.
-    """
-
-    few_bits: float
-    bytes: float
-    plain: float
-    matmul: float
-    score_passes: int
-    float8: float = 1.44
-    few_bits_tiles: float | None = None
-    bytes_tiles: float | None = None
-    tiles: float | None = None
-
-
-_EFFICIENCY = {
-    False: _Efficiency(few_bits=0.36, bytes=0.88, plain=0.88, matmul=0.5, score_passes=6),
-    True: _Efficiency(
-        few_bits=0.64,
-        bytes=0.75,
-        plain=0.87,
-        matmul=0.68,
-        score_passes=0,
-        few_bits_tiles=0.49,
-        bytes_tiles=0.7,
-        tiles=0.23,
-    ),
-}
-"""Without kernels, and with them."""
-
-_COPY_EFFICIENCY = 0.9
-_LINK_EFFICIENCY = 0.6
 _RESERVED = 0.08
 """Of a device's memory, for its runtime."""
 
@@ -262,13 +218,10 @@ def make_plan(
     groups = min(slots, len(partition.stages))
     group_slots = math.ceil(slots / (groups * partition.data)) * partition.data
     groups, rows = math.ceil(slots / group_slots), group_slots // partition.data
-    weights_in_all = sum(math.prod(source.shape) for source in sources.values())
-    bits = 8 * sum(source.nbytes for source in sources.values()) / weights_in_all
-    bits = bits if weights is None else 8 * weights.itemsize
+    bits = weight_bits(sources, weights)
     plans = []
     for stage in partition.stages:
         kind = _slowest([kinds[place] for place in stage.places.flat])
-        prompt_bits = 8 if float8 and weights is None else 16
         held, padding = stage_bytes(sources, config, stage, weights)
         cache = _cache_bytes(config, stage, group_slots, context, cache_dtype)
         decode = trace_decode(config, stage, dtype, context, group_slots)
@@ -290,11 +243,11 @@ def make_plan(
                 read,
                 decode,
                 prefill,
-                _decode_seconds(
+                decode_seconds(
                     kind, stage, decode, read, read - cache, bits, rows, jnp.dtype(dtype)
                 ),
-                _prefill_seconds(
-                    kind, stage, held, prefill, bits, prompt_bits, scores * pairs, chunk
+                prefill_seconds(
+                    kind, stage, prefill, held, bits, scores * pairs, chunk, float8=float8
                 ),
             )
         )
@@ -380,70 +333,6 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
     matrix = units * config.embed * size
     matrices = 2 * matrix if 2 * matrix <= TOGETHER else matrix
     return stream + max(2 * scores, hidden + matrices)
-
-
-def _decode_seconds(
-    kind: DeviceKind,
-    stage: Stage,
-    work: Work,
-    read: int,
-    weights: int,
-    bits: float,
-    rows: int,
-    dtype: jnp.dtype,
-) -> float:
-    """A step of so many rows on each device.
-
-    Args:
-      kind, stage, work: the devices, their layers, and what one of them does.
-      read: bytes.
-      weights: bytes of them that are weights.
-      bits: of a weight.
-      rows: sequences.
-      dtype: of activations.
-    """
-    e, few = _EFFICIENCY[kind.kernels], bits < 8
-    tiled = kind.kernels and dtype == jnp.bfloat16 and rows <= tiles.MAX_ROWS
-    if bits < 16 and tiled and rows > kernels.MAX_ROWS:
-        reached = e.few_bits_tiles if few else e.bytes_tiles
-        products = read / (kind.bandwidth * reached) + work.flops / (kind.flops * e.tiles)
-    elif bits < 16 and rows > (kernels.MAX_ROWS if kind.kernels else 1):
-        moved = read + 2 * weights * 16 / bits
-        products = moved / (kind.bandwidth * _COPY_EFFICIENCY)
-        products += work.flops / (kind.flops * e.matmul)
-    else:
-        reached = e.plain if bits >= 16 else e.few_bits if few else e.bytes
-        products = max(read / (kind.bandwidth * reached), work.flops / (kind.flops * e.matmul))
-    return products + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
-
-
-def _prefill_seconds(
-    kind: DeviceKind,
-    stage: Stage,
-    held: int,
-    work: Work,
-    bits: float,
-    prompt_bits: int,
-    scores: int,
-    chunk: int,
-) -> tuple[float, float]:
-    """Dequantizing, which writes and reads them once, and for each token products, the scores and
-    meeting."""
-    efficiency = _EFFICIENCY[kind.kernels]
-    bandwidth = kind.bandwidth * _COPY_EFFICIENCY
-    dequantized = held * prompt_bits / bits if bits < 16 else 0
-    fixed = (held + 2 * dequantized) / bandwidth + len(stage.layers) * kind.layer_seconds
-    products = work.flops / (kind.flops * efficiency.matmul)
-    products /= efficiency.float8 if prompt_bits == 8 else 1
-    traffic = efficiency.score_passes * scores * len(stage.layers) / bandwidth
-    return fixed, (products + traffic + _meeting(kind, work)) / chunk
-
-
-def _meeting(kind: DeviceKind, work: Work) -> float:
-    """An all-reduce carries its bytes twice, less what a device has itself; a gather once."""
-    sent = 2 * work.collective_bytes["all-reduce"] + work.collective_bytes["all-gather"]
-    rate = kind.link * _LINK_EFFICIENCY
-    return sum(work.collectives.values()) * kind.meet_seconds + sent / 2 / rate
 
 
 def candidates(devices: int, *, experts: bool = False) -> list[tuple[str, dict[str, int]]]:
