@@ -38,10 +38,12 @@ def test_sums_are_the_same_on_all_devices(devices, shape):
     assert nmse(found[0], x.astype(np.float64).sum(axis=0)) <= 1e-12
 
 
-@pytest.mark.parametrize("devices", [2, 3])
-def test_sums_of_many_are_the_same_on_all_devices(devices):
-    x = jnp.asarray(fresh_rng().normal(size=(devices, 3, 3000)), jnp.bfloat16)
-    assert exchange.supports_many(9000, x.dtype, Peers(np.zeros(1 + 2 * devices), AXIS, 9000))
+@pytest.mark.parametrize("devices", [2, 3, 8])
+@pytest.mark.parametrize("size", [3000, 20000])
+def test_sums_of_many_are_the_same_on_all_devices(devices, size):
+    x = jnp.asarray(fresh_rng().normal(size=(devices, 3, size)), jnp.bfloat16)
+    most = 3 * size
+    assert exchange.supports_many(most, x.dtype, Peers(np.zeros(1 + 2 * devices), AXIS, most))
     found = on_devices(
         devices, lambda x, peers: exchange.total_of_many(x, peers, interpret=True), x
     )

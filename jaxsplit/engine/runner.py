@@ -46,15 +46,14 @@ def _shortest(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def _exchanged(config: ModelConfig, context: int, devices: int) -> int:
-    """Numbers of which so many devices exchange sums in kernels."""
-    tokens = min(context, max(CHUNKS)) if devices <= exchange.FEW_DEVICES else 0
-    return tokens * config.embed
+def _exchanged(config: ModelConfig, context: int) -> int:
+    """Numbers of which devices exchange sums in kernels."""
+    return min(context, max(CHUNKS)) * config.embed
 
 
 def mailbox_bytes(config: ModelConfig, context: int, devices: int) -> int:
     """Of each of so many devices whose kernels exchange numbers."""
-    return exchange.mailbox_bytes(devices, _exchanged(config, context, devices))
+    return exchange.mailbox_bytes(devices, _exchanged(config, context))
 
 
 def stage_cache(
@@ -158,9 +157,7 @@ class StageRunner:
         """The devices whose mailboxes are in a device's table."""
         if table is None:
             return None
-        peers = Peers(table.reshape(-1), self._meeting)
-        most = _exchanged(self.config, self.context, peers.count)
-        return dataclasses.replace(peers, most=most)
+        return Peers(table.reshape(-1), self._meeting, _exchanged(self.config, self.context))
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.stage.mesh, spec)

@@ -4,7 +4,8 @@ Each device has a mailbox that the others can write to (`jaxsplit.parallel.mailb
 numbers, each travels together with a count that tells which exchange it belongs to, in one access
 of 8 bytes, and the reader looks until the count is there: no other signal is needed, and an
 exchange costs the time of one write over the link. (The protocol that NCCL calls LL.) Many numbers
-are written first, and the count after them, so that little else than numbers crosses the link.
+are written first, and the count after them, so that little else than numbers crosses the link; each
+device adds up a part of them and sends the others its sums, as in a ring but without going around.
 
 Two exchanges in turn use different halves of a mailbox. A device begins the one after those only
 when it has the numbers of all others for the second, which they write when they have read all of
@@ -29,9 +30,6 @@ PROGRAMS = 128
 
 PATIENCE = 2**26
 """Looks for a number before a kernel gives up with an error: half a minute or more."""
-
-FEW_DEVICES = 3
-"""Of more, each would send many more bytes to all others than it does in a ring."""
 
 _WARPS = 4
 _THREADS = 32 * _WARPS
@@ -74,8 +72,13 @@ def mailbox_bytes(devices: int, most: int) -> int:
       devices: that exchange numbers.
       most: numbers of 2 bytes.
     """
-    threads = pl.cdiv(most, _TILE) * _THREADS
+    threads = _tiles(most, devices) * _THREADS
     return _few_bytes(devices) + 4 * threads * devices * (1 + 2 * (1 + _WORDS))
+
+
+def _tiles(size: int, devices: int) -> int:
+    """Those of the part of so many numbers that each device adds up."""
+    return pl.cdiv(size, devices * _TILE)
 
 
 def supports(size: int) -> bool:
@@ -85,7 +88,7 @@ def supports(size: int) -> bool:
 
 def supports_many(size: int, dtype: jnp.dtype, peers: Peers) -> bool:
     """Whether the sum of so many numbers can be exchanged."""
-    return peers.count <= FEW_DEVICES and jnp.dtype(dtype).itemsize == 2 and size <= peers.most
+    return jnp.dtype(dtype).itemsize == 2 and size <= peers.most
 
 
 def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
@@ -112,7 +115,7 @@ def total_of_many(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
     """As `total`, of a number of bfloat16 or float16 that is supported."""
     y = pl.pallas_call(
         partial(_many_kernel, axes=peers.axes, most=peers.most, interpret=interpret),
-        grid=(pl.cdiv(x.size, _TILE),),
+        grid=(_tiles(x.size, peers.count),),
         out_shape=jax.ShapeDtypeStruct((x.size,), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
@@ -279,19 +282,38 @@ def _many_kernel(
     most: int,
     interpret: bool,
 ) -> None:
-    """The sums of a tile."""
-    at = pl.program_id(0) * _TILE + jnp.arange(_TILE)
-    inside = at < x_ref.shape[0]
-    x = plgpu.load(x_ref.at[at], mask=inside, other=jnp.zeros((), x_ref.dtype))
+    """The sums of a tile of this device's part, and those of the others' parts."""
     peers = Peers(table, axes, most)
-    if interpret:
-        parts = list(lax.all_gather(x, axes))
-    else:
-        received = [_exchange_tile(x, peers, step) for step in range(1, peers.count)]
-        parts = _in_order(x, received, table[0].astype(jnp.int32))
-    parts = [part.astype(jnp.float32) for part in parts]
-    y = sum(parts[1:], parts[0])
-    plgpu.store(out_ref.at[at], y.astype(out_ref.dtype), mask=inside)
+    me = lax.axis_index(axes) if interpret else table[0].astype(jnp.int32)
+    devices = peers.count
+    size, tiles, tile = x_ref.shape[0], pl.num_programs(0), pl.program_id(0)
+
+    def places(step: int) -> tuple[Array, Array]:
+        """Of the tile in the part of the device so many places after this one."""
+        at = ((me + step) % devices * tiles + tile) * _TILE + jnp.arange(_TILE)
+        return at, at < size
+
+    def load(step: int) -> Array:
+        at, inside = places(step)
+        return plgpu.load(x_ref.at[at], mask=inside, other=jnp.zeros((), x_ref.dtype))
+
+    def store(step: int, sums: Array) -> None:
+        at, inside = places(step)
+        plgpu.store(out_ref.at[at], sums, mask=inside)
+
+    def exchange(x: Array, step: int) -> Array:
+        if interpret:
+            to = [(device, (device + step) % devices) for device in range(devices)]
+            return lax.ppermute(x, axes, to)
+        return _exchange_tile(x, peers, step)
+
+    steps, sums = range(1, devices), load(0).astype(jnp.float32)
+    for step in steps:
+        sums += exchange(load(step), step).astype(jnp.float32)
+    sums = sums.astype(out_ref.dtype)
+    store(0, sums)
+    for step in steps:
+        store(-step, exchange(sums, step))
 
 
 def _exchange_tile(x: Array, peers: Peers, step: int) -> Array:
@@ -303,7 +325,7 @@ def _exchange_tile(x: Array, peers: Peers, step: int) -> Array:
     each step; the counts of odd and even ones by sender; and their words, likewise.
     """
     devices, size = peers.count, x.shape
-    threads = pl.cdiv(peers.most, _TILE) * _THREADS
+    threads = _tiles(peers.most, devices) * _THREADS
     counts = _few_bytes(devices) + 4 * threads * (step - 1)
     flags = _few_bytes(devices) + 4 * threads * devices
     words = flags + 4 * threads * 2 * devices
