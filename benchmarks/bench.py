@@ -129,6 +129,14 @@ class _Limits:
         )
 
 
+@functools.cache
+def _limits(
+    mesh: jax.sharding.Mesh, dtype: jax.numpy.dtype, prompt_dtype: jax.numpy.dtype, embed: int
+) -> _Limits:
+    """Measured once for all splits of the same devices."""
+    return _Limits(mesh, dtype, prompt_dtype, embed)
+
+
 _GREEDY = jaxsplit.SamplingConfig(temperature=0.0)
 
 
@@ -194,7 +202,9 @@ def measure(
     sources = parameter_sources(file, config)
     stored = None if _WEIGHTS.value == "quantized" else np.dtype(_WEIGHTS.value)
     in_float8 = _PROMPT_DTYPE.value == "float8" and weight_bits(sources, stored) < 16
-    limits = _Limits(lm.mesh, dtype, float8.DTYPE if in_float8 else dtype, config.embed * batch)
+    devices = jax.sharding.Mesh(lm.mesh.devices.reshape(-1), "tensor")
+    of_prompts = jax.numpy.dtype(float8.DTYPE) if in_float8 else dtype
+    limits = _limits(devices, dtype, of_prompts, config.embed * batch)
     plan = make_plan(
         sources,
         config,

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsplit.engine import compiler_options
+from jaxsplit.errors import JaxsplitError
 from jaxsplit.parallel import make_mailboxes
 from jaxsplit.quant import Arithmetic, Peers, exchange
 
@@ -92,7 +94,8 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
 
     specs = (PartitionSpec(*axes), PartitionSpec())
     local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False)
-    add, x = jax.jit(local), jnp.ones(numbers, dtype)
+    options = compiler_options(mesh.devices.flat[0].platform, decode=True)
+    add, x = jax.jit(local, compiler_options=options), jnp.ones(numbers, dtype)
     took = seconds(lambda: add(table, x)) / count
     del owner
     return took
@@ -100,6 +103,20 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
 
 class _Owner:
     """Of memory that is freed with it."""
+
+
+def counts_up_to(devices: int, values: Sequence[str] | None) -> list[int]:
+    """The numbers of devices that `--counts` asks for; None: powers of two, and all.
+
+    Raises:
+      JaxsplitError: some are no numbers, or more than there are.
+    """
+    if values is None:
+        return sorted({devices, *(2**n for n in range(devices.bit_length()))})
+    counts = [int(value) if value.isdigit() else 0 for value in values]
+    if not counts or not all(1 <= count <= devices for count in counts):
+        raise JaxsplitError(f"--counts={','.join(values)}: there are {devices} devices")
+    return counts
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

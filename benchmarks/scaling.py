@@ -1,25 +1,28 @@
 """How decode and prefill scale with the devices: split modes over device counts, beside the plan.
 
-  python benchmarks/scaling.py --random=llama-70b:Q4_K_M -p 2048 -n 64 --out=DIR
-  JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --model=FILE.gguf -p 64 -n 8 --out=DIR
+  python benchmarks/scaling.py --out=DIR -- --random=llama-70b:Q4_K_M -p 2048 -n 64
+  JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --out=DIR -- --model=FILE.gguf -p 64 -n 8
 
-Measures first what the devices take to add up arrays of some sizes, then the model, with the flags
-of bench.py except --split and --batch. Writes scaling.md, scaling.json and scaling.png to the
-directory after each split; once --seconds are over, no other is begun.
+What follows `--` are flags of bench.py, which measures each count of devices in a process of its own:
+side by side on several GPUs, as long as there are free ones. What the devices take to add up arrays is
+measured first. Everything that was measured is kept in the directory, with a table and a plot: once
+--seconds are over nothing else is begun, and the same command goes on where it stopped.
 """
 
-import gc
+import dataclasses
 import json
+import math
+import os
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench
-import jax
-import numpy as np
 from absl import flags
-from measure import all_reduce_seconds, markdown
+from measure import counts_up_to, markdown
 
 from jaxsplit.cli import run
 from jaxsplit.errors import JaxsplitError
@@ -27,68 +30,111 @@ from jaxsplit.parallel import SPLIT_MODES
 
 _OUT = flags.DEFINE_string("out", None, "directory for the results", required=True)
 _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")
-_MODES = flags.DEFINE_list("modes", "layer,row,graph", "split modes on more than one device")
+_MODES = flags.DEFINE_list("modes", "graph,layer,row", "split modes on more than one device")
 _SECONDS = flags.DEFINE_float("seconds", 540.0, "when to begin nothing new")
 
-_SIZES = [2**n for n in (13, 14, 16, 18, 20, 22, 24, 26)]
 _COLUMNS = {
     "devices": "devices",
     "mode": "split",
     "decode": "decode tok/s",
+    "decode_limit": "limit",
     "decode_plan": "plan",
     "decode_layer": "÷ layer",
     "decode_one": "÷ 1 device",
     "prefill": "prefill tok/s",
+    "prefill_limit": "limit",
     "prefill_plan": "plan",
     "prefill_layer": "÷ layer",
     "prefill_one": "÷ 1 device",
 }
-_SUMS = {
-    "devices": "devices",
-    "bytes": "bytes",
-    "xla": "XLA µs",
-    "xla_rate": "GB/s",
-    "kernels": "kernels µs",
-    "kernels_rate": "GB/s",
-}
+_COLORS = {"layer": "#9a9a9a", "row": "#d08a2c", "graph": "#24609b"}
 
 
-def _sums(count: int) -> list[dict[str, Any]]:
-    """All-reduces on so many devices, by XLA and by kernels of this package. The rates are those at
-    which each device sends, were they in a ring: `2 (n - 1) / n` of the bytes."""
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), "tensor")
-    rows = []
-    for size in _SIZES:
-        row: dict[str, Any] = {"devices": count, "bytes": size}
-        for way, kernels in (("xla", False), ("kernels", True)):
-            took = all_reduce_seconds(mesh, size, kernels=kernels)
-            sent = 2 * (count - 1) / count * size
-            row[way] = "" if took is None else took * 1e6
-            row[f"{way}_rate"] = "" if took is None else sent / took / 1e9
-        rows.append(row)
-    return rows
+@dataclasses.dataclass
+class _Job:
+    """The splits of one count of devices.
+
+    Attributes:
+      count: of devices.
+      modes: what is still to be measured.
+      places: of the devices that it has got.
+      process: that measures.
+    """
+
+    count: int
+    modes: Sequence[str]
+    places: Sequence[str] = ()
+    process: subprocess.Popen | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.count}-{'-'.join(self.modes)}"
+
+    def start(self, out: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        splits = [f"--split={_split(mode, self.count)}" for mode in self.modes]
+        command = [*_python("bench.py"), *arguments, *splits, f"--json={out / self.name}.json"]
+        with open(out / f"{self.name}.log", "w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment
+            )
 
 
-def _ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what they are of the one on one device, and of `layer` on as many."""
+def _python(script: str) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name(script))]
 
-    def ratio(row: dict[str, Any], kind: str, others: Sequence[dict[str, Any]]) -> float | str:
-        return row[kind] / others[0][kind] if others and others[0].get(kind) else ""
 
-    found = []
-    for row in rows:
-        one = [r for r in rows if r["devices"] == 1]
-        layer = [r for r in rows if r["mode"] == "layer" and r["devices"] == row["devices"]]
-        row = {"decode": "", "decode_plan": "", "prefill": "", "prefill_plan": ""} | row
+def _split(mode: str, count: int) -> str:
+    return mode if count == 1 else f"{mode}@{SPLIT_MODES[mode].axis}:{count}"
+
+
+def _host(out: Path) -> dict[str, Any]:
+    """The devices, and what they take to add up arrays."""
+    file = out / "all_reduce.json"
+    if not file.exists():
+        counts = [] if _COUNTS.value is None else [f"--counts={','.join(_COUNTS.value)}"]
+        command = [*_python("all_reduce.py"), f"--json={file}", *counts]
+        if subprocess.run(command, check=False).returncode:
+            raise JaxsplitError("all_reduce.py failed")
+    return json.loads(file.read_text())
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    """What was measured: a row for each split, with its ratios."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for file in sorted(out.glob("[0-9]*.json")):
+        for test in json.loads(file.read_text()):
+            mode, _, mesh = test["split"].partition(" ")
+            count = math.prod(map(int, re.findall(r":(\d+)", mesh)))
+            row = found.setdefault(
+                (count, mode), {"model": test["model"], "devices": count, "mode": mode}
+            )
+            kind = "decode" if test["test"].startswith("tg") else "prefill"
+            row[kind] = test["rate"]
+            row |= {f"{kind}_{name}": test[name] for name in ("limit", "plan")}
+    for (count, _), row in found.items():
         for kind in ("decode", "prefill"):
-            measured = row[kind] != ""
-            row[f"{kind}_one"] = ratio(row, kind, one) if measured else ""
-            row[f"{kind}_layer"] = ratio(row, kind, layer) if measured else ""
-        found.append(row)
-    return found
+            for name, other in (("one", (1, "none")), ("layer", (count, "layer"))):
+                rates = row.get(kind), found.get(other, {}).get(kind)
+                row[f"{kind}_{name}"] = rates[0] / rates[1] if all(rates) else ""
+    order = ["none", *_MODES.value]
+    empty = dict.fromkeys(_COLUMNS, "")
+    rows = [empty | row for row in found.values() if row["mode"] in order]
+    return sorted(rows, key=lambda row: (row["devices"], order.index(row["mode"])))
 
 
-def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def _write(out: Path, host: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table and the plot."""
+    model = rows[0]["model"] if rows else "nothing"
+    title = f"{model} on {host['devices']} x {host['kind']}, jax {host['jax']}"
+    table = f"{title}\n\n{markdown(rows, _COLUMNS)}"
+    (out / "scaling.md").write_text(table)
+    (out / "scaling.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
+    _plot(rows, title, out / "scaling.png")
+    return table
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Rates over devices, a line for each mode, the plan's dashed."""
     try:
         from matplotlib import pyplot
@@ -98,9 +144,9 @@ def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     pyplot.switch_backend("Agg")
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4))
     for panel, kind in zip(panels, ("decode", "prefill"), strict=True):
-        for mode, color in zip(_MODES.value, ("#9a9a9a", "#d08a2c", "#24609b"), strict=False):
-            points = [r for r in rows if r["mode"] in ("none", mode) and kind in r]
-            counts = [r["devices"] for r in points]
+        for mode in _MODES.value:
+            points = [r for r in rows if r["mode"] in ("none", mode) and r[kind] != ""]
+            counts, color = [r["devices"] for r in points], _COLORS.get(mode)
             panel.plot(counts, [r[kind] for r in points], "o-", color=color, label=mode)
             panel.plot(counts, [r[f"{kind}_plan"] for r in points], "--", color=color, lw=1)
         panel.set(xlabel="devices", ylabel=f"{kind}, tokens/s", ylim=(0, None))
@@ -113,47 +159,56 @@ def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _counts(devices: int) -> list[int]:
-    if _COUNTS.value is None:
-        return sorted({devices, *(2**n for n in range(devices.bit_length()))})
-    counts = [int(value) if value.isdigit() else 0 for value in _COUNTS.value]
-    if not counts or not all(1 <= count <= devices for count in counts):
-        raise JaxsplitError(f"--counts={','.join(_COUNTS.value)}: there are {devices} devices")
-    return counts
+def _measure(
+    jobs: Sequence[_Job], host: Mapping[str, Any], out: Path, arguments: list[str]
+) -> None:
+    """Runs jobs, several at once where each has GPUs of its own, until time is over."""
+    begin, on_cpu = time.perf_counter(), host["platform"] == "cpu"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(host["devices"])))
+    free, waiting, running = visible.split(","), list(jobs), []
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if time.perf_counter() - begin > _SECONDS.value:
+                    print(f"out of time: {', '.join(job.modes)} on {job.count} not measured")
+                    waiting.remove(job)
+                elif job.count <= len(free) and not (on_cpu and running):
+                    job.places, free = free[: job.count], free[job.count :]
+                    gpus = {"CUDA_VISIBLE_DEVICES": ",".join(job.places)}
+                    cpus = {"JAX_NUM_CPU_DEVICES": str(job.count)}
+                    job.start(out, arguments, cpus if on_cpu else gpus)
+                    waiting.remove(job)
+                    running.append(job)
+            for job in [job for job in running if job.process.poll() is not None]:
+                free = sorted([*free, *job.places], key=visible.split(",").index)
+                running.remove(job)
+                log = out / f"{job.name}.log"
+                ended = f"failed; see {log}" if job.process.returncode else "measured"
+                print(f"{', '.join(job.modes)} on {job.count}: {ended}", flush=True)
+                _write(out, host, _rows(out))
+            time.sleep(0.1)
+    finally:
+        for job in running:
+            job.process.kill()
 
 
-def main(_: list[str]) -> None:
-    """Measures each count of devices in each mode, and writes after each."""
-    begin, out, file = time.perf_counter(), Path(_OUT.value), bench.model_file()
+def main(arguments: list[str]) -> None:
+    """Measures what is not measured yet, and writes after each count."""
+    out = Path(_OUT.value)
     unknown = set(_MODES.value) - {mode for mode, split in SPLIT_MODES.items() if split.axis}
     if unknown:
         raise JaxsplitError(f"--modes={','.join(_MODES.value)}: {min(unknown)} is no split mode")
-    devices = jax.devices()
-    counts = _counts(len(devices))
     out.mkdir(parents=True, exist_ok=True)
-    name = file.metadata.get("general.name", file.path.name)
-    title = f"{name} on {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
-    sums = [row for count in counts if count > 1 and _SECONDS.value > 0 for row in _sums(count)]
-    rows: list[dict[str, Any]] = []
-    table = title
-    for count in counts:
-        for mode in _MODES.value if count > 1 else ["none"]:
-            if time.perf_counter() - begin > _SECONDS.value:
-                print(f"out of time: {mode} on {count} devices was not measured")
-                continue
-            mesh = f"{SPLIT_MODES[mode].axis}:{count}" if count > 1 else None
-            row: dict[str, Any] = {"devices": count, "mode": mode}
-            for test in bench.measure(file, mode, mesh):
-                kind = "decode" if test["test"].startswith("tg") else "prefill"
-                row |= {kind: test["rate"], f"{kind}_plan": test["plan"]}
-            rows.append(row)
-            gc.collect()
-            table = f"{title}\n\n{markdown(_ratios(rows), _COLUMNS)}\n{markdown(sums, _SUMS)}"
-            (out / "scaling.md").write_text(table)
-            (out / "scaling.json").write_text(json.dumps({"rows": rows, "sums": sums}, indent=1))
-            _plot(rows, title, out / "scaling.png")
-    print(f"\n{table}")
+    host = _host(out)
+    measured = {(row["devices"], row["mode"]) for row in _rows(out)}
+    jobs = []
+    for count in counts_up_to(host["devices"], _COUNTS.value):
+        modes = _MODES.value if count > 1 else ["none"]
+        missing = [mode for mode in modes if (count, mode) not in measured]
+        jobs += [_Job(count, missing)] if missing else []
+    _measure(jobs, host, out, arguments)
+    print(f"\n{_write(out, host, _rows(out))}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, arguments=sys.maxsize)

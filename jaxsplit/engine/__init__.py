@@ -2,6 +2,7 @@
 
 from jaxsplit.engine.clock import compile_seconds
 from jaxsplit.engine.engine import Engine
+from jaxsplit.engine.runner import compiler_options
 from jaxsplit.engine.sampling import SamplingConfig
 
-__all__ = ["Engine", "SamplingConfig", "compile_seconds"]
+__all__ = ["Engine", "SamplingConfig", "compile_seconds", "compiler_options"]

@@ -31,6 +31,7 @@ from jaxsplit.models.axes import (
 from jaxsplit.models.mixer_config import NormConfig, RopeConfig
 from jaxsplit.quant import (
     Pending,
+    Product,
     Rows,
     Sum,
     active_arithmetic,
@@ -123,7 +124,7 @@ class Partial:
       bias: float32 `[embed]` or `[..., embed]`, added once; None: none.
     """
 
-    value: Array
+    value: Array | Product
     columns: tuple[Axis, ...]
     rows: Axis
     bias: Array | None = None
@@ -142,7 +143,7 @@ def meet(parts: Partials, dtype: jnp.dtype) -> Array:
         sums.setdefault((mesh_axes(part.rows), mesh_axes(*part.columns)), []).append(part)
     gathers: dict[tuple[str, ...], list[Partial]] = {}
     for (rows, _), group in sums.items():
-        value = sum(part.value for part in group)
+        value = sum(computed(part.value) for part in group)
         value = sum_over(value, *group[0].columns, addend_of=dtype)
         gathers.setdefault(rows, []).append(dataclasses.replace(group[0], value=value))
     y = sum(
@@ -165,7 +166,10 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     if None in peers or any(part.bias is not None for part in parts):
         return Sum(x, meet(parts, jnp.float32))
     interpret = active_arithmetic().launch.interpret
-    return Sum(x, sum(part.value for part in parts), peers[0], interpret)
+    value, *others = (part.value for part in parts)
+    if isinstance(value, Product) and value.sends and not others:
+        return Sum(x, value.sent_to(peers[0]), peers[0], sent=True, interpret=interpret)
+    return Sum(x, sum(map(computed, others), computed(value)), peers[0], interpret=interpret)
 
 
 class Linear(nnx.Module):
@@ -195,8 +199,8 @@ class Linear(nnx.Module):
     def partial(self, x: Rows) -> Partial:
         """`[..., in]` to a part of `[..., out]`."""
         bias = None if self.bias is None else self.bias.get_value()
-        y = matmul(self._whole(x), self.kernel.get_value())
-        return Partial(y, (self.columns,), self.rows, bias)
+        product = Product(self._whole(x), self.kernel.get_value())
+        return Partial(product, (self.columns,), self.rows, bias)
 
     def __call__(self, x: Rows) -> Array:
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""

@@ -15,6 +15,7 @@ from jaxsplit.quant.launch import Launch
 from jaxsplit.quant.products import (
     PLAIN,
     Arithmetic,
+    Product,
     Rows,
     active_arithmetic,
     computed,
@@ -44,6 +45,7 @@ __all__ = [
     "BLOCK",
     "PLAIN",
     "Peers",
+    "Product",
     "TYPES",
     "Arithmetic",
     "Form",

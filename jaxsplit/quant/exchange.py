@@ -13,8 +13,10 @@ the first: so nothing is overwritten before it was read.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,10 +106,10 @@ def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
     return y.astype(x.dtype).reshape(peers.count, *x.shape)
 
 
-def total(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
+def total(x: Array, peers: Peers, *, sent: bool = False, interpret: bool = False) -> Array:
     """The sum over the devices, added up in float32 in the same order by all: the shape and dtype
-    of `x`. Arguments are those of `gather`."""
-    y = _exchange(x.astype(jnp.float32), peers, (x.size,), interpret)
+    of `x`. Arguments are those of `gather`; `sent`: all have called `send` with their numbers."""
+    y = _exchange(x.astype(jnp.float32), peers, (x.size,), interpret, sent)
     return y.astype(x.dtype).reshape(x.shape)
 
 
@@ -124,9 +126,11 @@ def total_of_many(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
     return y.reshape(x.shape)
 
 
-def _exchange(x: Array, peers: Peers, shape: tuple[int, ...], interpret: bool) -> Array:
+def _exchange(
+    x: Array, peers: Peers, shape: tuple[int, ...], interpret: bool, sent: bool = False
+) -> Array:
     return pl.pallas_call(
-        partial(_kernel, axes=peers.axes, interpret=interpret),
+        partial(_kernel, axes=peers.axes, interpret=interpret, sent=sent),
         grid=(pl.cdiv(x.size, WIDTH),),
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
@@ -136,14 +140,20 @@ def _exchange(x: Array, peers: Peers, shape: tuple[int, ...], interpret: bool) -
 
 
 def _kernel(
-    x_ref: jax.Ref, table: jax.Ref, out_ref: jax.Ref, *, axes: tuple[str, ...], interpret: bool
+    x_ref: jax.Ref,
+    table: jax.Ref,
+    out_ref: jax.Ref,
+    *,
+    axes: tuple[str, ...],
+    interpret: bool,
+    sent: bool,
 ) -> None:
     """Some of the numbers."""
     program, place = pl.program_id(0), jnp.arange(WIDTH)
     at = program * WIDTH + place
     inside = at < x_ref.shape[0]
     x = plgpu.load(x_ref.at[at], mask=inside, other=jnp.zeros((), x_ref.dtype))
-    parts = exchange(x, Peers(table, axes), program, place, interpret=interpret)
+    parts = exchange(x, Peers(table, axes), program, place, sent=sent, interpret=interpret)
     if len(out_ref.shape) == 1:
         plgpu.store(out_ref.at[at], sum(parts[1:], parts[0]), mask=inside)
     else:
@@ -152,7 +162,13 @@ def _kernel(
 
 
 def exchange(
-    x: Array, peers: Peers, program: Array, place: Array, *, interpret: bool = False
+    x: Array,
+    peers: Peers,
+    program: Array,
+    place: Array,
+    *,
+    sent: bool = False,
+    interpret: bool = False,
 ) -> list[Array]:
     """Inside a kernel of four warps: what all devices have, in their order.
 
@@ -163,30 +179,85 @@ def exchange(
       peers: with the reference to the table.
       program: which of at most `PROGRAMS`.
       place: of each number in `x`, from 0 to `WIDTH - 1`.
+      sent: a kernel before has called `send` with these numbers.
       interpret: run it without GPUs, to test it.
     """
     if interpret:
         return list(lax.all_gather(x, peers.axes))
     me, devices = peers.table[0].astype(jnp.int32), peers.count
     at = program * WIDTH + place
-    mine, *theirs = (_address(peers.table, step, at.shape) for step in range(devices))
+    mine = _address(peers.table, 0, at.shape)
     count = _packed(_TICK, *mine, at * 4)
-    # Counts come first in a mailbox, then the numbers: of odd and even exchanges, by sender.
-    half = count & 1
-    numbers = PROGRAMS * WIDTH
-
-    def offset(sender: Array | int) -> Array:
-        return 4 * numbers + 8 * ((half * devices + sender) * numbers + at)
-
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    for address in theirs:
-        count = _packed(_SEND, *address, offset(me), bits, count)
-    received = [
-        _packed(_RECEIVE, *mine, offset((me + devices - step) % devices), count)
-        for step in range(1, devices)
-    ]
-    received = [lax.bitcast_convert_type(part, x.dtype) for part in received]
+    if not sent:
+        offset = _offset(peers, me, count, at)
+        for step in range(1, devices):
+            address = _address(peers.table, step, at.shape)
+            bits = _packed(_SEND, *address, offset, bits, count)
+    received = []
+    for step in range(1, devices):
+        offset = _offset(peers, (me + devices - step) % devices, count, at)
+        part = _packed(_RECEIVE, *mine, offset, count, bits)
+        received.append(lax.bitcast_convert_type(part, x.dtype))
     return _in_order(x, received, me)
+
+
+class Outbox(NamedTuple):
+    """Where a kernel is to send numbers, ahead of the exchange that comes next.
+
+    Attributes:
+      count: of that exchange.
+      offset: of the numbers in a mailbox.
+      addresses: of the mailboxes, two words each.
+      zero: float32 zeros, which are there when the others are.
+    """
+
+    count: Array
+    offset: Array
+    addresses: list[list[Array]]
+    zero: Array
+
+
+def outbox(peers: Peers, at: Array) -> Outbox:
+    """Inside a kernel: what `send` needs. What begins with its zeros does not wait for it later.
+
+    Args:
+      peers: with the reference to the table.
+      at: of each number its place among all, `program * WIDTH + place` in the exchange.
+    """
+    count = _packed(_LOOK, *_address(peers.table, 0, at.shape), at * 4, pack=1)
+    offset = _offset(peers, peers.table[0].astype(jnp.int32), count, at)
+    addresses = [_address(peers.table, step, at.shape) for step in range(1, peers.count)]
+    words = [offset, count, *itertools.chain(*addresses)]
+    # Zeros unless all words are -1, which the compiler does not know.
+    every = [f"and.b32 $0, $0, ${i + 1};" for i in range(1, len(words))]
+    [zero] = plgpu.elementwise_inline_asm(
+        "\n".join(["mov.b32 $0, $1;", *every, "set.eq.u32.u32 $0, $0, -1;"]),
+        args=words,
+        constraints=",".join(["=&r", *["r"] * len(words)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(at.shape, jnp.int32)],
+    )
+    return Outbox(count, offset, addresses, lax.bitcast_convert_type(zero, jnp.float32))
+
+
+def send(x: Array, to: Outbox) -> Array:
+    """Inside a kernel: sends numbers of 4 bytes to the other devices, ahead of an exchange.
+
+    Returns:
+      `x`, which keeps what reads it behind the sending.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    for address in to.addresses:
+        bits = _packed(_SEND, *address, to.offset, bits, to.count, pack=1)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _offset(peers: Peers, sender: Array, count: Array, at: Array) -> Array:
+    """Where in a mailbox the numbers of a device are. Counts come first, then numbers: of odd and
+    even exchanges, by sender."""
+    numbers = PROGRAMS * WIDTH
+    return 4 * numbers + 8 * (((count & 1) * peers.count + sender) * numbers + at)
 
 
 def _in_order(x: Array, received: Sequence[Array], me: Array) -> list[Array]:
@@ -212,7 +283,7 @@ def _address(table: jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
     return [jnp.full(shape, table[1 + 2 * step + word]) for word in range(2)]
 
 
-def _packed(lines: Sequence[str], *operands: Array) -> Array:
+def _packed(lines: Sequence[str], *operands: Array, pack: int = _PACK) -> Array:
     """Instructions for each number, those of a thread's numbers interleaved: int32.
 
     `lines` may use `base` (the address of two first operands), `a` (with the offset, the third
@@ -221,7 +292,7 @@ def _packed(lines: Sequence[str], *operands: Array) -> Array:
     """
     names = [["z", "lo", "hi", "offset", "x", "y"][i] for i in range(1 + len(operands))]
     registers = {
-        f"{name}#{k}": f"${i * _PACK + k}" for i, name in enumerate(names) for k in range(_PACK)
+        f"{name}#{k}": f"${i * pack + k}" for i, name in enumerate(names) for k in range(pack)
     }
 
     def line(text: str, k: int) -> str:
@@ -230,17 +301,17 @@ def _packed(lines: Sequence[str], *operands: Array) -> Array:
         return text.replace("#", str(k))
 
     text = ["{", ".reg .pred late, never;", ".reg .b32 looks;", ".reg .b64 base;"]
-    text += [f".reg .b64 a{k}, w{k};\n.reg .b32 u{k}, v{k};" for k in range(_PACK)]
+    text += [f".reg .b64 a{k}, w{k};\n.reg .b32 u{k}, v{k};" for k in range(pack)]
     text += ["mov.b64 base, {" + f"{registers['lo#0']}, {registers['hi#0']}" + "};"]
     for part in ("mad.wide.u32 a#, %offset, 1, base;", *lines):
         every = "#" in part or "%" in part
-        text += [line(part, k) for k in (range(_PACK) if every else range(1))]
+        text += [line(part, k) for k in (range(pack) if every else range(1))]
     text += ["}"]
     [y] = plgpu.elementwise_inline_asm(
         "\n".join(text),
         args=operands,
-        constraints=",".join(["=r"] * _PACK + ["r"] * _PACK * len(operands)),
-        pack=_PACK,
+        constraints=",".join(["=r"] * pack + ["r"] * pack * len(operands)),
+        pack=pack,
         result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, jnp.int32)],
     )
     return y
@@ -253,10 +324,11 @@ _TICK = (
     "st.relaxed.sys.global.b32 [a#], u#;",
     "mov.b32 %z, u#;",
 )
+_LOOK = ("ld.global.b32 u#, [a#];", "add.u32 %z, u#, 1;")
 _SEND = (
     "mov.b64 w#, {%x, %y};",
     "st.relaxed.sys.global.b64 [a#], w#;",
-    "mov.b32 %z, %y;",
+    "mov.b32 %z, %x;",
 )
 _RECEIVE = (
     "mov.b32 looks, 0;",

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxsplit.quant import exchange
 from jaxsplit.quant.forms import QTensor, with_words
 from jaxsplit.quant.rounding import BLOCK, Rounded
 
@@ -38,6 +39,11 @@ def supports(w: QTensor) -> bool:
     whole = sizes[0] % _SLICE == 0 and all(size % 4 == 0 for size in sizes)
     # Elements are counted in 32 bits.
     return plain and whole and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
+
+
+def sends(w: QTensor) -> bool:
+    """Whether the results of a matrix that is supported can be sent."""
+    return w.shape[-2] % exchange.WIDTH == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +71,7 @@ def products(
     dtype: jnp.dtype = jnp.float32,
     *,
     experts: Array | None = None,
+    peers: exchange.Peers | None = None,
     tiling: _Tiling = _Tiling(),  # noqa: B008
     interpret: bool = False,
 ) -> list[Array]:
@@ -76,13 +83,14 @@ def products(
       dtype: of the results.
       experts: int32 `[pairs]`, a multiple of the rows: weights are stacks `[experts, out, in]`, of
         which each row is multiplied with its own few; the results are `[pairs, out]`.
+      peers: devices to which the results are sent, of one matrix, ahead of an exchange.
       tiling: of the work.
       interpret: run it without a GPU, to test it.
     """
     rows = len(x.words) if experts is None else len(experts)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
-    inputs, structure = jax.tree.flatten((x, list(weights), experts))
+    inputs, structure = jax.tree.flatten((x, list(weights), experts, peers))
     kernel = partial(
         _kernel,
         structure=structure,
@@ -116,12 +124,12 @@ def _kernel(
       tiling: of the work.
       interpret: as in `products`.
     """
-    x, weights, experts = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    x, weights, experts, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     first, pair = 0, pl.program_id(0)
     for w, out_ref, count in zip(weights, refs[structure.num_leaves :], programs, strict=True):
         program = pl.program_id(1) - first
         first_row = program * tiling.height
-        multiply = partial(_rows, x, w, experts, out_ref, first_row, pair, tiling, interpret)
+        multiply = partial(_rows, x, w, experts, peers, out_ref, first_row, pair, tiling, interpret)
         if len(weights) == 1:
             multiply()
         else:
@@ -133,6 +141,7 @@ def _rows(
     x: Rounded,
     w: QTensor,
     experts: jax.Ref | None,
+    peers: exchange.Peers | None,
     out_ref: jax.Ref,
     first: Array,
     pair: Array,
@@ -283,27 +292,34 @@ def _rows(
             totals = added
         return tuple(totals)
 
-    totals = (jnp.zeros((tiling.height, units), jnp.float32),) * len(batch)
+    ahead = len(form.bits) == 1  # a step is read in the one before; more planes need more registers
+    found = read(0) if ahead or steps == 1 else {}
+    outboxes: list[exchange.Outbox | None] = [None] * len(batch)
+    if peers is not None and not interpret:
+        outboxes = [exchange.outbox(peers, m * out + row) for m, _ in batch]
+    zeros = [jnp.zeros(tiling.height, jnp.float32) if o is None else o.zero for o in outboxes]
+    totals = tuple(jnp.broadcast_to(zero[:, None], (tiling.height, units)) for zero in zeros)
     if steps == 1:
-        totals = multiply(0, read(0), totals)
-    elif len(form.bits) > 1:
-        totals = lax.fori_loop(0, steps, lambda i, totals: multiply(i, read(i), totals), totals)
-    else:
+        totals = multiply(0, found, totals)
+    elif ahead:
 
-        def ahead(step: Array, carry: tuple) -> tuple:
-            """With what the step before has read; more planes would need too many registers."""
+        def step(i: Array, carry: tuple) -> tuple:
             found, totals = carry
-            return read(jnp.minimum(step + 1, steps - 1)), multiply(step, found, totals)
+            return read(jnp.minimum(i + 1, steps - 1)), multiply(i, found, totals)
 
-        _, totals = lax.fori_loop(0, steps, ahead, (read(0), totals))
-    for (m, out_row), total in zip(batch, totals, strict=True):
+        _, totals = lax.fori_loop(0, steps, step, (found, totals))
+    else:
+        totals = lax.fori_loop(0, steps, lambda i, totals: multiply(i, read(i), totals), totals)
+    for (m, out_row), total, outbox in zip(batch, totals, outboxes, strict=True):
         y = jnp.sum(total, axis=1)
         if x.squares is not None:
             block = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
             squares = plgpu.load(x.squares.at[m, block], mask=block < x.squares.shape[1], other=0.0)
             y *= lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
-        at = first + jnp.arange(tiling.height)
-        plgpu.store(out_ref.at[out_row, at], y.astype(out_ref.dtype), mask=at < out)
+        at, y = first + jnp.arange(tiling.height), y.astype(out_ref.dtype)
+        if outbox is not None:
+            y = exchange.send(y, outbox)
+        plgpu.store(out_ref.at[out_row, at], y, mask=at < out)
 
 
 def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:

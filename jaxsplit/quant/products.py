@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.quant import dense, float8, kernels, tiles
+from jaxsplit.quant.exchange import Peers
 from jaxsplit.quant.forms import (
     QTensor,
     Weight,
@@ -152,9 +153,40 @@ Rows = Array | Late | Sum
 """Activations `[..., in]`, perhaps not computed yet."""
 
 
-def computed(x: Rows) -> Array:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """A product that is not computed yet, so that the kernel can send it to other devices too.
+
+    Attributes:
+      x: `[..., in]`.
+      w: `[out, in]`.
+    """
+
+    x: Rows
+    w: Weight
+
+    @cached_property
+    def array(self) -> Array:
+        """float32 `[..., out]`."""
+        return matmul(self.x, self.w)
+
+    @property
+    def sends(self) -> bool:
+        """Whether there is a kernel that sends it."""
+        few = pends(math.prod(self.x.shape[:-1]))
+        return few and has_kernel(self.w) and kernels.sends(self.w)
+
+    def sent_to(self, peers: Peers) -> Array:
+        """`array`, sent to devices that exchange it next, in a `Sum`."""
+        launch = _arithmetic.get().launch
+        rounded = _late(self.x).rounded(launch)
+        [y] = kernels.products(rounded, [self.w], peers=peers, interpret=launch.interpret)
+        return y.reshape(*self.x.shape[:-1], -1)
+
+
+def computed(x: Rows | Product) -> Array:
     """Activations, computed."""
-    return x.array if isinstance(x, Late | Sum) else x
+    return x.array if isinstance(x, Late | Sum | Product) else x
 
 
 def matmul(x: Rows, w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:

@@ -34,12 +34,14 @@ class Sum:
       stream: `[..., n]`, of the dtype of the sum.
       addend: likewise, float32.
       peers: devices whose addends are to be added; None: there is no other.
+      sent: the kernel that computed the addend has sent it to them.
       interpret: kernels are interpreted, to test them without a GPU.
     """
 
     stream: Array
     addend: Array
     peers: exchange.Peers | None = None
+    sent: bool = dataclasses.field(default=False, metadata={"static": True})
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -57,7 +59,7 @@ class Sum:
         """The sum; a kernel that read the terms has left it here."""
         addend = self.addend
         if self.peers is not None:
-            addend = exchange.total(addend, self.peers, interpret=self.interpret)
+            addend = exchange.total(addend, self.peers, sent=self.sent, interpret=self.interpret)
         return self.stream + addend.astype(self.dtype)
 
 
@@ -118,9 +120,11 @@ class Pending(Late):
     def rounded(self, launch: Launch) -> "Rounded":
         """In one kernel. What divides all of a row is left for later: it does not change the
         codes."""
-        columns, total = self.shape[-1], self.operands[0]
+        columns, (total, *others) = self.shape[-1], self.operands
+        if isinstance(total, Sum) and "array" in vars(total):
+            total = total.array  # devices exchange it once
         operands = jax.tree.map(
-            lambda y: y if y.ndim == 1 else y.reshape(-1, columns), self.operands
+            lambda y: y if y.ndim == 1 else y.reshape(-1, columns), (total, *others)
         )
         inputs, structure = jax.tree.flatten(operands)
         rows, blocks = len(inputs[0]), columns // BLOCK
@@ -271,6 +275,7 @@ def _kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any, laun
                     operand.peers,
                     row * pl.num_programs(1) + pl.program_id(1),
                     element - pl.program_id(1) * exchange.WIDTH,
+                    sent=operand.sent,
                     interpret=launch.interpret,
                 )
                 addend = sum(parts[1:], parts[0])

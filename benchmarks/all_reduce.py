@@ -1,0 +1,70 @@
+"""What devices take to add up arrays, by XLA and by kernels of this package.
+
+  python benchmarks/all_reduce.py --json=FILE
+  JAX_NUM_CPU_DEVICES=4 python benchmarks/all_reduce.py --counts=2,4
+
+One sum after another in a program that is launched as decode steps are. Rates are those at which
+each device sends, were they in a ring: `2 (n - 1) / n` of the bytes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from measure import all_reduce_seconds, counts_up_to, markdown
+
+from jaxsplit.cli import run
+
+_COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")
+_JSON = flags.DEFINE_string("json", None, "write the rows to this file too")
+
+SIZES = [2**n for n in (13, 14, 16, 18, 20, 22, 24, 26)]
+COLUMNS = {
+    "devices": "devices",
+    "bytes": "bytes",
+    "xla": "XLA µs",
+    "xla_rate": "GB/s",
+    "kernels": "kernels µs",
+    "kernels_rate": "GB/s",
+}
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    """On so many devices."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), "tensor")
+    rows = []
+    for size in SIZES:
+        row: dict[str, Any] = {"devices": count, "bytes": size}
+        for way, kernels in (("xla", False), ("kernels", True)):
+            took = all_reduce_seconds(mesh, size, kernels=kernels)
+            sent = 2 * (count - 1) / count * size
+            row[way] = "" if took is None else took * 1e6
+            row[f"{way}_rate"] = "" if took is None else sent / took / 1e9
+        rows.append(row)
+    return rows
+
+
+def main(_: list[str]) -> None:
+    """Measures each count of devices."""
+    devices = jax.devices()
+    found = {
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "jax": jax.__version__,
+        "rows": [],
+    }
+    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}", flush=True)
+    for count in counts_up_to(len(devices), _COUNTS.value):
+        if count > 1:
+            found["rows"] += _rows(count)
+        if _JSON.value:
+            Path(_JSON.value).write_text(json.dumps(found, indent=1))
+    print(f"\n{markdown(found['rows'], COLUMNS)}")
+
+
+if __name__ == "__main__":
+    run(main)
