@@ -3,10 +3,10 @@
   python benchmarks/scaling.py --out=DIR -- --random=llama-70b:Q4_K_M -p 2048 -n 64
   JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --out=DIR -- --model=FILE.gguf -p 64 -n 8
 
-What follows `--` are flags of bench.py, which measures each count of devices in a process of its own:
-side by side on several GPUs, as long as there are free ones. What the devices take to add up arrays is
-measured first. Everything that was measured is kept in the directory, with a table and a plot: once
---seconds are over nothing else is begun, and the same command goes on where it stopped.
+What follows `--` are flags of bench.py, which measures each count of devices in a process of its
+own: side by side on several GPUs, as long as there are free ones. What the devices take to add up
+arrays is measured first. All that was measured is kept in the directory, with a table and a plot:
+once --seconds are over nothing else is begun, and the same command goes on where it stopped.
 """
 
 import dataclasses
