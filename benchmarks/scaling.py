@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -71,9 +72,23 @@ class _Job:
         """Of its files."""
         return f"{self.count}-{'-'.join(self.modes)}"
 
+    def growing(self, out: Path) -> Path:
+        """The results, whose last split may lack some tests."""
+        return out / f"{self.name}.growing"
+
+    def end(self, out: Path) -> None:
+        """Keeps the results; of a process that was stopped those of the splits before the last."""
+        file, stopped = self.growing(out), self.process.returncode != 0
+        if file.exists():
+            tests = json.loads(file.read_text())
+            last = tests[-1]["split"]
+            tests = [test for test in tests if not stopped or test["split"] != last]
+            (out / f"{self.name}.json").write_text(json.dumps(tests, indent=1))
+            file.unlink()
+
     def start(self, out: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         splits = [f"--split={_split(mode, self.count)}" for mode in self.modes]
-        command = [*_python("bench.py"), *arguments, *splits, f"--json={out / self.name}.json"]
+        command = [*_python("bench.py"), *arguments, *splits, f"--json={self.growing(out)}"]
         with open(out / f"{self.name}.log", "w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment
@@ -182,6 +197,7 @@ def _measure(
             for job in [job for job in running if job.process.poll() is not None]:
                 free = sorted([*free, *job.places], key=visible.split(",").index)
                 running.remove(job)
+                job.end(out)
                 log = out / f"{job.name}.log"
                 ended = f"failed; see {log}" if job.process.returncode else "measured"
                 print(f"{', '.join(job.modes)} on {job.count}: {ended}", flush=True)
@@ -190,6 +206,8 @@ def _measure(
     finally:
         for job in running:
             job.process.kill()
+            job.process.wait()
+            job.end(out)
 
 
 def main(arguments: list[str]) -> None:
@@ -206,6 +224,7 @@ def main(arguments: list[str]) -> None:
         modes = _MODES.value if count > 1 else ["none"]
         missing = [mode for mode in modes if (count, mode) not in measured]
         jobs += [_Job(count, missing)] if missing else []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # by `timeout`, for one
     _measure(jobs, host, out, arguments)
     print(f"\n{_write(out, host, _rows(out))}")
 

@@ -75,10 +75,17 @@ def write_recipe(recipe: dict, path: Path, quantize: dict[str, str] | None = Non
 
 
 def make_recipe(
-    name: str, *, heads: int, kv_heads: int, head_dim: int = 32, mlp: int = 192, layers: int = 2
+    name: str,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int = 32,
+    mlp: int = 192,
+    layers: int = 2,
+    embed: int = 128,
 ) -> dict:
     """A recipe of a random Llama with the given sizes, as `write_recipe` takes it."""
-    embed, vocab, q, kv = 128, 163, heads * head_dim, kv_heads * head_dim
+    vocab, q, kv = 163, heads * head_dim, kv_heads * head_dim
 
     def tensor(name: str, *shape: int) -> dict:
         norm = len(shape) == 1

@@ -46,7 +46,16 @@ def test_prompt_lengths_share_compiled_programs(lm):
         assert all(program.function._cache_size() == 1 for program in runner._programs.values())
 
 
-def test_steps_and_loops_choose_the_same_tokens(lm, tokens):
+@pytest.fixture(params=[False, True])
+def loops(request, lm):
+    """Whether devices decode several tokens by themselves, which takes a single stage."""
+    if request.param and len(lm.models) > 1:
+        pytest.skip("several stages take steps")
+    return request.param
+
+
+def test_steps_and_loops_choose_the_same_tokens(lm, tokens, monkeypatch, loops):
+    monkeypatch.setattr(lm.engine, "loops", loops)
     for sampling in (GREEDY, SamplingConfig(seed=7), SamplingConfig(repeat_penalty=1.3, seed=8)):
         lm.engine.start(tokens, sampling)
         stepped = last_tokens(lm.engine)
@@ -94,18 +103,23 @@ def test_a_slot_can_be_used_again(lm, tokens):
     assert np.array_equal(again, fresh.loop(8, 8))
 
 
-def test_loop_ends_at_an_end_token_and_at_the_context(lm, tokens):
+def test_loop_ends_at_an_end_token_and_at_the_context(lm, tokens, loops):
+    def engine_with(**options):
+        engine = engine_like(lm, **options)
+        engine.loops = loops
+        return engine
+
     sampling = SamplingConfig(temperature=2.0)  # so that tokens are not always the same few
-    engine = engine_like(lm)
+    engine = engine_with()
     engine.start(tokens[:10], sampling)
     chosen = engine.loop(30, 30)[0].tolist()
     end = next(token for i, token in enumerate(chosen) if i >= 3 and token not in chosen[:i])
-    engine = engine_like(lm, ends=[end])
+    engine = engine_with(ends=[end])
     engine.start(tokens[:10], sampling)
     ended = engine.loop(30, 30)[0].tolist()
     at = chosen.index(end)
     assert ended == chosen[: at + 1] + [-1] * (29 - at)
-    engine = engine_like(lm, context=16)
+    engine = engine_with(context=16)
     engine.start(tokens[:10], sampling)
     assert engine.loop(30, 30)[0].tolist() == chosen[:6] + [-1] * 24
 

@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Q8_0, SHAPES, nmse
+from helpers import Q8_0, SHAPES, make_recipe, nmse
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.quant import Arithmetic, Launch, Peers, exchange
+from jaxsplit.quant import Arithmetic, Launch, Peers, Pending, Product, Sum, exchange
 
 AXIS = ("tensor",)
+WIDE = make_recipe("wide", heads=8, kv_heads=2, embed=512)
+"""Products of this width are sent by the kernels that compute them."""
 
 
 def on_devices(count, function, x):
@@ -60,6 +62,25 @@ def test_all_devices_have_the_numbers_of_all(dtype):
         assert (found[device] == np.asarray(x)).all()
 
 
+def test_a_sum_is_exchanged_once(monkeypatch):
+    """By the first that needs it: what was sent can be received once."""
+    x = fresh_rng().normal(size=(2, 1, 512)).astype(np.float32)
+    gathered, gather = [], jax.lax.all_gather
+    counting = lambda *a, **k: gathered.append(a) or gather(*a, **k)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "all_gather", counting)
+
+    def function(x, peers):
+        total = Sum(x, 2 * x, peers, sent=True, interpret=True)
+        plain = total.array
+        rounded = Pending(lambda x: x, (total,), jnp.float32).rounded(Launch(interpret=True))
+        return jnp.stack([plain, rounded.dequantized()])
+
+    plain, rounded = on_devices(2, function, x)[0]
+    assert nmse(plain, x[0] + 2 * x.astype(np.float64).sum(axis=0)) <= 1e-12
+    assert nmse(rounded, plain) <= 1e-4
+    assert len(gathered) == 1
+
+
 def primitives(jaxpr):
     """Names of all operations, those inside of kernels left out."""
     for eqn in jaxpr.eqns:
@@ -78,6 +99,7 @@ def primitives(jaxpr):
         ("row", "tensor:2", SHAPES["6-1"]),
         ("graph", "tensor:2", "gemma2"),  # normalized before they are added
         ("graph", "tensor:2", "llama-bias"),
+        ("graph", "tensor:2", WIDE),
     ],
 )
 def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh, recipe):
@@ -85,6 +107,8 @@ def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh,
     options = {"ctx_size": 64, "activations": "int8"}
     arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
     monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    sending, send = [], Product.sent_to
+    monkeypatch.setattr(Product, "sent_to", lambda *a: sending.append(a) or send(*a))
     one = jaxsplit.load(path, split_mode="none", dtype="bfloat16", **options)
     split = jaxsplit.load(path, split_mode=mode, mesh=mesh, dtype="bfloat16", **options)
     expected = one.logits(tokens, one_by_one=True)
@@ -94,6 +118,7 @@ def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh,
     found = list(primitives(step.jaxpr.jaxpr))
     assert found.count("pallas_call") > 4 * split.config.layers
     assert not {"psum", "psum_invariant", "all_gather"} & set(found)
+    assert bool(sending) == (recipe is WIDE)
     assert split.describe().endswith("| GPUs meet through peer access")
     assert "meet" not in one.describe()
     split = jaxsplit.load(path, split_mode=mode, mesh=mesh, peer_access=False, **options)

@@ -49,6 +49,10 @@ class Engine:
       chunks: lengths for which prefill is compiled; longer prompts are read piece by piece.
       arithmetic: of products with quantized matrices.
       peer_access: where devices run kernels, these exchange numbers, if the devices can.
+
+    Attributes:
+      loops: whether devices run several steps by themselves. Not CPUs: XLA takes twice as long for
+        a step in a loop there.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class Engine:
             for model, stage in zip(models, partition.stages, strict=True)
         ]
         count = min(slots, len(self.runners))
+        first = partition.stages[0].mesh.devices.flat[0]
+        self.loops = len(self.runners) == 1 and first.platform != "cpu"
         self._local = -(-slots // (count * partition.data))  # of a group, on one device
         count = -(-slots // (self._local * partition.data))
         self._group_slots = self._local * partition.data
@@ -238,14 +244,14 @@ class Engine:
         return fed[:, 0], fed[:, 1] >= 0
 
     def loop(self, limit: int, length: int = 32) -> np.ndarray:
-        """Decodes up to `limit` tokens in each active slot; in one stage, without returning to the
-        host.
+        """Decodes up to `limit` tokens in each active slot, without returning to the host if the
+        engine `loops`.
 
         Returns:
           int32 `[slots, limit]`, -1 where a slot had stopped.
         """
         limit = min(limit, length)
-        if len(self.runners) > 1:
+        if not self.loops:
             return self._step_loop(limit)
         runner, (group,) = self.runners[0], self._groups
         group.caches[0], group.state, group.fed, tokens = runner.loop(self._plan, length)(
@@ -255,11 +261,14 @@ class Engine:
         return np.asarray(self._fetchable(tokens, like))[: self.slots, :limit]
 
     def _step_loop(self, limit: int) -> np.ndarray:
-        """The loop of several stages: all steps are on their way before the first is read."""
+        """The loop as steps: all are on their way before the first is read, but on CPUs, which have
+        no queue to hold them."""
         coming = [self.tokens()]
         for _ in range(limit):
             self.step()
             coming.append(self.tokens())
+            if len(self.runners) == 1:
+                jax.block_until_ready(coming[-1])
         read = [self.read(tokens) for tokens in coming]
         columns = [
             np.where(active, token, -1)
