@@ -309,7 +309,8 @@ def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
 
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
     """Devices that work together are as fast as the slowest of them at each task."""
-    worst = {"layer_seconds": max, "meet_seconds": max, "kernels": all, "float8": all}
+    worst = {"layer_seconds": max, "meet_seconds": max}
+    worst |= dict.fromkeys(("kernels", "float8", "exchanges"), all)
     return DeviceKind(
         "+".join(dict.fromkeys(kind.name for kind in kinds)),
         **{

@@ -102,7 +102,7 @@ def decode_seconds(
     else:
         reached = e.plain if bits >= 16 else e.few_bits if few else e.bytes
         products = max(read / (kind.bandwidth * reached), work.flops / (kind.flops * e.matmul))
-    return products + len(stage.layers) * kind.layer_seconds + _meeting(kind, work)
+    return products + len(stage.layers) * kind.layer_seconds + _meeting(kind, stage, work)
 
 
 def prefill_seconds(
@@ -134,11 +134,12 @@ def prefill_seconds(
     matmul = e.matmul * (e.float8 if float8 and quantized else 1)
     products = work.flops / (kind.flops * matmul)
     traffic = e.score_passes * scores * len(stage.layers) / bandwidth
-    return fixed, (products + traffic + _meeting(kind, work)) / chunk
+    return fixed, (products + traffic + _meeting(kind, stage, work)) / chunk
 
 
-def _meeting(kind: DeviceKind, work: Work) -> float:
+def _meeting(kind: DeviceKind, stage: Stage, work: Work) -> float:
     """An all-reduce carries its bytes twice, less what a device has itself; a gather once."""
+    others = stage.mesh.size // stage.mesh.shape["data"] - 1 if kind.exchanges else 1
     sent = 2 * work.collective_bytes["all-reduce"] + work.collective_bytes["all-gather"]
     rate = kind.link * _LINK_EFFICIENCY
-    return sum(work.collectives.values()) * kind.meet_seconds + sent / 2 / rate
+    return sum(work.collectives.values()) * kind.meet_seconds * others + sent / 2 / rate
