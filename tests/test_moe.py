@@ -20,16 +20,7 @@ from jaxsplit.models import MLPConfig, MoE, MoEConfig
 from jaxsplit.models.layers import meet
 from jaxsplit.parallel import make_partition
 from jaxsplit.plan.work import trace_decode
-from jaxsplit.quant import (
-    TYPES,
-    Arithmetic,
-    Launch,
-    QTensor,
-    computed,
-    dequantize,
-    unpack,
-    use_arithmetic,
-)
+from jaxsplit.quant import TYPES, Arithmetic, Launch, QTensor, dequantize, unpack, use_arithmetic
 
 EMBED = 64
 BASE = MoEConfig(experts=8, used=3, expert=MLPConfig(48))
@@ -155,7 +146,7 @@ def reference(config, params, x):
 def output(parts):
     """The sum of a mixture's parts."""
     biases = [part.bias for part in parts if part.bias is not None]
-    return sum([computed(part.value) for part in parts] + biases)
+    return sum([part.value for part in parts] + biases)
 
 
 def check(config, model, x, limit=1e-11):

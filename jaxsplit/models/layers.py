@@ -118,16 +118,21 @@ class Partial:
     """What devices have for the residual stream before they meet.
 
     Attributes:
-      value: float32 `[..., rows]`: this device's rows, summed over this device's columns.
+      product: what `value` is, perhaps not computed yet.
       columns: the axes over which it is still to be added up.
       rows: the rows' axis.
       bias: float32 `[embed]` or `[..., embed]`, added once; None: none.
     """
 
-    value: Array | Product
+    product: Array | Product
     columns: tuple[Axis, ...]
     rows: Axis
     bias: Array | None = None
+
+    @property
+    def value(self) -> Array:
+        """float32 `[..., rows]`: this device's rows, summed over this device's columns."""
+        return computed(self.product)
 
 
 Partials = tuple[Partial, ...]
@@ -143,9 +148,9 @@ def meet(parts: Partials, dtype: jnp.dtype) -> Array:
         sums.setdefault((mesh_axes(part.rows), mesh_axes(*part.columns)), []).append(part)
     gathers: dict[tuple[str, ...], list[Partial]] = {}
     for (rows, _), group in sums.items():
-        value = sum(computed(part.value) for part in group)
+        value = sum(part.value for part in group)
         value = sum_over(value, *group[0].columns, addend_of=dtype)
-        gathers.setdefault(rows, []).append(dataclasses.replace(group[0], value=value))
+        gathers.setdefault(rows, []).append(dataclasses.replace(group[0], product=value))
     y = sum(
         gather_over(sum(part.value for part in group).astype(dtype), rows, rows.units)
         for group in gathers.values()
@@ -166,10 +171,10 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     if None in peers or any(part.bias is not None for part in parts):
         return Sum(x, meet(parts, jnp.float32))
     interpret = active_arithmetic().launch.interpret
-    value, *others = (part.value for part in parts)
-    if isinstance(value, Product) and value.sends and not others:
-        return Sum(x, value.sent_to(peers[0]), peers[0], sent=True, interpret=interpret)
-    return Sum(x, sum(map(computed, others), computed(value)), peers[0], interpret=interpret)
+    product = parts[0].product
+    if isinstance(product, Product) and product.sends and len(parts) == 1:
+        return Sum(x, product.sent_to(peers[0]), peers[0], sent=True, interpret=interpret)
+    return Sum(x, sum(part.value for part in parts), peers[0], interpret=interpret)
 
 
 class Linear(nnx.Module):

@@ -327,9 +327,7 @@ class MoE(nnx.Module):
         (shared,) = self.shared(pending)
         if self.shared_gate is not None:
             gate = (x.astype(jnp.float32) * self.shared_gate.get_value()).sum(-1, keepdims=True)
-            shared = dataclasses.replace(
-                shared, value=computed(shared.value) * jax.nn.sigmoid(gate)
-            )
+            shared = dataclasses.replace(shared, product=shared.value * jax.nn.sigmoid(gate))
         return routed, shared
 
     def route(self, x: Array) -> tuple[Array, Array]:
