@@ -21,8 +21,8 @@ from jaxsplit.cli import run
 _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")
 _JSON = flags.DEFINE_string("json", None, "write the rows to this file too")
 
-SIZES = [2**n for n in (13, 14, 16, 18, 20, 22, 24, 26)]
-COLUMNS = {
+_SIZES = [2**n for n in (13, 14, 16, 18, 20, 22, 24, 26)]
+_COLUMNS = {
     "devices": "devices",
     "bytes": "bytes",
     "xla": "XLA µs",
@@ -36,7 +36,7 @@ def _rows(count: int) -> list[dict[str, Any]]:
     """On so many devices."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), "tensor")
     rows = []
-    for size in SIZES:
+    for size in _SIZES:
         row: dict[str, Any] = {"devices": count, "bytes": size}
         for way, kernels in (("xla", False), ("kernels", True)):
             took = all_reduce_seconds(mesh, size, kernels=kernels)
@@ -63,7 +63,7 @@ def main(_: list[str]) -> None:
             found["rows"] += _rows(count)
         if _JSON.value:
             Path(_JSON.value).write_text(json.dumps(found, indent=1))
-    print(f"\n{markdown(found['rows'], COLUMNS)}")
+    print(f"\n{markdown(found['rows'], _COLUMNS)}")
 
 
 if __name__ == "__main__":

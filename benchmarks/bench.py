@@ -129,14 +129,7 @@ class _Limits:
         )
 
 
-@functools.cache
-def _limits(
-    mesh: jax.sharding.Mesh, dtype: jax.numpy.dtype, prompt_dtype: jax.numpy.dtype, embed: int
-) -> _Limits:
-    """Measured once for all splits of the same devices."""
-    return _Limits(mesh, dtype, prompt_dtype, embed)
-
-
+_limits = functools.cache(_Limits)  # measured once for all splits of the same devices
 _GREEDY = jaxsplit.SamplingConfig(temperature=0.0)
 
 

@@ -10,7 +10,6 @@ mesh_shapes.md, mesh_shapes.json and mesh_shapes.png to the directory.
 import gc
 import json
 import statistics
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -170,9 +169,6 @@ def main(_: list[str]) -> None:
     file = random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    # What was compiled to run it is read again for its memory and its collectives.
-    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     devices = jax.devices()
     splits = [tuple(split.split("@", 1)) for split in _SPLIT.value] or [
         (mode, ",".join(f"{axis}:{size}" for axis, size in shape.items()))

@@ -128,6 +128,22 @@ def test_loop_ends_at_an_end_token_and_at_the_context(lm, tokens, loops):
     assert engine.loop(30, 30)[0].tolist() == chosen[:6] + [-1] * 24
 
 
+def test_steps_end_with_the_last_text(lm, tokens):
+    if len(lm.models) > 1:
+        pytest.skip("steps of several stages are on their way before one has ended")
+    engine, count = engine_like(lm, context=16), 0
+    step = engine.step
+
+    def counted():
+        nonlocal count
+        count += 1
+        step()
+
+    engine.step = counted
+    engine.start(tokens[:10], GREEDY)
+    assert (engine.loop(30, 30)[0] >= 0).sum() == count == 6
+
+
 def test_the_cache_is_donated(lm, tokens):
     engine = engine_like(lm)
     engine.start(tokens[:4], GREEDY)

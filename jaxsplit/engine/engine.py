@@ -261,20 +261,23 @@ class Engine:
         return np.asarray(self._fetchable(tokens, like))[: self.slots, :limit]
 
     def _step_loop(self, limit: int) -> np.ndarray:
-        """The loop as steps: all are on their way before the first is read, but on CPUs, which have
-        no queue to hold them."""
+        """The loop as steps. Those of several stages are all on their way before the first is read;
+        CPUs have no queue to hold them, so that the loop can end with the last active slot."""
         coming = [self.tokens()]
         for _ in range(limit):
             self.step()
             coming.append(self.tokens())
-            if len(self.runners) == 1:
-                jax.block_until_ready(coming[-1])
+            if len(self.runners) == 1 and not self.read(coming[-1])[1].any():
+                break
         read = [self.read(tokens) for tokens in coming]
         columns = [
             np.where(active, token, -1)
             for (_, active), (token, _) in zip(read[:-1], read[1:], strict=True)
         ]
-        return np.stack(columns, axis=1) if columns else np.zeros((self.slots, 0), np.int32)
+        texts = np.full((self.slots, limit), -1, np.int32)
+        for i, column in enumerate(columns):
+            texts[:, i] = column
+        return texts
 
     def _fetchable(self, x: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
         """An array of the last stage as one that this process can read."""
