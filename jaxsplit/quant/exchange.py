@@ -33,6 +33,9 @@ PROGRAMS = 128
 PATIENCE = 2**26
 """Looks for a number before a kernel gives up with an error: half a minute or more."""
 
+_STRIDE = 8 * PROGRAMS * WIDTH
+"""Bytes of a mailbox from a sender's numbers to those of the next."""
+
 _WARPS = 4
 _THREADS = 32 * _WARPS
 _PACK = WIDTH // _THREADS  # numbers of a thread, whose accesses are under way together
@@ -153,15 +156,16 @@ def _kernel(
     at = program * WIDTH + place
     inside = at < x_ref.shape[0]
     x = plgpu.load(x_ref.at[at], mask=inside, other=jnp.zeros((), x_ref.dtype))
-    parts = exchange(x, Peers(table, axes), program, place, sent=sent, interpret=interpret)
+    peers = Peers(table, axes)
     if len(out_ref.shape) == 1:
-        plgpu.store(out_ref.at[at], sum(parts[1:], parts[0]), mask=inside)
+        y = add_up(x, peers, program, place, sent=sent, interpret=interpret)
+        plgpu.store(out_ref.at[at], y, mask=inside)
     else:
-        for device, part in enumerate(parts):
+        for device, part in enumerate(_all(x, peers, program, place, interpret)):
             plgpu.store(out_ref.at[device, at], part, mask=inside)
 
 
-def exchange(
+def add_up(
     x: Array,
     peers: Peers,
     program: Array,
@@ -169,13 +173,13 @@ def exchange(
     *,
     sent: bool = False,
     interpret: bool = False,
-) -> list[Array]:
-    """Inside a kernel of four warps: what all devices have, in their order.
+) -> Array:
+    """Inside a kernel of four warps: the sum over the devices, in their order.
 
     All devices run the same exchanges in the same order.
 
     Args:
-      x: `WIDTH` numbers of 4 bytes, in any shape.
+      x: `WIDTH` float32 numbers, in any shape.
       peers: with the reference to the table.
       program: which of at most `PROGRAMS`.
       place: of each number in `x`, from 0 to `WIDTH - 1`.
@@ -183,23 +187,35 @@ def exchange(
       interpret: run it without GPUs, to test it.
     """
     if interpret:
+        first, *others = lax.all_gather(x, peers.axes)
+        return sum(others, first)
+    operands = _begin(x, peers, program, place, sent=sent)
+    return lax.bitcast_convert_type(_packed(_received(range(peers.count)), *operands), x.dtype)
+
+
+def _all(x: Array, peers: Peers, program: Array, place: Array, interpret: bool) -> list[Array]:
+    """What all devices have, in their order; arguments are those of `add_up`."""
+    if interpret:
         return list(lax.all_gather(x, peers.axes))
-    me, devices = peers.table[0].astype(jnp.int32), peers.count
+    operands = _begin(x, peers, program, place)
+    parts = [_packed(_received([device]), *operands) for device in range(peers.count)]
+    return [lax.bitcast_convert_type(part, x.dtype) for part in parts]
+
+
+def _begin(
+    x: Array, peers: Peers, program: Array, place: Array, *, sent: bool = False
+) -> list[Array]:
+    """Sends numbers, if they are not sent yet: the operands with which others are received."""
     at = program * WIDTH + place
     mine = _address(peers.table, 0, at.shape)
+    me = jnp.full(at.shape, peers.table[0].astype(jnp.int32))
     count = _packed(_TICK, *mine, at * 4)
-    bits = lax.bitcast_convert_type(x, jnp.int32)
+    first, bits = _offset(peers, count, at), lax.bitcast_convert_type(x, jnp.int32)
     if not sent:
-        offset = _offset(peers, me, count, at)
-        for step in range(1, devices):
+        for step in range(1, peers.count):
             address = _address(peers.table, step, at.shape)
-            bits = _packed(_SEND, *address, offset, bits, count)
-    received = []
-    for step in range(1, devices):
-        offset = _offset(peers, (me + devices - step) % devices, count, at)
-        part = _packed(_RECEIVE, *mine, offset, count, bits)
-        received.append(lax.bitcast_convert_type(part, x.dtype))
-    return _in_order(x, received, me)
+            bits = _packed(_SEND, *address, first + me * _STRIDE, bits, count)
+    return [*mine, first, bits, count, me]
 
 
 class Outbox(NamedTuple):
@@ -226,7 +242,7 @@ def outbox(peers: Peers, at: Array) -> Outbox:
       at: of each number its place among all, `program * WIDTH + place` in the exchange.
     """
     count = _packed(_LOOK, *_address(peers.table, 0, at.shape), at * 4, pack=1)
-    offset = _offset(peers, peers.table[0].astype(jnp.int32), count, at)
+    offset = _offset(peers, count, at) + peers.table[0].astype(jnp.int32) * _STRIDE
     addresses = [_address(peers.table, step, at.shape) for step in range(1, peers.count)]
     words = [offset, count, *itertools.chain(*addresses)]
     # Zeros unless all words are -1, which the compiler does not know.
@@ -253,28 +269,10 @@ def send(x: Array, to: Outbox) -> Array:
     return lax.bitcast_convert_type(bits, x.dtype)
 
 
-def _offset(peers: Peers, sender: Array, count: Array, at: Array) -> Array:
-    """Where in a mailbox the numbers of a device are. Counts come first, then numbers: of odd and
-    even exchanges, by sender."""
-    numbers = PROGRAMS * WIDTH
-    return 4 * numbers + 8 * (((count & 1) * peers.count + sender) * numbers + at)
-
-
-def _in_order(x: Array, received: Sequence[Array], me: Array) -> list[Array]:
-    """What all devices have, in their order: all add it up alike.
-
-    Args:
-      x: what this device has.
-      received: of the device before, the one before that, and so on.
-      me: this device's place.
-    """
-    devices, parts = 1 + len(received), []
-    for device in range(devices):
-        before, part = (me - device + devices) % devices, x
-        for step, other in enumerate(received, 1):
-            part = jnp.where(before == step, other, part)
-        parts.append(part)
-    return parts
+def _offset(peers: Peers, count: Array, at: Array) -> Array:
+    """Where in a mailbox the numbers of the first device are: of odd and even exchanges, after the
+    counts."""
+    return _STRIDE // 2 + (count & 1) * (peers.count * _STRIDE) + 8 * at
 
 
 def _address(table: jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
@@ -287,10 +285,10 @@ def _packed(lines: Sequence[str], *operands: Array, pack: int = _PACK) -> Array:
     """Instructions for each number, those of a thread's numbers interleaved: int32.
 
     `lines` may use `base` (the address of two first operands), `a` (with the offset, the third
-    operand), the operands `x` and `y` after them, and the result `z`; names that end in # are of
-    each number.
+    operand), the operands `x`, `y` and `me` after them, and the result `z`; names that end in # are
+    of each number.
     """
-    names = [["z", "lo", "hi", "offset", "x", "y"][i] for i in range(1 + len(operands))]
+    names = ["z", "lo", "hi", "offset", "x", "y", "me"][: 1 + len(operands)]
     registers = {
         f"{name}#{k}": f"${i * pack + k}" for i, name in enumerate(names) for k in range(pack)
     }
@@ -300,7 +298,7 @@ def _packed(lines: Sequence[str], *operands: Array, pack: int = _PACK) -> Array:
             text = text.replace(f"%{name}", registers[f"{name}#{k}"])
         return text.replace("#", str(k))
 
-    text = ["{", ".reg .pred late, never;", ".reg .b32 looks;", ".reg .b64 base;"]
+    text = ["{", ".reg .b64 base;"]
     text += [f".reg .b64 a{k}, w{k};\n.reg .b32 u{k}, v{k};" for k in range(pack)]
     text += ["mov.b64 base, {" + f"{registers['lo#0']}, {registers['hi#0']}" + "};"]
     for part in ("mad.wide.u32 a#, %offset, 1, base;", *lines):
@@ -330,19 +328,31 @@ _SEND = (
     "st.relaxed.sys.global.b64 [a#], w#;",
     "mov.b32 %z, %x;",
 )
-_RECEIVE = (
-    "mov.b32 looks, 0;",
-    "again:",
-    "add.u32 looks, looks, 1;",
-    f"setp.gt.u32 never, looks, {PATIENCE};",
-    "@never trap;",
-    "ld.relaxed.sys.global.b64 w#, [a#];",
-    "mov.b64 {u#, v#}, w#;",
-    "setp.ne.u32 late, v0, v0;",
-    "setp.ne.or.u32 late, v#, %x, late;",
-    "@late bra again;",
-    "mov.b32 %z, u#;",
-)
+
+
+def _received(senders: Sequence[int]) -> list[str]:
+    """Looks until the numbers of some devices are there, all at once, and adds them up."""
+    lines = [
+        ".reg .pred late, never, own;",
+        ".reg .b32 looks;",
+        *[f".reg .b32 s{sender}_#;\n.reg .b64 r{sender}_#;" for sender in senders],
+        "mov.b32 looks, 0;",
+        "again:",
+        "add.u32 looks, looks, 1;",
+        f"setp.gt.u32 never, looks, {PATIENCE};",
+        "@never trap;",
+        *[f"ld.relaxed.sys.global.b64 r{s}_#, [a#+{s * _STRIDE}];" for s in senders],
+        "setp.ne.u32 late, looks, looks;",
+    ]
+    for sender in senders:
+        lines += [
+            f"mov.b64 {{s{sender}_#, v#}}, r{sender}_#;",
+            f"setp.eq.u32 own, %me, {sender}; selp.b32 s{sender}_#, %x, s{sender}_#, own; "
+            "selp.b32 v#, %y, v#, own; setp.ne.or.u32 late, v#, %y, late;",
+        ]
+    first, *others = senders
+    lines += ["@late bra again;", f"mov.b32 %z, s{first}_#;"]
+    return lines + [f"add.rn.f32 %z, %z, s{sender}_#;" for sender in others]
 
 
 def _many_kernel(

@@ -270,7 +270,7 @@ def _kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any, laun
         if isinstance(operand, Sum):
             stream, addend = load(operand.stream), load(operand.addend)
             if operand.peers is not None:
-                parts = exchange.exchange(
+                addend = exchange.add_up(
                     addend,
                     operand.peers,
                     row * pl.num_programs(1) + pl.program_id(1),
@@ -278,7 +278,6 @@ def _kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any, laun
                     sent=operand.sent,
                     interpret=launch.interpret,
                 )
-                addend = sum(parts[1:], parts[0])
             x = (stream + addend).astype(last.dtype)
             plgpu.store(last.at[row, element], x, mask=exists)
             return x.astype(jnp.float32)
