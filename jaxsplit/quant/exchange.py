@@ -78,7 +78,7 @@ def mailbox_bytes(devices: int, most: int) -> int:
       most: numbers of 2 bytes.
     """
     threads = _tiles(most, devices) * _THREADS
-    return _few_bytes(devices) + 4 * threads * devices * (1 + 2 * (1 + _WORDS))
+    return _few_bytes(devices) + 4 * threads * (1 + 2 * devices * (1 + _WORDS))
 
 
 def _tiles(size: int, devices: int) -> int:
@@ -383,51 +383,49 @@ def _many_kernel(
         at, inside = places(step)
         plgpu.store(out_ref.at[at], sums, mask=inside)
 
-    def exchange(x: Array, step: int) -> Array:
-        if interpret:
-            to = [(device, (device + step) % devices) for device in range(devices)]
-            return lax.ppermute(x, axes, to)
-        return _exchange_tile(x, peers, step)
+    def swap(tiles: Sequence[Array]) -> list[Array]:
+        """A tile for each step, or the same for all, to the device so many places after this one:
+        those of the devices so many places before."""
+        if not interpret:
+            return _swap_tiles(tiles, peers)
+        tos = [[(d, (d + step) % devices) for d in range(devices)] for step in steps]
+        return [lax.ppermute(tiles[i % len(tiles)], axes, to) for i, to in enumerate(tos)]
 
     steps, sums = range(1, devices), load(0).astype(jnp.float32)
-    for step in steps:
-        sums += exchange(load(step), step).astype(jnp.float32)
+    for other in swap([load(step) for step in steps]):
+        sums += other.astype(jnp.float32)
     sums = sums.astype(out_ref.dtype)
     store(0, sums)
-    for step in steps:
-        store(-step, exchange(sums, step))
+    for step, other in zip(steps, swap([sums]), strict=True):
+        store(-step, other)
 
 
-def _exchange_tile(x: Array, peers: Peers, step: int) -> Array:
-    """Sends a tile to the device that is so many places after this one, and receives that of the
-    one so many places before: like `x`.
+def _swap_tiles(tiles: Sequence[Array], peers: Peers) -> list[Array]:
+    """`swap` in `_many_kernel`.
 
-    A thread writes its words, then a count behind them, and looks for the other's count. After the
-    room for a few numbers, mailboxes have, for each thread of the grid: a count of exchanges for
-    each step; the counts of odd and even ones by sender; and their words, likewise.
+    A thread writes its words to all others, then a count behind them, and looks for the others'
+    counts. After the room for a few numbers, mailboxes have, for each thread of the grid: a count
+    of swaps; the counts of odd and even ones by sender; and their words, likewise.
     """
-    devices, size = peers.count, x.shape
+    devices, (size, dtype) = peers.count, (tiles[0].shape, tiles[0].dtype)
     threads = _tiles(peers.most, devices) * _THREADS
-    counts = _few_bytes(devices) + 4 * threads * (step - 1)
-    flags = _few_bytes(devices) + 4 * threads * devices
+    counts = _few_bytes(devices)
+    flags = counts + 4 * threads
     words = flags + 4 * threads * 2 * devices
-    me = peers.table[0].astype(jnp.int32)
-    sender = (me + devices - step) % devices
-    # A register holds two numbers of x, or one of these.
-    others = [*_address(peers.table, 0, size), *_address(peers.table, step, size)]
-    others += [jnp.full(size, me), jnp.full(size, sender)]
-    mine, theirs, me, sender = 0, 2, 4, 5
+    mine = _address(peers.table, 0, size)
+    me = jnp.full(size, peers.table[0].astype(jnp.int32))
+    theirs = [_address(peers.table, step, size) for step in range(1, devices)]
 
-    def register(operand: int) -> str:
-        return f"${2 * _WORDS * (1 + operand)}"
+    def quarters(base: str) -> list[str]:
+        return [f"[{base}+{words + 16 * _THREADS * k}]" for k in range(_WORDS // 4)]
 
-    def address(name: str, operand: int) -> str:
-        return f"mov.b64 {name}, {{{register(operand)}, {register(operand + 1)}}};"
+    def four(first: int, k: int) -> str:
+        return "{" + ", ".join(f"${first + 4 * k + i}" for i in range(4)) + "}"
 
-    def places(mailbox: str, sender: int) -> list[str]:
-        """`a` of the count and `b` of the words of a sender."""
+    def slot(mailbox: str, sender: str) -> list[str]:
+        """`a` of the count and `b` of the words of a sender in the mailbox of a device."""
         return [
-            f"mad.lo.u32 place, half, {devices}, {register(sender)};",
+            f"mad.lo.u32 place, half, {devices}, {sender};",
             f"mad.lo.u32 place, place, {threads // _THREADS}, tile;",
             f"mad.lo.u32 index, place, {_THREADS}, thread;",
             f"mad.wide.u32 a, index, 4, {mailbox};",
@@ -435,45 +433,91 @@ def _exchange_tile(x: Array, peers: Peers, step: int) -> Array:
             f"mad.wide.u32 b, index, 16, {mailbox};",
         ]
 
-    def four(first: int, k: int) -> str:
-        return "{" + ", ".join(f"${first + 4 * k + i}" for i in range(4)) + "}"
+    def before(step: int) -> list[str]:
+        """`sender`: the device so many places before this one."""
+        return [
+            f"add.u32 sender, me, {devices - step};",
+            f"setp.ge.u32 round, sender, {devices};",
+            f"@round sub.u32 sender, sender, {devices};",
+        ]
 
-    quarters = [(k, f"[b+{words + 16 * _THREADS * k}]") for k in range(_WORDS // 4)]
-    lines = [
-        ".reg .pred late, never;",
-        ".reg .b64 mine, theirs, a, b;",
-        ".reg .b32 tile, thread, count, half, place, index, found, looks;",
+    begin = [
+        ".reg .pred late, never, round;",
+        ".reg .b64 mailbox, a, b;",
+        ".reg .b32 tile, thread, count, half, place, index, found, looks, sender, me;",
         "mov.u32 tile, %ctaid.x;",
         "mov.u32 thread, %tid.x;",
-        address("mine", mine),
-        address("theirs", theirs),
+    ]
+
+    def run(lines: Sequence[str], tiles: Sequence[Array], numbers: Sequence[Array]) -> Array:
+        """Instructions of a thread; a register holds two of the tiles' numbers, or one of the
+        others. The results are the first `_WORDS` registers."""
+        inputs = _WORDS * len(tiles) + 2 * _WORDS * len(numbers)
+        [y] = plgpu.elementwise_inline_asm(
+            "\n".join(["{", *begin, *lines, "}"]),
+            args=[*tiles, *numbers],
+            constraints=",".join(["=&r"] * _WORDS + ["r"] * inputs),
+            pack=2 * _WORDS,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(size, dtype)],
+        )
+        return y
+
+    def number(i: int, tiles: int) -> str:
+        """The register of one of the numbers."""
+        return f"${_WORDS * (1 + tiles) + 2 * _WORDS * i}"
+
+    def mailbox(i: int, tiles: int) -> str:
+        return f"mov.b64 mailbox, {{{number(i, tiles)}, {number(i + 1, tiles)}}};"
+
+    given = len(tiles)
+    lines = [
+        f"mov.b32 me, {number(0, given)};",
+        mailbox(1, given),
         f"mad.lo.u32 index, tile, {_THREADS}, thread;",
-        "mad.wide.u32 a, index, 4, mine;",
+        "mad.wide.u32 a, index, 4, mailbox;",
         f"ld.relaxed.sys.global.b32 count, [a+{counts}];",
         "add.u32 count, count, 1;",
         f"st.relaxed.sys.global.b32 [a+{counts}], count;",
         "and.b32 half, count, 1;",
-        *places("theirs", me),
-        *[f"st.global.v4.b32 {at}, {four(_WORDS, k)};" for k, at in quarters],
-        "fence.acq_rel.sys;",
-        f"st.relaxed.sys.global.b32 [a+{flags}], count;",
-        *places("mine", sender),
+    ]
+    for i in range(devices - 1):
+        lines += [mailbox(3 + 2 * i, given), *slot("mailbox", "me")]
+        first = _WORDS * (1 + i % given)
+        lines += [f"st.global.v4.b32 {at}, {four(first, k)};" for k, at in enumerate(quarters("b"))]
+    lines += ["fence.acq_rel.sys;"]
+    for i in range(devices - 1):
+        lines += [mailbox(3 + 2 * i, given), *slot("mailbox", "me")]
+        lines += [f"st.relaxed.sys.global.b32 [a+{flags}], count;"]
+    lines += [
+        mailbox(1, given),
         "mov.b32 looks, 0;",
         "again:",
         "add.u32 looks, looks, 1;",
         f"setp.gt.u32 never, looks, {PATIENCE};",
         "@never trap;",
-        f"ld.acquire.sys.global.b32 found, [a+{flags}];",
-        "setp.ne.u32 late, found, count;",
-        "@late bra again;",
-        *[f"ld.relaxed.sys.global.v4.b32 {four(0, k)}, {at};" for k, at in quarters],
+        "setp.ne.u32 late, looks, looks;",
     ]
-    inputs = _WORDS + 2 * _WORDS * len(others)
-    [y] = plgpu.elementwise_inline_asm(
-        "\n".join(["{", *lines, "}"]),
-        args=[x, *others],
-        constraints=",".join(["=&r"] * _WORDS + ["r"] * inputs),
-        pack=2 * _WORDS,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(size, x.dtype)],
-    )
-    return y
+    lines += [f".reg .b32 found{step};" for step in range(1, devices)]
+    for step in range(1, devices):
+        lines += [*before(step), *slot("mailbox", "sender")]
+        lines += [f"ld.relaxed.sys.global.b32 found{step}, [a+{flags}];"]
+    lines += [f"setp.ne.or.u32 late, found{step}, count, late;" for step in range(1, devices)]
+    lines += ["@late bra again;", "fence.acq_rel.sys;"]
+    lines += [f"mov.b32 ${k}, half;" for k in range(_WORDS)]
+    half = run(lines, tiles, [me, *mine, *itertools.chain(*theirs)])
+
+    received = []
+    for step in range(1, devices):
+        lines = [
+            f"mov.b32 half, ${_WORDS};",
+            f"mov.b32 me, {number(0, 1)};",
+            mailbox(1, 1),
+            *before(step),
+            *slot("mailbox", "sender"),
+            *[
+                f"ld.relaxed.sys.global.v4.b32 {four(0, k)}, {at};"
+                for k, at in enumerate(quarters("b"))
+            ],
+        ]
+        received.append(run(lines, [half], [me, *mine]))
+    return received
