@@ -23,14 +23,16 @@ class _Group:
     Attributes:
       caches: of each stage.
       state: on the last stage.
-      fed: the state's `steps.feed`, on the last stage.
+      fed: the state's `steps.feed`, on the last stage; None: not computed yet.
       values: how their tokens are chosen.
+      texts: where loops leave their tokens.
     """
 
     caches: list[Cache]
     state: steps.DecodeState | None = None
     fed: jax.Array | None = None
     values: SamplingValues | None = None
+    texts: jax.Array | None = None
 
 
 class Engine:
@@ -72,11 +74,12 @@ class Engine:
         self.config = models[0].config
         self.context = context
         self.chunks = sorted(chunks)
-        self.ends = np.asarray(sorted(ends) or [-1], np.int32)
         self.runners = [
             StageRunner(model, stage, context, cache_dtype, arithmetic, peer_access=peer_access)
             for model, stage in zip(models, partition.stages, strict=True)
         ]
+        self.ends = self.runners[-1].place(np.asarray(sorted(ends) or [-1], np.int32))
+        self._limits: dict[int, jax.Array] = {}
         count = min(slots, len(self.runners))
         first = partition.stages[0].mesh.devices.flat[0]
         self.loops = len(self.runners) == 1 and first.platform != "cpu"
@@ -191,7 +194,8 @@ class Engine:
         configs += [configs[-1]] * (len(self._groups) * self._group_slots - self.slots)
         for g, group in enumerate(self._groups):
             first = g * self._group_slots
-            group.values = SamplingValues.of(configs[first : first + self._group_slots])
+            values = SamplingValues.of(configs[first : first + self._group_slots])
+            group.values = runner.place(values, by_slot=True)
             if group.state is None or group.state.recent.shape[1] != window:
                 group.state, group.fed = runner.empty_state(self._group_slots, window)
             for local in range(self._local):
@@ -223,7 +227,7 @@ class Engine:
         """Decodes one token in each active slot; does not wait for it."""
         fed_like = jax.ShapeDtypeStruct((self._group_slots, 2), np.int32)
         for group in self._groups:
-            x, fed = None, self._between(group.fed, fed_like, -1, 0)
+            x, fed = None, self._between(self._fed(group), fed_like, -1, 0)
             for i, runner in enumerate(self.runners[:-1]):
                 group.caches[i], x = runner.relay()(runner.params, group.caches[i], x, fed)
                 like = (self.runners[i + 1].input(self._group_slots, 1), fed_like)
@@ -236,7 +240,12 @@ class Engine:
     def tokens(self) -> list[jax.Array]:
         """The slots' last tokens, on their way; `read` waits for them."""
         like = jax.ShapeDtypeStruct((self._group_slots, 2), np.int32)
-        return [self._fetchable(group.fed, like) for group in self._groups]
+        return [self._fetchable(self._fed(group), like) for group in self._groups]
+
+    def _fed(self, group: _Group) -> jax.Array | None:
+        if group.fed is None:
+            group.fed = self.runners[-1].feed()(group.state)
+        return group.fed
 
     def read(self, tokens: Sequence[jax.Array]) -> tuple[np.ndarray, np.ndarray]:
         """Waits for what `tokens` has returned: int32 `[slots]`, and which slots go on, bool."""
@@ -254,11 +263,23 @@ class Engine:
         if not self.loops:
             return self._step_loop(limit)
         runner, (group,) = self.runners[0], self._groups
-        group.caches[0], group.state, group.fed, tokens = runner.loop(self._plan, length)(
-            runner.params, group.caches[0], group.state, np.int32(limit), self.ends, group.values
-        )
         like = jax.ShapeDtypeStruct((self._group_slots, length), np.int32)
-        return np.asarray(self._fetchable(tokens, like))[: self.slots, :limit]
+        # All arguments and results stay where they are: a CUDA graph is made again for others.
+        if limit not in self._limits:
+            self._limits[limit] = runner.place(np.asarray(limit, np.int32))
+        if group.texts is None or group.texts.shape != like.shape:
+            group.texts = runner.place(np.zeros(like.shape, np.int32), by_slot=True)
+        group.caches[0], group.state, group.texts = runner.loop(self._plan, length)(
+            runner.params,
+            group.caches[0],
+            group.state,
+            group.texts,
+            self._limits[limit],
+            self.ends,
+            group.values,
+        )
+        group.fed = None
+        return np.array(self._fetchable(group.texts, like))[: self.slots, :limit]
 
     def _step_loop(self, limit: int) -> np.ndarray:
         """The loop as steps. Those of several stages are all on their way before the first is read;

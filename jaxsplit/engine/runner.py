@@ -185,6 +185,15 @@ class StageRunner:
 
         return jax.jit(make, out_shardings=self.sharding(self._slots))()
 
+    def place(self, tree: Any, *, by_slot: bool = False) -> Any:
+        """NumPy arrays on the devices of the stage, the same on all or split by slots."""
+        if not self.stage.is_local:
+            return tree
+        sharding = self.sharding(self._slots if by_slot else _REPLICATED)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]), tree
+        )
+
     def _program(
         self,
         key: Any,
@@ -303,21 +312,22 @@ class StageRunner:
         return self._program(("finish", plan), finish, specs, out, donate=[1], decode=True)
 
     def loop(self, plan: SamplingPlan, length: int) -> Callable:
-        """Several steps of a model in one stage: `(params, cache, state, limit, ends, values)` to
-        the cache, the state, its feed and the tokens."""
+        """Several steps of a model in one stage: `(params, cache, state, texts, limit, ends,
+        values)` to the cache, the state and the tokens."""
 
-        def loop(params, cache, state, limit, ends, values):
-            sizes = (self.config.vocab, self.context, length)
-            model = self._model(params)
-            cache, state, tokens = steps.decode_loop(
-                model, cache, state, limit, ends, values, plan, *sizes
-            )
-            return cache, state, steps.feed(state), tokens
+        def loop(params, *arguments):
+            sizes = (self.config.vocab, self.context)
+            return steps.decode_loop(self._model(params), *arguments, plan, *sizes)
 
         slots = self._slots
-        specs = [self._param_specs, self._cache_spec, slots, _REPLICATED, _REPLICATED, slots]
-        out = (self._cache_spec, slots, slots, slots)
-        return self._program(("loop", plan, length), loop, specs, out, donate=[1], decode=True)
+        specs = [self._param_specs, self._cache_spec, slots, slots, *[_REPLICATED] * 2, slots]
+        out = (self._cache_spec, slots, slots)
+        key = ("loop", plan, length)
+        return self._program(key, loop, specs, out, donate=[1, 2, 3], decode=True)
+
+    def feed(self) -> Callable:
+        """A state to its `steps.feed`."""
+        return self._program("feed", steps.feed, [self._slots], self._slots)
 
     def input(self, *shape: int) -> jax.ShapeDtypeStruct:
         """The shape and dtype of what the stage before hands over, `[*shape, width]`."""

@@ -164,25 +164,25 @@ def decode_loop(
     model: Decoder,
     cache: Cache,
     state: DecodeState,
+    texts: Array,
     limit: Array,
     ends: Array,
     values: SamplingValues,
     plan: SamplingPlan,
     vocab: int,
     context: int,
-    length: int,
 ) -> tuple[Cache, DecodeState, Array]:
     """Several steps of a model in one stage, without returning to the host.
 
     Args:
+      texts: int32 `[slots, length]`, to be overwritten.
       limit: int32: how many steps, at most `length`; the loop ends sooner when no slot is active.
-      length: the static length of the result.
       model, cache, state, ends, values, plan, vocab, context: as in `decode_step`.
 
     Returns:
       the cache, the state, and the new tokens, int32 `[slots, length]`, -1 where there are none.
     """
-    texts = jnp.full((state.token.shape[0], length), -1, jnp.int32)
+    texts = jnp.full_like(texts, -1)
 
     def unfinished(carry: tuple) -> Array:
         step, _, state, _ = carry
