@@ -61,7 +61,7 @@ class _Tiling:
 
     height: int = 4
     bytes: int = 1024
-    short: int = 2048
+    short: int = 4096
     warps: int = 4
 
 
@@ -187,6 +187,7 @@ def _rows(
             return plgpu.load(ref.at[at])
         return plgpu.load(ref.at[at], mask=inside, other=jnp.zeros((), ref.dtype))
 
+    has_constant = bool(form.offset) or "minimum" in groups
     fma = partial(_fma, interpret=interpret)
     dot4 = partial(_dot4, signed=form.bits == (8,), interpret=interpret)
 
@@ -261,10 +262,27 @@ def _rows(
             shift += bits
         return word
 
-    def multiply(step: Array | int, found: _Found, totals: Sequence[Array]) -> tuple[Array, ...]:
+    def read_scales(step: Array | int) -> list[list[tuple[Array, Array | None]]]:
+        """Of the activations of each part of a step: for each row a scale and perhaps a sum."""
         chunk, of_chunk, inside = places(step)
         first_slice = chunk * (form.chunk // _SLICE) + of_chunk
-        for part in parts:
+
+        def of_part(m: Array, part: list[tuple[int, int]]) -> tuple[Array, Array | None]:
+            weight = first_slice * _SLICE + part[0][0]
+            scale = load(x.scale, m, split(weight, BLOCK)[0], inside)
+            if not has_constant:
+                return scale, None
+            sums, size = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
+            return scale, load(sums, m, split(weight, size)[0], inside)
+
+        return [[of_part(m, part) for m, _ in batch] for part in parts]
+
+    def multiply(
+        step: Array | int, found: _Found, x_scales: list, totals: Sequence[Array]
+    ) -> tuple[Array, ...]:
+        chunk, of_chunk, inside = places(step)
+        first_slice = chunk * (form.chunk // _SLICE) + of_chunk
+        for part, of_rows in zip(parts, x_scales, strict=True):
             entry = {
                 name: found[key_of_group(name, part[0][0])].astype(jnp.float32) for name in groups
             }
@@ -272,21 +290,17 @@ def _rows(
             constant = -form.offset * scale if form.offset else None
             if "minimum" in entry:
                 constant = entry["minimum"] * entry.get("super_minimum", 1)
-            weight = first_slice * _SLICE + part[0][0]
-            sums, of_sums = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
             of_part = [codes(slice_, of_chunk, found) for slice_ in part]
             added = []
-            for (m, _), total in zip(batch, totals, strict=True):
+            for (m, _), (x_scale, of_block), total in zip(batch, of_rows, totals, strict=True):
                 dots = jnp.zeros((tiling.height, units, _SLICE // 4), jnp.int32)
                 for slice_, word in zip(part, of_part, strict=True):
                     at = words(first_slice + slice_[0] // _SLICE)
                     y = load(x.words, jnp.broadcast_to(m, row.shape), at, inside)
                     dots = dot4(word, y, dots)
-                x_scale = load(x.scale, m, split(weight, BLOCK)[0], inside)
                 dots = jnp.sum(dots, axis=-1).astype(jnp.float32)
                 total = fma(dots, x_scale * scale, total)
                 if constant is not None:
-                    of_block = load(sums, m, split(weight, of_sums)[0], inside)
                     total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
                 added.append(total)
             totals = added
@@ -299,27 +313,43 @@ def _rows(
         outboxes = [exchange.outbox(peers, m * out + row) for m, _ in batch]
     zeros = [jnp.zeros(tiling.height, jnp.float32) if o is None else o.zero for o in outboxes]
     totals = tuple(jnp.broadcast_to(zero[:, None], (tiling.height, units)) for zero in zeros)
+    factors = [_inverse_norm(x, m) for m, _ in batch]
+
+    def step(i: Array | int, found: _Found, totals: tuple, following: _Found) -> tuple:
+        x_scales = read_scales(i)
+        if not interpret and (steps == 1 or not ahead):
+            # Else the compiler moves loads down to where they are used, one wait after another.
+            plgpu.debug_barrier()
+        return following, multiply(i, found, x_scales, totals)
+
     if steps == 1:
-        totals = multiply(0, found, totals)
+        _, totals = step(0, found, totals, {})
     elif ahead:
 
-        def step(i: Array, carry: tuple) -> tuple:
-            found, totals = carry
-            return read(jnp.minimum(i + 1, steps - 1)), multiply(i, found, totals)
+        def ahead_step(i: Array, carry: tuple) -> tuple:
+            return step(i, *carry, read(jnp.minimum(i + 1, steps - 1)))
 
-        _, totals = lax.fori_loop(0, steps, step, (found, totals))
+        _, totals = lax.fori_loop(0, steps, ahead_step, (found, totals))
     else:
-        totals = lax.fori_loop(0, steps, lambda i, totals: multiply(i, read(i), totals), totals)
-    for (m, out_row), total, outbox in zip(batch, totals, outboxes, strict=True):
+        totals = lax.fori_loop(0, steps, lambda i, totals: step(i, read(i), totals, {})[1], totals)
+    for (_, out_row), total, factor, outbox in zip(batch, totals, factors, outboxes, strict=True):
         y = jnp.sum(total, axis=1)
-        if x.squares is not None:
-            block = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
-            squares = plgpu.load(x.squares.at[m, block], mask=block < x.squares.shape[1], other=0.0)
-            y *= lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
+        if factor is not None:
+            y *= factor
         at, y = first + jnp.arange(tiling.height), y.astype(out_ref.dtype)
         if outbox is not None:
             y = exchange.send(y, outbox)
         plgpu.store(out_ref.at[out_row, at], y, mask=at < out)
+
+
+def _inverse_norm(x: Rounded, row: Array) -> Array | None:
+    """What products with a row are to be multiplied by."""
+    if x.squares is None:
+        return None
+    part = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
+    inside = part < x.squares.shape[1]
+    squares = plgpu.load(x.squares.at[row, part], mask=inside, other=0.0)
+    return lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
 
 
 def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:

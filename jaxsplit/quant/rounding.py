@@ -127,15 +127,15 @@ class Pending(Late):
             lambda y: y if y.ndim == 1 else y.reshape(-1, columns), (total, *others)
         )
         inputs, structure = jax.tree.flatten(operands)
-        rows, blocks = len(inputs[0]), columns // BLOCK
+        rows, parts = len(inputs[0]), pl.cdiv(columns // BLOCK, _BLOCKS)
         shapes = rounded_shapes(rows, columns)
         if self.epsilon is not None:
-            shapes.append(jax.ShapeDtypeStruct((rows, blocks), jnp.float32))
+            shapes.append(jax.ShapeDtypeStruct((rows, parts), jnp.float32))
         if isinstance(total, Sum):
             shapes.append(jax.ShapeDtypeStruct((rows, columns), total.dtype))
         *results, last = pl.pallas_call(
             partial(_kernel, function=self.function, structure=structure, launch=launch),
-            grid=(rows, pl.cdiv(blocks, _BLOCKS)),
+            grid=(rows, parts),
             out_shape=shapes,
             compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
             interpret=launch.interpret,
@@ -158,8 +158,8 @@ class Rounded:
       scale: float32 `[rows, in / 32]`.
       sums: of 32 values each, likewise.
       half_sums: of 16 values each, `[rows, in / 16]`.
-      squares: sums of so many squares, float32 like `scale`: products are to be divided by the root
-        of their mean; None: they are not.
+      squares: sums of so many squares, float32 `[rows, parts]`: products are to be divided by the
+        root of their mean; None: they are not.
       epsilon, size: of that mean, as in `Pending`.
     """
 
@@ -285,9 +285,9 @@ def _kernel(*refs: jax.Ref, function: Callable[..., Array], structure: Any, laun
         zero = jnp.zeros((), operand.dtype)
         return plgpu.load(operand.at[at], mask=exists, other=zero).astype(jnp.float32)
 
-    values = [load(operand) for operand in operands]
+    others = [load(operand) for operand in operands[1:]]  # before an exchange, not after it
+    values = [load(operands[0]), *others]
     store_rounded(outs[:4], row, block, inside, function(*values))
     for squares_ref in outs[4:]:
-        squares = jnp.sum(values[0] * values[0], axis=-1)
-        squares = jnp.sum(jnp.sum(squares, axis=-1), axis=-1)
-        plgpu.store(squares_ref.at[row, block], squares, mask=inside)
+        squares = jnp.where(exists, values[0] * values[0], 0)
+        plgpu.store(squares_ref.at[row, pl.program_id(1)], jnp.sum(squares))
