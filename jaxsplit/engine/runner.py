@@ -34,6 +34,7 @@ def compiler_options(platform: str | None, *, decode: bool) -> dict[str, Any] | 
         # XLA:CPU's library for reductions takes them out of the fused loop over quantized weights.
         return {"xla_cpu_experimental_ynn_fusion_type": ""}
     if platform in ("gpu", "cuda") and decode:
+        # A loop that is all there is becomes a graph too.
         return {"xla_gpu_enable_command_buffer": _IN_GRAPHS, "xla_gpu_graph_min_graph_size": 1}
     return None
 

@@ -41,9 +41,9 @@ class _Efficiency:
 _EFFICIENCY = {
     False: _Efficiency(few_bits=0.36, bytes=0.88, plain=0.88, matmul=0.5, score_passes=6),
     True: _Efficiency(
-        few_bits=0.64,
-        bytes=0.75,
-        plain=0.87,
+        few_bits=0.73,
+        bytes=0.8,
+        plain=0.9,
         matmul=0.68,
         score_passes=0,
         few_bits_tiles=0.49,
@@ -139,7 +139,8 @@ def prefill_seconds(
 
 def _meeting(kind: DeviceKind, stage: Stage, work: Work) -> float:
     """An all-reduce carries its bytes twice, less what a device has itself; a gather once."""
-    others = stage.mesh.size // stage.mesh.shape["data"] - 1 if kind.exchanges else 1
+    others = stage.mesh.size // stage.mesh.shape["data"] - 1
+    each = kind.meet_seconds * (1 + others / 3 if kind.exchanges else 1)
     sent = 2 * work.collective_bytes["all-reduce"] + work.collective_bytes["all-gather"]
     rate = kind.link * _LINK_EFFICIENCY
-    return sum(work.collectives.values()) * kind.meet_seconds * others + sent / 2 / rate
+    return sum(work.collectives.values()) * each + sent / 2 / rate
