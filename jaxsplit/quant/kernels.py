@@ -315,23 +315,25 @@ def _rows(
     totals = tuple(jnp.broadcast_to(zero[:, None], (tiling.height, units)) for zero in zeros)
     factors = [_inverse_norm(x, m) for m, _ in batch]
 
-    def step(i: Array | int, found: _Found, totals: tuple, following: _Found) -> tuple:
+    def step(i: Array | int, found: _Found, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         x_scales = read_scales(i)
         if not interpret and (steps == 1 or not ahead):
             # Else the compiler moves loads down to where they are used, one wait after another.
+            # Words of activations, which all multiplications need, are read behind it.
             plgpu.debug_barrier()
-        return following, multiply(i, found, x_scales, totals)
+        return multiply(i, found, x_scales, totals)
 
     if steps == 1:
-        _, totals = step(0, found, totals, {})
+        totals = step(0, found, totals)
     elif ahead:
 
-        def ahead_step(i: Array, carry: tuple) -> tuple:
-            return step(i, *carry, read(jnp.minimum(i + 1, steps - 1)))
+        def step_and_read(i: Array, carry: tuple) -> tuple:
+            following = read(jnp.minimum(i + 1, steps - 1))
+            return following, step(i, *carry)
 
-        _, totals = lax.fori_loop(0, steps, ahead_step, (found, totals))
+        _, totals = lax.fori_loop(0, steps, step_and_read, (found, totals))
     else:
-        totals = lax.fori_loop(0, steps, lambda i, totals: step(i, read(i), totals, {})[1], totals)
+        totals = lax.fori_loop(0, steps, lambda i, totals: step(i, read(i), totals), totals)
     for (_, out_row), total, factor, outbox in zip(batch, totals, factors, outboxes, strict=True):
         y = jnp.sum(total, axis=1)
         if factor is not None:
