@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxsplit.engine import compiler_options
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.parallel import make_mailboxes
-from jaxsplit.quant import Arithmetic, Peers, exchange
+from jaxsplit.quant import Arithmetic, Peers, exchange, two_shot
 
 
 def seconds(run: Callable[[], Any], repeat: int = 3) -> float:
@@ -77,7 +77,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
     owner, table = _Owner(), None
     if kernels:
         if Arithmetic.on(mesh.devices.flat[0]).kernels:
-            room = functools.partial(exchange.mailbox_bytes, most=0 if few else numbers)
+            room = functools.partial(two_shot.mailbox_bytes, most=0 if few else numbers)
             table = make_mailboxes(mesh, axes, room, owner)
         if table is None:
             return None
@@ -88,7 +88,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
                 x = lax.psum(x, axes)
             else:
                 peers = Peers(table.reshape(-1), axes, 0 if few else numbers)
-                x = (exchange.total if few else exchange.total_of_many)(x, peers)
+                x = (exchange.total if few else two_shot.total)(x, peers)
             x = x * jnp.asarray(1 / mesh.size, dtype)
         return x
 

@@ -11,7 +11,7 @@ from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.quant import Arithmetic, Launch, Peers, Pending, Product, Sum, exchange
+from jaxsplit.quant import Arithmetic, Launch, Peers, Pending, Product, Sum, exchange, two_shot
 
 AXIS = ("tensor",)
 WIDE = make_recipe("wide", heads=8, kv_heads=2, embed=512)
@@ -45,10 +45,8 @@ def test_sums_are_the_same_on_all_devices(devices, shape):
 def test_sums_of_many_are_the_same_on_all_devices(devices, size):
     x = jnp.asarray(fresh_rng().normal(size=(devices, 3, size)), jnp.bfloat16)
     most = 3 * size
-    assert exchange.supports_many(most, x.dtype, Peers(np.zeros(1 + 2 * devices), AXIS, most))
-    found = on_devices(
-        devices, lambda x, peers: exchange.total_of_many(x, peers, interpret=True), x
-    )
+    assert two_shot.supports(most, x.dtype, Peers(np.zeros(1 + 2 * devices), AXIS, most))
+    found = on_devices(devices, lambda x, peers: two_shot.total(x, peers, interpret=True), x)
     assert (found == found[0]).all()
     exact = np.asarray(x.astype(jnp.float32)).sum(axis=0, dtype=np.float64)
     assert nmse(found[0].astype(np.float32), exact) <= 1e-5

@@ -17,7 +17,7 @@ from jaxsplit.engine.sampling import SamplingPlan
 from jaxsplit.models import Axis, Cache, Decoder, ModelConfig, axis_rules, init_cache
 from jaxsplit.models.axes import SLOTS, use_peers
 from jaxsplit.parallel import Stage, make_mailboxes
-from jaxsplit.quant import PLAIN, Arithmetic, Peers, exchange, use_arithmetic
+from jaxsplit.quant import PLAIN, Arithmetic, Peers, two_shot, use_arithmetic
 
 CHUNKS = (32, 128, 512, 2048)
 """Lengths for which prefill is compiled."""
@@ -54,7 +54,7 @@ def _exchanged(config: ModelConfig, context: int) -> int:
 
 def mailbox_bytes(config: ModelConfig, context: int, devices: int) -> int:
     """Of each of so many devices whose kernels exchange numbers."""
-    return exchange.mailbox_bytes(devices, _exchanged(config, context))
+    return two_shot.mailbox_bytes(devices, _exchanged(config, context))
 
 
 def stage_cache(

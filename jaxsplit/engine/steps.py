@@ -175,14 +175,14 @@ def decode_loop(
     """Several steps of a model in one stage, without returning to the host.
 
     Args:
-      texts: int32 `[slots, length]`, to be overwritten.
+      texts: int32 `[slots, length]`, at least -1, to be overwritten.
       limit: int32: how many steps, at most `length`; the loop ends sooner when no slot is active.
       model, cache, state, ends, values, plan, vocab, context: as in `decode_step`.
 
     Returns:
       the cache, the state, and the new tokens, int32 `[slots, length]`, -1 where there are none.
     """
-    texts = jnp.full_like(texts, -1)
+    texts = jnp.minimum(texts, -1)  # which reads it: an argument that nothing reads has no place
 
     def unfinished(carry: tuple) -> Array:
         step, _, state, _ = carry

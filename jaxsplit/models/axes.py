@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.quant import Peers, active_arithmetic, exchange
+from jaxsplit.quant import Peers, active_arithmetic, exchange, two_shot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +170,8 @@ def sum_over(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Array
     automatic = jnp.bfloat16 if many and addend_of == jnp.bfloat16 else jnp.float32
     sent = x.astype(rules.reduce_dtype or automatic)
     peers = _peers_over(*axes)
-    if peers is not None and exchange.supports_many(sent.size, sent.dtype, peers):
-        return exchange.total_of_many(sent, peers, interpret=interpret).astype(x.dtype)
+    if peers is not None and two_shot.supports(sent.size, sent.dtype, peers):
+        return two_shot.total(sent, peers, interpret=interpret).astype(x.dtype)
     return lax.psum(sent, mesh_axes).astype(x.dtype)
 
 

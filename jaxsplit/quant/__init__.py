@@ -1,6 +1,6 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
-from jaxsplit.quant import exchange, float8
+from jaxsplit.quant import exchange, float8, two_shot
 from jaxsplit.quant.exchange import Peers
 from jaxsplit.quant.forms import (
     Form,
@@ -75,6 +75,7 @@ __all__ = [
     "rounded_shapes",
     "store_rounded",
     "take_rows",
+    "two_shot",
     "unpack",
     "use_arithmetic",
     "computed",

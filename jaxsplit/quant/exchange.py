@@ -1,11 +1,9 @@
-"""Sums and gathers inside kernels: devices write to one another's memory.
+"""Sums and gathers of a few numbers inside kernels: devices write to one another's memory.
 
-Each device has a mailbox that the others can write to (`jaxsplit.parallel.mailboxes`). Of a few
-numbers, each travels together with a count that tells which exchange it belongs to, in one access
-of 8 bytes, and the reader looks until the count is there: no other signal is needed, and an
-exchange costs the time of one write over the link. (The protocol that NCCL calls LL.) Many numbers
-are written first, and the count after them, so that little else than numbers crosses the link; each
-device adds up a part of them and sends the others its sums, as in a ring but without going around.
+Each device has a mailbox that the others can write to (`jaxsplit.parallel.mailboxes`). A number
+travels together with a count that tells which exchange it belongs to, in one access of 8 bytes, and
+the reader looks until the count is there: no other signal is needed, and an exchange costs the time
+of one write over the link. (The protocol that NCCL calls LL.) Many numbers: `two_shot`.
 
 Two exchanges in turn use different halves of a mailbox. A device begins the one after those only
 when it has the numbers of all others for the second, which they write when they have read all of
@@ -33,14 +31,13 @@ PROGRAMS = 128
 PATIENCE = 2**26
 """Looks for a number before a kernel gives up with an error: half a minute or more."""
 
-_STRIDE = 8 * PROGRAMS * WIDTH
-"""Bytes of a mailbox from a sender's numbers to those of the next."""
+WARPS = 4
+"""Of kernels that exchange numbers."""
 
-_WARPS = 4
-_THREADS = 32 * _WARPS
-_PACK = WIDTH // _THREADS  # numbers of a thread, whose accesses are under way together
-_WORDS = 16  # of a thread where there are many numbers, two in each
-_TILE = 2 * _WORDS * _THREADS
+THREADS = 32 * WARPS
+
+_STRIDE = 8 * PROGRAMS * WIDTH  # bytes of a mailbox from a sender's numbers to those of the next
+_PACK = WIDTH // THREADS  # numbers of a thread, whose accesses are under way together
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +49,7 @@ class Peers:
       table: this device's place among them, then the addresses of the mailboxes of this device and
         of those after it, in turn, two words each with the lower first: uint32 `[1 + 2 * devices]`.
       axes: the mesh axes along which they lie.
-      most: numbers of 2 bytes for which mailboxes have room.
+      most: numbers of 2 bytes for which mailboxes have room, after those of an exchange.
     """
 
     table: Array
@@ -65,35 +62,15 @@ class Peers:
         return self.table.shape[-1] // 2
 
 
-def _few_bytes(devices: int) -> int:
-    """A count for each number, and two places of 8 bytes for those of each device."""
+def mailbox_bytes(devices: int) -> int:
+    """Of one device of so many: a count for each number, and two places of 8 bytes for those of
+    each device."""
     return PROGRAMS * WIDTH * (4 + 2 * 8 * devices)
-
-
-def mailbox_bytes(devices: int, most: int) -> int:
-    """Of one device: room for a few numbers, then for many.
-
-    Args:
-      devices: that exchange numbers.
-      most: numbers of 2 bytes.
-    """
-    threads = _tiles(most, devices) * _THREADS
-    return _few_bytes(devices) + 4 * threads * (1 + 2 * devices * (1 + _WORDS))
-
-
-def _tiles(size: int, devices: int) -> int:
-    """Those of the part of so many numbers that each device adds up."""
-    return pl.cdiv(size, devices * _TILE)
 
 
 def supports(size: int) -> bool:
     """Whether so few numbers can be exchanged."""
     return pl.cdiv(size, WIDTH) <= PROGRAMS
-
-
-def supports_many(size: int, dtype: jnp.dtype, peers: Peers) -> bool:
-    """Whether the sum of so many numbers can be exchanged."""
-    return jnp.dtype(dtype).itemsize == 2 and size <= peers.most
 
 
 def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
@@ -116,19 +93,6 @@ def total(x: Array, peers: Peers, *, sent: bool = False, interpret: bool = False
     return y.astype(x.dtype).reshape(x.shape)
 
 
-def total_of_many(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
-    """As `total`, of a number of bfloat16 or float16 that is supported."""
-    y = pl.pallas_call(
-        partial(_many_kernel, axes=peers.axes, most=peers.most, interpret=interpret),
-        grid=(_tiles(x.size, peers.count),),
-        out_shape=jax.ShapeDtypeStruct((x.size,), x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
-        interpret=interpret,
-        name="exchange_many",
-    )(x.reshape(-1), peers.table)
-    return y.reshape(x.shape)
-
-
 def _exchange(
     x: Array, peers: Peers, shape: tuple[int, ...], interpret: bool, sent: bool = False
 ) -> Array:
@@ -136,7 +100,7 @@ def _exchange(
         partial(_kernel, axes=peers.axes, interpret=interpret, sent=sent),
         grid=(pl.cdiv(x.size, WIDTH),),
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="exchange",
     )(x.reshape(-1), peers.table)
@@ -207,13 +171,13 @@ def _begin(
 ) -> list[Array]:
     """Sends numbers, if they are not sent yet: the operands with which others are received."""
     at = program * WIDTH + place
-    mine = _address(peers.table, 0, at.shape)
+    mine = address_of(peers.table, 0, at.shape)
     me = jnp.full(at.shape, peers.table[0].astype(jnp.int32))
     count = _packed(_TICK, *mine, at * 4)
     first, bits = _offset(peers, count, at), lax.bitcast_convert_type(x, jnp.int32)
     if not sent:
         for step in range(1, peers.count):
-            address = _address(peers.table, step, at.shape)
+            address = address_of(peers.table, step, at.shape)
             bits = _packed(_SEND, *address, first + me * _STRIDE, bits, count)
     return [*mine, first, bits, count, me]
 
@@ -241,9 +205,9 @@ def outbox(peers: Peers, at: Array) -> Outbox:
       peers: with the reference to the table.
       at: of each number its place among all, `program * WIDTH + place` in the exchange.
     """
-    count = _packed(_LOOK, *_address(peers.table, 0, at.shape), at * 4, pack=1)
+    count = _packed(_LOOK, *address_of(peers.table, 0, at.shape), at * 4, pack=1)
     offset = _offset(peers, count, at) + peers.table[0].astype(jnp.int32) * _STRIDE
-    addresses = [_address(peers.table, step, at.shape) for step in range(1, peers.count)]
+    addresses = [address_of(peers.table, step, at.shape) for step in range(1, peers.count)]
     words = [offset, count, *itertools.chain(*addresses)]
     # Zeros unless all words are -1, which the compiler does not know.
     every = [f"and.b32 $0, $0, ${i + 1};" for i in range(1, len(words))]
@@ -275,7 +239,7 @@ def _offset(peers: Peers, count: Array, at: Array) -> Array:
     return _STRIDE // 2 + (count & 1) * (peers.count * _STRIDE) + 8 * at
 
 
-def _address(table: jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
+def address_of(table: jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
     """Of the mailbox of the device so many places after this one, for each number: the lower and
     the upper word."""
     return [jnp.full(shape, table[1 + 2 * step + word]) for word in range(2)]
@@ -332,18 +296,7 @@ _SEND = (
 
 def _received(senders: Sequence[int]) -> list[str]:
     """Looks until the numbers of some devices are there, all at once, and adds them up."""
-    lines = [
-        ".reg .pred late, never, own;",
-        ".reg .b32 looks;",
-        *[f".reg .b32 s{sender}_#;\n.reg .b64 r{sender}_#;" for sender in senders],
-        "mov.b32 looks, 0;",
-        "again:",
-        "add.u32 looks, looks, 1;",
-        f"setp.gt.u32 never, looks, {PATIENCE};",
-        "@never trap;",
-        *[f"ld.relaxed.sys.global.b64 r{s}_#, [a#+{s * _STRIDE}];" for s in senders],
-        "setp.ne.u32 late, looks, looks;",
-    ]
+    lines = [f"ld.relaxed.sys.global.b64 r{s}_#, [a#+{s * _STRIDE}];" for s in senders]
     for sender in senders:
         lines += [
             f"mov.b64 {{s{sender}_#, v#}}, r{sender}_#;",
@@ -351,173 +304,26 @@ def _received(senders: Sequence[int]) -> list[str]:
             "selp.b32 v#, %y, v#, own; setp.ne.or.u32 late, v#, %y, late;",
         ]
     first, *others = senders
-    lines += ["@late bra again;", f"mov.b32 %z, s{first}_#;"]
-    return lines + [f"add.rn.f32 %z, %z, s{sender}_#;" for sender in others]
-
-
-def _many_kernel(
-    x_ref: jax.Ref,
-    table: jax.Ref,
-    out_ref: jax.Ref,
-    *,
-    axes: tuple[str, ...],
-    most: int,
-    interpret: bool,
-) -> None:
-    """The sums of a tile of this device's part, and those of the others' parts."""
-    peers = Peers(table, axes, most)
-    me = lax.axis_index(axes) if interpret else table[0].astype(jnp.int32)
-    devices = peers.count
-    size, tiles, tile = x_ref.shape[0], pl.num_programs(0), pl.program_id(0)
-
-    def places(step: int) -> tuple[Array, Array]:
-        """Of the tile in the part of the device so many places after this one."""
-        at = ((me + step) % devices * tiles + tile) * _TILE + jnp.arange(_TILE)
-        return at, at < size
-
-    def load(step: int) -> Array:
-        at, inside = places(step)
-        return plgpu.load(x_ref.at[at], mask=inside, other=jnp.zeros((), x_ref.dtype))
-
-    def store(step: int, sums: Array) -> None:
-        at, inside = places(step)
-        plgpu.store(out_ref.at[at], sums, mask=inside)
-
-    def swap(tiles: Sequence[Array]) -> list[Array]:
-        """A tile for each step, or the same for all, to the device so many places after this one:
-        those of the devices so many places before."""
-        if not interpret:
-            return _swap_tiles(tiles, peers)
-        tos = [[(d, (d + step) % devices) for d in range(devices)] for step in steps]
-        return [lax.ppermute(tiles[i % len(tiles)], axes, to) for i, to in enumerate(tos)]
-
-    steps, sums = range(1, devices), load(0).astype(jnp.float32)
-    for other in swap([load(step) for step in steps]):
-        sums += other.astype(jnp.float32)
-    sums = sums.astype(out_ref.dtype)
-    store(0, sums)
-    for step, other in zip(steps, swap([sums]), strict=True):
-        store(-step, other)
-
-
-def _swap_tiles(tiles: Sequence[Array], peers: Peers) -> list[Array]:
-    """`swap` in `_many_kernel`.
-
-    A thread writes its words to all others, then a count behind them, and looks for the others'
-    counts. After the room for a few numbers, mailboxes have, for each thread of the grid: a count
-    of swaps; the counts of odd and even ones by sender; and their words, likewise.
-    """
-    devices, (size, dtype) = peers.count, (tiles[0].shape, tiles[0].dtype)
-    threads = _tiles(peers.most, devices) * _THREADS
-    counts = _few_bytes(devices)
-    flags = counts + 4 * threads
-    words = flags + 4 * threads * 2 * devices
-    mine = _address(peers.table, 0, size)
-    me = jnp.full(size, peers.table[0].astype(jnp.int32))
-    theirs = [_address(peers.table, step, size) for step in range(1, devices)]
-
-    def quarters(base: str) -> list[str]:
-        return [f"[{base}+{words + 16 * _THREADS * k}]" for k in range(_WORDS // 4)]
-
-    def four(first: int, k: int) -> str:
-        return "{" + ", ".join(f"${first + 4 * k + i}" for i in range(4)) + "}"
-
-    def slot(mailbox: str, sender: str) -> list[str]:
-        """`a` of the count and `b` of the words of a sender in the mailbox of a device."""
-        return [
-            f"mad.lo.u32 place, half, {devices}, {sender};",
-            f"mad.lo.u32 place, place, {threads // _THREADS}, tile;",
-            f"mad.lo.u32 index, place, {_THREADS}, thread;",
-            f"mad.wide.u32 a, index, 4, {mailbox};",
-            f"mad.lo.u32 index, place, {_THREADS * _WORDS // 4}, thread;",
-            f"mad.wide.u32 b, index, 16, {mailbox};",
-        ]
-
-    def before(step: int) -> list[str]:
-        """`sender`: the device so many places before this one."""
-        return [
-            f"add.u32 sender, me, {devices - step};",
-            f"setp.ge.u32 round, sender, {devices};",
-            f"@round sub.u32 sender, sender, {devices};",
-        ]
-
-    begin = [
-        ".reg .pred late, never, round;",
-        ".reg .b64 mailbox, a, b;",
-        ".reg .b32 tile, thread, count, half, place, index, found, looks, sender, me;",
-        "mov.u32 tile, %ctaid.x;",
-        "mov.u32 thread, %tid.x;",
+    return [
+        ".reg .pred own;",
+        *[f".reg .b32 s{sender}_#;\n.reg .b64 r{sender}_#;" for sender in senders],
+        *until_found(lines),
+        f"mov.b32 %z, s{first}_#;",
+        *[f"add.rn.f32 %z, %z, s{sender}_#;" for sender in others],
     ]
 
-    def run(lines: Sequence[str], tiles: Sequence[Array], numbers: Sequence[Array]) -> Array:
-        """Instructions of a thread; a register holds two of the tiles' numbers, or one of the
-        others. The results are the first `_WORDS` registers."""
-        inputs = _WORDS * len(tiles) + 2 * _WORDS * len(numbers)
-        [y] = plgpu.elementwise_inline_asm(
-            "\n".join(["{", *begin, *lines, "}"]),
-            args=[*tiles, *numbers],
-            constraints=",".join(["=&r"] * _WORDS + ["r"] * inputs),
-            pack=2 * _WORDS,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(size, dtype)],
-        )
-        return y
 
-    def number(i: int, tiles: int) -> str:
-        """The register of one of the numbers."""
-        return f"${_WORDS * (1 + tiles) + 2 * _WORDS * i}"
-
-    def mailbox(i: int, tiles: int) -> str:
-        return f"mov.b64 mailbox, {{{number(i, tiles)}, {number(i + 1, tiles)}}};"
-
-    given = len(tiles)
-    lines = [
-        f"mov.b32 me, {number(0, given)};",
-        mailbox(1, given),
-        f"mad.lo.u32 index, tile, {_THREADS}, thread;",
-        "mad.wide.u32 a, index, 4, mailbox;",
-        f"ld.relaxed.sys.global.b32 count, [a+{counts}];",
-        "add.u32 count, count, 1;",
-        f"st.relaxed.sys.global.b32 [a+{counts}], count;",
-        "and.b32 half, count, 1;",
-    ]
-    for i in range(devices - 1):
-        lines += [mailbox(3 + 2 * i, given), *slot("mailbox", "me")]
-        first = _WORDS * (1 + i % given)
-        lines += [f"st.global.v4.b32 {at}, {four(first, k)};" for k, at in enumerate(quarters("b"))]
-    lines += ["fence.acq_rel.sys;"]
-    for i in range(devices - 1):
-        lines += [mailbox(3 + 2 * i, given), *slot("mailbox", "me")]
-        lines += [f"st.relaxed.sys.global.b32 [a+{flags}], count;"]
-    lines += [
-        mailbox(1, given),
+def until_found(lines: Sequence[str]) -> list[str]:
+    """Instructions, run again until none of them has found that a number is `late`."""
+    return [
+        ".reg .pred late, never;",
+        ".reg .b32 looks;",
         "mov.b32 looks, 0;",
         "again:",
         "add.u32 looks, looks, 1;",
         f"setp.gt.u32 never, looks, {PATIENCE};",
         "@never trap;",
         "setp.ne.u32 late, looks, looks;",
+        *lines,
+        "@late bra again;",
     ]
-    lines += [f".reg .b32 found{step};" for step in range(1, devices)]
-    for step in range(1, devices):
-        lines += [*before(step), *slot("mailbox", "sender")]
-        lines += [f"ld.relaxed.sys.global.b32 found{step}, [a+{flags}];"]
-    lines += [f"setp.ne.or.u32 late, found{step}, count, late;" for step in range(1, devices)]
-    lines += ["@late bra again;", "fence.acq_rel.sys;"]
-    lines += [f"mov.b32 ${k}, half;" for k in range(_WORDS)]
-    half = run(lines, tiles, [me, *mine, *itertools.chain(*theirs)])
-
-    received = []
-    for step in range(1, devices):
-        lines = [
-            f"mov.b32 half, ${_WORDS};",
-            f"mov.b32 me, {number(0, 1)};",
-            mailbox(1, 1),
-            *before(step),
-            *slot("mailbox", "sender"),
-            *[
-                f"ld.relaxed.sys.global.v4.b32 {four(0, k)}, {at};"
-                for k, at in enumerate(quarters("b"))
-            ],
-        ]
-        received.append(run(lines, [half], [me, *mine]))
-    return received
