@@ -126,10 +126,14 @@ def _kernel(
     """
     x, weights, experts, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     first, pair = 0, pl.program_id(0)
+
+    def some_rows(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
+        row = program * tiling.height
+        _Rows(x, w, experts, row, pair, tiling, interpret).multiply(out_ref, peers)
+
     for w, out_ref, count in zip(weights, refs[structure.num_leaves :], programs, strict=True):
         program = pl.program_id(1) - first
-        first_row = program * tiling.height
-        multiply = partial(_rows, x, w, experts, peers, out_ref, first_row, pair, tiling, interpret)
+        multiply = partial(some_rows, w, out_ref, program)
         if len(weights) == 1:
             multiply()
         else:
@@ -137,121 +141,250 @@ def _kernel(
         first += count
 
 
-def _rows(
-    x: Rounded,
-    w: QTensor,
-    experts: jax.Ref | None,
-    peers: exchange.Peers | None,
-    out_ref: jax.Ref,
-    first: Array,
-    pair: Array,
-    tiling: _Tiling,
-    interpret: bool,
-) -> None:
-    """The products of some rows of `w`, from the row `first` on.
+class _Steps:
+    """How rows of a matrix are multiplied: in steps, each of some units.
 
-    A step multiplies some units: a chunk where it is short, else 16 bytes of the first plane, with
-    what belongs to the same weights in the other planes. A unit is made of slices: 16 neighbouring
-    weights each.
+    A unit is a chunk where it is short, else 16 bytes of the first plane, with what belongs to the
+    same weights in the other planes. It is made of slices: 16 neighbouring weights each.
+
+    Args:
+      w: the matrix.
+      tiling: of the work.
+
+    Attributes:
+      count: of steps.
+      units: of a step.
+      whole: whether all steps have all units.
+      ahead: a step is read in the one before; where there are more planes that takes too many
+        registers.
+      groups: what `w` has for groups of weights.
+      slices: for each of a unit, its first weight and its first byte in the first plane.
+      parts: slices that share scales, which are added up before they are scaled.
     """
-    form, (*_, out, columns) = w.form, w.shape
-    pieces = 8 // form.bits[0]
-    size = form.chunk // pieces  # bytes of a chunk in the first plane
-    unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
-    per_chunk = size // unit_bytes
-    count = columns // form.chunk * per_chunk
-    step_bytes = tiling.bytes if count * unit_bytes > tiling.short else tiling.short
-    units = min(step_bytes // unit_bytes, pl.next_power_of_2(count))
-    steps = pl.cdiv(count, units)
-    run = min(BLOCK, columns // w.scale.shape[-1])
-    groups = {name: getattr(w, name) for name in GROUPS if getattr(w, name) is not None}
-    slices = [(p * size + b, b) for p in range(pieces) for b in range(0, unit_bytes, _SLICE)]
-    # Slices that share scales are added up before they are scaled.
-    together = run if per_chunk == 1 else _SLICE
-    parts = [list(part) for _, part in itertools.groupby(slices, lambda s: s[0] // together)]
-    row = jnp.minimum(first + jnp.arange(tiling.height), out - 1)
-    stack: tuple[Array, ...] = ()
-    batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(x.words.shape[0])]  # rows of x, out
-    if experts is not None:
-        stack = (experts[pair],)
-        batch = [(pair // (experts.shape[0] // x.words.shape[0]), pair)]
 
-    def load(ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
+    def __init__(self, w: QTensor, tiling: _Tiling):
+        self.form, self.columns = w.form, w.shape[-1]
+        pieces = 8 // self.form.bits[0]
+        size = self.form.chunk // pieces  # bytes of a chunk in the first plane
+        unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
+        self.per_chunk = size // unit_bytes
+        self._all = self.columns // self.form.chunk * self.per_chunk  # units of a row
+        step_bytes = tiling.bytes if self._all * unit_bytes > tiling.short else tiling.short
+        self.units = min(step_bytes // unit_bytes, pl.next_power_of_2(self._all))
+        self.count, self.whole = pl.cdiv(self._all, self.units), self._all % self.units == 0
+        self.ahead = len(self.form.bits) == 1
+        self.groups = {name: getattr(w, name) for name in GROUPS if getattr(w, name) is not None}
+        starts = range(0, unit_bytes, _SLICE)
+        self.slices = [(p * size + b, b) for p in range(pieces) for b in starts]
+        shared = min(BLOCK, self.columns // w.scale.shape[-1]) if self.per_chunk == 1 else _SLICE
+        parts = itertools.groupby(self.slices, lambda s: s[0] // shared)
+        self.parts = [list(part) for _, part in parts]
+
+    def places(self, step: Array | int) -> tuple[Array, Array, Array]:
+        """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
+        unit = step * self.units + jnp.arange(self.units)
+        return *split(unit, self.per_chunk), unit < self._all
+
+    def first_slices(self, step: Array | int) -> Array:
+        """Of a step's units, each the first."""
+        chunk, of_chunk, _ = self.places(step)
+        return chunk * (self.form.chunk // _SLICE) + of_chunk
+
+    def in_plane(self, bits: int, of_chunk: Array, weight: int) -> tuple[Array | int, Array | int]:
+        """Where a slice is in a chunk of a plane: by how much its codes are shifted, and which 16
+        bytes they are, or bytes where a piece has fewer; `of_chunk` is the unit's place."""
+        plane_size = self.form.chunk * bits // 8
+        if plane_size < _SLICE:
+            at = (of_chunk * _SLICE)[:, None] + weight + 4 * jnp.arange(_SLICE // 4)
+            piece, place = split(at, plane_size)
+        else:
+            at = weight // _SLICE if self.per_chunk == 1 else of_chunk + weight // _SLICE
+            piece, place = split(at, plane_size // _SLICE)
+        return piece * bits, place
+
+    def key_of_codes(
+        self, plane: int, place: Array | int, slice_: tuple[int, int]
+    ) -> tuple[str, int]:
+        """By which a plane's part of a slice is found: slices share 16 bytes in a narrow plane."""
+        return f"codes {plane}", place if isinstance(place, int) else slice_[1]
+
+    def key_of_group(self, name: str, weight: int) -> tuple[str, int]:
+        """By which what a group has is found, with a weight of it."""
+        length = self.columns // self.groups[name].shape[-1]
+        return name, 0 if self.per_chunk == 1 and length >= self.form.chunk else weight
+
+
+class _Rows:
+    """The products of some rows of a matrix, in a kernel.
+
+    Args:
+      x: activations.
+      w: the matrix, or a stack.
+      experts: as in `products`.
+      first: of the rows.
+      pair: of activations and expert.
+      tiling: of the work.
+      interpret: as in `products`.
+    """
+
+    def __init__(
+        self,
+        x: Rounded,
+        w: QTensor,
+        experts: jax.Ref | None,
+        first: Array,
+        pair: Array,
+        tiling: _Tiling,
+        interpret: bool,
+    ):
+        self.x, self.w, self.interpret = x, w, interpret
+        self.steps, self.height, self.out = _Steps(w, tiling), tiling.height, w.shape[-2]
+        self.first = first
+        self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
+        self.stack: tuple[Array, ...] = ()
+        rows = x.words.shape[0]
+        self.batch = [
+            (jnp.asarray(m), jnp.asarray(m)) for m in range(rows)
+        ]  # rows of x, of results
+        if experts is not None:
+            self.stack = (experts[pair],)
+            self.batch = [(pair // (experts.shape[0] // rows), pair)]
+
+    def multiply(self, out_ref: jax.Ref, peers: exchange.Peers | None) -> None:
+        """All steps; results are stored, and sent to peers."""
+        steps = self.steps
+        found = self._read(0) if steps.ahead or steps.count == 1 else {}
+        outboxes: list[exchange.Outbox | None] = [None] * len(self.batch)
+        if peers is not None and not self.interpret:
+            outboxes = [exchange.outbox(peers, m * self.out + self.row) for m, _ in self.batch]
+        zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in outboxes]
+        shape = (self.height, steps.units)
+        totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
+        factors = [_inverse_norm(self.x, m) for m, _ in self.batch]
+        if steps.count == 1:
+            totals = self._step(0, found, totals)
+        elif steps.ahead:
+
+            def step_and_read(i: Array, carry: tuple) -> tuple:
+                following = self._read(jnp.minimum(i + 1, steps.count - 1))
+                return following, self._step(i, *carry)
+
+            _, totals = lax.fori_loop(0, steps.count, step_and_read, (found, totals))
+        else:
+
+            def read_and_step(i: Array, totals: tuple) -> tuple:
+                return self._step(i, self._read(i), totals)
+
+            totals = lax.fori_loop(0, steps.count, read_and_step, totals)
+        for (_, row), total, factor, outbox in zip(
+            self.batch, totals, factors, outboxes, strict=True
+        ):
+            y = jnp.sum(total, axis=1)
+            if factor is not None:
+                y *= factor
+            at, y = self.first + jnp.arange(self.height), y.astype(out_ref.dtype)
+            if outbox is not None:
+                y = exchange.send(y, outbox)
+            plgpu.store(out_ref.at[row, at], y, mask=at < self.out)
+
+    def _load(self, ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
         """Elements `[*row.shape, units, ...]`."""
         inside = inside.reshape(-1, *[1] * (index.ndim - 1))
         shape = (*row.shape, *index.shape)
         row = jnp.broadcast_to(row.reshape(*row.shape, *[1] * index.ndim), shape)
         index, inside = (jnp.broadcast_to(a, shape) for a in (index, inside))
-        at = (*stack, row, index) if ref.ndim == 3 else (row, index)
-        if count % units == 0:
+        at = (*self.stack, row, index) if ref.ndim == 3 else (row, index)
+        if self.steps.whole:
             return plgpu.load(ref.at[at])
         return plgpu.load(ref.at[at], mask=inside, other=jnp.zeros((), ref.dtype))
 
-    has_constant = bool(form.offset) or "minimum" in groups
-    fma = partial(_fma, interpret=interpret)
-    dot4 = partial(_dot4, signed=form.bits == (8,), interpret=interpret)
-
-    def words(slice_: Array) -> Array:
-        """Indices `[units, 4]` of the words of 16 bytes, as a product that tells the compiler of
-        their alignment."""
-        return (slice_ * (_SLICE // 4))[:, None] + jnp.arange(_SLICE // 4)
-
-    def in_plane(bits: int, of_chunk: Array, weight: int) -> tuple[Array | int, Array | int]:
-        """Where a slice is in a chunk of a plane: by how much its codes are shifted, and which 16
-        bytes they are, or bytes where a piece has fewer; `of_chunk` is the unit's place."""
-        plane_size = form.chunk * bits // 8
-        if plane_size < _SLICE:
-            at = (of_chunk * _SLICE)[:, None] + weight + 4 * jnp.arange(_SLICE // 4)
-            piece, place = split(at, plane_size)
-        else:
-            at = weight // _SLICE if per_chunk == 1 else of_chunk + weight // _SLICE
-            piece, place = split(at, plane_size // _SLICE)
-        return piece * bits, place
-
-    def places(step: Array | int) -> tuple[Array, Array, Array]:
-        """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
-        unit = step * units + jnp.arange(units)
-        return *split(unit, per_chunk), unit < count
-
-    def key_of_codes(plane: int, place: Array | int, slice_: tuple[int, int]) -> tuple[str, int]:
-        """By which a plane's part of a slice is found: slices share 16 bytes in a narrow plane."""
-        return f"codes {plane}", place if isinstance(place, int) else slice_[1]
-
-    def key_of_group(name: str, weight: int) -> tuple[str, int]:
-        """By which what a group has is found, with a weight of it."""
-        shared = per_chunk == 1 and columns // groups[name].shape[-1] >= form.chunk
-        return name, 0 if shared else weight
-
-    def read(step: Array | int) -> _Found:
+    def _read(self, step: Array | int) -> _Found:
         """What a step needs of the matrix."""
-        chunk, of_chunk, inside = places(step)
+        steps, form = self.steps, self.steps.form
+        chunk, of_chunk, inside = steps.places(step)
         found: _Found = {}
-        for slice_ in slices:
-            for i, (ref, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
+        for slice_ in steps.slices:
+            for i, (ref, bits) in enumerate(zip(self.w.codes, form.bits, strict=True)):
                 plane_size = form.chunk * bits // 8
-                _, place = in_plane(bits, of_chunk, slice_[0])
-                key = key_of_codes(i, place, slice_)
+                _, place = steps.in_plane(bits, of_chunk, slice_[0])
+                key = steps.key_of_codes(i, place, slice_)
                 if plane_size < _SLICE:
                     index = (chunk * (plane_size // 4))[:, None] + (place >> 2)
                 else:
-                    index = words(chunk * (plane_size // _SLICE) + place)
+                    index = _words(chunk * (plane_size // _SLICE) + place)
                 if key not in found:
-                    found[key] = load(ref, row, index, inside)
-        weight = (chunk * (form.chunk // _SLICE) + of_chunk) * _SLICE
-        for name, ref in groups.items():
-            for part in parts:
-                key = key_of_group(name, part[0][0])
+                    found[key] = self._load(ref, self.row, index, inside)
+        weight = steps.first_slices(step) * _SLICE
+        for name, ref in steps.groups.items():
+            for part in steps.parts:
+                key = steps.key_of_group(name, part[0][0])
                 if key not in found:
-                    group = split(weight + key[1], columns // ref.shape[-1])[0]
-                    found[key] = load(ref, row, group, inside)
+                    group = split(weight + key[1], steps.columns // ref.shape[-1])[0]
+                    found[key] = self._load(ref, self.row, group, inside)
         return found
 
-    def codes(slice_: tuple[int, int], of_chunk: Array, found: _Found) -> Array:
+    def _read_scales(self, step: Array | int) -> list[list[tuple[Array, Array | None]]]:
+        """Of the activations of each part of a step: for each row a scale and perhaps a sum."""
+        steps, x, first = self.steps, self.x, self.steps.first_slices(step)
+        *_, inside = steps.places(step)
+        has_constant = bool(steps.form.offset) or "minimum" in steps.groups
+
+        def of_part(m: Array, part: list[tuple[int, int]]) -> tuple[Array, Array | None]:
+            weight = first * _SLICE + part[0][0]
+            scale = self._load(x.scale, m, split(weight, BLOCK)[0], inside)
+            if not has_constant:
+                return scale, None
+            sums, size = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
+            return scale, self._load(sums, m, split(weight, size)[0], inside)
+
+        return [[of_part(m, part) for m, _ in self.batch] for part in steps.parts]
+
+    def _step(
+        self, step: Array | int, found: _Found, totals: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        """`totals` with the products of a step."""
+        steps, x_scales = self.steps, self._read_scales(step)
+        if not self.interpret and (steps.count == 1 or not steps.ahead):
+            # Else the compiler moves loads down to where they are used, one wait after another.
+            # Words of activations, which all multiplications need, are read behind it.
+            plgpu.debug_barrier()
+        fma = partial(_fma, interpret=self.interpret)
+        dot4 = partial(_dot4, signed=steps.form.bits == (8,), interpret=self.interpret)
+        _, of_chunk, inside = steps.places(step)
+        first = steps.first_slices(step)
+        for part, of_rows in zip(steps.parts, x_scales, strict=True):
+            entry = {
+                name: found[steps.key_of_group(name, part[0][0])].astype(jnp.float32)
+                for name in steps.groups
+            }
+            scale = entry["scale"] * entry.get("super_scale", 1)
+            constant = -steps.form.offset * scale if steps.form.offset else None
+            if "minimum" in entry:
+                constant = entry["minimum"] * entry.get("super_minimum", 1)
+            of_part = [self._codes(slice_, of_chunk, found) for slice_ in part]
+            added = []
+            for (m, _), (x_scale, of_block), total in zip(self.batch, of_rows, totals, strict=True):
+                dots = jnp.zeros((self.height, steps.units, _SLICE // 4), jnp.int32)
+                for slice_, word in zip(part, of_part, strict=True):
+                    at, row = (
+                        _words(first + slice_[0] // _SLICE),
+                        jnp.broadcast_to(m, self.row.shape),
+                    )
+                    dots = dot4(word, self._load(self.x.words, row, at, inside), dots)
+                dots = jnp.sum(dots, axis=-1).astype(jnp.float32)
+                total = fma(dots, x_scale * scale, total)
+                if constant is not None:
+                    total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
+                added.append(total)
+            totals = tuple(added)
+        return totals
+
+    def _codes(self, slice_: tuple[int, int], of_chunk: Array, found: _Found) -> Array:
         """Words of codes of a slice, `[height, units, 4]`."""
         word, shift = None, 0
-        for i, bits in enumerate(form.bits):
-            right, place = in_plane(bits, of_chunk, slice_[0])
-            part = found[key_of_codes(i, place, slice_)]
+        for i, bits in enumerate(self.steps.form.bits):
+            right, place = self.steps.in_plane(bits, of_chunk, slice_[0])
+            part = found[self.steps.key_of_codes(i, place, slice_)]
             if bits < 8:
                 if not isinstance(right, int):
                     right = right.astype(jnp.uint32)
@@ -262,86 +395,11 @@ def _rows(
             shift += bits
         return word
 
-    def read_scales(step: Array | int) -> list[list[tuple[Array, Array | None]]]:
-        """Of the activations of each part of a step: for each row a scale and perhaps a sum."""
-        chunk, of_chunk, inside = places(step)
-        first_slice = chunk * (form.chunk // _SLICE) + of_chunk
 
-        def of_part(m: Array, part: list[tuple[int, int]]) -> tuple[Array, Array | None]:
-            weight = first_slice * _SLICE + part[0][0]
-            scale = load(x.scale, m, split(weight, BLOCK)[0], inside)
-            if not has_constant:
-                return scale, None
-            sums, size = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
-            return scale, load(sums, m, split(weight, size)[0], inside)
-
-        return [[of_part(m, part) for m, _ in batch] for part in parts]
-
-    def multiply(
-        step: Array | int, found: _Found, x_scales: list, totals: Sequence[Array]
-    ) -> tuple[Array, ...]:
-        chunk, of_chunk, inside = places(step)
-        first_slice = chunk * (form.chunk // _SLICE) + of_chunk
-        for part, of_rows in zip(parts, x_scales, strict=True):
-            entry = {
-                name: found[key_of_group(name, part[0][0])].astype(jnp.float32) for name in groups
-            }
-            scale = entry["scale"] * entry.get("super_scale", 1)
-            constant = -form.offset * scale if form.offset else None
-            if "minimum" in entry:
-                constant = entry["minimum"] * entry.get("super_minimum", 1)
-            of_part = [codes(slice_, of_chunk, found) for slice_ in part]
-            added = []
-            for (m, _), (x_scale, of_block), total in zip(batch, of_rows, totals, strict=True):
-                dots = jnp.zeros((tiling.height, units, _SLICE // 4), jnp.int32)
-                for slice_, word in zip(part, of_part, strict=True):
-                    at = words(first_slice + slice_[0] // _SLICE)
-                    y = load(x.words, jnp.broadcast_to(m, row.shape), at, inside)
-                    dots = dot4(word, y, dots)
-                dots = jnp.sum(dots, axis=-1).astype(jnp.float32)
-                total = fma(dots, x_scale * scale, total)
-                if constant is not None:
-                    total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
-                added.append(total)
-            totals = added
-        return tuple(totals)
-
-    ahead = len(form.bits) == 1  # a step is read in the one before; more planes need more registers
-    found = read(0) if ahead or steps == 1 else {}
-    outboxes: list[exchange.Outbox | None] = [None] * len(batch)
-    if peers is not None and not interpret:
-        outboxes = [exchange.outbox(peers, m * out + row) for m, _ in batch]
-    zeros = [jnp.zeros(tiling.height, jnp.float32) if o is None else o.zero for o in outboxes]
-    totals = tuple(jnp.broadcast_to(zero[:, None], (tiling.height, units)) for zero in zeros)
-    factors = [_inverse_norm(x, m) for m, _ in batch]
-
-    def step(i: Array | int, found: _Found, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-        x_scales = read_scales(i)
-        if not interpret and (steps == 1 or not ahead):
-            # Else the compiler moves loads down to where they are used, one wait after another.
-            # Words of activations, which all multiplications need, are read behind it.
-            plgpu.debug_barrier()
-        return multiply(i, found, x_scales, totals)
-
-    if steps == 1:
-        totals = step(0, found, totals)
-    elif ahead:
-
-        def step_and_read(i: Array, carry: tuple) -> tuple:
-            following = read(jnp.minimum(i + 1, steps - 1))
-            return following, step(i, *carry)
-
-        _, totals = lax.fori_loop(0, steps, step_and_read, (found, totals))
-    else:
-        totals = lax.fori_loop(0, steps, lambda i, totals: step(i, read(i), totals), totals)
-    for (_, out_row), total, factor, outbox in zip(batch, totals, factors, outboxes, strict=True):
-        y = jnp.sum(total, axis=1)
-        if factor is not None:
-            y *= factor
-        at, y = first + jnp.arange(tiling.height), y.astype(out_ref.dtype)
-        if outbox is not None:
-            y = exchange.send(y, outbox)
-        plgpu.store(out_ref.at[out_row, at], y, mask=at < out)
+def _words(slice_: Array) -> Array:
+    """Indices `[units, 4]` of the words of 16 bytes, as a product that tells the compiler of their
+    alignment."""
+    return (slice_ * (_SLICE // 4))[:, None] + jnp.arange(_SLICE // 4)
 
 
 def _inverse_norm(x: Rounded, row: Array) -> Array | None:
