@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant import kernels
 from jaxsplit.quant.forms import Form, QTensor
+from jaxsplit.quant.kernels import split
 
 MAX_ROWS = 64
 """With more rows it is as fast to dequantize the matrix first."""
@@ -198,12 +199,15 @@ def _kernel(
     """
     xs, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     begin, outs, number = 0, refs[structure.num_leaves :], pl.program_id(0)
+
+    def some_rows(x_ref: jax.Ref, w: QTensor, out_ref: jax.Ref, program: Array) -> None:
+        first = program * tiling.height
+        tile = _Tile(x_ref, w, groups, out_ref, first, number, width, tiling, interpret)
+        tile.multiply()
+
     for x_ref, w, out_ref, count in zip(xs, weights, outs, programs, strict=True):
         program = pl.program_id(1) - begin
-        first = program * tiling.height
-        multiply = partial(
-            _tile, x_ref, w, groups, out_ref, first, number, width, tiling, interpret
-        )
+        multiply = partial(some_rows, x_ref, w, out_ref, program)
         here = (program >= 0) & (program < count)
         if groups is not None:
             here &= number < groups.count[()]
@@ -214,158 +218,195 @@ def _kernel(
         begin += count
 
 
-def _tile(
-    x_ref: jax.Ref,
-    w: QTensor,
-    groups: Groups | None,
-    out_ref: jax.Ref,
-    first: Array,
-    number: Array,
-    width: int,
-    tiling: _Tiling,
-    interpret: bool,
-) -> None:
-    """The products of some rows of `w`, from the row `first` on, with the group of a number or a
-    part of the columns.
+class _Tile:
+    """The products of some rows of a matrix, in a kernel, with a group of rows or a part of the
+    columns.
 
     A step takes some pairs of bytes of the narrowest plane of each row, and what belongs to them in
     the other planes. The codes at the same place of each pair make a tile: a byte has some pieces.
-    """
-    form, (*_, out, columns) = w.form, w.shape
-    pieces, per_chunk = _pieces(form)
-    total = columns // (2 * pieces)
-    height, pairs = tiling.height, min(tiling.pairs, _MOST_WEIGHTS // (2 * pieces))
-    entries = {name: getattr(w, name) for name in kernels.GROUPS if getattr(w, name) is not None}
-    length = {name: _length(w, ref) for name, ref in entries.items()}
-    of_step = 2 * pieces * pairs  # weights
-    of_row = 0 if w.minimum is None else w.minimum.shape[-1]
-    x_rows = x_ref.shape[0] // (columns + of_row)
-    row = jnp.minimum(first + jnp.arange(height), out - 1)
-    steps, whole = pl.cdiv(total, pairs), total % pairs == 0
-    start, stop = 0, steps
-    read_row = out_row = jnp.arange(width)
-    stack: tuple[Array, ...] = ()
-    place: tuple[Array, ...] = ()
-    if groups is not None:
-        stack = (groups.matrix[number],)
-        read_row = plgpu.load(groups.read.at[number, jnp.arange(width)])
-        out_row = groups.first[number] + jnp.arange(width)
-        last_row = groups.stop[number]
-    else:
-        last_row = out_ref.shape[-2]
-        if out_ref.ndim == 3:
-            per_part = pl.cdiv(steps, out_ref.shape[0])
-            start, place = number * per_part, (number,)
-            stop = jnp.minimum(start + per_part, steps)
-    split = kernels.split
 
-    def load(ref: jax.Ref, row: Array, at: Array, inside: Array | None) -> Array:
-        """Elements `[rows, ...]`."""
-        shape = (len(row), len(at))
-        row, at = (jnp.broadcast_to(a, shape) for a in (row[:, None], at[None]))
-        index = (*stack, row, at) if ref.ndim == 3 else (row, at)
+    Args:
+      x_ref: activations, as `_ordered` leaves them.
+      w: the matrix, or a stack.
+      groups: of rows, or None.
+      out_ref: results.
+      first: of the rows of the matrix.
+      number: of the group, or of the part.
+      width: rows of activations.
+      tiling: of the work.
+      interpret: as in `products`.
+    """
+
+    def __init__(
+        self,
+        x_ref: jax.Ref,
+        w: QTensor,
+        groups: Groups | None,
+        out_ref: jax.Ref,
+        first: Array,
+        number: Array,
+        width: int,
+        tiling: _Tiling,
+        interpret: bool,
+    ):
+        self.x_ref, self.w, self.out_ref, self.interpret = x_ref, w, out_ref, interpret
+        *_, self.out, self.columns = w.shape
+        self.pieces, self.per_chunk = _pieces(w.form)
+        self.total = self.columns // (2 * self.pieces)  # pairs of a row
+        self.height, self.first = tiling.height, first
+        self.pairs = min(tiling.pairs, _MOST_WEIGHTS // (2 * self.pieces))  # of a step
+        self.of_step = 2 * self.pieces * self.pairs  # weights
+        self.entries = {
+            name: getattr(w, name) for name in kernels.GROUPS if getattr(w, name) is not None
+        }
+        self.length = {name: _length(w, ref) for name, ref in self.entries.items()}
+        self.of_row = 0 if w.minimum is None else w.minimum.shape[-1]
+        self.x_rows = x_ref.shape[0] // (self.columns + self.of_row)
+        self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
+        self.steps, self.whole = pl.cdiv(self.total, self.pairs), self.total % self.pairs == 0
+        self.start, self.stop = 0, self.steps
+        self.read_row = self.out_row = jnp.arange(width)
+        self.stack: tuple[Array, ...] = ()
+        self.place: tuple[Array, ...] = ()
+        if groups is not None:
+            self.stack = (groups.matrix[number],)
+            self.read_row = plgpu.load(groups.read.at[number, jnp.arange(width)])
+            self.out_row = groups.first[number] + jnp.arange(width)
+            self.last_row = groups.stop[number]
+        else:
+            self.last_row = out_ref.shape[-2]
+            if out_ref.ndim == 3:
+                per_part = pl.cdiv(self.steps, out_ref.shape[0])
+                self.start, self.place = number * per_part, (number,)
+                self.stop = jnp.minimum(self.start + per_part, self.steps)
+
+    def multiply(self) -> None:
+        """All steps; results are stored."""
+        result = jnp.zeros((self.height, len(self.read_row)), jnp.float32)
+        carry = (result, self._read_entries(self.start))
+        result, _ = lax.fori_loop(self.start, self.stop, self._step, carry)
+        at = jnp.broadcast_to((self.first + jnp.arange(self.height))[:, None], result.shape)
+        out_row = jnp.broadcast_to(self.out_row[None], result.shape)
+        inside = (out_row < self.last_row) & (at < self.out)
+        result = result.astype(self.out_ref.dtype)
+        plgpu.store(self.out_ref.at[*self.place, out_row, at], result, mask=inside)
+
+    def _load(self, ref: jax.Ref, at: Array, inside: Array | None) -> Array:
+        """Elements `[rows, ...]` of the matrix."""
+        shape = (len(self.row), len(at))
+        row, at = (jnp.broadcast_to(a, shape) for a in (self.row[:, None], at[None]))
+        index = (*self.stack, row, at) if ref.ndim == 3 else (row, at)
         if inside is None:
             return plgpu.load(ref.at[index])
         mask = jnp.broadcast_to(inside[None], shape)
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def load_x(row: Array, at: Array, inside: Array | None, begin: int, length: int) -> Array:
+    def _load_x(
+        self, row: Array, at: Array, inside: Array | None, begin: int, length: int
+    ) -> Array:
         """Elements of activations, or of their sums, whose rows begin there and have a length."""
         index = begin + row[:, None] * length + at[None]
         if inside is None:
-            return plgpu.load(x_ref.at[index])
+            return plgpu.load(self.x_ref.at[index])
         mask = jnp.broadcast_to(inside[None], index.shape)
-        return plgpu.load(x_ref.at[index], mask=mask, other=jnp.zeros((), x_ref.dtype))
+        return plgpu.load(self.x_ref.at[index], mask=mask, other=jnp.zeros((), self.x_ref.dtype))
 
-    def below(at: Array, count: int) -> Array | None:
-        return None if whole else at < count
+    def _below(self, at: Array, count: int) -> Array | None:
+        return None if self.whole else at < count
 
-    def of_groups(length: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
+    def _of_groups(self, length: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
         """Where the groups of a step are, at least so many places, and which of these have any."""
-        count = max(1, of_step // length)
+        count = max(1, self.of_step // length)
         place = jnp.arange(max(count, least))
-        at = place + (step * count if of_step >= length else split(step * of_step, length)[0])
+        first = step * count if self.of_step >= length else split(step * self.of_step, length)[0]
+        at = place + first
         if count < least:
-            return at, (place < count) & (at < columns // length)
-        return at, below(at, columns // length)
+            return at, (place < count) & (at < self.columns // length)
+        return at, self._below(at, self.columns // length)
 
-    def read_pieces(name: str, step: Array) -> list[Array]:
+    def _read_pieces(self, name: str, step: Array) -> list[Array]:
         """Entries of a step, for each piece that has its own."""
-        ref = entries[name]
-        if length[name] >= form.chunk:
-            return [load(ref, row, *of_groups(length[name], step))]
-        shared = min(length[name] // 2, per_chunk)
-        at = step * pairs + shared * jnp.arange(pairs // shared)
+        ref, length, per_chunk = self.entries[name], self.length[name], self.per_chunk
+        if length >= self.w.form.chunk:
+            return [self._load(ref, *self._of_groups(length, step))]
+        shared = min(length // 2, per_chunk)
+        at = step * self.pairs + shared * jnp.arange(self.pairs // shared)
         chunk, pair = split(at, per_chunk)
-        weight = 2 * (chunk * pieces * per_chunk + pair)
-        begins = range(0, form.chunk, max(length[name], 2 * per_chunk))
-        of_pieces = [split(weight + begin, length[name])[0] for begin in begins]
-        return [load(ref, row, at, below(at, ref.shape[-1])) for at in of_pieces]
+        weight = 2 * (chunk * self.pieces * per_chunk + pair)
+        begins = range(0, self.w.form.chunk, max(length, 2 * per_chunk))
+        of_pieces = [split(weight + begin, length)[0] for begin in begins]
+        return [self._load(ref, at, self._below(at, ref.shape[-1])) for at in of_pieces]
 
-    def read_entries(step: Array) -> tuple[list, list]:
+    def _read_entries(self, step: Array) -> tuple[list, list]:
         """Of a step: scales for each piece, and minima."""
-        scales = [read_pieces(name, step) for name in ("scale", "super_scale") if name in entries]
+        entries, length = self.entries, self.length
+        scales = [
+            self._read_pieces(name, step) for name in ("scale", "super_scale") if name in entries
+        ]
         minima = []
         for name in ("minimum", "super_minimum"):
             if name in entries:
                 # Their places, some of them empty, are to spread over those of the minima.
                 least = max(1, _FEW * length["minimum"] // length[name])
-                minima.append(load(entries[name], row, *of_groups(length[name], step, least)))
+                minima.append(
+                    self._load(entries[name], *self._of_groups(length[name], step, least))
+                )
         return scales, minima
 
-    def spread(values: Array, count: int) -> Array:
-        shape = (height, values.shape[1], count // values.shape[1])
-        return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
-
-    def both(inner: Array, *outer: Array) -> Array:
-        """float32 `[height, groups]`."""
-        values = inner.astype(jnp.float32)
-        for other in outer:
-            values *= spread(other.astype(jnp.float32), values.shape[1])
-        return values
-
-    def dot(a: Array, b: Array) -> Array:
-        return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-    def step(i: Array, carry: tuple) -> tuple:
+    def _step(self, i: Array, carry: tuple) -> tuple:
         result, (scales, minima) = carry
+        w, form, per_chunk = self.w, self.w.form, self.per_chunk
         # Too few bytes for the compiler to read them ahead.
-        ahead = read_entries(jnp.minimum(i + 1, steps - 1))
+        ahead = self._read_entries(jnp.minimum(i + 1, self.steps - 1))
         if minima:
-            group, inside = of_groups(length["minimum"], i, _FEW)
-            sums = load_x(read_row, group, inside, x_rows * columns, of_row)
-            result += dot(both(*minima).astype(jnp.bfloat16), sums)
-        at = i * pairs + jnp.arange(pairs)
+            group, inside = self._of_groups(self.length["minimum"], i, _FEW)
+            begin = self.x_rows * self.columns
+            sums = self._load_x(self.read_row, group, inside, begin, self.of_row)
+            result += _dot(_both(*minima).astype(jnp.bfloat16), sums)
+        at = i * self.pairs + jnp.arange(self.pairs)
         # In this form the compiler sees which of them are neighbours.
         chunk, pair = lax.div(at, per_chunk), lax.rem(at, per_chunk)
         read: dict[tuple[int, int], Array] = {}
         expanded: dict[int, Array] = {}
-        for piece in range(pieces):
+        for piece in range(self.pieces):
             parts, shifts = [], []
             for p, (plane, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
                 size = form.chunk * bits // 16  # pairs of a chunk
                 shift, before = divmod(piece * per_chunk, size)
                 if (p, before) not in read:
                     index = at if size == per_chunk else chunk * size + before + pair
-                    read[p, before] = load(plane, row, index, below(at, total))
+                    read[p, before] = self._load(plane, index, self._below(at, self.total))
                 parts.append(read[p, before])
                 shifts.append(shift * bits)
-            group = piece * len(scales[0]) // pieces
+            group = piece * len(scales[0]) // self.pieces
             if group not in expanded:
-                of_piece = [x[piece * len(x) // pieces] for x in scales]
-                expanded[group] = spread(both(*of_piece).astype(jnp.bfloat16), pairs)
+                of_piece = [x[piece * len(x) // self.pieces] for x in scales]
+                expanded[group] = _spread(_both(*of_piece).astype(jnp.bfloat16), self.pairs)
             for byte in range(2):
-                x_row = (2 * piece + byte) * x_rows + read_row
-                x = load_x(x_row, at, below(at, total), 0, total)
-                result += dot(_scaled(parts, shifts, byte, form, expanded[group], interpret), x)
+                x_row = (2 * piece + byte) * self.x_rows + self.read_row
+                x = self._load_x(x_row, at, self._below(at, self.total), 0, self.total)
+                scaled = _scaled(parts, shifts, byte, form, expanded[group], self.interpret)
+                result += _dot(scaled, x)
         return result, ahead
 
-    result = jnp.zeros((height, width), jnp.float32)
-    result, _ = lax.fori_loop(start, stop, step, (result, read_entries(start)))
-    at = jnp.broadcast_to((first + jnp.arange(height))[:, None], result.shape)
-    out_row = jnp.broadcast_to(out_row[None], result.shape)
-    inside = (out_row < last_row) & (at < out)
-    plgpu.store(out_ref.at[*place, out_row, at], result.astype(out_ref.dtype), mask=inside)
+
+def _spread(values: Array, count: int) -> Array:
+    """`[height, groups]`, repeated to `[height, count]`."""
+    height, groups = values.shape
+    shape = (height, groups, count // groups)
+    return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
+
+
+def _both(inner: Array, *outer: Array) -> Array:
+    """The products of entries of groups and of groups of these: float32 `[height, groups]`."""
+    values = inner.astype(jnp.float32)
+    for other in outer:
+        values *= _spread(other.astype(jnp.float32), values.shape[1])
+    return values
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _scaled(
