@@ -74,6 +74,27 @@ def write_recipe(recipe: dict, path: Path, quantize: dict[str, str] | None = Non
     writer.close()
 
 
+def changed_recipe(path, metadata=None, shapes=None, name="llama"):
+    """Writes a recipe with other metadata values (None: left out) and tensor shapes (likewise).
+
+    New metadata are given as `(type, value)`, shapes in GGUF order.
+    """
+    changed = recipe(name)
+    new = dict(metadata or {})
+    changed["metadata"] = [
+        (key, kinds, new.pop(key, (None, value))[1])
+        for key, kinds, value in changed["metadata"]
+        if new.get(key, ()) is not None or new.pop(key)
+    ] + [(key, [kind], value) for key, (kind, value) in new.items()]
+    shapes = dict(shapes or {})
+    changed["tensors"] = [
+        spec | {"shape": shapes.pop(spec["name"], spec["shape"])} for spec in changed["tensors"]
+    ] + [changed["tensors"][0] | {"name": name, "shape": shape} for name, shape in shapes.items()]
+    changed["tensors"] = [spec for spec in changed["tensors"] if spec["shape"]]
+    write_recipe(changed, path)
+    return path
+
+
 def make_recipe(
     name: str,
     *,
