@@ -197,7 +197,7 @@ class Engine:
             values = SamplingValues.of(configs[first : first + self._group_slots])
             group.values = runner.place(values, by_slot=True)
             if group.state is None or group.state.recent.shape[1] != window:
-                group.state, group.fed = runner.empty_state(self._group_slots, window)
+                group.state, group.fed = runner.empty_state(self._group_slots, window), None
             for local in range(self._local):
                 slots = [first + place * self._local + local for place in range(data)]
                 if any(slot in prompts for slot in slots):
@@ -327,7 +327,7 @@ class Engine:
             x = runner.input(slots, 1) if i else None
             cache = self._groups[0].caches[i]
             if runner.last:
-                state, _ = runner.empty_state(slots, window)
+                state = runner.empty_state(slots, window)
                 arguments = (runner.params, cache, x, state, self.ends, values)
                 traced.append(runner.finish(plan).trace(*arguments))
             else:

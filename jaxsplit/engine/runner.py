@@ -171,23 +171,21 @@ class StageRunner:
         make = functools.partial(stage_cache, self.config, *sizes)
         return jax.jit(make, out_shardings=jax.tree.map(self.sharding, self._cache_spec))()
 
-    def empty_state(
-        self, slots: int, window: int
-    ) -> tuple[steps.DecodeState | None, jax.Array | None]:
-        """Of slots that have nothing to do, and its feed."""
+    def empty_state(self, slots: int, window: int) -> steps.DecodeState | None:
+        """Of slots that have nothing to do."""
         if not self.stage.is_local:
-            return None, None
+            return None
 
-        def make() -> tuple[steps.DecodeState, jax.Array]:
+        def make() -> steps.DecodeState:
             zeros = jnp.zeros(slots, jnp.int32)
             recent = jnp.full((slots, window), -1, jnp.int32)
-            state = steps.DecodeState(zeros, zeros, jnp.zeros(slots, bool), recent)
-            return state, steps.feed(state)
+            return steps.DecodeState(zeros, zeros, jnp.zeros(slots, bool), recent)
 
         return jax.jit(make, out_shardings=self.sharding(self._slots))()
 
     def place(self, tree: Any, *, by_slot: bool = False) -> Any:
-        """NumPy arrays on the devices of the stage, the same on all or split by slots."""
+        """NumPy arrays on the devices of the stage, the same on all or split by slots; processes
+        without a device in it take no part, as they would have to in `jax.device_put`."""
         if not self.stage.is_local:
             return tree
         sharding = self.sharding(self._slots if by_slot else _REPLICATED)

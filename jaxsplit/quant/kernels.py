@@ -152,6 +152,8 @@ class _Steps:
       tiling: of the work.
 
     Attributes:
+      form, columns: of the matrix.
+      per_chunk: units of a chunk.
       count: of steps.
       units: of a step.
       whole: whether all steps have all units.

@@ -137,7 +137,7 @@ class Pending(Late):
             partial(_kernel, function=self.function, structure=structure, launch=launch),
             grid=(rows, parts),
             out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            compiler_params=plgpu.CompilerParams(num_warps=exchange.WARPS, num_stages=1),
             interpret=launch.interpret,
             name="round_rows",
         )(*inputs)

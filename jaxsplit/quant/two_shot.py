@@ -123,8 +123,7 @@ def _swap_tiles(tiles: Sequence[Array], peers: Peers) -> list[Array]:
     me = jnp.full(size, peers.table[0].astype(jnp.int32))
     theirs = [address_of(peers.table, step, size) for step in range(1, devices)]
 
-    def quarters(base: str) -> list[str]:
-        return [f"[{base}+{words + 16 * THREADS * k}]" for k in range(_WORDS // 4)]
+    quarters = [f"[b+{words + 16 * THREADS * k}]" for k in range(_WORDS // 4)]  # of the words
 
     def four(first: int, k: int) -> str:
         return "{" + ", ".join(f"${first + 4 * k + i}" for i in range(4)) + "}"
@@ -151,7 +150,7 @@ def _swap_tiles(tiles: Sequence[Array], peers: Peers) -> list[Array]:
     begin = [
         ".reg .pred round;",
         ".reg .b64 mailbox, a, b;",
-        ".reg .b32 tile, thread, count, half, place, index, found, sender, me;",
+        ".reg .b32 tile, thread, count, half, place, index, sender, me;",
         "mov.u32 tile, %ctaid.x;",
         "mov.u32 thread, %tid.x;",
     ]
@@ -190,7 +189,7 @@ def _swap_tiles(tiles: Sequence[Array], peers: Peers) -> list[Array]:
     for i in range(devices - 1):
         lines += [mailbox(3 + 2 * i, given), *slot("mailbox", "me")]
         first = _WORDS * (1 + i % given)
-        lines += [f"st.global.v4.b32 {at}, {four(first, k)};" for k, at in enumerate(quarters("b"))]
+        lines += [f"st.global.v4.b32 {at}, {four(first, k)};" for k, at in enumerate(quarters)]
     lines += ["fence.acq_rel.sys;"]
     for i in range(devices - 1):
         lines += [mailbox(3 + 2 * i, given), *slot("mailbox", "me")]
@@ -216,10 +215,7 @@ def _swap_tiles(tiles: Sequence[Array], peers: Peers) -> list[Array]:
             mailbox(1, 1),
             *before(step),
             *slot("mailbox", "sender"),
-            *[
-                f"ld.relaxed.sys.global.v4.b32 {four(0, k)}, {at};"
-                for k, at in enumerate(quarters("b"))
-            ],
+            *[f"ld.relaxed.sys.global.v4.b32 {four(0, k)}, {at};" for k, at in enumerate(quarters)],
         ]
         received.append(run(lines, [half], [me, *mine]))
     return received
