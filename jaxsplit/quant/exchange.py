@@ -186,51 +186,59 @@ class Outbox(NamedTuple):
     """Where a kernel is to send numbers, ahead of the exchange that comes next.
 
     Attributes:
-      count: of that exchange.
-      offset: of the numbers in a mailbox.
-      addresses: of the mailboxes, two words each.
-      zero: float32 zeros, which are there when the others are.
+      count: of that exchange, `[numbers]`.
+      offset: of the numbers in a mailbox, likewise.
+      address: of the mailboxes of the others, two words `[lanes]`, the lower first; 0: there is none.
+      zero: float32 zeros `[numbers]`, which are there when `count` is.
     """
 
     count: Array
     offset: Array
-    addresses: list[list[Array]]
+    address: tuple[Array, Array]
     zero: Array
 
 
 def outbox(peers: Peers, at: Array) -> Outbox:
-    """Inside a kernel: what `send` needs. What begins with its zeros does not wait for it later.
+    """Inside a kernel of four warps: what `send` needs. What begins with its zeros does not wait for
+    it later.
 
     Args:
       peers: with the reference to the table.
-      at: of each number its place among all, `program * WIDTH + place` in the exchange.
+      at: of each number its place among all, `program * WIDTH + place` in the exchange: neighbours,
+        a power of two of them.
     """
     count = _packed(_LOOK, *address_of(peers.table, 0, at.shape), at * 4, pack=1)
     offset = _offset(peers, count, at) + peers.table[0].astype(jnp.int32) * _STRIDE
-    addresses = [address_of(peers.table, step, at.shape) for step in range(1, peers.count)]
-    words = [offset, count, *itertools.chain(*addresses)]
-    # Zeros unless all words are -1, which the compiler does not know.
-    every = [f"and.b32 $0, $0, ${i + 1};" for i in range(1, len(words))]
-    [zero] = plgpu.elementwise_inline_asm(
-        "\n".join(["mov.b32 $0, $1;", *every, "set.eq.u32.u32 $0, $0, -1;"]),
-        args=words,
-        constraints=",".join(["=&r", *["r"] * len(words)]),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(at.shape, jnp.int32)],
+    # A thread for each number and device, so that none of them sends twice.
+    lane = jnp.arange(max(pl.next_power_of_2(peers.count - 1), THREADS // at.size))
+    other = lane < peers.count - 1
+    address = tuple(
+        plgpu.load(peers.table.at[3 + 2 * lane + word], mask=other, other=jnp.uint32(0))
+        for word in range(2)
     )
-    return Outbox(count, offset, addresses, lax.bitcast_convert_type(zero, jnp.float32))
+    # Zeros unless all bits are set, which the compiler does not know.
+    zero = jnp.where(count == -1, 1.0, 0.0).astype(jnp.float32)
+    return Outbox(count, offset, address, zero)
 
 
-def send(x: Array, to: Outbox) -> Array:
+def send(x: Array, to: Outbox) -> tuple[Array, Array]:
     """Inside a kernel: sends numbers of 4 bytes to the other devices, ahead of an exchange.
 
     Returns:
-      `x`, which keeps what reads it behind the sending.
+      `x` for each lane, `[lanes, numbers]`, which keeps what reads it behind the sending, and which
+      lane is the first.
     """
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    for address in to.addresses:
-        bits = _packed(_SEND, *address, to.offset, bits, to.count, pack=1)
-    return lax.bitcast_convert_type(bits, x.dtype)
+    lanes, numbers = to.address[0].size, x.size
+    shape = (lanes, numbers)
+    # Neighbours leave together, in one access of a warp.
+    bits, offset, count = (
+        jnp.broadcast_to(a[None, :], shape)
+        for a in (lax.bitcast_convert_type(x, jnp.int32), to.offset, to.count)
+    )
+    address = (jnp.broadcast_to(word[:, None], shape) for word in to.address)
+    bits = _packed(_SEND_IF, *address, offset, bits, count, pack=1)
+    first = jnp.broadcast_to((jnp.arange(lanes) == 0)[:, None], shape)
+    return lax.bitcast_convert_type(bits, x.dtype), first
 
 
 def _offset(peers: Peers, count: Array, at: Array) -> Array:
@@ -290,6 +298,15 @@ _LOOK = ("ld.global.b32 u#, [a#];", "add.u32 %z, u#, 1;")
 _SEND = (
     "mov.b64 w#, {%x, %y};",
     "st.relaxed.sys.global.b64 [a#], w#;",
+    "mov.b32 %z, %x;",
+)
+
+
+_SEND_IF = (
+    ".reg .pred some;",
+    "setp.ne.u64 some, base, 0;",
+    "mov.b64 w#, {%x, %y};",
+    "@some st.relaxed.sys.global.b64 [a#], w#;",
     "mov.b32 %z, %x;",
 )
 

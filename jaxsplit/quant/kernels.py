@@ -285,9 +285,12 @@ class _Rows:
             if factor is not None:
                 y *= factor
             at, y = self.first + jnp.arange(self.height), y.astype(out_ref.dtype)
+            inside = at < self.out
             if outbox is not None:
-                y = exchange.send(y, outbox)
-            plgpu.store(out_ref.at[row, at], y, mask=at < self.out)
+                y, first = exchange.send(y, outbox)
+                at = jnp.broadcast_to(at[None, :], y.shape)
+                inside = first
+            plgpu.store(out_ref.at[row, at], y, mask=inside)
 
     def _load(self, ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
         """Elements `[*row.shape, units, ...]`."""
