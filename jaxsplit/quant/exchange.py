@@ -11,7 +11,6 @@ the first: so nothing is overwritten before it was read.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -188,7 +187,7 @@ class Outbox(NamedTuple):
     Attributes:
       count: of that exchange, `[numbers]`.
       offset: of the numbers in a mailbox, likewise.
-      address: of the mailboxes of the others, two words `[lanes]`, the lower first; 0: there is none.
+      address: of the mailboxes of the others, two words `[lanes]`, the lower first; 0: none.
       zero: float32 zeros `[numbers]`, which are there when `count` is.
     """
 
@@ -199,8 +198,9 @@ class Outbox(NamedTuple):
 
 
 def outbox(peers: Peers, at: Array) -> Outbox:
-    """Inside a kernel of four warps: what `send` needs. What begins with its zeros does not wait for
-    it later.
+    """Inside a kernel of four warps: what `send` needs.
+
+    What begins with its zeros does not wait for it later.
 
     Args:
       peers: with the reference to the table.

@@ -26,7 +26,7 @@ MAX_ROWS = 2
 GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 """What a `QTensor` has for groups of weights."""
 
-_Found = dict[tuple[str, int], Array]
+_Codes = dict[tuple[str, int], Array]
 _SLICE = 16  # bytes that a thread loads at once
 _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
 
@@ -50,19 +50,27 @@ def sends(w: QTensor) -> bool:
 class _Tiling:
     """How a program multiplies.
 
-    With a warp for each row, all arrays are laid out alike, so that threads exchange nothing.
-
     Attributes:
       height: rows of the matrix.
       bytes: of each row, in the first plane, in a step.
-      short: bytes up to which a row is multiplied in one step.
+      depth: steps that are read at once.
       warps: of a program.
     """
 
     height: int = 4
-    bytes: int = 1024
-    short: int = 4096
+    bytes: int = 2048
+    depth: int = 1
     warps: int = 4
+
+    @staticmethod
+    def of(w: QTensor) -> "_Tiling":
+        """A usual one."""
+        row = w.shape[-1] * w.form.bits[0] // 8
+        if row <= 2048:
+            return _Tiling()
+        if row <= 4096:
+            return _Tiling(height=2, depth=2)
+        return _Tiling(bytes=2048 if row % 2048 == 0 else 1024)
 
 
 def products(
@@ -72,7 +80,7 @@ def products(
     *,
     experts: Array | None = None,
     peers: exchange.Peers | None = None,
-    tiling: _Tiling = _Tiling(),  # noqa: B008
+    tiling: _Tiling | None = None,
     interpret: bool = False,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
@@ -84,25 +92,26 @@ def products(
       experts: int32 `[pairs]`, a multiple of the rows: weights are stacks `[experts, out, in]`, of
         which each row is multiplied with its own few; the results are `[pairs, out]`.
       peers: devices to which the results are sent, of one matrix, ahead of an exchange.
-      tiling: of the work.
+      tiling: of the work; None: a usual one.
       interpret: run it without a GPU, to test it.
     """
     rows = len(x.words) if experts is None else len(experts)
-    programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
+    tilings = [tiling or _Tiling.of(w) for w in weights]
+    programs = [pl.cdiv(w.shape[-2], t.height) for w, t in zip(weights, tilings, strict=True)]
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
     inputs, structure = jax.tree.flatten((x, list(weights), experts, peers))
     kernel = partial(
         _kernel,
         structure=structure,
         programs=programs,
-        tiling=tiling,
+        tilings=tilings,
         interpret=interpret,
     )
     return pl.pallas_call(
         kernel,
         grid=(1 if experts is None else rows, sum(programs)),
         out_shape=[jax.ShapeDtypeStruct((rows, w.shape[-2]), dtype) for w in weights],
-        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=tilings[0].warps, num_stages=1),
         interpret=interpret,
         name="quantized_products",
     )(*inputs)
@@ -112,7 +121,7 @@ def _kernel(
     *refs: jax.Ref,
     structure: Any,
     programs: Sequence[int],
-    tiling: _Tiling,
+    tilings: Sequence[_Tiling],
     interpret: bool,
 ) -> None:
     """Some rows of one matrix, with all rows of activations.
@@ -121,19 +130,20 @@ def _kernel(
       *refs: activations, matrices and results.
       structure: of activations and matrices.
       programs: for each matrix.
-      tiling: of the work.
+      tilings: of the work with each.
       interpret: as in `products`.
     """
     x, weights, experts, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     first, pair = 0, pl.program_id(0)
 
-    def some_rows(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
+    def some_rows(w: QTensor, tiling: _Tiling, out_ref: jax.Ref, program: Array) -> None:
         row = program * tiling.height
         _Rows(x, w, experts, row, pair, tiling, interpret).multiply(out_ref, peers)
 
-    for w, out_ref, count in zip(weights, refs[structure.num_leaves :], programs, strict=True):
+    outs = refs[structure.num_leaves :]
+    for w, tiling, out_ref, count in zip(weights, tilings, outs, programs, strict=True):
         program = pl.program_id(1) - first
-        multiply = partial(some_rows, w, out_ref, program)
+        multiply = partial(some_rows, w, tiling, out_ref, program)
         if len(weights) == 1:
             multiply()
         else:
@@ -154,11 +164,10 @@ class _Steps:
     Attributes:
       form, columns: of the matrix.
       per_chunk: units of a chunk.
-      count: of steps.
       units: of a step.
-      whole: whether all steps have all units.
-      ahead: a step is read in the one before; where there are more planes that takes too many
-        registers.
+      batches: of steps that are read at once; all their steps have all units.
+      depth: steps of a batch.
+      rest: the other steps.
       groups: what `w` has for groups of weights.
       slices: for each of a unit, its first weight and its first byte in the first plane.
       parts: slices that share scales, which are added up before they are scaled.
@@ -171,10 +180,11 @@ class _Steps:
         unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
         self.per_chunk = size // unit_bytes
         self._all = self.columns // self.form.chunk * self.per_chunk  # units of a row
-        step_bytes = tiling.bytes if self._all * unit_bytes > tiling.short else tiling.short
-        self.units = min(step_bytes // unit_bytes, pl.next_power_of_2(self._all))
-        self.count, self.whole = pl.cdiv(self._all, self.units), self._all % self.units == 0
-        self.ahead = len(self.form.bits) == 1
+        self.units = min(tiling.bytes // unit_bytes, pl.next_power_of_2(self._all))
+        count = pl.cdiv(self._all, self.units)
+        self.depth = min(tiling.depth, count)
+        self.batches = self._all // (self.units * self.depth)
+        self.rest = range(self.batches * self.depth, count)
         self.groups = {name: getattr(w, name) for name in GROUPS if getattr(w, name) is not None}
         starts = range(0, unit_bytes, _SLICE)
         self.slices = [(p * size + b, b) for p in range(pieces) for b in starts]
@@ -182,10 +192,11 @@ class _Steps:
         parts = itertools.groupby(self.slices, lambda s: s[0] // shared)
         self.parts = [list(part) for _, part in parts]
 
-    def places(self, step: Array | int) -> tuple[Array, Array, Array]:
+    def places(self, step: Array | int) -> tuple[Array, Array, Array | None]:
         """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
         unit = step * self.units + jnp.arange(self.units)
-        return *split(unit, self.per_chunk), unit < self._all
+        whole = not isinstance(step, int) or (step + 1) * self.units <= self._all
+        return *split(unit, self.per_chunk), None if whole else unit < self._all
 
     def first_slices(self, step: Array | int) -> Array:
         """Of a step's units, each the first."""
@@ -209,11 +220,6 @@ class _Steps:
     ) -> tuple[str, int]:
         """By which a plane's part of a slice is found: slices share 16 bytes in a narrow plane."""
         return f"codes {plane}", place if isinstance(place, int) else slice_[1]
-
-    def key_of_group(self, name: str, weight: int) -> tuple[str, int]:
-        """By which what a group has is found, with a weight of it."""
-        length = self.columns // self.groups[name].shape[-1]
-        return name, 0 if self.per_chunk == 1 and length >= self.form.chunk else weight
 
 
 class _Rows:
@@ -255,7 +261,6 @@ class _Rows:
     def multiply(self, out_ref: jax.Ref, peers: exchange.Peers | None) -> None:
         """All steps; results are stored, and sent to peers."""
         steps = self.steps
-        found = self._read(0) if steps.ahead or steps.count == 1 else {}
         outboxes: list[exchange.Outbox | None] = [None] * len(self.batch)
         if peers is not None and not self.interpret:
             outboxes = [exchange.outbox(peers, m * self.out + self.row) for m, _ in self.batch]
@@ -263,21 +268,16 @@ class _Rows:
         shape = (self.height, steps.units)
         totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
         factors = [_inverse_norm(self.x, m) for m, _ in self.batch]
-        if steps.count == 1:
-            totals = self._step(0, found, totals)
-        elif steps.ahead:
 
-            def step_and_read(i: Array, carry: tuple) -> tuple:
-                following = self._read(jnp.minimum(i + 1, steps.count - 1))
-                return following, self._step(i, *carry)
+        def batch(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            return self._together([i * steps.depth + d for d in range(steps.depth)], totals)
 
-            _, totals = lax.fori_loop(0, steps.count, step_and_read, (found, totals))
-        else:
-
-            def read_and_step(i: Array, totals: tuple) -> tuple:
-                return self._step(i, self._read(i), totals)
-
-            totals = lax.fori_loop(0, steps.count, read_and_step, totals)
+        if steps.batches == 1:
+            totals = batch(0, totals)
+        elif steps.batches:
+            totals = lax.fori_loop(0, steps.batches, batch, totals)
+        if steps.rest:
+            totals = self._together(steps.rest, totals)
         for (_, row), total, factor, outbox in zip(
             self.batch, totals, factors, outboxes, strict=True
         ):
@@ -287,27 +287,47 @@ class _Rows:
             at, y = self.first + jnp.arange(self.height), y.astype(out_ref.dtype)
             inside = at < self.out
             if outbox is not None:
-                y, first = exchange.send(y, outbox)
+                y, inside = exchange.send(y, outbox)
                 at = jnp.broadcast_to(at[None, :], y.shape)
-                inside = first
             plgpu.store(out_ref.at[row, at], y, mask=inside)
 
-    def _load(self, ref: jax.Ref, row: Array, index: Array, inside: Array) -> Array:
+    def _together(
+        self, which: Sequence[Array | int], totals: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        """`totals` with the products of some steps, which are read at once."""
+        # What is most is asked for first. Without barriers, the compiler moves loads down to where
+        # they are used and what is computed up between them: one wait after another. Words of
+        # activations, which all multiplications need, are read behind it.
+        codes = [self._read_codes(step) for step in which]
+        self._keep_in_order()
+        groups = [self._read_groups(step) for step in which]
+        scales = [self._read_scales(step) for step in which]
+        self._keep_in_order()
+        for step in zip(which, codes, groups, scales, strict=True):
+            totals = self._step(*step, totals)
+        return totals
+
+    def _keep_in_order(self) -> None:
+        """Loads stay before this or after it."""
+        if not self.interpret:
+            plgpu.debug_barrier()
+
+    def _load(self, ref: jax.Ref, row: Array, index: Array, inside: Array | None) -> Array:
         """Elements `[*row.shape, units, ...]`."""
-        inside = inside.reshape(-1, *[1] * (index.ndim - 1))
         shape = (*row.shape, *index.shape)
         row = jnp.broadcast_to(row.reshape(*row.shape, *[1] * index.ndim), shape)
-        index, inside = (jnp.broadcast_to(a, shape) for a in (index, inside))
-        at = (*self.stack, row, index) if ref.ndim == 3 else (row, index)
-        if self.steps.whole:
+        at = (row, jnp.broadcast_to(index, shape))
+        at = (*self.stack, *at) if ref.ndim == 3 else at
+        if inside is None:
             return plgpu.load(ref.at[at])
+        inside = jnp.broadcast_to(inside.reshape(-1, *[1] * (index.ndim - 1)), shape)
         return plgpu.load(ref.at[at], mask=inside, other=jnp.zeros((), ref.dtype))
 
-    def _read(self, step: Array | int) -> _Found:
-        """What a step needs of the matrix."""
+    def _read_codes(self, step: Array | int) -> _Codes:
+        """The planes of a step."""
         steps, form = self.steps, self.steps.form
         chunk, of_chunk, inside = steps.places(step)
-        found: _Found = {}
+        found: _Codes = {}
         for slice_ in steps.slices:
             for i, (ref, bits) in enumerate(zip(self.w.codes, form.bits, strict=True)):
                 plane_size = form.chunk * bits // 8
@@ -319,19 +339,35 @@ class _Rows:
                     index = _words(chunk * (plane_size // _SLICE) + place)
                 if key not in found:
                     found[key] = self._load(ref, self.row, index, inside)
-        weight = steps.first_slices(step) * _SLICE
-        for name, ref in steps.groups.items():
-            for part in steps.parts:
-                key = steps.key_of_group(name, part[0][0])
-                if key not in found:
-                    group = split(weight + key[1], steps.columns // ref.shape[-1])[0]
-                    found[key] = self._load(ref, self.row, group, inside)
         return found
 
+    def _read_groups(self, step: Array | int) -> dict[str, list[Array]]:
+        """What a step's groups have, for each part."""
+        steps = self.steps
+        chunk, _, inside = steps.places(step)
+        first = steps.first_slices(step) * _SLICE
+
+        def of_parts(ref: jax.Ref) -> list[Array]:
+            length = steps.columns // ref.shape[-1]
+            if steps.per_chunk > 1:
+                at = [split(first + part[0][0], length)[0] for part in steps.parts]
+                return [self._load(ref, self.row, index, inside) for index in at]
+            if length >= steps.form.chunk:
+                whole = self._load(ref, self.row, split(first, length)[0], inside)
+                return [whole] * len(steps.parts)
+            # Those of a unit are neighbours, which are read at once.
+            group = jnp.arange(steps.form.chunk // length)
+            found = self._load(ref, self.row, (chunk * group.size)[:, None] + group, inside)
+            zero = jnp.zeros((), found.dtype)
+            chosen = [jnp.where(group == p[0][0] // length, found, zero) for p in steps.parts]
+            return [jnp.sum(one, axis=-1, dtype=found.dtype) for one in chosen]
+
+        return {name: of_parts(ref) for name, ref in steps.groups.items()}
+
     def _read_scales(self, step: Array | int) -> list[list[tuple[Array, Array | None]]]:
-        """Of the activations of each part of a step: for each row a scale and perhaps a sum."""
-        steps, x, first = self.steps, self.x, self.steps.first_slices(step)
-        *_, inside = steps.places(step)
+        """Of the activations of a step: for each part and row a scale and perhaps a sum."""
+        steps, x = self.steps, self.x
+        inside, first = steps.places(step)[2], steps.first_slices(step)
         has_constant = bool(steps.form.offset) or "minimum" in steps.groups
 
         def of_part(m: Array, part: list[tuple[int, int]]) -> tuple[Array, Array | None]:
@@ -345,46 +381,49 @@ class _Rows:
         return [[of_part(m, part) for m, _ in self.batch] for part in steps.parts]
 
     def _step(
-        self, step: Array | int, found: _Found, totals: tuple[Array, ...]
+        self,
+        step: Array | int,
+        codes: _Codes,
+        groups: dict[str, list[Array]],
+        x_scales: list[list[tuple[Array, Array | None]]],
+        totals: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         """`totals` with the products of a step."""
-        steps, x_scales = self.steps, self._read_scales(step)
-        if not self.interpret and (steps.count == 1 or not steps.ahead):
-            # Else the compiler moves loads down to where they are used, one wait after another.
-            # Words of activations, which all multiplications need, are read behind it.
-            plgpu.debug_barrier()
+        steps = self.steps
         fma = partial(_fma, interpret=self.interpret)
         dot4 = partial(_dot4, signed=steps.form.bits == (8,), interpret=self.interpret)
         _, of_chunk, inside = steps.places(step)
         first = steps.first_slices(step)
-        for part, of_rows in zip(steps.parts, x_scales, strict=True):
-            entry = {
-                name: found[steps.key_of_group(name, part[0][0])].astype(jnp.float32)
-                for name in steps.groups
-            }
-            scale = entry["scale"] * entry.get("super_scale", 1)
-            constant = -steps.form.offset * scale if steps.form.offset else None
+        for p, (part, of_rows) in enumerate(zip(steps.parts, x_scales, strict=True)):
+            entry = {name: values[p].astype(jnp.float32) for name, values in groups.items()}
+            scale, constant = entry["scale"] * entry.get("super_scale", 1), None
             if "minimum" in entry:
                 constant = entry["minimum"] * entry.get("super_minimum", 1)
-            of_part = [self._codes(slice_, of_chunk, found) for slice_ in part]
+            elif steps.form.offset:
+                constant = -steps.form.offset * scale
+            # Scales in integers multiply integers, unless they are needed for the offset too.
+            whole = None
+            if "super_scale" in entry and not steps.form.offset:
+                whole, scale = groups["scale"][p].astype(jnp.int32), entry["super_scale"]
+            of_part = [self._codes(slice_, of_chunk, codes) for slice_ in part]
             added = []
             for (m, _), (x_scale, of_block), total in zip(self.batch, of_rows, totals, strict=True):
                 dots = jnp.zeros((self.height, steps.units, _SLICE // 4), jnp.int32)
                 for slice_, word in zip(part, of_part, strict=True):
-                    at, row = (
-                        _words(first + slice_[0] // _SLICE),
-                        jnp.broadcast_to(m, self.row.shape),
-                    )
+                    at = _words(first + slice_[0] // _SLICE)
+                    row = jnp.broadcast_to(m, self.row.shape)
                     dots = dot4(word, self._load(self.x.words, row, at, inside), dots)
-                dots = jnp.sum(dots, axis=-1).astype(jnp.float32)
-                total = fma(dots, x_scale * scale, total)
+                dots = jnp.sum(dots, axis=-1)
+                if whole is not None:  # less than 2^24, which float32 holds exactly
+                    dots *= whole
+                total = fma(dots.astype(jnp.float32), x_scale * scale, total)
                 if constant is not None:
                     total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
                 added.append(total)
             totals = tuple(added)
         return totals
 
-    def _codes(self, slice_: tuple[int, int], of_chunk: Array, found: _Found) -> Array:
+    def _codes(self, slice_: tuple[int, int], of_chunk: Array, found: _Codes) -> Array:
         """Words of codes of a slice, `[height, units, 4]`."""
         word, shift = None, 0
         for i, bits in enumerate(self.steps.form.bits):
