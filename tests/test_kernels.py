@@ -92,7 +92,8 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     assert 1e-7 < nmse(rounded.dequantized(), exact.reshape(6, -1)) < 1e-4
 
 
-# Rows that end inside a tile, one or more tiles of them; matrices that end inside a program.
+# Rows of one step, of some that are read at once, of many; some end inside a step, and matrices
+# inside a program.
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("names", "rows", "columns"),
@@ -100,6 +101,7 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
         *((["Q8_0"], 1, 1536), (["Q4_0"], 1, 2816), (["Q5_1"], 1, 1536), (["Q3_K"], 1, 1536)),
         *((["Q4_K"], 1, 4352), (["Q4_K"], 3, 512), (["Q5_K"], 1, 2816), (["TQ2_0"], 1, 1536)),
         *((["Q6_K"], 1, 4608), (["Q6_K", "Q4_K", "Q8_0"], 3, 512)),
+        *((["Q4_K"], 1, 9472), (["Q8_0"], 2, 5120), (["Q6_K"], 1, 10240), (["Q4_K"], 1, 8192)),
     ],
 )
 def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):

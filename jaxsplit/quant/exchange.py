@@ -236,7 +236,7 @@ def send(x: Array, to: Outbox) -> tuple[Array, Array]:
         for a in (lax.bitcast_convert_type(x, jnp.int32), to.offset, to.count)
     )
     address = (jnp.broadcast_to(word[:, None], shape) for word in to.address)
-    bits = _packed(_SEND_IF, *address, offset, bits, count, pack=1)
+    bits = _packed(_SEND, *address, offset, bits, count, pack=1)
     first = jnp.broadcast_to((jnp.arange(lanes) == 0)[:, None], shape)
     return lax.bitcast_convert_type(bits, x.dtype), first
 
@@ -295,14 +295,7 @@ _TICK = (
     "mov.b32 %z, u#;",
 )
 _LOOK = ("ld.global.b32 u#, [a#];", "add.u32 %z, u#, 1;")
-_SEND = (
-    "mov.b64 w#, {%x, %y};",
-    "st.relaxed.sys.global.b64 [a#], w#;",
-    "mov.b32 %z, %x;",
-)
-
-
-_SEND_IF = (
+_SEND = (  # unless the address is 0
     ".reg .pred some;",
     "setp.ne.u64 some, base, 0;",
     "mov.b64 w#, {%x, %y};",

@@ -54,17 +54,16 @@ class _Tiling:
       height: rows of the matrix.
       bytes: of each row, in the first plane, in a step.
       depth: steps that are read at once.
-      warps: of a program.
     """
 
     height: int = 4
     bytes: int = 2048
     depth: int = 1
-    warps: int = 4
 
     @staticmethod
     def of(w: QTensor) -> "_Tiling":
-        """A usual one."""
+        """What was fastest (benchmarks/RESULTS.md): rows of up to 4 KiB are read at once, so that
+        none of a program's loads waits for others; longer ones in whole steps."""
         row = w.shape[-1] * w.form.bits[0] // 8
         if row <= 2048:
             return _Tiling()
@@ -111,7 +110,7 @@ def products(
         kernel,
         grid=(1 if experts is None else rows, sum(programs)),
         out_shape=[jax.ShapeDtypeStruct((rows, w.shape[-2]), dtype) for w in weights],
-        compiler_params=plgpu.CompilerParams(num_warps=tilings[0].warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=exchange.WARPS, num_stages=1),
         interpret=interpret,
         name="quantized_products",
     )(*inputs)
@@ -165,8 +164,8 @@ class _Steps:
       form, columns: of the matrix.
       per_chunk: units of a chunk.
       units: of a step.
-      batches: of steps that are read at once; all their steps have all units.
-      depth: steps of a batch.
+      depth: steps that are read at once.
+      rounds: in which so many are read; these steps have all units.
       rest: the other steps.
       groups: what `w` has for groups of weights.
       slices: for each of a unit, its first weight and its first byte in the first plane.
@@ -183,8 +182,8 @@ class _Steps:
         self.units = min(tiling.bytes // unit_bytes, pl.next_power_of_2(self._all))
         count = pl.cdiv(self._all, self.units)
         self.depth = min(tiling.depth, count)
-        self.batches = self._all // (self.units * self.depth)
-        self.rest = range(self.batches * self.depth, count)
+        self.rounds = self._all // (self.units * self.depth)
+        self.rest = range(self.rounds * self.depth, count)
         self.groups = {name: getattr(w, name) for name in GROUPS if getattr(w, name) is not None}
         starts = range(0, unit_bytes, _SLICE)
         self.slices = [(p * size + b, b) for p in range(pieces) for b in starts]
@@ -269,13 +268,13 @@ class _Rows:
         totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
         factors = [_inverse_norm(self.x, m) for m, _ in self.batch]
 
-        def batch(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        def one_round(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             return self._together([i * steps.depth + d for d in range(steps.depth)], totals)
 
-        if steps.batches == 1:
-            totals = batch(0, totals)
-        elif steps.batches:
-            totals = lax.fori_loop(0, steps.batches, batch, totals)
+        if steps.rounds == 1:
+            totals = one_round(0, totals)
+        elif steps.rounds:
+            totals = lax.fori_loop(0, steps.rounds, one_round, totals)
         if steps.rest:
             totals = self._together(steps.rest, totals)
         for (_, row), total, factor, outbox in zip(
