@@ -250,9 +250,8 @@ class _Rows:
         self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
         self.stack: tuple[Array, ...] = ()
         rows = x.words.shape[0]
-        self.batch = [
-            (jnp.asarray(m), jnp.asarray(m)) for m in range(rows)
-        ]  # rows of x, of results
+        # Rows of x, and of the results.
+        self.batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(rows)]
         if experts is not None:
             self.stack = (experts[pair],)
             self.batch = [(pair // (experts.shape[0] // rows), pair)]
@@ -400,10 +399,9 @@ class _Rows:
                 constant = entry["minimum"] * entry.get("super_minimum", 1)
             elif steps.form.offset:
                 constant = -steps.form.offset * scale
-            # Scales in integers multiply integers, unless they are needed for the offset too.
-            whole = None
-            if "super_scale" in entry and not steps.form.offset:
-                whole, scale = groups["scale"][p].astype(jnp.int32), entry["super_scale"]
+            # Scales that are integers multiply integers, unless the offset needs them too.
+            exact = "super_scale" in entry and not steps.form.offset
+            outer = entry["super_scale"] if exact else scale
             of_part = [self._codes(slice_, of_chunk, codes) for slice_ in part]
             added = []
             for (m, _), (x_scale, of_block), total in zip(self.batch, of_rows, totals, strict=True):
@@ -413,9 +411,9 @@ class _Rows:
                     row = jnp.broadcast_to(m, self.row.shape)
                     dots = dot4(word, self._load(self.x.words, row, at, inside), dots)
                 dots = jnp.sum(dots, axis=-1)
-                if whole is not None:  # less than 2^24, which float32 holds exactly
-                    dots *= whole
-                total = fma(dots.astype(jnp.float32), x_scale * scale, total)
+                if exact:  # less than 2^24, which float32 holds exactly
+                    dots *= groups["scale"][p].astype(jnp.int32)
+                total = fma(dots.astype(jnp.float32), x_scale * outer, total)
                 if constant is not None:
                     total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
                 added.append(total)
