@@ -62,8 +62,8 @@ class _Tiling:
 
     @staticmethod
     def of(w: QTensor) -> "_Tiling":
-        """What was fastest (benchmarks/RESULTS.md): rows of up to 4 KiB are read at once, so that
-        none of a program's loads waits for others; longer ones in whole steps."""
+        """What was fast on H200s (benchmarks/RESULTS.md): rows of up to 4 KiB are read at once, so
+        that none of a program's loads waits for others; longer ones in whole steps, if they can."""
         row = w.shape[-1] * w.form.bits[0] // 8
         if row <= 2048:
             return _Tiling()
