@@ -155,8 +155,8 @@ def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(places, [row["split"] for row in rows])
-    panels[-1].legend(frameon=False, loc="lower right")
     figure.suptitle(title, fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="upper right", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -175,7 +175,8 @@ def main(_: list[str]) -> None:
         for mode, shape in candidates(len(devices))
     ]
     where = f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
-    title = f"{_RANDOM.value or Path(_MODEL.value).name} on {where}"
+    together = f", {_SLOTS.value} sequences" if _SLOTS.value > 1 else ""
+    title = f"{_RANDOM.value or Path(_MODEL.value).name} on {where}{together}"
     rows: list[dict[str, Any]] = []
     for mode, *mesh in splits:
         shape = mesh[0] if mesh and mode != "none" else None

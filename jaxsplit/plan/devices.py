@@ -23,7 +23,7 @@ class DeviceKind:
       layer_seconds: what a layer takes beside reading its weights: launching small kernels.
       meet_seconds: the least that a collective or a hand-over takes.
       exchanges: kernels of devices write to one another's memory instead, which takes a twelfth of
-        `meet_seconds` more for each other device.
+        `meet_seconds` more for each other device, and twice as long for a gather.
       kernels: whether the kernels of this package run on it.
       float8: whether it multiplies 8-bit floating point, at twice the rate.
     """

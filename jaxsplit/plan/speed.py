@@ -141,6 +141,8 @@ def _meeting(kind: DeviceKind, stage: Stage, work: Work) -> float:
     """An all-reduce carries its bytes twice, less what a device has itself; a gather once."""
     others = stage.mesh.size // stage.mesh.shape["data"] - 1
     each = kind.meet_seconds * (1 + others / 12 if kind.exchanges else 1)
+    gather = 2 if kind.exchanges else 1  # a kernel of its own, which no product sends for
+    meetings = work.collectives["all-reduce"] + gather * work.collectives["all-gather"]
     sent = 2 * work.collective_bytes["all-reduce"] + work.collective_bytes["all-gather"]
     rate = kind.link * _LINK_EFFICIENCY
-    return sum(work.collectives.values()) * each + sent / 2 / rate
+    return meetings * each + sent / 2 / rate
