@@ -16,14 +16,14 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from measure import all_reduce_seconds, copy_bandwidth, markdown, matmul_rate
+from measure import WARM_UP, all_reduce_seconds, copy_bandwidth, markdown, matmul_rate
 from random_gguf import random_model
 
 import jaxsplit
@@ -145,22 +145,24 @@ def _read(lm: jaxsplit.LM, batch: int, length: int) -> float:
 
 def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[float]]]:
     """Each test: its kind, tokens, depth and the seconds that it took each time."""
-    engine, read = lm.engine, functools.partial(_read, lm, batch)
+    read = functools.partial(_read, lm, batch)
+
+    def decode(count: int, depth: int) -> float:
+        read(max(depth, 1))
+        start = time.perf_counter()
+        lm.engine.loop(count, count)
+        return time.perf_counter() - start
+
+    def repeated(test: Callable[..., float], *arguments: int) -> list[float]:
+        return [test(*arguments) for _ in range(WARM_UP + _REPEAT.value)][WARM_UP:]
+
     for depth in _numbers(_DEPTH):
         for length in filter(None, _numbers(_PROMPT)):
-            read(depth + length)
-            before = statistics.median(read(depth) for _ in range(3)) if depth else 0.0
-            times = [read(depth + length) - before for _ in range(_REPEAT.value)]
-            yield "pp", length, depth, times
+            times = repeated(read, depth + length)
+            before = statistics.median(repeated(read, depth)) if depth else 0.0
+            yield "pp", length, depth, [took - before for took in times]
         for count in filter(None, _numbers(_GENERATE)):
-            times = []
-            for turn in range(_REPEAT.value + 1):
-                read(max(depth, 1))
-                start = time.perf_counter()
-                engine.loop(count, count)
-                if turn:
-                    times.append(time.perf_counter() - start)
-            yield "tg", count, depth, times
+            yield "tg", count, depth, repeated(decode, count, depth)
 
 
 def model_file() -> ModelFile:

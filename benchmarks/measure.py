@@ -16,16 +16,18 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.parallel import make_mailboxes
 from jaxsplit.quant import Arithmetic, Peers, exchange, two_shot
 
+WARM_UP = 2
+"""Runs that do not count: the first compiles, and XLA makes a CUDA graph of the second."""
+
 
 def seconds(run: Callable[[], Any], repeat: int = 3) -> float:
-    """The shortest of several runs, after one that compiles."""
-    jax.block_until_ready(run())
+    """The shortest of several runs."""
     times = []
-    for _ in range(repeat):
+    for _ in range(WARM_UP + repeat):
         start = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times[WARM_UP:])
 
 
 def copy_bandwidth(device: jax.Device) -> float:

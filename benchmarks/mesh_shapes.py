@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from measure import markdown
+from measure import WARM_UP, markdown
 from random_gguf import random_model
 
 import jaxsplit
@@ -75,19 +75,17 @@ def _measure(file: ModelFile, mode: str, mesh: str | None) -> dict[str, Any]:
     length = min(_PROMPT.value, engine.context - 1)
     count = min(_GENERATE.value, engine.context - length)
     prompts = {s: rng.integers(0, config.vocab, length).tolist() for s in range(engine.slots)}
-    start = time.perf_counter()
     prefills, decodes = [], []
-    for turn in range(_REPEAT.value + 1):
+    for _ in range(WARM_UP + _REPEAT.value):
         begin = time.perf_counter()
         engine.start_all(prompts, greedy)
         engine.read(engine.tokens())
         middle = time.perf_counter()
         engine.loop(count, count)
-        if turn:
-            prefills.append(middle - begin)
-            decodes.append(time.perf_counter() - middle)
-        else:
-            compiling = time.perf_counter() - start
+        prefills.append(middle - begin)
+        decodes.append(time.perf_counter() - middle)
+    compiling = prefills[0] + decodes[0]
+    prefills, decodes = prefills[WARM_UP:], decodes[WARM_UP:]
     chunk = min(max(engine.chunks), engine.context)
     scratch: Counter = Counter()
     for stage, program in zip(engine.partition.stages, engine.trace_prefill(chunk), strict=True):
