@@ -136,6 +136,18 @@ def test_more_rows_than_tiles_take_dequantize_the_weights(models):
     assert many < few
 
 
+@pytest.mark.parametrize(("exchanges", "gather"), [(True, 2), (False, 1)])
+def test_a_gather_takes_as_long_as_two_sums_where_devices_exchange(models, exchanges, gather):
+    """The step's time is nearly all meetings here."""
+    kind = dataclasses.replace(device_kind("H100"), exchanges=exchanges, meet_seconds=100)
+    times = []
+    for split in ("graph@tensor:2", "row@tensor:2"):
+        plan = plan_of(models["Q8_0"], split, kind=kind)
+        meetings = plan.collectives["all-reduce"] + gather * plan.collectives["all-gather"]
+        times.append(1 / plan.decode_rate / meetings)
+    assert times[0] == pytest.approx(times[1], rel=1e-4)
+
+
 def test_the_best_plan_fits(models):
     file = open_model(models["Q8_0"])
     config = model_config(file)
