@@ -11,7 +11,17 @@ from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.quant import Arithmetic, Launch, Peers, Pending, Product, Sum, exchange, two_shot
+from jaxsplit.quant import (
+    Arithmetic,
+    Launch,
+    Peers,
+    Product,
+    Rounding,
+    Sum,
+    as_late,
+    exchange,
+    two_shot,
+)
 
 AXIS = ("tensor",)
 WIDE = make_recipe("wide", heads=8, kv_heads=2, embed=512)
@@ -68,9 +78,9 @@ def test_a_sum_is_exchanged_once(monkeypatch):
     monkeypatch.setattr(jax.lax, "all_gather", counting)
 
     def function(x, peers):
-        total = Sum(x, 2 * x, peers, sent=True, interpret=True)
+        total = Sum(x, 2 * x[None], peers, sent=True, interpret=True)
         plain = total.array
-        rounded = Pending(lambda x: x, (total,), jnp.float32).rounded(Launch(interpret=True))
+        rounded = as_late(total).prepared(Rounding(), Launch(interpret=True))
         return jnp.stack([plain, rounded.dequantized()])
 
     plain, rounded = on_devices(2, function, x)[0]

@@ -10,7 +10,7 @@ from tiny import fresh_rng
 from jaxsplit.models import AttentionConfig, flash, online_softmax
 from jaxsplit.models.attention import attend
 from jaxsplit.models.cache import AttentionCache
-from jaxsplit.quant import BLOCK, Late, Launch, computed, rounding
+from jaxsplit.quant import BLOCK, Late, Launch, Rounding, computed, rounding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,7 +34,7 @@ def check(queries, memory, positions, key_positions, config, sinks=None):
     assert flash.supports(queries, memory, config)
     found = flash.attend(queries, memory, positions, key_positions, config, sinks, launch=LAUNCH)
     if isinstance(found, Late) and found.shape[-1] % BLOCK == 0:
-        rounded = found.rounded(LAUNCH)
+        rounded = found.prepared(Rounding(), LAUNCH)
         rows = jnp.asarray(found.array, jnp.float32).reshape(len(rounded.scale), -1)
         # Rounded before it is put into 16 bits: halves of a step may fall to either side.
         assert nmse(rounded.dequantized(), rounding.round_rows(rows).dequantized()) <= 2e-4

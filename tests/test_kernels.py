@@ -18,6 +18,9 @@ from jaxsplit.quant import (
     TYPES,
     Arithmetic,
     Launch,
+    Pending,
+    Rounding,
+    Sum,
     dequantize,
     float8,
     kernels,
@@ -66,11 +69,11 @@ def test_rounding_is_that_of_ggml(rng):
 
 
 def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
-    stream, addend = rng.normal(size=(2, 3, 1, 96)).astype(np.float32)
-    total = rounding.Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(addend))
-    expected = jax.tree.map(lambda x: x, total).array
-    pending = rounding.Pending(lambda x: x, (total,), jnp.bfloat16)
-    rounded = pending.rounded(Launch(interpret=True))
+    stream, *addends = rng.normal(size=(4, 3, 1, 96)).astype(np.float32)
+    total = Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(addends))
+    expected = np.float64(total.stream) + np.sum(np.float64(addends), axis=0)
+    pending = Pending(lambda x: x, (total,), jnp.bfloat16)
+    rounded = pending.prepared(Rounding(), Launch(interpret=True))
     assert nmse(total.array, expected) <= 2e-5
     exact = rounding.round_rows(total.array[:, 0])
     assert np.array_equal(rounded.words, exact.words)
@@ -81,8 +84,8 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     """The same as computing, dividing and rounding them one after the other."""
     x, scale = rng.normal(size=(2, 3, 1344)).astype(np.float32), rng.uniform(0.5, 2, 1344)
     operands = (jnp.asarray(x), jnp.asarray(scale, jnp.float32))
-    pending = rounding.Pending(jnp.multiply, operands, jnp.float32, epsilon, 1400)
-    rounded = pending.rounded(Launch(interpret=True))
+    pending = Pending(jnp.multiply, operands, jnp.float32, epsilon, 1400)
+    rounded = pending.prepared(Rounding(), Launch(interpret=True))
     exact = np.float64(x) * np.float32(scale)
     if epsilon:
         exact /= np.sqrt((np.float64(x) ** 2).sum(axis=-1, keepdims=True) / 1400 + epsilon)
@@ -107,8 +110,8 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
 def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
     matrices = [matrix(rng, name, 7 + i, columns) for i, name in enumerate(names)]
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
-    pending = rounding.Pending(lambda x: x, (x,), jnp.float32, 1e-6, columns)
-    for rounded in (rounding.round_rows(x), pending.rounded(Launch(interpret=True))):
+    pending = Pending(lambda x: x, (x,), jnp.float32, 1e-6, columns)
+    for rounded in (rounding.round_rows(x), pending.prepared(Rounding(), Launch(interpret=True))):
         results = kernels.products(rounded, matrices, interpret=True)
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T

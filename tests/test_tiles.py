@@ -10,7 +10,9 @@ from blocks import usual_blocks
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.quant import TYPES, dequantize, forms, tiles, unpack, with_words
+from jaxsplit.quant import TYPES, Launch, Pending, Sum, dequantize, forms, tiles, unpack, with_words
+
+LAUNCH = Launch(interpret=True)
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     matrices = [matrix(rng, name, 70 + i, columns) for i, name in enumerate(names)]
     assert all(tiles.supports(w, jnp.bfloat16) for w in matrices)
     x = activations(rng, rows, columns)
-    results = tiles.products(x, matrices, parts=parts, interpret=True)
+    results = tiles.products(x, matrices, parts=parts, launch=LAUNCH)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, product(x, w)) <= 1e-10
         assert (
@@ -79,8 +81,36 @@ def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
     w = with_words(unpack(name, raw, granule=granule, part=np.arange(7) % (256 // granule)))
     assert w.super_scale.shape[-1] == 7
     x = activations(rng, rows, w.shape[-1])
-    [y] = tiles.products(x, [w], parts=1, interpret=True)
+    [y] = tiles.products(x, [w], parts=1, launch=LAUNCH)
     assert nmse(y, product(x, w)) <= 1e-10
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
+    stream, *terms = rng.normal(size=(3, 2, 3, 1280)).astype(np.float32)
+    scale = rng.uniform(0.5, 2, 1280).astype(np.float32)
+    total = Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(terms))
+    operands = (total, jnp.asarray(scale))
+    x = Pending(jnp.multiply, operands, jnp.bfloat16, epsilon=0.5, size=1500)
+    matrices = [matrix(rng, name, 40, 1280) for name in ("Q4_K", "Q6_K", "Q4_1")]
+    results = tiles.products(x, matrices, launch=LAUNCH)
+    added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
+    assert nmse(total.array, added) <= 1e-5
+    added = np.float64(total.array).reshape(6, -1)
+    root = np.sqrt((added**2).sum(axis=-1, keepdims=True) / 1500 + 0.5)
+    for y, w in zip(results, matrices, strict=True):
+        # Rows are divided after they were multiplied, so that they are rounded before it.
+        expected = product(jnp.asarray(added * scale, jnp.bfloat16), w) / root
+        assert nmse(y, expected) <= 1e-10
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_parts_are_left_to_be_added_up(rng):
+    w, x = matrix(rng, "Q4_K", 40, 1280), activations(rng, 5, 1280)
+    [y] = tiles.products(x, [w], parts=3, joined=False, launch=LAUNCH)
+    assert y.shape == (3, 5, 40)
+    assert y.dtype == jnp.float32
+    assert nmse(y.sum(axis=0), product(x, w)) <= 1e-10
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -102,7 +132,7 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
     groups = tiles.Groups(
         *map(jnp.asarray, (matrix_, first, stop, np.int32(read), np.int32(len(of_group))))
     )
-    results = tiles.products(x, stacks, groups=groups, results=12, interpret=True)
+    results = tiles.products(x, stacks, groups=groups, results=12, launch=LAUNCH)
     for y, stack in zip(results, stacks, strict=True):
         expected = [
             product(x[read[i, : stop - first]], jax.tree.map(lambda planes, m=m: planes[m], stack))

@@ -10,7 +10,7 @@ from tiny import fresh_rng
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig, token_attention
 from jaxsplit.models.attention import Attention, attend, recall
 from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.quant import Launch
+from jaxsplit.quant import Launch, Rounding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,7 +30,8 @@ CHOICES = {
 
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_token_reads_those_before_it_and_itself(name, kept):
+@pytest.mark.parametrize("reader", [None, Rounding()], ids=["array", "rounded"])
+def test_a_token_reads_those_before_it_and_itself(name, kept, reader):
     rng, choice = fresh_rng(), CHOICES[name]
     length = choice.get("window", 700)
     config = AttentionConfig(HEADS, KV_HEADS, WIDTH, WIDTH, **choice)
@@ -57,6 +58,7 @@ def test_a_token_reads_those_before_it_and_itself(name, kept):
         config,
         (module.query_norm, module.key_norm),
         sinks,
+        reader=reader,
         launch=Launch(interpret=True),
     )
     exact = [x.astype(jnp.float32) for x in (query, key, value)]
@@ -65,9 +67,11 @@ def test_a_token_reads_those_before_it_and_itself(name, kept):
     values = module._heads(exact[2], WIDTH, None)
     memory, key_positions, expected = recall(keys, values, batch, cache, config.window)
     y = attend(queries, memory, batch.positions, key_positions, config, sinks)
+    if reader is not None:
+        rows = rows.prepared(reader, Launch()).dequantized().reshape(y.shape)
     for row in range(3):
         # Rounding to 8 bits alone is 1e-5 of normal numbers.
-        assert nmse(rows.array[row].astype(jnp.float32), y[row]) <= 1e-4, row
+        assert nmse(rows[row].astype(jnp.float32), y[row]) <= 1e-4, row
     for old, new, there in zip(
         *(x.__dict__.values() for x in (cache, expected, found)), strict=True
     ):

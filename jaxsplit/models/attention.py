@@ -13,7 +13,7 @@ from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, project, rope
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
-from jaxsplit.quant import Rows, active_arithmetic, computed, has_kernel, pends
+from jaxsplit.quant import Rows, active_arithmetic, computed
 
 SCORES = 2**21
 """Of each head at a time: more would take too much memory."""
@@ -64,19 +64,41 @@ class Attention(nnx.Module):
         Returns:
           parts of `[batch, time, embed]`, and the cache with these tokens added.
         """
-        c, positions = self.config, batch.positions
+        c = self.config
         query, key, value, gate = project(x, self.query, self.key, self.value, self.gate)
         value = key if value is None else value
-        active, slots = active_arithmetic(), None
         sinks = None if self.sinks is None else self.sinks.get_value()
-        rounds = gate is None and pends(positions.size) and has_kernel(self.out.kernel.get_value())
-        if rounds and token_attention.supports(c, batch, cache, query):
-            norms = self.query_norm, self.key_norm
+        if active_arithmetic().kernels and token_attention.supports(c, batch, cache, query):
             y, cache = token_attention.attend(
-                query, key, value, batch, cache, c, norms, sinks, launch=active.launch
+                query,
+                key,
+                value,
+                batch,
+                cache,
+                c,
+                (self.query_norm, self.key_norm),
+                sinks,
+                reader=None if gate is not None else self.out.reader(query),
+                launch=active_arithmetic().launch,
             )
-            return (self.out.partial(y),), cache
-        if active.kernels and placing.supports(c, batch, cache, x.dtype):
+        else:
+            y, cache = self._attend(query, key, value, batch, cache, sinks)
+        if gate is not None:
+            y = computed(y) * jax.nn.sigmoid(gate)
+        return (self.out.partial(y),), cache
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array | None,
+        value: Array | None,
+        batch: Batch,
+        cache: AttentionCache | None,
+        sinks: Array | None,
+    ) -> tuple[Rows, AttentionCache | None]:
+        """What tokens read, from their projections `[batch, time, heads * width]`."""
+        c, positions, active, slots = self.config, batch.positions, active_arithmetic(), None
+        if active.kernels and placing.supports(c, batch, cache, query.dtype):
             norms = self.query_norm, self.key_norm
             queries, cache = placing.place(
                 query, key, value, batch, cache, c, norms, interpret=active.launch.interpret
@@ -96,10 +118,7 @@ class Attention(nnx.Module):
             batch.lent[c.lends] = memory, key_positions
         kv_heads = memory.keys.shape[1]
         queries = queries.reshape(*positions.shape, kv_heads, -1, c.head_dim)
-        y = attend(queries, memory, positions, key_positions, c, sinks, slots)
-        if gate is not None:
-            y = computed(y) * jax.nn.sigmoid(gate)
-        return (self.out.partial(y),), cache
+        return attend(queries, memory, positions, key_positions, c, sinks, slots), cache
 
     def _queries(self, x: Array, batch: Batch) -> Array:
         """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`."""

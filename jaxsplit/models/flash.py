@@ -7,6 +7,7 @@ second kernel joins (Dao et al. 2023, "Flash-Decoding").
 import dataclasses
 import math
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,10 @@ from jaxsplit.quant import (
     BLOCK,
     Late,
     Launch,
-    Pending,
-    Rounded,
+    Reader,
     Rows,
+    as_late,
     block_elements,
-    rounded_shapes,
-    store_rounded,
 )
 
 _KEYS_OF_A_SPLIT = 256
@@ -172,26 +171,28 @@ class _Splits(Late):
     def array(self) -> Array:
         """The rows `[batch, time, heads * value_dim]`."""
         *rows, columns = self.shape
-        [y] = self._join(
-            [jax.ShapeDtypeStruct((math.prod(rows), columns), self.dtype)], self.launch
-        )
+        shape = jax.ShapeDtypeStruct((math.prod(rows), columns), self.dtype)
+        [y] = self._join([shape], None, self.launch)
         return y.reshape(self.shape)
 
-    def rounded(self, launch: Launch) -> Rounded:
-        """Joined and rounded in one kernel where a head is made of whole blocks."""
+    def prepared(self, reader: Reader, launch: Launch) -> Any:
+        """Joined and stored in one kernel where a head is made of whole blocks."""
         if self.values.shape[-1] % BLOCK:
-            return Pending(lambda x: x, (self.array,), self.dtype).rounded(launch)
+            return as_late(self.array).prepared(reader, launch)
         *rows, columns = self.shape
-        return Rounded(*self._join(rounded_shapes(math.prod(rows), columns), launch))
+        shapes = reader.shapes(math.prod(rows), columns)
+        return reader.of(self._join(shapes, reader, launch), None)
 
-    def _join(self, shapes: list[jax.ShapeDtypeStruct], launch: Launch) -> list[Array]:
+    def _join(
+        self, shapes: list[jax.ShapeDtypeStruct], reader: Reader | None, launch: Launch
+    ) -> list[Array]:
         splits, batch, time, kv_heads, group, _ = self.values.shape
         of_splits = (self.values, self.largest, self.total)
         of_splits = [
             x.reshape(splits, batch * time, kv_heads * group, *x.shape[5:]) for x in of_splits
         ]
         return pl.pallas_call(
-            partial(_join, rounds=len(shapes) > 1, launch=launch),
+            partial(_join, results=len(shapes), reader=reader, launch=launch),
             grid=(batch * time, kv_heads * group),
             out_shape=shapes,
             compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
@@ -300,14 +301,13 @@ def _kernel(
     store(out_refs[0], values / jnp.maximum(total, 1e-30)[:, None])
 
 
-def _join(*refs: jax.Ref, rounds: bool, launch: Launch) -> None:
-    """What the splits have for one head of one query, put together, and perhaps rounded."""
+def _join(*refs: jax.Ref, results: int, reader: Reader | None, launch: Launch) -> None:
+    """What the splits have for one head of one query, put together, for a reader or as it is."""
     values_ref, largest_ref, total_ref, *rest = refs
-    results = 4 if rounds else 1
     sinks, outs = rest[:-results], rest[-results:]
     splits, _, _, value_dim = values_ref.shape
     row, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(splits)
-    if rounds:
+    if reader is not None:
         row = launch.next_from(row)
     largest = plgpu.load(largest_ref.at[split, row, head])
     total = plgpu.load(total_ref.at[split, row, head])
@@ -319,7 +319,7 @@ def _join(*refs: jax.Ref, rounds: bool, launch: Launch) -> None:
     total = jnp.sum(total * fade)
     if sinks:
         total += jnp.exp2(sink - final)
-    if rounds:
+    if reader is not None:
         block = jnp.arange(pl.next_power_of_2(value_dim // BLOCK))
         column = block_elements(block)
     else:
@@ -330,9 +330,9 @@ def _join(*refs: jax.Ref, rounds: bool, launch: Launch) -> None:
         values_ref.at[wide(split, shape, 0), row, head, at], mask=at < value_dim, other=0.0
     )
     y = jnp.sum(values * wide(fade, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
-    if rounds:
+    if reader is not None:
         first = head * (value_dim // BLOCK)
-        store_rounded(outs, row, first + block, block < value_dim // BLOCK, y)
+        reader.store(outs, row, first + block, block < value_dim // BLOCK, y)
     else:
         at = (row, head * value_dim + column)
         plgpu.store(outs[0].at[at], y.astype(outs[0].dtype), mask=column < value_dim)

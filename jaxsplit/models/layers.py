@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import pallas as pl
 
 from jaxsplit.models.axes import (
     EMBED,
@@ -32,13 +33,16 @@ from jaxsplit.models.mixer_config import NormConfig, RopeConfig
 from jaxsplit.quant import (
     Pending,
     Product,
+    Reader,
     Rows,
     Sum,
     active_arithmetic,
     computed,
+    exchange,
     matmul,
     matmuls,
     pends,
+    reader_for,
     take_rows,
 )
 
@@ -79,7 +83,7 @@ class Norm(nnx.Module):
         """`__call__`, left to the kernel that reads the result if there is one."""
         c = self.config
         plain = c.kind == "rms" and not c.bias and not self.group and not is_split(self.axis)
-        if not plain or not pends(math.prod(x.shape[:-1])):
+        if not plain or not pends(x):
             return self(computed(x))
         scale = () if self.scale is None else (self.scale.get_value(),)
         return Pending(_product, (x, *scale), x.dtype, c.epsilon, self.size)
@@ -165,16 +169,20 @@ def meet(parts: Partials, dtype: jnp.dtype) -> Array:
 def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     """The residual stream with what a layer writes to it, left to the kernel that reads it."""
     x = computed(x)
-    if not pends(math.prod(x.shape[:-1])) or any(is_split(part.rows) for part in parts):
+    if not pends(x) or any(is_split(part.rows) for part in parts):
         return x + meet(parts, x.dtype)
-    peers = [peers_over(x.size, *part.columns) for part in parts]
-    if None in peers or any(part.bias is not None for part in parts):
-        return Sum(x, meet(parts, jnp.float32))
-    interpret = active_arithmetic().launch.interpret
-    product = parts[0].product
-    if isinstance(product, Product) and product.sends and len(parts) == 1:
-        return Sum(x, product.sent_to(peers[0]), peers[0], sent=True, interpret=interpret)
-    return Sum(x, sum(part.value for part in parts), peers[0], interpret=interpret)
+    # The kernel exchanges rows of whole programs.
+    size = math.prod(x.shape[:-1]) * pl.cdiv(x.shape[-1], exchange.WIDTH) * exchange.WIDTH
+    peers = [peers_over(size, *part.columns) for part in parts]
+    split = any(mesh_axes(*part.columns) for part in parts)
+    if (split and None in peers) or any(part.bias is not None for part in parts):
+        return Sum(x, meet(parts, jnp.float32)[None])
+    interpret, product = active_arithmetic().launch.interpret, parts[0].product
+    if len(parts) > 1 or not isinstance(product, Product):
+        return Sum(x, sum(part.value for part in parts)[None], peers[0], interpret=interpret)
+    if split and product.sends:
+        return Sum(x, product.sent_to(peers[0])[None], peers[0], sent=True, interpret=interpret)
+    return Sum(x, product.terms, peers[0], interpret=interpret)
 
 
 class Linear(nnx.Module):
@@ -206,6 +214,11 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias.get_value()
         product = Product(self._whole(x), self.kernel.get_value())
         return Partial(product, (self.columns,), self.rows, bias)
+
+    def reader(self, x: Rows) -> Reader | None:
+        """How a kernel reads rows like `x`, but for their length; None: there is none."""
+        own = is_split(self.columns) or not is_split(self.in_axis)
+        return reader_for(x, self.kernel.get_value()) if own else None
 
     def __call__(self, x: Rows) -> Array:
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""

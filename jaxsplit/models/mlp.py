@@ -1,6 +1,5 @@
 """The perceptron that follows the mixer in each layer."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -55,6 +54,5 @@ class MLP(nnx.Module):
         up, gate = project(x, self.up, self.gate)
         function = partial(activate, self.activation)
         operands = (up,) if gate is None else (up, gate)
-        if pends(math.prod(x.shape[:-1])):
-            return (self.down.partial(Pending(function, operands, x.dtype)),)
-        return (self.down.partial(function(*operands)),)
+        hidden = Pending(function, operands, x.dtype) if pends(up) else function(*operands)
+        return (self.down.partial(hidden),)

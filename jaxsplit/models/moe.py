@@ -25,7 +25,7 @@ from jaxsplit.quant import (
     has_kernel,
     has_tiles,
     matmul,
-    pends,
+    rounds,
     use_arithmetic,
     with_bytes,
 )
@@ -193,7 +193,7 @@ class Experts(nnx.Module):
         at_once = step and chosen.size <= _AT_ONCE and quantized and not is_split(self.axis)
         tiled = not weigh_input and self.up.bias is None
         tiled &= all(has_tiles(stack, x.dtype) for stack in stacks)
-        if tiled and not (at_once and pends(len(tokens))):
+        if tiled and not (at_once and rounds(len(tokens))):
             total = self._by_groups(tokens, *pairs)
         elif at_once:
             total = self._at_once(tokens, *pairs, weigh_input)
@@ -212,7 +212,7 @@ class Experts(nnx.Module):
         """All pairs in one go, without a loop around the fused products of single rows."""
         experts, weights = chosen.reshape(-1), weights.reshape(-1, 1)
         stacks = [s.kernel.get_value() for s in (self.up, self.gate, self.down) if s is not None]
-        if pends(len(x)) and not weigh_input and all(map(has_kernel, stacks)):
+        if rounds(len(x)) and not weigh_input and all(map(has_kernel, stacks)):
             y = self._by_kernels(x, experts) * weights
             return y.reshape(*chosen.shape, -1).sum(1)
         read = jnp.repeat(x, chosen.shape[1], axis=0)

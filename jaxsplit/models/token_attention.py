@@ -1,8 +1,9 @@
-"""Attention of single tokens, from their projections to rounded rows, in one kernel for GPUs.
+"""Attention of single tokens, from their projections to what a product reads, in one kernel for
+GPUs.
 
 Heads are turned, the new key and value are put into the cache, the keys before are split among
-programs, and the last of them to end joins what they have and rounds it ("Flash-Decoding", Dao et
-al. 2023). One launch instead of three: with little context, a launch takes as long as its work.
+programs, and the last of them to end joins and stores what they have ("Flash-Decoding", Dao et al.
+2023). One launch instead of three: with little context, a launch takes as long as its work.
 """
 
 import dataclasses
@@ -39,10 +40,9 @@ from jaxsplit.quant import (
     BLOCK,
     Late,
     Launch,
-    Rounded,
+    Plain,
+    Reader,
     block_elements,
-    rounded_shapes,
-    store_rounded,
 )
 
 _LEAST = 128
@@ -55,7 +55,7 @@ _JOINED = 4096
 def supports(
     config: AttentionConfig, batch: Batch, cache: AttentionCache | None, query: Array
 ) -> bool:
-    """Whether `attend` can do what a layer needs, where only rounded rows are read."""
+    """Whether `attend` can do what a layer needs."""
     return (
         batch.positions.shape[1] == 1
         and placing.supports(config, batch, cache, query.dtype)
@@ -67,22 +67,23 @@ def supports(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Joined(Late):
-    """Rows that were rounded where they were computed."""
+class _Stored(Late):
+    """Rows that were stored for a reader where they were computed."""
 
-    rows: Rounded
+    rows: Any
+    reader: Reader
+    sequences: int
+    columns: int
     dtype: jnp.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, words = self.rows.words.shape
-        return rows, 1, 4 * words
+        """`[sequences, 1, columns]`."""
+        return self.sequences, 1, self.columns
 
-    @property
-    def array(self) -> Array:
-        return self.rows.dequantized().astype(self.dtype).reshape(self.shape)
-
-    def rounded(self, launch: Launch) -> Rounded:
+    def prepared(self, reader: Reader, launch: Launch) -> Any:
+        if reader != self.reader:
+            raise ValueError(f"the rows were stored for {self.reader}, not for {reader}")
         return self.rows
 
 
@@ -96,8 +97,9 @@ def attend(
     norms: tuple[Norm | None, Norm | None],
     sinks: Array | None = None,
     *,
+    reader: Reader | None = None,
     launch: Launch = Launch(),  # noqa: B008
-) -> tuple[Late, AttentionCache]:
+) -> tuple[Array | Late, AttentionCache]:
     """What tokens read from those before them and themselves, and the cache with them.
 
     Args:
@@ -107,10 +109,11 @@ def attend(
       config: one that is supported.
       norms: of queries and of keys.
       sinks: float32 `[heads]`, or None.
+      reader: of the rows, the only one; None: they are an array.
       launch: of the kernel.
 
     Returns:
-      `[batch, 1, heads * value_dim]`, rounded, and the cache.
+      `[batch, 1, heads * value_dim]`, and the cache.
     """
     c, sequences, (kv_heads, length) = config, len(query), cache.keys.shape[1:3]
     value_dim = cache.values.shape[-1]
@@ -135,10 +138,15 @@ def attend(
     width = pl.next_power_of_2(max(c.head_dim, value_dim))
     tiling = flash.tiling_of(group, length, width)
     of_splits = (tiling.splits, sequences, kv_heads, group)
+    if reader is None:  # what is no kernel may read before this one has ended
+        stores, launch = Plain(query.dtype), dataclasses.replace(launch, overlap=False)
+    else:
+        stores = reader
+    columns = kv_heads * group * value_dim
     outs = [
         jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
         *[jax.ShapeDtypeStruct(of_splits, jnp.float32)] * 2,
-        *rounded_shapes(sequences, kv_heads * group * value_dim),
+        *stores.shapes(sequences, columns),
     ]
     results = pl.pallas_call(
         partial(
@@ -146,6 +154,7 @@ def attend(
             structures=(structure, cache_structure),
             tiling=tiling,
             config=c,
+            reader=stores,
             launch=launch,
         ),
         grid=(tiling.splits, kv_heads, sequences),
@@ -155,9 +164,11 @@ def attend(
         interpret=launch.interpret,
         name="attend_token",
     )(*leaves, *kept)
-    rows, kept = Rounded(*results[3 : len(outs)]), results[len(outs) :]
+    rows, kept = stores.of(results[3 : len(outs)], None), results[len(outs) :]
     cache = without_pairs(jax.tree.unflatten(cache_structure, kept))
-    return _Joined(rows, query.dtype), cache
+    if reader is None:
+        return rows.reshape(sequences, 1, columns), cache
+    return _Stored(rows, reader, sequences, columns, query.dtype), cache
 
 
 class _Heads:
@@ -238,6 +249,7 @@ def _kernel(
     structures: tuple[Any, Any],
     tiling: flash.Tiling,
     config: AttentionConfig,
+    reader: Reader,
     launch: Launch,
 ) -> None:
     """One head of keys of one token, with all queries that share it: a split of the keys."""
@@ -257,7 +269,8 @@ def _kernel(
     @pl.when(split < used)
     def _() -> None:
         outs = refs[structure.num_leaves + cache_structure.num_leaves :]
-        results, kept = outs[:7], outs[7:]
+        count = len(outs) - cache_structure.num_leaves
+        results, kept = outs[:count], outs[count:]
         _attend_split(
             inputs,
             jax.tree.unflatten(cache_structure, kept),
@@ -266,6 +279,7 @@ def _kernel(
             (filled, share, used),
             tiling,
             config,
+            reader,
             launch,
         )
 
@@ -278,6 +292,7 @@ def _attend_split(
     sizes: tuple[Array, Array, Array],
     tiling: flash.Tiling,
     config: AttentionConfig,
+    reader: Reader,
     launch: Launch,
 ) -> None:
     """A split of the keys.
@@ -285,15 +300,16 @@ def _attend_split(
     Args:
       inputs: of the kernel.
       cache: of references.
-      results: values, largest scores and sums of weights of the splits; rounded rows.
+      results: values, largest scores and sums of weights of the splits; what is stored of rows.
       place: split, head, sequence, slot and position.
       sizes: places of earlier tokens, those of a split, and splits that have any.
       tiling: of the work.
       config: of the attention.
+      reader: of the rows.
       launch: of the kernel.
     """
     query, key, value, _, _, cos, sin, scales, sinks, ended = inputs
-    values_ref, largest_ref, total_ref, *rounded = results
+    values_ref, largest_ref, total_ref, *stored = results
     split, head, sequence, slot, position = place
     filled, share, used = sizes
     c, dtype, group = config, query.dtype, query.shape[2]
@@ -377,7 +393,8 @@ def _attend_split(
     @pl.when(before == used - 1)
     def _() -> None:
         plgpu.store(ended.at[sequence, head + jnp.arange(1)], jnp.zeros(1, jnp.int32))
-        _join((values_ref, largest_ref, total_ref), sinks, rounded, sequence, head, used)
+        splits = values_ref, largest_ref, total_ref
+        _join(splits, sinks, stored, reader, sequence, head, used)
 
 
 def _as_kept(x: Array, kept: jnp.dtype, dtype: jnp.dtype) -> tuple[Array, Array, Array | None]:
@@ -398,17 +415,19 @@ def _as_kept(x: Array, kept: jnp.dtype, dtype: jnp.dtype) -> tuple[Array, Array,
 def _join(
     splits: Sequence[jax.Ref],
     sinks: jax.Ref | None,
-    rounded: Sequence[jax.Ref],
+    stored: Sequence[jax.Ref],
+    reader: Reader,
     sequence: Array,
     head: Array,
     used: Array,
 ) -> None:
-    """Puts together what the splits have for one head of keys, and rounds it.
+    """Puts together what the splits have for one head of keys, and stores it.
 
     Args:
       splits: values, largest scores and sums of weights.
       sinks: as in `attend`.
-      rounded: results.
+      stored: results.
+      reader: of them.
       sequence, head: which.
       used: splits that have anything.
     """
@@ -460,4 +479,4 @@ def _join(
     of_head = (len(member), len(block))
     at = (head * group + wide(member, of_head, 0)) * blocks + wide(block, of_head, 1)
     inside = wide(member < group, of_head, 0) & wide(block < blocks, of_head, 1)
-    store_rounded(rounded, sequence, at, inside, y)
+    reader.store(stored, sequence, at, inside, y)

@@ -11,6 +11,7 @@ from jaxsplit.quant.forms import (
     with_bytes,
     with_words,
 )
+from jaxsplit.quant.late import BLOCK, Late, Pending, Plain, Reader, Sum, as_late, block_elements
 from jaxsplit.quant.launch import Launch
 from jaxsplit.quant.products import (
     PLAIN,
@@ -26,18 +27,11 @@ from jaxsplit.quant.products import (
     matmul,
     matmuls,
     pends,
+    reader_for,
+    rounds,
     use_arithmetic,
 )
-from jaxsplit.quant.rounding import (
-    BLOCK,
-    Late,
-    Pending,
-    Rounded,
-    Sum,
-    block_elements,
-    rounded_shapes,
-    store_rounded,
-)
+from jaxsplit.quant.rounding import Rounded, Rounding
 from jaxsplit.quant.tiles import Groups
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
 
@@ -53,13 +47,17 @@ __all__ = [
     "Late",
     "Launch",
     "Pending",
+    "Plain",
+    "Reader",
     "QTensor",
     "QuantType",
     "Rounded",
+    "Rounding",
     "Rows",
     "Sum",
     "Weight",
     "active_arithmetic",
+    "as_late",
     "block_elements",
     "dequantize",
     "exchange",
@@ -72,8 +70,8 @@ __all__ = [
     "matmuls",
     "pends",
     "quant_type",
-    "rounded_shapes",
-    "store_rounded",
+    "reader_for",
+    "rounds",
     "take_rows",
     "two_shot",
     "unpack",

@@ -18,7 +18,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant import exchange
 from jaxsplit.quant.forms import QTensor, with_words
-from jaxsplit.quant.rounding import BLOCK, Rounded
+from jaxsplit.quant.late import BLOCK
+from jaxsplit.quant.rounding import Rounded
 
 MAX_ROWS = 2
 """More rows of activations are faster on the matrix unit."""
@@ -265,7 +266,8 @@ class _Rows:
         zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in outboxes]
         shape = (self.height, steps.units)
         totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
-        factors = [_inverse_norm(self.x, m) for m, _ in self.batch]
+        mean = self.x.mean
+        factors = [None if mean is None else mean.inverse_of(m) for m, _ in self.batch]
 
         def one_round(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             return self._together([i * steps.depth + d for d in range(steps.depth)], totals)
@@ -441,16 +443,6 @@ def _words(slice_: Array) -> Array:
     """Indices `[units, 4]` of the words of 16 bytes, as a product that tells the compiler of their
     alignment."""
     return (slice_ * (_SLICE // 4))[:, None] + jnp.arange(_SLICE // 4)
-
-
-def _inverse_norm(x: Rounded, row: Array) -> Array | None:
-    """What products with a row are to be multiplied by."""
-    if x.squares is None:
-        return None
-    part = jnp.arange(pl.next_power_of_2(x.squares.shape[1]))
-    inside = part < x.squares.shape[1]
-    squares = plgpu.load(x.squares.at[row, part], mask=inside, other=0.0)
-    return lax.rsqrt(jnp.sum(squares) / x.size + x.epsilon)
 
 
 def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:

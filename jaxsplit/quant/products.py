@@ -26,8 +26,9 @@ from jaxsplit.quant.forms import (
     scales,
     value_of,
 )
+from jaxsplit.quant.late import Late, Reader, Sum, as_late
 from jaxsplit.quant.launch import Launch, compute_capability
-from jaxsplit.quant.rounding import Late, Pending, Sum, round_rows
+from jaxsplit.quant.rounding import Rounding, round_rows
 
 _HIGHEST = lax.Precision.HIGHEST
 TOGETHER = 2**28
@@ -143,14 +144,25 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
     return jnp.sum(total, axis=(1, 2))
 
 
-def pends(rows: int) -> bool:
-    """Whether so many rows are best left to be computed by the kernel that rounds them."""
+Rows = Array | Late | Sum
+"""Activations `[..., in]`, perhaps not computed yet."""
+
+
+def rounds(rows: int) -> bool:
+    """Whether kernels round so many rows."""
     active = _arithmetic.get()
     return active.rounded and active.kernels and rows <= kernels.MAX_ROWS
 
 
-Rows = Array | Late | Sum
-"""Activations `[..., in]`, perhaps not computed yet."""
+def _tiled(rows: int) -> bool:
+    """Whether kernels multiply so many rows with tiles of the matrices."""
+    return _arithmetic.get().kernels and not rounds(rows) and 1 < rows <= tiles.MAX_ROWS
+
+
+def pends(x: Rows) -> bool:
+    """Whether rows are best left to be computed by the kernel that prepares them for others."""
+    rows = math.prod(x.shape[:-1])
+    return rounds(rows) or (_tiled(rows) and x.dtype == jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,15 +183,24 @@ class Product:
         return matmul(self.x, self.w)
 
     @property
+    def terms(self) -> Array:
+        """What it is the sum of: float32 `[terms, ..., out]`."""
+        if not (_tiled(math.prod(self.x.shape[:-1])) and has_tiles(self.w, self.x.dtype)):
+            return self.array[None]
+        launch = _arithmetic.get().launch
+        [y] = tiles.products(as_late(self.x), [self.w], joined=False, launch=launch)
+        return y.reshape(len(y), *self.x.shape[:-1], -1)
+
+    @property
     def sends(self) -> bool:
         """Whether there is a kernel that sends it."""
-        few = pends(math.prod(self.x.shape[:-1]))
+        few = rounds(math.prod(self.x.shape[:-1]))
         return few and has_kernel(self.w) and kernels.sends(self.w)
 
     def sent_to(self, peers: Peers) -> Array:
         """`array`, sent to devices that exchange it next, in a `Sum`."""
         launch = _arithmetic.get().launch
-        rounded = _late(self.x).rounded(launch)
+        rounded = as_late(self.x).prepared(Rounding(), launch)
         [y] = kernels.products(rounded, [self.w], peers=peers, interpret=launch.interpret)
         return y.reshape(*self.x.shape[:-1], -1)
 
@@ -215,7 +236,7 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
     way, suits = _many_rows, lambda _: True
     if active.rounded and rows <= kernels.MAX_ROWS:
         way, suits = _few_rows, has_kernel
-    elif active.kernels and 1 < rows <= tiles.MAX_ROWS:
+    elif _tiled(rows):
         way, suits = _tens_of_rows, partial(has_tiles, dtype=x.dtype)
     elif active.float8 and rows > tiles.MAX_ROWS:
         way, suits = _float8_rows, lambda w: isinstance(w, QTensor)
@@ -231,7 +252,7 @@ def _few_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Arr
     if not weights:
         return []
     if active.kernels:
-        rounded = _late(x).rounded(active.launch)
+        rounded = as_late(x).prepared(Rounding(), active.launch)
         ys = kernels.products(rounded, weights, dtype, interpret=active.launch.interpret)
     else:
         rounded = round_rows(computed(x).reshape(-1, x.shape[-1])).dequantized()
@@ -243,8 +264,7 @@ def _tens_of_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list
     """`matmuls` with tiles of the matrices."""
     if not weights:
         return []
-    rows, interpret = computed(x).reshape(-1, x.shape[-1]), _arithmetic.get().launch.interpret
-    ys = tiles.products(rows, weights, dtype, interpret=interpret)
+    ys = tiles.products(as_late(x), weights, dtype, launch=_arithmetic.get().launch)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
@@ -310,7 +330,7 @@ def _after(x: Array, w: Weight) -> Weight:
 def expert_products(
     x: Rows, stacks: Sequence[QTensor], experts: Array, dtype: jnp.dtype = jnp.float32
 ) -> list[Array]:
-    """The products of rows, where `pends` is true, with matrices of the experts chosen for each.
+    """The products of rows, where `rounds` is true, with matrices of the experts chosen for each.
 
     Args:
       x: `[rows, in]`.
@@ -322,7 +342,7 @@ def expert_products(
       `[pairs, out]` each.
     """
     launch = _arithmetic.get().launch
-    rounded = _late(x).rounded(launch)
+    rounded = as_late(x).prepared(Rounding(), launch)
     return kernels.products(rounded, stacks, dtype, experts=experts, interpret=launch.interpret)
 
 
@@ -345,16 +365,18 @@ def grouped_products(
     Returns:
       `[results, out]` each.
     """
-    interpret = _arithmetic.get().launch.interpret
-    return tiles.products(x, stacks, dtype, groups=groups, results=results, interpret=interpret)
+    launch = _arithmetic.get().launch
+    return tiles.products(x, stacks, dtype, groups=groups, results=results, launch=launch)
 
 
-def _late(x: Rows) -> Late:
-    return x if isinstance(x, Late) else Pending(_same, (computed(x),), x.dtype)
-
-
-def _same(x: Array) -> Array:
-    return x
+def reader_for(x: Rows, w: Weight) -> Reader | None:
+    """How the kernel that multiplies rows with a matrix reads them; None: there is none."""
+    rows = math.prod(x.shape[:-1])
+    if rounds(rows) and has_kernel(w):
+        return Rounding()
+    if _tiled(rows) and has_tiles(w, x.dtype):
+        return tiles.Ordering.for_matrices([w])
+    return None
 
 
 def has_kernel(w: Weight) -> bool:

@@ -5,6 +5,7 @@ stored.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsplit.quant import kernels
 from jaxsplit.quant.forms import Form, QTensor
 from jaxsplit.quant.kernels import split
+from jaxsplit.quant.late import BLOCK, Late, RootMeanSquare, as_late, block_elements, like
+from jaxsplit.quant.launch import Launch
 
 MAX_ROWS = 64
 """With more rows it is as fast to dequantize the matrix first."""
@@ -74,7 +77,7 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
 
 
 def products(
-    x: Array,
+    x: Array | Late,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
@@ -82,7 +85,8 @@ def products(
     results: int = 0,
     tiling: _Tiling | None = None,
     parts: int | None = None,
-    interpret: bool = False,
+    joined: bool = True,
+    launch: Launch = Launch(),  # noqa: B008
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
 
@@ -90,7 +94,7 @@ def products(
     sum of its group's activations, both rounded likewise.
 
     Args:
-      x: bfloat16 `[rows, in]`.
+      x: bfloat16 `[..., in]`, of which all but the last are rows.
       weights: `[out, in]` each, ones that are supported; planes of bytes are turned into words.
       dtype: of the results.
       groups: weights are stacks `[matrices, out, in]`, which these are multiplied with.
@@ -98,9 +102,11 @@ def products(
       tiling: of the work; None: a usual one.
       parts: of the inner dimension, which are multiplied by programs of their own and added up by
         another kernel; None: for a single matrix as many as keep a GPU busy, for several one.
-      interpret: run it without a GPU, to test it.
+      joined: the parts are added up; else results are float32 `[parts, rows, out]`.
+      launch: of kernels.
     """
-    width = max(8, pl.next_power_of_2(len(x))) if groups is None else groups.read.shape[1]
+    read, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
     weights = [_in_pairs(w) for w in weights]
     tiling = tiling or _tiling(width, weights)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
@@ -109,34 +115,30 @@ def products(
     else:
         if parts is None:
             parts = max(1, _WARPS // (programs[0] * tiling.warps)) if len(weights) == 1 else 1
-        steps = pl.cdiv(x.shape[-1], _MOST_WEIGHTS)
+        steps = pl.cdiv(columns, _MOST_WEIGHTS)
         parts = count = pl.cdiv(steps, pl.cdiv(steps, parts))
-        rows = len(x)
-        x = jnp.pad(x, ((0, width - rows), (0, 0)))
-    lengths = [None if w.minimum is None else _length(w, w.minimum) for w in weights]
-    keys = list(zip((w.form for w in weights), lengths, strict=True))
-    ordered = {key: _ordered(x, *key) for key in keys}
-    xs = [ordered[key] for key in keys]
-    inputs, structure = jax.tree.flatten((xs, weights, groups))
+        rows = read
+    ordered = as_late(x).prepared(Ordering.for_matrices(weights), launch)
+    inputs, structure = jax.tree.flatten((ordered, weights, groups))
     kernel = partial(
         _kernel,
         structure=structure,
         programs=programs,
         width=width,
         tiling=tiling,
-        interpret=interpret,
+        interpret=launch.interpret,
     )
-    shape = (rows,) if parts == 1 else (parts, rows)
-    of_part = dtype if parts == 1 else jnp.float32
+    shape = (rows,) if joined and parts == 1 else (parts, rows)
+    of_part = dtype if joined and parts == 1 else jnp.float32
     ys = pl.pallas_call(
         kernel,
         grid=(count, sum(programs)),
         out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), of_part) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=interpret,
+        interpret=launch.interpret,
         name="quantized_tiles",
     )(*inputs)
-    return [y if parts == 1 else jnp.sum(y, axis=0).astype(dtype) for y in ys]
+    return [jnp.sum(y, axis=0).astype(dtype) if joined and parts > 1 else y for y in ys]
 
 
 def _pieces(form: Form) -> tuple[int, int]:
@@ -145,21 +147,85 @@ def _pieces(form: Form) -> tuple[int, int]:
     return pieces, form.chunk // pieces // 2
 
 
-def _ordered(x: Array, form: Form, length: int | None) -> Array:
-    """`[rows, in]` by where the weights are, then sums of groups of a length: one array, so that
-    one kernel makes it.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ordered:
+    """Rows by where the weights are that they are multiplied with.
 
-    Returns:
-      first `[places in a pair of bytes, rows, pairs]`, then `[rows, in / length]`, flat.
+    Attributes:
+      pairs: bfloat16 `[places in a pair of bytes, rows, pairs]` for each order.
+      sums: of the groups that share a minimum, bfloat16 `[rows, groups]`; None: there are none.
+      mean: by the root of which products are to be divided; None: they are not.
+      ordering: what they are for.
     """
-    pieces, pairs = _pieces(form)
-    by_pairs = x.reshape(len(x), -1, pieces, pairs, 2).transpose(2, 4, 0, 1, 3).reshape(-1)
-    if length is None:
-        return by_pairs
-    groups = x.astype(jnp.float32).reshape(len(x), -1, length)
-    while groups.shape[-1] > 1:  # so that it is no reduction, which would be a kernel of its own
-        groups = groups[..., ::2] + groups[..., 1::2]
-    return jnp.concatenate([by_pairs, groups.reshape(-1).astype(x.dtype)])
+
+    pairs: tuple[Array, ...]
+    sums: tuple[Array | None, ...]
+    mean: RootMeanSquare | None
+    ordering: "Ordering" = dataclasses.field(metadata={"static": True})
+
+    def for_matrix(self, w: QTensor) -> tuple[Array, Array | None]:
+        """Pairs and sums in the order of a matrix."""
+        i = self.ordering.orders.index(_order(w))
+        return self.pairs[i], self.sums[i]
+
+
+def _order(w: QTensor) -> tuple[Form, int | None]:
+    """What decides about the order of a matrix: its form, and the weights that share a minimum."""
+    return w.form, None if w.minimum is None else _length(w, w.minimum)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ordering:
+    """Reads rows in the orders of some matrices."""
+
+    orders: tuple[tuple[Form, int | None], ...]
+
+    @staticmethod
+    def for_matrices(weights: Sequence[QTensor]) -> "Ordering":
+        """The orders of these."""
+        return Ordering(tuple(dict.fromkeys(map(_order, weights))))
+
+    def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
+        """Of pairs and perhaps of sums, order by order."""
+        shapes = []
+        for form, length in self.orders:
+            places = 2 * _pieces(form)[0]
+            shapes.append((places, rows, columns // places))
+            if length:
+                shapes.append((rows, columns // length))
+        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def store(
+        self, refs: Sequence[jax.Ref], row: Array, block: Array, inside: Array, x: Array
+    ) -> None:
+        """Stores blocks in all orders: see `Reader`."""
+        element, x = block_elements(block), x.astype(jnp.bfloat16)
+        exists, following = like(inside, element.shape), iter(refs)
+        for form, length in self.orders:
+            pieces, per_chunk = _pieces(form)
+            chunk, at = split(element, form.chunk)
+            piece, at = split(at, 2 * per_chunk)
+            pair, byte = split(at, 2)
+            ref = next(following)
+            plgpu.store(ref.at[2 * piece + byte, row, chunk * per_chunk + pair], x, mask=exists)
+            if length:
+                # Of half a block or a whole one, which is what groups with minima are.
+                sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)
+                group = block[..., None] * 2 + jnp.arange(2)
+                if length == BLOCK:
+                    sums, group = jnp.sum(sums, axis=-1), block
+                mask = like(inside, group.shape)
+                plgpu.store(next(following).at[row, group], sums.astype(jnp.bfloat16), mask=mask)
+
+    def of(self, stored: Sequence[Array], mean: RootMeanSquare | None) -> Ordered:
+        """Of these shapes."""
+        following = iter(stored)
+        pairs, sums = zip(
+            *((next(following), next(following) if length else None) for _, length in self.orders),
+            strict=True,
+        )
+        return Ordered(pairs, sums, mean, self)
 
 
 def _length(w: QTensor, entries: Array | jax.Ref) -> int:
@@ -197,17 +263,17 @@ def _kernel(
       tiling: of the work.
       interpret: as in `products`.
     """
-    xs, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    x, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     begin, outs, number = 0, refs[structure.num_leaves :], pl.program_id(0)
 
-    def some_rows(x_ref: jax.Ref, w: QTensor, out_ref: jax.Ref, program: Array) -> None:
+    def some_rows(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
         first = program * tiling.height
-        tile = _Tile(x_ref, w, groups, out_ref, first, number, width, tiling, interpret)
+        tile = _Tile(x, w, groups, out_ref, first, number, width, tiling, interpret)
         tile.multiply()
 
-    for x_ref, w, out_ref, count in zip(xs, weights, outs, programs, strict=True):
+    for w, out_ref, count in zip(weights, outs, programs, strict=True):
         program = pl.program_id(1) - begin
-        multiply = partial(some_rows, x_ref, w, out_ref, program)
+        multiply = partial(some_rows, w, out_ref, program)
         here = (program >= 0) & (program < count)
         if groups is not None:
             here &= number < groups.count[()]
@@ -226,7 +292,7 @@ class _Tile:
     the other planes. The codes at the same place of each pair make a tile: a byte has some pieces.
 
     Args:
-      x_ref: activations, as `_ordered` leaves them.
+      x: activations.
       w: the matrix, or a stack.
       groups: of rows, or None.
       out_ref: results.
@@ -239,7 +305,7 @@ class _Tile:
 
     def __init__(
         self,
-        x_ref: jax.Ref,
+        x: Ordered,
         w: QTensor,
         groups: Groups | None,
         out_ref: jax.Ref,
@@ -249,7 +315,8 @@ class _Tile:
         tiling: _Tiling,
         interpret: bool,
     ):
-        self.x_ref, self.w, self.out_ref, self.interpret = x_ref, w, out_ref, interpret
+        self.mean, self.w, self.out_ref, self.interpret = x.mean, w, out_ref, interpret
+        self.x_pairs, self.x_sums = x.for_matrix(w)
         *_, self.out, self.columns = w.shape
         self.pieces, self.per_chunk = _pieces(w.form)
         self.total = self.columns // (2 * self.pieces)  # pairs of a row
@@ -260,12 +327,11 @@ class _Tile:
             name: getattr(w, name) for name in kernels.GROUPS if getattr(w, name) is not None
         }
         self.length = {name: _length(w, ref) for name, ref in self.entries.items()}
-        self.of_row = 0 if w.minimum is None else w.minimum.shape[-1]
-        self.x_rows = x_ref.shape[0] // (self.columns + self.of_row)
         self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
         self.steps, self.whole = pl.cdiv(self.total, self.pairs), self.total % self.pairs == 0
         self.start, self.stop = 0, self.steps
-        self.read_row = self.out_row = jnp.arange(width)
+        self.out_row = jnp.arange(width)
+        self.read_row = jnp.minimum(self.out_row, self.x_pairs.shape[1] - 1)
         self.stack: tuple[Array, ...] = ()
         self.place: tuple[Array, ...] = ()
         if groups is not None:
@@ -283,8 +349,11 @@ class _Tile:
     def multiply(self) -> None:
         """All steps; results are stored."""
         result = jnp.zeros((self.height, len(self.read_row)), jnp.float32)
+        factor = None if self.mean is None else self.mean.inverse_of(self.read_row)
         carry = (result, self._read_entries(self.start))
         result, _ = lax.fori_loop(self.start, self.stop, self._step, carry)
+        if factor is not None:
+            result *= jnp.broadcast_to(factor[None], result.shape)
         at = jnp.broadcast_to((self.first + jnp.arange(self.height))[:, None], result.shape)
         out_row = jnp.broadcast_to(self.out_row[None], result.shape)
         inside = (out_row < self.last_row) & (at < self.out)
@@ -301,15 +370,15 @@ class _Tile:
         mask = jnp.broadcast_to(inside[None], shape)
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def _load_x(
-        self, row: Array, at: Array, inside: Array | None, begin: int, length: int
-    ) -> Array:
-        """Elements of activations, or of their sums, whose rows begin there and have a length."""
-        index = begin + row[:, None] * length + at[None]
+    def _load_x(self, ref: jax.Ref, at: Array, inside: Array | None, *before: int) -> Array:
+        """Elements of the rows of activations, or of their sums: `[rows, ...]`."""
+        shape = (len(self.read_row), len(at))
+        row, at = (jnp.broadcast_to(a, shape) for a in (self.read_row[:, None], at[None]))
+        index = (*before, row, at)
         if inside is None:
-            return plgpu.load(self.x_ref.at[index])
-        mask = jnp.broadcast_to(inside[None], index.shape)
-        return plgpu.load(self.x_ref.at[index], mask=mask, other=jnp.zeros((), self.x_ref.dtype))
+            return plgpu.load(ref.at[index])
+        mask = jnp.broadcast_to(inside[None], shape)
+        return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
     def _below(self, at: Array, count: int) -> Array | None:
         return None if self.whole else at < count
@@ -360,8 +429,7 @@ class _Tile:
         ahead = self._read_entries(jnp.minimum(i + 1, self.steps - 1))
         if minima:
             group, inside = self._of_groups(self.length["minimum"], i, _FEW)
-            begin = self.x_rows * self.columns
-            sums = self._load_x(self.read_row, group, inside, begin, self.of_row)
+            sums = self._load_x(self.x_sums, group, inside)
             result += _dot(_both(*minima).astype(jnp.bfloat16), sums)
         at = i * self.pairs + jnp.arange(self.pairs)
         # In this form the compiler sees which of them are neighbours.
@@ -383,8 +451,7 @@ class _Tile:
                 of_piece = [x[piece * len(x) // self.pieces] for x in scales]
                 expanded[group] = _spread(_both(*of_piece).astype(jnp.bfloat16), self.pairs)
             for byte in range(2):
-                x_row = (2 * piece + byte) * self.x_rows + self.read_row
-                x = self._load_x(x_row, at, self._below(at, self.total), 0, self.total)
+                x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
                 scaled = _scaled(parts, shifts, byte, form, expanded[group], self.interpret)
                 result += _dot(scaled, x)
         return result, ahead
