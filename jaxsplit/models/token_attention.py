@@ -67,7 +67,7 @@ def supports(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Stored(Late):
+class _Attended(Late):
     """Rows that were stored for a reader where they were computed."""
 
     rows: Any
@@ -167,8 +167,8 @@ def attend(
     rows, kept = stores.of(results[3 : len(outs)], None), results[len(outs) :]
     cache = without_pairs(jax.tree.unflatten(cache_structure, kept))
     if reader is None:
-        return rows.reshape(sequences, 1, columns), cache
-    return _Stored(rows, reader, sequences, columns, query.dtype), cache
+        return rows.rows.reshape(sequences, 1, columns), cache
+    return _Attended(rows, reader, sequences, columns, query.dtype), cache
 
 
 class _Heads:

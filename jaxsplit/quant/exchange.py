@@ -241,6 +241,25 @@ def send(x: Array, to: Outbox) -> tuple[Array, Array]:
     return lax.bitcast_convert_type(bits, x.dtype), first
 
 
+def store(
+    ref: jax.Ref, at: Array, y: Array, inside: Array, to: Outbox | None, *before: Array
+) -> None:
+    """Inside a kernel: stores results `[numbers]`, and sends them to other devices first.
+
+    Args:
+      ref: of all results.
+      at: where they are in the last dimension.
+      y: the results.
+      inside: which of them there are.
+      to: where they are sent, all of them; None: nowhere.
+      *before: indices of the other dimensions.
+    """
+    if to is not None:
+        y, inside = send(y, to)
+        at = jnp.broadcast_to(at[None, :], y.shape)
+    plgpu.store(ref.at[(*before, at)], y, mask=inside)
+
+
 def _offset(peers: Peers, count: Array, at: Array) -> Array:
     """Where in a mailbox the numbers of the first device are: of odd and even exchanges, after the
     counts."""

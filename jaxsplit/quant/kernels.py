@@ -42,11 +42,6 @@ def supports(w: QTensor) -> bool:
     return plain and whole and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
 
 
-def sends(w: QTensor) -> bool:
-    """Whether the results of a matrix that is supported can be sent."""
-    return w.shape[-2] % exchange.WIDTH == 0
-
-
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
     """How a program multiplies.
@@ -285,11 +280,7 @@ class _Rows:
             if factor is not None:
                 y *= factor
             at, y = self.first + jnp.arange(self.height), y.astype(out_ref.dtype)
-            inside = at < self.out
-            if outbox is not None:
-                y, inside = exchange.send(y, outbox)
-                at = jnp.broadcast_to(at[None, :], y.shape)
-            plgpu.store(out_ref.at[row, at], y, mask=inside)
+            exchange.store(out_ref, at, y, at < self.out, outbox, row)
 
     def _together(
         self, which: Sequence[Array | int], totals: tuple[Array, ...]

@@ -81,6 +81,20 @@ class Reader(Protocol):
         """What the kernel reads: of these shapes, perhaps of rows that are not normalized yet."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Rows as an array `[rows, in]`.
+
+    Attributes:
+      rows: the array.
+      mean: by the root of which products are to be divided; None: they are not.
+    """
+
+    rows: Array
+    mean: RootMeanSquare | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Plain:
     """Reads rows as an array of a dtype."""
@@ -99,9 +113,9 @@ class Plain:
         x = x.astype(self.dtype)
         plgpu.store(refs[0].at[row, element], x, mask=like(inside, element.shape))
 
-    def of(self, stored: Sequence[Array], mean: RootMeanSquare | None) -> Array:
-        """The array; `mean` is None."""
-        return stored[0]
+    def of(self, stored: Sequence[Array], mean: RootMeanSquare | None) -> Stored:
+        """Of this shape."""
+        return Stored(*stored, mean)
 
 
 @jax.tree_util.register_dataclass

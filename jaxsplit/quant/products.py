@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.quant import dense, float8, kernels, tiles
+from jaxsplit.quant import dense, exchange, float8, kernels, plain, tiles
 from jaxsplit.quant.exchange import Peers
 from jaxsplit.quant.forms import (
     QTensor,
@@ -26,7 +25,7 @@ from jaxsplit.quant.forms import (
     scales,
     value_of,
 )
-from jaxsplit.quant.late import Late, Reader, Sum, as_late
+from jaxsplit.quant.late import BLOCK, Late, Plain, Reader, Sum, as_late
 from jaxsplit.quant.launch import Launch, compute_capability
 from jaxsplit.quant.rounding import Rounding, round_rows
 
@@ -161,8 +160,14 @@ def _tiled(rows: int) -> bool:
 
 def pends(x: Rows) -> bool:
     """Whether rows are best left to be computed by the kernel that prepares them for others."""
-    rows = math.prod(x.shape[:-1])
-    return rounds(rows) or (_tiled(rows) and x.dtype == jnp.bfloat16)
+    rows = _count(x)
+    few = _arithmetic.get().kernels and rows <= tiles.MAX_ROWS
+    return rounds(rows) or (few and x.dtype == jnp.bfloat16)
+
+
+def _count(x: Rows) -> int:
+    """How many rows."""
+    return math.prod(x.shape[:-1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +190,7 @@ class Product:
     @property
     def terms(self) -> Array:
         """What it is the sum of: float32 `[terms, ..., out]`."""
-        if not (_tiled(math.prod(self.x.shape[:-1])) and has_tiles(self.w, self.x.dtype)):
+        if not _has_tiles(self.x, self.w):
             return self.array[None]
         launch = _arithmetic.get().launch
         [y] = tiles.products(as_late(self.x), [self.w], joined=False, launch=launch)
@@ -194,15 +199,13 @@ class Product:
     @property
     def sends(self) -> bool:
         """Whether there is a kernel that sends it."""
-        few = rounds(math.prod(self.x.shape[:-1]))
-        return few and has_kernel(self.w) and kernels.sends(self.w)
+        kernel = _rounds(self.x, self.w) or _is_plain_row(self.x, self.w)
+        return kernel and self.w.shape[0] % exchange.WIDTH == 0
 
     def sent_to(self, peers: Peers) -> Array:
         """`array`, sent to devices that exchange it next, in a `Sum`."""
-        launch = _arithmetic.get().launch
-        rounded = as_late(self.x).prepared(Rounding(), launch)
-        [y] = kernels.products(rounded, [self.w], peers=peers, interpret=launch.interpret)
-        return y.reshape(*self.x.shape[:-1], -1)
+        way = _few_rows if _rounds(self.x, self.w) else _plain_row
+        return way(self.x, [self.w], jnp.float32, peers)[0]
 
 
 def computed(x: Rows | Product) -> Array:
@@ -232,46 +235,49 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
     Returns:
       `[..., out]` each, accumulated in float32.
     """
-    rows, active = math.prod(x.shape[:-1]), _arithmetic.get()
-    way, suits = _many_rows, lambda _: True
-    if active.rounded and rows <= kernels.MAX_ROWS:
-        way, suits = _few_rows, has_kernel
-    elif _tiled(rows):
-        way, suits = _tens_of_rows, partial(has_tiles, dtype=x.dtype)
-    elif active.float8 and rows > tiles.MAX_ROWS:
-        way, suits = _float8_rows, lambda w: isinstance(w, QTensor)
-    suited = [suits(w) for w in weights]
-    results = iter(way(x, list(itertools.compress(weights, suited)), dtype))
-    others = iter(_many_rows(x, [w for w, y in zip(weights, suited, strict=True) if not y], dtype))
-    return [next(results if y else others) for y in suited]
+    left, results = dict(enumerate(weights)), {}
+    for suits, way in _WAYS:
+        chosen = [i for i, w in left.items() if suits(x, w)]
+        if chosen:
+            ys = way(x, [left.pop(i) for i in chosen], dtype)
+            results |= dict(zip(chosen, ys, strict=True))
+    return [results[i] for i in range(len(weights))]
 
 
-def _few_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
-    """`matmuls` of rounded rows."""
-    active = _arithmetic.get()
-    if not weights:
-        return []
-    if active.kernels:
-        rounded = as_late(x).prepared(Rounding(), active.launch)
-        ys = kernels.products(rounded, weights, dtype, interpret=active.launch.interpret)
-    else:
-        rounded = round_rows(computed(x).reshape(-1, x.shape[-1])).dequantized()
-        ys = _many_rows(rounded, weights, dtype)
+def _few_rows(
+    x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype, peers: Peers | None = None
+) -> list[Array]:
+    """`matmuls` of rows that kernels round; `peers`: as in `kernels.products`."""
+    launch = _arithmetic.get().launch
+    rounded = as_late(x).prepared(Rounding(), launch)
+    ys = kernels.products(rounded, weights, dtype, peers=peers, interpret=launch.interpret)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _few_rows_without_kernels(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
+    """`matmuls` of the same rounded rows."""
+    rounded = round_rows(computed(x).reshape(-1, x.shape[-1])).dequantized()
+    return [y.reshape(*x.shape[:-1], -1) for y in _many_rows(rounded, weights, dtype)]
+
+
+def _plain_row(
+    x: Rows, weights: Sequence[Array], dtype: jnp.dtype, peers: Peers | None = None
+) -> list[Array]:
+    """`matmuls` of one row with plain matrices; `peers`: as in `plain.products`."""
+    launch = _arithmetic.get().launch
+    row = as_late(x).prepared(Plain(x.dtype), launch)
+    ys = plain.products(row, weights, dtype, peers=peers, interpret=launch.interpret)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
 def _tens_of_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
     """`matmuls` with tiles of the matrices."""
-    if not weights:
-        return []
     ys = tiles.products(as_late(x), weights, dtype, launch=_arithmetic.get().launch)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
 def _float8_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
     """`matmuls` in 8-bit floating point."""
-    if not weights:
-        return []
     interpret, results = _arithmetic.get().launch.interpret, []
     x, largest = float8.round_rows(computed(x))
     for group in _together(weights, x.dtype):
@@ -371,12 +377,11 @@ def grouped_products(
 
 def reader_for(x: Rows, w: Weight) -> Reader | None:
     """How the kernel that multiplies rows with a matrix reads them; None: there is none."""
-    rows = math.prod(x.shape[:-1])
-    if rounds(rows) and has_kernel(w):
+    if _rounds(x, w):
         return Rounding()
-    if _tiled(rows) and has_tiles(w, x.dtype):
+    if _has_tiles(x, w):
         return tiles.Ordering.for_matrices([w])
-    return None
+    return Plain(x.dtype) if _is_plain_row(x, w) else None
 
 
 def has_kernel(w: Weight) -> bool:
@@ -388,6 +393,35 @@ def has_tiles(w: Weight, dtype: jnp.dtype) -> bool:
     """Whether a kernel can multiply tens of rows of a dtype with a matrix, or a stack of them."""
     active = _arithmetic.get()
     return active.kernels and isinstance(w, QTensor) and tiles.supports(w, dtype)
+
+
+def _rounds(x: Rows, w: Weight) -> bool:
+    """Whether kernels round rows and multiply them with a matrix."""
+    return rounds(_count(x)) and has_kernel(w)
+
+
+def _has_tiles(x: Rows, w: Weight) -> bool:
+    """Whether a kernel multiplies rows with tiles of a matrix."""
+    return _tiled(_count(x)) and has_tiles(w, x.dtype)
+
+
+def _is_plain_row(x: Rows, w: Weight) -> bool:
+    """Whether a kernel multiplies a single row with a plain matrix."""
+    suits = not isinstance(w, QTensor) and plain.supports(w, x.dtype)
+    return _arithmetic.get().kernels and _count(x) == 1 and suits and x.shape[-1] % BLOCK == 0
+
+
+def _is_rounded(x: Rows, w: Weight) -> bool:
+    """Whether rows are rounded without kernels."""
+    active = _arithmetic.get()
+    few = active.rounded and not active.kernels and _count(x) <= kernels.MAX_ROWS
+    return few and has_kernel(w)
+
+
+def _in_float8(x: Rows, w: Weight) -> bool:
+    """Whether rows are multiplied with a matrix in 8-bit floating point."""
+    many = _arithmetic.get().float8 and _count(x) > tiles.MAX_ROWS
+    return many and isinstance(w, QTensor)
 
 
 def _has_dense(w: Weight) -> bool:
@@ -425,3 +459,14 @@ def _sum_of_products(x: Array, w: Array) -> Array:
     """One row, faster than the matrix unit."""
     row = x.reshape(-1).astype(jnp.float32)
     return jnp.sum(w.astype(jnp.float32) * row, axis=-1).reshape(*x.shape[:-1], -1)
+
+
+_WAYS = (
+    (_rounds, _few_rows),
+    (_is_rounded, _few_rows_without_kernels),
+    (_has_tiles, _tens_of_rows),
+    (_is_plain_row, _plain_row),
+    (_in_float8, _float8_rows),
+    (lambda x, w: True, _many_rows),
+)
+"""Ways to multiply, best first: whether one suits rows and a matrix, and the function."""
