@@ -107,7 +107,7 @@ def products(
     """
     read, columns = math.prod(x.shape[:-1]), x.shape[-1]
     width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
-    weights = [_in_pairs(w) for w in weights]
+    weights = [_as_read(w) for w in weights]
     tiling = tiling or _tiling(width, weights)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
     if groups is not None:
@@ -233,8 +233,9 @@ def _length(w: QTensor, entries: Array | jax.Ref) -> int:
     return w.shape[-1] // entries.shape[-1]
 
 
-def _in_pairs(w: QTensor) -> QTensor:
-    """A matrix with planes of uint16: what the matrix unit takes at a time."""
+def _as_read(w: QTensor) -> QTensor:
+    """A matrix with planes of uint16, what the matrix unit takes at a time. Where a chunk has four
+    scales of a byte each, they are one word: threads would read each by itself."""
 
     def paired(plane: Array) -> Array:
         if plane.dtype != jnp.uint32:
@@ -242,7 +243,10 @@ def _in_pairs(w: QTensor) -> QTensor:
         pairs = lax.bitcast_convert_type(plane, jnp.uint16)
         return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
 
-    return dataclasses.replace(w, codes=tuple(map(paired, w.codes)))
+    scale = w.scale
+    if scale.dtype == jnp.int8 and 4 * _length(w, scale) == w.form.chunk:
+        scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), jnp.int32)
+    return dataclasses.replace(w, codes=tuple(map(paired, w.codes)), scale=scale)
 
 
 def _kernel(
@@ -397,7 +401,10 @@ class _Tile:
         """Entries of a step, for each piece that has its own."""
         ref, length, per_chunk = self.entries[name], self.length[name], self.per_chunk
         if length >= self.w.form.chunk:
-            return [self._load(ref, *self._of_groups(length, step))]
+            found = self._load(ref, *self._of_groups(length, step))
+            if ref.dtype == jnp.int32:  # four in a word
+                return [(found << (24 - 8 * byte)) >> 24 for byte in range(4)]
+            return [found]
         shared = min(length // 2, per_chunk)
         at = step * self.pairs + shared * jnp.arange(self.pairs // shared)
         chunk, pair = split(at, per_chunk)
