@@ -169,6 +169,8 @@ def _begin(
     x: Array, peers: Peers, program: Array, place: Array, *, sent: bool = False
 ) -> list[Array]:
     """Sends numbers, if they are not sent yet: the operands with which others are received."""
+    if not sent:  # neighbouring threads, which have some neighbours each, write side by side
+        place = place % _PACK * THREADS + place // _PACK
     at = program * WIDTH + place
     mine = address_of(peers.table, 0, at.shape)
     me = jnp.full(at.shape, peers.table[0].astype(jnp.int32))
