@@ -192,15 +192,18 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("source", [SHAPES["9-3"], "qwen3moe"], ids=["dense", "mixture"])
-@pytest.mark.parametrize("count", [9, 70], ids=["tiles", "dequantized"])
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(9, {"split_mode": "none"}), (70, {"split_mode": "none"}), (9, {"devices": 2})],
+    ids=["tiles", "dequantized", "tiles on two devices"],
+)
 def test_prompts_with_kernels_are_as_exact_as_those_without(
-    recipe_gguf, monkeypatch, source, count
+    recipe_gguf, monkeypatch, source, count, options
 ):
     path, texts = recipe_gguf(source, Q8_0), fresh_rng().integers(0, 160, (5, count)).tolist()
 
     def logits(dtype):
-        options = {"ctx_size": 128, "split_mode": "none", "activations": "float"}
-        lm = jaxsplit.load(path, dtype=dtype, **options)
+        lm = jaxsplit.load(path, dtype=dtype, ctx_size=128, activations="float", **options)
         return np.concatenate([lm.logits(text) for text in texts])
 
     exact, plain = logits("float32"), logits("bfloat16")
@@ -209,6 +212,28 @@ def test_prompts_with_kernels_are_as_exact_as_those_without(
     kernel = logits("bfloat16")
     # Of most tokens: an undecided router may choose another expert for one of them, which those
     # after it in the text see.
+    errors = [np.median([nmse(*of) for of in zip(x, exact, strict=True)]) for x in (kernel, plain)]
+    assert errors[0] <= 5e-3, errors
+    assert errors[0] <= 3 * errors[1], errors
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_devices_send_products_with_plain_matrices(recipe_gguf, monkeypatch):
+    path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, 15).tolist()
+
+    def load(dtype):
+        options = {"ctx_size": 128, "devices": 2, "weights": "bfloat16"}
+        return jaxsplit.load(path, dtype=dtype, **options)
+
+    exact, plain = (
+        load(dtype).logits(tokens, one_by_one=True) for dtype in ("float32", "bfloat16")
+    )
+    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
+    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    lm = load("bfloat16")
+    (step,) = lm.engine.trace_step(jaxsplit.SamplingConfig(temperature=0.0))
+    assert "plain_products" in str(step.jaxpr)
+    kernel = lm.logits(tokens, one_by_one=True)
     errors = [np.median([nmse(*of) for of in zip(x, exact, strict=True)]) for x in (kernel, plain)]
     assert errors[0] <= 5e-3, errors
     assert errors[0] <= 3 * errors[1], errors

@@ -214,9 +214,10 @@ class StageRunner:
             @functools.wraps(body)
             def local(table: jax.Array | None, *arguments: Any) -> Any:
                 peers = self._peers(table)
+                arithmetic = dataclasses.replace(self.arithmetic, sends=peers is not None)
                 with (
                     axis_rules(self.stage.rules),
-                    use_arithmetic(self.arithmetic),
+                    use_arithmetic(arithmetic),
                     use_peers(peers),
                 ):
                     return body(*arguments)

@@ -42,12 +42,15 @@ class Arithmetic:
       rounded: a few rows are rounded to 8 bits; else they stay what they are.
       float8: more rows than `tiles.MAX_ROWS` are rounded to 8-bit floating point, and the matrices.
       kernels: the devices run kernels; else the same numbers are computed without them.
+      sends: devices exchange numbers in kernels, so that single rows are multiplied with plain
+        matrices by one that sends them; where none is sent, XLA's products are a little faster.
       launch: of kernels.
     """
 
     rounded: bool = False
     float8: bool = False
     kernels: bool = False
+    sends: bool = False
     launch: Launch = Launch()
 
     @staticmethod
@@ -161,7 +164,7 @@ def _tiled(rows: int) -> bool:
 def pends(x: Rows) -> bool:
     """Whether rows are best left to be computed by the kernel that prepares them for others."""
     rows = _count(x)
-    few = _arithmetic.get().kernels and rows <= tiles.MAX_ROWS
+    few = _tiled(rows) or (rows == 1 and _arithmetic.get().sends)
     return rounds(rows) or (few and x.dtype == jnp.bfloat16)
 
 
@@ -408,7 +411,7 @@ def _has_tiles(x: Rows, w: Weight) -> bool:
 def _is_plain_row(x: Rows, w: Weight) -> bool:
     """Whether a kernel multiplies a single row with a plain matrix."""
     suits = not isinstance(w, QTensor) and plain.supports(w, x.dtype)
-    return _arithmetic.get().kernels and _count(x) == 1 and suits and x.shape[-1] % BLOCK == 0
+    return _arithmetic.get().sends and _count(x) == 1 and suits and x.shape[-1] % BLOCK == 0
 
 
 def _is_rounded(x: Rows, w: Weight) -> bool:
