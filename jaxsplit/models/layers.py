@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.experimental import pallas as pl
 
 from jaxsplit.models.axes import (
     EMBED,
@@ -171,8 +170,7 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     x = computed(x)
     if not pends(x) or any(is_split(part.rows) for part in parts):
         return x + meet(parts, x.dtype)
-    # The kernel exchanges rows of whole programs.
-    size = math.prod(x.shape[:-1]) * pl.cdiv(x.shape[-1], exchange.WIDTH) * exchange.WIDTH
+    size = math.prod(x.shape[:-1]) * exchange.padded(x.shape[-1])  # as a kernel exchanges rows
     peers = [peers_over(size, *part.columns) for part in parts]
     split = any(mesh_axes(*part.columns) for part in parts)
     if (split and None in peers) or any(part.bias is not None for part in parts):

@@ -72,6 +72,11 @@ def supports(size: int) -> bool:
     return pl.cdiv(size, WIDTH) <= PROGRAMS
 
 
+def padded(columns: int) -> int:
+    """Numbers of a row, with those that fill its last program."""
+    return pl.cdiv(columns, WIDTH) * WIDTH
+
+
 def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
     """The numbers of all devices: `[devices, *x.shape]`.
 
