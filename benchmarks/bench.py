@@ -24,14 +24,13 @@ import jax
 import numpy as np
 from absl import flags
 from measure import WARM_UP, all_reduce_seconds, copy_bandwidth, markdown, matmul_rate
-from random_gguf import random_model
+from random_gguf import model_file
 
 import jaxsplit
 from jaxsplit.cli import run
 from jaxsplit.engine import compile_seconds
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile
-from jaxsplit.lm import open_model
 from jaxsplit.models import ModelConfig
 from jaxsplit.plan import kind_of, make_plan, weight_bits
 from jaxsplit.quant import float8
@@ -165,13 +164,6 @@ def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[fl
             yield "tg", count, depth, repeated(decode, count, depth)
 
 
-def model_file() -> ModelFile:
-    """The one that the flags choose."""
-    if (_MODEL.value is None) == (_RANDOM.value is None):
-        raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
-    return random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
-
-
 def measure(
     file: ModelFile, mode: str, mesh: str | None, batch: int = 1
 ) -> Iterator[dict[str, Any]]:
@@ -264,7 +256,7 @@ def measure(
 
 def main(_: list[str]) -> None:
     """Measures each split and batch size; the table grows as it goes."""
-    file = model_file()
+    file = model_file(_MODEL.value, _RANDOM.value)
     if _COMPILED.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILED.value)
     devices = jax.devices()

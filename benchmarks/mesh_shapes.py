@@ -19,13 +19,11 @@ import jax
 import numpy as np
 from absl import flags
 from measure import WARM_UP, markdown
-from random_gguf import random_model
+from random_gguf import model_file
 
 import jaxsplit
 from jaxsplit.cli import run
-from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile
-from jaxsplit.lm import open_model
 from jaxsplit.parallel import choose_devices
 from jaxsplit.plan import candidates, collectives, kind_of, make_plan
 from jaxsplit.sources import parameter_sources
@@ -162,9 +160,7 @@ def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def main(_: list[str]) -> None:
     """Measures every mesh, and writes after each, so that nothing is lost."""
-    if (_MODEL.value is None) == (_RANDOM.value is None):
-        raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
-    file = random_model(_RANDOM.value) if _RANDOM.value else open_model(_MODEL.value)
+    file = model_file(_MODEL.value, _RANDOM.value)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     devices = jax.devices()

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import GGUFTensor, ModelFile
+from jaxsplit.lm import open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +202,17 @@ def random_model(spec: str) -> ModelFile:
         kinds |= {f"blk.{i}.{key}": ("F32", size) for key, size in shape.plain.items()}
     tensors = {f"{key}.weight": _tensor(f"{key}.weight", *kind) for key, kind in kinds.items()}
     return ModelFile(Path(spec), shape.metadata | {"general.name": spec}, tensors)
+
+
+def model_file(model: str | None, random: str | None) -> ModelFile:
+    """What `--model=FILE` or `--random=SHAPE:TYPE` chooses.
+
+    Raises:
+      JaxsplitError: both are given, or neither; or what is given cannot be used.
+    """
+    if (model is None) == (random is None):
+        raise JaxsplitError("give either --model=FILE or --random=SHAPE:TYPE")
+    return random_model(random) if random else open_model(model)
 
 
 _KINDS = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
