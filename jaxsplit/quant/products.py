@@ -27,6 +27,7 @@ from jaxsplit.quant.forms import (
 )
 from jaxsplit.quant.late import BLOCK, Late, Plain, Reader, Sum, as_late
 from jaxsplit.quant.launch import Launch, compute_capability
+from jaxsplit.quant.ordering import Ordering
 from jaxsplit.quant.rounding import Rounding, round_rows
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -383,7 +384,7 @@ def reader_for(x: Rows, w: Weight) -> Reader | None:
     if _rounds(x, w):
         return Rounding()
     if _has_tiles(x, w):
-        return tiles.Ordering.for_matrices([w])
+        return Ordering.for_matrices([w])
     return Plain(x.dtype) if _is_plain_row(x, w) else None
 
 

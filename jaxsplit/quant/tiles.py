@@ -20,8 +20,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsplit.quant import kernels
 from jaxsplit.quant.forms import Form, QTensor
 from jaxsplit.quant.kernels import split
-from jaxsplit.quant.late import BLOCK, Late, RootMeanSquare, as_late, block_elements, like
+from jaxsplit.quant.late import Late, as_late
 from jaxsplit.quant.launch import Launch
+from jaxsplit.quant.ordering import Ordered, Ordering, group_length, pieces_of
 
 MAX_ROWS = 64
 """With more rows it is as fast to dequantize the matrix first."""
@@ -141,98 +142,6 @@ def products(
     return [jnp.sum(y, axis=0).astype(dtype) if joined and parts > 1 else y for y in ys]
 
 
-def _pieces(form: Form) -> tuple[int, int]:
-    """Codes in a byte of the narrowest plane, and pairs of bytes of a chunk in it."""
-    pieces = 8 // min(form.bits)
-    return pieces, form.chunk // pieces // 2
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ordered:
-    """Rows by where the weights are that they are multiplied with.
-
-    Attributes:
-      pairs: bfloat16 `[places in a pair of bytes, rows, pairs]` for each order.
-      sums: of the groups that share a minimum, bfloat16 `[rows, groups]`; None: there are none.
-      mean: by the root of which products are to be divided; None: they are not.
-      ordering: what they are for.
-    """
-
-    pairs: tuple[Array, ...]
-    sums: tuple[Array | None, ...]
-    mean: RootMeanSquare | None
-    ordering: "Ordering" = dataclasses.field(metadata={"static": True})
-
-    def for_matrix(self, w: QTensor) -> tuple[Array, Array | None]:
-        """Pairs and sums in the order of a matrix."""
-        i = self.ordering.orders.index(_order(w))
-        return self.pairs[i], self.sums[i]
-
-
-def _order(w: QTensor) -> tuple[Form, int | None]:
-    """What decides about the order of a matrix: its form, and the weights that share a minimum."""
-    return w.form, None if w.minimum is None else _length(w, w.minimum)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ordering:
-    """Reads rows in the orders of some matrices."""
-
-    orders: tuple[tuple[Form, int | None], ...]
-
-    @staticmethod
-    def for_matrices(weights: Sequence[QTensor]) -> "Ordering":
-        """The orders of these."""
-        return Ordering(tuple(dict.fromkeys(map(_order, weights))))
-
-    def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
-        """Of pairs and perhaps of sums, order by order."""
-        shapes = []
-        for form, length in self.orders:
-            places = 2 * _pieces(form)[0]
-            shapes.append((places, rows, columns // places))
-            if length:
-                shapes.append((rows, columns // length))
-        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-
-    def store(
-        self, refs: Sequence[jax.Ref], row: Array, block: Array, inside: Array, x: Array
-    ) -> None:
-        """Stores blocks in all orders: see `Reader`."""
-        element, x = block_elements(block), x.astype(jnp.bfloat16)
-        exists, following = like(inside, element.shape), iter(refs)
-        for form, length in self.orders:
-            pieces, per_chunk = _pieces(form)
-            chunk, at = split(element, form.chunk)
-            piece, at = split(at, 2 * per_chunk)
-            pair, byte = split(at, 2)
-            ref = next(following)
-            plgpu.store(ref.at[2 * piece + byte, row, chunk * per_chunk + pair], x, mask=exists)
-            if length:
-                # Of half a block or a whole one, which is what groups with minima are.
-                sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)
-                group = block[..., None] * 2 + jnp.arange(2)
-                if length == BLOCK:
-                    sums, group = jnp.sum(sums, axis=-1), block
-                mask = like(inside, group.shape)
-                plgpu.store(next(following).at[row, group], sums.astype(jnp.bfloat16), mask=mask)
-
-    def of(self, stored: Sequence[Array], mean: RootMeanSquare | None) -> Ordered:
-        """Of these shapes."""
-        following = iter(stored)
-        pairs, sums = zip(
-            *((next(following), next(following) if length else None) for _, length in self.orders),
-            strict=True,
-        )
-        return Ordered(pairs, sums, mean, self)
-
-
-def _length(w: QTensor, entries: Array | jax.Ref) -> int:
-    """Weights that share one of the entries `[..., out, groups]`."""
-    return w.shape[-1] // entries.shape[-1]
-
-
 def _as_read(w: QTensor) -> QTensor:
     """A matrix with planes of uint16, what the matrix unit takes at a time. Where a chunk has four
     scales of a byte each, they are one word: threads would read each by itself."""
@@ -244,7 +153,7 @@ def _as_read(w: QTensor) -> QTensor:
         return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
 
     scale = w.scale
-    if scale.dtype == jnp.int8 and 4 * _length(w, scale) == w.form.chunk:
+    if scale.dtype == jnp.int8 and 4 * group_length(w, scale) == w.form.chunk:
         scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), jnp.int32)
     return dataclasses.replace(w, codes=tuple(map(paired, w.codes)), scale=scale)
 
@@ -322,7 +231,7 @@ class _Tile:
         self.mean, self.w, self.out_ref, self.interpret = x.mean, w, out_ref, interpret
         self.x_pairs, self.x_sums = x.for_matrix(w)
         *_, self.out, self.columns = w.shape
-        self.pieces, self.per_chunk = _pieces(w.form)
+        self.pieces, self.per_chunk = pieces_of(w.form)
         self.total = self.columns // (2 * self.pieces)  # pairs of a row
         self.height, self.first = tiling.height, first
         self.pairs = min(tiling.pairs, _MOST_WEIGHTS // (2 * self.pieces))  # of a step
@@ -330,7 +239,7 @@ class _Tile:
         self.entries = {
             name: getattr(w, name) for name in kernels.GROUPS if getattr(w, name) is not None
         }
-        self.length = {name: _length(w, ref) for name, ref in self.entries.items()}
+        self.length = {name: group_length(w, ref) for name, ref in self.entries.items()}
         self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
         self.steps, self.whole = pl.cdiv(self.total, self.pairs), self.total % self.pairs == 0
         self.start, self.stop = 0, self.steps
