@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import json
 import os
 import shutil
@@ -55,6 +56,14 @@ def load():
         return loaded[key]
 
     return get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Frees what was compiled: each program takes memory maps, of which a process has 65530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @functools.cache
