@@ -15,6 +15,9 @@ from jaxsplit.quant.forms import Form, QTensor
 from jaxsplit.quant.kernels import split
 from jaxsplit.quant.late import BLOCK, RootMeanSquare, block_elements, like
 
+SUMMED = (BLOCK // 2, BLOCK)
+"""Activations that have a sum in common: as many weights may share a minimum."""
+
 
 def pieces_of(form: Form) -> tuple[int, int]:
     """Codes in a byte of the narrowest plane, and pairs of bytes of a chunk in it."""
@@ -90,7 +93,6 @@ class Ordering:
             ref = next(following)
             plgpu.store(ref.at[2 * piece + byte, row, chunk * per_chunk + pair], x, mask=exists)
             if length:
-                # Of half a block or a whole one, which is what groups with minima are.
                 sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)
                 group = block[..., None] * 2 + jnp.arange(2)
                 if length == BLOCK:

@@ -12,9 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant import exchange
-from jaxsplit.quant.late import Stored
-
-_NEIGHBOURS = 8  # numbers that a thread loads at once
+from jaxsplit.quant.late import BLOCK, Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,7 @@ def supports(w: Array, dtype: jnp.dtype) -> bool:
     """Whether `products` can multiply activations of a dtype with a matrix."""
     # Not float16, for which rows that are not normalized may be too large; 32 bits count elements.
     suits = w.dtype == dtype == jnp.bfloat16 and w.size < 2**31
-    return suits and w.ndim == 2 and w.shape[-1] % _NEIGHBOURS == 0
+    return suits and w.ndim == 2 and w.shape[-1] % BLOCK == 0
 
 
 def products(

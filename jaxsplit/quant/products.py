@@ -25,7 +25,7 @@ from jaxsplit.quant.forms import (
     scales,
     value_of,
 )
-from jaxsplit.quant.late import BLOCK, Late, Plain, Reader, Sum, as_late
+from jaxsplit.quant.late import Late, Plain, Reader, Sum, as_late
 from jaxsplit.quant.launch import Launch, compute_capability
 from jaxsplit.quant.ordering import Ordering
 from jaxsplit.quant.rounding import Rounding, round_rows
@@ -412,7 +412,7 @@ def _has_tiles(x: Rows, w: Weight) -> bool:
 def _is_plain_row(x: Rows, w: Weight) -> bool:
     """Whether a kernel multiplies a single row with a plain matrix."""
     suits = not isinstance(w, QTensor) and plain.supports(w, x.dtype)
-    return _arithmetic.get().sends and _count(x) == 1 and suits and x.shape[-1] % BLOCK == 0
+    return _arithmetic.get().sends and _count(x) == 1 and suits
 
 
 def _is_rounded(x: Rows, w: Weight) -> bool:

@@ -22,7 +22,7 @@ from jaxsplit.quant.forms import Form, QTensor
 from jaxsplit.quant.kernels import split
 from jaxsplit.quant.late import Late, as_late
 from jaxsplit.quant.launch import Launch
-from jaxsplit.quant.ordering import Ordered, Ordering, group_length, pieces_of
+from jaxsplit.quant.ordering import SUMMED, Ordered, Ordering, group_length, pieces_of
 
 MAX_ROWS = 64
 """With more rows it is as fast to dequantize the matrix first."""
@@ -74,7 +74,9 @@ class Groups:
 
 def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     """Whether `products` can multiply activations of a dtype with a matrix."""
-    return dtype == jnp.bfloat16 and kernels.supports(w)
+    length = None if w.minimum is None else group_length(w, w.minimum)
+    ordered = length in (None, *SUMMED)
+    return dtype == jnp.bfloat16 and kernels.supports(w) and ordered
 
 
 def products(
