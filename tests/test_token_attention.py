@@ -46,9 +46,9 @@ def test_a_token_reads_those_before_it_and_itself(name, kept, reader):
     # The first token of a text, others with few and with many tokens before them, and padding.
     positions = np.array([[0], [5], [length - 1 if "window" not in choice else 3 * length], [-1]])
     batch = Batch(jnp.asarray(positions), jnp.asarray([2, 0, 4, 1]))
-    query, key, value = (normal(4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
+    query, key, value = (normal(2, 4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
     cache = AttentionCache.of(*(normal(5, length, KV_HEADS, WIDTH) for _ in range(2)), kept)
-    assert token_attention.supports(config, batch, cache, query)
+    assert token_attention.supports(config, batch, cache, query[0])
     rows, found = token_attention.attend(
         query,
         key,
@@ -58,10 +58,11 @@ def test_a_token_reads_those_before_it_and_itself(name, kept, reader):
         config,
         (module.query_norm, module.key_norm),
         sinks,
+        dtype=jnp.bfloat16,
         reader=reader,
         launch=Launch(interpret=True),
     )
-    exact = [x.astype(jnp.float32) for x in (query, key, value)]
+    exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
     queries = module._queries(exact[0], batch).reshape(4, 1, KV_HEADS, -1, WIDTH)
     keys = module._heads(exact[1], WIDTH, module.key_norm, batch)
     values = module._heads(exact[2], WIDTH, None)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxsplit.models import flash, placing, token_attention
 from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
 from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.models.layers import Linear, Norm, Partials, project, rope
+from jaxsplit.models.layers import Linear, Norm, Partials, project, project_in_terms, rope
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
 from jaxsplit.quant import Rows, active_arithmetic, computed
 
@@ -65,23 +65,28 @@ class Attention(nnx.Module):
           parts of `[batch, time, embed]`, and the cache with these tokens added.
         """
         c = self.config
-        query, key, value, gate = project(x, self.query, self.key, self.value, self.gate)
-        value = key if value is None else value
+        linears = self.query, self.key, self.value, self.gate
         sinks = None if self.sinks is None else self.sinks.get_value()
-        if active_arithmetic().kernels and token_attention.supports(c, batch, cache, query):
+        like = jax.ShapeDtypeStruct((*x.shape[:-1], self.query.local_size), x.dtype)
+        if active_arithmetic().kernels and token_attention.supports(c, batch, cache, like):
+            query, key, value, gate = project_in_terms(x, *linears)
             y, cache = token_attention.attend(
                 query,
                 key,
-                value,
+                key if value is None else value,
                 batch,
                 cache,
                 c,
                 (self.query_norm, self.key_norm),
                 sinks,
-                reader=None if gate is not None else self.out.reader(query),
+                dtype=x.dtype,
+                reader=None if gate is not None else self.out.reader(like),
                 launch=active_arithmetic().launch,
             )
+            gate = None if gate is None else jnp.sum(gate, axis=0).astype(x.dtype)
         else:
+            query, key, value, gate = project(x, *linears)
+            value = key if value is None else value
             y, cache = self._attend(query, key, value, batch, cache, sinks)
         if gate is not None:
             y = computed(y) * jax.nn.sigmoid(gate)

@@ -43,6 +43,7 @@ from jaxsplit.quant import (
     pends,
     reader_for,
     take_rows,
+    terms,
 )
 
 
@@ -207,6 +208,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_size, jnp.float32), axes=(out_axis,)) if bias else None
         self.in_axis = in_axis
 
+    @property
+    def local_size(self) -> int:
+        """Rows that this device has."""
+        return self.kernel.get_value().shape[0]
+
     def partial(self, x: Rows) -> Partial:
         """`[..., in]` to a part of `[..., out]`."""
         bias = None if self.bias is None else self.bias.get_value()
@@ -251,6 +257,17 @@ def project(x: Rows, *linears: Linear | None) -> list[Array | None]:
         y = y if linear.bias is None else y + linear.bias.get_value()
         results.append(y.astype(x.dtype))
     results = iter(results)
+    return [None if linear is None else next(results) for linear in linears]
+
+
+def project_in_terms(x: Rows, *linears: Linear | None) -> list[Array | None]:
+    """`project`, left to be added up by what reads it: `[terms, ..., out]` each, where there are
+    several float32."""
+    present = [linear for linear in linears if linear is not None]
+    if any(linear.bias is not None for linear in present):
+        return [y if y is None else y[None] for y in project(x, *linears)]
+    kernels = [linear.kernel.get_value() for linear in present]
+    results = iter(terms(present[0]._whole(x), kernels, x.dtype))
     return [None if linear is None else next(results) for linear in linears]
 
 

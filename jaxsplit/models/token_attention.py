@@ -53,9 +53,12 @@ _JOINED = 4096
 
 
 def supports(
-    config: AttentionConfig, batch: Batch, cache: AttentionCache | None, query: Array
+    config: AttentionConfig,
+    batch: Batch,
+    cache: AttentionCache | None,
+    query: Array | jax.ShapeDtypeStruct,
 ) -> bool:
-    """Whether `attend` can do what a layer needs."""
+    """Whether `attend` can do what a layer needs, for queries `[batch, time, heads * width]`."""
     return (
         batch.positions.shape[1] == 1
         and placing.supports(config, batch, cache, query.dtype)
@@ -97,33 +100,36 @@ def attend(
     norms: tuple[Norm | None, Norm | None],
     sinks: Array | None = None,
     *,
+    dtype: jnp.dtype,
     reader: Reader | None = None,
     launch: Launch = Launch(),  # noqa: B008
 ) -> tuple[Array | Late, AttentionCache]:
     """What tokens read from those before them and themselves, and the cache with them.
 
     Args:
-      query, key, value: projections, `[batch, 1, heads * width]`.
+      query, key, value: projections, `[terms, batch, 1, heads * width]`, to be added up.
       batch: where the tokens belong; nothing is written for padding.
       cache: of earlier tokens.
       config: one that is supported.
       norms: of queries and of keys.
       sinks: float32 `[heads]`, or None.
+      dtype: of activations.
       reader: of the rows, the only one; None: they are an array.
       launch: of the kernel.
 
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
     """
-    c, sequences, (kv_heads, length) = config, len(query), cache.keys.shape[1:3]
+    c, sequences, (kv_heads, length) = config, query.shape[1], cache.keys.shape[1:3]
     value_dim = cache.values.shape[-1]
-    query = query.reshape(sequences, kv_heads, -1, c.head_dim)
-    group = query.shape[2]
+    query = query.reshape(
+        -1, sequences, kv_heads, query.shape[-1] // (kv_heads * c.head_dim), c.head_dim
+    )
+    group = query.shape[3]
     cos, sin = rope_factors(batch.positions, c.rope, batch.rope_factors.get(c.rope.factors))
     inputs = (
         query,
-        key.reshape(sequences, kv_heads, -1),
-        value.reshape(sequences, kv_heads, -1),
+        *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
         batch.positions.reshape(-1),
         batch.slots,
         cos.reshape(sequences, -1),
@@ -139,7 +145,7 @@ def attend(
     tiling = flash.tiling_of(group, length, width)
     of_splits = (tiling.splits, sequences, kv_heads, group)
     if reader is None:  # what is no kernel may read before this one has ended
-        stores, launch = Plain(query.dtype), dataclasses.replace(launch, overlap=False)
+        stores, launch = Plain(dtype), dataclasses.replace(launch, overlap=False)
     else:
         stores = reader
     columns = kv_heads * group * value_dim
@@ -154,6 +160,7 @@ def attend(
             structures=(structure, cache_structure),
             tiling=tiling,
             config=c,
+            dtype=dtype,
             reader=stores,
             launch=launch,
         ),
@@ -168,7 +175,7 @@ def attend(
     cache = without_pairs(jax.tree.unflatten(cache_structure, kept))
     if reader is None:
         return rows.rows.reshape(sequences, 1, columns), cache
-    return _Attended(rows, reader, sequences, columns, query.dtype), cache
+    return _Attended(rows, reader, sequences, columns, dtype), cache
 
 
 class _Heads:
@@ -217,7 +224,7 @@ class _Heads:
         """float32 `[head_dim]`, padded, or `[rows, head_dim]`.
 
         Args:
-          ref: projections, `[..., head_dim]`.
+          ref: projections, `[terms, ..., head_dim]`, which are added up.
           rows: the indices before, of which the last may be an array `[rows]`.
           inside: which rows there are; None: there is a single one.
           norm: if any.
@@ -230,8 +237,7 @@ class _Heads:
             at = rows
             if inside is not None:
                 at, mask = (*rows[:-1], wide(rows[-1], shape, 0)), mask & wide(inside, shape, 0)
-            zero = jnp.zeros((), ref.dtype)
-            return plgpu.load(ref.at[(*at, column)], mask=mask, other=zero).astype(jnp.float32)
+            return _load_sum(ref, (*at, column), mask)
 
         x, y = of(self.column, self.inside), of(self.other, self.turns)
         if norm is not None:
@@ -244,11 +250,19 @@ class _Heads:
         return x * self.cos + y * self.sin
 
 
+def _load_sum(ref: jax.Ref, at: tuple, mask: Array) -> Array:
+    """What is at a place of `[terms, ...]`, added up: float32."""
+    zero = jnp.zeros((), ref.dtype)
+    read = [plgpu.load(ref.at[(i, *at)], mask=mask, other=zero) for i in range(ref.shape[0])]
+    return sum(x.astype(jnp.float32) for x in read)
+
+
 def _kernel(
     *refs: jax.Ref,
     structures: tuple[Any, Any],
     tiling: flash.Tiling,
     config: AttentionConfig,
+    dtype: jnp.dtype,
     reader: Reader,
     launch: Launch,
 ) -> None:
@@ -279,6 +293,7 @@ def _kernel(
             (filled, share, used),
             tiling,
             config,
+            dtype,
             reader,
             launch,
         )
@@ -292,6 +307,7 @@ def _attend_split(
     sizes: tuple[Array, Array, Array],
     tiling: flash.Tiling,
     config: AttentionConfig,
+    dtype: jnp.dtype,
     reader: Reader,
     launch: Launch,
 ) -> None:
@@ -305,6 +321,7 @@ def _attend_split(
       sizes: places of earlier tokens, those of a split, and splits that have any.
       tiling: of the work.
       config: of the attention.
+      dtype: of activations.
       reader: of the rows.
       launch: of the kernel.
     """
@@ -312,7 +329,7 @@ def _attend_split(
     values_ref, largest_ref, total_ref, *stored = results
     split, head, sequence, slot, position = place
     filled, share, used = sizes
-    c, dtype, group = config, query.dtype, query.shape[2]
+    c, group = config, query.shape[3]
     length, head_dim, value_dim = cache.keys.shape[2], key.shape[-1], value.shape[-1]
     parts = parts_of(cache)
     heads = _Heads(head_dim, padded(head_dim, parts), c.rope, cos, sin, sequence)
@@ -325,11 +342,7 @@ def _attend_split(
     score = partial(scores_of, config=c, scale=scale)
     new_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
     of_value = jnp.arange(padded(value_dim, parts))
-    new_value = plgpu.load(
-        value.at[sequence, head, of_value],
-        mask=of_value < value_dim,
-        other=jnp.zeros((), value.dtype),
-    ).astype(jnp.float32)
+    new_value = _load_sum(value, (sequence, head, of_value), of_value < value_dim)
     new_key, key_codes, key_scale = _as_kept(new_key, cache.keys.dtype, dtype)
     new_value, value_codes, value_scale = _as_kept(new_value, cache.values.dtype, dtype)
 

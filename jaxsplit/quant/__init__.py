@@ -29,6 +29,7 @@ from jaxsplit.quant.products import (
     pends,
     reader_for,
     rounds,
+    terms,
     use_arithmetic,
 )
 from jaxsplit.quant.rounding import Rounded, Rounding
@@ -73,6 +74,7 @@ __all__ = [
     "reader_for",
     "rounds",
     "take_rows",
+    "terms",
     "two_shot",
     "unpack",
     "use_arithmetic",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant.forms import Form, QTensor
@@ -90,8 +90,11 @@ class Ordering:
             chunk, at = split(element, form.chunk)
             piece, at = split(at, 2 * per_chunk)
             pair, byte = split(at, 2)
-            ref = next(following)
-            plgpu.store(ref.at[2 * piece + byte, row, chunk * per_chunk + pair], x, mask=exists)
+            ref, scaled = next(following), x
+            if len(form.bits) == 1:
+                scaled = _times_power(x, -form.bits[0] * piece)
+            place = (2 * piece + byte, row, chunk * per_chunk + pair)
+            plgpu.store(ref.at[place], scaled, mask=exists)
             if length:
                 sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)
                 group = block[..., None] * 2 + jnp.arange(2)
@@ -108,3 +111,9 @@ class Ordering:
             strict=True,
         )
         return Ordered(pairs, sums, mean, self)
+
+
+def _times_power(x: Array, exponent: Array) -> Array:
+    """Values times powers of two, by their exponents, which are at least -126."""
+    power = lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+    return (x.astype(jnp.float32) * power).astype(x.dtype)

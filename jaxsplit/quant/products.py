@@ -194,11 +194,7 @@ class Product:
     @property
     def terms(self) -> Array:
         """What it is the sum of: float32 `[terms, ..., out]`."""
-        if not _has_tiles(self.x, self.w):
-            return self.array[None]
-        launch = _arithmetic.get().launch
-        [y] = tiles.products(as_late(self.x), [self.w], joined=False, launch=launch)
-        return y.reshape(len(y), *self.x.shape[:-1], -1)
+        return terms(self.x, [self.w], jnp.float32)[0]
 
     @property
     def sends(self) -> bool:
@@ -246,6 +242,16 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
             ys = way(x, [left.pop(i) for i in chosen], dtype)
             results |= dict(zip(chosen, ys, strict=True))
     return [results[i] for i in range(len(weights))]
+
+
+def terms(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
+    """`matmuls`, left to be added up by what reads them: `[terms, ..., out]` each, where there are
+    several float32."""
+    if not all(_has_tiles(x, w) for w in weights):
+        return [y[None] for y in matmuls(x, weights, dtype)]
+    launch = _arithmetic.get().launch
+    ys = tiles.products(as_late(x), weights, joined=False, launch=launch)
+    return [y.reshape(len(y), *x.shape[:-1], -1) for y in ys]
 
 
 def _few_rows(

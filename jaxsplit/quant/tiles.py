@@ -29,7 +29,13 @@ MAX_ROWS = 64
 
 _MOST_WEIGHTS = 512  # of a row in a step
 _WARPS = 1024  # fewer do not keep a GPU busy
+_AT_ONCE = 1536  # about as many run at a time, where each has the registers of long steps
+_LONG = 4  # steps that make long ones worth while
 _FEW = 16  # the least that a matrix unit adds up
+_ONE = (
+    -133
+)  # the power of two that a bfloat16 of the bits 1 is; those of a byte are a multiple of it
+_SCALED = -64  # the power of two by which weights are multiplied, so that such numbers scale them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +49,17 @@ class _Tiling:
     stages: int
 
 
-def _tiling(rows: int, weights: Sequence[QTensor]) -> _Tiling:
+def _tiling(rows: int) -> _Tiling:
     """By what measured best."""
-    if rows > 16:
-        return _Tiling(64, 64, 4, 2)
-    if any(w.form.bits == (8,) for w in weights):
-        return _Tiling(32, 128, 2, 2)
-    return _Tiling(32, 128 if rows <= 8 else 64, 2, 3)
+    if rows <= _FEW:
+        return _Tiling(32, 128, 2, 3)
+    return _Tiling(64, 128, 4, 2) if rows <= 32 else _Tiling(64, 64, 4, 2)
+
+
+def _with_shorter_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
+    """Fewer pairs at a time, which takes fewer registers."""
+    pieces = max(pieces_of(w.form)[0] for w in weights)
+    return dataclasses.replace(tiling, pairs=max(64, tiling.pairs // pieces))
 
 
 @jax.tree_util.register_dataclass
@@ -104,23 +114,27 @@ def products(
       results: rows of the results of groups.
       tiling: of the work; None: a usual one.
       parts: of the inner dimension, which are multiplied by programs of their own and added up by
-        another kernel; None: for a single matrix as many as keep a GPU busy, for several one.
+        another kernel; None: as many as keep a GPU busy, but one for several that are to be joined.
       joined: the parts are added up; else results are float32 `[parts, rows, out]`.
       launch: of kernels.
     """
     read, columns = math.prod(x.shape[:-1]), x.shape[-1]
     width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
     weights = [_as_read(w) for w in weights]
-    tiling = tiling or _tiling(width, weights)
+    given, tiling = tiling, tiling or _tiling(width)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
+    warps = sum(programs) * tiling.warps
+    steps = pl.cdiv(columns, _MOST_WEIGHTS)
     if groups is not None:
         parts, count, rows = 1, len(groups.matrix), results
     else:
         if parts is None:
-            parts = max(1, _WARPS // (programs[0] * tiling.warps)) if len(weights) == 1 else 1
-        steps = pl.cdiv(columns, _MOST_WEIGHTS)
+            parts = 1 if joined and len(weights) > 1 else max(1, _WARPS // warps)
         parts = count = pl.cdiv(steps, pl.cdiv(steps, parts))
         rows = read
+    few_steps = steps < _LONG * parts
+    if given is None and width <= _FEW and (few_steps or count * warps > _AT_ONCE):
+        tiling = _with_shorter_steps(tiling, weights)
     ordered = as_late(x).prepared(Ordering.for_matrices(weights), launch)
     inputs, structure = jax.tree.flatten((ordered, weights, groups))
     kernel = partial(
@@ -265,8 +279,9 @@ class _Tile:
         """All steps; results are stored."""
         result = jnp.zeros((self.height, len(self.read_row)), jnp.float32)
         factor = None if self.mean is None else self.mean.inverse_of(self.read_row)
-        carry = (result, self._read_entries(self.start))
+        carry = (result, self._read_outer(self.start))
         result, _ = lax.fori_loop(self.start, self.stop, self._step, carry)
+        result *= 2.0**-_SCALED
         if factor is not None:
             result *= jnp.broadcast_to(factor[None], result.shape)
         at = jnp.broadcast_to((self.first + jnp.arange(self.height))[:, None], result.shape)
@@ -298,11 +313,17 @@ class _Tile:
     def _below(self, at: Array, count: int) -> Array | None:
         return None if self.whole else at < count
 
+    def _groups_of(self, length: int, step: Array) -> tuple[Array, int]:
+        """The first group of a step, and how many there are."""
+        count = max(1, self.of_step // length)
+        if self.of_step >= length:
+            return step * count, count
+        return split(step * self.of_step, length)[0], count
+
     def _of_groups(self, length: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
         """Where the groups of a step are, at least so many places, and which of these have any."""
-        count = max(1, self.of_step // length)
+        first, count = self._groups_of(length, step)
         place = jnp.arange(max(count, least))
-        first = step * count if self.of_step >= length else split(step * self.of_step, length)[0]
         at = place + first
         if count < least:
             return at, (place < count) & (at < self.columns // length)
@@ -324,31 +345,35 @@ class _Tile:
         of_pieces = [split(weight + begin, length)[0] for begin in begins]
         return [self._load(ref, at, self._below(at, ref.shape[-1])) for at in of_pieces]
 
-    def _read_entries(self, step: Array) -> tuple[list, list]:
-        """Of a step: scales for each piece, and minima."""
-        entries, length = self.entries, self.length
-        scales = [
-            self._read_pieces(name, step) for name in ("scale", "super_scale") if name in entries
-        ]
-        minima = []
-        for name in ("minimum", "super_minimum"):
-            if name in entries:
-                # Their places, some of them empty, are to spread over those of the minima.
-                least = max(1, _FEW * length["minimum"] // length[name])
-                minima.append(
-                    self._load(entries[name], *self._of_groups(length[name], step, least))
-                )
-        return scales, minima
+    def _read_outer(self, step: Array) -> dict[str, list[Array]]:
+        """Entries of groups of groups, of a step: `[height]` each. Threads read the few that they
+        need by themselves."""
+        found = {}
+        for name in ("super_scale", "super_minimum"):
+            if name in self.entries:
+                ref = self.entries[name]
+                first, count = self._groups_of(self.length[name], step)
+                at = [jnp.minimum(first + j, ref.shape[-1] - 1) for j in range(count)]
+                found[name] = [self._load(ref, x[None], None)[:, 0] for x in at]
+        return found
 
     def _step(self, i: Array, carry: tuple) -> tuple:
-        result, (scales, minima) = carry
+        result, outer = carry
         w, form, per_chunk = self.w, self.w.form, self.per_chunk
         # Too few bytes for the compiler to read them ahead.
-        ahead = self._read_entries(jnp.minimum(i + 1, self.steps - 1))
-        if minima:
+        ahead = self._read_outer(jnp.minimum(i + 1, self.steps - 1))
+        scales = self._read_pieces("scale", i)
+        if w.minimum is not None:
             group, inside = self._of_groups(self.length["minimum"], i, _FEW)
             sums = self._load_x(self.x_sums, group, inside)
-            result += _dot(_both(*minima).astype(jnp.bfloat16), sums)
+            minimum = self._load(self.entries["minimum"], group, inside)
+            minimum = _both(
+                _SCALED,
+                minimum,
+                outer.get("super_minimum"),
+                max(1, self.of_step // self.length["minimum"]),
+            )
+            result += _dot(minimum.astype(jnp.bfloat16), sums)
         at = i * self.pairs + jnp.arange(self.pairs)
         # In this form the compiler sees which of them are neighbours.
         chunk, pair = lax.div(at, per_chunk), lax.rem(at, per_chunk)
@@ -364,10 +389,11 @@ class _Tile:
                     read[p, before] = self._load(plane, index, self._below(at, self.total))
                 parts.append(read[p, before])
                 shifts.append(shift * bits)
-            group = piece * len(scales[0]) // self.pieces
+            group = piece * len(scales) // self.pieces
             if group not in expanded:
-                of_piece = [x[piece * len(x) // self.pieces] for x in scales]
-                expanded[group] = _spread(_both(*of_piece).astype(jnp.bfloat16), self.pairs)
+                scale = _both(_SCALED - _ONE, scales[group], outer.get("super_scale"))
+                scale = scale.astype(jnp.bfloat16)
+                expanded[group] = _spread(scale, self.pairs)
             for byte in range(2):
                 x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
                 scaled = _scaled(parts, shifts, byte, form, expanded[group], self.interpret)
@@ -382,12 +408,23 @@ def _spread(values: Array, count: int) -> Array:
     return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
 
 
-def _both(inner: Array, *outer: Array) -> Array:
-    """The products of entries of groups and of groups of these: float32 `[height, groups]`."""
+def _both(power: int, inner: Array, outer: list[Array] | None, count: int | None = None) -> Array:
+    """`2**power` times entries of groups, times those of groups of these if there are: float32.
+
+    Args:
+      power: an exponent.
+      inner: `[height, groups]`.
+      outer: `[height]` each, or None.
+      count: of the groups that have entries; None: all.
+    """
     values = inner.astype(jnp.float32)
-    for other in outer:
-        values *= _spread(other.astype(jnp.float32), values.shape[1])
-    return values
+    if outer is None:
+        return values * 2.0**power
+    outer = [x.astype(jnp.float32)[:, None] * 2.0**power for x in outer]
+    per, factor = (count or inner.shape[1]) // len(outer), outer[0]
+    for j, x in enumerate(outer[1:], 1):
+        factor = jnp.where(jnp.arange(inner.shape[1])[None] < j * per, factor, x)
+    return values * factor
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -402,64 +439,59 @@ def _scaled(
     scale: Array,
     interpret: bool,
 ) -> Array:
-    """Weights without their minima as bfloat16, one of each pair of bytes.
+    """Weights without their minima as bfloat16, one of each pair of bytes, `2**_SCALED` times what
+    they are; those of a single plane also `2**shifts[0]` times, where they lie in a byte.
 
     Args:
       planes: pairs of bytes `[height, pairs]` of each plane, uint16.
       shifts: by how much to shift a byte of each plane, to have the code's bits in front.
       byte: which byte of the pairs.
       form: of the matrix.
-      scale: bfloat16, like the pairs.
+      scale: bfloat16, like the pairs, times `2**(_SCALED - _ONE)`.
       interpret: as in `products`.
     """
+    front = [shift if len(planes) == 1 else 0 for shift in shifts]
+    shifts = [8 * byte + shift - by for shift, by in zip(shifts, front, strict=True)]
+    offset = (128 if form.bits == (8,) else form.offset) * 2 ** front[0]
     if interpret:
-        code, done = jnp.uint16(0), 0
+        code, done = jnp.uint16(0), front[0]
         for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
-            shifted = plane >> jnp.uint16(8 * byte + by)
-            code |= (shifted & jnp.uint16(2**bits - 1)) << jnp.uint16(done)
+            code |= ((plane >> jnp.uint16(by)) << jnp.uint16(done - front[0])) & jnp.uint16(
+                (2**bits - 1) << done
+            )
             done += bits
-        code = code.astype(jnp.int32)
-        value = jnp.where(code > 127, code - 256, code) if form.bits == (8,) else code
-        weight = (value.astype(jnp.float32) - form.offset) * scale.astype(jnp.float32)
-        return weight.astype(jnp.bfloat16)
+        if form.bits == (8,):
+            code ^= jnp.uint16(128)
+        half = _ONE // 2  # the whole power is no normal float32
+        value = (code.astype(jnp.float32) - offset) * 2.0**half
+        return (value * (scale.astype(jnp.float32) * 2.0 ** (_ONE - half))).astype(jnp.bfloat16)
 
-    # Two at once, in the halves of a register. A code becomes the last bits of 128 + code. Compute
-    # capability 8.0 has no other instruction than `fma` for what follows.
-    def both(x: float) -> str:
-        return f"0x{int(np.asarray(x, jnp.bfloat16).view(np.uint16)) * 0x10001:08x}"
-
-    def mask(bits: int) -> str:
+    # Two at once, in the halves of a register. Compute capability 8.0 has no other instruction than
+    # `fma` for numbers.
+    def both(bits: int) -> str:
         return f"0x{bits * 0x10001:08x}"
 
+    def number(x: float) -> str:
+        return both(int(np.asarray(x, jnp.bfloat16).view(np.uint16)))
+
     scaled = f"${len(planes) + 1}"
-    lines = [
-        ".reg .b32 code, part, less, more, one, zero;",
-        f"mov.b32 code, {both(128)}; mov.b32 zero, {both(-0.0)};",
-    ]
+    lines = [".reg .b32 code, part, by, less;", f"mov.b32 less, {number(-0.0)};"]
     done = 0
     for i, (by, bits) in enumerate(zip(shifts, form.bits, strict=True)):
-        by, part = by + 8 * byte - done, f"${i + 1}"
+        by, part = by - done, f"${i + 1}"
         if by:
             lines.append(f"sh{'r' if by > 0 else 'l'}.b32 part, {part}, {abs(by)};")
             part = "part"
-        if bits == 8:
-            # Its sign is the last bit of the exponent: 128 more is twice as much.
-            lines.append(f"lop3.b32 more, {part}, {mask(128)}, code, 0xEA;")
-            lines.append(f"lop3.b32 code, {part}, {mask(127)}, code, 0xEA;")
-        else:
-            lines.append(f"lop3.b32 code, {part}, {mask((2**bits - 1) << done)}, code, 0xEA;")
+        mask = both((2**bits - 1) << (done + front[i]))
+        # And, then or; for signed bytes exclusive or, which adds 128.
+        before, table = ("code", "0xEA") if i else (both(128 if bits == 8 else 0), "0x6A")
+        lines.append(f"lop3.b32 code, {part}, {mask}, {before}, {table};")
         done += bits
-    if form.bits == (8,):
-        lines.append(f"mov.b32 less, {both(-1)}; fma.rn.bf16x2 code, more, less, code;")
-        lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, zero;")
-    elif form.offset:
-        lines.append(f"mov.b32 one, {both(1)}; mov.b32 less, {both(-128 - form.offset)};")
-        lines.append("fma.rn.bf16x2 code, code, one, less;")
-        lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, zero;")
-    else:
-        # 128 times the scale is exact, and the difference is rounded once.
-        lines.append(f"mov.b32 less, {both(-128)}; fma.rn.bf16x2 less, {scaled}, less, zero;")
-        lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, less;")
+    if offset:
+        lines.append(
+            f"mov.b32 by, {number(-offset * 2.0**_ONE)}; fma.rn.bf16x2 less, {scaled}, by, less;"
+        )
+    lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, less;")
     [result] = plgpu.elementwise_inline_asm(
         "{ " + " ".join(lines) + " }",
         args=[*planes, scale],
