@@ -32,10 +32,11 @@ _WARPS = 1024  # fewer do not keep a GPU busy
 _AT_ONCE = 1536  # about as many run at a time, where each has the registers of long steps
 _LONG = 4  # steps that make long ones worth while
 _FEW = 16  # the least that a matrix unit adds up
-_ONE = (
-    -133
-)  # the power of two that a bfloat16 of the bits 1 is; those of a byte are a multiple of it
-_SCALED = -64  # the power of two by which weights are multiplied, so that such numbers scale them
+
+# The bits of a byte are a bfloat16 that is this power of two times the byte: a number below the
+# normal ones, or of the least of these. Scales therefore have large powers, and weights small ones.
+_OF_BITS = -133
+_OF_WEIGHTS = -64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +160,8 @@ def products(
 
 
 def _as_read(w: QTensor) -> QTensor:
-    """A matrix with planes of uint16, what the matrix unit takes at a time. Where a chunk has four
-    scales of a byte each, they are one word: threads would read each by itself."""
+    """A matrix with planes of uint16, what the matrix unit takes at a time. Where a chunk has
+    several scales of a byte each, four are a word: threads would read each by itself."""
 
     def paired(plane: Array) -> Array:
         if plane.dtype != jnp.uint32:
@@ -169,8 +170,9 @@ def _as_read(w: QTensor) -> QTensor:
         return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
 
     scale = w.scale
-    if scale.dtype == jnp.int8 and 4 * group_length(w, scale) == w.form.chunk:
-        scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), jnp.int32)
+    if scale.dtype.itemsize == 1 and w.form.chunk % (4 * group_length(w, scale)) == 0:
+        word = jnp.int32 if scale.dtype == jnp.int8 else jnp.uint32
+        scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), word)
     return dataclasses.replace(w, codes=tuple(map(paired, w.codes)), scale=scale)
 
 
@@ -281,7 +283,7 @@ class _Tile:
         factor = None if self.mean is None else self.mean.inverse_of(self.read_row)
         carry = (result, self._read_outer(self.start))
         result, _ = lax.fori_loop(self.start, self.stop, self._step, carry)
-        result *= 2.0**-_SCALED
+        result *= 2.0**-_OF_WEIGHTS
         if factor is not None:
             result *= jnp.broadcast_to(factor[None], result.shape)
         at = jnp.broadcast_to((self.first + jnp.arange(self.height))[:, None], result.shape)
@@ -329,14 +331,20 @@ class _Tile:
             return at, (place < count) & (at < self.columns // length)
         return at, self._below(at, self.columns // length)
 
-    def _read_pieces(self, name: str, step: Array) -> list[Array]:
-        """Entries of a step, for each piece that has its own."""
-        ref, length, per_chunk = self.entries[name], self.length[name], self.per_chunk
-        if length >= self.w.form.chunk:
-            found = self._load(ref, *self._of_groups(length, step))
-            if ref.dtype == jnp.int32:  # four in a word
-                return [(found << (24 - 8 * byte)) >> 24 for byte in range(4)]
-            return [found]
+    def _read_scales(self, step: Array) -> list[Array]:
+        """Scales of a step, for each piece that has its own: `[height, groups]` each."""
+        ref, length, per_chunk = self.w.scale, self.length["scale"], self.per_chunk
+        chunk = self.w.form.chunk
+        if ref.dtype.itemsize == 4:  # four in a word
+            count, words = self.of_step // chunk, chunk // length
+            first = words * (step * count + jnp.arange(count))
+            found = [
+                self._load(ref, first + i, self._below(first + i, ref.shape[-1]))
+                for i in range(words)
+            ]
+            return [(word << (24 - 8 * byte)) >> 24 for word in found for byte in range(4)]
+        if length >= chunk:
+            return [self._load(ref, *self._of_groups(length, step))]
         shared = min(length // 2, per_chunk)
         at = step * self.pairs + shared * jnp.arange(self.pairs // shared)
         chunk, pair = split(at, per_chunk)
@@ -353,27 +361,58 @@ class _Tile:
             if name in self.entries:
                 ref = self.entries[name]
                 first, count = self._groups_of(self.length[name], step)
-                at = [jnp.minimum(first + j, ref.shape[-1] - 1) for j in range(count)]
+                at = [jnp.minimum(first + i, ref.shape[-1] - 1) for i in range(count)]
                 found[name] = [self._load(ref, x[None], None)[:, 0] for x in at]
         return found
+
+    def _times_outer(
+        self, entries: Array, each: int, outer: Sequence[Array], name: str, power: int
+    ) -> Array:
+        """`2**power` times entries of groups, times those of groups of these.
+
+        Args:
+          entries: `[height, groups]`, of a step.
+          each: weights that have one.
+          outer: `[height]` each, none if there are no groups of groups.
+          name: of the plane that these are from.
+          power: of two, so that the numbers are near one.
+
+        Returns:
+          bfloat16 `[height, groups]`, rounded once.
+        """
+        factor: Array | float = 2.0**power
+        for i, x in enumerate(outer):
+            x = x.astype(jnp.float32)[:, None] * 2.0**power
+            before = jnp.arange(entries.shape[1])[None] < i * self.length[name] // each
+            factor = jnp.where(before, factor, x) if i else x
+        return (entries.astype(jnp.float32) * factor).astype(jnp.bfloat16)
 
     def _step(self, i: Array, carry: tuple) -> tuple:
         result, outer = carry
         w, form, per_chunk = self.w, self.w.form, self.per_chunk
-        # Too few bytes for the compiler to read them ahead.
+        # The compiler reads ahead what is multiplied, not these, which are too few bytes.
         ahead = self._read_outer(jnp.minimum(i + 1, self.steps - 1))
-        scales = self._read_pieces("scale", i)
-        if w.minimum is not None:
-            group, inside = self._of_groups(self.length["minimum"], i, _FEW)
-            sums = self._load_x(self.x_sums, group, inside)
-            minimum = self._load(self.entries["minimum"], group, inside)
-            minimum = _both(
-                _SCALED,
-                minimum,
-                outer.get("super_minimum"),
-                max(1, self.of_step // self.length["minimum"]),
+        scales = [
+            self._times_outer(
+                x,
+                self.of_step // x.shape[1],
+                outer.get("super_scale", ()),
+                "super_scale",
+                _OF_WEIGHTS - _OF_BITS,
             )
-            result += _dot(minimum.astype(jnp.bfloat16), sums)
+            for x in self._read_scales(i)
+        ]
+        if w.minimum is not None:
+            length = self.length["minimum"]
+            group, inside = self._of_groups(length, i, _FEW)
+            minimum = self._times_outer(
+                self._load(w.minimum, group, inside),
+                length,
+                outer.get("super_minimum", ()),
+                "super_minimum",
+                _OF_WEIGHTS,
+            )
+            result += _dot(minimum, self._load_x(self.x_sums, group, inside))
         at = i * self.pairs + jnp.arange(self.pairs)
         # In this form the compiler sees which of them are neighbours.
         chunk, pair = lax.div(at, per_chunk), lax.rem(at, per_chunk)
@@ -391,9 +430,7 @@ class _Tile:
                 shifts.append(shift * bits)
             group = piece * len(scales) // self.pieces
             if group not in expanded:
-                scale = _both(_SCALED - _ONE, scales[group], outer.get("super_scale"))
-                scale = scale.astype(jnp.bfloat16)
-                expanded[group] = _spread(scale, self.pairs)
+                expanded[group] = _spread(scales[group], self.pairs)
             for byte in range(2):
                 x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
                 scaled = _scaled(parts, shifts, byte, form, expanded[group], self.interpret)
@@ -408,25 +445,6 @@ def _spread(values: Array, count: int) -> Array:
     return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
 
 
-def _both(power: int, inner: Array, outer: list[Array] | None, count: int | None = None) -> Array:
-    """`2**power` times entries of groups, times those of groups of these if there are: float32.
-
-    Args:
-      power: an exponent.
-      inner: `[height, groups]`.
-      outer: `[height]` each, or None.
-      count: of the groups that have entries; None: all.
-    """
-    values = inner.astype(jnp.float32)
-    if outer is None:
-        return values * 2.0**power
-    outer = [x.astype(jnp.float32)[:, None] * 2.0**power for x in outer]
-    per, factor = (count or inner.shape[1]) // len(outer), outer[0]
-    for j, x in enumerate(outer[1:], 1):
-        factor = jnp.where(jnp.arange(inner.shape[1])[None] < j * per, factor, x)
-    return values * factor
-
-
 def _dot(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -439,32 +457,31 @@ def _scaled(
     scale: Array,
     interpret: bool,
 ) -> Array:
-    """Weights without their minima as bfloat16, one of each pair of bytes, `2**_SCALED` times what
-    they are; those of a single plane also `2**shifts[0]` times, where they lie in a byte.
+    """Weights without their minima as bfloat16, one of each pair of bytes, `2**_OF_WEIGHTS` times
+    what they are; those of a single plane also `2**shifts[0]` times, by where they are in a byte.
 
     Args:
       planes: pairs of bytes `[height, pairs]` of each plane, uint16.
       shifts: by how much to shift a byte of each plane, to have the code's bits in front.
       byte: which byte of the pairs.
       form: of the matrix.
-      scale: bfloat16, like the pairs, times `2**(_SCALED - _ONE)`.
+      scale: bfloat16, like the pairs, times `2**(_OF_WEIGHTS - _OF_BITS)`.
       interpret: as in `products`.
     """
-    front = [shift if len(planes) == 1 else 0 for shift in shifts]
-    shifts = [8 * byte + shift - by for shift, by in zip(shifts, front, strict=True)]
-    offset = (128 if form.bits == (8,) else form.offset) * 2 ** front[0]
+    front = shifts[0] if len(planes) == 1 else 0  # bits before the code that stay
+    shifts = [8 * byte + shift - front for shift in shifts]
+    offset = (128 if form.bits == (8,) else form.offset) * 2**front
     if interpret:
-        code, done = jnp.uint16(0), front[0]
+        code, done = jnp.uint16(0), front
         for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
-            code |= ((plane >> jnp.uint16(by)) << jnp.uint16(done - front[0])) & jnp.uint16(
-                (2**bits - 1) << done
-            )
+            part = (plane >> jnp.uint16(by)) << jnp.uint16(done - front)
+            code |= part & jnp.uint16((2**bits - 1) << done)
             done += bits
         if form.bits == (8,):
             code ^= jnp.uint16(128)
-        half = _ONE // 2  # the whole power is no normal float32
+        half = _OF_BITS // 2  # the whole power is no normal float32
         value = (code.astype(jnp.float32) - offset) * 2.0**half
-        return (value * (scale.astype(jnp.float32) * 2.0 ** (_ONE - half))).astype(jnp.bfloat16)
+        return (value * (scale.astype(jnp.float32) * 2.0 ** (_OF_BITS - half))).astype(scale.dtype)
 
     # Two at once, in the halves of a register. Compute capability 8.0 has no other instruction than
     # `fma` for numbers.
@@ -482,15 +499,14 @@ def _scaled(
         if by:
             lines.append(f"sh{'r' if by > 0 else 'l'}.b32 part, {part}, {abs(by)};")
             part = "part"
-        mask = both((2**bits - 1) << (done + front[i]))
-        # And, then or; for signed bytes exclusive or, which adds 128.
-        before, table = ("code", "0xEA") if i else (both(128 if bits == 8 else 0), "0x6A")
-        lines.append(f"lop3.b32 code, {part}, {mask}, {before}, {table};")
+        mask = both((2**bits - 1) << (done + front))
+        # And, then exclusive or: with the bits before, or to add 128 to signed bytes.
+        before = "code" if i else both(128 if bits == 8 else 0)
+        lines.append(f"lop3.b32 code, {part}, {mask}, {before}, 0x6A;")
         done += bits
     if offset:
-        lines.append(
-            f"mov.b32 by, {number(-offset * 2.0**_ONE)}; fma.rn.bf16x2 less, {scaled}, by, less;"
-        )
+        lines.append(f"mov.b32 by, {number(-offset * 2.0**_OF_BITS)};")
+        lines.append(f"fma.rn.bf16x2 less, {scaled}, by, less;")
     lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, less;")
     [result] = plgpu.elementwise_inline_asm(
         "{ " + " ".join(lines) + " }",
