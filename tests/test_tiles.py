@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 import pytest
 from blocks import usual_blocks
 from helpers import nmse
 from tiny import fresh_rng
 
 from jaxsplit.quant import TYPES, Launch, Pending, Sum, dequantize, forms, tiles, unpack, with_words
+from jaxsplit.quant.ordering import pieces_of
 
 LAUNCH = Launch(interpret=True)
 
@@ -68,6 +70,24 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
             < nmse(y, np.float64(x) @ np.float64(dequantize(w)).T)
             < (1e-4 if w.minimum is None else 3e-4)
         )
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "TQ2_0"])
+def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
+    monkeypatch.setattr(tiles.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    form = TYPES[name].form
+    pieces, per_chunk = pieces_of(form)
+    scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
+    for place in range(2 * pieces):
+        piece, byte = divmod(place, 2)
+        planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in form.bits]
+        shifts = [piece * per_chunk * 16 // (form.chunk * bits) * bits for bits in form.bits]
+        made, expected = (
+            tiles._scaled(planes, shifts, byte, form, scale, interpret)
+            for interpret in (False, True)
+        )
+        assert np.count_nonzero(expected) > 100
+        np.testing.assert_array_equal(made, expected)
 
 
 @pytest.mark.usefixtures("quick_compilation")

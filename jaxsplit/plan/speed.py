@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxsplit.parallel import Stage
 from jaxsplit.plan.devices import DeviceKind
 from jaxsplit.plan.work import Work
-from jaxsplit.quant import kernels, tiles
+from jaxsplit.quant import exchange, kernels, tiles
 from jaxsplit.sources import Sources
 
 
@@ -46,9 +46,9 @@ _EFFICIENCY = {
         plain=0.9,
         matmul=0.68,
         score_passes=0,
-        few_bits_tiles=0.6,
+        few_bits_tiles=0.64,
         bytes_tiles=0.82,
-        tiles=0.26,
+        tiles=0.3,
     ),
 }
 """Without kernels, and with them."""
@@ -138,11 +138,17 @@ def prefill_seconds(
 
 
 def _meeting(kind: DeviceKind, stage: Stage, work: Work) -> float:
-    """An all-reduce carries its bytes twice, less what a device has itself; a gather once."""
+    """An all-reduce carries its bytes twice, less what a device has itself; a gather once. Numbers
+    so few that kernels exchange them go to every other device, in 8 bytes each."""
     others = stage.mesh.size // stage.mesh.shape["data"] - 1
     each = kind.meet_seconds * (1 + others / 12 if kind.exchanges else 1)
     gather = 2 if kind.exchanges else 1  # a kernel of its own, which no product sends for
-    meetings = work.collectives["all-reduce"] + gather * work.collectives["all-gather"]
-    sent = 2 * work.collective_bytes["all-reduce"] + work.collective_bytes["all-gather"]
+    sums, gathers = work.collectives["all-reduce"], work.collectives["all-gather"]
+    summed, gathered = work.collective_bytes["all-reduce"], work.collective_bytes["all-gather"]
+    numbers = summed // 4  # float32
+    if kind.exchanges and sums and exchange.supports(numbers // sums):
+        sent = 8 * numbers * others
+    else:
+        sent = summed
     rate = kind.link * _LINK_EFFICIENCY
-    return meetings * each + sent / 2 / rate
+    return (sums + gather * gathers) * each + (sent + gathered / 2) / rate

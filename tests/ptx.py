@@ -1,0 +1,65 @@
+"""The few PTX instructions of inline assembly in kernels, run on the host (PTX ISA 9.0)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def elementwise_inline_asm(
+    asm: str,
+    *,
+    args: Sequence[jax.Array],
+    constraints: str,
+    pack: int,
+    result_shape_dtypes: Sequence[jax.ShapeDtypeStruct],
+) -> list[jax.Array]:
+    """Stands in for the function of that name, for arrays of 16 bits, two in a register."""
+    assert pack == 2
+    assert constraints == ",".join(["=r", *["r"] * len(args)])
+    [result] = result_shape_dtypes
+    registers = {
+        f"${i}": np.asarray(x).view(np.uint16).reshape(-1, 2).copy().view(np.uint32)[:, 0]
+        for i, x in enumerate(args, 1)
+    }
+    count = len(registers["$1"])
+
+    def value(operand: str) -> np.ndarray:
+        if operand[0].isdigit():
+            return np.full(count, int(operand, 0), np.uint32)
+        return registers[operand]
+
+    def numbers(operand: str) -> np.ndarray:
+        halves = value(operand).view(np.uint16).view(jnp.bfloat16)
+        return halves.astype(np.float64)
+
+    def lop3(a: str, b: str, c: str, table: str) -> np.ndarray:
+        found = np.zeros(count, np.uint32)
+        for case in range(8):
+            if int(table, 0) >> case & 1:
+                bits = zip((a, b, c), (4, 2, 1), strict=True)
+                found |= np.bitwise_and.reduce(
+                    [value(x) if case & bit else ~value(x) for x, bit in bits]
+                )
+        return found
+
+    def fma(a: str, b: str, c: str) -> np.ndarray:
+        # Exact in float64, then rounded once.
+        rounded = (numbers(a) * numbers(b) + numbers(c)).astype(jnp.bfloat16)
+        return rounded.view(np.uint16).view(np.uint32)
+
+    instructions = {
+        "mov.b32": value,
+        "shr.b32": lambda a, by: value(a) >> int(by),
+        "shl.b32": lambda a, by: value(a) << int(by),
+        "lop3.b32": lop3,
+        "fma.rn.bf16x2": fma,
+    }
+    for line in asm.strip("{} ").split(";"):
+        name, _, operands = line.strip().partition(" ")
+        if name and name != ".reg":
+            target, *sources = (operand.strip() for operand in operands.split(","))
+            registers[target] = instructions[name](*sources)
+    halves = registers["$0"].view(np.uint16).view(result.dtype)
+    return [jnp.asarray(halves.reshape(result.shape))]
