@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsplit.quant import exchange
 from jaxsplit.quant.forms import QTensor, with_words
 from jaxsplit.quant.late import BLOCK
+from jaxsplit.quant.launch import share_out
 from jaxsplit.quant.rounding import Rounded
 
 MAX_ROWS = 2
@@ -129,21 +130,14 @@ def _kernel(
       interpret: as in `products`.
     """
     x, weights, experts, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    first, pair = 0, pl.program_id(0)
+    outs, pair = refs[structure.num_leaves :], pl.program_id(0)
 
     def some_rows(w: QTensor, tiling: _Tiling, out_ref: jax.Ref, program: Array) -> None:
         row = program * tiling.height
         _Rows(x, w, experts, row, pair, tiling, interpret).multiply(out_ref, peers)
 
-    outs = refs[structure.num_leaves :]
-    for w, tiling, out_ref, count in zip(weights, tilings, outs, programs, strict=True):
-        program = pl.program_id(1) - first
-        multiply = partial(some_rows, w, tiling, out_ref, program)
-        if len(weights) == 1:
-            multiply()
-        else:
-            pl.when((program >= 0) & (program < count))(multiply)
-        first += count
+    tasks = [partial(some_rows, *task) for task in zip(weights, tilings, outs, strict=True)]
+    share_out(pl.program_id(1), list(zip(programs, tasks, strict=True)))
 
 
 class _Steps:

@@ -1,10 +1,13 @@
-"""How kernels are launched."""
+"""How kernels are launched, and their programs shared out."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 
@@ -45,3 +48,18 @@ class Launch:
             result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
         )
         return jnp.sum(x)
+
+
+def share_out(program: Array, tasks: Sequence[tuple[int, Callable[[Array], None]]]) -> None:
+    """Runs the task that a program belongs to.
+
+    Args:
+      program: which of the programs of all.
+      tasks: how many programs each has, and what one does, given its number among them.
+    """
+    if len(tasks) == 1:
+        tasks[0][1](program)
+        return
+    for count, task in tasks:
+        pl.when((program >= 0) & (program < count))(partial(task, program))
+        program -= count

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant import exchange
 from jaxsplit.quant.late import BLOCK, Stored
+from jaxsplit.quant.launch import share_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +82,13 @@ def _kernel(
       interpret: as in `products`.
     """
     x, weights, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    first, outs = 0, refs[structure.num_leaves :]
-    for w, out_ref, count in zip(weights, outs, programs, strict=True):
-        program = pl.program_id(0) - first
-        multiply = partial(_multiply, x, w, out_ref, program, peers, tiling, interpret)
-        if len(weights) == 1:
-            multiply()
-        else:
-            pl.when((program >= 0) & (program < count))(multiply)
-        first += count
+    outs = refs[structure.num_leaves :]
+
+    def some_rows(w: jax.Ref, out_ref: jax.Ref, program: Array) -> None:
+        _multiply(x, w, out_ref, program, peers, tiling, interpret)
+
+    tasks = [partial(some_rows, *task) for task in zip(weights, outs, strict=True)]
+    share_out(pl.program_id(0), list(zip(programs, tasks, strict=True)))
 
 
 def _multiply(

@@ -21,7 +21,7 @@ from jaxsplit.quant import kernels
 from jaxsplit.quant.forms import Form, QTensor
 from jaxsplit.quant.kernels import split
 from jaxsplit.quant.late import Late, as_late
-from jaxsplit.quant.launch import Launch
+from jaxsplit.quant.launch import Launch, share_out
 from jaxsplit.quant.ordering import SUMMED, Ordered, Ordering, group_length, pieces_of
 
 MAX_ROWS = 64
@@ -195,24 +195,18 @@ def _kernel(
       interpret: as in `products`.
     """
     x, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    begin, outs, number = 0, refs[structure.num_leaves :], pl.program_id(0)
+    outs, number = refs[structure.num_leaves :], pl.program_id(0)
 
     def some_rows(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
         first = program * tiling.height
-        tile = _Tile(x, w, groups, out_ref, first, number, width, tiling, interpret)
-        tile.multiply()
+        _Tile(x, w, groups, out_ref, first, number, width, tiling, interpret).multiply()
 
-    for w, out_ref, count in zip(weights, outs, programs, strict=True):
-        program = pl.program_id(1) - begin
-        multiply = partial(some_rows, w, out_ref, program)
-        here = (program >= 0) & (program < count)
-        if groups is not None:
-            here &= number < groups.count[()]
-        if len(weights) == 1 and groups is None:
-            multiply()
-        else:
-            pl.when(here)(multiply)
-        begin += count
+    tasks = [partial(some_rows, *task) for task in zip(weights, outs, strict=True)]
+    run = partial(share_out, pl.program_id(1), list(zip(programs, tasks, strict=True)))
+    if groups is None:
+        run()
+    else:
+        pl.when(number < groups.count[()])(run)
 
 
 class _Tile:
