@@ -36,7 +36,8 @@ class Ordered:
     """Rows by where the weights are that they are multiplied with.
 
     Attributes:
-      pairs: bfloat16 `[places in a pair of bytes, rows, pairs]` for each order.
+      pairs: bfloat16 `[places in a pair of bytes, rows, pairs]` for each order. Those of a form
+        with one plane are divided by the power of two that a code is worth at its place in a byte.
       sums: of the groups that share a minimum, bfloat16 `[rows, groups]`; None: there are none.
       mean: by the root of which products are to be divided; None: they are not.
       ordering: what they are for.
@@ -90,11 +91,9 @@ class Ordering:
             chunk, at = split(element, form.chunk)
             piece, at = split(at, 2 * per_chunk)
             pair, byte = split(at, 2)
-            ref, scaled = next(following), x
-            if len(form.bits) == 1:
-                scaled = _times_power(x, -form.bits[0] * piece)
             place = (2 * piece + byte, row, chunk * per_chunk + pair)
-            plgpu.store(ref.at[place], scaled, mask=exists)
+            divided = _times_power(x, -form.bits[0] * piece) if len(form.bits) == 1 else x
+            plgpu.store(next(following).at[place], divided, mask=exists)
             if length:
                 sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)
                 group = block[..., None] * 2 + jnp.arange(2)

@@ -122,7 +122,7 @@ def products(
     read, columns = math.prod(x.shape[:-1]), x.shape[-1]
     width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
     weights = [_as_read(w) for w in weights]
-    given, tiling = tiling, tiling or _tiling(width)
+    usual, tiling = tiling is None, tiling or _tiling(width)
     programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
     warps = sum(programs) * tiling.warps
     steps = pl.cdiv(columns, _MOST_WEIGHTS)
@@ -134,7 +134,7 @@ def products(
         parts = count = pl.cdiv(steps, pl.cdiv(steps, parts))
         rows = read
     few_steps = steps < _LONG * parts
-    if given is None and width <= _FEW and (few_steps or count * warps > _AT_ONCE):
+    if usual and width <= _FEW and (few_steps or count * warps > _AT_ONCE):
         tiling = _with_shorter_steps(tiling, weights)
     ordered = as_late(x).prepared(Ordering.for_matrices(weights), launch)
     inputs, structure = jax.tree.flatten((ordered, weights, groups))
@@ -328,22 +328,22 @@ class _Tile:
     def _read_scales(self, step: Array) -> list[Array]:
         """Scales of a step, for each piece that has its own: `[height, groups]` each."""
         ref, length, per_chunk = self.w.scale, self.length["scale"], self.per_chunk
-        chunk = self.w.form.chunk
+        of_chunk = self.w.form.chunk
         if ref.dtype.itemsize == 4:  # four in a word
-            count, words = self.of_step // chunk, chunk // length
+            count, words = self.of_step // of_chunk, of_chunk // length
             first = words * (step * count + jnp.arange(count))
             found = [
                 self._load(ref, first + i, self._below(first + i, ref.shape[-1]))
                 for i in range(words)
             ]
             return [(word << (24 - 8 * byte)) >> 24 for word in found for byte in range(4)]
-        if length >= chunk:
+        if length >= of_chunk:
             return [self._load(ref, *self._of_groups(length, step))]
         shared = min(length // 2, per_chunk)
         at = step * self.pairs + shared * jnp.arange(self.pairs // shared)
         chunk, pair = split(at, per_chunk)
         weight = 2 * (chunk * self.pieces * per_chunk + pair)
-        begins = range(0, self.w.form.chunk, max(length, 2 * per_chunk))
+        begins = range(0, of_chunk, max(length, 2 * per_chunk))
         of_pieces = [split(weight + begin, length)[0] for begin in begins]
         return [self._load(ref, at, self._below(at, ref.shape[-1])) for at in of_pieces]
 
@@ -360,22 +360,22 @@ class _Tile:
         return found
 
     def _times_outer(
-        self, entries: Array, each: int, outer: Sequence[Array], name: str, power: int
+        self, entries: Array, each: int, outer: dict[str, list[Array]], name: str, power: int
     ) -> Array:
-        """`2**power` times entries of groups, times those of groups of these.
+        """`2**power` times entries of groups, times those of groups of these if there are.
 
         Args:
           entries: `[height, groups]`, of a step.
           each: weights that have one.
-          outer: `[height]` each, none if there are no groups of groups.
-          name: of the plane that these are from.
-          power: of two, so that the numbers are near one.
+          outer: from `_read_outer`.
+          name: of the plane of groups of groups.
+          power: of two.
 
         Returns:
           bfloat16 `[height, groups]`, rounded once.
         """
         factor: Array | float = 2.0**power
-        for i, x in enumerate(outer):
+        for i, x in enumerate(outer.get(name, ())):
             x = x.astype(jnp.float32)[:, None] * 2.0**power
             before = jnp.arange(entries.shape[1])[None] < i * self.length[name] // each
             factor = jnp.where(before, factor, x) if i else x
@@ -386,26 +386,14 @@ class _Tile:
         w, form, per_chunk = self.w, self.w.form, self.per_chunk
         # The compiler reads ahead what is multiplied, not these, which are too few bytes.
         ahead = self._read_outer(jnp.minimum(i + 1, self.steps - 1))
-        scales = [
-            self._times_outer(
-                x,
-                self.of_step // x.shape[1],
-                outer.get("super_scale", ()),
-                "super_scale",
-                _OF_WEIGHTS - _OF_BITS,
-            )
-            for x in self._read_scales(i)
-        ]
+        power, scales = _OF_WEIGHTS - _OF_BITS, self._read_scales(i)
+        each = self.of_step // scales[0].shape[1]
+        scales = [self._times_outer(x, each, outer, "super_scale", power) for x in scales]
         if w.minimum is not None:
             length = self.length["minimum"]
             group, inside = self._of_groups(length, i, _FEW)
-            minimum = self._times_outer(
-                self._load(w.minimum, group, inside),
-                length,
-                outer.get("super_minimum", ()),
-                "super_minimum",
-                _OF_WEIGHTS,
-            )
+            minimum = self._load(w.minimum, group, inside)
+            minimum = self._times_outer(minimum, length, outer, "super_minimum", _OF_WEIGHTS)
             result += _dot(minimum, self._load_x(self.x_sums, group, inside))
         at = i * self.pairs + jnp.arange(self.pairs)
         # In this form the compiler sees which of them are neighbours.
