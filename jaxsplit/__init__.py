@@ -7,8 +7,9 @@
 
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.lm import LM, Stream, load
+from jaxsplit.lm import LM, load
 from jaxsplit.models import Decoder, ModelConfig
+from jaxsplit.stream import Stream
 
 __version__ = "0.1.0"
 

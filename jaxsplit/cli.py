@@ -33,9 +33,8 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
             _leave(2)
         except KeyboardInterrupt:
             _leave(130)
-        except BrokenPipeError:  # the reader of the text has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _leave(1)
+        except BrokenPipeError:
+            _leave_unread()
         except Exception as error:
             failed = _is_runtime_error(error)
             reason = str(error).splitlines()[0] if failed else ""
@@ -81,11 +80,19 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
+def _leave_unread() -> None:
+    """Ends a program when the reader of its text has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _leave(1)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except SystemExit:  # --help has been printed, which is no failure
         sys.exit(0)
+    except BrokenPipeError:
+        _leave_unread()
     except flags.Error as error:
         reason = " ".join(str(error).split())
         print(f"jaxsplit: {reason}; --help lists the flags", file=sys.stderr)

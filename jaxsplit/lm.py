@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsplit.checkpoint import is_checkpoint, open_checkpoint
-from jaxsplit.engine import Engine, SamplingConfig, compile_seconds
+from jaxsplit.engine import Engine, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile, model_config, open_gguf
 from jaxsplit.loading import Progress, load_decoders
@@ -23,13 +23,12 @@ from jaxsplit.parallel import choose_devices, parse_shares
 from jaxsplit.plan import best_split
 from jaxsplit.quant import Arithmetic, float8
 from jaxsplit.sources import describe_split, parameter_sources, split_model
+from jaxsplit.stream import Stream
 from jaxsplit.text import ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
 ACTIVATIONS = ("auto", "float", "int8")
 PROMPT_DTYPES = ("auto", "float8")
-MOST_IN_BLOCK = 32
-BLOCK_SECONDS = 0.1
 
 
 def load(
@@ -341,7 +340,7 @@ class LM:
         block: int | None = None,
         sampling: SamplingConfig | None = None,
         **options: Any,
-    ) -> "Stream":
+    ) -> Stream:
         """The text that follows a prompt, as it comes.
 
         Args:
@@ -394,123 +393,3 @@ class LM:
             )
         if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.config.vocab:
             raise JaxsplitError(f"token ids must lie between 0 and {self.config.vocab - 1}")
-
-
-class Stream(Iterator[str]):
-    """Text as it comes. Made by `LM.stream`.
-
-    Attributes:
-      prompt_tokens: ids of the prompt.
-      tokens: ids generated so far, an end-of-text token included.
-      stop_reason: why it ended: `end of text`, `stop string`, `n_predict` or `context full`;
-        None while it goes on.
-      first_token_seconds: from the start to the first token, with compilation.
-      decode_seconds: from the first token to the last, without compilation.
-      compile_seconds: spent on compiling programs that were not in the cache of compiled programs.
-    """
-
-    def __init__(
-        self,
-        lm: LM,
-        prompt_tokens: list[int],
-        n_predict: int,
-        stop: tuple[str, ...],
-        block: int | None,
-        sampling: SamplingConfig,
-    ):
-        self.prompt_tokens = prompt_tokens
-        self.tokens: list[int] = []
-        self.stop_reason: str | None = None
-        self.first_token_seconds = 0.0
-        self.decode_seconds = 0.0
-        self.compile_seconds = 0.0
-        self._prompt_seconds = 0.0
-        self._lm = lm
-        self._stop = stop
-        self._limit = math.inf if n_predict < 0 else n_predict
-        self._block = block
-        self._pieces = self._run(sampling)
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def timings(self) -> str:
-        """Times, rates and memory, in one line."""
-        lm, prompt, generated = self._lm, len(self.prompt_tokens), len(self.tokens)
-        prompt_rate = prompt / self._prompt_seconds if self._prompt_seconds else 0.0
-        rate = (generated - 1) / self.decode_seconds if self.decode_seconds else 0.0
-        return (
-            f"load {lm.load_seconds:.2f} s | first token {self.first_token_seconds:.2f} s "
-            f"(compiling {self.compile_seconds:.2f} s) | "
-            f"prompt {prompt} tokens, {prompt_rate:.1f} tokens/s | "
-            f"generated {generated} tokens, {rate:.1f} tokens/s | per device "
-            f"{lm.weight_bytes / 1e6:.1f} MB weights, {lm.cache_bytes / 1e6:.1f} MB cache"
-        )
-
-    def _run(self, sampling: SamplingConfig) -> Iterator[str]:
-        if self._limit == 0:
-            self.stop_reason = "n_predict"
-            return
-        text = self._lm.tokenizer.stream(continuation=True)
-        held = ""  # text that may be the start of a stop string
-        started, compiled = time.perf_counter(), compile_seconds()
-        for token in self._ids(sampling):
-            elapsed = time.perf_counter() - started
-            self.compile_seconds = min(compile_seconds() - compiled, elapsed)
-            if not self.tokens:
-                self.first_token_seconds = elapsed
-                self._prompt_seconds = elapsed - self.compile_seconds
-            self.decode_seconds = elapsed - self.compile_seconds - self._prompt_seconds
-            self.tokens.append(token)
-            if token in self._lm.tokenizer.end_ids:
-                self.stop_reason = "end of text"
-                break
-            held += text.push(token)
-            ready, held, stopped = _split_at_stop(held, self._stop)
-            if ready:
-                yield ready
-            if stopped:
-                self.stop_reason = "stop string"
-                return
-            if len(self.tokens) >= self._limit:
-                self.stop_reason = "n_predict"
-                break
-        else:
-            self.stop_reason = "context full"
-        ready, held, _ = _split_at_stop(held + text.flush(), self._stop)
-        if ready + held:
-            yield ready + held
-
-    def _ids(self, sampling: SamplingConfig) -> Iterator[int]:
-        """Generated tokens; ends when the context is full."""
-        engine = self._lm.engine
-        engine.start(self.prompt_tokens, sampling)
-        room = engine.context - len(self.prompt_tokens)
-        yield int(engine.read(engine.tokens())[0][0])
-        length = self._block or MOST_IN_BLOCK
-        limit = self._block or 1
-        while room > 0:
-            count = min(limit, room, self._limit - len(self.tokens))
-            started, compiled = time.perf_counter(), compile_seconds()
-            tokens = engine.loop(count, length)[0]
-            took = time.perf_counter() - started - (compile_seconds() - compiled)
-            if self._block is None:
-                limit = min(max(1, int(count * BLOCK_SECONDS / max(took, 1e-6))), length)
-                if jax.process_count() > 1:  # which have to agree
-                    limit = length // 4
-            for token in tokens:
-                if token < 0:
-                    return
-                yield int(token)
-                room -= 1
-
-
-def _split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
-    """Text that can be shown, text that may be the start of a stop string, whether one was met."""
-    ends = [text.find(stop) for stop in stops if stop and stop in text]
-    if ends:
-        return text[: min(ends)], "", True
-    keep = max(
-        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
-    )
-    return text[: len(text) - keep], text[len(text) - keep :], False

@@ -214,6 +214,13 @@ def test_help_names_every_flag_and_succeeds():
         assert " ".join(flag.help.split())[:20] in " ".join(done.out.split()), flag.name
 
 
+def test_a_reader_may_leave_before_the_end():
+    command = f"{sys.executable} -m jaxsplit.generate --help | true"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=180)
+    assert done.returncode == 0
+    assert done.stderr == b""
+
+
 def test_standard_output_is_the_prompt_and_the_text(tiny, lm):
     arguments = ["--n_predict=12", "--temperature=0", "--devices=2"]
     done = run(f"--model={tiny}", f"--prompt={PROMPT}", *arguments)
