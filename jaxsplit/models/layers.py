@@ -261,8 +261,8 @@ def project(x: Rows, *linears: Linear | None) -> list[Array | None]:
 
 
 def project_in_terms(x: Rows, *linears: Linear | None) -> list[Array | None]:
-    """`project`, left to be added up by what reads it: `[terms, ..., out]` each, where there are
-    several float32."""
+    """`project`, left to be added up by what reads it: `[terms, ..., out]` each, float32 or in the
+    dtype of `x`."""
     present = [linear for linear in linears if linear is not None]
     if any(linear.bias is not None for linear in present):
         return [y if y is None else y[None] for y in project(x, *linears)]

@@ -245,8 +245,8 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
 
 
 def terms(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
-    """`matmuls`, left to be added up by what reads them: `[terms, ..., out]` each, where there are
-    several float32."""
+    """`matmuls`, left to be added up by what reads them: `[terms, ..., out]` each, float32 where a
+    kernel has made parts of the sums, else of the dtype."""
     if not all(_has_tiles(x, w) for w in weights):
         return [y[None] for y in matmuls(x, weights, dtype)]
     launch = _arithmetic.get().launch
