@@ -148,6 +148,21 @@ def test_a_gather_takes_as_long_as_two_sums_where_devices_exchange(models, excha
     assert times[0] == pytest.approx(times[1], rel=1e-4)
 
 
+def test_few_numbers_go_to_every_other_device_where_devices_exchange(models):
+    """The step's time is nearly all bytes over the link here."""
+    times = []
+    for exchanges in (True, False):
+        kind = dataclasses.replace(device_kind("H100"), exchanges=exchanges, link=1.0)
+        plan = plan_of(models["Q8_0"], "graph@tensor:3", kind=kind)
+        times.append(1 / plan.decode_rate)
+    [stage] = plan.stages
+    carried = stage.decode.collective_bytes
+    summed, gathered = carried["all-reduce"], carried["all-gather"]
+    # 8 bytes for each float32, to two others.
+    expected = (summed / 4 * 8 * 2 + gathered / 2) / (summed + gathered / 2)
+    assert times[0] / times[1] == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_best_plan_fits(models):
     file = open_model(models["Q8_0"])
     config = model_config(file)

@@ -126,11 +126,13 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_parts_are_left_to_be_added_up(rng):
-    w, x = matrix(rng, "Q4_K", 40, 1280), activations(rng, 5, 1280)
-    [y] = tiles.products(x, [w], parts=3, joined=False, launch=LAUNCH)
-    assert y.shape == (3, 5, 40)
-    assert y.dtype == jnp.float32
-    assert nmse(y.sum(axis=0), product(x, w)) <= 1e-10
+    matrices = [matrix(rng, name, rows, 1280) for name, rows in (("Q4_K", 40), ("Q8_0", 33))]
+    x = activations(rng, 5, 1280)
+    results = tiles.products(x, matrices, joined=False, launch=LAUNCH)
+    for y, w in zip(results, matrices, strict=True):
+        assert y.shape == (3, 5, len(w.scale))
+        assert y.dtype == jnp.float32
+        assert nmse(y.sum(axis=0), product(x, w)) <= 1e-10
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -32,6 +32,7 @@ _WARPS = 1024  # fewer do not keep a GPU busy
 _AT_ONCE = 1536  # about as many run at a time, where each has the registers of long steps
 _LONG = 4  # steps that make long ones worth while
 _FEW = 16  # the least that a matrix unit adds up
+_FEW_ROWS = 16  # for which programs are of few warps, and steps may be shorter
 
 # The bits of a byte are a bfloat16 that is this power of two times the byte: a number below the
 # normal ones, or of the least of these. Scales therefore have large powers, and weights small ones.
@@ -52,7 +53,7 @@ class _Tiling:
 
 def _tiling(rows: int) -> _Tiling:
     """By what measured best."""
-    if rows <= _FEW:
+    if rows <= _FEW_ROWS:
         return _Tiling(32, 128, 2, 3)
     return _Tiling(64, 128, 4, 2) if rows <= 32 else _Tiling(64, 64, 4, 2)
 
@@ -134,7 +135,7 @@ def products(
         parts = count = pl.cdiv(steps, pl.cdiv(steps, parts))
         rows = read
     few_steps = steps < _LONG * parts
-    if usual and width <= _FEW and (few_steps or count * warps > _AT_ONCE):
+    if usual and width <= _FEW_ROWS and (few_steps or count * warps > _AT_ONCE):
         tiling = _with_shorter_steps(tiling, weights)
     ordered = as_late(x).prepared(Ordering.for_matrices(weights), launch)
     inputs, structure = jax.tree.flatten((ordered, weights, groups))
