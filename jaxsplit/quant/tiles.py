@@ -42,20 +42,28 @@ _OF_WEIGHTS = -64
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies: rows of the matrix, pairs of bytes of each in a step, warps, and
-    stages of the pipeline that reads ahead."""
+    """How a program multiplies.
+
+    Attributes:
+      height: rows of the matrix.
+      pairs: of bytes of each row, in a step.
+      warps: of a program.
+      stages: of the pipeline that reads ahead.
+      sums: side by side. A product waits for the one that it is added to.
+    """
 
     height: int
     pairs: int
     warps: int
     stages: int
+    sums: int = 1
 
 
 def _tiling(rows: int) -> _Tiling:
     """By what measured best."""
     if rows <= _FEW_ROWS:
-        return _Tiling(32, 128, 2, 3)
-    return _Tiling(64, 128, 4, 2) if rows <= 32 else _Tiling(64, 64, 4, 2)
+        return _Tiling(32, 128, 2, 3, sums=2 if rows <= 8 else 1)
+    return _Tiling(64, 128, 4, 2, sums=2) if rows <= 32 else _Tiling(64, 64, 4, 2)
 
 
 def _with_shorter_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
@@ -246,7 +254,7 @@ class _Tile:
         *_, self.out, self.columns = w.shape
         self.pieces, self.per_chunk = pieces_of(w.form)
         self.total = self.columns // (2 * self.pieces)  # pairs of a row
-        self.height, self.first = tiling.height, first
+        self.height, self.sums, self.first = tiling.height, tiling.sums, first
         self.pairs = min(tiling.pairs, _MOST_WEIGHTS // (2 * self.pieces))  # of a step
         self.of_step = 2 * self.pieces * self.pairs  # weights
         self.entries = {
@@ -401,6 +409,7 @@ class _Tile:
         chunk, pair = lax.div(at, per_chunk), lax.rem(at, per_chunk)
         read: dict[tuple[int, int], Array] = {}
         expanded: dict[int, Array] = {}
+        sums = [result] + [jnp.zeros_like(result)] * (self.sums - 1)
         for piece in range(self.pieces):
             parts, shifts = [], []
             for p, (plane, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
@@ -417,8 +426,8 @@ class _Tile:
             for byte in range(2):
                 x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
                 scaled = _scaled(parts, shifts, byte, form, expanded[group], self.interpret)
-                result += _dot(scaled, x)
-        return result, ahead
+                sums[byte % self.sums] += _dot(scaled, x)
+        return sum(sums[1:], sums[0]), ahead
 
 
 def _spread(values: Array, count: int) -> Array:
