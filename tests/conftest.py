@@ -25,6 +25,7 @@ from helpers import recipe, write_recipe
 import jaxsplit
 from jaxsplit.engine import runner
 from jaxsplit.lm import demo_model
+from jaxsplit.quant import Arithmetic, Launch
 
 
 @pytest.fixture(scope="session")
@@ -45,14 +46,19 @@ def recipe_gguf(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def load():
-    """`load(path, **options)`: a tiny model in float32, loaded once."""
+    """`load(path, **options)`: a tiny model in float32, loaded once; `kernels`: as on GPUs, with
+    kernels that are interpreted."""
     loaded = {}
 
-    def get(path: Path, **options) -> jaxsplit.LM:
-        key = (path, str(sorted(options.items())))
+    def get(path: Path, *, kernels: bool = False, **options) -> jaxsplit.LM:
+        key = (path, kernels, str(sorted(options.items())))
         if key not in loaded:
             options = {"dtype": "float32", "ctx_size": 256, **options}
-            loaded[key] = jaxsplit.load(path, **options)
+            with pytest.MonkeyPatch.context() as patch:
+                if kernels:
+                    found = Arithmetic(kernels=True, launch=Launch(interpret=True))
+                    patch.setattr(Arithmetic, "on", lambda _: found)
+                loaded[key] = jaxsplit.load(path, **options)
         return loaded[key]
 
     return get

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxsplit.parallel import mailboxes as module
-from jaxsplit.parallel.mailboxes import make_mailboxes
+from jaxsplit.parallel.mailboxes import make_mailboxes, make_ring
 
 
 class Owner:
@@ -100,3 +100,24 @@ def test_there_are_none_where_devices_cannot_write_to_one_another(memory, broken
 
 def test_there_are_none_without_a_driver():
     assert make_mailboxes(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, Owner()) is None
+
+
+def test_stages_reach_the_next_one(memory):
+    """Of two and three stages of two devices each, the ones at the same place."""
+    for stages in (2, 3):
+        devices = np.asarray(jax.devices()[: 2 * stages]).reshape(stages, 1, 1, 2)
+        meshes = [Mesh(part, ("data", "expert", "tensor")) for part in devices]
+        owner = Owner()
+        tables = make_ring(meshes, 64, owner)
+        addresses = []
+        for stage, (mesh, table) in enumerate(zip(meshes, tables, strict=True)):
+            assert {*table.sharding.device_set} == {*mesh.devices.flat}
+            words = np.asarray(table).reshape(2, -1).astype(np.uint64)
+            assert (words[:, 0] == stage).all()
+            addresses.append(words[:, 1::2] + (words[:, 2::2] << np.uint64(32)))
+        for stage, mine in enumerate(addresses):
+            assert np.array_equal(mine[:, 1], addresses[(stage + 1) % stages][:, 0])
+            held = [memory.bytes[int(address)][0] for address in mine[:, 0]]
+            assert held == [*meshes[stage].devices.flat]
+    memory.reaches = False
+    assert make_ring(meshes, 64, owner) is None

@@ -28,11 +28,21 @@ def one(load, recipe_gguf):
     return load(recipe_gguf(MODEL), split_mode="none")
 
 
+MESHES = ["stage:2", "stage:3", "data:2", "data:2,stage:2", "data:2,tensor:2"]
+# Of stages that hand over in kernels, interpreted ones have one device each.
+BY_KERNELS = ["stage:2", "stage:3"]
+
+
 @pytest.fixture(
-    scope="module", params=["stage:2", "stage:3", "data:2", "data:2,stage:2", "data:2,tensor:2"]
+    scope="module",
+    params=[*((mesh, False) for mesh in MESHES), *((mesh, True) for mesh in BY_KERNELS)],
+    ids=str,
 )
 def lm(request, load, recipe_gguf):
-    return load(recipe_gguf(MODEL), mesh=request.param, slots=SLOTS)
+    mesh, kernels = request.param
+    found = load(recipe_gguf(MODEL), mesh=mesh, slots=SLOTS, kernels=kernels)
+    assert found.engine.loops == kernels
+    return found
 
 
 def texts(engine, count=COUNT):

@@ -1,19 +1,24 @@
 """Prefill and decode of sequences through the stages of a model."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxsplit.engine import steps
 from jaxsplit.engine.runner import CHUNKS, StageRunner
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
 from jaxsplit.models import Axis, Cache, Decoder
-from jaxsplit.parallel import Partition, fetch, hand_over
-from jaxsplit.quant import PLAIN, Arithmetic
+from jaxsplit.parallel import Partition, fetch, hand_over, make_ring
+from jaxsplit.quant import PLAIN, Arithmetic, ring
+
+_keys = itertools.count()
 
 
 @dataclasses.dataclass
@@ -54,7 +59,7 @@ class Engine:
 
     Attributes:
       loops: whether devices run several steps by themselves. Not CPUs: XLA takes twice as long for
-        a step in a loop there.
+        a step in a loop there. Nor several stages that cannot write to one another's memory.
     """
 
     def __init__(
@@ -79,10 +84,9 @@ class Engine:
             for model, stage in zip(models, partition.stages, strict=True)
         ]
         self.ends = self.runners[-1].place(np.asarray(sorted(ends) or [-1], np.int32))
-        self._limits: dict[int, jax.Array] = {}
+        self._limits: dict[int, list[jax.Array]] = {}
+        self._loops: dict[tuple[SamplingPlan, int], list[Callable]] = {}
         count = min(slots, len(self.runners))
-        first = partition.stages[0].mesh.devices.flat[0]
-        self.loops = len(self.runners) == 1 and first.platform != "cpu"
         self._local = -(-slots // (count * partition.data))  # of a group, on one device
         count = -(-slots // (self._local * partition.data))
         self._group_slots = self._local * partition.data
@@ -92,6 +96,28 @@ class Engine:
             for _ in range(count)
         ]
         self._plan: SamplingPlan | None = None
+        several = len(self.runners) > 1
+        self._ring = self._make_ring(arithmetic) if several and peer_access else None
+        self._counts = [
+            self._ring and runner.place(np.ones(1, np.int32)) for runner in self.runners
+        ]
+        platform = partition.stages[0].mesh.devices.flat[0].platform
+        self.loops = bool(self._ring) if several else platform != "cpu"
+
+    def _make_ring(self, arithmetic: Arithmetic) -> list[jax.Array] | None:
+        """Through which stages hand over in kernels, a table of each; None: the host does it."""
+        meshes = [stage.mesh for stage in self.partition.stages]
+        alike = all(isinstance(m, Mesh) and m.shape == meshes[0].shape for m in meshes)
+        # CPUs run one program of several devices at a time.
+        apart = not arithmetic.launch.interpret or meshes[0].size == 1
+        if not (arithmetic.kernels and alike and apart):
+            return None
+        if arithmetic.launch.interpret:
+            tables = ring.host_tables(meshes[0].devices.shape, len(meshes), next(_keys))
+            return [*jnp.asarray(tables, jnp.uint32)]
+        incoming = [runner.incoming(self._local) for runner in self.runners]
+        words = max(map(steps.word_count, incoming))
+        return make_ring(meshes, ring.mailbox_bytes(len(self._groups), words), self)
 
     @property
     def cache_bytes(self) -> int:
@@ -262,24 +288,56 @@ class Engine:
         limit = min(limit, length)
         if not self.loops:
             return self._step_loop(limit)
-        runner, (group,) = self.runners[0], self._groups
+        last, groups = self.runners[-1], self._groups
         like = jax.ShapeDtypeStruct((self._group_slots, length), np.int32)
         # All arguments and results stay where they are: a CUDA graph is made again for others.
         if limit not in self._limits:
-            self._limits[limit] = runner.place(np.asarray(limit, np.int32))
-        if group.texts is None or group.texts.shape != like.shape:
-            group.texts = runner.place(np.zeros(like.shape, np.int32), by_slot=True)
-        group.caches[0], group.state, group.texts = runner.loop(self._plan, length)(
-            runner.params,
-            group.caches[0],
-            group.state,
-            group.texts,
-            self._limits[limit],
-            self.ends,
-            group.values,
-        )
-        group.fed = None
-        return np.array(self._fetchable(group.texts, like))[: self.slots, :limit]
+            value = np.asarray(limit, np.int32)
+            self._limits[limit] = [runner.place(value) for runner in self.runners]
+        for group in groups:
+            if group.texts is None or group.texts.shape != like.shape:
+                group.texts = last.place(np.zeros(like.shape, np.int32), by_slot=True)
+        arguments = []
+        for i, runner in enumerate(self.runners):
+            chosen = groups if runner.last else []  # only the last stage chooses tokens
+            arguments.append(
+                (
+                    runner.params,
+                    [group.caches[i] for group in groups],
+                    [group.state for group in chosen],
+                    [group.texts for group in chosen],
+                    self._counts[i],
+                    self._ring and self._ring[i],
+                    self._limits[limit][i],
+                    self.ends if runner.last else None,
+                    [group.values for group in chosen],
+                )
+            )
+        for i, results in enumerate(self._run_loops(length, arguments)):
+            caches, states, texts, self._counts[i] = results
+            for group, cache in zip(groups, caches, strict=True):
+                group.caches[i] = cache
+        for group, state, text in zip(groups, states, texts, strict=True):
+            group.state, group.texts, group.fed = state, text, None
+        found = [np.array(self._fetchable(group.texts, like)) for group in groups]
+        return np.concatenate(found)[: self.slots, :limit]
+
+    def _run_loops(self, length: int, arguments: Sequence[tuple]) -> list[tuple]:
+        """The results of the loops of all stages, which run at the same time."""
+        programs = [
+            runner.loop(self._plan, length, self._local, len(self._groups), args[5])
+            for runner, args in zip(self.runners, arguments, strict=True)
+        ]
+        if len(programs) == 1:
+            return [programs[0](*arguments[0])]
+        # Each waits for what others send: all are compiled before the first of them runs, and where
+        # XLA runs a loop from the host, that waits too.
+        with ThreadPoolExecutor(len(programs)) as threads:
+            key = self._plan, length
+            if key not in self._loops:
+                compiled = threads.map(lambda p, args: p.compiled(*args), programs, arguments)
+                self._loops[key] = list(compiled)
+            return list(threads.map(lambda loop, args: loop(*args), self._loops[key], arguments))
 
     def _step_loop(self, limit: int) -> np.ndarray:
         """The loop as steps. Those of several stages are all on their way before the first is read;

@@ -17,7 +17,7 @@ from jaxsplit.engine.sampling import SamplingPlan
 from jaxsplit.models import Axis, Cache, Decoder, ModelConfig, axis_rules, init_cache
 from jaxsplit.models.axes import SLOTS, use_peers
 from jaxsplit.parallel import Stage, make_mailboxes
-from jaxsplit.quant import PLAIN, Arithmetic, Peers, two_shot, use_arithmetic
+from jaxsplit.quant import PLAIN, Arithmetic, Peers, Ring, two_shot, use_arithmetic
 
 CHUNKS = (32, 128, 512, 2048)
 """Lengths for which prefill is compiled."""
@@ -83,6 +83,10 @@ class _Program:
 
     def trace(self, *arguments: Any) -> jax.stages.Traced:
         return self.function.trace(self.mailboxes, *arguments)
+
+    def compiled(self, *arguments: Any) -> Callable:
+        """The function, compiled now, for such arguments."""
+        return functools.partial(self.trace(*arguments).lower().compile(), self.mailboxes)
 
 
 class StageRunner:
@@ -311,23 +315,59 @@ class StageRunner:
         out = (self._cache_spec, slots, slots)
         return self._program(("finish", plan), finish, specs, out, donate=[1], decode=True)
 
-    def loop(self, plan: SamplingPlan, length: int) -> Callable:
-        """Several steps of a model in one stage: `(params, cache, state, texts, limit, ends,
-        values)` to the cache, the state and the tokens."""
+    def loop(
+        self, plan: SamplingPlan, length: int, slots: int, groups: int, table: jax.Array | None
+    ) -> _Program:
+        """Several steps, `steps.decode_loop`: `(params, caches, states, texts, count, table, limit,
+        ends, values)` to the caches, the states, the tokens and the count.
 
-        def loop(params, *arguments):
-            sizes = (self.config.vocab, self.context)
-            return steps.decode_loop(self._model(params), *arguments, plan, *sizes)
+        Args:
+          plan: how tokens are chosen.
+          length: of texts.
+          slots: of a group, on one device.
+          groups: of slots.
+          table: of the ring, whose count goes in and out; None: there is neither.
+        """
+        incoming = self.incoming(slots)
 
-        slots = self._slots
-        specs = [self._param_specs, self._cache_spec, slots, slots, *[_REPLICATED] * 2, slots]
-        out = (self._cache_spec, slots, slots)
+        def loop(params, caches, states, texts, count, table, limit, ends, values):
+            ring = None
+            if table is not None:
+                ring = Ring(table.reshape(-1), count, self.arithmetic.launch.interpret)
+            *results, ring = steps.decode_loop(
+                self._model(params),
+                caches,
+                states,
+                texts,
+                ring,
+                limit,
+                ends,
+                values,
+                incoming,
+                plan,
+                self.config.vocab,
+                self.context,
+            )
+            return *results, ring and ring.count
+
+        slots, caches = self._slots, [self._cache_spec] * groups
+        count = places = None
+        if table is not None:
+            count, places = _REPLICATED, PartitionSpec(*self.stage.mesh.axis_names)
+        specs = [self._param_specs, caches, slots, slots, count, places, *[_REPLICATED] * 2, slots]
+        out = (caches, slots, slots, count)
         key = ("loop", plan, length)
-        return self._program(key, loop, specs, out, donate=[1, 2, 3], decode=True)
+        return self._program(key, loop, specs, out, donate=[1, 2, 3, 4], decode=True)
 
     def feed(self) -> Callable:
         """A state to its `steps.feed`."""
         return self._program("feed", steps.feed, [self._slots], self._slots)
+
+    def incoming(self, slots: int) -> list[jax.ShapeDtypeStruct]:
+        """What the stage before hands over in a step of so many slots on one device: to the first
+        stage the feed alone, else `x` before it."""
+        fed = jax.ShapeDtypeStruct((slots, 2), jnp.int32)
+        return [fed] if self.first else [self.input(slots, 1), fed]
 
     def input(self, *shape: int) -> jax.ShapeDtypeStruct:
         """The shape and dtype of what the stage before hands over, `[*shape, width]`."""

@@ -1,6 +1,8 @@
 """The pure functions that a device runs: prefill a chunk, decode a step, choose a token."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from jax import Array, lax
 from jaxsplit.engine.sampling import SamplingPlan, SamplingValues, sample
 from jaxsplit.models import Cache, Decoder
 from jaxsplit.models.axes import SLOTS, any_over
+from jaxsplit.quant import Ring
 
 
 @jax.tree_util.register_dataclass
@@ -162,39 +165,105 @@ def decode_step(
 
 def decode_loop(
     model: Decoder,
-    cache: Cache,
-    state: DecodeState,
-    texts: Array,
+    caches: Sequence[Cache],
+    states: Sequence[DecodeState],
+    texts: Sequence[Array],
+    ring: Ring | None,
     limit: Array,
     ends: Array,
-    values: SamplingValues,
+    values: Sequence[SamplingValues],
+    incoming: Sequence[jax.ShapeDtypeStruct],
     plan: SamplingPlan,
     vocab: int,
     context: int,
-) -> tuple[Cache, DecodeState, Array]:
-    """Several steps of a model in one stage, without returning to the host.
+) -> tuple[Sequence[Cache], Sequence[DecodeState], Sequence[Array], Ring | None]:
+    """Several steps of a stage, without returning to the host.
 
     Args:
-      texts: int32 `[slots, length]`, at least -1, to be overwritten.
-      limit: int32: how many steps, at most `length`; the loop ends sooner when no slot is active.
-      model, cache, state, ends, values, plan, vocab, context: as in `decode_step`.
+      caches: of the stage, one for each group of slots.
+      states: of the groups, if the stage is the last; else none, as of `texts` and `values`.
+      texts: int32 `[slots, length]` each, at least -1, to be overwritten.
+      ring: what the stages hand to one another goes through it; None: there is only this stage,
+        and one group.
+      limit: int32: how many steps, at most `length`; one stage alone ends sooner when no slot is
+        active.
+      incoming: what the stage before hands over: `x`, unless the stage is the first, and `fed`.
+      model, ends, values, plan, vocab, context: as in `decode_step`.
 
     Returns:
-      the cache, the state, and the new tokens, int32 `[slots, length]`, -1 where there are none.
+      the caches, the states, the new tokens, int32 `[slots, length]` each, -1 where there are none,
+      and the ring.
     """
-    texts = jnp.minimum(texts, -1)  # which reads it: an argument that nothing reads has no place
+    texts = [jnp.minimum(text, -1) for text in texts]  # an argument nothing reads has no place
+    if ring is not None:
+        for group, state in enumerate(states):
+            ring = ring.send(_as_words([feed(state)]), group)
 
     def unfinished(carry: tuple) -> Array:
-        step, _, state, _ = carry
-        return (step < limit) & any_over(state.active.any(), SLOTS)
+        step, _, states, *_ = carry
+        if ring is not None:
+            return step < limit
+        return (step < limit) & any_over(states[0].active.any(), SLOTS)
 
     def advance(carry: tuple) -> tuple:
-        step, cache, state, texts = carry
-        was_active = state.active
-        cache, state = decode_step(model, cache, None, state, ends, values, plan, vocab, context)
-        column = jnp.where(was_active, state.token, -1)
-        return step + 1, cache, state, lax.dynamic_update_index_in_dim(texts, column, step, 1)
+        step, caches, states, texts, ring = carry
+        caches, states, texts = list(caches), list(states), list(texts)
+        for group in range(len(caches)):
+            x = fed = None
+            if ring is not None:
+                words, ring = ring.receive(word_count(incoming), group)
+                *before, fed = _of_words(words, incoming)
+                x = before[0] if before else None
+            if model.last:
+                was_active = states[group].active
+                caches[group], states[group] = decode_step(
+                    model,
+                    caches[group],
+                    x,
+                    states[group],
+                    ends,
+                    values[group],
+                    plan,
+                    vocab,
+                    context,
+                )
+                column = jnp.where(was_active, states[group].token, -1)
+                texts[group] = lax.dynamic_update_index_in_dim(texts[group], column, step, 1)
+            else:
+                caches[group], x = decode_layers(model, caches[group], x, fed)
+            if ring is not None and model.last:
+                words = _as_words([feed(states[group])])
+                ring = ring.send(words, group, ahead=1, wanted=step + 1 < limit)
+            elif ring is not None:
+                ring = ring.send(_as_words([x, fed]), group)
+        return step + 1, caches, states, texts, ring and ring.next_round()
 
-    step = jnp.zeros((), jnp.int32)
-    _, cache, state, texts = lax.while_loop(unfinished, advance, (step, cache, state, texts))
-    return cache, state, texts
+    carry = jnp.zeros((), jnp.int32), list(caches), list(states), texts, ring
+    return lax.while_loop(unfinished, advance, carry)[1:]
+
+
+def word_count(arrays: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
+    """Words that arrays fill, each whole ones."""
+    return sum(math.ceil(a.size * a.dtype.itemsize / 4) for a in arrays)
+
+
+def _as_words(arrays: Sequence[Array]) -> Array:
+    """Arrays of elements of 2 or 4 bytes as uint32 `[words]`."""
+    words = []
+    for array in arrays:
+        flat = array.reshape(-1)
+        if flat.dtype.itemsize == 2:
+            flat = jnp.pad(flat, (0, flat.size % 2)).reshape(-1, 2)
+        words.append(lax.bitcast_convert_type(flat, jnp.uint32))
+    return jnp.concatenate(words)
+
+
+def _of_words(words: Array, like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """The arrays that `_as_words` has made words of."""
+    arrays = []
+    for one in like:
+        count = word_count([one])
+        flat = lax.bitcast_convert_type(words[:count], one.dtype).reshape(-1)
+        arrays.append(flat[: one.size].reshape(one.shape))
+        words = words[count:]
+    return arrays

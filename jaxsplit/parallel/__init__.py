@@ -1,7 +1,7 @@
 """Split modes: meshes of devices, and how a model's layers and axes lie on them."""
 
 from jaxsplit.parallel.layout import AxisLayout, even, grouped_heads
-from jaxsplit.parallel.mailboxes import make_mailboxes
+from jaxsplit.parallel.mailboxes import make_mailboxes, make_ring
 from jaxsplit.parallel.modes import (
     MESH_AXES,
     SPLIT_MODES,
@@ -41,6 +41,7 @@ __all__ = [
     "launcher",
     "make_mailboxes",
     "make_partition",
+    "make_ring",
     "parse_mesh",
     "parse_shares",
     "share_layers",

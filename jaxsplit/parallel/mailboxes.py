@@ -147,6 +147,28 @@ def make_mailboxes(
     return jax.device_put(table, NamedSharding(mesh, PartitionSpec(*mesh.axis_names)))
 
 
+def make_ring(meshes: Sequence[Mesh], size: int, owner: object) -> list[jax.Array] | None:
+    """Memory for the devices at the same place of several meshes, as `make_mailboxes`.
+
+    Args:
+      meshes: of as many GPUs each.
+      size: bytes for each device.
+      owner: the memory is freed when it is.
+
+    Returns:
+      a table for each mesh, of a device at each place: its place among them, and addresses.
+    """
+    axes = meshes[0].axis_names
+    devices = np.stack([mesh.devices for mesh in meshes])
+    whole = make_mailboxes(Mesh(devices, ("stage", *axes)), ["stage"], lambda _: size, owner)
+    if whole is None:
+        return None
+    tables = zip(meshes, np.asarray(whole), strict=True)
+    return [
+        jax.device_put(table, NamedSharding(mesh, PartitionSpec(*axes))) for mesh, table in tables
+    ]
+
+
 def _arrives(contexts: Sequence[_Context], addresses: Sequence[int]) -> bool:
     """Whether what each device writes to the others is there; not all machines keep the promise."""
     for i, (writer, mine) in enumerate(zip(contexts, addresses, strict=True)):

@@ -1,6 +1,6 @@
 """Quantized weights: one table of GGML types, one form on the device, one product."""
 
-from jaxsplit.quant import exchange, float8, two_shot
+from jaxsplit.quant import exchange, float8, ring, two_shot
 from jaxsplit.quant.exchange import Peers
 from jaxsplit.quant.forms import (
     Form,
@@ -32,6 +32,7 @@ from jaxsplit.quant.products import (
     terms,
     use_arithmetic,
 )
+from jaxsplit.quant.ring import Ring
 from jaxsplit.quant.rounding import Rounded, Rounding
 from jaxsplit.quant.tiles import Groups
 from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
@@ -50,6 +51,7 @@ __all__ = [
     "Pending",
     "Plain",
     "Reader",
+    "Ring",
     "QTensor",
     "QuantType",
     "Rounded",
@@ -72,6 +74,7 @@ __all__ = [
     "pends",
     "quant_type",
     "reader_for",
+    "ring",
     "rounds",
     "take_rows",
     "terms",

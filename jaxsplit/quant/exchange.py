@@ -158,7 +158,7 @@ def add_up(
         first, *others = lax.all_gather(x, peers.axes)
         return sum(others, first)
     operands = _begin(x, peers, program, place, sent=sent)
-    return lax.bitcast_convert_type(_packed(_received(range(peers.count)), *operands), x.dtype)
+    return lax.bitcast_convert_type(packed(_received(range(peers.count)), *operands), x.dtype)
 
 
 def _all(x: Array, peers: Peers, program: Array, place: Array, interpret: bool) -> list[Array]:
@@ -166,7 +166,7 @@ def _all(x: Array, peers: Peers, program: Array, place: Array, interpret: bool) 
     if interpret:
         return list(lax.all_gather(x, peers.axes))
     operands = _begin(x, peers, program, place)
-    parts = [_packed(_received([device]), *operands) for device in range(peers.count)]
+    parts = [packed(_received([device]), *operands) for device in range(peers.count)]
     return [lax.bitcast_convert_type(part, x.dtype) for part in parts]
 
 
@@ -179,12 +179,12 @@ def _begin(
     at = program * WIDTH + place
     mine = address_of(peers.table, 0, at.shape)
     me = jnp.full(at.shape, peers.table[0].astype(jnp.int32))
-    count = _packed(_TICK, *mine, at * 4)
+    count = packed(_TICK, *mine, at * 4)
     first, bits = _offset(peers, count, at), lax.bitcast_convert_type(x, jnp.int32)
     if not sent:
         for step in range(1, peers.count):
             address = address_of(peers.table, step, at.shape)
-            bits = _packed(_SEND, *address, first + me * _STRIDE, bits, count)
+            bits = packed(SEND, *address, first + me * _STRIDE, bits, count)
     return [*mine, first, bits, count, me]
 
 
@@ -214,7 +214,7 @@ def outbox(peers: Peers, at: Array) -> Outbox:
       at: of each number its place among all, `program * WIDTH + place` in the exchange: neighbours,
         a power of two of them.
     """
-    count = _packed(_LOOK, *address_of(peers.table, 0, at.shape), at * 4, pack=1)
+    count = packed(_LOOK, *address_of(peers.table, 0, at.shape), at * 4, pack=1)
     offset = _offset(peers, count, at) + peers.table[0].astype(jnp.int32) * _STRIDE
     # A thread for each number and device, so that none of them sends twice.
     lane = jnp.arange(max(pl.next_power_of_2(peers.count - 1), THREADS // at.size))
@@ -243,7 +243,7 @@ def send(x: Array, to: Outbox) -> tuple[Array, Array]:
         for a in (lax.bitcast_convert_type(x, jnp.int32), to.offset, to.count)
     )
     address = (jnp.broadcast_to(word[:, None], shape) for word in to.address)
-    bits = _packed(_SEND, *address, offset, bits, count, pack=1)
+    bits = packed(SEND, *address, offset, bits, count, pack=1)
     first = jnp.broadcast_to((jnp.arange(lanes) == 0)[:, None], shape)
     return lax.bitcast_convert_type(bits, x.dtype), first
 
@@ -279,7 +279,7 @@ def address_of(table: jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
     return [jnp.full(shape, table[1 + 2 * step + word]) for word in range(2)]
 
 
-def _packed(lines: Sequence[str], *operands: Array, pack: int = _PACK) -> Array:
+def packed(lines: Sequence[str], *operands: Array, pack: int = _PACK) -> Array:
     """Instructions for each number, those of a thread's numbers interleaved: int32.
 
     `lines` may use `base` (the address of two first operands), `a` (with the offset, the third
@@ -321,7 +321,7 @@ _TICK = (
     "mov.b32 %z, u#;",
 )
 _LOOK = ("ld.global.b32 u#, [a#];", "add.u32 %z, u#, 1;")
-_SEND = (  # unless the address is 0
+SEND = (  # unless the address is 0
     ".reg .pred some;",
     "setp.ne.u64 some, base, 0;",
     "mov.b64 w#, {%x, %y};",

@@ -1,0 +1,71 @@
+"""Messages from stage to stage. Whole models: `test_engine`, `test_slots`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import fresh_rng
+
+from jaxsplit.engine import steps
+from jaxsplit.quant import Ring, ring
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_what_is_handed_over_comes_as_it_was(dtype, slots):
+    rng = fresh_rng()
+    x = jnp.asarray(rng.normal(size=(slots, 1, 33)), dtype)
+    fed = jnp.asarray(rng.integers(-1, 2**31, (slots, 2)), jnp.int32)
+    like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, fed)]
+    words = steps._as_words([x, fed])
+    assert words.shape == (steps.word_count(like),)
+    assert words.dtype == jnp.uint32
+    for found, sent in zip(steps._of_words(words, like), (x, fed), strict=True):
+        assert found.dtype == sent.dtype
+        assert np.array_equal(found, sent)
+
+
+def test_a_message_comes_to_the_next_device_when_its_turn_has_come():
+    tables = ring.host_tables((1,), 3, key=id(fresh_rng))
+    message = jnp.asarray(fresh_rng().integers(0, 2**32, 5), jnp.uint32)
+    sender, receiver, other = (
+        Ring(jnp.asarray(tables[stage, 0]), jnp.ones(1, jnp.int32), interpret=True)
+        for stage in (2, 0, 1)
+    )
+    sender = sender.send(message, 1).send(message + 1, 0).send(message + 2, 0, ahead=1)
+    other.send(message + 3, 0, wanted=False)
+    for channel, sent in ((0, message + 1), (1, message)):
+        words, receiver = receiver.receive(5, channel)
+        assert np.array_equal(words, sent)
+    words, _ = receiver.next_round().receive(5, 0)
+    assert np.array_equal(words, message + 2)
+    assert not [key for key in ring._messages if key[0] == int(tables[0, 0, 0])]
+
+
+def test_a_channel_begins_where_the_one_before_ends(monkeypatch):
+    """In the mailbox, for the device that sends and for the one that receives."""
+    begins = {}
+    for name in ("_send", "_receive"):
+
+        def noted(*_, first, name=name, **__):
+            begins.setdefault(name, []).append(first)
+
+        monkeypatch.setattr(ring, name, noted)
+    one = Ring(jnp.zeros(5, jnp.uint32), jnp.ones(1, jnp.int32))
+    for channel in range(3):
+        words = jax.ShapeDtypeStruct((700,), jnp.uint32)
+        jax.eval_shape(lambda w, c=channel: one.send(w, c).count, words)
+        jax.eval_shape(lambda c=channel: one.receive(700, c)[0])
+    assert begins["_send"] == begins["_receive"] == [0, 1024, 2048]
+    assert ring.mailbox_bytes(3, 700) == 3 * 1024 * 8
+
+
+def test_kernels_are_ones_that_a_gpu_can_run():
+    def both(table, count, words):
+        later = Ring(table, count).send(words, 0, ahead=1, wanted=count[0] > 1)
+        return later.receive(700, 1)
+
+    shapes = [((5,), jnp.uint32), ((1,), jnp.int32), ((700,), jnp.uint32)]
+    traced = jax.jit(both).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 2
