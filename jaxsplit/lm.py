@@ -378,12 +378,11 @@ class LM:
     def describe(self) -> str:
         """The model, how it is split, and through what GPUs meet, in one line."""
         c, a = self.config, self.config.attention
-        ways = dict.fromkeys(r.meets_through for r in self.engine.runners if r.meets_through)
-        return (
+        model = (
             f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
-            f"{self.engine.context} | {self._split}"
-            f"{''.join(f' | GPUs meet through {way}' for way in ways)}"
+            f"{self.engine.context}"
         )
+        return " | ".join([model, self._split, *self.engine.meetings])
 
     def _check(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self.engine.context:

@@ -42,7 +42,19 @@ def lm(request, load, recipe_gguf):
     mesh, kernels = request.param
     found = load(recipe_gguf(MODEL), mesh=mesh, slots=SLOTS, kernels=kernels)
     assert found.engine.loops == kernels
+    assert ("stages hand over" in found.describe()) == kernels
     return found
+
+
+def test_the_host_hands_over_without_peer_access(load, recipe_gguf, one, prompts):
+    options = {"mesh": "stage:2", "slots": SLOTS, "kernels": True}
+    through_kernels = load(recipe_gguf(MODEL), **options)
+    assert through_kernels.describe().endswith("| stages hand over through peer access")
+    lm = load(recipe_gguf(MODEL), peer_access=False, **options)
+    assert lm.describe().endswith("| stages hand over through the host")
+    assert not lm.engine.loops
+    lm.engine.start_all(dict(enumerate(prompts)), GREEDY)
+    assert texts(lm.engine) == [continuation(one.engine, p, GREEDY, COUNT) for p in prompts]
 
 
 def texts(engine, count=COUNT):

@@ -1,7 +1,6 @@
 """Prefill and decode of sequences through the stages of a model."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,8 +16,6 @@ from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValue
 from jaxsplit.models import Axis, Cache, Decoder
 from jaxsplit.parallel import Partition, fetch, hand_over, make_ring
 from jaxsplit.quant import PLAIN, Arithmetic, ring
-
-_keys = itertools.count()
 
 
 @dataclasses.dataclass
@@ -104,6 +101,19 @@ class Engine:
         platform = partition.stages[0].mesh.devices.flat[0].platform
         self.loops = bool(self._ring) if several else platform != "cpu"
 
+    @property
+    def meetings(self) -> list[str]:
+        """Through what devices of this process that run kernels meet in decode steps."""
+        found = dict.fromkeys(
+            f"GPUs meet through {runner.meets_through}"
+            for runner in self.runners
+            if runner.meets_through
+        )
+        if len(self.runners) > 1 and self.runners[0].arithmetic.kernels:
+            way = "peer access" if self._ring else "the host"
+            found[f"stages hand over through {way}"] = None
+        return list(found)
+
     def _make_ring(self, arithmetic: Arithmetic) -> list[jax.Array] | None:
         """Through which stages hand over in kernels, a table of each; None: the host does it."""
         meshes = [stage.mesh for stage in self.partition.stages]
@@ -113,8 +123,7 @@ class Engine:
         if not (arithmetic.kernels and alike and apart):
             return None
         if arithmetic.launch.interpret:
-            tables = ring.host_tables(meshes[0].devices.shape, len(meshes), next(_keys))
-            return [*jnp.asarray(tables, jnp.uint32)]
+            return [*jnp.asarray(ring.host_tables(len(meshes), meshes[0].devices.shape))]
         incoming = [runner.incoming(self._local) for runner in self.runners]
         words = max(map(steps.word_count, incoming))
         return make_ring(meshes, ring.mailbox_bytes(len(self._groups), words), self)
@@ -288,46 +297,32 @@ class Engine:
         limit = min(limit, length)
         if not self.loops:
             return self._step_loop(limit)
-        last, groups = self.runners[-1], self._groups
         like = jax.ShapeDtypeStruct((self._group_slots, length), np.int32)
         # All arguments and results stay where they are: a CUDA graph is made again for others.
         if limit not in self._limits:
             value = np.asarray(limit, np.int32)
             self._limits[limit] = [runner.place(value) for runner in self.runners]
-        for group in groups:
+        for group in self._groups:
             if group.texts is None or group.texts.shape != like.shape:
-                group.texts = last.place(np.zeros(like.shape, np.int32), by_slot=True)
-        arguments = []
-        for i, runner in enumerate(self.runners):
-            chosen = groups if runner.last else []  # only the last stage chooses tokens
-            arguments.append(
-                (
-                    runner.params,
-                    [group.caches[i] for group in groups],
-                    [group.state for group in chosen],
-                    [group.texts for group in chosen],
-                    self._counts[i],
-                    self._ring and self._ring[i],
-                    self._limits[limit][i],
-                    self.ends if runner.last else None,
-                    [group.values for group in chosen],
-                )
-            )
-        for i, results in enumerate(self._run_loops(length, arguments)):
+                texts = np.zeros(like.shape, np.int32)
+                group.texts = self.runners[-1].place(texts, by_slot=True)
+        for i, results in enumerate(self._run_loops(limit, length)):
             caches, states, texts, self._counts[i] = results
-            for group, cache in zip(groups, caches, strict=True):
+            for group, cache in zip(self._groups, caches, strict=True):
                 group.caches[i] = cache
-        for group, state, text in zip(groups, states, texts, strict=True):
+        for group, state, text in zip(self._groups, states, texts, strict=True):
             group.state, group.texts, group.fed = state, text, None
-        found = [np.array(self._fetchable(group.texts, like)) for group in groups]
+        found = [np.array(self._fetchable(group.texts, like)) for group in self._groups]
         return np.concatenate(found)[: self.slots, :limit]
 
-    def _run_loops(self, length: int, arguments: Sequence[tuple]) -> list[tuple]:
+    def _run_loops(self, limit: int, length: int) -> list[tuple]:
         """The results of the loops of all stages, which run at the same time."""
+        sizes = (length, self._local, len(self._groups))
         programs = [
-            runner.loop(self._plan, length, self._local, len(self._groups), args[5])
-            for runner, args in zip(self.runners, arguments, strict=True)
+            runner.loop(self._plan, *sizes, in_ring=self._ring is not None)
+            for runner in self.runners
         ]
+        arguments = [self._loop_arguments(i, limit) for i in range(len(self.runners))]
         if len(programs) == 1:
             return [programs[0](*arguments[0])]
         # Each waits for what others send: all are compiled before the first of them runs, and where
@@ -338,6 +333,22 @@ class Engine:
                 compiled = threads.map(lambda p, args: p.compiled(*args), programs, arguments)
                 self._loops[key] = list(compiled)
             return list(threads.map(lambda loop, args: loop(*args), self._loops[key], arguments))
+
+    def _loop_arguments(self, i: int, limit: int) -> tuple:
+        """Of `StageRunner.loop`."""
+        groups, last = self._groups, i == len(self.runners) - 1
+        chosen = groups if last else []  # the last stage alone chooses tokens
+        return (
+            self.runners[i].params,
+            [group.caches[i] for group in groups],
+            [group.state for group in chosen],
+            [group.texts for group in chosen],
+            self._counts[i],
+            self._ring and self._ring[i],
+            self._limits[limit][i],
+            self.ends if last else None,
+            [group.values for group in chosen],
+        )
 
     def _step_loop(self, limit: int) -> np.ndarray:
         """The loop as steps. Those of several stages are all on their way before the first is read;

@@ -316,7 +316,7 @@ class StageRunner:
         return self._program(("finish", plan), finish, specs, out, donate=[1], decode=True)
 
     def loop(
-        self, plan: SamplingPlan, length: int, slots: int, groups: int, table: jax.Array | None
+        self, plan: SamplingPlan, length: int, slots: int, groups: int, *, in_ring: bool
     ) -> _Program:
         """Several steps, `steps.decode_loop`: `(params, caches, states, texts, count, table, limit,
         ends, values)` to the caches, the states, the tokens and the count.
@@ -326,7 +326,7 @@ class StageRunner:
           length: of texts.
           slots: of a group, on one device.
           groups: of slots.
-          table: of the ring, whose count goes in and out; None: there is neither.
+          in_ring: stages hand over through a ring; else `count` and `table` are None.
         """
         incoming = self.incoming(slots)
 
@@ -352,7 +352,7 @@ class StageRunner:
 
         slots, caches = self._slots, [self._cache_spec] * groups
         count = places = None
-        if table is not None:
+        if in_ring:
             count, places = _REPLICATED, PartitionSpec(*self.stage.mesh.axis_names)
         specs = [self._param_specs, caches, slots, slots, count, places, *[_REPLICATED] * 2, slots]
         out = (caches, slots, slots, count)

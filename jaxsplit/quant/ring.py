@@ -7,6 +7,7 @@ which went around the ring, has come.
 """
 
 import dataclasses
+import itertools
 import threading
 from functools import partial
 
@@ -64,7 +65,7 @@ class Ring:
         Args:
           words: the message.
           channel: which; all messages of a channel have as many words.
-          ahead: how many messages of this channel the receiver has still to come before this one.
+          ahead: messages of this channel that the receiver takes before this one.
           wanted: bool: else nothing is sent.
         """
         wanted = jnp.asarray(wanted, jnp.int32).reshape(1)
@@ -128,7 +129,7 @@ def _send(
     # To the address 0, nothing is sent.
     address = [word * wanted for word in address_of(table, 1, at.shape)]
     sent = packed(_SENT, *address, 8 * (first + place), words, jnp.full(at.shape, count + ahead))
-    out_ref[0] = jnp.max(sent) - ahead
+    out_ref[0] = jnp.max(sent) - ahead  # all are the same
 
 
 def _receive(
@@ -163,34 +164,31 @@ _AWAIT = (
 _PATIENCE = 60.0  # seconds
 _arrival = threading.Condition()
 _messages: dict[tuple[int, ...], np.ndarray] = {}
+_rings = itertools.count()
 
 
-def host_tables(shape: tuple[int, ...], stages: int, key: int) -> np.ndarray:
-    """Tables for `interpret`: uint32 `[stages, *shape, 4]`.
-
-    Args:
-      shape: of the devices of a stage.
-      stages: how many there are.
-      key: what no other ring has.
-    """
+def host_tables(stages: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Tables for `interpret` of a new ring, given how the devices of a stage lie: which ring it is,
+    the stage, how many there are, and the device's place in it, uint32 `[stages, *shape, 4]`."""
     stage, *place = np.indices((stages, *shape))
     place = np.ravel_multi_index(tuple(place), shape)
-    return np.stack([np.full_like(stage, key), stage, np.full_like(stage, stages), place], -1)
+    ring = np.full_like(stage, next(_rings))
+    return np.stack([ring, stage, np.full_like(stage, stages), place], -1).astype(np.uint32)
 
 
 def _post(table, count, wanted, words, *, channel: int, ahead: int) -> np.ndarray:
-    key, stage, stages, place = map(int, table)
+    ring, stage, stages, place = map(int, table)
     if wanted[0]:
         with _arrival:
-            to = (key, (stage + 1) % stages, place, channel, int(count[0]) + ahead)
+            to = (ring, (stage + 1) % stages, place, channel, int(count[0]) + ahead)
             _messages[to] = np.array(words)
             _arrival.notify_all()
     return np.array(count)
 
 
 def _collect(table, count, *, channel: int) -> tuple[np.ndarray, np.ndarray]:
-    key, stage, _, place = map(int, table)
-    mine = (key, stage, place, channel, int(count[0]))
+    ring, stage, _, place = map(int, table)
+    mine = (ring, stage, place, channel, int(count[0]))
     with _arrival:
         if not _arrival.wait_for(lambda: mine in _messages, _PATIENCE):
             raise TimeoutError(f"no message {mine}")
