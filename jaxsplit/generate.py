@@ -86,7 +86,7 @@ _PEER_ACCESS = flags.DEFINE_bool(
     "peer_access",
     True,
     "kernels of several GPUs exchange numbers by writing to one another's memory, where they can; "
-    "off: through NCCL",
+    "off: through NCCL and the host",
 )
 _CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype", "auto", f"of keys and values: {', '.join(_DTYPES)}, int8; auto: as --dtype"

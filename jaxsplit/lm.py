@@ -75,7 +75,7 @@ def load(
       reduce_dtype: in which partial sums are exchanged; `auto` is float32, but
         bfloat16 where activations are and many numbers are added up, as in prompts.
       peer_access: kernels of several GPUs exchange numbers by writing to one another's memory,
-        where they can; else through NCCL.
+        where they can; else through NCCL, and stages through the host.
       cache_dtype: of keys and values; `auto` is that of the activations.
       ctx_size: tokens of context, at most the model's; 0 is the model's.
       slots: sequences that can be decoded together.

@@ -82,7 +82,7 @@ class Engine:
         ]
         self.ends = self.runners[-1].place(np.asarray(sorted(ends) or [-1], np.int32))
         self._limits: dict[int, list[jax.Array]] = {}
-        self._loops: dict[tuple[SamplingPlan, int], list[Callable]] = {}
+        self._compiled_loops: dict[tuple[SamplingPlan, int], list[Callable]] = {}
         count = min(slots, len(self.runners))
         self._local = -(-slots // (count * partition.data))  # of a group, on one device
         count = -(-slots // (self._local * partition.data))
@@ -329,10 +329,12 @@ class Engine:
         # XLA runs a loop from the host, that waits too.
         with ThreadPoolExecutor(len(programs)) as threads:
             key = self._plan, length
-            if key not in self._loops:
+            if key not in self._compiled_loops:
                 compiled = threads.map(lambda p, args: p.compiled(*args), programs, arguments)
-                self._loops[key] = list(compiled)
-            return list(threads.map(lambda loop, args: loop(*args), self._loops[key], arguments))
+                self._compiled_loops[key] = list(compiled)
+            return list(
+                threads.map(lambda loop, args: loop(*args), self._compiled_loops[key], arguments)
+            )
 
     def _loop_arguments(self, i: int, limit: int) -> tuple:
         """Of `StageRunner.loop`."""

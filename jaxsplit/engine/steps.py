@@ -197,7 +197,7 @@ def decode_loop(
     texts = [jnp.minimum(text, -1) for text in texts]  # an argument nothing reads has no place
     if ring is not None:
         for group, state in enumerate(states):
-            ring = ring.send(_as_words([feed(state)]), group)
+            ring = ring.send(_as_words([feed(state)]), group, wanted=limit > 0)
 
     def unfinished(carry: tuple) -> Array:
         step, _, states, *_ = carry
