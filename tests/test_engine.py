@@ -1,5 +1,7 @@
 """The engine: chunked prefill, the cache, slots, loops, stopping."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from helpers import GREEDY, continuation, last_tokens, make_recipe, nmse
 from tiny import fresh_rng
 
 import jaxsplit
-from jaxsplit.engine import Engine, SamplingConfig
+from jaxsplit.engine import Engine, SamplingConfig, clock, compile_seconds
 from jaxsplit.errors import JaxsplitError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -234,3 +236,14 @@ def test_a_model_in_several_files_is_one_model(load, recipe_gguf, tmp_path, toke
     assert np.array_equal(
         lm.logits(tokens), load(recipe_gguf("llama"), split_mode="none").logits(tokens)
     )
+
+
+def test_what_compiles_at_the_same_time_is_counted_once(monkeypatch):
+    ends, before = iter([1000, 1001, 1010, 1012, 1013]), compile_seconds()
+    monkeypatch.setattr(clock, "_spans", [])
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
+    # Alone, overlapping, alone, around two others, and overlapping these.
+    for took, total in [(10, 10), (3, 11), (1, 12), (12, 22), (9, 23)]:
+        clock._listen("/jax/core/compile/backend_compile_duration", took)
+        clock._listen("/jax/another", 5)
+        assert compile_seconds() - before == pytest.approx(total)
