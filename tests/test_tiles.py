@@ -72,7 +72,10 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
         )
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "TQ2_0"])
+@pytest.mark.parametrize(
+    "name",
+    ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0"],
+)
 def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
     monkeypatch.setattr(tiles.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
     form = TYPES[name].form
