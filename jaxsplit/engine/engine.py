@@ -1,40 +1,18 @@
 """Prefill and decode of sequences through the stages of a model."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxsplit.engine import steps
+from jaxsplit.engine.loops import Group, Loops
 from jaxsplit.engine.runner import CHUNKS, StageRunner
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
-from jaxsplit.models import Axis, Cache, Decoder
-from jaxsplit.parallel import Partition, fetch, hand_over, make_ring
-from jaxsplit.quant import PLAIN, Arithmetic, ring
-
-
-@dataclasses.dataclass
-class _Group:
-    """Slots that pass through the stages together.
-
-    Attributes:
-      caches: of each stage.
-      state: on the last stage.
-      fed: the state's `steps.feed`, on the last stage; None: not computed yet.
-      values: how their tokens are chosen.
-      texts: where loops leave their tokens.
-    """
-
-    caches: list[Cache]
-    state: steps.DecodeState | None = None
-    fed: jax.Array | None = None
-    values: SamplingValues | None = None
-    texts: jax.Array | None = None
+from jaxsplit.models import Axis, Decoder
+from jaxsplit.parallel import Partition, fetch, hand_over
+from jaxsplit.quant import PLAIN, Arithmetic
 
 
 class Engine:
@@ -81,25 +59,22 @@ class Engine:
             for model, stage in zip(models, partition.stages, strict=True)
         ]
         self.ends = self.runners[-1].place(np.asarray(sorted(ends) or [-1], np.int32))
-        self._limits: dict[int, list[jax.Array]] = {}
-        self._compiled_loops: dict[tuple[SamplingPlan, int], list[Callable]] = {}
         count = min(slots, len(self.runners))
         self._local = -(-slots // (count * partition.data))  # of a group, on one device
         count = -(-slots // (self._local * partition.data))
         self._group_slots = self._local * partition.data
         self.slots = slots
         self._groups = [
-            _Group([runner.empty_cache(self._group_slots) for runner in self.runners])
+            Group([runner.empty_cache(self._group_slots) for runner in self.runners])
             for _ in range(count)
         ]
         self._plan: SamplingPlan | None = None
-        several = len(self.runners) > 1
-        self._ring = self._make_ring(arithmetic) if several and peer_access else None
-        self._counts = [
-            self._ring and runner.place(np.ones(1, np.int32)) for runner in self.runners
-        ]
+        self._device_loops = Loops(
+            self.runners, self.ends, self._local, len(self._groups), peer_access=peer_access
+        )
         platform = partition.stages[0].mesh.devices.flat[0].platform
-        self.loops = bool(self._ring) if several else platform != "cpu"
+        several = len(self.runners) > 1
+        self.loops = self._device_loops.in_ring if several else platform != "cpu"
 
     @property
     def meetings(self) -> list[str]:
@@ -110,23 +85,9 @@ class Engine:
             if runner.meets_through
         )
         if len(self.runners) > 1 and self.runners[0].arithmetic.kernels:
-            way = "peer access" if self._ring else "the host"
+            way = "peer access" if self._device_loops.in_ring else "the host"
             found[f"stages hand over through {way}"] = None
         return list(found)
-
-    def _make_ring(self, arithmetic: Arithmetic) -> list[jax.Array] | None:
-        """Through which stages hand over in kernels, a table of each; None: the host does it."""
-        meshes = [stage.mesh for stage in self.partition.stages]
-        alike = all(isinstance(m, Mesh) and m.shape == meshes[0].shape for m in meshes)
-        # CPUs run one program of several devices at a time.
-        apart = not arithmetic.launch.interpret or meshes[0].size == 1
-        if not (arithmetic.kernels and alike and apart):
-            return None
-        if arithmetic.launch.interpret:
-            return [*jnp.asarray(ring.host_tables(len(meshes), meshes[0].devices.shape))]
-        incoming = [runner.incoming(self._local) for runner in self.runners]
-        words = max(map(steps.word_count, incoming))
-        return make_ring(meshes, ring.mailbox_bytes(len(self._groups), words), self)
 
     @property
     def cache_bytes(self) -> int:
@@ -147,7 +108,7 @@ class Engine:
 
     def _read(
         self,
-        group: _Group,
+        group: Group,
         local: int,
         prompts: Sequence[Sequence[int]],
         *,
@@ -240,7 +201,7 @@ class Engine:
                     self._start(group, local, rows, window)
 
     def _start(
-        self, group: _Group, local: int, prompts: Sequence[Sequence[int]], window: int
+        self, group: Group, local: int, prompts: Sequence[Sequence[int]], window: int
     ) -> None:
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         recent = np.full((len(prompts), window), -1, np.int32)
@@ -277,7 +238,7 @@ class Engine:
         like = jax.ShapeDtypeStruct((self._group_slots, 2), np.int32)
         return [self._fetchable(self._fed(group), like) for group in self._groups]
 
-    def _fed(self, group: _Group) -> jax.Array | None:
+    def _fed(self, group: Group) -> jax.Array | None:
         if group.fed is None:
             group.fed = self.runners[-1].feed()(group.state)
         return group.fed
@@ -297,60 +258,10 @@ class Engine:
         limit = min(limit, length)
         if not self.loops:
             return self._step_loop(limit)
+        self._device_loops.run(self._groups, self._plan, limit, length)
         like = jax.ShapeDtypeStruct((self._group_slots, length), np.int32)
-        # All arguments and results stay where they are: a CUDA graph is made again for others.
-        if limit not in self._limits:
-            value = np.asarray(limit, np.int32)
-            self._limits[limit] = [runner.place(value) for runner in self.runners]
-        for group in self._groups:
-            if group.texts is None or group.texts.shape != like.shape:
-                texts = np.zeros(like.shape, np.int32)
-                group.texts = self.runners[-1].place(texts, by_slot=True)
-        for i, results in enumerate(self._run_loops(limit, length)):
-            caches, states, texts, self._counts[i] = results
-            for group, cache in zip(self._groups, caches, strict=True):
-                group.caches[i] = cache
-        for group, state, text in zip(self._groups, states, texts, strict=True):
-            group.state, group.texts, group.fed = state, text, None
         found = [np.array(self._fetchable(group.texts, like)) for group in self._groups]
         return np.concatenate(found)[: self.slots, :limit]
-
-    def _run_loops(self, limit: int, length: int) -> list[tuple]:
-        """The results of the loops of all stages, which run at the same time."""
-        sizes = (length, self._local, len(self._groups))
-        programs = [
-            runner.loop(self._plan, *sizes, in_ring=self._ring is not None)
-            for runner in self.runners
-        ]
-        arguments = [self._loop_arguments(i, limit) for i in range(len(self.runners))]
-        if len(programs) == 1:
-            return [programs[0](*arguments[0])]
-        # Each waits for what others send: all are compiled before the first of them runs, and where
-        # XLA runs a loop from the host, that waits too.
-        with ThreadPoolExecutor(len(programs)) as threads:
-            key = self._plan, length
-            if key not in self._compiled_loops:
-                compiled = threads.map(lambda p, args: p.compiled(*args), programs, arguments)
-                self._compiled_loops[key] = list(compiled)
-            return list(
-                threads.map(lambda loop, args: loop(*args), self._compiled_loops[key], arguments)
-            )
-
-    def _loop_arguments(self, i: int, limit: int) -> tuple:
-        """Of `StageRunner.loop`."""
-        groups, last = self._groups, i == len(self.runners) - 1
-        chosen = groups if last else []  # the last stage alone chooses tokens
-        return (
-            self.runners[i].params,
-            [group.caches[i] for group in groups],
-            [group.state for group in chosen],
-            [group.texts for group in chosen],
-            self._counts[i],
-            self._ring and self._ring[i],
-            self._limits[limit][i],
-            self.ends if last else None,
-            [group.values for group in chosen],
-        )
 
     def _step_loop(self, limit: int) -> np.ndarray:
         """The loop as steps. Those of several stages are all on their way before the first is read;

@@ -350,12 +350,12 @@ class StageRunner:
             )
             return *results, ring and ring.count
 
-        slots, caches = self._slots, [self._cache_spec] * groups
+        caches, by_slot = [self._cache_spec] * groups, [self._slots] * groups if self.last else []
         count = places = None
         if in_ring:
             count, places = _REPLICATED, PartitionSpec(*self.stage.mesh.axis_names)
-        specs = [self._param_specs, caches, slots, slots, count, places, *[_REPLICATED] * 2, slots]
-        out = (caches, slots, slots, count)
+        out = (caches, by_slot, by_slot, count)
+        specs = [self._param_specs, *out, places, *[_REPLICATED] * 2, by_slot]
         key = ("loop", plan, length)
         return self._program(key, loop, specs, out, donate=[1, 2, 3, 4], decode=True)
 
