@@ -74,12 +74,13 @@ class Loops:
     def _ring_tables(self) -> list[jax.Array] | None:
         """Of each stage; None: its kernels cannot hand over."""
         meshes = [runner.stage.mesh for runner in self._runners]
-        launch, kernels = (getattr(self._runners[0].arithmetic, x) for x in ("launch", "kernels"))
+        arithmetic = self._runners[0].arithmetic
         alike = all(isinstance(m, Mesh) and m.shape == meshes[0].shape for m in meshes)
-        # CPUs run one program of several devices at a time.
-        if not (kernels and alike) or (launch.interpret and meshes[0].size > 1):
+        if not (arithmetic.kernels and alike):
             return None
-        if launch.interpret:
+        if arithmetic.launch.interpret:
+            if meshes[0].size > 1:  # CPUs run one program of several devices at a time
+                return None
             return [*jnp.asarray(ring.host_tables(len(meshes), meshes[0].devices.shape))]
         words = max(steps.word_count(runner.incoming(self._slots)) for runner in self._runners)
         return make_ring(meshes, ring.mailbox_bytes(self._groups, words), self)
