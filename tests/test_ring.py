@@ -58,14 +58,3 @@ def test_a_channel_begins_where_the_one_before_ends(monkeypatch):
         jax.eval_shape(lambda c=channel: one.receive(700, c)[0])
     assert begins["_send"] == begins["_receive"] == [0, 1024, 2048]
     assert ring.mailbox_bytes(3, 700) == 3 * 1024 * 8
-
-
-def test_kernels_are_ones_that_a_gpu_can_run():
-    def both(table, count, words):
-        later = Ring(table, count).send(words, 0, ahead=1, wanted=count[0] > 1)
-        return later.receive(700, 1)
-
-    shapes = [((5,), jnp.uint32), ((1,), jnp.int32), ((700,), jnp.uint32)]
-    traced = jax.jit(both).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("xla.gpu.triton") == 2
