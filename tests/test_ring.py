@@ -25,21 +25,28 @@ def test_what_is_handed_over_comes_as_it_was(dtype, slots):
         assert np.array_equal(found, sent)
 
 
-def test_a_message_comes_to_the_next_device_when_its_turn_has_come():
+def test_a_message_comes_to_the_next_device_when_its_turn_has_come(monkeypatch):
     tables = ring.host_tables(3, (1,))
     message = jnp.asarray(fresh_rng().integers(0, 2**32, 5), jnp.uint32)
     sender, receiver, other = (
         Ring(jnp.asarray(tables[stage, 0]), jnp.ones(1, jnp.int32), interpret=True)
         for stage in (2, 0, 1)
     )
-    sender = sender.send(message, 1).send(message + 1, 0).send(message + 2, 0, ahead=1)
-    other.send(message + 3, 0, wanted=False)
+    sender = sender.send(message, 1).send(message + 1, 0)
     for channel, sent in ((0, message + 1), (1, message)):
         words, receiver = receiver.receive(5, channel)
         assert np.array_equal(words, sent)
-    words, _ = receiver.next_round().receive(5, 0)
+    sender.send(message + 2, 0, ahead=1)
+    words, receiver = receiver.next_round().receive(5, 0)
     assert np.array_equal(words, message + 2)
-    assert not [key for key in ring._messages if key[0] == int(tables[0, 0, 0])]
+    # What was not sent, and what another has overwritten, does not come.
+    monkeypatch.setattr(ring, "_PATIENCE", 0.1)
+    with pytest.raises(Exception, match="no message 2"):
+        jax.block_until_ready(receiver.receive(5, 1))
+    other.send(message, 0, wanted=False)
+    sender.send(message + 3, 0, ahead=2)
+    with pytest.raises(Exception, match="no message 2"):
+        jax.block_until_ready(receiver.receive(5, 0))
 
 
 def test_a_channel_begins_where_the_one_before_ends(monkeypatch):

@@ -229,13 +229,12 @@ def decode_loop(
                 )
                 column = jnp.where(was_active, states[group].token, -1)
                 texts[group] = lax.dynamic_update_index_in_dim(texts[group], column, step, 1)
+                outgoing, ahead, wanted = [feed(states[group])], 1, step + 1 < limit
             else:
                 caches[group], x = decode_layers(model, caches[group], x, fed)
-            if ring is not None and model.last:
-                words = _as_words([feed(states[group])])
-                ring = ring.send(words, group, ahead=1, wanted=step + 1 < limit)
-            elif ring is not None:
-                ring = ring.send(_as_words([x, fed]), group)
+                outgoing, ahead, wanted = [x, fed], 0, True
+            if ring is not None:
+                ring = ring.send(_as_words(outgoing), group, ahead=ahead, wanted=wanted)
         return step + 1, caches, states, texts, ring and ring.next_round()
 
     carry = jnp.zeros((), jnp.int32), list(caches), list(states), texts, ring

@@ -156,7 +156,8 @@ def make_ring(meshes: Sequence[Mesh], size: int, owner: object) -> list[jax.Arra
       owner: the memory is freed when it is.
 
     Returns:
-      a table for each mesh, of a device at each place: its place among them, and addresses.
+      a table for each mesh, as there, of the devices at the same place: uint32 `[*mesh, 1 + 2 *
+      meshes]`, split over the mesh. None likewise.
     """
     axes = meshes[0].axis_names
     devices = np.stack([mesh.devices for mesh in meshes])

@@ -174,8 +174,8 @@ def _begin(
     x: Array, peers: Peers, program: Array, place: Array, *, sent: bool = False
 ) -> list[Array]:
     """Sends numbers, if they are not sent yet: the operands with which others are received."""
-    if not sent:  # neighbouring threads, which have some neighbours each, write side by side
-        place = place % _PACK * THREADS + place // _PACK
+    if not sent:
+        place = side_by_side(place)
     at = program * WIDTH + place
     mine = address_of(peers.table, 0, at.shape)
     me = jnp.full(at.shape, peers.table[0].astype(jnp.int32))
@@ -186,6 +186,12 @@ def _begin(
             address = address_of(peers.table, step, at.shape)
             bits = packed(SEND, *address, first + me * _STRIDE, bits, count)
     return [*mine, first, bits, count, me]
+
+
+def side_by_side(place: Array) -> Array:
+    """Where in a mailbox numbers go, given their places in a program: threads have some neighbours
+    each, and those of neighbouring threads are written side by side."""
+    return place % _PACK * THREADS + place // _PACK
 
 
 class Outbox(NamedTuple):

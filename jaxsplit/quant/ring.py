@@ -21,16 +21,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant.exchange import (
     SEND,
-    THREADS,
     WARPS,
     WIDTH,
     address_of,
     packed,
     padded,
+    side_by_side,
     until_found,
 )
-
-_PACK = WIDTH // THREADS
 
 
 def mailbox_bytes(channels: int, words: int) -> int:
@@ -88,7 +86,7 @@ class Ring:
         count = jax.ShapeDtypeStruct((1,), jnp.int32)
         words = jax.ShapeDtypeStruct((size,), jnp.uint32)
         if self.interpret:
-            collect = partial(_collect, channel=channel)
+            collect = partial(_collect, size=size, channel=channel)
             words, count = io_callback(collect, (words, count), self.table, self.count)
         else:
             words, count = pl.pallas_call(
@@ -106,10 +104,9 @@ class Ring:
 
 
 def _places() -> tuple[Array, Array]:
-    """Of the words of a program: where they are in the message, and in the mailbox, where those of
-    neighbouring threads are neighbours."""
+    """Of the words of a program: where they are in the message, and in the mailbox."""
     place, first = jnp.arange(WIDTH), pl.program_id(0) * WIDTH
-    return first + place, first + place % _PACK * THREADS + place // _PACK
+    return first + place, first + side_by_side(place)
 
 
 def _send(
@@ -159,11 +156,11 @@ _AWAIT = (
 )
 
 
-# Without GPUs: messages of programs that run at the same time in this process.
+# Without GPUs: mailboxes of programs that run at the same time in this process.
 
 _PATIENCE = 60.0  # seconds
 _arrival = threading.Condition()
-_messages: dict[tuple[int, ...], np.ndarray] = {}
+_mailboxes: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}  # of each channel
 _rings = itertools.count()
 
 
@@ -180,16 +177,17 @@ def _post(table, count, wanted, words, *, channel: int, ahead: int) -> np.ndarra
     ring, stage, stages, place = map(int, table)
     if wanted[0]:
         with _arrival:
-            to = (ring, (stage + 1) % stages, place, channel, int(count[0]) + ahead)
-            _messages[to] = np.array(words)
+            to = (ring, (stage + 1) % stages, place, channel)
+            _mailboxes[to] = int(count[0]) + ahead, np.array(words)
             _arrival.notify_all()
     return np.array(count)
 
 
-def _collect(table, count, *, channel: int) -> tuple[np.ndarray, np.ndarray]:
+def _collect(table, count, *, size: int, channel: int) -> tuple[np.ndarray, np.ndarray]:
     ring, stage, _, place = map(int, table)
-    mine = (ring, stage, place, channel, int(count[0]))
+    mine, empty = (ring, stage, place, channel), (0, np.zeros(size, np.uint32))
     with _arrival:
-        if not _arrival.wait_for(lambda: mine in _messages, _PATIENCE):
-            raise TimeoutError(f"no message {mine}")
-        return _messages.pop(mine), np.array(count)
+        here = partial(_mailboxes.get, mine, empty)
+        if not _arrival.wait_for(lambda: here()[0] == count[0], _PATIENCE):
+            raise TimeoutError(f"no message {count[0]} to {mine}")
+        return here()[1], np.array(count)
