@@ -49,7 +49,7 @@ class _Tiling:
       pairs: of bytes of each row, in a step.
       warps: of a program.
       stages: of the pipeline that reads ahead.
-      sums: side by side. A product waits for the one that it is added to.
+      sums: one, or two side by side, since a product waits for the one that it is added to.
     """
 
     height: int
