@@ -61,7 +61,7 @@ class Stream(Iterator[str]):
         rate = (generated - 1) / self.decode_seconds if self.decode_seconds else 0.0
         return (
             f"load {lm.load_seconds:.2f} s | first token {self.first_token_seconds:.2f} s "
-            f"(compiling {self.compile_seconds:.2f} s) | "
+            f"| compiling, of all, {self.compile_seconds:.2f} s | "
             f"prompt {prompt} tokens, {prompt_rate:.1f} tokens/s | "
             f"generated {generated} tokens, {rate:.1f} tokens/s | per device "
             f"{lm.weight_bytes / 1e6:.1f} MB weights, {lm.cache_bytes / 1e6:.1f} MB cache"
