@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsplit.engine.chunks import CHUNKS, chunk_lengths
 from jaxsplit.engine.loops import Group, Loops
-from jaxsplit.engine.runner import CHUNKS, StageRunner
+from jaxsplit.engine.runner import StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
 from jaxsplit.models import Axis, Decoder
 from jaxsplit.parallel import Partition, fetch, hand_over
@@ -53,7 +54,7 @@ class Engine:
         self.partition = partition
         self.config = models[0].config
         self.context = context
-        self.chunks = sorted(chunks)
+        self.chunks = chunks
         self.runners = [
             StageRunner(model, stage, context, cache_dtype, arithmetic, peer_access=peer_access)
             for model, stage in zip(models, partition.stages, strict=True)
@@ -124,21 +125,19 @@ class Engine:
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         done = np.zeros_like(lengths)
         slot = np.full_like(lengths, local)
-        while (done < lengths).any():
-            left = int((lengths - done).max())
-            fitting = chunks or self.chunks
-            length = next((c for c in fitting if c >= left), fitting[-1])
-            if length > 2 * left:  # rather several shorter ones than mostly padding
-                length = max((c for c in fitting if c <= left), default=length)
+        for length in chunk_lengths(lengths.max(), chunks or self.chunks, len(self.runners)):
             count = np.minimum(lengths - done, length)
+            programs = [runner.prefill(length, all_logits=all_logits) for runner in self.runners]
+            if len(programs) > 1:
+                compile_together(programs, self._prefill_arguments(length))
             x: Any = np.zeros((len(prompts), length), np.int32)
             for row, (prompt, start, n) in enumerate(zip(prompts, done, count, strict=True)):
                 x[row, :n] = prompt[start : start + n]
-            for i, runner in enumerate(self.runners):
+            for i, (runner, program) in enumerate(zip(self.runners, programs, strict=True)):
                 if i:
                     like = runner.input(len(prompts), length)
                     x = self._between(x, like, i - 1, i)
-                group.caches[i], x = runner.prefill(length, all_logits=all_logits)(
+                group.caches[i], x = program(
                     runner.params, group.caches[i], x, done.copy(), count, slot
                 )
             yield x, done.copy(), count, length
@@ -286,18 +285,15 @@ class Engine:
         """An array of the last stage as one that this process can read."""
         return fetch(x, like, self.partition.stages[-1].mesh, self.partition.everyone)
 
+    def _prefill_arguments(self, length: int) -> list[tuple]:
+        caches = self._groups[0].caches
+        return [r.prefill_arguments(length, c) for r, c in zip(self.runners, caches, strict=True)]
+
     def trace_prefill(self, length: int) -> list[jax.stages.Traced]:
         """The program of each stage that reads a chunk of a prompt, as `trace_step`."""
-        places = np.zeros(self.partition.data, np.int32)
-        tokens = np.zeros((len(places), length), np.int32)
         return [
-            runner.prefill(length, all_logits=False).trace(
-                runner.params,
-                self._groups[0].caches[i],
-                runner.input(len(places), length) if i else tokens,
-                *[places] * 3,
-            )
-            for i, runner in enumerate(self.runners)
+            runner.prefill(length, all_logits=False).trace(*arguments)
+            for runner, arguments in zip(self.runners, self._prefill_arguments(length), strict=True)
         ]
 
     def trace_step(self, sampling: SamplingConfig) -> list[jax.stages.Traced]:

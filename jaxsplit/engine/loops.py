@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsplit.engine import steps
-from jaxsplit.engine.runner import StageRunner
+from jaxsplit.engine.runner import StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
 from jaxsplit.models import Cache
 from jaxsplit.parallel import make_ring
@@ -63,7 +63,6 @@ class Loops:
         self._slots, self._groups = slots, groups
         self._group_slots = slots * runners[0].stage.mesh.shape["data"]
         self._limits: dict[int, list[jax.Array]] = {}
-        self._compiled: dict[tuple[SamplingPlan, int], list[Callable]] = {}
         tables = self._ring_tables() if peer_access and len(runners) > 1 else None
         self.in_ring = tables is not None
         self._tables = tables or [None] * len(runners)
@@ -103,7 +102,7 @@ class Loops:
             for runner in self._runners
         ]
         arguments = [self._arguments(groups, i, limit) for i in range(len(programs))]
-        for i, results in enumerate(self._run_together((plan, length), programs, arguments)):
+        for i, results in enumerate(_run_together(programs, arguments)):
             caches, states, texts, self._counts[i] = results
             for group, cache in zip(groups, caches, strict=True):
                 group.caches[i] = cache
@@ -126,21 +125,15 @@ class Loops:
             [group.values for group in chosen],
         )
 
-    def _run_together(
-        self,
-        key: tuple[SamplingPlan, int],
-        programs: Sequence[Callable],
-        arguments: Sequence[tuple],
-    ) -> list[tuple]:
-        """The results of programs of different devices, each of which waits for what others send.
 
-        All are compiled before the first of them runs. Where XLA runs a loop from the host, a
-        thread waits too.
-        """
-        if len(programs) == 1:
-            return [programs[0](*arguments[0])]
-        with ThreadPoolExecutor(len(programs)) as threads:
-            if key not in self._compiled:
-                compiled = threads.map(lambda p, args: p.compiled(*args), programs, arguments)
-                self._compiled[key] = list(compiled)
-            return list(threads.map(lambda loop, args: loop(*args), self._compiled[key], arguments))
+def _run_together(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[tuple]:
+    """The results of programs of different devices, each of which waits for what others send.
+
+    All are compiled before the first of them runs. Where XLA runs a loop from the host, a thread
+    waits too.
+    """
+    if len(programs) == 1:
+        return [programs[0](*arguments[0])]
+    compile_together(programs, arguments)
+    with ThreadPoolExecutor(len(programs)) as threads:
+        return list(threads.map(lambda loop, args: loop(*args), programs, arguments))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,14 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.engine import steps
+from jaxsplit.engine.chunks import CHUNKS
 from jaxsplit.engine.sampling import SamplingPlan
 from jaxsplit.models import Axis, Cache, Decoder, ModelConfig, axis_rules, init_cache
 from jaxsplit.models.axes import SLOTS, use_peers
 from jaxsplit.parallel import Stage, make_mailboxes
 from jaxsplit.quant import PLAIN, Arithmetic, Peers, Ring, two_shot, use_arithmetic
-
-CHUNKS = (32, 128, 512, 2048)
-"""Lengths for which prefill is compiled."""
 
 _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
 """What becomes part of a CUDA graph: XLA's own choice, and loops, which then need no host."""
@@ -71,22 +70,41 @@ def cache_specs(config: ModelConfig, stage: Stage, context: int, dtype: jnp.dtyp
     return jax.tree.map(lambda array: _shortest(stage.spec(array.all_axes)), layers)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Program:
-    """A compiled function of the devices' mailboxes and of what it is called with."""
+    """A function of the devices' mailboxes and of arguments, which always have the same shapes.
+
+    Attributes:
+      function: compiled when it is first called.
+      mailboxes: of the devices, or None.
+      executable: it, if it was compiled before that.
+    """
 
     function: Any
     mailboxes: jax.Array | None
+    executable: Callable | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.function(self.mailboxes, *arguments)
+        return (self.executable or self.function)(self.mailboxes, *arguments)
 
     def trace(self, *arguments: Any) -> jax.stages.Traced:
         return self.function.trace(self.mailboxes, *arguments)
 
-    def compiled(self, *arguments: Any) -> Callable:
-        """The function, compiled now, for such arguments."""
-        return functools.partial(self.trace(*arguments).lower().compile(), self.mailboxes)
+    def compile(self, *arguments: Any) -> None:
+        """Compiles it for such arguments, or ones that have their shapes and shardings."""
+        self.executable = self.trace(*arguments).lower().compile()
+
+
+def compile_together(programs: Sequence[Callable], arguments: Sequence[tuple]) -> None:
+    """Compiles the programs of several stages at the same time, those of this process."""
+    left = [
+        (program, some)
+        for program, some in zip(programs, arguments, strict=True)
+        if isinstance(program, _Program) and program.executable is None
+    ]
+    if left:
+        with ThreadPoolExecutor(len(left)) as threads:
+            list(threads.map(lambda one: one[0].compile(*one[1]), left))
 
 
 class StageRunner:
@@ -275,6 +293,16 @@ class StageRunner:
             donate=[1],
             decode=length == 1,
         )
+
+    def prefill_arguments(self, length: int, cache: Cache | None) -> tuple:
+        """Such as `prefill` takes, to compile it for them."""
+        places = np.zeros(self.stage.mesh.shape["data"], np.int32)
+        inputs = np.zeros((len(places), length), np.int32)
+        if not self.first:
+            like = self.input(*inputs.shape)
+            sharding = self.sharding(self._slots)
+            inputs = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+        return self.params, cache, inputs, *[places] * 3
 
     def begin(self, plan: SamplingPlan) -> Callable:
         """`(logits, state, recent, position, slot, ends, values)` to the state and its feed."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxsplit.engine.engine import CHUNKS
+from jaxsplit.engine.chunks import CHUNKS, chunk_lengths
 from jaxsplit.engine.runner import cache_specs, mailbox_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
@@ -159,12 +159,15 @@ class Plan:
 
     def prefill_rate(self, length: int) -> float:
         """Predicted tokens/s of a prompt, whose chunks overlap in several stages."""
-        chunks = math.ceil(length / self.chunk)
-        tokens = min(length, self.chunk)
-        seconds = [
-            fixed + each * tokens for fixed, each in (s.prefill_seconds for s in self.stages)
-        ]
-        return length / (sum(seconds) + (chunks - 1) * max(seconds))
+        fitting = [c for c in CHUNKS if c <= self.chunk] or [self.chunk]
+        first, *others = chunk_lengths(length, fitting, len(self.stages))
+
+        def of_stages(tokens: int) -> list[float]:
+            return [
+                fixed + each * tokens for fixed, each in (s.prefill_seconds for s in self.stages)
+            ]
+
+        return length / (sum(of_stages(first)) + sum(max(of_stages(c)) for c in others))
 
 
 def make_plan(
