@@ -22,8 +22,8 @@ class DeviceKind:
       link: to another device of the same host, bytes/s in each direction.
       layer_seconds: what a layer takes beside reading its weights: launching small kernels.
       meet_seconds: the least that a collective or a hand-over takes.
-      exchanges: kernels of devices write to one another's memory instead, which takes a twelfth of
-        `meet_seconds` more for each other device, and twice as long for a gather.
+      exchanges: kernels of devices write to one another's memory instead, which takes a 24th of
+        `meet_seconds` more for each other device, and a gather twice as long, and a twelfth more.
       kernels: whether the kernels of this package run on it.
       float8: whether it multiplies 8-bit floating point, at twice the rate.
     """
@@ -33,7 +33,7 @@ class DeviceKind:
     bandwidth: float
     flops: float
     link: float
-    layer_seconds: float = 17e-6
+    layer_seconds: float = 16e-6
     meet_seconds: float = 10e-6
     exchanges: bool = False
     kernels: bool = True
@@ -56,7 +56,7 @@ def _gpu(
         return dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
     if link <= _PCIE:
         return kind
-    return dataclasses.replace(kind, meet_seconds=2.8e-6, exchanges=True)  # over NVLink
+    return dataclasses.replace(kind, meet_seconds=2.6e-6, exchanges=True)  # over NVLink
 
 
 _PCIE = 48

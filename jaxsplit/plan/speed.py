@@ -17,38 +17,38 @@ class _Efficiency:
     """What is reached of a device's rates; measured (benchmarks/RESULTS.md).
 
     Attributes:
-      few_bits, bytes, plain: of the bandwidth, by products of one row with weights of less than 8
-        bits, of less than 16, and with others.
-      few_bits_tiles, bytes_tiles: likewise, by products of some tens of rows, without what each row
-        takes.
-      tiles: of the FLOP/s, what each row takes there. None of these: there are no such products.
+      memory: of the bandwidth, by products of a few rows.
+      few_bits: likewise, with weights of less than 8 bits.
       matmul: of the FLOP/s, by products of many rows.
-      float8: how many times as fast these are in 8-bit floating point, with what is around them.
       score_passes: how often attention's scores pass through memory in prefill.
+      weight: seconds that products of a row or two take for each weight, beside reading it. GPUs
+        with few multiprocessors take longer, but have less bandwidth, too.
+      weight_in_tiles: likewise, products of some tens of rows, without what each row takes.
+      tiles: of the FLOP/s, what each row takes there. None: there are no such products.
+      float8: how many times as fast products of many rows are in 8-bit floating point, with what is
+        around them.
     """
 
+    memory: float
     few_bits: float
-    bytes: float
-    plain: float
     matmul: float
     score_passes: int
-    float8: float = 1.44
-    few_bits_tiles: float | None = None
-    bytes_tiles: float | None = None
+    weight: float = 0.0
+    weight_in_tiles: float = 0.0
     tiles: float | None = None
+    float8: float = 1.44
 
 
 _EFFICIENCY = {
-    False: _Efficiency(few_bits=0.36, bytes=0.88, plain=0.88, matmul=0.5, score_passes=6),
+    False: _Efficiency(memory=0.88, few_bits=0.36, matmul=0.5, score_passes=6),
     True: _Efficiency(
-        few_bits=0.73,
-        bytes=0.8,
-        plain=0.9,
+        memory=0.97,
+        few_bits=0.97,
         matmul=0.68,
         score_passes=0,
-        few_bits_tiles=0.64,
-        bytes_tiles=0.82,
-        tiles=0.3,
+        weight=4.5e-14,
+        weight_in_tiles=1e-13,
+        tiles=0.62,
     ),
 }
 """Without kernels, and with them."""
@@ -90,18 +90,17 @@ def decode_seconds(
       rows: sequences.
       dtype: of activations.
     """
-    e, few = _EFFICIENCY[kind.kernels], bits < 8
-    tiled = kind.kernels and dtype == jnp.bfloat16 and rows <= tiles.MAX_ROWS
+    e, count = _EFFICIENCY[kind.kernels], weights * 8 / bits
+    reading = read / (kind.bandwidth * (e.few_bits if bits < 8 else e.memory))
+    tiled = e.tiles is not None and dtype == jnp.bfloat16 and rows <= tiles.MAX_ROWS
     if bits < 16 and tiled and rows > kernels.MAX_ROWS:
-        reached = e.few_bits_tiles if few else e.bytes_tiles
-        products = read / (kind.bandwidth * reached) + work.flops / (kind.flops * e.tiles)
+        products = reading + count * e.weight_in_tiles + work.flops / (kind.flops * e.tiles)
     elif bits < 16 and rows > (kernels.MAX_ROWS if kind.kernels else 1):
         moved = read + 2 * weights * 16 / bits
         products = moved / (kind.bandwidth * _COPY_EFFICIENCY)
         products += work.flops / (kind.flops * e.matmul)
     else:
-        reached = e.plain if bits >= 16 else e.few_bits if few else e.bytes
-        products = max(read / (kind.bandwidth * reached), work.flops / (kind.flops * e.matmul))
+        products = max(reading + count * e.weight, work.flops / (kind.flops * e.matmul))
     return products + len(stage.layers) * kind.layer_seconds + _meeting(kind, stage, work)
 
 
@@ -141,9 +140,10 @@ def _meeting(kind: DeviceKind, stage: Stage, work: Work) -> float:
     """An all-reduce carries its bytes twice, less what a device has itself; a gather once. Numbers
     so few that kernels exchange them go to every other device, in 8 bytes each."""
     others = stage.mesh.size // stage.mesh.shape["data"] - 1
-    each = kind.meet_seconds * (1 + others / 12 if kind.exchanges else 1)
-    gather = 2 if kind.exchanges else 1  # a kernel of its own, which no product sends for
     sums, gathers = work.collectives["all-reduce"], work.collectives["all-gather"]
+    meetings = sums + gathers
+    if kind.exchanges:  # a gather is a kernel of its own, which no product sends for
+        meetings = sums * (1 + others / 24) + 2 * gathers * (1 + others / 12)
     summed, gathered = work.collective_bytes["all-reduce"], work.collective_bytes["all-gather"]
     numbers = summed // 4  # float32
     if kind.exchanges and sums and exchange.supports(numbers // sums):
@@ -151,4 +151,4 @@ def _meeting(kind: DeviceKind, stage: Stage, work: Work) -> float:
     else:
         sent = summed
     rate = kind.link * _LINK_EFFICIENCY
-    return (sums + gather * gathers) * each + (sent + gathered / 2) / rate
+    return meetings * kind.meet_seconds + (sent + gathered / 2) / rate
