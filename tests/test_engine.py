@@ -61,6 +61,11 @@ def test_several_stages_read_chunks_at_the_same_time(stages):
         assert taken[lengths[0]] == min(taken.values())
 
 
+def test_prompts_in_turn_keep_stages_at_work_too():
+    assert chunk_lengths(2048, stages=4) == [512] * 4
+    assert chunk_lengths(2048, stages=4, in_turn=16) == [2048]
+
+
 def test_prompt_lengths_share_compiled_programs(lm):
     engine = engine_like(lm, chunks=(8, 16))
     for length in (1, 3, 7, 8, 9, 15, 16, 17, 30, 64):

@@ -10,7 +10,9 @@ _FIXED = 500
 dequantized, kernels launched. On H100s between 270 (70B) and 950 (8B); benchmarks/RESULTS.md."""
 
 
-def chunk_lengths(prompt: int, chunks: Sequence[int] = CHUNKS, stages: int = 1) -> list[int]:
+def chunk_lengths(
+    prompt: int, chunks: Sequence[int] = CHUNKS, stages: int = 1, in_turn: int = 1
+) -> list[int]:
     """The lengths of the chunks of a prompt, which stages read one after the other: more and
     shorter ones keep all stages at work, and each costs something.
 
@@ -18,6 +20,7 @@ def chunk_lengths(prompt: int, chunks: Sequence[int] = CHUNKS, stages: int = 1) 
       prompt: tokens; the last chunk may be longer than what is left of them.
       chunks: lengths that there are.
       stages: through which the chunks pass.
+      in_turn: prompts like this one that they read in turn, which keep them at work too.
     """
 
     def cut(most: int) -> list[int]:
@@ -32,6 +35,6 @@ def chunk_lengths(prompt: int, chunks: Sequence[int] = CHUNKS, stages: int = 1) 
 
     def time(lengths: list[int]) -> int:
         each = [length + _FIXED for length in lengths]
-        return sum(each) + (stages - 1) * max(each, default=0)
+        return in_turn * sum(each) + (stages - 1) * max(each, default=0)
 
     return min((cut(most) for most in sorted(chunks, reverse=True)), key=time)

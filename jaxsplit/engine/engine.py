@@ -70,6 +70,7 @@ class Engine:
             for _ in range(count)
         ]
         self._plan: SamplingPlan | None = None
+        self._compiled: set[tuple[int, bool]] = set()  # prefills of all stages
         self._device_loops = Loops(
             self.runners, self.ends, self._local, len(self._groups), peer_access=peer_access
         )
@@ -115,8 +116,16 @@ class Engine:
         *,
         all_logits: bool = False,
         chunks: Sequence[int] | None = None,
+        in_turn: int = 1,
     ) -> Iterator[tuple[jax.Array | None, np.ndarray, np.ndarray, int]]:
         """Reads prompts into empty slots, one for each place of the `data` axis, chunk by chunk.
+
+        Args:
+          group, local: where the slots are.
+          prompts: of each place; empty ones are not read.
+          all_logits: of all tokens, not of each chunk's last.
+          chunks: lengths that there are; None: those of the engine.
+          in_turn: as in `chunk_lengths`.
 
         Yields:
           the logits of a chunk, the position of its first tokens and how many of each prompt it
@@ -125,11 +134,13 @@ class Engine:
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         done = np.zeros_like(lengths)
         slot = np.full_like(lengths, local)
-        for length in chunk_lengths(lengths.max(), chunks or self.chunks, len(self.runners)):
+        stages = len(self.runners)
+        for length in chunk_lengths(lengths.max(), chunks or self.chunks, stages, in_turn):
             count = np.minimum(lengths - done, length)
             programs = [runner.prefill(length, all_logits=all_logits) for runner in self.runners]
-            if len(programs) > 1:
+            if stages > 1 and (length, all_logits) not in self._compiled:
                 compile_together(programs, self._prefill_arguments(length))
+                self._compiled.add((length, all_logits))
             x: Any = np.zeros((len(prompts), length), np.int32)
             for row, (prompt, start, n) in enumerate(zip(prompts, done, count, strict=True)):
                 x[row, :n] = prompt[start : start + n]
@@ -187,6 +198,7 @@ class Engine:
         window = max(1, self._plan.window)
         runner, data = self.runners[-1], self.partition.data
         configs += [configs[-1]] * (len(self._groups) * self._group_slots - self.slots)
+        in_turn = -(-len(prompts) // data)
         for g, group in enumerate(self._groups):
             first = g * self._group_slots
             values = SamplingValues.of(configs[first : first + self._group_slots])
@@ -197,17 +209,22 @@ class Engine:
                 slots = [first + place * self._local + local for place in range(data)]
                 if any(slot in prompts for slot in slots):
                     rows = [prompts.get(slot, ()) for slot in slots]
-                    self._start(group, local, rows, window)
+                    self._start(group, local, rows, window, in_turn)
 
     def _start(
-        self, group: Group, local: int, prompts: Sequence[Sequence[int]], window: int
+        self,
+        group: Group,
+        local: int,
+        prompts: Sequence[Sequence[int]],
+        window: int,
+        in_turn: int,
     ) -> None:
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         recent = np.full((len(prompts), window), -1, np.int32)
         for row, prompt in zip(recent, prompts, strict=True):
             last = prompt[-window:]
             row[window - len(last) :] = last
-        for logits, done, count, _ in self._read(group, local, prompts):
+        for logits, done, count, _ in self._read(group, local, prompts, in_turn=in_turn):
             ended = (count > 0) & (done + count == lengths)
             if not ended.any():
                 continue
