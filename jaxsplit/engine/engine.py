@@ -276,8 +276,10 @@ class Engine:
             return self._step_loop(limit)
         self._device_loops.run(self._groups, self._plan, limit, length)
         like = jax.ShapeDtypeStruct((self._group_slots, length), np.int32)
-        found = [np.array(self._fetchable(group.texts, like)) for group in self._groups]
-        return np.concatenate(found)[: self.slots, :limit]
+        texts = [self._fetchable(group.texts, like) for group in self._groups]
+        # An array on several CPUs may keep what NumPy has seen of it (jax 0.11), and so its memory.
+        texts = [x.addressable_data(0) if x.is_fully_replicated else x for x in texts]
+        return np.concatenate([np.array(x) for x in texts])[: self.slots, :limit]
 
     def _step_loop(self, limit: int) -> np.ndarray:
         """The loop as steps. Those of several stages are all on their way before the first is read;
