@@ -119,6 +119,16 @@ def test_more_sequences_are_faster_together_but_not_so_many_times(models):
     assert all(rate < n * rates[0] for n, rate in zip(slots[1:], rates[1:], strict=True))
 
 
+def test_stages_read_chunks_of_a_prompt_at_the_same_time(models):
+    """Four chunks of 512, each of which enters a stage when the one before leaves it."""
+    plan = plan_of(models["Q8_0"], "layer@stage:2", kind="H100")
+    first, second = (fixed + 512 * each for fixed, each in (s.prefill_seconds for s in plan.stages))
+    seconds = first + second + 3 * max(first, second)
+    assert plan.prefill_rate(2048) == pytest.approx(2048 / seconds)
+    # The last chunk of a prompt is as long as its program.
+    assert plan.prefill_rate(100) == pytest.approx(plan.prefill_rate(128) * 100 / 128)
+
+
 def test_prompts_in_8_bits_are_faster(models):
     rates = [
         plan_of(models["Q8_0"], "none", kind="H100", float8=float8).prefill_rate(64)

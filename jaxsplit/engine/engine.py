@@ -1,6 +1,7 @@
 """Prefill and decode of sequences through the stages of a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,7 +71,6 @@ class Engine:
             for _ in range(count)
         ]
         self._plan: SamplingPlan | None = None
-        self._compiled: set[tuple[int, bool]] = set()  # prefills of all stages
         self._device_loops = Loops(
             self.runners, self.ends, self._local, len(self._groups), peer_access=peer_access
         )
@@ -138,9 +138,8 @@ class Engine:
         for length in chunk_lengths(lengths.max(), chunks or self.chunks, stages, in_turn):
             count = np.minimum(lengths - done, length)
             programs = [runner.prefill(length, all_logits=all_logits) for runner in self.runners]
-            if stages > 1 and (length, all_logits) not in self._compiled:
-                compile_together(programs, self._prefill_arguments(length))
-                self._compiled.add((length, all_logits))
+            if stages > 1:
+                compile_together(programs, partial(self._prefill_arguments, length))
             x: Any = np.zeros((len(prompts), length), np.int32)
             for row, (prompt, start, n) in enumerate(zip(prompts, done, count, strict=True)):
                 x[row, :n] = prompt[start : start + n]
@@ -304,15 +303,14 @@ class Engine:
         """An array of the last stage as one that this process can read."""
         return fetch(x, like, self.partition.stages[-1].mesh, self.partition.everyone)
 
-    def _prefill_arguments(self, length: int) -> list[tuple]:
-        caches = self._groups[0].caches
-        return [r.prefill_arguments(length, c) for r, c in zip(self.runners, caches, strict=True)]
+    def _prefill_arguments(self, length: int, stage: int) -> tuple:
+        return self.runners[stage].prefill_arguments(length, self._groups[0].caches[stage])
 
     def trace_prefill(self, length: int) -> list[jax.stages.Traced]:
         """The program of each stage that reads a chunk of a prompt, as `trace_step`."""
         return [
-            runner.prefill(length, all_logits=False).trace(*arguments)
-            for runner, arguments in zip(self.runners, self._prefill_arguments(length), strict=True)
+            runner.prefill(length, all_logits=False).trace(*self._prefill_arguments(length, i))
+            for i, runner in enumerate(self.runners)
         ]
 
     def trace_step(self, sampling: SamplingConfig) -> list[jax.stages.Traced]:

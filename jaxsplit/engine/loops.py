@@ -134,6 +134,6 @@ def _run_together(programs: Sequence[Callable], arguments: Sequence[tuple]) -> l
     """
     if len(programs) == 1:
         return [programs[0](*arguments[0])]
-    compile_together(programs, arguments)
+    compile_together(programs, lambda i: arguments[i])
     with ThreadPoolExecutor(len(programs)) as threads:
         return list(threads.map(lambda loop, args: loop(*args), programs, arguments))

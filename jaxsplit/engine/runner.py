@@ -95,16 +95,17 @@ class _Program:
         self.executable = self.trace(*arguments).lower().compile()
 
 
-def compile_together(programs: Sequence[Callable], arguments: Sequence[tuple]) -> None:
-    """Compiles the programs of several stages at the same time, those of this process."""
+def compile_together(programs: Sequence[Callable], arguments: Callable[[int], tuple]) -> None:
+    """Compiles the programs of several stages at the same time, those of this process that are not
+    yet, for the arguments of each stage."""
     left = [
-        (program, some)
-        for program, some in zip(programs, arguments, strict=True)
+        (i, program)
+        for i, program in enumerate(programs)
         if isinstance(program, _Program) and program.executable is None
     ]
     if left:
         with ThreadPoolExecutor(len(left)) as threads:
-            list(threads.map(lambda one: one[0].compile(*one[1]), left))
+            list(threads.map(lambda one: one[1].compile(*arguments(one[0])), left))
 
 
 class StageRunner:

@@ -67,7 +67,7 @@ class Plan:
     Attributes:
       partition: how it is split.
       stages: what each stage takes and does.
-      chunk: tokens in a chunk of a prompt.
+      chunk: tokens in the longest chunk of a prompt.
       slots: sequences that are decoded together.
       hand_overs: how often a device hands activations on in a decode step, once for each border
         of stages, and the bytes: with each slot's token and position.
@@ -159,8 +159,7 @@ class Plan:
 
     def prefill_rate(self, length: int) -> float:
         """Predicted tokens/s of a prompt, whose chunks overlap in several stages."""
-        fitting = [c for c in CHUNKS if c <= self.chunk] or [self.chunk]
-        first, *others = chunk_lengths(length, fitting, len(self.stages))
+        first, *others = chunk_lengths(length, stages=len(self.stages))
 
         def of_stages(tokens: int) -> list[float]:
             return [
@@ -200,7 +199,7 @@ def make_plan(
       cache_dtype: of keys and values; None: as the activations.
       context: tokens of each slot.
       slots: sequences that are decoded together.
-      chunk: tokens of a prompt that are read together.
+      chunk: tokens of a prompt that are read together at most.
     """
     if shares is None and shape.get("stage", 1) > 1:
         shares = stage_memory(shape, [kind.memory for kind in kinds])
