@@ -18,6 +18,7 @@ from jaxsplit.gguf import open_gguf
 from jaxsplit.gguf.architectures import model_config
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
 from jaxsplit.models.layers import meet
+from jaxsplit.models.routing import choose, choose_in_kernel
 from jaxsplit.parallel import make_partition
 from jaxsplit.plan.work import trace_decode
 from jaxsplit.quant import TYPES, Arithmetic, Launch, QTensor, dequantize, unpack, use_arithmetic
@@ -166,6 +167,22 @@ def check(config, model, x, limit=1e-11):
 def test_a_mixture_equals_numpy(rng, name, tokens):
     model = random_moe(MIXTURES[name], rng)
     check(MIXTURES[name], model, rng.normal(size=(tokens, EMBED)).astype(np.float32))
+
+
+@pytest.mark.parametrize("experts", [8, 100])
+@pytest.mark.parametrize("name", [name for name, c in MIXTURES.items() if c.groups == 1])
+def test_a_kernel_chooses_the_same_experts(rng, name, experts):
+    config = dataclasses.replace(MIXTURES[name], experts=experts, selection_bias=True)
+    logits = rng.normal(size=(5, 1, experts)).astype(np.float32)
+    bias, scale = rng.uniform(0, 1, (2, experts)).astype(np.float32)
+    logits[2:, :, ::2] = logits[2:, :, 1::2]  # ties, but for the bias
+    for vectors in ((None, None), (bias, scale)):
+        expected = choose(jnp.asarray(logits), config, *vectors)
+        found = choose_in_kernel(
+            jnp.asarray(logits), config, *vectors, launch=Launch(interpret=True)
+        )
+        assert np.array_equal(found[0], expected[0])
+        assert np.allclose(found[1], expected[1], rtol=1e-6)
 
 
 def test_all_tokens_may_choose_the_same_experts(rng, quick_compilation):

@@ -35,6 +35,7 @@ from jaxsplit.quant import (
     Reader,
     Rows,
     Sum,
+    Terms,
     active_arithmetic,
     computed,
     exchange,
@@ -128,7 +129,7 @@ class Partial:
       bias: float32 `[embed]` or `[..., embed]`, added once; None: none.
     """
 
-    product: Array | Product
+    product: Array | Product | Terms
     columns: tuple[Axis, ...]
     rows: Axis
     bias: Array | None = None
@@ -177,7 +178,7 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     if (split and None in peers) or any(part.bias is not None for part in parts):
         return Sum(x, meet(parts, jnp.float32)[None])
     interpret, product = active_arithmetic().launch.interpret, parts[0].product
-    if len(parts) > 1 or not isinstance(product, Product):
+    if len(parts) > 1 or not isinstance(product, Product | Terms):
         return Sum(x, sum(part.value for part in parts)[None], peers[0], interpret=interpret)
     if split and product.sends:
         return Sum(x, product.sent_to(peers[0])[None], peers[0], sent=True, interpret=interpret)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +12,24 @@ from jaxsplit.models.axes import EMBED, Axis, gather_over, is_split, local_units
 from jaxsplit.models.config import DenseMoEConfig, MLPConfig, MoEConfig
 from jaxsplit.models.layers import Linear, Norm, Partial, Partials, meet, param
 from jaxsplit.models.mlp import MLP, activate
+from jaxsplit.models.routing import choose, choose_in_kernel
 from jaxsplit.quant import (
     PLAIN,
     Groups,
     Pending,
     QTensor,
     Rows,
+    Terms,
+    Weight,
+    active_arithmetic,
+    as_late,
     computed,
     expert_products,
     grouped_products,
     has_kernel,
     has_tiles,
     matmul,
+    prepare,
     rounds,
     use_arithmetic,
     with_bytes,
@@ -34,7 +39,7 @@ ROUTER = Axis("router")
 _AT_ONCE = 64  # pairs whose products with quantized experts need little memory
 _LEAST_TILE, _LARGEST_TILE = 8, 128
 _LARGEST_GROUP = 64  # rows that the kernel multiplies at once
-_LEAST_SUM = 2.0**-14  # llama.cpp's bound of what weights are divided by
+_FEW_TOKENS = 64  # for which a kernel chooses experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Experts(nnx.Module):
         self.activation = c.activation
 
     def __call__(
-        self, x: Array, chosen: Array, weights: Array, *, weigh_input: bool = False
+        self, x: Rows, chosen: Array, weights: Array, *, weigh_input: bool = False
     ) -> Partial:
         """The weighted sum of what the chosen experts make of each token.
 
@@ -185,36 +190,49 @@ class Experts(nnx.Module):
         Returns:
           a part of `[..., time, embed]`.
         """
-        stacks = [s.kernel.get_value() for s in (self.gate, self.up, self.down) if s is not None]
-        quantized = all(isinstance(stack, QTensor) for stack in stacks)
-        step = x.shape[-2] == 1
-        tokens = x.reshape(-1, x.shape[-1])
         pairs = [a.reshape(-1, a.shape[-1]) for a in (chosen, weights)]
-        at_once = step and chosen.size <= _AT_ONCE and quantized and not is_split(self.axis)
-        tiled = not weigh_input and self.up.bias is None
-        tiled &= all(has_tiles(stack, x.dtype) for stack in stacks)
-        if tiled and not (at_once and rounds(len(tokens))):
-            total = self._by_groups(tokens, *pairs)
-        elif at_once:
-            total = self._at_once(tokens, *pairs, weigh_input)
+        used = chosen.shape[-1]
+        at_once = self._is_at_once(x, used)
+        total: Array | Terms
+        if self.reads_rounded(x, used, weigh_input=weigh_input):
+            total = self._by_kernels(x, *pairs)
         else:
-            rows = tile_rows(chosen.size, self.axis.units, step=step)
-            tiles = make_tiles(*pairs, self.axis, rows)
-            total = self._by_tiles(tokens, tiles, weigh_input)
+            tokens = computed(x).reshape(-1, x.shape[-1])
+            tiled = not weigh_input and self.up.bias is None
+            tiled &= all(has_tiles(stack, x.dtype) for stack in self._stacks())
+            if tiled and not (at_once and rounds(len(tokens))):
+                total = self._by_groups(tokens, *pairs)
+            elif at_once:
+                total = self._at_once(tokens, *pairs, weigh_input)
+            else:
+                rows = tile_rows(chosen.size, self.axis.units, step=x.shape[-2] == 1)
+                tiles = make_tiles(*pairs, self.axis, rows)
+                total = self._by_tiles(tokens, tiles, weigh_input)
+            total = total.reshape(*x.shape[:-1], -1)
         bias = None
         if self.down_bias is not None:
             bias = self.down_bias.get_value()[chosen]
             bias = (bias if weigh_input else bias * weights[..., None]).sum(-2)
-        total = total.reshape(*x.shape[:-1], -1)
         return Partial(total, (self.axis, self.mlp.columns), self.rows, bias)
+
+    def _stacks(self) -> list[Weight]:
+        """The matrices of all experts."""
+        return [s.kernel.get_value() for s in (self.up, self.gate, self.down) if s is not None]
+
+    def _is_at_once(self, x: Rows, used: int) -> bool:
+        """Whether all pairs of a decode step are few enough to be multiplied in one go."""
+        few = math.prod(x.shape[:-1]) * used <= _AT_ONCE and x.shape[-2] == 1
+        quantized = all(isinstance(stack, QTensor) for stack in self._stacks())
+        return few and quantized and not is_split(self.axis)
+
+    def reads_rounded(self, x: Rows, used: int, *, weigh_input: bool) -> bool:
+        """Whether kernels round tokens that are given to so many experts, and multiply them."""
+        few = self._is_at_once(x, used) and rounds(math.prod(x.shape[:-1]))
+        return few and not weigh_input and all(map(has_kernel, self._stacks()))
 
     def _at_once(self, x: Array, chosen: Array, weights: Array, weigh_input: bool) -> Array:
         """All pairs in one go, without a loop around the fused products of single rows."""
         experts, weights = chosen.reshape(-1), weights.reshape(-1, 1)
-        stacks = [s.kernel.get_value() for s in (self.up, self.gate, self.down) if s is not None]
-        if rounds(len(x)) and not weigh_input and all(map(has_kernel, stacks)):
-            y = self._by_kernels(x, experts) * weights
-            return y.reshape(*chosen.shape, -1).sum(1)
         read = jnp.repeat(x, chosen.shape[1], axis=0)
         if weigh_input:
             read = (read * weights).astype(x.dtype)
@@ -224,20 +242,28 @@ class Experts(nnx.Module):
             y = y * weights
         return y.reshape(*chosen.shape, -1).sum(1)
 
-    def _by_kernels(self, x: Array, experts: Array) -> Array:
-        """What the expert of each pair makes of its token: `[pairs, out]`."""
+    def _by_kernels(self, x: Rows, chosen: Array, weights: Array) -> Terms:
+        """All pairs by kernels that read experts as they are stored: `[..., out]`."""
+        experts = chosen.reshape(-1)
 
         def project(x: Rows, layers: list[ExpertLinear], dtype: jnp.dtype) -> list[Array]:
             stacks = [layer.kernel.get_value() for layer in layers]
             results = expert_products(x, stacks, experts, dtype)
             return [layer.biased(y, experts) for layer, y in zip(layers, results, strict=True)]
 
+        def weighted(*operands: Array) -> Array:
+            # What multiplies all of a row is not rounded.
+            *hidden, weight = operands
+            return activate(self.activation, *hidden) * weight
+
         layers = [self.up] if self.gate is None else [self.up, self.gate]
-        operands = tuple(project(x, layers, x.dtype))
-        hidden: Rows = Pending(partial(activate, self.activation), operands, x.dtype)
-        if not is_split(self.mlp.columns):
+        operands = (*project(x, layers, x.dtype), weights.reshape(-1, 1))
+        hidden: Rows = Pending(weighted, operands, x.dtype)
+        if is_split(self.mlp) and not is_split(self.mlp.columns):
             hidden = self._whole(computed(hidden))
-        return project(hidden, [self.down], jnp.float32)[0]
+        [y] = project(hidden, [self.down], jnp.float32)
+        y = jnp.moveaxis(y.reshape(*chosen.shape, -1), 1, 0)
+        return Terms(y.reshape(len(y), *x.shape[:-1], -1))
 
     def _by_groups(self, x: Array, chosen: Array, weights: Array) -> Array:
         """All tiles in one go, by a kernel that reads experts as they are stored."""
@@ -319,52 +345,32 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Rows, routed_by: Array | None = None) -> Partials:
         """`[..., embed]` to parts of the same; the router reads `routed_by`, if given."""
-        pending, x = x, computed(x)
-        chosen, weights = self.route(x if routed_by is None else routed_by)
-        routed = self.experts(x, chosen, weights, weigh_input=self.config.weigh_input)
+        c = self.config
+        if self.experts.reads_rounded(x, c.used, weigh_input=c.weigh_input):
+            x = as_late(x)
+            prepare(x)
+        chosen, weights = self.route(computed(x) if routed_by is None else routed_by)
+        routed = self.experts(x, chosen, weights, weigh_input=c.weigh_input)
         if self.shared is None:
             return (routed,)
-        (shared,) = self.shared(pending)
+        (shared,) = self.shared(x)
         if self.shared_gate is not None:
-            gate = (x.astype(jnp.float32) * self.shared_gate.get_value()).sum(-1, keepdims=True)
-            shared = dataclasses.replace(shared, product=shared.value * jax.nn.sigmoid(gate))
+            gate = computed(x).astype(jnp.float32) * self.shared_gate.get_value()
+            gate = jax.nn.sigmoid(gate.sum(-1, keepdims=True))
+            shared = dataclasses.replace(shared, product=shared.value * gate)
         return routed, shared
 
     def route(self, x: Array) -> tuple[Array, Array]:
-        """Which experts tokens are given to, and with what weights.
-
-        Groups of experts: DeepSeek-AI 2024, arXiv:2412.19437, scored as in llama.cpp.
-
-        Args:
-          x: `[..., embed]`.
-
-        Returns:
-          int32 and float32 `[..., used]`.
-        """
-        c = self.config
-        logits = self.router(x.astype(jnp.float32))
-        scores = logits
-        if c.routing == "softmax":
-            scores = jax.nn.softmax(logits)
-        elif c.routing == "sigmoid":
-            scores = jax.nn.sigmoid(logits)
-        order = scores
-        if self.selection_bias is not None:
-            order = order + self.selection_bias.get_value()
-        if c.groups > 1:
-            grouped = order.reshape(*order.shape[:-1], c.groups, -1)
-            best = lax.top_k(lax.top_k(grouped, 2)[0].sum(-1), c.used_groups)[1]
-            kept = jax.nn.one_hot(best, c.groups, dtype=bool).any(-2)
-            order = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(order.shape)
-        chosen = lax.top_k(order, c.used)[1]
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
-        if c.routing == "chosen_softmax":
-            weights = jax.nn.softmax(weights)
-        if c.normalize:
-            weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), _LEAST_SUM)
-        if self.expert_scale is not None:
-            weights = weights * self.expert_scale.get_value()[chosen]
-        return chosen, weights * c.scale
+        """Which experts tokens `[..., embed]` are given to, and with what weights: as `choose`."""
+        bias, scale = (
+            None if vector is None else vector.get_value()
+            for vector in (self.selection_bias, self.expert_scale)
+        )
+        logits, active = self.router(x.astype(jnp.float32)), active_arithmetic()
+        few = math.prod(x.shape[:-1]) <= _FEW_TOKENS
+        if active.kernels and self.config.groups == 1 and few:
+            return choose_in_kernel(logits, self.config, bias, scale, launch=active.launch)
+        return choose(logits, self.config, bias, scale)
 
 
 class DenseMoE(nnx.Module):

@@ -182,7 +182,8 @@ class Pending(Late):
 
     Attributes:
       function: of the operands' elements, float32.
-      operands: `[..., in]` or `[in]` each, the first of them perhaps a `Sum`.
+      operands: `[..., in]`, `[..., 1]` or `[in]` each, the first of them `[..., in]` and perhaps a
+        `Sum`.
       dtype: of the rows.
       epsilon: the rows are then divided by the root of the mean square of the first operand, with
         this added to it; None: they are not.
@@ -212,7 +213,13 @@ class Pending(Late):
         return y.astype(self.dtype)
 
     def prepared(self, reader: Reader, launch: Launch) -> Any:
-        """In one kernel. What divides all of a row is left for later."""
+        """In one kernel, once for each reader. What divides all of a row is left for later."""
+        made = vars(self).setdefault("_made", {})
+        if reader not in made:
+            made[reader] = self._prepared(reader, launch)
+        return made[reader]
+
+    def _prepared(self, reader: Reader, launch: Launch) -> Any:
         columns, (total, *others) = self.shape[-1], self.operands
         if isinstance(total, Sum) and "array" in vars(total):
             total = total.array  # devices exchange it once
@@ -220,7 +227,7 @@ class Pending(Late):
 
         def by_rows(x: Array | Sum) -> Array | Sum:
             if not isinstance(x, Sum):
-                return x if x.ndim == 1 else x.reshape(rows, columns)
+                return x if x.ndim == 1 else x.reshape(rows, -1)
             return dataclasses.replace(
                 x, stream=by_rows(x.stream), addends=x.addends.reshape(-1, rows, columns)
             )
@@ -308,7 +315,8 @@ def _kernel(
     exists = like(inside, element.shape)
 
     def load(ref: jax.Ref, *before: int) -> Array:
-        at = (element,) if ref.ndim == 1 else (*before, row, element)
+        place = element if ref.shape[-1] > 1 else jnp.zeros_like(element)
+        at = (place,) if ref.ndim == 1 else (*before, row, place)
         zero = jnp.zeros((), ref.dtype)
         return plgpu.load(ref.at[at], mask=exists, other=zero).astype(jnp.float32)
 

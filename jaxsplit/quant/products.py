@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -208,9 +209,33 @@ class Product:
         return way(self.x, [self.w], jnp.float32, peers)[0]
 
 
-def computed(x: Rows | Product) -> Array:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Terms:
+    """What the kernel that reads it can add up.
+
+    Attributes:
+      terms: float32 `[terms, ..., out]`.
+      sends: as of a `Product`: nothing has sent them to other devices.
+    """
+
+    terms: Array
+    sends: ClassVar[bool] = False
+
+    @cached_property
+    def array(self) -> Array:
+        """The sum, float32 `[..., out]`."""
+        return self.terms.sum(0)
+
+
+def computed(x: Rows | Product | Terms) -> Array:
     """Activations, computed."""
-    return x.array if isinstance(x, Late | Sum | Product) else x
+    return x.array if isinstance(x, Late | Sum | Product | Terms) else x
+
+
+def prepare(x: Rows) -> None:
+    """Has the kernel that rounds a few rows, where `rounds` is true, run now: what it adds up is
+    there for others too."""
+    as_late(x).prepared(Rounding(), _arithmetic.get().launch)
 
 
 def matmul(x: Rows, w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
