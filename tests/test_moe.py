@@ -21,7 +21,16 @@ from jaxsplit.models.layers import meet
 from jaxsplit.models.routing import choose, choose_in_kernel
 from jaxsplit.parallel import make_partition
 from jaxsplit.plan.work import trace_decode
-from jaxsplit.quant import TYPES, Arithmetic, Launch, QTensor, dequantize, unpack, use_arithmetic
+from jaxsplit.quant import (
+    TYPES,
+    Arithmetic,
+    Launch,
+    QTensor,
+    RootMeanSquare,
+    dequantize,
+    unpack,
+    use_arithmetic,
+)
 
 EMBED = 64
 BASE = MoEConfig(experts=8, used=3, expert=MLPConfig(48))
@@ -176,11 +185,12 @@ def test_a_kernel_chooses_the_same_experts(rng, name, experts):
     logits = rng.normal(size=(5, 1, experts)).astype(np.float32)
     bias, scale = rng.uniform(0, 1, (2, experts)).astype(np.float32)
     logits[2:, :, ::2] = logits[2:, :, 1::2]  # ties, but for the bias
-    for vectors in ((None, None), (bias, scale)):
-        expected = choose(jnp.asarray(logits), config, *vectors)
-        found = choose_in_kernel(
-            jnp.asarray(logits), config, *vectors, launch=Launch(interpret=True)
-        )
+    mean = RootMeanSquare(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
+    launch = Launch(interpret=True)
+    for vectors, by in (((None, None), None), ((bias, scale), mean)):
+        divided = logits if by is None else logits * np.asarray(by.inverse)[:, None, None]
+        expected = choose(jnp.asarray(divided), config, *vectors)
+        found = choose_in_kernel(jnp.asarray(logits), config, *vectors, mean=by, launch=launch)
         assert np.array_equal(found[0], expected[0])
         assert np.allclose(found[1], expected[1], rtol=1e-6)
 

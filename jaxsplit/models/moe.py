@@ -18,6 +18,7 @@ from jaxsplit.quant import (
     Groups,
     Pending,
     QTensor,
+    RootMeanSquare,
     Rows,
     Terms,
     Weight,
@@ -345,11 +346,14 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Rows, routed_by: Array | None = None) -> Partials:
         """`[..., embed]` to parts of the same; the router reads `routed_by`, if given."""
-        c = self.config
+        c, mean = self.config, None
         if self.experts.reads_rounded(x, c.used, weigh_input=c.weigh_input):
             x = as_late(x)
-            prepare(x)
-        chosen, weights = self.route(computed(x) if routed_by is None else routed_by)
+            mean = prepare(x)
+        if routed_by is None and mean is not None and not c.router_bias and c.groups == 1:
+            chosen, weights = self.route(x.undivided, mean)
+        else:
+            chosen, weights = self.route(computed(x) if routed_by is None else routed_by)
         routed = self.experts(x, chosen, weights, weigh_input=c.weigh_input)
         if self.shared is None:
             return (routed,)
@@ -360,8 +364,13 @@ class MoE(nnx.Module):
             shared = dataclasses.replace(shared, product=shared.value * gate)
         return routed, shared
 
-    def route(self, x: Array) -> tuple[Array, Array]:
-        """Which experts tokens `[..., embed]` are given to, and with what weights: as `choose`."""
+    def route(self, x: Array, mean: RootMeanSquare | None = None) -> tuple[Array, Array]:
+        """Which experts tokens are given to, and with what weights: as `choose`.
+
+        Args:
+          x: `[..., embed]`.
+          mean: by the root of which a few tokens are to be divided first; None: they are not.
+        """
         bias, scale = (
             None if vector is None else vector.get_value()
             for vector in (self.selection_bias, self.expert_scale)
@@ -369,7 +378,8 @@ class MoE(nnx.Module):
         logits, active = self.router(x.astype(jnp.float32)), active_arithmetic()
         few = math.prod(x.shape[:-1]) <= _FEW_TOKENS
         if active.kernels and self.config.groups == 1 and few:
-            return choose_in_kernel(logits, self.config, bias, scale, launch=active.launch)
+            options = {"mean": mean, "launch": active.launch}
+            return choose_in_kernel(logits, self.config, bias, scale, **options)
         return choose(logits, self.config, bias, scale)
 
 

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.models.config import MoEConfig
-from jaxsplit.quant import Launch
+from jaxsplit.quant import Launch, RootMeanSquare
 
 _LEAST_SUM = 2.0**-14  # llama.cpp's bound of what weights are divided by
 
@@ -51,11 +51,18 @@ def choose_in_kernel(
     bias: Array | None = None,
     scale: Array | None = None,
     *,
+    mean: RootMeanSquare | None = None,
     launch: Launch,
 ) -> tuple[Array, Array]:
-    """`choose` among experts of one group, in a kernel for GPUs: one launch instead of six."""
+    """`choose` among experts of one group, in a kernel for GPUs: one launch instead of six.
+
+    Args:
+      logits, config, bias, scale: as there.
+      mean: by the root of which logits are to be divided first; None: they are not.
+      launch: of the kernel.
+    """
     tokens, shape = logits.reshape(-1, config.experts), (*logits.shape[:-1], config.used)
-    inputs, structure = jax.tree.flatten((tokens, bias, scale))
+    inputs, structure = jax.tree.flatten((tokens, bias, scale, mean))
     chosen, weights = pl.pallas_call(
         partial(_kernel, structure=structure, config=config),
         grid=(len(tokens),),
@@ -96,11 +103,13 @@ def _kernel(*refs: jax.Ref, structure: jax.tree_util.PyTreeDef, config: MoEConfi
       structure: of the inputs.
       config: of the mixture.
     """
-    logits, bias, scale = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    logits, bias, scale, mean = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     chosen_ref, weights_ref = refs[structure.num_leaves :]
     token, expert = pl.program_id(0), jnp.arange(pl.next_power_of_2(config.experts))
     exists = expert < config.experts
     x = plgpu.load(logits.at[token, expert], mask=exists, other=-jnp.inf)
+    if mean is not None:
+        x *= mean.inverse_of(token)
     scores = _scores(x, config)
     order = scores
     if bias is not None:

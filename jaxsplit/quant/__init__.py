@@ -11,7 +11,17 @@ from jaxsplit.quant.forms import (
     with_bytes,
     with_words,
 )
-from jaxsplit.quant.late import BLOCK, Late, Pending, Plain, Reader, Sum, as_late, block_elements
+from jaxsplit.quant.late import (
+    BLOCK,
+    Late,
+    Pending,
+    Plain,
+    Reader,
+    RootMeanSquare,
+    Sum,
+    as_late,
+    block_elements,
+)
 from jaxsplit.quant.launch import Launch
 from jaxsplit.quant.products import (
     PLAIN,
@@ -54,6 +64,7 @@ __all__ = [
     "Plain",
     "Reader",
     "Ring",
+    "RootMeanSquare",
     "QTensor",
     "QuantType",
     "Rounded",

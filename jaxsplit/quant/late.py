@@ -204,13 +204,21 @@ class Pending(Late):
     @cached_property
     def array(self) -> Array:
         """The rows `[..., in]`."""
-        operands = [x.array if isinstance(x, Sum) else x for x in self.operands]
-        operands = [x.astype(jnp.float32) for x in operands]
-        y = self.function(*operands)
+        y = self.undivided
         if self.epsilon is not None:
-            squares = jnp.sum(operands[0] ** 2, axis=-1, keepdims=True)
+            squares = jnp.sum(self._operands[0] ** 2, axis=-1, keepdims=True)
             y = y * lax.rsqrt(squares / self.size + self.epsilon)
         return y.astype(self.dtype)
+
+    @property
+    def undivided(self) -> Array:
+        """The rows before they are divided, float32 `[..., in]`."""
+        return self.function(*self._operands)
+
+    @property
+    def _operands(self) -> list[Array]:
+        operands = (x.array if isinstance(x, Sum) else x for x in self.operands)
+        return [x.astype(jnp.float32) for x in operands]
 
     def prepared(self, reader: Reader, launch: Launch) -> Any:
         """In one kernel, once for each reader. What divides all of a row is left for later."""

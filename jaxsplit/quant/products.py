@@ -26,7 +26,7 @@ from jaxsplit.quant.forms import (
     scales,
     value_of,
 )
-from jaxsplit.quant.late import Late, Plain, Reader, Sum, as_late
+from jaxsplit.quant.late import Late, Plain, Reader, RootMeanSquare, Sum, as_late
 from jaxsplit.quant.launch import Launch, compute_capability
 from jaxsplit.quant.ordering import Ordering
 from jaxsplit.quant.rounding import Rounding, round_rows
@@ -232,10 +232,15 @@ def computed(x: Rows | Product | Terms) -> Array:
     return x.array if isinstance(x, Late | Sum | Product | Terms) else x
 
 
-def prepare(x: Rows) -> None:
-    """Has the kernel that rounds a few rows, where `rounds` is true, run now: what it adds up is
-    there for others too."""
-    as_late(x).prepared(Rounding(), _arithmetic.get().launch)
+def prepare(x: Late) -> RootMeanSquare | None:
+    """Has the kernel that rounds a few rows, where `rounds` is true, run now, so that what it adds
+    up is there for XLA's kernels too.
+
+    Returns:
+      by the root of which rows are still to be divided; None: they are not.
+    """
+    launch = dataclasses.replace(_arithmetic.get().launch, overlap=False)  # see `Launch.next_from`
+    return x.prepared(Rounding(), launch).mean
 
 
 def matmul(x: Rows, w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
