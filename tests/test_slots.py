@@ -104,7 +104,7 @@ def test_each_slot_has_its_own_way_of_sampling(lm, one, prompts):
     assert texts(lm.engine) == alone
 
 
-@pytest.mark.parametrize("mesh", ["stage:2", "data:2", "data:2,stage:2"])
+@pytest.mark.parametrize("mesh", ["stage:2", "data:2", "data:2,stage:2", "data:2,tensor:2"])
 def test_slots_that_have_nothing_to_do_stay_empty(load, recipe_gguf, one, prompts, mesh):
     """Three slots, where the mesh has room for four, and one of them started."""
     lm = load(recipe_gguf(MODEL), mesh=mesh, slots=3)
@@ -117,8 +117,9 @@ def test_slots_that_have_nothing_to_do_stay_empty(load, recipe_gguf, one, prompt
 
 def test_slots_end_on_their_own(load, recipe_gguf, one, prompts):
     """Each at the end of its context, the others go on."""
-    for mesh in ("stage:2", "data:2"):
+    for mesh in ("stage:2", "data:2", "data:2,tensor:2"):
         lm = load(recipe_gguf(MODEL), mesh=mesh, slots=SLOTS, ctx_size=44)
+        lm.engine.loops |= len(lm.models) == 1  # on the devices, as on GPUs
         lm.engine.start_all(dict(enumerate(prompts)), GREEDY)
         found = lm.engine.loop(COUNT, COUNT)
         for slot, prompt in enumerate(prompts):

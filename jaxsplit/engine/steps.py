@@ -10,7 +10,6 @@ from jax import Array, lax
 
 from jaxsplit.engine.sampling import SamplingPlan, SamplingValues, sample
 from jaxsplit.models import Cache, Decoder
-from jaxsplit.models.axes import SLOTS, any_over
 from jaxsplit.quant import Ring
 
 
@@ -185,8 +184,8 @@ def decode_loop(
       texts: int32 `[slots, length]` each, at least -1, to be overwritten.
       ring: what the stages hand to one another goes through it; None: there is only this stage,
         and one group.
-      limit: int32: how many steps, at most `length`; one stage alone ends sooner when no slot is
-        active.
+      limit: int32: how many steps, at most `length`; one stage alone ends sooner when none of a
+        place's slots is active.
       incoming: what the stage before hands over: `x`, unless the stage is the first, and `fed`.
       model, ends, values, plan, vocab, context: as in `decode_step`.
 
@@ -201,9 +200,8 @@ def decode_loop(
 
     def unfinished(carry: tuple) -> Array:
         step, _, states, *_ = carry
-        if ring is not None:
-            return step < limit
-        return (step < limit) & any_over(states[0].active.any(), SLOTS)
+        # Places of the `data` axis meet nowhere in a step, and each of them ends on its own.
+        return step < limit if ring is not None else (step < limit) & states[0].active.any()
 
     def advance(carry: tuple) -> tuple:
         step, caches, states, texts, ring = carry

@@ -201,12 +201,6 @@ def gather_over(x: Array, axis: Axis, size: int | None = None) -> Array:
     return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]
 
 
-def any_over(x: Array, axis: Axis) -> Array:
-    """Whether a boolean is true on any shard of a logical axis."""
-    mesh_axes = _rules.get().mesh_axes(axis)
-    return x if not mesh_axes else lax.psum(x.astype(jnp.int32), mesh_axes) > 0
-
-
 def is_split(axis: Axis) -> bool:
     """Whether a logical axis is split."""
     return bool(_rules.get().mesh_axes(axis))
