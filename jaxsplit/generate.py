@@ -237,7 +237,7 @@ def main(_: list[str]) -> None:
     for piece in stream:
         print(piece, end="", flush=True)
     print(flush=True)
-    _note(f"[{stream.stop_reason}]  {stream.timings()}")
+    _note(f"[{stream.stop_reason}]  load {lm.load_seconds:.2f} s | {stream.timings()}")
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ class LM:
                 f"unknown option {', '.join(unknown)}; sampling options are {', '.join(known)}"
             )
         config = dataclasses.replace(sampling or SamplingConfig(), **options)
-        return Stream(self, tokens, n_predict, tuple(stop), block, config)
+        return Stream(self.engine, self.tokenizer, tokens, n_predict, tuple(stop), block, config)
 
     def describe(self) -> str:
         """The model, how it is split, and through what GPUs meet, in one line."""

@@ -3,14 +3,11 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 
-from jaxsplit.engine import SamplingConfig, compile_seconds
-
-if TYPE_CHECKING:
-    from jaxsplit.lm import LM
+from jaxsplit.engine import Engine, SamplingConfig, compile_seconds
+from jaxsplit.text import Tokenizer
 
 MOST_IN_BLOCK = 32
 BLOCK_SECONDS = 0.1
@@ -31,7 +28,8 @@ class Stream(Iterator[str]):
 
     def __init__(
         self,
-        lm: "LM",
+        engine: Engine,
+        tokenizer: Tokenizer,
         prompt_tokens: list[int],
         n_predict: int,
         stop: tuple[str, ...],
@@ -45,7 +43,7 @@ class Stream(Iterator[str]):
         self.decode_seconds = 0.0
         self.compile_seconds = 0.0
         self._prompt_seconds = 0.0
-        self._lm = lm
+        self._engine, self._tokenizer = engine, tokenizer
         self._stop = stop
         self._limit = math.inf if n_predict < 0 else n_predict
         self._block = block
@@ -56,22 +54,22 @@ class Stream(Iterator[str]):
 
     def timings(self) -> str:
         """Times, rates and memory, in one line."""
-        lm, prompt, generated = self._lm, len(self.prompt_tokens), len(self.tokens)
+        engine, prompt, generated = self._engine, len(self.prompt_tokens), len(self.tokens)
         prompt_rate = prompt / self._prompt_seconds if self._prompt_seconds else 0.0
         rate = (generated - 1) / self.decode_seconds if self.decode_seconds else 0.0
         return (
-            f"load {lm.load_seconds:.2f} s | first token {self.first_token_seconds:.2f} s "
-            f"| compiling, of all, {self.compile_seconds:.2f} s | "
+            f"first token {self.first_token_seconds:.2f} s | "
+            f"compiling, of all, {self.compile_seconds:.2f} s | "
             f"prompt {prompt} tokens, {prompt_rate:.1f} tokens/s | "
             f"generated {generated} tokens, {rate:.1f} tokens/s | per device "
-            f"{lm.weight_bytes / 1e6:.1f} MB weights, {lm.cache_bytes / 1e6:.1f} MB cache"
+            f"{engine.weight_bytes / 1e6:.1f} MB weights, {engine.cache_bytes / 1e6:.1f} MB cache"
         )
 
     def _run(self, sampling: SamplingConfig) -> Iterator[str]:
         if self._limit == 0:
             self.stop_reason = "n_predict"
             return
-        text = self._lm.tokenizer.stream(continuation=True)
+        text = self._tokenizer.stream(continuation=True)
         held = ""  # text that may be the start of a stop string
         started, compiled = time.perf_counter(), compile_seconds()
         for token in self._ids(sampling):
@@ -82,7 +80,7 @@ class Stream(Iterator[str]):
                 self._prompt_seconds = elapsed - self.compile_seconds
             self.decode_seconds = elapsed - self.compile_seconds - self._prompt_seconds
             self.tokens.append(token)
-            if token in self._lm.tokenizer.end_ids:
+            if token in self._tokenizer.end_ids:
                 self.stop_reason = "end of text"
                 break
             held += text.push(token)
@@ -103,7 +101,7 @@ class Stream(Iterator[str]):
 
     def _ids(self, sampling: SamplingConfig) -> Iterator[int]:
         """Generated tokens; ends when the context is full."""
-        engine = self._lm.engine
+        engine = self._engine
         engine.start(self.prompt_tokens, sampling)
         room = engine.context - len(self.prompt_tokens)
         yield int(engine.read(engine.tokens())[0][0])
