@@ -180,7 +180,7 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     interpret, product = active_arithmetic().launch.interpret, parts[0].product
     if len(parts) > 1 or not isinstance(product, Product | Terms):
         return Sum(x, sum(part.value for part in parts)[None], peers[0], interpret=interpret)
-    if split and product.sends:
+    if split and isinstance(product, Product) and product.sends:
         return Sum(x, product.sent_to(peers[0])[None], peers[0], sent=True, interpret=interpret)
     return Sum(x, product.terms, peers[0], interpret=interpret)
 

@@ -5,33 +5,21 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
-from typing import ClassVar
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from jaxsplit.quant import dense, exchange, float8, kernels, plain, tiles
+from jaxsplit.quant import dense, exchange, float8, kernels, plain, tiles, xla
 from jaxsplit.quant.exchange import Peers
-from jaxsplit.quant.forms import (
-    QTensor,
-    Weight,
-    as_bytes,
-    combine,
-    dequantize,
-    minima,
-    row_bounds,
-    scales,
-    value_of,
-)
+from jaxsplit.quant.forms import QTensor, Weight, dequantize, row_bounds
 from jaxsplit.quant.late import Late, Plain, Reader, RootMeanSquare, Sum, as_late
 from jaxsplit.quant.launch import Launch, compute_capability
 from jaxsplit.quant.ordering import Ordering
 from jaxsplit.quant.rounding import Rounding, round_rows
 
-_HIGHEST = lax.Precision.HIGHEST
 TOGETHER = 2**28
 """Bytes of matrices up to which those of the same activations are dequantized into one."""
 
@@ -81,71 +69,6 @@ def use_arithmetic(value: Arithmetic) -> Iterator[None]:
 def active_arithmetic() -> Arithmetic:
     """The active one."""
     return _arithmetic.get()
-
-
-def _slices(w: QTensor) -> list[Array]:
-    """Values before scaling, as slices that need no shuffling of the stored bytes.
-
-    Returns:
-      float32 `[out, chunks, width]` each; slice `i` holds the weights `[i * width, (i + 1) *
-      width)` of each chunk.
-    """
-    form = w.form
-    count = 8 // min(form.bits)
-    width = form.chunk // count
-    slices = []
-    for i in range(count):
-        pieces = []
-        for plane, bits in zip(w.codes, form.bits, strict=True):
-            size = plane.dtype.itemsize
-            shift, byte = divmod(i * width, form.chunk * bits // 8)
-            packed = plane.reshape(plane.shape[0], -1, form.chunk * bits // 8 // size)
-            piece = packed[..., byte // size : (byte + width) // size]
-            mask = int.from_bytes([2**bits - 1] * size)
-            pieces.append(
-                piece if bits == 8 else (piece >> (shift * bits)) & np.asarray(mask, plane.dtype)
-            )
-        codes = as_bytes(combine(pieces, form), form)
-        slices.append(value_of(codes, form))
-    return slices
-
-
-def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
-    """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`.
-
-    Summing each group before it is scaled is fastest on a CPU; a GPU needs a single sum, since
-    two would be two kernels.
-    """
-    slices = _slices(w)
-    chunk, width = w.form.chunk, slices[0].shape[-1]
-    x = x.reshape(-1, len(slices), width)
-
-    def per_chunk(groups: Array) -> Array:
-        """`[out, groups]` to `[out, chunks, groups in a chunk]`."""
-        chunks = w.shape[-1] // chunk
-        if groups.shape[-1] < chunks:
-            groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
-        return groups.reshape(groups.shape[0], chunks, -1, 1)
-
-    scale, minimum = per_chunk(scales(w)), minima(w)
-    if minimum is not None:
-        minimum = per_chunk(minimum)
-    groups = scale.shape[2]
-    if groups > len(slices):
-        raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
-    per_group = len(slices) // groups
-    total = 0.0
-    for g in range(groups):
-        members = range(g * per_group, (g + 1) * per_group)
-        products = sum(slices[i] * x[:, i] for i in members)
-        inputs = sum(x[:, i] for i in members)
-        if sum_groups_first:
-            products = jnp.sum(products, axis=-1, keepdims=True)
-            inputs = jnp.sum(inputs, axis=-1, keepdims=True)
-        total = total + products * scale[:, :, g]
-        if minimum is not None:
-            total = total + inputs * minimum[:, :, g]
-    return jnp.sum(total, axis=(1, 2))
 
 
 Rows = Array | Late | Sum
@@ -215,11 +138,9 @@ class Terms:
 
     Attributes:
       terms: float32 `[terms, ..., out]`.
-      sends: as of a `Product`: nothing has sent them to other devices.
     """
 
     terms: Array
-    sends: ClassVar[bool] = False
 
     @cached_property
     def array(self) -> Array:
@@ -327,7 +248,7 @@ def _float8_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[
         else:
             w = float8.round_matrix(_after(x, group[0]), bounds[0])
         # Sums of such numbers are too large for float16.
-        y = _dot(x, w, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+        y = xla.dot(x, w, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
         y = float8.scaled(y, largest, jnp.concatenate(bounds)).astype(dtype)
         results += _split_rows(y, group)
     return results
@@ -336,7 +257,7 @@ def _float8_rows(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[
 def _many_rows(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
     """`matmuls` without a kernel for the products."""
     if math.prod(x.shape[:-1]) == 1:
-        return [_one_row(computed(x), w, dtype) for w in weights]
+        return [xla.one_row(computed(x), w, dtype) for w in weights]
     results = []
     for group in _together(weights, x.dtype):
         x = computed(x)
@@ -345,7 +266,7 @@ def _many_rows(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Arr
             w = dense.dequantize(group, x.dtype, after=x, interpret=interpret)
         else:
             w = dequantize(_after(x, group[0]), x.dtype)
-        results += _split_rows(_dot(x, w, dtype), group)
+        results += _split_rows(xla.dot(x, w, dtype), group)
     return results
 
 
@@ -467,38 +388,6 @@ def _in_float8(x: Rows, w: Weight) -> bool:
 def _has_dense(w: Weight) -> bool:
     """Whether a kernel can dequantize a matrix."""
     return _arithmetic.get().kernels and isinstance(w, QTensor) and dense.supports(w)
-
-
-def _one_row(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
-    """`x @ w.T` for one row, without rounding: `[..., out]`."""
-    row = x.reshape(-1).astype(jnp.float32)
-    if isinstance(w, QTensor):
-        y = lax.platform_dependent(
-            row,
-            w,
-            cpu=partial(_row_product, sum_groups_first=True),
-            default=partial(_row_product, sum_groups_first=False),
-        )
-        return y.reshape(*x.shape[:-1], -1).astype(dtype)
-    if x.dtype == jnp.float32:
-        return _dot(x, w, dtype)
-    return lax.platform_dependent(x, w, cuda=_sum_of_products, default=_dot).astype(dtype)
-
-
-def _dot(x: Array, w: Array, dtype: jnp.dtype = jnp.float32) -> Array:
-    return lax.dot_general(
-        x,
-        w.astype(x.dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=_HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=dtype,
-    )
-
-
-def _sum_of_products(x: Array, w: Array) -> Array:
-    """One row, faster than the matrix unit."""
-    row = x.reshape(-1).astype(jnp.float32)
-    return jnp.sum(w.astype(jnp.float32) * row, axis=-1).reshape(*x.shape[:-1], -1)
 
 
 _WAYS = (
