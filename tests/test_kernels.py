@@ -191,6 +191,23 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("options", [{"split_mode": "none"}, {"devices": 2}])
+def test_single_tokens_of_a_mixture_with_kernels(recipe_gguf, monkeypatch, options):
+    path, texts = recipe_gguf("qwen3moe", Q8_0), fresh_rng().integers(0, 160, (4, 6)).tolist()
+
+    def logits(activations):
+        lm = jaxsplit.load(path, ctx_size=64, dtype="float32", activations=activations, **options)
+        return np.concatenate([lm.logits(text, one_by_one=True) for text in texts])
+
+    exact = logits("float")
+    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
+    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    # Of most tokens: an undecided router may choose another expert.
+    errors = [nmse(*of) for of in zip(logits("int8"), exact, strict=True)]
+    assert 1e-7 < np.median(errors) < 3e-3, errors
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("source", [SHAPES["9-3"], "qwen3moe"], ids=["dense", "mixture"])
 @pytest.mark.parametrize(
     ("count", "options"),

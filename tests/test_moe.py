@@ -17,7 +17,8 @@ from jaxsplit.engine.runner import compiler_options
 from jaxsplit.gguf import open_gguf
 from jaxsplit.gguf.architectures import model_config
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
-from jaxsplit.models.layers import meet
+from jaxsplit.models.layers import Norm, meet
+from jaxsplit.models.mixer_config import NormConfig
 from jaxsplit.models.routing import choose, choose_in_kernel
 from jaxsplit.parallel import make_partition
 from jaxsplit.plan.work import trace_decode
@@ -256,15 +257,19 @@ def test_experts_may_be_quantized(rng, kind):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("change", [{}, {"gated": False}, {"bias": True}])
-def test_kernels_multiply_with_chosen_experts(rng, change):
-    """The rounded activations differ a little, and nothing else does."""
+def test_kernels_multiply_with_chosen_experts(rng, change, rows):
+    """The rounded activations differ a little, and nothing else does. What they are divided by is
+    far from 1, and experts are chosen before it is known."""
     config = dataclasses.replace(BASE, expert=MLPConfig(64, **change))
     model = quantized_moe(rng, "Q8_0", config, 64)
-    x = jnp.asarray(rng.normal(size=(1, 1, 64)), jnp.float32)
-    exact = meet(model(x), x.dtype)
+    x = jnp.asarray(rng.normal(size=(rows, 1, 64)) * 4, jnp.float32)
+    norm = Norm(NormConfig(), 64)
+    norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 1, 64), jnp.float32))
+    exact = meet(model(norm(x)), x.dtype)
     with use_arithmetic(Arithmetic(rounded=True, kernels=True, launch=Launch(interpret=True))):
-        found = meet(model(x), x.dtype)
+        found = meet(model(norm.pending(x)), x.dtype)
     assert 1e-8 < nmse(found, exact) < 2e-3
 
 
