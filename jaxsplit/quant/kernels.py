@@ -7,7 +7,8 @@ scaled once for each group.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxsplit.quant import exchange
 from jaxsplit.quant.forms import QTensor, with_words
 from jaxsplit.quant.late import BLOCK
 from jaxsplit.quant.launch import share_out
-from jaxsplit.quant.rounding import Rounded
+from jaxsplit.quant.rounding import SLICE, Rounded, place_of
 
 MAX_ROWS = 2
 """More rows of activations are faster on the matrix unit."""
@@ -29,7 +30,6 @@ GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
 """What a `QTensor` has for groups of weights."""
 
 _Codes = dict[tuple[str, int], Array]
-_SLICE = 16  # bytes that a thread loads at once
 _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
 
 
@@ -38,7 +38,7 @@ def supports(w: QTensor) -> bool:
     form = w.form
     plain = form.table is None and form.decode_scale is None and form.scale_bits == 8
     sizes = [form.chunk * bits // 8 for bits in form.bits]  # of a chunk of each plane
-    whole = sizes[0] % _SLICE == 0 and all(size % 4 == 0 for size in sizes)
+    whole = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
     # Elements are counted in 32 bits.
     return plain and whole and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
 
@@ -160,13 +160,17 @@ class _Steps:
       groups: what `w` has for groups of weights.
       slices: for each of a unit, its first weight and its first byte in the first plane.
       parts: slices that share scales, which are added up before they are scaled.
+      blocks: the parts, by number, that share a scale of the activations.
+      lifted: by how many bits codes whose offset is half of them move to the front of their byte:
+        there an exchange of the first bit subtracts it. 0: codes have another offset, or none.
+      has_constant: whether sums of activations are multiplied too, with minima or the offset.
     """
 
     def __init__(self, w: QTensor, tiling: _Tiling):
         self.form, self.columns = w.form, w.shape[-1]
         pieces = 8 // self.form.bits[0]
         size = self.form.chunk // pieces  # bytes of a chunk in the first plane
-        unit_bytes = size if size <= _LONGEST_UNIT else _SLICE
+        unit_bytes = size if size <= _LONGEST_UNIT else SLICE
         self.per_chunk = size // unit_bytes
         self._all = self.columns // self.form.chunk * self.per_chunk  # units of a row
         self.units = min(tiling.bytes // unit_bytes, pl.next_power_of_2(self._all))
@@ -175,11 +179,16 @@ class _Steps:
         self.rounds = self._all // (self.units * self.depth)
         self.rest = range(self.rounds * self.depth, count)
         self.groups = {name: getattr(w, name) for name in GROUPS if getattr(w, name) is not None}
-        starts = range(0, unit_bytes, _SLICE)
+        starts = range(0, unit_bytes, SLICE)
         self.slices = [(p * size + b, b) for p in range(pieces) for b in starts]
-        shared = min(BLOCK, self.columns // w.scale.shape[-1]) if self.per_chunk == 1 else _SLICE
+        shared = min(BLOCK, self.columns // w.scale.shape[-1]) if self.per_chunk == 1 else SLICE
         parts = itertools.groupby(self.slices, lambda s: s[0] // shared)
         self.parts = [list(part) for _, part in parts]
+        blocks = itertools.groupby(range(len(self.parts)), lambda p: self.parts[p][0][0] // BLOCK)
+        self.blocks = [list(block) for _, block in blocks]
+        width, offset = sum(self.form.bits), self.form.offset
+        self.lifted = 8 - width if offset == 2 ** (width - 1) else 0
+        self.has_constant = "minimum" in self.groups or (offset != 0 and not self.lifted)
 
     def places(self, step: Array | int) -> tuple[Array, Array, Array | None]:
         """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
@@ -190,18 +199,18 @@ class _Steps:
     def first_slices(self, step: Array | int) -> Array:
         """Of a step's units, each the first."""
         chunk, of_chunk, _ = self.places(step)
-        return chunk * (self.form.chunk // _SLICE) + of_chunk
+        return chunk * (self.form.chunk // SLICE) + of_chunk
 
     def in_plane(self, bits: int, of_chunk: Array, weight: int) -> tuple[Array | int, Array | int]:
         """Where a slice is in a chunk of a plane: by how much its codes are shifted, and which 16
         bytes they are, or bytes where a piece has fewer; `of_chunk` is the unit's place."""
         plane_size = self.form.chunk * bits // 8
-        if plane_size < _SLICE:
-            at = (of_chunk * _SLICE)[:, None] + weight + 4 * jnp.arange(_SLICE // 4)
+        if plane_size < SLICE:
+            at = (of_chunk * SLICE)[:, None] + weight + 4 * jnp.arange(SLICE // 4)
             piece, place = split(at, plane_size)
         else:
-            at = weight // _SLICE if self.per_chunk == 1 else of_chunk + weight // _SLICE
-            piece, place = split(at, plane_size // _SLICE)
+            at = weight // SLICE if self.per_chunk == 1 else of_chunk + weight // SLICE
+            piece, place = split(at, plane_size // SLICE)
         return piece * bits, place
 
     def key_of_codes(
@@ -270,7 +279,7 @@ class _Rows:
         for (_, row), total, factor, outbox in zip(
             self.batch, totals, factors, outboxes, strict=True
         ):
-            y = jnp.sum(total, axis=1)
+            y = jnp.sum(total, axis=1) * 2.0**-steps.lifted
             if factor is not None:
                 y *= factor
             at, y = self.first + jnp.arange(self.height), y.astype(out_ref.dtype)
@@ -318,108 +327,123 @@ class _Rows:
                 plane_size = form.chunk * bits // 8
                 _, place = steps.in_plane(bits, of_chunk, slice_[0])
                 key = steps.key_of_codes(i, place, slice_)
-                if plane_size < _SLICE:
+                if plane_size < SLICE:
                     index = (chunk * (plane_size // 4))[:, None] + (place >> 2)
                 else:
-                    index = _words(chunk * (plane_size // _SLICE) + place)
+                    index = _words(chunk * (plane_size // SLICE) + place)
                 if key not in found:
                     found[key] = self._load(ref, self.row, index, inside)
         return found
 
     def _read_groups(self, step: Array | int) -> dict[str, list[Array]]:
         """What a step's groups have, for each part."""
+        starts = [part[0][0] for part in self.steps.parts]
+        groups = self.steps.groups.items()
+        return {name: self._read_of(ref, self.row, step, starts) for name, ref in groups}
+
+    def _read_scales(self, step: Array | int) -> list[tuple[list[Array], list[Array]]]:
+        """Of the activations of a step: for each row, the scales of blocks, and sums of parts if
+        weights have a constant."""
+        steps, x = self.steps, self.x
+        starts = [part[0][0] for part in steps.parts]
+        of_blocks = [starts[block[0]] for block in steps.blocks]
+        # A part is half a block or a whole one.
+        sums = x.sums if len(steps.parts[0]) * SLICE == BLOCK else x.half_sums
+
+        def of_row(m: Array) -> tuple[list[Array], list[Array]]:
+            row = jnp.broadcast_to(m, self.row.shape)
+            scales = self._read_of(x.scale, row, step, of_blocks)
+            return scales, self._read_of(sums, row, step, starts) if steps.has_constant else []
+
+        return [of_row(m) for m, _ in self.batch]
+
+    def _read_of(
+        self, ref: jax.Ref, row: Array, step: Array | int, starts: Sequence[int]
+    ) -> list[Array]:
+        """Of a step's units, what a group of weights has, `[height, units]`: of those that begin
+        with these."""
         steps = self.steps
         chunk, _, inside = steps.places(step)
-        first = steps.first_slices(step) * _SLICE
-
-        def of_parts(ref: jax.Ref) -> list[Array]:
-            length = steps.columns // ref.shape[-1]
-            if steps.per_chunk > 1:
-                at = [split(first + part[0][0], length)[0] for part in steps.parts]
-                return [self._load(ref, self.row, index, inside) for index in at]
-            if length >= steps.form.chunk:
-                whole = self._load(ref, self.row, split(first, length)[0], inside)
-                return [whole] * len(steps.parts)
-            # Those of a unit are neighbours, which are read at once.
-            group = jnp.arange(steps.form.chunk // length)
-            found = self._load(ref, self.row, (chunk * group.size)[:, None] + group, inside)
-            zero = jnp.zeros((), found.dtype)
-            chosen = [jnp.where(group == p[0][0] // length, found, zero) for p in steps.parts]
-            return [jnp.sum(one, axis=-1, dtype=found.dtype) for one in chosen]
-
-        return {name: of_parts(ref) for name, ref in steps.groups.items()}
-
-    def _read_scales(self, step: Array | int) -> list[list[tuple[Array, Array | None]]]:
-        """Of the activations of a step: for each part and row a scale and perhaps a sum."""
-        steps, x = self.steps, self.x
-        inside, first = steps.places(step)[2], steps.first_slices(step)
-        has_constant = bool(steps.form.offset) or "minimum" in steps.groups
-
-        def of_part(m: Array, part: list[tuple[int, int]]) -> tuple[Array, Array | None]:
-            weight = first * _SLICE + part[0][0]
-            scale = self._load(x.scale, m, split(weight, BLOCK)[0], inside)
-            if not has_constant:
-                return scale, None
-            sums, size = (x.sums, BLOCK) if len(part) == 2 else (x.half_sums, _SLICE)
-            return scale, self._load(sums, m, split(weight, size)[0], inside)
-
-        return [[of_part(m, part) for m, _ in self.batch] for part in steps.parts]
+        first = steps.first_slices(step) * SLICE
+        length = steps.columns // ref.shape[-1]
+        if steps.per_chunk > 1:
+            at = [split(first + start, length)[0] for start in starts]
+            return [self._load(ref, row, index, inside) for index in at]
+        if length >= steps.form.chunk:
+            return [self._load(ref, row, split(first, length)[0], inside)] * len(starts)
+        # Those of a unit are neighbours, which are read at once.
+        group = jnp.arange(steps.form.chunk // length)
+        found = self._load(ref, row, (chunk * group.size)[:, None] + group, inside)
+        chosen = [jnp.where(group == start // length, found, 0) for start in starts]
+        return [jnp.sum(one, axis=-1, dtype=found.dtype) for one in chosen]
 
     def _step(
         self,
         step: Array | int,
         codes: _Codes,
         groups: dict[str, list[Array]],
-        x_scales: list[list[tuple[Array, Array | None]]],
+        x_scales: list[tuple[list[Array], list[Array]]],
         totals: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         """`totals` with the products of a step."""
         steps = self.steps
-        fma = partial(_fma, interpret=self.interpret)
-        dot4 = partial(_dot4, signed=steps.form.bits == (8,), interpret=self.interpret)
         _, of_chunk, inside = steps.places(step)
         first = steps.first_slices(step)
-        for p, (part, of_rows) in enumerate(zip(steps.parts, x_scales, strict=True)):
-            entry = {name: values[p].astype(jnp.float32) for name, values in groups.items()}
-            scale, constant = entry["scale"] * entry.get("super_scale", 1), None
-            if "minimum" in entry:
-                constant = entry["minimum"] * entry.get("super_minimum", 1)
-            elif steps.form.offset:
-                constant = -steps.form.offset * scale
-            # Scales that are integers multiply integers, unless the offset needs them too.
-            exact = "super_scale" in entry and not steps.form.offset
-            outer = entry["super_scale"] if exact else scale
-            of_part = [self._codes(slice_, of_chunk, codes) for slice_ in part]
-            added = []
-            for (m, _), (x_scale, of_block), total in zip(self.batch, of_rows, totals, strict=True):
-                dots = jnp.zeros((self.height, steps.units, _SLICE // 4), jnp.int32)
-                for slice_, word in zip(part, of_part, strict=True):
-                    at = _words(first + slice_[0] // _SLICE)
-                    row = jnp.broadcast_to(m, self.row.shape)
-                    dots = dot4(word, self._load(self.x.words, row, at, inside), dots)
-                dots = jnp.sum(dots, axis=-1)
-                if exact:  # less than 2^24, which float32 holds exactly
-                    dots *= groups["scale"][p].astype(jnp.int32)
-                total = fma(dots.astype(jnp.float32), x_scale * outer, total)
-                if constant is not None:
-                    total = fma(jnp.broadcast_to(of_block, total.shape), constant, total)
-                added.append(total)
-            totals = tuple(added)
-        return totals
+        signed = steps.form.bits == (8,) or steps.lifted > 0
+        dot4 = partial(_dot4, signed=signed, interpret=self.interpret)
+        words = [[self._codes(s, of_chunk, codes) for s in part] for part in steps.parts]
+        # Scales that are integers multiply integers.
+        kind = jnp.int32 if "super_scale" in groups else jnp.float32
+        factors = [scale.astype(kind) for scale in groups["scale"]]
+        constants = groups.get("minimum", [])
+        if steps.has_constant and not constants:
+            constants = [-steps.form.offset * factor for factor in factors]
+
+        def dots(m: Array, part: int) -> Array:
+            total = jnp.zeros((self.height, steps.units, SLICE // 4), jnp.int32)
+            for (weight, _), word in zip(steps.parts[part], words[part], strict=True):
+                at = _words(place_of(first + weight // SLICE))
+                x = self._load(self.x.words, jnp.broadcast_to(m, self.row.shape), at, inside)
+                total = dot4(word, x, total)
+            return jnp.sum(total, axis=-1)
+
+        def with_row(m: Array, scales: list[Array], sums: list[Array], total: Array) -> Array:
+            scaled = [dots(m, part).astype(kind) * factor for part, factor in enumerate(factors)]
+            blocks = [reduce(add, (scaled[part] for part in block)) for block in steps.blocks]
+            total = self._add(total, blocks, scales, groups.get("super_scale"))
+            if not constants:
+                return total
+            outer = groups.get("super_minimum", groups.get("super_scale"))
+            return self._add(total, constants, sums, outer)
+
+        rows = zip(self.batch, x_scales, totals, strict=True)
+        return tuple(with_row(m, *of_x, total) for (m, _), of_x, total in rows)
+
+    def _add(
+        self, total: Array, some: list[Array], others: list[Array], shared: list[Array] | None
+    ) -> Array:
+        """`total` and the products of some and others, each of them times what they share."""
+        fma = partial(_fma, interpret=self.interpret)
+        y = total if shared is None else jnp.zeros_like(total)
+        for a, b in zip(some, others, strict=True):
+            y = fma(a.astype(jnp.float32), jnp.broadcast_to(b, total.shape), y)
+        return y if shared is None else fma(y, shared[0].astype(jnp.float32), total)
 
     def _codes(self, slice_: tuple[int, int], of_chunk: Array, found: _Codes) -> Array:
-        """Words of codes of a slice, `[height, units, 4]`."""
-        word, shift = None, 0
+        """Words of codes of a slice, `[height, units, 4]`: signed bytes where they are lifted."""
+        word, shift = jnp.uint32(0), self.steps.lifted
         for i, bits in enumerate(self.steps.form.bits):
             right, place = self.steps.in_plane(bits, of_chunk, slice_[0])
             part = found[self.steps.key_of_codes(i, place, slice_)]
+            if self.steps.lifted and i == len(self.steps.form.bits) - 1:
+                part ^= jnp.uint32(0xFFFFFFFF // (2**bits - 1) << (bits - 1))
             if bits < 8:
                 if not isinstance(right, int):
                     right = right.astype(jnp.uint32)
                     right = right if right.ndim == 2 else right[:, None]
                 mask = jnp.uint32(0x01010101 * (2**bits - 1))
                 part = (part >> jnp.asarray(right, jnp.uint32)) & mask
-            word = part if word is None else word | (part << jnp.uint32(shift))
+            word ^= part << jnp.uint32(shift)
             shift += bits
         return word
 
@@ -427,7 +451,7 @@ class _Rows:
 def _words(slice_: Array) -> Array:
     """Indices `[units, 4]` of the words of 16 bytes, as a product that tells the compiler of their
     alignment."""
-    return (slice_ * (_SLICE // 4))[:, None] + jnp.arange(_SLICE // 4)
+    return (slice_ * (SLICE // 4))[:, None] + jnp.arange(SLICE // 4)
 
 
 def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:

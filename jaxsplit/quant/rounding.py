@@ -5,10 +5,26 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.quant.late import BLOCK, RootMeanSquare, like
+
+SLICE = 16
+"""Values whose codes a thread reads at once."""
+
+_GROUP = 8  # slices, as many as the banks of a GPU's cache hold side by side
+
+
+def place_of(slice_: Array) -> Array:
+    """Where a slice of a row lies; the place of that place is the slice.
+
+    Neighbouring threads read slices that are 1, 2, 4 or 8 apart. Eight of these would lie in one
+    or a few of the banks and be read one after another; as they lie, they are in all of them.
+    """
+    return slice_ ^ ((slice_ >> 3) & (_GROUP - 1))
 
 
 @jax.tree_util.register_dataclass
@@ -17,7 +33,8 @@ class Rounded:
     """Activations in 8 bits.
 
     Attributes:
-      words: four neighbouring codes each, uint32 `[rows, in / 4]`.
+      words: four neighbouring codes each, uint32 `[rows, in / 4]`, in the order of `place_of`; rows
+        are filled up to whole groups of it.
       scale: float32 `[rows, in / 32]`.
       sums: of 32 values each, likewise.
       half_sums: of 16 values each, `[rows, in / 16]`.
@@ -32,9 +49,10 @@ class Rounded:
 
     def dequantized(self) -> Array:
         """float32 `[rows, in]`."""
-        codes = lax.bitcast_convert_type(self.words, jnp.int8)
-        blocks = codes.reshape(*self.scale.shape, BLOCK).astype(jnp.float32)
-        x = (blocks * self.scale[..., None]).reshape(len(self.scale), -1)
+        rows, blocks = self.scale.shape
+        slices = self.words.reshape(rows, -1, SLICE // 4)[:, place_of(np.arange(2 * blocks))]
+        codes = lax.bitcast_convert_type(slices, jnp.int8).reshape(rows, blocks, BLOCK)
+        x = (codes.astype(jnp.float32) * self.scale[..., None]).reshape(rows, -1)
         return x if self.mean is None else x * self.mean.inverse[:, None]
 
 
@@ -45,7 +63,7 @@ class Rounding:
     def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
         """Of words, scales, sums and those of halves."""
         blocks = columns // BLOCK
-        words = jax.ShapeDtypeStruct((rows, columns // 4), jnp.uint32)
+        words = jax.ShapeDtypeStruct((rows, _filled(columns) // 4), jnp.uint32)
         return [
             words,
             *(jax.ShapeDtypeStruct((rows, n), jnp.float32) for n in (blocks, blocks, 2 * blocks)),
@@ -56,7 +74,7 @@ class Rounding:
     ) -> None:
         """Rounds blocks: see `Reader`. What divides all of a row does not change the codes."""
         half = block[..., None] * 2 + jnp.arange(2)
-        word = half[..., None] * (BLOCK // 8) + jnp.arange(BLOCK // 8)
+        word = place_of(half)[..., None] * (SLICE // 4) + jnp.arange(SLICE // 4)
         words, *results = _round_block(x)
         results = [lax.bitcast_convert_type(words, jnp.uint32), *results]
         for ref, at, y in zip(refs, (word, block, block, half), results, strict=True):
@@ -81,8 +99,15 @@ def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
 
 def round_rows(x: Array) -> Rounded:
     """Rounds `[rows, in]`."""
-    rows = len(x)
-    blocks = x.astype(jnp.float32).reshape(rows, -1, 2, BLOCK // 8, 4)
+    rows, columns = x.shape
+    blocks = x.astype(jnp.float32).reshape(rows, -1, 2, SLICE // 4, 4)
     words, scale, sums, half_sums = _round_block(blocks)
-    words = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, -1)
+    words = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, -1, SLICE // 4)
+    words = jnp.pad(words, ((0, 0), (0, (_filled(columns) - columns) // SLICE), (0, 0)))
+    words = words[:, place_of(np.arange(words.shape[1]))].reshape(rows, -1)
     return Rounded(words, scale, sums, half_sums.reshape(rows, -1))
+
+
+def _filled(columns: int) -> int:
+    """Values of a row with those that fill the last group of `place_of`."""
+    return pl.cdiv(columns, _GROUP * SLICE) * _GROUP * SLICE
