@@ -73,12 +73,17 @@ class Rounding:
         self, refs: Sequence[jax.Ref], row: Array, block: Array, inside: Array, x: Array
     ) -> None:
         """Rounds blocks: see `Reader`. What divides all of a row does not change the codes."""
+        words, *of_blocks = _round_block(x)
+        words = lax.bitcast_convert_type(words, jnp.uint32)
         half = block[..., None] * 2 + jnp.arange(2)
         word = place_of(half)[..., None] * (SLICE // 4) + jnp.arange(SLICE // 4)
-        words, *results = _round_block(x)
-        results = [lax.bitcast_convert_type(words, jnp.uint32), *results]
-        for ref, at, y in zip(refs, (word, block, block, half), results, strict=True):
-            plgpu.store(ref.at[row, at], y, mask=like(inside, at.shape))
+        inside = like(inside, word.shape)
+        # The threads of all words store what they share, and none of them has to hand it to those
+        # that would store neighbours, which takes barriers; so the compiler must not see neighbours.
+        places = word, half >> 1, half >> 1, half
+        for ref, at, y in zip(refs, places, (words, *of_blocks), strict=True):
+            at, y = like(at, word.shape), like(y, word.shape)
+            plgpu.store(ref.at[row, at], y, mask=inside)
 
     def of(self, stored: Sequence[Array], mean: RootMeanSquare | None) -> Rounded:
         """Of these shapes."""
