@@ -78,8 +78,8 @@ class Rounding:
         half = block[..., None] * 2 + jnp.arange(2)
         word = place_of(half)[..., None] * (SLICE // 4) + jnp.arange(SLICE // 4)
         inside = like(inside, word.shape)
-        # The threads of all words store what they share, and none of them has to hand it to those
-        # that would store neighbours, which takes barriers; so the compiler must not see neighbours.
+        # Threads store what their words share, all of them, where they have it. Where the compiler
+        # sees that blocks are neighbours, it hands them to other threads first, with barriers.
         places = word, half >> 1, half >> 1, half
         for ref, at, y in zip(refs, places, (words, *of_blocks), strict=True):
             at, y = like(at, word.shape), like(y, word.shape)
