@@ -158,8 +158,9 @@ def decode_step(
 
     Arguments are those of `decode_layers` and `choose`.
     """
-    cache, x = decode_layers(model, cache, x, feed(state))
-    return cache, choose(model.logits(x[:, 0]), state, ends, values, plan, vocab, context)
+    fed = feed(state)
+    logits, cache = model(fed[:, :1] if x is None else x, fed[:, 1:], cache)
+    return cache, choose(logits[:, 0], state, ends, values, plan, vocab, context)
 
 
 def decode_loop(

@@ -212,7 +212,7 @@ class Decoder(nnx.Module):
         """Logits of every position.
 
         Args:
-          tokens: int32 `[batch, time]`.
+          tokens: int32 `[batch, time]`; of a part, as `hidden` takes them.
           positions: int32 `[batch, time]`, consecutive, negative for padding, which comes last;
             None counts from 0.
           cache: what earlier tokens left, from `init_cache`; None: there are none.
@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
         Returns:
           float32 logits `[batch, time, vocab]` and the cache with these tokens added.
         """
-        x, cache = self.hidden(tokens, positions, cache, slots)
+        x, cache = self._hidden(tokens, positions, cache, slots)
         return self.logits(x), cache
 
     def hidden(
@@ -240,6 +240,17 @@ class Decoder(nnx.Module):
         Returns:
           `[batch, time, width]` and the cache; the width is `ModelConfig.stream_width`.
         """
+        x, cache = self._hidden(inputs, positions, cache, slots)
+        return computed(x), cache
+
+    def _hidden(
+        self,
+        inputs: Array,
+        positions: Array | None,
+        cache: Cache | None,
+        slots: Array | None,
+    ) -> tuple[Array | Sum, Cache | None]:
+        """`hidden`, which what reads it may have to add up yet."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = {name: factor.get_value() for name, factor in self.rope_factors.items()}
@@ -256,12 +267,11 @@ class Decoder(nnx.Module):
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
-        x = computed(x)
         if layer_inputs is not None:
-            x = jnp.concatenate([x, layer_inputs], axis=-1)
+            x = jnp.concatenate([computed(x), layer_inputs], axis=-1)
         return x, None if cache is None else caches
 
-    def logits(self, x: Array) -> Array:
+    def logits(self, x: Array | Sum) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]`; on a mesh, of this device's rows."""
         c, x = self.config, self.norm.pending(x)
         if self.head is None:
