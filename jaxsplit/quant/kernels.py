@@ -134,7 +134,7 @@ def _kernel(
 
     def some_rows(w: QTensor, tiling: _Tiling, out_ref: jax.Ref, program: Array) -> None:
         row = program * tiling.height
-        _Rows(x, w, experts, peers, row, pair, tiling, interpret).multiply(out_ref)
+        _Rows(x, w, experts, row, pair, tiling, interpret).multiply(out_ref, peers)
 
     tasks = [partial(some_rows, *task) for task in zip(weights, tilings, outs, strict=True)]
     share_out(pl.program_id(1), list(zip(programs, tasks, strict=True)))
@@ -226,7 +226,7 @@ class _Rows:
     Args:
       x: activations.
       w: the matrix, or a stack.
-      experts, peers: as in `products`.
+      experts: as in `products`.
       first: of the rows.
       pair: of activations and expert.
       tiling: of the work.
@@ -238,13 +238,12 @@ class _Rows:
         x: Rounded,
         w: QTensor,
         experts: jax.Ref | None,
-        peers: exchange.Peers | None,
         first: Array,
         pair: Array,
         tiling: _Tiling,
         interpret: bool,
     ):
-        self.x, self.w, self.peers, self.interpret = x, w, peers, interpret
+        self.x, self.w, self.interpret = x, w, interpret
         self.steps, self.height, self.out = _Steps(w, tiling), tiling.height, w.shape[-2]
         self.first = first
         self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
@@ -256,22 +255,29 @@ class _Rows:
             self.stack = (experts[pair],)
             self.batch = [(pair // (experts.shape[0] // rows), pair)]
 
-    def multiply(self, out_ref: jax.Ref) -> None:
+    def multiply(self, out_ref: jax.Ref, peers: exchange.Peers | None) -> None:
         """All steps; results are stored, and sent to peers."""
-        steps, mean, totals = self.steps, self.x.mean, None
+        steps = self.steps
+        outboxes: list[exchange.Outbox | None] = [None] * len(self.batch)
+        if peers is not None and not self.interpret:
+            outboxes = [exchange.outbox(peers, m * self.out + self.row) for m, _ in self.batch]
+        zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in outboxes]
+        shape = (self.height, steps.units)
+        totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
+        mean = self.x.mean
         factors = [None if mean is None else mean.inverse_of(m) for m, _ in self.batch]
 
-        def one_round(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        def one_round(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             return self._together([i * steps.depth + d for d in range(steps.depth)], totals)
 
         if steps.rounds == 1:
-            totals = self._together(range(steps.depth), None)
+            totals = one_round(0, totals)
         elif steps.rounds:
-            totals = lax.fori_loop(0, steps.rounds, one_round, self._begin())
+            totals = lax.fori_loop(0, steps.rounds, one_round, totals)
         if steps.rest:
             totals = self._together(steps.rest, totals)
         for (_, row), total, factor, outbox in zip(
-            self.batch, totals, factors, self.outboxes, strict=True
+            self.batch, totals, factors, outboxes, strict=True
         ):
             y = jnp.sum(total, axis=1) * 2.0**-steps.lifted
             if factor is not None:
@@ -279,20 +285,10 @@ class _Rows:
             at, y = self.first + jnp.arange(self.height), y.astype(out_ref.dtype)
             exchange.store(out_ref, at, y, at < self.out, outbox, row)
 
-    def _begin(self) -> tuple[Array, ...]:
-        """Zeros; and reads what is needed to send results."""
-        shape = self.height, self.steps.units
-        if self.peers is None or self.interpret:
-            self.outboxes = [None] * len(self.batch)
-            return tuple(jnp.zeros(shape, jnp.float32) for _ in self.batch)
-        places = [m * self.out + self.row for m, _ in self.batch]
-        self.outboxes = [exchange.outbox(self.peers, place) for place in places]
-        return tuple(jnp.broadcast_to(outbox.zero[:, None], shape) for outbox in self.outboxes)
-
     def _together(
-        self, which: Sequence[Array | int], totals: tuple[Array, ...] | None
+        self, which: Sequence[Array | int], totals: tuple[Array, ...]
     ) -> tuple[Array, ...]:
-        """`totals`, or the first, with the products of some steps, which are read at once."""
+        """`totals` with the products of some steps, which are read at once."""
         # What is most is asked for first. Without barriers, the compiler moves loads down to where
         # they are used and what is computed up between them: one wait after another. Words of
         # activations, which all multiplications need, are read behind it.
@@ -301,10 +297,6 @@ class _Rows:
         groups = [self._read_groups(step) for step in which]
         scales = [self._read_scales(step) for step in which]
         self._keep_in_order()
-        if totals is None:
-            totals = self._begin()
-            if any(self.outboxes):
-                self._keep_in_order()
         for step in zip(which, codes, groups, scales, strict=True):
             totals = self._step(*step, totals)
         return totals
