@@ -68,6 +68,15 @@ def test_rounding_is_that_of_ggml(rng):
     assert (error <= 0.5001 * scale[..., None]).all()
 
 
+@pytest.mark.parametrize("apart", [1, 2, 4, 8])
+def test_slices_that_threads_read_at_once_lie_in_all_banks(rng, apart):
+    first = 8 * apart * rng.integers(0, 1000) + rng.integers(0, apart)
+    slices = first + apart * np.arange(8)
+    places = rounding.place_of(slices)
+    assert sorted(places % 8) == list(range(8))
+    assert np.array_equal(rounding.place_of(places), slices)
+
+
 def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
     stream, *addends = rng.normal(size=(4, 3, 1, 96)).astype(np.float32)
     total = Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(addends))
@@ -76,7 +85,9 @@ def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
     rounded = pending.prepared(Rounding(), Launch(interpret=True))
     assert nmse(total.array, expected) <= 2e-5
     exact = rounding.round_rows(total.array[:, 0])
-    assert np.array_equal(rounded.words, exact.words)
+    there = rounding.place_of(np.arange(96 // rounding.SLICE))
+    words = [np.reshape(x.words, (3, -1, rounding.SLICE // 4))[:, there] for x in (rounded, exact)]
+    assert np.array_equal(*words)
 
 
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
