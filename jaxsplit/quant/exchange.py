@@ -158,7 +158,7 @@ def add_up(
         first, *others = lax.all_gather(x, peers.axes)
         return sum(others, first)
     operands = _begin(x, peers, program, place, sent=sent)
-    y = packed(_received(range(peers.count), side_by_side=not sent), *operands)
+    y = packed(_received(range(peers.count), apart=not sent), *operands)
     return lax.bitcast_convert_type(y, x.dtype)
 
 
@@ -168,7 +168,7 @@ def _all(x: Array, peers: Peers, program: Array, place: Array, interpret: bool) 
         return list(lax.all_gather(x, peers.axes))
     operands = _begin(x, peers, program, place)
     devices = range(peers.count)
-    parts = [packed(_received([device], side_by_side=True), *operands) for device in devices]
+    parts = [packed(_received([device], apart=True), *operands) for device in devices]
     return [lax.bitcast_convert_type(part, x.dtype) for part in parts]
 
 
@@ -338,15 +338,15 @@ SEND = (  # unless the address is 0
 )
 
 
-def _received(senders: Sequence[int], side_by_side: bool) -> list[str]:
+def _received(senders: Sequence[int], apart: bool) -> list[str]:
     """Looks until the numbers of some devices are there, all at once, and adds them up.
 
     Args:
       senders: the devices.
-      side_by_side: the numbers of a thread lie where `side_by_side` puts them, or else next to one
-        another: then half as many loads do, which the compiler does not put off.
+      apart: the numbers of a thread lie where `side_by_side` puts them, not next to one another,
+        where half as many loads do.
     """
-    if side_by_side:
+    if apart:
         lines = [f"ld.relaxed.sys.global.b64 r{s}_#, [a#+{s * _STRIDE}];" for s in senders]
     else:
         lines = [
@@ -354,7 +354,7 @@ def _received(senders: Sequence[int], side_by_side: bool) -> list[str]:
             for s in senders
             for k in range(0, _PACK, 2)
         ]
-    # The last first, and by itself: the compiler would read some, look at them, and then read more.
+    # The last by itself, and first: else the compiler reads some, looks at them, and reads more.
     for sender in reversed(senders):
         lines += [
             f"mov.b64 {{s{sender}_#, v#}}, r{sender}_#;",
@@ -366,7 +366,7 @@ def _received(senders: Sequence[int], side_by_side: bool) -> list[str]:
     first, *others = senders
     return [
         ".reg .pred own;",
-        *([] if side_by_side else _neighbours(8)),
+        *([] if apart else _NEIGHBOURS),
         *[f".reg .b32 s{sender}_#;\n.reg .b64 r{sender}_#;" for sender in senders],
         *until_found(lines),
         f"mov.b32 %z, s{first}_#;",
@@ -374,15 +374,13 @@ def _received(senders: Sequence[int], side_by_side: bool) -> list[str]:
     ]
 
 
-def _neighbours(size: int) -> list[str]:
-    """Makes sure that the numbers of a thread, of so many bytes, lie next to one another."""
-    return [
-        ".reg .b64 apart;\n.reg .pred wrong;",
-        f"sub.u64 apart, a{_PACK - 1}, a0;",
-        f"setp.ne.u64 wrong, apart, {size * (_PACK - 1)};",
-        "@wrong trap;",
-    ]
-
+# Makes sure that the numbers of a thread, of 8 bytes with their counts, lie next to one another.
+_NEIGHBOURS = (
+    ".reg .b64 apart;\n.reg .pred wrong;",
+    f"sub.u64 apart, a{_PACK - 1}, a0;",
+    f"setp.ne.u64 wrong, apart, {8 * (_PACK - 1)};",
+    "@wrong trap;",
+)
 
 _AGAIN = ("vote.sync.any.pred late, late, 0xffffffff;", "@late bra again;")
 

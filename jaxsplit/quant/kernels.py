@@ -392,7 +392,7 @@ class _Rows:
         signed = steps.form.bits == (8,) or steps.lifted > 0
         dot4 = partial(_dot4, signed=signed, interpret=self.interpret)
         words = [[self._codes(s, of_chunk, codes) for s in part] for part in steps.parts]
-        # Scales that are integers multiply integers.
+        # Scales that are integers multiply integers, whose sums stay below 2^31.
         kind = jnp.int32 if "super_scale" in groups else jnp.float32
         factors = [scale.astype(kind) for scale in groups["scale"]]
         constants = groups.get("minimum", [])
@@ -435,7 +435,7 @@ class _Rows:
         for i, bits in enumerate(self.steps.form.bits):
             right, place = self.steps.in_plane(bits, of_chunk, slice_[0])
             part = found[self.steps.key_of_codes(i, place, slice_)]
-            if self.steps.lifted and i == len(self.steps.form.bits) - 1:
+            if self.steps.lifted and i == len(self.steps.form.bits) - 1:  # the first bit of each
                 part ^= jnp.uint32(0xFFFFFFFF // (2**bits - 1) << (bits - 1))
             if bits < 8:
                 if not isinstance(right, int):
