@@ -13,6 +13,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 from tiny import fresh_rng
 
 import jaxsplit
+from jaxsplit.engine import Engine
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.quant import (
     TYPES,
@@ -106,15 +107,15 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     assert 1e-7 < nmse(rounded.dequantized(), exact.reshape(6, -1)) < 1e-4
 
 
-# Rows of one step, of some that are read at once, of many; some end inside a step, and matrices
-# inside a program.
+# Rows of one step, of some that are read at once, of many; some end inside a step or inside a group
+# of slices, and matrices inside a program.
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("names", "rows", "columns"),
     [
         *((["Q8_0"], 1, 1536), (["Q4_0"], 1, 2816), (["Q5_1"], 1, 1536), (["Q3_K"], 1, 1536)),
         *((["Q4_K"], 1, 4352), (["Q4_K"], 3, 512), (["Q5_K"], 1, 2816), (["TQ2_0"], 1, 1536)),
-        *((["Q6_K"], 1, 4608), (["Q6_K", "Q4_K", "Q8_0"], 3, 512)),
+        *((["Q6_K"], 1, 4608), (["Q6_K", "Q4_K", "Q8_0"], 3, 512), (["Q5_0"], 2, 1376)),
         *((["Q4_K"], 1, 9472), (["Q8_0"], 2, 5120), (["Q6_K"], 1, 10240), (["Q4_K"], 1, 8192)),
     ],
 )
@@ -187,18 +188,28 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
     path, texts = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, (3, 5)).tolist()
     options |= {"dtype": "float32", "ctx_size": 64, "activations": "int8"}
 
-    def logits() -> np.ndarray:
+    def run() -> tuple[np.ndarray, list[list[int]]]:
+        """Logits token by token, and what greedy steps choose after each text."""
         lm = jaxsplit.load(path, **options)
-        return np.concatenate([lm.logits(text, one_by_one=True) for text in texts])
+        logits = np.concatenate([lm.logits(text, one_by_one=True) for text in texts])
+        return logits, [chosen(lm.engine, text) for text in texts]
 
-    plain = logits()
+    def chosen(engine: Engine, text: list[int]) -> list[int]:
+        engine.start(text, jaxsplit.SamplingConfig(temperature=0.0))
+        for _ in range(3):
+            engine.step()
+        return engine.read(engine.tokens())[0].tolist()
+
+    plain, plain_choice = run()
     arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
     monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
-    errors = [nmse(*of_token) for of_token in zip(logits(), plain, strict=True)]
+    logits, choice = run()
+    errors = [nmse(*of_token) for of_token in zip(logits, plain, strict=True)]
     # Where the last bits of sums differ, an activation may be rounded to the other side: that is
     # seen in this token and, a little, in those after it, but not in other texts.
     assert np.median(errors) <= 1e-5, errors
     assert max(errors) <= 1e-3, errors
+    assert sum(map(list.__eq__, choice, plain_choice)) >= 2, (choice, plain_choice)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -386,8 +386,8 @@ _AGAIN = ("vote.sync.any.pred late, late, 0xffffffff;", "@late bra again;")
 
 
 def until_found(lines: Sequence[str]) -> list[str]:
-    """Instructions, run again by the threads of a warp until none of these has found that a number
-    is `late`."""
+    """Instructions, run again by all threads of a warp, which come here together, until none of
+    them has found that a number is `late`."""
     return [
         ".reg .pred late, never;",
         ".reg .b32 looks;",
