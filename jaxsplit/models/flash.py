@@ -28,6 +28,7 @@ from jaxsplit.models.online_softmax import (
     more_keys,
     padded,
     parts_of,
+    read,
     scores_of,
     wide,
 )
@@ -253,7 +254,7 @@ def _kernel(
         place = start + i * tiling.keys + jnp.arange(tiling.keys)
         at = slot, head, place
         if whole:
-            return more_keys(carry, qs, memory, at, None, None, score, launch)
+            return more_keys(carry, qs, read(memory, at, None), None, score, launch)
         exists = place < stop
         key_position = place
         if not places_are_positions:
@@ -262,7 +263,7 @@ def _kernel(
         seen = (distance >= 0) & (exists & (key_position >= 0))[None]
         if config.window is not None:
             seen &= distance < config.window
-        return more_keys(carry, qs, memory, at, exists, seen, score, launch)
+        return more_keys(carry, qs, read(memory, at, exists), seen, score, launch)
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
     out_shape = (tiling.rows, padded(value_dim, parts))

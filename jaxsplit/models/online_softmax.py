@@ -119,39 +119,28 @@ def scores_of(products: Array, config: AttentionConfig, scale: float) -> Array:
     return config.softcap * LOG2_E * jnp.tanh(products * (scale / config.softcap))
 
 
-def more_keys(
-    sums: Sums,
-    queries: list[Array],
-    memory: AttentionCache,
-    at: tuple[Array, Array, Array],
-    exists: Array | None,
-    seen: Array | None,
-    score: Callable[[Array], Array],
-    launch: Launch,
-) -> Sums:
-    """Some more keys, in a kernel.
+def read(
+    memory: AttentionCache, at: tuple[Array, Array, Array], exists: Array | None
+) -> AttentionCache:
+    """Keys, values and their scales in some places, as they are kept, in a kernel.
 
     Args:
-      sums: of the keys before.
-      queries: `[rows, columns]` for each part.
       memory: of references, perhaps `in_pairs`.
       at: slot, head and places `[keys]`.
       exists: bool `[keys]`: the places that are read; None: all.
-      seen: bool `[rows, keys]` or `[1, keys]`; None: all.
-      score: of products.
-      launch: of the kernel.
+
+    Returns:
+      keys and values `[keys, columns]`, scales `[keys]`.
     """
-    largest, total, values = sums
     slot, head, place = at
-    dtype, parts = queries[0].dtype, len(queries)
+    parts = parts_of(memory)
 
     def load(ref: jax.Ref, index: tuple, mask: Array | None) -> Array:
         if mask is None:
             return plgpu.load(ref.at[index])
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def tiles_of(ref: jax.Ref) -> list[Array]:
-        """`[keys, columns]` for each part."""
+    def tile_of(ref: jax.Ref) -> Array:
         width = ref.shape[-1]
         shape = (len(place), padded(width * parts, parts) // parts)
         column, mask = wide(jnp.arange(shape[1]), shape, 1), None
@@ -159,33 +148,68 @@ def more_keys(
             mask = column < width
             if exists is not None:
                 mask &= wide(exists, shape, 0)
-        x = load(ref, (slot, head, wide(place, shape, 0), column), mask)
-        return [x.astype(dtype)] if parts == 1 else unpaired(x, dtype, launch)
+        return load(ref, (slot, head, wide(place, shape, 0), column), mask)
 
-    def scale_of(ref: jax.Ref) -> Array:
-        return load(ref, (slot, head, place), exists)[None]
+    def scale_of(ref: jax.Ref | None) -> Array | None:
+        return None if ref is None else load(ref, (slot, head, place), exists)
+
+    return AttentionCache(
+        tile_of(memory.keys),
+        tile_of(memory.values),
+        scale_of(memory.key_scale),
+        scale_of(memory.value_scale),
+    )
+
+
+def more_keys(
+    sums: Sums | None,
+    queries: list[Array],
+    some: AttentionCache,
+    seen: Array | None,
+    score: Callable[[Array], Array],
+    launch: Launch,
+) -> Sums:
+    """Some more keys, in a kernel.
+
+    Args:
+      sums: of the keys before; None: there are none.
+      queries: `[rows, columns]` for each part.
+      some: keys and values, as they were read.
+      seen: bool `[rows, keys]` or `[1, keys]`; None: all.
+      score: of products.
+      launch: of the kernel.
+    """
+    dtype = queries[0].dtype
+
+    def in_dtype(x: Array) -> list[Array]:
+        return [x.astype(dtype)] if len(queries) == 1 else unpaired(x, dtype, launch)
 
     contract_columns = (((1,), (1,)), ((), ()))
     products = sum(
         lax.dot_general(x, keys, contract_columns, preferred_element_type=jnp.float32)
-        for x, keys in zip(queries, tiles_of(memory.keys), strict=True)
+        for x, keys in zip(queries, in_dtype(some.keys), strict=True)
     )
-    if memory.key_scale is not None:
-        products *= scale_of(memory.key_scale)
+    if some.key_scale is not None:
+        products *= some.key_scale[None]
     scores = score(products)
     if seen is not None:
         scores = jnp.where(seen, scores, NONE)
-    now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
+    now_largest = jnp.max(scores, axis=1)
+    if sums is not None:
+        now_largest = jnp.maximum(sums[0], now_largest)
     weights = jnp.exp2(scores - now_largest[:, None])
     if seen is not None:
         weights = jnp.where(seen, weights, 0)
-    fade = jnp.exp2(largest - now_largest)
-    total = total * fade + jnp.sum(weights, axis=1)
-    if memory.value_scale is not None:
-        weights *= scale_of(memory.value_scale)
+    now_total = jnp.sum(weights, axis=1)
+    if some.value_scale is not None:
+        weights *= some.value_scale[None]
     weights = weights.astype(dtype)
-    values = [
-        x * fade[:, None] + jnp.dot(weights, tile, preferred_element_type=jnp.float32)
-        for x, tile in zip(values, tiles_of(memory.values), strict=True)
+    now_values = [
+        jnp.dot(weights, tile, preferred_element_type=jnp.float32) for tile in in_dtype(some.values)
     ]
-    return now_largest, total, values
+    if sums is None:
+        return now_largest, now_total, now_values
+    largest, total, values = sums
+    fade = jnp.exp2(largest - now_largest)
+    values = [x * fade[:, None] + y for x, y in zip(values, now_values, strict=True)]
+    return now_largest, total * fade + now_total, values

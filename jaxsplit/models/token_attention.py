@@ -7,7 +7,7 @@ programs, and the last of them to end joins and stores what they have ("Flash-De
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from jaxsplit.models.online_softmax import (
     more_keys,
     padded,
     parts_of,
+    read,
     scores_of,
     wide,
     without_pairs,
@@ -126,14 +127,14 @@ def attend(
         -1, sequences, kv_heads, query.shape[-1] // (kv_heads * c.head_dim), c.head_dim
     )
     group = query.shape[3]
-    cos, sin = rope_factors(batch.positions, c.rope, batch.rope_factors.get(c.rope.factors))
+    cos, sin = _factors(batch.positions, c, batch.rope_factors.get(c.rope.factors))
     inputs = (
         query,
         *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
         batch.positions.reshape(-1),
         batch.slots,
-        cos.reshape(sequences, -1),
-        sin.reshape(sequences, -1),
+        cos,
+        sin,
         [None if n is None or n.scale is None else n.scale.get_value() for n in norms],
         sinks,
         # Programs that have ended, by sequence and head: the last leaves zeros, as it has found.
@@ -167,7 +168,7 @@ def attend(
         grid=(tiling.splits, kv_heads, sequences),
         out_shape=[*outs, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
         input_output_aliases={len(leaves) + i: len(outs) + i for i in range(len(kept))},
-        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
         interpret=launch.interpret,
         name="attend_token",
     )(*leaves, *kept)
@@ -179,13 +180,13 @@ def attend(
 
 
 class _Heads:
-    """Loads heads of a token, normalized and turned.
+    """Loads heads of a token, which are normalized and turned when they are needed.
 
     Args:
       head_dim: of each.
       columns: of the arrays that they are loaded into.
       rope: by which they turn.
-      cos, sin: references `[sequences, rope / 2]`.
+      cos, sin: references `[sequences, head_dim]`, as of `_factors`.
       sequence: which.
     """
 
@@ -202,16 +203,12 @@ class _Heads:
         self.column = jnp.arange(columns)
         self.inside = self.column < head_dim
         if rope.interleaved:
-            self.other, pair = self.column ^ 1, self.column >> 1
-            sign = jnp.where(self.column % 2 == 0, -1.0, 1.0)
+            other = self.column ^ 1
         else:
-            first = self.column < rope.dim // 2
-            self.other = jnp.where(first, self.column + rope.dim // 2, self.column - rope.dim // 2)
-            pair = jnp.where(first, self.column, self.column - rope.dim // 2)
-            sign = jnp.where(first, -1.0, 1.0)
-        self.turns = self.column < rope.dim
-        self.cos = plgpu.load(cos.at[sequence, pair], mask=self.turns, other=1.0)
-        self.sin = sign * plgpu.load(sin.at[sequence, pair], mask=self.turns, other=0.0)
+            half = rope.dim // 2
+            other = jnp.where(self.column < half, self.column + half, self.column - half)
+        self.other = jnp.where(self.column < rope.dim, other, self.column)
+        self.factors, self.sequence = (cos, sin), sequence
 
     def load(
         self,
@@ -220,8 +217,8 @@ class _Heads:
         inside: Array | None,
         norm: NormConfig | None,
         scale: jax.Ref | None,
-    ) -> Array:
-        """float32 `[head_dim]`, padded, or `[rows, head_dim]`.
+    ) -> Callable[[], Array]:
+        """float32 `[head_dim]`, padded, or `[rows, head_dim]`: asked for now, made when called.
 
         Args:
           ref: projections, `[terms, ..., head_dim]`, which are added up.
@@ -231,30 +228,55 @@ class _Heads:
           scale: its reference `[head_dim]`, if it has one.
         """
         shape = self.column.shape if inside is None else (*inside.shape, *self.column.shape)
+        column, other, mask = (
+            wide(x, shape, len(shape) - 1) for x in (self.column, self.other, self.inside)
+        )
+        at, exists = rows, mask
+        if inside is not None:
+            at, exists = (*rows[:-1], wide(rows[-1], shape, 0)), mask & wide(inside, shape, 0)
 
-        def of(column: Array, mask: Array) -> Array:
-            column, mask = (wide(x, shape, len(shape) - 1) for x in (column, mask))
-            at = rows
-            if inside is not None:
-                at, mask = (*rows[:-1], wide(rows[-1], shape, 0)), mask & wide(inside, shape, 0)
-            return _load_sum(ref, (*at, column), mask)
+        def of_column(ref: jax.Ref, column: Array, *before: Array) -> Array:
+            return plgpu.load(ref.at[(*before, column)], mask=mask, other=0.0)
 
-        x, y = of(self.column, self.inside), of(self.other, self.turns)
-        if norm is not None:
-            squares = jnp.sum(x * x, axis=-1, keepdims=True)
-            factor = lax.rsqrt(squares / self.head_dim + norm.epsilon)
-            x, y = x * factor, y * factor
-            if scale is not None:
-                x *= plgpu.load(scale.at[self.column], mask=self.inside, other=0.0)
-                y *= plgpu.load(scale.at[self.other], mask=self.turns, other=0.0)
-        return x * self.cos + y * self.sin
+        terms = [_load_terms(ref, (*at, x), exists) for x in (column, other)]
+        cos, sin = (of_column(x, column, self.sequence) for x in self.factors)
+        scales = [] if scale is None else [of_column(scale, x) for x in (column, other)]
+
+        def make() -> Array:
+            x, y = map(_added_up, terms)
+            if norm is not None:
+                squares = jnp.sum(x * x, axis=-1, keepdims=True)
+                factor = lax.rsqrt(squares / self.head_dim + norm.epsilon)
+                x, y = x * factor, y * factor
+                if scales:
+                    x, y = x * scales[0], y * scales[1]
+            return x * cos + y * sin
+
+        return make
 
 
-def _load_sum(ref: jax.Ref, at: tuple, mask: Array) -> Array:
-    """What is at a place of `[terms, ...]`, added up: float32."""
+def _factors(positions: Array, config: AttentionConfig, factors: Array | None) -> list[Array]:
+    """What the dimensions of a head and those with which they turn are multiplied with: float32
+    `[sequences, head_dim]` each."""
+    cos, sin = (x[:, 0] for x in rope_factors(positions, config.rope, factors))
+    axis = -1 if config.rope.interleaved else -2
+    rest = config.head_dim - config.rope.dim
+    pairs = (jnp.stack(x, axis).reshape(len(cos), -1) for x in ((cos, cos), (-sin, sin)))
+    return [
+        jnp.pad(x, ((0, 0), (0, rest)), constant_values=still)
+        for x, still in zip(pairs, (1.0, 0.0), strict=True)
+    ]
+
+
+def _load_terms(ref: jax.Ref, at: tuple, mask: Array) -> list[Array]:
+    """What is at a place of `[terms, ...]`."""
     zero = jnp.zeros((), ref.dtype)
-    read = [plgpu.load(ref.at[(i, *at)], mask=mask, other=zero) for i in range(ref.shape[0])]
-    return sum(x.astype(jnp.float32) for x in read)
+    return [plgpu.load(ref.at[(i, *at)], mask=mask, other=zero) for i in range(ref.shape[0])]
+
+
+def _added_up(terms: list[Array]) -> Array:
+    """float32."""
+    return sum(x.astype(jnp.float32) for x in terms)
 
 
 def _kernel(
@@ -266,163 +288,134 @@ def _kernel(
     reader: Reader,
     launch: Launch,
 ) -> None:
-    """One head of keys of one token, with all queries that share it: a split of the keys."""
+    """One head of keys of one token, with all queries that share it: a split of the keys.
+
+    The token itself is the first key, those in the cache follow it.
+    """
     structure, cache_structure = structures
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    positions, slots = inputs[3:5]
-    length = refs[-1].shape[2]
+    query, key, value, positions, slots, cos, sin, scales, sinks, ended = inputs
+    outs = refs[structure.num_leaves + cache_structure.num_leaves :]
+    count = len(outs) - cache_structure.num_leaves
+    cache = jax.tree.unflatten(cache_structure, outs[count:])
+    *splits, stored = *outs[:3], outs[3:count]
+    c, group, length = config, query.shape[3], cache.keys.shape[2]
+    head_dim, value_dim, parts = key.shape[-1], value.shape[-1], parts_of(cache)
     split, head = pl.program_id(0), pl.program_id(1)
     sequence = launch.next_from(pl.program_id(2))
+
+    # All loads are asked for before any is waited for.
     position = positions[sequence]
     slot = sequence if slots is None else slots[sequence]
-    filled = jnp.clip(position, 0, length)  # places of earlier tokens
-    share = jnp.maximum(pl.cdiv(filled, tiling.splits), _LEAST)
-    share = pl.cdiv(share, tiling.keys) * tiling.keys
-    used = jnp.maximum(pl.cdiv(filled, share), 1)
-
-    @pl.when(split < used)
-    def _() -> None:
-        outs = refs[structure.num_leaves + cache_structure.num_leaves :]
-        count = len(outs) - cache_structure.num_leaves
-        results, kept = outs[:count], outs[count:]
-        _attend_split(
-            inputs,
-            jax.tree.unflatten(cache_structure, kept),
-            results,
-            (split, head, sequence, slot, position),
-            (filled, share, used),
-            tiling,
-            config,
-            dtype,
-            reader,
-            launch,
-        )
-
-
-def _attend_split(
-    inputs: tuple,
-    cache: AttentionCache,
-    results: Sequence[jax.Ref],
-    place: tuple[Array, Array, Array, Array, Array],
-    sizes: tuple[Array, Array, Array],
-    tiling: flash.Tiling,
-    config: AttentionConfig,
-    dtype: jnp.dtype,
-    reader: Reader,
-    launch: Launch,
-) -> None:
-    """A split of the keys.
-
-    Args:
-      inputs: of the kernel.
-      cache: of references.
-      results: values, largest scores and sums of weights of the splits; what is stored of rows.
-      place: split, head, sequence, slot and position.
-      sizes: places of earlier tokens, those of a split, and splits that have any.
-      tiling: of the work.
-      config: of the attention.
-      dtype: of activations.
-      reader: of the rows.
-      launch: of the kernel.
-    """
-    query, key, value, _, _, cos, sin, scales, sinks, ended = inputs
-    values_ref, largest_ref, total_ref, *stored = results
-    split, head, sequence, slot, position = place
-    filled, share, used = sizes
-    c, group = config, query.shape[3]
-    length, head_dim, value_dim = cache.keys.shape[2], key.shape[-1], value.shape[-1]
-    parts = parts_of(cache)
     heads = _Heads(head_dim, padded(head_dim, parts), c.rope, cos, sin, sequence)
-    row = jnp.arange(tiling.rows)
-    q = heads.load(query, (sequence, head, row), row < group, c.query_norm, scales[0])
-    q = q.astype(dtype)
-    queries = in_parts(q, parts)
-    scale = head_dim**-0.5 if c.scale is None else c.scale
+    row, of_value = jnp.arange(tiling.rows), jnp.arange(padded(value_dim, parts))
+    make_queries = heads.load(query, (sequence, head, row), row < group, c.query_norm, scales[0])
+    make_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
+    new_value = _load_terms(value, (sequence, head, of_value), of_value < value_dim)
 
-    score = partial(scores_of, config=c, scale=scale)
-    new_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
-    of_value = jnp.arange(padded(value_dim, parts))
-    new_value = _load_sum(value, (sequence, head, of_value), of_value < value_dim)
-    new_key, key_codes, key_scale = _as_kept(new_key, cache.keys.dtype, dtype)
-    new_value, value_codes, value_scale = _as_kept(new_value, cache.values.dtype, dtype)
-
-    @pl.when(split == 0)
-    def _() -> None:
-        ring = c.window is not None
-        spot = jnp.maximum(position, 0) % length
-        exists = (position >= 0) & (ring | (position < length))
-        for ref, codes, width in (
-            (cache.keys, key_codes, head_dim),
-            (cache.values, value_codes, value_dim),
-        ):
-            column = jnp.arange(codes.shape[0])
-            mask = (column < width // parts) & exists
-            plgpu.store(ref.at[slot, head, spot, column], codes, mask=mask)
-        for ref, of_head in ((cache.key_scale, key_scale), (cache.value_scale, value_scale)):
-            if ref is not None:
-                at = (slot, head, spot + jnp.arange(1))
-                plgpu.store(ref.at[at], jnp.full(1, of_head), mask=jnp.full(1, exists))
-
-    # The first split begins with the token itself, the others with nothing.
-    out_shape = (tiling.rows, padded(value_dim, parts))
-    own = score(jnp.sum(q.astype(jnp.float32) * new_key[None], axis=1))
-    carry = (
-        jnp.where(split == 0, own, NONE),
-        jnp.where(split == 0, jnp.ones_like(own), 0),
-        in_parts(jnp.broadcast_to(jnp.where(split == 0, new_value, 0)[None], out_shape), parts),
-    )
+    keys = jnp.clip(position, 0, length) + 1
+    share = jnp.maximum(pl.cdiv(keys, tiling.splits), _LEAST)
+    share = pl.cdiv(share, tiling.keys) * tiling.keys
+    used = pl.cdiv(keys, share)
     start = split * share
-    stop = jnp.minimum(start + share, filled)
+    stop = jnp.minimum(start + share, keys)
 
-    def step(i: Array, carry: Sums) -> Sums:
-        """Some more keys."""
-        place = start + i * tiling.keys + jnp.arange(tiling.keys)
-        seen = place < stop
+    def some(first: Array, count: int) -> tuple[Array, tuple[Array, Array, Array], Array]:
+        """Keys: their numbers, where they are in the cache, and which are seen."""
+        number = first + jnp.arange(count)
+        place, seen = number - 1, number < stop
         if c.window is not None:
             behind = position % length - place
             behind = jnp.where(behind < 0, behind + length, behind)
-            seen &= (behind > 0) & (behind < c.window) & (behind <= position)
-        at = slot, head, place
-        return more_keys(carry, queries, cache, at, seen, seen[None], score, launch)
+            seen &= (number == 0) | ((behind > 0) & (behind < c.window) & (behind <= position))
+        return number, (slot, head, place), seen
 
-    steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
-    largest, total, values = lax.fori_loop(0, steps, step, carry)
-    values = joined(values)
-
-    column = wide(jnp.arange(out_shape[1]), out_shape, 1)
-    member = wide(row, out_shape, 0)
-    mask = (member < group) & (column < value_dim)
-    plgpu.store(values_ref.at[split, sequence, head, member, column], values, mask=mask)
-    for ref, x in ((largest_ref, largest), (total_ref, total)):
-        plgpu.store(ref.at[split, sequence, head, row], x, mask=row < group)
-    if not launch.interpret:
-        plgpu.debug_barrier()  # all threads have stored before one of them says so
-    before = lax.cond(
-        used > 1,
-        lambda: plgpu.atomic_add(ended, (sequence, head), jnp.ones((), jnp.int32)),
-        lambda: used - 1,
-    )
-
-    @pl.when(before == used - 1)
+    @pl.when(split < used)
     def _() -> None:
-        plgpu.store(ended.at[sequence, head + jnp.arange(1)], jnp.zeros(1, jnp.int32))
-        splits = values_ref, largest_ref, total_ref
-        _join(splits, sinks, stored, reader, sequence, head, used)
+        def ask_for(step: Array | int) -> tuple[AttentionCache, Array]:
+            number, at, seen = some(start + step * tiling.keys, tiling.keys)
+            return read(cache, at, seen & (number > 0)), seen
+
+        earlier, seen = ask_for(0)
+        q = make_queries().astype(dtype)
+        queries = in_parts(q, parts)
+        scale = head_dim**-0.5 if c.scale is None else c.scale
+        score = partial(scores_of, config=c, scale=scale)
+        new_key, key_scale = _as_kept(make_key(), cache.keys.dtype)
+        value, value_scale = _as_kept(_added_up(new_value), cache.values.dtype)
+        new = AttentionCache(new_key, value, key_scale, value_scale)
+
+        @pl.when(split == 0)
+        def _() -> None:
+            exists = (position >= 0) & ((position < length) | (c.window is not None))
+            place = jnp.maximum(position, 0) % length
+            _put(cache, new, (slot, head, place), exists)
+
+        def with_new(x: Array, y: Array) -> Array:
+            first = (jnp.arange(len(x)) == 0) & (split == 0)
+            return jnp.where(wide(first, x.shape, 0), jnp.broadcast_to(y, x.shape), x)
+
+        def step(
+            i: Array, carry: tuple[Sums, AttentionCache, Array]
+        ) -> tuple[Sums, AttentionCache, Array]:
+            """The keys that are there; the next ones are asked for before."""
+            sums, some, seen = carry
+            after = ask_for(i + 1)
+            return more_keys(sums, queries, some, seen[None], score, launch), *after
+
+        shape = (tiling.rows, padded(value_dim, parts))
+        sums = (
+            jnp.full(tiling.rows, NONE, jnp.float32),
+            jnp.zeros(tiling.rows, jnp.float32),
+            in_parts(jnp.zeros(shape, jnp.float32), parts),
+        )
+        steps = pl.cdiv(stop - start, tiling.keys)
+        carry = (sums, jax.tree.map(with_new, earlier, new), seen)
+        (largest, total, values), *_ = lax.fori_loop(0, steps, step, carry)
+        values = joined(values)
+        shape = values.shape
+        column, member = wide(jnp.arange(shape[1]), shape, 1), wide(row, shape, 0)
+        at, mask = (split, sequence, head), (member < group) & (column < value_dim)
+        plgpu.store(splits[0].at[(*at, member, column)], values, mask=mask)
+        for ref, x in zip(splits[1:], (largest, total), strict=True):
+            plgpu.store(ref.at[(*at, row)], x, mask=row < group)
+        if not launch.interpret:
+            plgpu.debug_barrier()  # all threads have stored before one of them says so
+        before = lax.cond(
+            used > 1,
+            lambda: plgpu.atomic_add(ended, (sequence, head), jnp.ones((), jnp.int32)),
+            lambda: used - 1,
+        )
+
+        @pl.when(before == used - 1)
+        def _() -> None:
+            plgpu.store(ended.at[sequence, head + jnp.arange(1)], jnp.zeros(1, jnp.int32))
+            _join(splits, sinks, stored, reader, sequence, head, used)
 
 
-def _as_kept(x: Array, kept: jnp.dtype, dtype: jnp.dtype) -> tuple[Array, Array, Array | None]:
-    """What attention sees of a new key or value `[width]` in a cache: float32, what is stored, and
-    its scale if it has one."""
+def _put(
+    cache: AttentionCache, new: AttentionCache, at: tuple[Array, Array, Array], exists: Array
+) -> None:
+    """Stores a token's key and value in a cache of references, at a slot, head and place."""
+    for ref, x in ((cache.keys, new.keys), (cache.values, new.values)):
+        column = jnp.arange(x.shape[0])
+        plgpu.store(ref.at[(*at, column)], x, mask=(column < ref.shape[-1]) & exists)
+    slot, head, place = at
+    for ref, x in ((cache.key_scale, new.key_scale), (cache.value_scale, new.value_scale)):
+        if ref is not None:
+            plgpu.store(ref.at[slot, head, place + jnp.arange(1)], x, mask=jnp.full(1, exists))
+
+
+def _as_kept(x: Array, kept: jnp.dtype) -> tuple[Array, Array | None]:
+    """A key or value `[width]` as it is in a cache, and its scale `[1]` if it has one."""
     if jnp.issubdtype(kept, jnp.floating):
-        stored = x.astype(kept)
-        return stored.astype(dtype).astype(jnp.float32), stored, None
-    scale = jnp.max(jnp.abs(x)) / 127
-    codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5)
-    seen = codes * scale
+        return x.astype(kept), None
+    scale = jnp.max(jnp.abs(x), axis=0, keepdims=True) / 127
+    codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5).astype(jnp.int32)
     if kept == jnp.int16:  # two of 8 bits
-        first, second = in_parts(codes.astype(jnp.int32), 2)
+        first, second = in_parts(codes, 2)
         codes = (first & 0xFF) | (second << 8)
-    return seen, codes.astype(kept), scale
+    return codes.astype(kept), scale
 
 
 def _join(
@@ -471,7 +464,7 @@ def _join(
         at = (wide(split, shape, 0), sequence, head, wide(member, shape, 1), element)
         more = load(values_ref, at, exists & wide(split < used, shape, 0), 0.0)
         weight = jnp.broadcast_to(weight[..., None, None, None, None], shape)
-        fade = jnp.broadcast_to(fade[:, None, None, None, None], rows)
+        fade = _of_rows(fade, rows)
         return now_largest, total, values * fade + jnp.sum(more * weight, axis=0)
 
     carry = (
@@ -485,11 +478,15 @@ def _join(
         sink = plgpu.load(sinks.at[at], mask=member < group, other=0.0) * LOG2_E
         final = jnp.maximum(largest, sink)
         fade = jnp.exp2(largest - final)
-        values *= jnp.broadcast_to(fade[:, None, None, None, None], rows)
+        values *= _of_rows(fade, rows)
         total = total * fade + jnp.exp2(sink - final)
-    total = jnp.maximum(total, 1e-30)
-    y = values / jnp.broadcast_to(total[:, None, None, None, None], rows)
-    of_head = (len(member), len(block))
+    y = values / _of_rows(jnp.maximum(total, 1e-30), rows)
+    of_head = rows[:2]
     at = (head * group + wide(member, of_head, 0)) * blocks + wide(block, of_head, 1)
     inside = wide(member < group, of_head, 0) & wide(block < blocks, of_head, 1)
     reader.store(stored, sequence, at, inside, y)
+
+
+def _of_rows(x: Array, shape: tuple[int, ...]) -> Array:
+    """`[rows]` as `[rows, blocks, 2, 4, 4]`."""
+    return jnp.broadcast_to(x[:, None, None, None, None], shape)
