@@ -181,7 +181,8 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     if len(parts) > 1 or not isinstance(product, Product | Terms):
         return Sum(x, sum(part.value for part in parts)[None], peers[0], interpret=interpret)
     if split and isinstance(product, Product) and product.sends:
-        return Sum(x, product.sent_to(peers[0])[None], peers[0], sent=True, interpret=interpret)
+        addend, counts = product.sent_to(peers[0])
+        return Sum(x, addend[None], peers[0], counts, interpret)
     return Sum(x, product.terms, peers[0], interpret=interpret)
 
 

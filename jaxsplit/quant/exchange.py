@@ -90,43 +90,48 @@ def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
     return y.astype(x.dtype).reshape(peers.count, *x.shape)
 
 
-def total(x: Array, peers: Peers, *, sent: bool = False, interpret: bool = False) -> Array:
+def total(x: Array, peers: Peers, *, counts: Array | None = None, interpret: bool = False) -> Array:
     """The sum over the devices, added up in float32 in the same order by all: the shape and dtype
-    of `x`. Arguments are those of `gather`; `sent`: all have called `send` with their numbers."""
-    y = _exchange(x.astype(jnp.float32), peers, (x.size,), interpret, sent)
+    of `x`. Arguments are those of `gather`; `counts`: as in `add_up`, like `x`."""
+    y = _exchange(x.astype(jnp.float32), peers, (x.size,), interpret, counts)
     return y.astype(x.dtype).reshape(x.shape)
 
 
 def _exchange(
-    x: Array, peers: Peers, shape: tuple[int, ...], interpret: bool, sent: bool = False
+    x: Array,
+    peers: Peers,
+    shape: tuple[int, ...],
+    interpret: bool,
+    counts: Array | None = None,
 ) -> Array:
+    counts = [] if counts is None else [counts.reshape(-1)]
     return pl.pallas_call(
-        partial(_kernel, axes=peers.axes, interpret=interpret, sent=sent),
+        partial(_kernel, axes=peers.axes, interpret=interpret),
         grid=(pl.cdiv(x.size, WIDTH),),
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="exchange",
-    )(x.reshape(-1), peers.table)
+    )(x.reshape(-1), peers.table, *counts)
 
 
 def _kernel(
     x_ref: jax.Ref,
     table: jax.Ref,
-    out_ref: jax.Ref,
-    *,
+    *refs: jax.Ref,
     axes: tuple[str, ...],
     interpret: bool,
-    sent: bool,
 ) -> None:
-    """Some of the numbers."""
+    """Some of the numbers; the last reference is that of the result."""
+    *counts, out_ref = refs
     program, place = pl.program_id(0), jnp.arange(WIDTH)
     at = program * WIDTH + place
     inside = at < x_ref.shape[0]
     x = plgpu.load(x_ref.at[at], mask=inside, other=jnp.zeros((), x_ref.dtype))
     peers = Peers(table, axes)
     if len(out_ref.shape) == 1:
-        y = add_up(x, peers, program, place, sent=sent, interpret=interpret)
+        counts = [plgpu.load(ref.at[at], mask=inside, other=0) for ref in counts]
+        y = add_up(x, peers, program, place, *counts, interpret=interpret)
         plgpu.store(out_ref.at[at], y, mask=inside)
     else:
         for device, part in enumerate(_all(x, peers, program, place, interpret)):
@@ -138,8 +143,8 @@ def add_up(
     peers: Peers,
     program: Array,
     place: Array,
+    counts: Array | None = None,
     *,
-    sent: bool = False,
     interpret: bool = False,
 ) -> Array:
     """Inside a kernel of four warps: the sum over the devices, in their order.
@@ -151,14 +156,15 @@ def add_up(
       peers: with the reference to the table.
       program: which of at most `PROGRAMS`.
       place: of each number in `x`, from 0 to `WIDTH - 1`.
-      sent: a kernel before has called `send` with these numbers.
+      counts: of the exchange, int32, like `x`: a kernel before has called `send` with these numbers
+        and has left them; None: they are not sent yet.
       interpret: run it without GPUs, to test it.
     """
     if interpret:
         first, *others = lax.all_gather(x, peers.axes)
         return sum(others, first)
-    operands = _begin(x, peers, program, place, sent=sent)
-    y = packed(_received(range(peers.count), apart=not sent), *operands)
+    operands = _begin(x, peers, program, place, counts)
+    y = packed(_received(range(peers.count), apart=counts is None), *operands)
     return lax.bitcast_convert_type(y, x.dtype)
 
 
@@ -173,15 +179,16 @@ def _all(x: Array, peers: Peers, program: Array, place: Array, interpret: bool) 
 
 
 def _begin(
-    x: Array, peers: Peers, program: Array, place: Array, *, sent: bool = False
+    x: Array, peers: Peers, program: Array, place: Array, counts: Array | None = None
 ) -> list[Array]:
     """Sends numbers, if they are not sent yet: the operands with which others are received."""
+    sent = counts is not None
     if not sent:
         place = side_by_side(place)
     at = program * WIDTH + place
     mine = address_of(peers.table, 0, at.shape)
     me = jnp.full(at.shape, peers.table[0].astype(jnp.int32))
-    count = packed(_TICK, *mine, at * 4)
+    count = packed(_SET, *mine, at * 4, counts) if sent else packed(_TICK, *mine, at * 4)
     first, bits = _offset(peers, count, at), lax.bitcast_convert_type(x, jnp.int32)
     if not sent:
         for step in range(1, peers.count):
@@ -257,12 +264,13 @@ def send(x: Array, to: Outbox) -> tuple[Array, Array]:
 
 
 def store(
-    ref: jax.Ref, at: Array, y: Array, inside: Array, to: Outbox | None, *before: Array
+    refs: Sequence[jax.Ref], at: Array, y: Array, inside: Array, to: Outbox | None, *before: Array
 ) -> None:
     """Inside a kernel: stores results `[numbers]`, and sends them to other devices first.
 
     Args:
-      ref: of all results.
+      refs: of all results and, where they are sent, of the counts with which `add_up` looks for
+        those of other devices.
       at: where they are in the last dimension.
       y: the results.
       inside: which of them there are.
@@ -270,9 +278,18 @@ def store(
       *before: indices of the other dimensions.
     """
     if to is not None:
+        plgpu.store(refs[1].at[(*before, at)], to.count, mask=inside)
         y, inside = send(y, to)
         at = jnp.broadcast_to(at[None, :], y.shape)
-    plgpu.store(ref.at[(*before, at)], y, mask=inside)
+    plgpu.store(refs[0].at[(*before, at)], y, mask=inside)
+
+
+def results(
+    shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, peers: Peers | None
+) -> list[jax.ShapeDtypeStruct]:
+    """Of a kernel: results, and counts as in `store` where there are devices to send them to."""
+    counts = [] if peers is None else [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    return [*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), *counts]
 
 
 def _offset(peers: Peers, count: Array, at: Array) -> Array:
@@ -328,6 +345,7 @@ _TICK = (
     "st.relaxed.sys.global.b32 [a#], u#;",
     "mov.b32 %z, u#;",
 )
+_SET = ("st.relaxed.sys.global.b32 [a#], %x;", "mov.b32 %z, %x;")
 _LOOK = ("ld.global.b32 u#, [a#];", "add.u32 %z, u#, 1;")
 SEND = (  # unless the address is 0
     ".reg .pred some;",

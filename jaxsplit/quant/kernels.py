@@ -87,7 +87,8 @@ def products(
       dtype: of the results.
       experts: int32 `[pairs]`, a multiple of the rows: weights are stacks `[experts, out, in]`, of
         which each row is multiplied with its own few; the results are `[pairs, out]`.
-      peers: devices to which the results are sent, of one matrix, ahead of an exchange.
+      peers: devices to which the results are sent, of one matrix, ahead of an exchange: its counts
+        follow, int32 likewise.
       tiling: of the work; None: a usual one.
       interpret: run it without a GPU, to test it.
     """
@@ -106,7 +107,7 @@ def products(
     return pl.pallas_call(
         kernel,
         grid=(1 if experts is None else rows, sum(programs)),
-        out_shape=[jax.ShapeDtypeStruct((rows, w.shape[-2]), dtype) for w in weights],
+        out_shape=exchange.results([(rows, w.shape[-2]) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=exchange.WARPS, num_stages=1),
         interpret=interpret,
         name="quantized_products",
@@ -132,11 +133,12 @@ def _kernel(
     x, weights, experts, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs, pair = refs[structure.num_leaves :], pl.program_id(0)
 
-    def some_rows(w: QTensor, tiling: _Tiling, out_ref: jax.Ref, program: Array) -> None:
-        row = program * tiling.height
-        _Rows(x, w, experts, row, pair, tiling, interpret).multiply(out_ref, peers)
+    def some_rows(i: int, program: Array) -> None:
+        row = program * tilings[i].height
+        rows = _Rows(x, weights[i], experts, row, pair, tilings[i], interpret)
+        rows.multiply(outs[i :: len(weights)], peers)
 
-    tasks = [partial(some_rows, *task) for task in zip(weights, tilings, outs, strict=True)]
+    tasks = [partial(some_rows, i) for i in range(len(weights))]
     share_out(pl.program_id(1), list(zip(programs, tasks, strict=True)))
 
 
@@ -255,8 +257,8 @@ class _Rows:
             self.stack = (experts[pair],)
             self.batch = [(pair // (experts.shape[0] // rows), pair)]
 
-    def multiply(self, out_ref: jax.Ref, peers: exchange.Peers | None) -> None:
-        """All steps; results are stored, and sent to peers."""
+    def multiply(self, outs: Sequence[jax.Ref], peers: exchange.Peers | None) -> None:
+        """All steps; results are stored, and sent to peers, with counts."""
         steps = self.steps
         outboxes: list[exchange.Outbox | None] = [None] * len(self.batch)
         if peers is not None and not self.interpret:
@@ -282,8 +284,8 @@ class _Rows:
             y = jnp.sum(total, axis=1) * 2.0**-steps.lifted
             if factor is not None:
                 y *= factor
-            at, y = self.first + jnp.arange(self.height), y.astype(out_ref.dtype)
-            exchange.store(out_ref, at, y, at < self.out, outbox, row)
+            at, y = self.first + jnp.arange(self.height), y.astype(outs[0].dtype)
+            exchange.store(outs, at, y, at < self.out, outbox, row)
 
     def _together(
         self, which: Sequence[Array | int], totals: tuple[Array, ...]

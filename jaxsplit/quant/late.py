@@ -127,14 +127,15 @@ class Sum:
       stream: `[..., n]`, of the dtype of the sum.
       addends: float32 `[terms, ..., n]`.
       peers: devices whose addends are to be added; None: there is no other.
-      sent: the kernel that computed the addends, of one term, has sent them to the devices.
+      counts: of the exchange, int32 `[..., n]`: the kernel that computed the addends, of one term,
+        has sent them to the devices and left these; None: they are not sent yet.
       interpret: kernels are interpreted, to test them without a GPU.
     """
 
     stream: Array
     addends: Array
     peers: exchange.Peers | None = None
-    sent: bool = dataclasses.field(default=False, metadata={"static": True})
+    counts: Array | None = None
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -152,7 +153,9 @@ class Sum:
         """The sum; a kernel that read the terms has left it here."""
         addend = sum(self.addends[1:], self.addends[0])
         if self.peers is not None:
-            addend = exchange.total(addend, self.peers, sent=self.sent, interpret=self.interpret)
+            addend = exchange.total(
+                addend, self.peers, counts=self.counts, interpret=self.interpret
+            )
         return self.stream + addend.astype(self.dtype)
 
 
@@ -236,9 +239,9 @@ class Pending(Late):
         def by_rows(x: Array | Sum) -> Array | Sum:
             if not isinstance(x, Sum):
                 return x if x.ndim == 1 else x.reshape(rows, -1)
-            return dataclasses.replace(
-                x, stream=by_rows(x.stream), addends=x.addends.reshape(-1, rows, columns)
-            )
+            counts = None if x.counts is None else by_rows(x.counts)
+            addends = x.addends.reshape(-1, rows, columns)
+            return dataclasses.replace(x, stream=by_rows(x.stream), addends=addends, counts=counts)
 
         operands = tuple(by_rows(x) for x in (total, *others))
         inputs, structure = jax.tree.flatten(operands)
@@ -322,11 +325,11 @@ def _kernel(
     element = block_elements(block)
     exists = like(inside, element.shape)
 
-    def load(ref: jax.Ref, *before: int) -> Array:
+    def load(ref: jax.Ref, *before: int, dtype: jnp.dtype = jnp.float32) -> Array:
         place = element if ref.shape[-1] > 1 else jnp.zeros_like(element)
         at = (place,) if ref.ndim == 1 else (*before, row, place)
         zero = jnp.zeros((), ref.dtype)
-        return plgpu.load(ref.at[at], mask=exists, other=zero).astype(jnp.float32)
+        return plgpu.load(ref.at[at], mask=exists, other=zero).astype(dtype)
 
     def value(operand: jax.Ref | Sum) -> Array:
         if not isinstance(operand, Sum):
@@ -334,12 +337,13 @@ def _kernel(
         stream, terms = load(operand.stream), range(operand.addends.shape[0])
         addend = sum(load(operand.addends, term) for term in terms)
         if operand.peers is not None:
+            counts = operand.counts
             addend = exchange.add_up(
                 addend,
                 operand.peers,
                 row * pl.num_programs(1) + pl.program_id(1),
                 element - pl.program_id(1) * exchange.WIDTH,
-                sent=operand.sent,
+                None if counts is None else load(counts, dtype=jnp.int32),
                 interpret=launch.interpret,
             )
         x = (stream + addend).astype(total_ref.dtype)

@@ -46,7 +46,8 @@ def products(
       x: `[1, in]`.
       weights: `[out, in]` each, ones that are supported.
       dtype: of the results.
-      peers: devices to which the results are sent, of one matrix, ahead of an exchange.
+      peers: devices to which the results are sent, of one matrix, ahead of an exchange: its counts
+        follow, int32 likewise.
       tiling: of the work; None: a usual one.
       interpret: run it without a GPU, to test it.
     """
@@ -62,7 +63,7 @@ def products(
             interpret=interpret,
         ),
         grid=(sum(programs),),
-        out_shape=[jax.ShapeDtypeStruct((1, len(w)), dtype) for w in weights],
+        out_shape=exchange.results([(1, len(w)) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=exchange.WARPS, num_stages=1),
         interpret=interpret,
         name="plain_products",
@@ -84,23 +85,23 @@ def _kernel(
     x, weights, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs = refs[structure.num_leaves :]
 
-    def some_rows(w: jax.Ref, out_ref: jax.Ref, program: Array) -> None:
-        _multiply(x, w, out_ref, program, peers, tiling, interpret)
+    def some_rows(i: int, program: Array) -> None:
+        _multiply(x, weights[i], outs[i :: len(weights)], program, peers, tiling, interpret)
 
-    tasks = [partial(some_rows, *task) for task in zip(weights, outs, strict=True)]
+    tasks = [partial(some_rows, i) for i in range(len(weights))]
     share_out(pl.program_id(0), list(zip(programs, tasks, strict=True)))
 
 
 def _multiply(
     x: Stored,
     w: jax.Ref,
-    out_ref: jax.Ref,
+    outs: Sequence[jax.Ref],
     program: Array,
     peers: exchange.Peers | None,
     tiling: Tiling,
     interpret: bool,
 ) -> None:
-    """A program's rows, all steps; results are stored, and sent to peers."""
+    """A program's rows, all steps; results are stored, and sent to peers, with counts."""
     height, columns = w.shape
     at = program * tiling.rows + jnp.arange(tiling.rows)
     row = jnp.minimum(at, height - 1)
@@ -133,4 +134,4 @@ def _multiply(
     y = jnp.sum(total, axis=1)
     if factor is not None:
         y *= factor
-    exchange.store(out_ref, at, y.astype(out_ref.dtype), at < height, outbox, jnp.asarray(0))
+    exchange.store(outs, at, y.astype(outs[0].dtype), at < height, outbox, jnp.asarray(0))

@@ -126,10 +126,11 @@ class Product:
         kernel = _rounds(self.x, self.w) or _is_plain_row(self.x, self.w)
         return kernel and self.w.shape[0] % exchange.WIDTH == 0
 
-    def sent_to(self, peers: Peers) -> Array:
-        """`array`, sent to devices that exchange it next, in a `Sum`."""
+    def sent_to(self, peers: Peers) -> tuple[Array, Array]:
+        """`array`, sent to devices that exchange it next, in a `Sum`, and counts of that exchange
+        likewise."""
         way = _few_rows if _rounds(self.x, self.w) else _plain_row
-        return way(self.x, [self.w], jnp.float32, peers)[0]
+        return tuple(way(self.x, [self.w], jnp.float32, peers))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
