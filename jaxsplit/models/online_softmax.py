@@ -162,7 +162,7 @@ def read(
 
 
 def more_keys(
-    sums: Sums | None,
+    sums: Sums,
     queries: list[Array],
     some: AttentionCache,
     seen: Array | None,
@@ -172,13 +172,14 @@ def more_keys(
     """Some more keys, in a kernel.
 
     Args:
-      sums: of the keys before; None: there are none.
+      sums: of the keys before.
       queries: `[rows, columns]` for each part.
       some: keys and values, as they were read.
       seen: bool `[rows, keys]` or `[1, keys]`; None: all.
       score: of products.
       launch: of the kernel.
     """
+    largest, total, values = sums
     dtype = queries[0].dtype
 
     def in_dtype(x: Array) -> list[Array]:
@@ -194,22 +195,17 @@ def more_keys(
     scores = score(products)
     if seen is not None:
         scores = jnp.where(seen, scores, NONE)
-    now_largest = jnp.max(scores, axis=1)
-    if sums is not None:
-        now_largest = jnp.maximum(sums[0], now_largest)
+    now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
     weights = jnp.exp2(scores - now_largest[:, None])
     if seen is not None:
         weights = jnp.where(seen, weights, 0)
-    now_total = jnp.sum(weights, axis=1)
+    fade = jnp.exp2(largest - now_largest)
+    total = total * fade + jnp.sum(weights, axis=1)
     if some.value_scale is not None:
         weights *= some.value_scale[None]
     weights = weights.astype(dtype)
-    now_values = [
-        jnp.dot(weights, tile, preferred_element_type=jnp.float32) for tile in in_dtype(some.values)
+    values = [
+        x * fade[:, None] + jnp.dot(weights, tile, preferred_element_type=jnp.float32)
+        for x, tile in zip(values, in_dtype(some.values), strict=True)
     ]
-    if sums is None:
-        return now_largest, now_total, now_values
-    largest, total, values = sums
-    fade = jnp.exp2(largest - now_largest)
-    values = [x * fade[:, None] + y for x, y in zip(values, now_values, strict=True)]
-    return now_largest, total * fade + now_total, values
+    return now_largest, total, values
