@@ -480,7 +480,7 @@ def _join(
         fade = jnp.exp2(largest - final)
         values *= _of_rows(fade, rows)
         total = total * fade + jnp.exp2(sink - final)
-    y = values / _of_rows(jnp.maximum(total, 1e-30), rows)
+    y = values * _of_rows(1 / jnp.maximum(total, 1e-30), rows)
     of_head = rows[:2]
     at = (head * group + wide(member, of_head, 0)) * blocks + wide(block, of_head, 1)
     inside = wide(member < group, of_head, 0) & wide(block < blocks, of_head, 1)
