@@ -152,7 +152,7 @@ def add_up(
     All devices run the same exchanges in the same order.
 
     Args:
-      x: `WIDTH` float32 numbers, in any shape.
+      x: `WIDTH` float32 numbers, in any shape; those that are sent are not looked at.
       peers: with the reference to the table.
       program: which of at most `PROGRAMS`.
       place: of each number in `x`, from 0 to `WIDTH - 1`.
@@ -163,8 +163,14 @@ def add_up(
     if interpret:
         first, *others = lax.all_gather(x, peers.axes)
         return sum(others, first)
-    operands = _begin(x, peers, program, place, counts)
-    y = packed(_received(range(peers.count), apart=counts is None), *operands)
+    devices = range(peers.count)
+    if counts is None:
+        y = packed(_received(devices), *_begin(x, peers, program, place))
+    else:
+        at = program * WIDTH + place
+        mine = address_of(peers.table, 0, at.shape)
+        operands = *mine, _offset(peers, counts, at), counts, at * 4
+        y = packed(_received_as_sent(devices), *operands)
     return lax.bitcast_convert_type(y, x.dtype)
 
 
@@ -174,26 +180,20 @@ def _all(x: Array, peers: Peers, program: Array, place: Array, interpret: bool) 
         return list(lax.all_gather(x, peers.axes))
     operands = _begin(x, peers, program, place)
     devices = range(peers.count)
-    parts = [packed(_received([device], apart=True), *operands) for device in devices]
+    parts = [packed(_received([device]), *operands) for device in devices]
     return [lax.bitcast_convert_type(part, x.dtype) for part in parts]
 
 
-def _begin(
-    x: Array, peers: Peers, program: Array, place: Array, counts: Array | None = None
-) -> list[Array]:
-    """Sends numbers, if they are not sent yet: the operands with which others are received."""
-    sent = counts is not None
-    if not sent:
-        place = side_by_side(place)
-    at = program * WIDTH + place
+def _begin(x: Array, peers: Peers, program: Array, place: Array) -> list[Array]:
+    """Sends numbers to the others: the operands with which theirs are received."""
+    at = program * WIDTH + side_by_side(place)
     mine = address_of(peers.table, 0, at.shape)
     me = jnp.full(at.shape, peers.table[0].astype(jnp.int32))
-    count = packed(_SET, *mine, at * 4, counts) if sent else packed(_TICK, *mine, at * 4)
+    count = packed(_TICK, *mine, at * 4)
     first, bits = _offset(peers, count, at), lax.bitcast_convert_type(x, jnp.int32)
-    if not sent:
-        for step in range(1, peers.count):
-            address = address_of(peers.table, step, at.shape)
-            bits = packed(SEND, *address, first + me * _STRIDE, bits, count)
+    for step in range(1, peers.count):
+        address = address_of(peers.table, step, at.shape)
+        bits = packed(SEND, *address, first + me * _STRIDE, bits, count)
     return [*mine, first, bits, count, me]
 
 
@@ -209,7 +209,7 @@ class Outbox(NamedTuple):
     Attributes:
       count: of that exchange, `[numbers]`.
       offset: of the numbers in a mailbox, likewise.
-      address: of the mailboxes of the others, two words `[lanes]`, the lower first; 0: none.
+      address: of the mailboxes of all devices, two words `[lanes]`, the lower first; 0: none.
       zero: float32 zeros `[numbers]`, which are there when `count` is.
     """
 
@@ -232,10 +232,11 @@ def outbox(peers: Peers, at: Array) -> Outbox:
     count = packed(_LOOK, *address_of(peers.table, 0, at.shape), at * 4, pack=1)
     offset = _offset(peers, count, at) + peers.table[0].astype(jnp.int32) * _STRIDE
     # A thread for each number and device, so that none of them sends twice.
-    lane = jnp.arange(max(pl.next_power_of_2(peers.count - 1), THREADS // at.size))
-    other = lane < peers.count - 1
+    lane = jnp.arange(max(pl.next_power_of_2(peers.count), THREADS // at.size))
     address = tuple(
-        plgpu.load(peers.table.at[3 + 2 * lane + word], mask=other, other=jnp.uint32(0))
+        plgpu.load(
+            peers.table.at[1 + 2 * lane + word], mask=lane < peers.count, other=jnp.uint32(0)
+        )
         for word in range(2)
     )
     # Zeros unless all bits are set, which the compiler does not know.
@@ -244,7 +245,7 @@ def outbox(peers: Peers, at: Array) -> Outbox:
 
 
 def send(x: Array, to: Outbox) -> tuple[Array, Array]:
-    """Inside a kernel: sends numbers of 4 bytes to the other devices, ahead of an exchange.
+    """Inside a kernel: sends numbers of 4 bytes to all devices, ahead of an exchange.
 
     Returns:
       `x` for each lane, `[lanes, numbers]`, which keeps what reads it behind the sending, and which
@@ -345,7 +346,6 @@ _TICK = (
     "st.relaxed.sys.global.b32 [a#], u#;",
     "mov.b32 %z, u#;",
 )
-_SET = ("st.relaxed.sys.global.b32 [a#], %x;", "mov.b32 %z, %x;")
 _LOOK = ("ld.global.b32 u#, [a#];", "add.u32 %z, u#, 1;")
 SEND = (  # unless the address is 0
     ".reg .pred some;",
@@ -356,35 +356,51 @@ SEND = (  # unless the address is 0
 )
 
 
-def _received(senders: Sequence[int], apart: bool) -> list[str]:
-    """Looks until the numbers of some devices are there, all at once, and adds them up.
+def _received(senders: Sequence[int]) -> list[str]:
+    """Looks until the numbers of some devices are there, all at once, and adds them up; those of
+    this device are an operand."""
+    loads = [f"ld.relaxed.sys.global.b64 r{s}_#, [a#+{s * _STRIDE}];" for s in senders]
+    mine = (
+        ".reg .pred own;",
+        "setp.eq.u32 own, %me, {sender}; selp.b32 s{sender}_#, %x, s{sender}_#, own; "
+        "selp.b32 v#, %y, v#, own; setp.ne.or.u32 late, v#, %y, late;",
+    )
+    return _added_up(senders, loads, *mine)
+
+
+def _received_as_sent(senders: Sequence[int]) -> list[str]:
+    """Likewise of numbers that `send` has sent, those of this device too; keeps their counts, of
+    which the places are an operand. The numbers of a thread lie next to one another, where half as
+    many loads do."""
+    loads = [
+        f"ld.relaxed.sys.global.v2.b64 {{r{s}_{k}, r{s}_{k + 1}}}, [a0+{s * _STRIDE + 8 * k}];"
+        for s in senders
+        for k in range(0, _PACK, 2)
+    ]
+    kept = ("mad.wide.u32 w#, %y, 1, base;", "st.relaxed.sys.global.b32 [w#], %x;")
+    check = "setp.ne.or.u32 late, v#, %x, late;"
+    return [*_added_up(senders, [*loads, *kept], "", check), *_NEIGHBOURS]
+
+
+def _added_up(senders: Sequence[int], loads: Sequence[str], names: str, check: str) -> list[str]:
+    """What both have in common.
 
     Args:
       senders: the devices.
-      apart: the numbers of a thread lie where `side_by_side` puts them, not next to one another,
-        where half as many loads do.
+      loads: of words `r` of each, number and count, and what may be done until they are there.
+      names: what `check` declares.
+      check: finds whether `v`, the count of a sender's word, is `late`.
     """
-    if apart:
-        lines = [f"ld.relaxed.sys.global.b64 r{s}_#, [a#+{s * _STRIDE}];" for s in senders]
-    else:
-        lines = [
-            f"ld.relaxed.sys.global.v2.b64 {{r{s}_{k}, r{s}_{k + 1}}}, [a0+{s * _STRIDE + 8 * k}];"
-            for s in senders
-            for k in range(0, _PACK, 2)
-        ]
+    lines = list(loads)
     # The last by itself, and first: else the compiler reads some, looks at them, and reads more.
     for sender in reversed(senders):
-        lines += [
-            f"mov.b64 {{s{sender}_#, v#}}, r{sender}_#;",
-            f"setp.eq.u32 own, %me, {sender}; selp.b32 s{sender}_#, %x, s{sender}_#, own; "
-            "selp.b32 v#, %y, v#, own; setp.ne.or.u32 late, v#, %y, late;",
-        ]
+        word = f"mov.b64 {{s{sender}_#, v#}}, r{sender}_#;"
+        lines += [word, check.replace("{sender}", str(sender))]
         if sender == senders[-1]:
             lines += _AGAIN
     first, *others = senders
     return [
-        ".reg .pred own;",
-        *([] if apart else _NEIGHBOURS),
+        names,
         *[f".reg .b32 s{sender}_#;\n.reg .b64 r{sender}_#;" for sender in senders],
         *until_found(lines),
         f"mov.b32 %z, s{first}_#;",

@@ -95,11 +95,17 @@ def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
     2]`: the largest magnitude becomes 127."""
     scale = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=-1), axis=-1), axis=-1) / 127
     inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None, None]
-    codes = jnp.floor(x * inverse + 0.5).astype(jnp.int32)
+    codes = _to_nearest(x * inverse)
     bytes_ = (codes & 255) << jnp.broadcast_to(8 * jnp.arange(4, dtype=jnp.int32), codes.shape)
     counts = jnp.sum(jnp.sum(codes, axis=-1), axis=-1)
     half_sums = counts.astype(jnp.float32) * scale[..., None]
     return jnp.sum(bytes_, axis=-1), scale, jnp.sum(half_sums, axis=-1), half_sums
+
+
+def _to_nearest(x: Array) -> Array:
+    """int32 of float32 below 2^22: where 1 is the last bit of a sum, the sum is rounded to it."""
+    one = np.float32(1.5 * 2**23)
+    return lax.bitcast_convert_type(x + one, jnp.int32) - one.view(np.int32)
 
 
 def round_rows(x: Array) -> Rounded:
