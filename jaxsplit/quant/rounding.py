@@ -103,9 +103,10 @@ def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def _to_nearest(x: Array) -> Array:
-    """int32 of float32 below 2^22: where 1 is the last bit of a sum, the sum is rounded to it."""
-    one = np.float32(1.5 * 2**23)
-    return lax.bitcast_convert_type(x + one, jnp.int32) - one.view(np.int32)
+    """The nearest int32 of float32 below 2^22, of two the even one: what a sum adds to the bits of
+    a number whose last bit is 1."""
+    number = np.float32(1.5 * 2**23)
+    return lax.bitcast_convert_type(x + number, jnp.int32) - number.view(np.int32)
 
 
 def round_rows(x: Array) -> Rounded:
