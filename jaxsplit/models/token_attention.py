@@ -320,22 +320,18 @@ def _kernel(
     start = split * share
     stop = jnp.minimum(start + share, keys)
 
-    def some(first: Array, count: int) -> tuple[Array, tuple[Array, Array, Array], Array]:
-        """Keys: their numbers, where they are in the cache, and which are seen."""
-        number = first + jnp.arange(count)
+    def ask_for(step: Array | int) -> tuple[AttentionCache, Array]:
+        """Keys and values of a step, and which are seen; the token's own are still to come."""
+        number = start + step * tiling.keys + jnp.arange(tiling.keys)
         place, seen = number - 1, number < stop
         if c.window is not None:
             behind = position % length - place
             behind = jnp.where(behind < 0, behind + length, behind)
             seen &= (number == 0) | ((behind > 0) & (behind < c.window) & (behind <= position))
-        return number, (slot, head, place), seen
+        return read(cache, (slot, head, place), seen & (number > 0)), seen
 
     @pl.when(split < used)
     def _() -> None:
-        def ask_for(step: Array | int) -> tuple[AttentionCache, Array]:
-            number, at, seen = some(start + step * tiling.keys, tiling.keys)
-            return read(cache, at, seen & (number > 0)), seen
-
         earlier, seen = ask_for(0)
         q = make_queries().astype(dtype)
         queries = in_parts(q, parts)
@@ -352,16 +348,17 @@ def _kernel(
             _put(cache, new, (slot, head, place), exists)
 
         def with_new(x: Array, y: Array) -> Array:
+            # So that the compiler sees which threads may have it.
             first = (jnp.arange(len(x)) == 0) & (split == 0)
             return jnp.where(wide(first, x.shape, 0), jnp.broadcast_to(y, x.shape), x)
 
         def step(
             i: Array, carry: tuple[Sums, AttentionCache, Array]
         ) -> tuple[Sums, AttentionCache, Array]:
-            """The keys that are there; the next ones are asked for before."""
-            sums, some, seen = carry
+            """Keys that are there; the next are asked for before."""
+            sums, there, seen = carry
             after = ask_for(i + 1)
-            return more_keys(sums, queries, some, seen[None], score, launch), *after
+            return more_keys(sums, queries, there, seen[None], score, launch), *after
 
         shape = (tiling.rows, padded(value_dim, parts))
         sums = (
