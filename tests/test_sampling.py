@@ -174,6 +174,21 @@ def test_top_p_of_one_keeps_all_tokens():
     assert set(draw(logits, config)) == set(range(VOCAB))
 
 
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_rounding_that_changes_the_order_changes_no_choice(rng, top_k):
+    """But where a sum is as near to another: once in a million draws."""
+    logits = rng.normal(size=VOCAB).astype(np.float32)
+    likely = np.argsort(-logits)[5:7]
+    logits[likely] = logits[likely[0]] + np.array([0, 1e-6], np.float32)
+    other = logits.copy()
+    other[likely] = logits[likely[::-1]]
+    assert (logits != other).sum() == 2
+    config = dataclasses.replace(ALL, top_k=top_k, seed=int(rng.integers(2**32)))
+    first, second = draw(logits, config), draw(other, config)
+    assert np.isin(likely, first).all()
+    assert (first != second).sum() <= 1
+
+
 def test_top_p_of_zero_keeps_one_token(rng):
     logits = rng.normal(size=VOCAB).astype(np.float32)
     config = dataclasses.replace(ALL, top_p=0.0, temperature=1000.0)

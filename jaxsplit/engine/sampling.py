@@ -6,6 +6,7 @@ temperature. Devices exchange their best candidates, never all logits, unless to
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -184,8 +185,11 @@ def sample(
     keep &= probability >= values.min_p[:, None] * probability[:, :1]
     scaled = jnp.where(keep, best / values.temperature[:, None], -jnp.inf)
 
-    def choose(seed: Array, position: Array, scaled: Array) -> Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), scaled)
+    def choose(seed: Array, position: Array, scaled: Array, tokens: Array) -> Array:
+        """As `jax.random.categorical`; a token has its noise wherever rounding puts it in order."""
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(tokens)
+        return jnp.argmax(scaled + jax.vmap(jax.random.gumbel)(keys))
 
-    choice = jax.vmap(choose)(values.seed, positions, scaled)
+    choice = jax.vmap(choose)(values.seed, positions, scaled, tokens)
     return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]

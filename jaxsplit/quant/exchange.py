@@ -267,11 +267,11 @@ def send(x: Array, to: Outbox) -> tuple[Array, Array]:
 def store(
     refs: Sequence[jax.Ref], at: Array, y: Array, inside: Array, to: Outbox | None, *before: Array
 ) -> None:
-    """Inside a kernel: stores results `[numbers]`, and sends them to other devices first.
+    """Inside a kernel: stores results `[numbers]`, and sends them to all devices first.
 
     Args:
       refs: of all results and, where they are sent, of the counts with which `add_up` looks for
-        those of other devices.
+        them.
       at: where they are in the last dimension.
       y: the results.
       inside: which of them there are.
