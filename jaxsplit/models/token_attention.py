@@ -52,6 +52,13 @@ _LEAST = 128
 _JOINED = 4096
 """Numbers of splits that are joined at a time."""
 
+_PROGRAMS = 1024
+"""As many keep a GPU busy: more heads of more sequences have fewer splits. Little context needs
+one, and the others take time all the same."""
+
+_AT_ONCE = 256
+"""Programs that a large GPU runs at a time if each has many registers."""
+
 
 def supports(
     config: AttentionConfig,
@@ -143,7 +150,7 @@ def attend(
     leaves, structure = jax.tree.flatten(inputs)
     kept, cache_structure = jax.tree.flatten(in_pairs(cache))
     width = pl.next_power_of_2(max(c.head_dim, value_dim))
-    tiling = flash.tiling_of(group, length, width)
+    tiling = _tiling_of(group, length, width, sequences * kv_heads)
     of_splits = (tiling.splits, sequences, kv_heads, group)
     if reader is None:  # what is no kernel may read before this one has ended
         stores, launch = Plain(dtype), dataclasses.replace(launch, overlap=False)
@@ -165,10 +172,11 @@ def attend(
             reader=stores,
             launch=launch,
         ),
-        grid=(tiling.splits, kv_heads, sequences),
+        # Splits last: the first of each head, which has something to do, does not wait for others.
+        grid=(kv_heads, sequences, tiling.splits),
         out_shape=[*outs, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
         input_output_aliases={len(leaves) + i: len(outs) + i for i in range(len(kept))},
-        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=launch.interpret,
         name="attend_token",
     )(*leaves, *kept)
@@ -177,6 +185,18 @@ def attend(
     if reader is None:
         return rows.rows.reshape(sequences, 1, columns), cache
     return _Attended(rows, reader, sequences, columns, dtype), cache
+
+
+def _tiling_of(group: int, length: int, width: int, heads: int) -> flash.Tiling:
+    """As `flash.tiling_of`, for so many heads of keys of all sequences.
+
+    With one stage, a program has the keys of its next step on the way to registers while it
+    multiplies those of this. Many programs hide one another's waits, and do better with fewer
+    registers."""
+    tiling = flash.tiling_of(group, length, width)
+    splits = min(tiling.splits, max(1, _PROGRAMS // heads))
+    stages = 1 if splits * heads <= _AT_ONCE else tiling.stages
+    return dataclasses.replace(tiling, splits=splits, stages=stages)
 
 
 class _Heads:
@@ -301,8 +321,8 @@ def _kernel(
     *splits, stored = *outs[:3], outs[3:count]
     c, group, length = config, query.shape[3], cache.keys.shape[2]
     head_dim, value_dim, parts = key.shape[-1], value.shape[-1], parts_of(cache)
-    split, head = pl.program_id(0), pl.program_id(1)
-    sequence = launch.next_from(pl.program_id(2))
+    head, split = pl.program_id(0), pl.program_id(2)
+    sequence = launch.next_from(pl.program_id(1))
 
     # All loads are asked for before any is waited for.
     position = positions[sequence]
@@ -319,27 +339,30 @@ def _kernel(
     used = pl.cdiv(keys, share)
     start = split * share
     stop = jnp.minimum(start + share, keys)
+    ahead = tiling.stages == 1
 
     def ask_for(step: Array | int) -> tuple[AttentionCache, Array]:
-        """Keys and values of a step, and which are seen; the token's own are still to come."""
+        """Keys and values of a step, and which are seen; if it is `ahead`, the token's own are
+        among these, and still to come."""
         number = start + step * tiling.keys + jnp.arange(tiling.keys)
         place, seen = number - 1, number < stop
         if c.window is not None:
             behind = position % length - place
             behind = jnp.where(behind < 0, behind + length, behind)
             seen &= (number == 0) | ((behind > 0) & (behind < c.window) & (behind <= position))
-        return read(cache, (slot, head, place), seen & (number > 0)), seen
+        kept = seen & (number > 0)
+        return read(cache, (slot, head, place), kept), seen if ahead else kept
 
     @pl.when(split < used)
     def _() -> None:
-        earlier, seen = ask_for(0)
+        earlier = ask_for(0) if ahead else None
         q = make_queries().astype(dtype)
         queries = in_parts(q, parts)
         scale = head_dim**-0.5 if c.scale is None else c.scale
         score = partial(scores_of, config=c, scale=scale)
-        new_key, key_scale = _as_kept(make_key(), cache.keys.dtype)
-        value, value_scale = _as_kept(_added_up(new_value), cache.values.dtype)
-        new = AttentionCache(new_key, value, key_scale, value_scale)
+        own_key, kept_key, key_scale = _as_kept(make_key(), cache.keys.dtype)
+        own_value, kept_value, value_scale = _as_kept(_added_up(new_value), cache.values.dtype)
+        new = AttentionCache(kept_key, kept_value, key_scale, value_scale)
 
         @pl.when(split == 0)
         def _() -> None:
@@ -352,23 +375,38 @@ def _kernel(
             first = (jnp.arange(len(x)) == 0) & (split == 0)
             return jnp.where(wide(first, x.shape, 0), jnp.broadcast_to(y, x.shape), x)
 
-        def step(
+        steps, shape = pl.cdiv(stop - start, tiling.keys), (tiling.rows, padded(value_dim, parts))
+
+        def some_keys(
             i: Array, carry: tuple[Sums, AttentionCache, Array]
         ) -> tuple[Sums, AttentionCache, Array]:
-            """Keys that are there; the next are asked for before."""
+            """Those that are there; the next are asked for before."""
             sums, there, seen = carry
             after = ask_for(i + 1)
             return more_keys(sums, queries, there, seen[None], score, launch), *after
 
-        shape = (tiling.rows, padded(value_dim, parts))
-        sums = (
-            jnp.full(tiling.rows, NONE, jnp.float32),
-            jnp.zeros(tiling.rows, jnp.float32),
-            in_parts(jnp.zeros(shape, jnp.float32), parts),
-        )
-        steps = pl.cdiv(stop - start, tiling.keys)
-        carry = (sums, jax.tree.map(with_new, earlier, new), seen)
-        (largest, total, values), *_ = lax.fori_loop(0, steps, step, carry)
+        def some_keys_read(i: Array, sums: Sums) -> Sums:
+            there, seen = ask_for(i)
+            return more_keys(sums, queries, there, seen[None], score, launch)
+
+        if ahead:
+            sums = (
+                jnp.full(tiling.rows, NONE, jnp.float32),
+                jnp.zeros(tiling.rows, jnp.float32),
+                in_parts(jnp.zeros(shape, jnp.float32), parts),
+            )
+            carry = (sums, jax.tree.map(with_new, earlier[0], new), earlier[1])
+            sums, *_ = lax.fori_loop(0, steps, some_keys, carry)
+        else:
+            own = score(jnp.sum(q.astype(jnp.float32) * own_key[None], axis=1))
+            values = jnp.broadcast_to(jnp.where(split == 0, own_value, 0)[None], shape)
+            sums = (
+                jnp.where(split == 0, own, NONE),
+                jnp.where(split == 0, jnp.ones_like(own), 0),
+                in_parts(values, parts),
+            )
+            sums = lax.fori_loop(0, steps, some_keys_read, sums)
+        largest, total, values = sums
         values = joined(values)
         shape = values.shape
         column, member = wide(jnp.arange(shape[1]), shape, 1), wide(row, shape, 0)
@@ -403,16 +441,19 @@ def _put(
             plgpu.store(ref.at[slot, head, place + jnp.arange(1)], x, mask=jnp.full(1, exists))
 
 
-def _as_kept(x: Array, kept: jnp.dtype) -> tuple[Array, Array | None]:
-    """A key or value `[width]` as it is in a cache, and its scale `[1]` if it has one."""
+def _as_kept(x: Array, kept: jnp.dtype) -> tuple[Array, Array, Array | None]:
+    """A key or value `[width]` as attention sees it, float32, as it is in a cache, and its scale
+    `[1]` if it has one."""
     if jnp.issubdtype(kept, jnp.floating):
-        return x.astype(kept), None
+        x = x.astype(kept)
+        return x.astype(jnp.float32), x, None
     scale = jnp.max(jnp.abs(x), axis=0, keepdims=True) / 127
     codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5).astype(jnp.int32)
+    seen = codes.astype(jnp.float32) * scale
     if kept == jnp.int16:  # two of 8 bits
         first, second = in_parts(codes, 2)
         codes = (first & 0xFF) | (second << 8)
-    return codes.astype(kept), scale
+    return seen, codes.astype(kept), scale
 
 
 def _join(

@@ -33,7 +33,7 @@ class DeviceKind:
     bandwidth: float
     flops: float
     link: float
-    layer_seconds: float = 16e-6
+    layer_seconds: float = 13.5e-6
     meet_seconds: float = 10e-6
     exchanges: bool = False
     kernels: bool = True

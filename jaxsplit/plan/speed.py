@@ -46,7 +46,7 @@ _EFFICIENCY = {
         few_bits=0.97,
         matmul=0.68,
         score_passes=0,
-        weight=4.5e-14,
+        weight=4.3e-14,
         weight_in_tiles=1e-13,
         tiles=0.62,
     ),
