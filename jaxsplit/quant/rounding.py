@@ -95,7 +95,9 @@ def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
     2]`: the largest magnitude becomes 127."""
     scale = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=-1), axis=-1), axis=-1) / 127
     inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None, None]
-    codes = _to_nearest(x * inverse)
+    # The bound, which changes nothing, keeps compilers from making this product and the sum in
+    # `_to_nearest` one instruction, which rounds once: here and there to another code.
+    codes = _to_nearest(jnp.minimum(x * inverse, 127))
     bytes_ = (codes & 255) << jnp.broadcast_to(8 * jnp.arange(4, dtype=jnp.int32), codes.shape)
     counts = jnp.sum(jnp.sum(codes, axis=-1), axis=-1)
     half_sums = counts.astype(jnp.float32) * scale[..., None]
