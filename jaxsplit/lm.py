@@ -3,8 +3,9 @@
 import dataclasses
 import importlib.util
 import math
+import operator
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsplit.arguments import checked_number
 from jaxsplit.checkpoint import is_checkpoint, open_checkpoint
-from jaxsplit.engine import Engine, SamplingConfig
+from jaxsplit.engine import Engine, EngineThread, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile, model_config, open_gguf
 from jaxsplit.loading import Progress, load_decoders
@@ -29,6 +31,8 @@ from jaxsplit.text import ChatTemplate, Tokenizer
 FLOATS = ("bfloat16", "float16", "float32")
 ACTIVATIONS = ("auto", "float", "int8")
 PROMPT_DTYPES = ("auto", "float8")
+DEFAULT_CONTEXT = 4096
+SHOW_SPECIAL = ("template", "all", "none")
 
 
 def load(
@@ -46,7 +50,7 @@ def load(
     reduce_dtype: str = "auto",
     peer_access: bool = True,
     cache_dtype: str = "auto",
-    ctx_size: int = 4096,
+    ctx_size: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
 ) -> "LM":
@@ -77,7 +81,8 @@ def load(
       peer_access: kernels of several GPUs exchange numbers by writing to one another's memory,
         where they can; else through NCCL, and stages through the host.
       cache_dtype: of keys and values; `auto` is that of the activations.
-      ctx_size: tokens of context, at most the model's; 0 is the model's.
+      ctx_size: tokens of context, at most as many as the model was trained for, as 0 is; None: at
+        most 4096.
       slots: sequences that can be decoded together.
       progress: called with the bytes loaded and the bytes in all.
 
@@ -91,12 +96,14 @@ def load(
     choice_of("activations", activations, ACTIVATIONS)
     in_float8 = choice_of("prompt_dtype", prompt_dtype, PROMPT_DTYPES) == "float8"
     cache_in = dtype_of("cache_dtype", cache_dtype, auto=None, int8=jnp.dtype(jnp.int8))
-    if ctx_size < 0:
-        raise JaxsplitError(f"--ctx_size={ctx_size} must not be negative")
-    if slots < 1:
-        raise JaxsplitError(f"--slots={slots} must be at least 1")
+    asked = 0 if ctx_size is None else checked_number("ctx_size", ctx_size, int, 0, math.inf)
+    ctx_size = DEFAULT_CONTEXT if ctx_size is None else asked
+    slots = checked_number("slots", slots, int, 1, math.inf)
+    main_device = checked_number("main_device", main_device, int, 0, math.inf)
+    if mesh is not None and not (isinstance(mesh, str) and mesh):
+        raise JaxsplitError(f"--mesh={mesh!r} is not a shape such as tensor:4 or stage:2,tensor:2")
     automatic = split_mode == "auto"
-    if automatic and (mesh or tensor_split):
+    if automatic and (mesh or tensor_split is not None):
         raise JaxsplitError(
             "--split_mode=auto chooses the mesh; leave --mesh and --tensor_split out"
         )
@@ -110,10 +117,17 @@ def load(
             "compute capability 8.9 or later; try --prompt_dtype=auto"
         )
     if tensor_split is not None and not isinstance(tensor_split, str):
-        tensor_split = ",".join(map(str, tensor_split))
+        try:
+            tensor_split = ",".join(map(str, tensor_split))
+        except TypeError:
+            raise JaxsplitError(
+                f"--tensor_split={tensor_split!r} is not a list of shares such as 3,1"
+            ) from None
     shares = None if tensor_split is None else parse_shares(tensor_split)
     compute_in = compute_in or jnp.dtype(_auto_dtype(mesh_devices[0]))
-    file = path if isinstance(path, ModelFile) else open_model(path or demo_model())
+    file = path
+    if not isinstance(file, ModelFile):
+        file = open_model(demo_model() if path is None else path)
     config = model_config(file, ctx_size)
     sources = parameter_sources(file, config)
     context = min(ctx_size or config.context, config.context)
@@ -145,6 +159,12 @@ def load(
         tokenizer = Tokenizer.from_metadata(file.metadata)
     except JaxsplitError as error:
         tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
+    tokens = config.vocab if isinstance(tokenizer, JaxsplitError) else tokenizer.vocab_size
+    if tokens > config.vocab:
+        raise JaxsplitError(
+            f"{file.path}: the tokenizer has {tokens} tokens, the embedding (token_embd.weight) "
+            f"only {config.vocab} rows; convert the model again"
+        )
     arithmetic = Arithmetic.on(mesh_devices[0])
     suits = arithmetic.kernels and compute_in.itemsize == 2
     rounded = activations == "int8" or (activations == "auto" and suits)
@@ -164,12 +184,14 @@ def load(
         slots=slots,
         context=context,
         cache_dtype=cache_in or compute_in,
+        vocab=tokens,
         arithmetic=arithmetic,
         peer_access=peer_access,
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
     split = describe_split(sources, config, partition, stored)
-    return LM(models, engine, tokenizer, file.metadata, split, time.perf_counter() - started)
+    took = time.perf_counter() - started
+    return LM(models, engine, tokenizer, file.metadata, split, took, asked_context=asked)
 
 
 def dtype_of(flag: str, value: str, **special: Any) -> Any:
@@ -188,7 +210,7 @@ def choice_of(flag: str, value: str, known: Collection[str]) -> str:
     Raises:
       JaxsplitError: it is not; the message lists what is supported.
     """
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise JaxsplitError(f"--{flag}={value} is not supported; supported are {', '.join(known)}")
     return value
 
@@ -219,6 +241,16 @@ def demo_model() -> Path:
     )
 
 
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None or isinstance(stop, str):
+        stops = () if stop is None else (stop,)
+    else:
+        stops = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise JaxsplitError(f"--stop={stop!r} must be a string, or several, none of them empty")
+    return stops
+
+
 def _auto_dtype(device: jax.Device) -> str:
     if device.platform == "cpu":
         return "float32"
@@ -231,9 +263,12 @@ def _auto_dtype(device: jax.Device) -> str:
 class LM:
     """A loaded model. Made by `load`.
 
+    Any number of threads may call it: calls wait for one another. After an exception, such as
+    `KeyboardInterrupt`, the next call works.
+
     Attributes:
       models: the Flax module of each stage, its parameters sharded over the stage's devices.
-      engine: the compiled programs and the cache.
+      engine: the compiled programs and the cache, which the calls of this class share.
       load_seconds: how long loading took.
     """
 
@@ -245,13 +280,17 @@ class LM:
         metadata: Mapping[str, Any],
         split: str,
         load_seconds: float,
+        *,
+        asked_context: int = 0,
     ):
         self.models = tuple(models)
         self.engine = engine
+        self._thread = EngineThread(engine)
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._metadata = metadata
         self._split = split
+        self._asked_context = asked_context
 
     @property
     def model(self) -> Decoder:
@@ -295,6 +334,11 @@ class LM:
         Raises:
           JaxsplitError: the file has no chat template, or it refuses the messages.
         """
+        if isinstance(messages, str | bytes) or not all(isinstance(m, Mapping) for m in messages):
+            raise JaxsplitError(
+                'messages must be a list such as [{"role": "user", "content": "Hello"}], not '
+                f"{repr(messages)[:40]}"
+            )
         template = ChatTemplate.from_metadata(self._metadata)
         text = template.render(messages, **variables)
         has_bos = bool(template.bos_token) and text.startswith(template.bos_token)
@@ -320,8 +364,7 @@ class LM:
         Raises:
           JaxsplitError: too many tokens, or an id outside the vocabulary.
         """
-        self._check(tokens)
-        return self.engine.logits(tokens, one_by_one=one_by_one)
+        return self._thread.logits(self._checked(tokens), one_by_one=one_by_one)
 
     def generate(self, prompt: str | Sequence[int], n_predict: int = -1, **options: Any) -> str:
         """The text that follows a prompt, decoded without returning to the host for each token.
@@ -335,8 +378,9 @@ class LM:
         prompt: str | Sequence[int],
         n_predict: int = -1,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         parse_special: bool = False,
+        show_special: str = "template",
         block: int | None = None,
         sampling: SamplingConfig | None = None,
         **options: Any,
@@ -346,8 +390,10 @@ class LM:
         Args:
           prompt: text, or token ids.
           n_predict: tokens to generate; -1 goes on until the text or the context ends.
-          stop: the text ends before any of these strings.
+          stop: the text ends before this string, or the first of these strings.
           parse_special: special tokens may be written out in the prompt.
+          show_special: special tokens that the text shows: `template`, those with which the model's
+            chat template marks thinking and tool calls; `all`; or `none`.
           block: tokens that are decoded before the host looks at them; None: as many as take a
             tenth of a second, at most 32.
           sampling: how tokens are chosen.
@@ -358,37 +404,69 @@ class LM:
 
         Raises:
           JaxsplitError: the prompt is empty or longer than the context, or a value is out of
-            range.
+            range or of another type. When pieces are taken: the model's logits are not finite.
         """
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
         else:
-            tokens = list(prompt)
+            tokens = prompt
+        tokens = self._checked(tokens)
         if not tokens:
             raise JaxsplitError("the prompt is empty; give at least one token")
-        self._check(tokens)
+        n_predict = checked_number("n_predict", n_predict, int, -1, math.inf)
+        if block is not None:
+            block = checked_number("block", block, int, 1, math.inf)
+        choice_of("show_special", show_special, SHOW_SPECIAL)
+        stops = _stop_strings(stop)
         known = SamplingConfig.__dataclass_fields__
         if unknown := sorted(set(options) - set(known)):
             raise JaxsplitError(
                 f"unknown option {', '.join(unknown)}; sampling options are {', '.join(known)}"
             )
         config = dataclasses.replace(sampling or SamplingConfig(), **options)
-        return Stream(self.engine, self.tokenizer, tokens, n_predict, tuple(stop), block, config)
+        return Stream(
+            self.engine,
+            self._thread,
+            self.tokenizer,
+            tokens,
+            n_predict,
+            stops,
+            block,
+            config,
+            show_special,
+        )
 
     def describe(self) -> str:
         """The model, how it is split, and through what GPUs meet, in one line."""
-        c, a = self.config, self.config.attention
+        c, a, context = self.config, self.config.attention, self.engine.context
         model = (
             f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
-            f"{self.engine.context}"
+            f"{context}"
         )
+        if self._asked_context > context:
+            model += f" (all that it was trained for; --ctx_size={self._asked_context} is more)"
         return " | ".join([model, self._split, *self.engine.meetings])
 
-    def _check(self, tokens: Sequence[int]) -> None:
-        if len(tokens) > self.engine.context:
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """Token ids as a list.
+
+        Raises:
+          JaxsplitError: too many for the context, or not ids of the model's.
+        """
+        try:
+            if isinstance(tokens, str | bytes | bytearray):
+                raise TypeError
+            ids = [operator.index(token) for token in tokens]
+        except TypeError:
             raise JaxsplitError(
-                f"the prompt has {len(tokens)} tokens, the context {self.engine.context}; shorten "
+                f"a prompt is text or a list of token ids (integers), not {type(tokens).__name__}"
+                f" {repr(tokens)[:40]}"
+            ) from None
+        if len(ids) > self.engine.context:
+            raise JaxsplitError(
+                f"the prompt has {len(ids)} tokens, the context {self.engine.context}; shorten "
                 f"the prompt or set --ctx_size to at most {self.config.context}"
             )
-        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.config.vocab:
+        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab:
             raise JaxsplitError(f"token ids must lie between 0 and {self.config.vocab - 1}")
+        return ids

@@ -1,12 +1,13 @@
 """Text as it is generated."""
 
 import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
 
-from jaxsplit.engine import Engine, SamplingConfig, compile_seconds
+from jaxsplit.engine import Engine, EngineThread, Request, SamplingConfig, compile_seconds
 from jaxsplit.text import Tokenizer
 
 MOST_IN_BLOCK = 32
@@ -16,11 +17,14 @@ BLOCK_SECONDS = 0.1
 class Stream(Iterator[str]):
     """Text as it comes. Made by `LM.stream`.
 
+    Other calls may use the model between two pieces: the stream then reads its prompt and decodes
+    its tokens again, which takes time but does not change the text.
+
     Attributes:
       prompt_tokens: ids of the prompt.
       tokens: ids generated so far, an end-of-text token included.
-      stop_reason: why it ended: `end of text`, `stop string`, `n_predict` or `context full`;
-        None while it goes on.
+      stop_reason: why it ended: `end of text`, `stop string`, `n_predict`, `context full`, or
+        `interrupted` by an exception; None while it goes on.
       first_token_seconds: from the start to the first token, with compilation.
       decode_seconds: from the first token to the last, without compilation.
       compile_seconds: spent on compiling programs that were not in the cache of compiled programs.
@@ -29,12 +33,14 @@ class Stream(Iterator[str]):
     def __init__(
         self,
         engine: Engine,
+        thread: EngineThread,
         tokenizer: Tokenizer,
         prompt_tokens: list[int],
         n_predict: int,
         stop: tuple[str, ...],
         block: int | None,
         sampling: SamplingConfig,
+        show_special: str,
     ):
         self.prompt_tokens = prompt_tokens
         self.tokens: list[int] = []
@@ -43,14 +49,23 @@ class Stream(Iterator[str]):
         self.decode_seconds = 0.0
         self.compile_seconds = 0.0
         self._prompt_seconds = 0.0
-        self._engine, self._tokenizer = engine, tokenizer
+        self._engine, self._thread, self._tokenizer = engine, thread, tokenizer
+        self._show_special = show_special
         self._stop = stop
         self._limit = math.inf if n_predict < 0 else n_predict
         self._block = block
-        self._pieces = self._run(sampling)
+        self._pieces = self._run(Request(prompt_tokens, sampling, self._limit))
+        self._lock = threading.Lock()
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._lock:
+            try:
+                return next(self._pieces)
+            except StopIteration:
+                raise
+            except BaseException:
+                self.stop_reason = "interrupted"
+                raise
 
     def timings(self) -> str:
         """Times, rates and memory, in one line."""
@@ -65,14 +80,14 @@ class Stream(Iterator[str]):
             f"{engine.weight_bytes / 1e6:.1f} MB weights, {engine.cache_bytes / 1e6:.1f} MB cache"
         )
 
-    def _run(self, sampling: SamplingConfig) -> Iterator[str]:
+    def _run(self, request: Request) -> Iterator[str]:
         if self._limit == 0:
             self.stop_reason = "n_predict"
             return
-        text = self._tokenizer.stream(continuation=True)
+        text = self._tokenizer.stream(self._show_special, continuation=True)
         held = ""  # text that may be the start of a stop string
         started, compiled = time.perf_counter(), compile_seconds()
-        for token in self._ids(sampling):
+        for token in self._ids(request):
             elapsed = time.perf_counter() - started
             self.compile_seconds = min(compile_seconds() - compiled, elapsed)
             if not self.tokens:
@@ -99,28 +114,24 @@ class Stream(Iterator[str]):
         if ready + held:
             yield ready + held
 
-    def _ids(self, sampling: SamplingConfig) -> Iterator[int]:
+    def _ids(self, request: Request) -> Iterator[int]:
         """Generated tokens; ends when the context is full."""
-        engine = self._engine
-        engine.start(self.prompt_tokens, sampling)
-        room = engine.context - len(self.prompt_tokens)
-        yield int(engine.read(engine.tokens())[0][0])
-        length = self._block or MOST_IN_BLOCK
-        limit = self._block or 1
-        while room > 0:
-            count = min(limit, room, self._limit - len(self.tokens))
+        length = min(self._block or MOST_IN_BLOCK, self._engine.context)
+        count, goes_on = 1, True  # the first token comes with the prompt
+        while goes_on:
             started, compiled = time.perf_counter(), compile_seconds()
-            tokens = engine.loop(count, length)[0]
+            goes_on = self._thread.advance(request, count, length)
             took = time.perf_counter() - started - (compile_seconds() - compiled)
-            if self._block is None:
-                limit = min(max(1, int(count * BLOCK_SECONDS / max(took, 1e-6))), length)
-                if jax.process_count() > 1:  # which have to agree
-                    limit = length // 4
-            for token in tokens:
-                if token < 0:
-                    return
-                yield int(token)
-                room -= 1
+            new = request.tokens[len(self.tokens) :]
+            if self._block is not None:
+                count = length
+            elif len(self.tokens) == 0:
+                count = 1
+            elif jax.process_count() > 1:  # which have to agree
+                count = length // 4
+            else:
+                count = min(max(1, int(len(new) * BLOCK_SECONDS / max(took, 1e-6))), length)
+            yield from new
 
 
 def _split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:

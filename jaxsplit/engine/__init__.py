@@ -2,7 +2,15 @@
 
 from jaxsplit.engine.clock import compile_seconds
 from jaxsplit.engine.engine import Engine
+from jaxsplit.engine.request import EngineThread, Request
 from jaxsplit.engine.runner import compiler_options
 from jaxsplit.engine.sampling import SamplingConfig
 
-__all__ = ["Engine", "SamplingConfig", "compile_seconds", "compiler_options"]
+__all__ = [
+    "Engine",
+    "EngineThread",
+    "Request",
+    "SamplingConfig",
+    "compile_seconds",
+    "compiler_options",
+]

@@ -1,5 +1,6 @@
 """Prefill and decode of sequences through the stages of a model."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from jaxsplit.engine.chunks import CHUNKS, chunk_lengths
 from jaxsplit.engine.loops import Group, Loops
 from jaxsplit.engine.runner import StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
+from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import Axis, Decoder
 from jaxsplit.parallel import Partition, fetch, hand_over
 from jaxsplit.quant import PLAIN, Arithmetic
@@ -23,18 +25,24 @@ class Engine:
     Slots are shared out over the `data` axis, and in groups over the stages: while one group is in
     one stage, another can be in the next. Calls return as soon as the work is on its way.
 
+    One thread at a time may call an engine; `EngineThread` serves any number of them. Programs
+    consume the cache that they update. If a call fails in between, all sequences are lost; the next
+    `start` or `logits` allocates a new cache.
+
     Args:
       models: the decoder of each stage, its parameters on the stage's mesh.
       partition: the stages.
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
       slots: sequences that are decoded together.
+      vocab: tokens that may be chosen, the first of the model's; None: all.
       ends: tokens that end a text.
       chunks: lengths for which prefill is compiled; longer prompts are read piece by piece.
       arithmetic: of products with quantized matrices.
       peer_access: where devices run kernels, these exchange numbers, if the devices can.
 
     Attributes:
+      end_ids: tokens that end a text.
       loops: whether devices run several steps by themselves. Not CPUs: XLA takes twice as long for
         a step in a loop there. Nor several stages that cannot write to one another's memory.
     """
@@ -47,6 +55,7 @@ class Engine:
         context: int,
         cache_dtype: jnp.dtype,
         slots: int = 1,
+        vocab: int | None = None,
         ends: Sequence[int] = (),
         chunks: Sequence[int] = CHUNKS,
         arithmetic: Arithmetic = PLAIN,
@@ -57,26 +66,57 @@ class Engine:
         self.context = context
         self.chunks = chunks
         self.runners = [
-            StageRunner(model, stage, context, cache_dtype, arithmetic, peer_access=peer_access)
+            StageRunner(
+                model, stage, context, cache_dtype, arithmetic, vocab=vocab, peer_access=peer_access
+            )
             for model, stage in zip(models, partition.stages, strict=True)
         ]
-        self.ends = self.runners[-1].place(np.asarray(sorted(ends) or [-1], np.int32))
+        self.end_ids = frozenset(ends)
+        self._ends = self.runners[-1].place(np.asarray(sorted(ends) or [-1], np.int32))
         count = min(slots, len(self.runners))
         self._local = -(-slots // (count * partition.data))  # of a group, on one device
         count = -(-slots // (self._local * partition.data))
         self._group_slots = self._local * partition.data
         self.slots = slots
-        self._groups = [
-            Group([runner.empty_cache(self._group_slots) for runner in self.runners])
-            for _ in range(count)
-        ]
+        self._peer_access = peer_access
+        self._groups = [Group([]) for _ in range(count)]
         self._plan: SamplingPlan | None = None
-        self._device_loops = Loops(
-            self.runners, self.ends, self._local, len(self._groups), peer_access=peer_access
-        )
+        self.reset()
         platform = partition.stages[0].mesh.devices.flat[0].platform
         several = len(self.runners) > 1
         self.loops = self._device_loops.in_ring if several else platform != "cpu"
+
+    def reset(self) -> None:
+        """Forgets all sequences: allocates the memory of the slots anew.
+
+        Masked values of earlier sequences are multiplied by 0, so a NaN among them must not stay.
+        """
+        for group in self._groups:  # of what a failed call left, first
+            group.caches, group.state, group.fed, group.texts = [], None, None, None
+        for group in self._groups:
+            group.caches = [runner.empty_cache(self._group_slots) for runner in self.runners]
+        self._device_loops = Loops(
+            self.runners, self._ends, self._local, len(self._groups), peer_access=self._peer_access
+        )
+        self._lost = False
+
+    @contextlib.contextmanager
+    def _consuming(self, *, new: bool = False) -> Iterator[None]:
+        """Runs programs that consume caches and states: an exception loses them.
+
+        Args:
+          new: sequences begin, which need none of those that are lost.
+
+        Raises:
+          JaxsplitError: the sequences to go on with are lost.
+        """
+        if self._lost and not new:
+            raise JaxsplitError("an earlier call failed and its sequences are lost; start new ones")
+        if self._lost:
+            self.reset()
+        self._lost = True
+        yield
+        self._lost = False
 
     @property
     def meetings(self) -> list[str]:
@@ -165,13 +205,17 @@ class Engine:
         rows = last.layout(Axis("vocab", self.config.vocab)).size
         parts = [np.zeros((0, self.config.vocab), np.float32)]
         chunks = [1] if one_by_one else None
-        for logits, _, count, length in self._read(
-            self._groups[0], 0, prompts, all_logits=True, chunks=chunks
-        ):
-            like = jax.ShapeDtypeStruct((len(prompts), length, rows), np.float32)
-            whole = np.asarray(self._fetchable(logits, like))
-            parts.append(whole[0, : count[0], : self.config.vocab])
-        return np.concatenate(parts)
+        with self._consuming(new=True):
+            for logits, _, count, length in self._read(
+                self._groups[0], 0, prompts, all_logits=True, chunks=chunks
+            ):
+                like = jax.ShapeDtypeStruct((len(prompts), length, rows), np.float32)
+                whole = np.asarray(self._fetchable(logits, like))
+                parts.append(whole[0, : count[0], : self.config.vocab])
+        found = np.concatenate(parts)
+        if not np.isfinite(found).all():
+            self.reset()
+        return found
 
     def start(
         self, tokens: Sequence[int], sampling: Sequence[SamplingConfig] | SamplingConfig, slot=0
@@ -192,7 +236,13 @@ class Engine:
     ) -> None:
         """Reads prompts into slots, on all places of the `data` axis at once; as `start`."""
         configs = [sampling] * self.slots if isinstance(sampling, SamplingConfig) else [*sampling]
-        self._plan = configs[next(iter(prompts))].plan
+        with self._consuming(new=True):
+            self._start_all(prompts, configs)
+
+    def _start_all(
+        self, prompts: Mapping[int, Sequence[int]], configs: list[SamplingConfig]
+    ) -> None:
+        self._plan = configs[next(iter(prompts))].plan.within(self.context)
         # XLA:GPU fails on empty arrays when it compiles for several devices.
         window = max(1, self._plan.window)
         runner, data = self.runners[-1], self.partition.data
@@ -229,13 +279,17 @@ class Engine:
                 continue
             slot = np.where(ended, local, -1).astype(np.int32)
             group.state, group.fed = self.runners[-1].begin(self._plan)(
-                logits, group.state, recent, lengths, slot, self.ends, group.values
+                logits, group.state, recent, lengths, slot, self._ends, group.values
             )
 
     # Decoding
 
     def step(self) -> None:
         """Decodes one token in each active slot; does not wait for it."""
+        with self._consuming():
+            self._step()
+
+    def _step(self) -> None:
         fed_like = jax.ShapeDtypeStruct((self._group_slots, 2), np.int32)
         for group in self._groups:
             x, fed = None, self._between(self._fed(group), fed_like, -1, 0)
@@ -245,7 +299,7 @@ class Engine:
                 x, fed = self._between((x, fed), like, i, i + 1)
             runner = self.runners[-1]
             group.caches[-1], group.state, group.fed = runner.finish(self._plan)(
-                runner.params, group.caches[-1], x, group.state, self.ends, group.values
+                runner.params, group.caches[-1], x, group.state, self._ends, group.values
             )
 
     def tokens(self) -> list[jax.Array]:
@@ -259,8 +313,12 @@ class Engine:
         return group.fed
 
     def read(self, tokens: Sequence[jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-        """Waits for what `tokens` has returned: int32 `[slots]`, and which slots go on, bool."""
-        fed = np.concatenate([np.asarray(part) for part in tokens])[: self.slots]
+        """Waits for what `tokens` has returned: int32 `[slots]`, and which slots go on, bool.
+
+        A token is `NOT_FINITE` where the model's logits were not finite.
+        """
+        with self._consuming():  # a program that failed on a device is noticed here
+            fed = np.concatenate([np.asarray(part) for part in tokens])[: self.slots]
         return fed[:, 0], fed[:, 1] >= 0
 
     def loop(self, limit: int, length: int = 32) -> np.ndarray:
@@ -268,11 +326,16 @@ class Engine:
         engine `loops`.
 
         Returns:
-          int32 `[slots, limit]`, -1 where a slot had stopped.
+          int32 `[slots, limit]`, -1 where a slot had stopped, `NOT_FINITE` where the model's logits
+          were not finite, which stops the slot.
         """
         limit = min(limit, length)
         if not self.loops:
             return self._step_loop(limit)
+        with self._consuming():
+            return self._loop(limit, length)
+
+    def _loop(self, limit: int, length: int) -> np.ndarray:
         self._device_loops.run(self._groups, self._plan, limit, length)
         like = jax.ShapeDtypeStruct((self._group_slots, length), np.int32)
         texts = [self._fetchable(group.texts, like) for group in self._groups]
@@ -315,7 +378,7 @@ class Engine:
 
     def trace_step(self, sampling: SamplingConfig) -> list[jax.stages.Traced]:
         """The program of each stage in a decode step, before it is compiled, to look into."""
-        traced, plan = [], sampling.plan
+        traced, plan = [], sampling.plan.within(self.context)
         slots, window = self._group_slots, max(1, plan.window)
         values = SamplingValues.of([sampling] * slots)
         for i, runner in enumerate(self.runners):
@@ -323,7 +386,7 @@ class Engine:
             cache = self._groups[0].caches[i]
             if runner.last:
                 state = runner.empty_state(slots, window)
-                arguments = (runner.params, cache, x, state, self.ends, values)
+                arguments = (runner.params, cache, x, state, self._ends, values)
                 traced.append(runner.finish(plan).trace(*arguments))
             else:
                 fed = jax.ShapeDtypeStruct((slots, 2), np.int32)

@@ -120,6 +120,7 @@ class StageRunner:
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
       arithmetic: of products with quantized matrices.
+      vocab: tokens that may be chosen, the first of the model's; None: all.
       peer_access: where devices run kernels, these exchange numbers, if the devices can.
     """
 
@@ -131,6 +132,7 @@ class StageRunner:
         cache_dtype: jnp.dtype,
         arithmetic: Arithmetic = PLAIN,
         *,
+        vocab: int | None = None,
         peer_access: bool = True,
     ):
         self.stage = stage
@@ -138,6 +140,7 @@ class StageRunner:
         self.context = context
         self.cache_dtype = cache_dtype
         self.config = model.config
+        self.vocab = self.config.vocab if vocab is None else vocab
         self.first, self.last, self.dtype = model.first, model.last, model.dtype
         # The hot loop carries flat arrays; the module is put together while tracing.
         self._graph, state = nnx.split(model)
@@ -309,7 +312,7 @@ class StageRunner:
         """`(logits, state, recent, position, slot, ends, values)` to the state and its feed."""
 
         def begin(*arguments):
-            state = steps.begin(*arguments, plan, self.config.vocab, self.context)
+            state = steps.begin(*arguments, plan, self.vocab, self.context)
             return state, steps.feed(state)
 
         specs = [
@@ -335,7 +338,7 @@ class StageRunner:
         state and its feed."""
 
         def finish(params, cache, x, state, ends, values):
-            model, sizes = self._model(params), (self.config.vocab, self.context)
+            model, sizes = self._model(params), (self.vocab, self.context)
             cache, state = steps.decode_step(model, cache, x, state, ends, values, plan, *sizes)
             return cache, state, steps.feed(state)
 
@@ -374,7 +377,7 @@ class StageRunner:
                 values,
                 incoming,
                 plan,
-                self.config.vocab,
+                self.vocab,
                 self.context,
             )
             return *results, ring and ring.count

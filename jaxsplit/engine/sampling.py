@@ -6,6 +6,8 @@ temperature. Devices exchange their best candidates, never all logits, unless to
 
 import dataclasses
 import math
+import secrets
+import sys
 from functools import partial
 
 import jax
@@ -13,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxsplit.arguments import checked_number
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.axes import Axis, gather_over, shard_of
 
 _VOCAB = Axis("vocab")
+
+NOT_FINITE = -2
+"""The token of a slot whose logits have a NaN or infinity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +40,12 @@ class SamplingConfig:
         the last; 1 is off (Keskar et al. 2019, arXiv:1909.05858).
       frequency_penalty: subtracted from a logit for each time that the token was seen.
       presence_penalty: subtracted once if it was seen.
-      repeat_last_n: how many of the last tokens the penalties look at.
-      seed: the same seed gives the same text, on any mesh.
+      repeat_last_n: how many of the last tokens the penalties look at; -1: all of the context.
+      seed: 0 to 2**64 - 1, of which the lower 32 bits count: the same seed gives the same text, on
+        any mesh. -1 or None: a random one, drawn here.
+
+    Raises:
+      JaxsplitError: a value is out of range or of another type.
     """
 
     temperature: float = 0.8
@@ -46,22 +56,24 @@ class SamplingConfig:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repeat_last_n: int = 64
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self):
-        for name, low, high in (
-            ("temperature", 0, math.inf),
-            ("top_k", 0, math.inf),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("repeat_penalty", 0, math.inf),
-            ("frequency_penalty", -math.inf, math.inf),
-            ("presence_penalty", -math.inf, math.inf),
-            ("repeat_last_n", 0, math.inf),
+        for name, kind, low, high in (
+            ("temperature", float, 0, math.inf),
+            ("top_k", int, 0, math.inf),
+            ("top_p", float, 0, 1),
+            ("min_p", float, 0, 1),
+            ("repeat_penalty", float, 0, math.inf),
+            ("frequency_penalty", float, -math.inf, math.inf),
+            ("presence_penalty", float, -math.inf, math.inf),
+            ("repeat_last_n", int, -1, math.inf),
+            ("seed", int, -1, 2**64 - 1),
         ):
             value = getattr(self, name)
-            if not low <= value <= high or not math.isfinite(value):
-                raise JaxsplitError(f"--{name}={value} is not a number between {low} and {high}")
+            if name == "seed" and value in (None, -1):
+                value = secrets.randbits(32)
+            object.__setattr__(self, name, checked_number(name, value, kind, low, high))
         if self.repeat_penalty == 0:
             raise JaxsplitError("--repeat_penalty=0.0 must be above 0")
 
@@ -69,9 +81,10 @@ class SamplingConfig:
     def plan(self) -> "SamplingPlan":
         """What the compiled program has to be able to do."""
         penalties = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty)
+        last = sys.maxsize if self.repeat_last_n < 0 else self.repeat_last_n
         return SamplingPlan(
             candidates=1 if self.temperature == 0 else self.top_k,
-            window=self.repeat_last_n if penalties != (1.0, 0.0, 0.0) else 0,
+            window=last if penalties != (1.0, 0.0, 0.0) else 0,
         )
 
 
@@ -86,6 +99,10 @@ class SamplingPlan:
 
     candidates: int
     window: int
+
+    def within(self, context: int) -> "SamplingPlan":
+        """The plan where no sequence is longer than `context`."""
+        return dataclasses.replace(self, window=min(self.window, context))
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +158,7 @@ def sample(
     plan: SamplingPlan,
     vocab: int,
 ) -> Array:
-    """The next token of each slot.
+    """The next token of each slot, `NOT_FINITE` if a logit is NaN or the largest is infinite.
 
     Args:
       logits: float32 `[slots, vocab / devices]`: this device's rows, the last ones padding.
@@ -150,13 +167,15 @@ def sample(
       recent: int32 `[slots, window]`: the last tokens, negative where there are none.
       values: temperature, thresholds, penalties, seed.
       plan: what to compile.
-      vocab: how many rows are tokens.
+      vocab: how many rows are tokens that may be chosen.
 
     Returns:
       int32 `[slots]`, the same on all devices.
     """
     rows = logits.shape[-1]
     offset = shard_of(_VOCAB) * rows
+    # A NaN becomes the largest logit, which is looked at below: no other pass over them is needed.
+    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
     logits = jnp.where(jnp.arange(rows) + offset < vocab, logits, -jnp.inf)
     if plan.window:
         logits = penalize(logits, recent, values, offset)
@@ -173,7 +192,8 @@ def sample(
     best, tokens = lax.bitcast_convert_type(pairs[:, 0], jnp.float32), pairs[:, 1]
     if plan.candidates == 1:
         winner = jnp.argmax(best, axis=-1, keepdims=True)
-        return jnp.take_along_axis(tokens, winner, axis=-1)[:, 0]
+        token = jnp.take_along_axis(tokens, winner, axis=-1)[:, 0]
+        return jnp.where(jnp.isfinite(jnp.max(best, axis=-1)), token, NOT_FINITE)
     # Likeliest first, equal ones by their number: the same order however the rows are split.
     best, tokens = lax.sort((-best, tokens), dimension=-1, num_keys=2)
     count = min(plan.candidates or vocab, vocab)
@@ -192,4 +212,5 @@ def sample(
         return jnp.argmax(scaled + jax.vmap(jax.random.gumbel)(keys))
 
     choice = jax.vmap(choose)(values.seed, positions, scaled, tokens)
-    return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]
+    token = jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]
+    return jnp.where(jnp.isfinite(best[:, 0]), token, NOT_FINITE)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsplit.engine.sampling import SamplingPlan, SamplingValues, sample
+from jaxsplit.engine.sampling import NOT_FINITE, SamplingPlan, SamplingValues, sample
 from jaxsplit.models import Cache, Decoder
 from jaxsplit.quant import Ring
 
@@ -19,7 +19,8 @@ class DecodeState:
     """What decoding carries from token to token, beside the cache.
 
     Attributes:
-      token: int32 `[slots]`: the last token, not in the cache yet.
+      token: int32 `[slots]`: the last token, not in the cache yet; `NOT_FINITE`: none could be
+        chosen.
       position: int32 `[slots]`: where it belongs.
       active: bool `[slots]`: slots that go on.
       recent: int32 `[slots, window]`: the last tokens, the newest last, -1 where there are none.
@@ -78,7 +79,7 @@ def begin(
     """
     one = jax.tree.map(lambda value: value[slot], values)
     token = sample(logits, position, recent, one, plan, vocab)
-    active = ~jnp.isin(token, ends) & (position < context)
+    active = (token != NOT_FINITE) & ~jnp.isin(token, ends) & (position < context)
     chosen = DecodeState(token, position, active, _append(recent, token))
     index = jnp.where(slot < 0, state.token.shape[0], slot)
     return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), state, chosen)
@@ -135,10 +136,11 @@ def choose(
     token = sample(logits, state.position + 1, state.recent, values, plan, vocab)
     token = jnp.where(state.active, token, state.token)
     position = state.position + state.active
+    goes_on = (token != NOT_FINITE) & ~jnp.isin(token, ends) & (position < context)
     return DecodeState(
         token=token,
         position=position,
-        active=state.active & ~jnp.isin(token, ends) & (position < context),
+        active=state.active & goes_on,
         recent=jnp.where(state.active[:, None], _append(state.recent, token), state.recent),
     )
 
@@ -182,7 +184,7 @@ def decode_loop(
     Args:
       caches: of the stage, one for each group of slots.
       states: of the groups, if the stage is the last; else none, as of `texts` and `values`.
-      texts: int32 `[slots, length]` each, at least -1, to be overwritten.
+      texts: int32 `[slots, length]` each, to be overwritten.
       ring: what the stages hand to one another goes through it; None: there is only this stage,
         and one group.
       limit: int32: how many steps, at most `length`; one stage alone ends sooner when none of a
@@ -191,10 +193,11 @@ def decode_loop(
       model, ends, values, plan, vocab, context: as in `decode_step`.
 
     Returns:
-      the caches, the states, the new tokens, int32 `[slots, length]` each, -1 where there are none,
-      and the ring.
+      the caches, the states, the new tokens, int32 `[slots, length]` each, -1 where there are none
+      and `NOT_FINITE` where none could be chosen, and the ring.
     """
-    texts = [jnp.minimum(text, -1) for text in texts]  # an argument nothing reads has no place
+    # All -1, but from what was there: an argument that nothing reads has no place.
+    texts = [jnp.where(text < -1, -1, jnp.minimum(text, -1)) for text in texts]
     if ring is not None:
         for group, state in enumerate(states):
             ring = ring.send(_as_words([feed(state)]), group, wanted=limit > 0)

@@ -10,7 +10,7 @@ The mesh axes:
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import jax
@@ -63,9 +63,9 @@ def split_mode(name: str) -> SplitMode:
     Raises:
       JaxsplitError: there is no such mode; the message lists those that are.
     """
-    if name not in SPLIT_MODES:
+    if not isinstance(name, str) or name not in SPLIT_MODES:
         raise JaxsplitError(
-            f"--split_mode={name} is not supported; supported are {', '.join(SPLIT_MODES)}"
+            f"--split_mode={name} is not supported; supported are {', '.join(SPLIT_MODES)}, auto"
         )
     return SPLIT_MODES[name]
 
@@ -144,14 +144,17 @@ def choose_devices(
             f"--mesh={mesh} has {math.prod(shape.values())} devices, but --split_mode={mode} uses "
             f"one; leave one of the two flags out"
         )
-    if isinstance(devices, int):
+    if isinstance(devices, int) and not isinstance(devices, bool):
         if not 1 <= devices <= len(present):
             raise JaxsplitError(f"--devices={devices}: there are {described}{hint}")
         devices = present[:devices]
     elif devices is not None:
-        devices = list(devices)
-        if not devices:
-            raise JaxsplitError("the list of devices is empty")
+        given = list(devices) if isinstance(devices, Iterable) else [devices]
+        if not given or not all(isinstance(device, jax.Device) for device in given):
+            raise JaxsplitError(
+                f"--devices={devices!r} is neither a number of devices nor a list of JAX devices"
+            )
+        devices = given
     available = present if devices is None else devices
     if chosen.axis is None:
         if not 0 <= main_device < len(available):

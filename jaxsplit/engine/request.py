@@ -1,0 +1,111 @@
+"""Requests from any thread, served one after the other on the thread that runs the engine."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jaxsplit.engine.engine import Engine
+from jaxsplit.engine.sampling import NOT_FINITE, SamplingConfig
+from jaxsplit.errors import JaxsplitError
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt and the tokens that follow it.
+
+    Attributes:
+      prompt: ids, 1 to the context's length.
+      sampling: how tokens are chosen.
+      limit: how many tokens to decode at most; infinity: as many as the context holds.
+      tokens: ids decoded so far, an end-of-text token included.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingConfig
+    limit: float
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+class EngineThread:
+    """Runs an engine on a thread of its own, for callers on any thread.
+
+    Calls wait for one another. An exception that a signal raises in a caller, such as
+    `KeyboardInterrupt`, never reaches the code that holds the cache: the caller stops waiting, and
+    the engine's thread ends the call.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="jaxsplit-engine")
+        self._current: Request | None = None  # whose tokens the cache holds
+        self._call(lambda: None)  # starts the thread
+
+    def _call(self, function: Callable, *arguments: Any) -> Any:
+        return self._executor.submit(function, *arguments).result()
+
+    def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
+        """As `Engine.logits`."""
+        return self._call(self._logits, tokens, one_by_one)
+
+    def _logits(self, tokens: Sequence[int], one_by_one: bool) -> np.ndarray:
+        self._current = None
+        return self._engine.logits(tokens, one_by_one=one_by_one)
+
+    def advance(self, request: Request, count: int, length: int) -> bool:
+        """Decodes the next tokens of a request.
+
+        If another call has used the cache since, the request is decoded again from its prompt,
+        which gives the same tokens, and then as far again: requests that take turns so spend at
+        most as much time on tokens they had as on new ones.
+
+        Args:
+          request: to whose `tokens` they are added.
+          count: how many, at least 1.
+          length: tokens that are decoded without returning to the host.
+
+        Returns:
+          whether the request goes on.
+
+        Raises:
+          JaxsplitError: logits are not finite, or the tokens decoded again are others.
+        """
+        return self._call(self._advance, request, count, length)
+
+    def _advance(self, request: Request, count: int, length: int) -> bool:
+        engine, before = self._engine, request.tokens
+        most = min(request.limit, engine.context - len(request.prompt) + 1)
+        goal = len(before) + count
+        tokens = [*before]
+        if self._current is not request:
+            goal = max(goal, 2 * len(before))
+            tokens = []
+        self._current = None  # unless all goes well
+        goal = min(goal, most)
+        while len(tokens) < goal and not (tokens and tokens[-1] in engine.end_ids):
+            if tokens:
+                row = engine.loop(min(length, goal - len(tokens)), length)[0]
+                new = row[row != -1].tolist()
+            else:
+                engine.start(request.prompt, request.sampling)
+                new = [int(engine.read(engine.tokens())[0][0])]
+            if NOT_FINITE in new:
+                engine.reset()
+                raise JaxsplitError(
+                    f"the model's logits are not finite after {len(request.prompt) + len(tokens)} "
+                    "tokens: try --dtype=float32; if that does not help, the file's weights are "
+                    "damaged"
+                )
+            if not new:
+                break
+            tokens += new
+        if tokens[: len(before)] != before:
+            raise JaxsplitError(
+                "another call used the model between two pieces of this text, and decoding the "
+                "text again gave other tokens; generate it at once, or load the model twice"
+            )
+        request.tokens = tokens
+        self._current = request
+        return len(tokens) == goal < most and tokens[-1] not in engine.end_ids
