@@ -1,10 +1,13 @@
-"""What all command lines share: errors for people, a progress bar."""
+"""What all command lines share: streams, interrupts, errors for people, a progress bar."""
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from absl import app, flags, logging
 
@@ -23,34 +26,114 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report each step otherwise
         try:
+            if sys.stdout is None:
+                raise JaxsplitError("standard output is closed: there is nowhere to write to")
             if len(argv) - 1 > arguments:
                 raise JaxsplitError(
                     f"unexpected argument {argv[arguments + 1]!r}; --help lists the flags"
                 )
+            _refuse_empty_flags()
             main(argv[1:])
+            sys.stdout.flush()
         except JaxsplitError as error:
-            print(f"jaxsplit: {error}", file=sys.stderr)
+            note(f"jaxsplit: {error}")
             _leave(2)
         except KeyboardInterrupt:
             _leave(130)
         except BrokenPipeError:
+            _leave_unread()
+        except OSError as error:
+            where = error.filename or "standard output"
+            note(f"jaxsplit: {where}: {error.strerror or error}")
             _leave_unread()
         except Exception as error:
             failed = _is_runtime_error(error)
             reason = str(error).splitlines()[0] if failed else ""
             if failed and "RESOURCE_EXHAUSTED" in reason:
                 message = "try a shorter --ctx_size or more devices; jaxsplit.plan tells what fits"
-                print(f"jaxsplit: a device's memory is full ({reason}); {message}", file=sys.stderr)
+                note(f"jaxsplit: a device's memory is full ({reason}); {message}")
             elif not _one_of_several():
                 raise
             elif failed:
-                message = f"another process has ended or cannot be reached ({reason})"
-                print(f"jaxsplit: {message}", file=sys.stderr)
+                note(f"jaxsplit: another process has ended or cannot be reached ({reason})")
             else:
                 traceback.print_exc()
             _leave(1)
 
-    app.run(guarded, flags_parser=_parse_flags)
+    _open_missing_streams()
+    with _leave_on_interrupt():
+        app.run(guarded, flags_parser=_parse_flags)
+
+
+def note(message: str) -> None:
+    """Writes a line to standard error, if anybody reads it."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = _null()
+
+
+def _null() -> TextIO:
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+
+
+def _open_missing_streams() -> None:
+    """Opens the null device where a standard stream is closed: files opened later would take its
+    number, and native libraries would write their messages into them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stderr is None:
+        sys.stderr = _null()
+
+
+@contextlib.contextmanager
+def _leave_on_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once with status 130.
+
+    Python runs signal handlers between two instructions of the main thread, which may be compiling
+    for long, and drops what they raise in callbacks of the garbage collector. So a thread waits for
+    the signal's number, which the interpreter writes to a pipe at once, and ends the process.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def wait() -> None:
+        while number := os.read(reading, 1):
+            if number[0] == signal.SIGINT:
+                _interrupted()
+        os.close(reading)
+
+    threading.Thread(target=wait, daemon=True).start()
+    handler = signal.signal(signal.SIGINT, lambda *_: _interrupted())
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGINT, handler)
+        os.close(writing)  # ends the thread
+
+
+def _interrupted() -> None:
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h\n")  # shows the cursor, which progress bars hide
+    os._exit(130)
+
+
+def _refuse_empty_flags() -> None:
+    """A value is empty where a shell variable is not set; no flag means anything by it."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        if flag.present and "" in values:
+            raise JaxsplitError(f"--{name}= is empty; give it a value, or leave the flag out")
 
 
 def text_alone_on_stdout() -> None:
@@ -81,7 +164,7 @@ def _leave(status: int) -> None:
 
 
 def _leave_unread() -> None:
-    """Ends a program when the reader of its text has gone."""
+    """Ends a program whose text cannot be written; nor can what is left of it, at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _leave(1)
 
@@ -95,7 +178,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _leave_unread()
     except flags.Error as error:
         reason = " ".join(str(error).split())
-        print(f"jaxsplit: {reason}; --help lists the flags", file=sys.stderr)
+        note(f"jaxsplit: {reason}; --help lists the flags")
         sys.exit(2)
 
 

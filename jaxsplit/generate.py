@@ -6,13 +6,15 @@ Text goes to standard output, everything else to standard error. Flags can be ke
 line: --flagfile=FILE. Exit status: 0, or 2 with one line that says what to mend.
 """
 
+import codecs
 import os
+import re
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from jaxsplit.cli import progress_bar, run, text_alone_on_stdout
+from jaxsplit.cli import note, progress_bar, run, text_alone_on_stdout
 from jaxsplit.errors import JaxsplitError
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -25,12 +27,24 @@ _MODEL = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; \\n, \\t and \\\\ are escapes")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "read the prompt from a file; -: stdin")
 _CHAT = flags.DEFINE_bool("chat", False, "put the prompt into the model's chat template")
-_SYSTEM = flags.DEFINE_string("system", None, "system message, with --chat")
+_SYSTEM = flags.DEFINE_string("system", None, "system message, with --chat; escapes as in --prompt")
 _SPECIAL = flags.DEFINE_bool("special", False, "special tokens may be written in the prompt")
+_SHOW_SPECIAL = flags.DEFINE_enum(
+    "show_special",
+    "template",
+    ["template", "all", "none"],
+    "special tokens that the text shows: those with which the model's chat template marks thinking "
+    "and tool calls, all, or none",
+)
 _N_PREDICT = flags.DEFINE_integer("n_predict", -1, "tokens to generate; -1: until the text ends")
-_STOP = flags.DEFINE_multi_string("stop", [], "end the text before this string (can be repeated)")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "end the text before this string (can be repeated); escapes as in --prompt"
+)
 _CTX_SIZE = flags.DEFINE_integer(
-    "ctx_size", 4096, "tokens of context; 0: all the model was made for"
+    "ctx_size",
+    None,
+    "tokens of context, at most as many as the model was trained for; 0: all of these (default: at "
+    "most 4096)",
 )
 
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "randomness; 0: always the likeliest token")
@@ -42,8 +56,10 @@ _MIN_P = flags.DEFINE_float(
 _REPEAT = flags.DEFINE_float("repeat_penalty", 1.0, "make recent tokens unlikelier; 1: off")
 _FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "subtracted for each recent occurrence")
 _PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "subtracted if a token occurred recently")
-_LAST_N = flags.DEFINE_integer("repeat_last_n", 64, "how many tokens are recent")
-_SEED = flags.DEFINE_integer("seed", None, "same seed, same text, on any mesh (default: random)")
+_LAST_N = flags.DEFINE_integer("repeat_last_n", 64, "how many tokens are recent; -1: all")
+_SEED = flags.DEFINE_integer(
+    "seed", None, "same seed, same text, on any mesh; -1: random (default)"
+)
 
 _SPLIT_MODE = flags.DEFINE_string(
     "split_mode",
@@ -116,20 +132,33 @@ def _prompt() -> str:
     if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
         raise JaxsplitError("--prompt and --prompt_file are both given; leave one out")
     if _PROMPT_FILE.value is not None:
-        try:
-            if _PROMPT_FILE.value == "-":
-                return sys.stdin.read()
-            return Path(_PROMPT_FILE.value).read_text("utf-8", "replace")
-        except OSError as error:
-            raise JaxsplitError(
-                f"--prompt_file={_PROMPT_FILE.value} cannot be read: {error.strerror}"
-            ) from None
+        return _decoded(_read_prompt_file(_PROMPT_FILE.value))
     if _PROMPT.value is None:
         raise JaxsplitError('no prompt is given; use --prompt="..." or --prompt_file=FILE')
-    if not _PROMPT.value and not _CHAT.value:
-        raise JaxsplitError("the prompt is empty; give at least one character")
-    text = _PROMPT.value.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t")
-    return text.replace("\0", "\\")
+    return _unescaped(_PROMPT.value)
+
+
+def _read_prompt_file(path: str) -> bytes:
+    try:
+        if path != "-":
+            return Path(path).expanduser().read_bytes()
+        if sys.stdin is None:
+            raise JaxsplitError("--prompt_file=-: standard input is closed")
+        return sys.stdin.buffer.read()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise JaxsplitError(f"--prompt_file={path} cannot be read: {reason}") from None
+
+
+def _decoded(data: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; U+FFFD for other bytes."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig", "replace")
+
+
+def _unescaped(text: str) -> str:
+    meant = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda escape: meant[escape[1]], text)
 
 
 def _use_compilation_cache() -> None:
@@ -148,7 +177,7 @@ def _use_compilation_cache() -> None:
 
 def _note(message: str) -> None:
     if not _QUIET.value:
-        print(message, file=sys.stderr, flush=True)
+        note(message)
 
 
 def _agree(prompt: str | None) -> str:
@@ -180,7 +209,7 @@ def main(_: list[str]) -> None:
     several = start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     leads = not several or jax.process_index() == 0
     prompt = _prompt() if leads else None
-    if _SEED.value is None:
+    if _SEED.value in (None, -1):
         flags.FLAGS[_SEED.name].value = int.from_bytes(os.urandom(4), "little")
     if several:
         prompt = _agree(prompt)
@@ -221,13 +250,15 @@ def main(_: list[str]) -> None:
         )
     prompt_ids: str | list[int] = prompt
     if _CHAT.value:
-        messages = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+        system = [] if _SYSTEM.value is None else [_unescaped(_SYSTEM.value)]
+        messages = [{"role": "system", "content": text} for text in system]
         prompt_ids = lm.chat_prompt([*messages, {"role": "user", "content": prompt}])
     stream = lm.stream(
         prompt_ids,
         _N_PREDICT.value,
-        stop=_STOP.value,
+        stop=[_unescaped(stop) for stop in _STOP.value],
         parse_special=_SPECIAL.value,
+        show_special=_SHOW_SPECIAL.value,
         block=_BLOCK.value,
         sampling=sampling,
     )
