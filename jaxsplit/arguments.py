@@ -27,11 +27,13 @@ def checked_number(name: str, value: Any, kind: type, low: float, high: float) -
         convert = operator.index if kind is int else float
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = convert(value)
-    if number is None or not math.isfinite(number) or not low <= number <= high:
+    in_range = number is not None and low <= number <= high and abs(number) != math.inf
+    if not in_range:
         what = "a whole number" if kind is int else "a number"
         given = value if isinstance(value, int | float) else repr(value)
-        between = f"between {low} and {high}" if high < math.inf else f"of at least {low}"
-        if low == -math.inf:
-            between = "that is finite"
-        raise JaxsplitError(f"--{name}={given} is not {what} {between}")
+        if high < math.inf:
+            what += f" between {low} and {high}"
+        elif low > -math.inf:
+            what += f" of at least {low}"
+        raise JaxsplitError(f"--{name}={given} is not {what}")
     return number

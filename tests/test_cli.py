@@ -1,12 +1,15 @@
 """The command line: what it prints where, and one line for every mistake."""
 
+import contextlib
 import dataclasses
 import inspect
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,20 +72,23 @@ class Finished:
     err: str
 
 
-def run_python(*arguments):
-    """Runs Python with the package and eight devices, without the user's compilation cache."""
-    environment = {
+def environment():
+    """With the package and eight devices, without the user's compilation cache."""
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "PYTHONPATH": str(ROOT),
     }
+
+
+def run_python(*arguments):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         encoding="utf-8",
-        env=environment,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         timeout=180,
     )
@@ -133,7 +139,7 @@ def test_a_wrong_prompt_is_refused(folder):
     check_all_refused(
         [
             ([], r"no prompt.*--prompt="),
-            (["--prompt="], r"prompt is empty.*give"),
+            (["--prompt="], r"--prompt= is empty; give"),
             (["--prompt=a", f"--prompt_file={missing}"], r"--prompt and --prompt_file.*leave one"),
             (
                 [f"--prompt_file={missing}"],
@@ -221,6 +227,99 @@ def test_a_reader_may_leave_before_the_end():
     assert done.stderr == b""
 
 
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [
+        ("2>&-", 0, ""),
+        ("<&-", 0, r"llama, 2 layers.*"),
+        (">&-", 2, "jaxsplit: standard output is closed.*"),
+        (">/dev/full", 1, "jaxsplit: standard output: No space left on device"),
+        ("2>/dev/full", 0, ""),
+        ("--prompt_file=- <&-", 2, "jaxsplit: --prompt_file=-: standard input is closed"),
+    ],
+)
+def test_standard_streams_may_be_closed_or_full(tiny, lm, redirection, code, message):
+    prompt = "" if "prompt_file" in redirection else f"--prompt='{PROMPT}'"
+    command = (
+        f"exec {sys.executable} -m jaxsplit.generate --model={tiny} {prompt} --devices=1 "
+        f"--n_predict=4 --temperature=0 {redirection}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, timeout=180
+    )
+    expected = PROMPT + text(lm, PROMPT, 4, temperature=0.0) + "\n"
+    assert done.returncode == code
+    assert done.stdout.decode() == ("" if code else expected)
+    first = done.stderr.decode().splitlines()[-1 if code else 0 :]
+    assert re.fullmatch(message, first[0] if first else "")
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("moment", ["importing", "loading", "generating"])
+def test_an_interrupt_ends_the_program_at_once(tiny, moment):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxsplit.generate", f"--model={tiny}", "--prompt=a", "--seed=1"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    if moment == "generating":
+        assert process.stdout.read(1) == b"a"
+    else:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "jaxlib" not in maps.read_text():
+            time.sleep(0.01)
+        time.sleep(0.0 if moment == "importing" else 0.9)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 5  # it takes 0.1 s on an idle machine
+    assert process.returncode == 130
+    assert b"Traceback" not in error
+    assert b"KeyboardInterrupt" not in error
+
+
+def test_an_interrupt_during_a_long_call_ends_the_program_at_once():
+    """Python itself would wait for the call, and drop what handlers raise in some callbacks."""
+    program = """
+import ctypes, gc, os, signal, sys, weakref
+from jaxsplit.cli import run
+def main(_):
+    print("ready", flush=True)
+    if sys.argv[0] == "call":
+        ctypes.CDLL(None).usleep(20_000_000)
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    gc.collect()
+    ctypes.CDLL(None).usleep(20_000_000)
+sys.argv = sys.argv[1:]
+run(main)
+"""
+    for kind in ("call", "callback"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, kind], env=environment(), stdout=subprocess.PIPE
+        )
+        assert process.stdout.readline() == b"ready\n"
+        sent = time.monotonic()
+        if kind == "call":
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert time.monotonic() - sent < 5
+
+
+def test_an_interrupt_that_was_ignored_stays_so(tiny):
+    command = "trap '' INT; exec {} -m jaxsplit.generate --model={} --prompt=a --n_predict=2"
+    process = subprocess.Popen(
+        ["bash", "-c", command.format(sys.executable, tiny)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert len(process.communicate(timeout=60)[0]) >= 3
+    assert process.returncode == 0
+
+
 def test_standard_output_is_the_prompt_and_the_text(tiny, lm):
     arguments = ["--n_predict=12", "--temperature=0", "--devices=2"]
     done = run(f"--model={tiny}", f"--prompt={PROMPT}", *arguments)
@@ -262,12 +361,12 @@ def generate(tiny, load, capsys, monkeypatch):
         (["--prompt=a", "--reduce_dtype=int8"], "--reduce_dtype=int8.*auto, bfloat16, float16"),
         (["--prompt=a", "--cache_dtype=int4"], "--cache_dtype=int4.*auto, int8, bfloat16"),
         (["--prompt=a", "--ctx_size=-1"], "--ctx_size=-1"),
-        (["--prompt=a", "--temperature=-1"], "--temperature=-1.0 is not .*between 0"),
+        (["--prompt=a", "--temperature=-1"], "--temperature=-1.0 is not a number of at least 0"),
         (["--prompt=a", "--top_p=1.5"], "--top_p=1.5 is not .*between 0 and 1"),
         (["--prompt=a", "--min_p=nan"], "--min_p=nan is not .*between 0 and 1"),
-        (["--prompt=a", "--top_k=-3"], "--top_k=-3 is not .*between 0"),
+        (["--prompt=a", "--top_k=-3"], "--top_k=-3 is not a whole number of at least 0"),
         (["--prompt=a", "--repeat_penalty=0"], "--repeat_penalty=0.0 must be above 0"),
-        (["--prompt=a", "--repeat_last_n=-1"], "--repeat_last_n=-1"),
+        (["--prompt=a", "--repeat_last_n=-2"], "--repeat_last_n=-2 is not .* at least -1"),
         (["--prompt=a", "--split_mode=none", "--main_device=3"], "--main_device=3: there"),
         (
             ["--prompt=a", "--split_mode=none", "--mesh=tensor:2"],
@@ -280,6 +379,18 @@ def test_a_wrong_value_is_refused(generate, arguments, message):
     done = generate(*arguments)
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(rf"jaxsplit: .*{message}.*\n", done.err)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["model", "prompt", "prompt_file", "mesh", "split_mode", "dtype", "weights", "stop", "system"]
+    + ["tensor_split", "coordinator", "compilation_cache", "cache_dtype"],
+)
+def test_a_flag_without_a_value_is_refused(generate, flag):
+    """As from a shell variable that is not set."""
+    done = generate("--prompt=a", "--chat", f"--{flag}=")
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(rf"jaxsplit: --{flag}= is empty; .*\n", done.err)
 
 
 def test_an_empty_prompt_file_is_refused(generate, tmp_path):
@@ -371,11 +482,74 @@ def test_the_prompt_can_come_from_a_file_or_standard_input(generate, lm, tmp_pat
     prompt = "Zwei\nZeilen: \\n 水\n"
     path = tmp_path / "prompt.txt"
     path.write_text(prompt, "utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
     expected = prompt + text(lm, prompt, 4, temperature=0.0) + "\n"
     for source in (path, "-"):
         done = generate(f"--prompt_file={source}", "--n_predict=4", "--temperature=0", "--quiet")
         assert (done.code, done.out) == (0, expected)
+
+
+PROMPT_BYTES = {
+    "UTF-8": "Olá, 水\n".encode(),
+    "with a mark": "Olá\n".encode("utf-8-sig"),
+    "UTF-16": "Olá, 水\n".encode("utf-16"),
+    "Latin-1": "Olá\n".encode("latin-1"),
+    "line ends": b"a\r\nb\rc\n",
+    "zero bytes": b"a\0b",
+}
+PROMPT_TEXTS = {
+    "UTF-8": "Olá, 水\n",
+    "with a mark": "Olá\n",
+    "UTF-16": "Olá, 水\n",
+    "Latin-1": "Ol\ufffd\n",
+    "line ends": "a\r\nb\rc\n",
+    "zero bytes": "a\0b",
+}
+
+
+@pytest.mark.parametrize("kind", PROMPT_BYTES)
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_bytes_are_the_same_prompt_from_a_file_and_standard_input(
+    generate, monkeypatch, tmp_path, kind, encoding
+):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(PROMPT_BYTES[kind])
+    stdin = io.TextIOWrapper(io.BytesIO(PROMPT_BYTES[kind]), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    prompts = []
+    for source in (path, "-"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                jaxsplit.LM, "stream", lambda _, prompt, *__, **___: prompts.append(prompt)
+            )
+            with contextlib.suppress(TypeError):  # there is no stream
+                generate(f"--prompt_file={source}", "--quiet")
+    assert prompts == [PROMPT_TEXTS[kind]] * 2
+
+
+def test_escapes_in_stop_strings_and_the_system_message(generate, lm):
+    texts = {seed: text(lm, PROMPT, 60, temperature=2.0, seed=seed) for seed in range(10)}
+    seed, whole = next((seed, whole) for seed, whole in texts.items() if "\n" in whole)
+    arguments = [f"--prompt={PROMPT}", "--n_predict=60", "--temperature=2", f"--seed={seed}"]
+    done = generate(*arguments, r"--stop=\n")
+    assert done.out == PROMPT + whole[: whole.index("\n")] + "\n"
+    messages = [{"role": "system", "content": "a\nb"}, {"role": "user", "content": "c\td"}]
+    expected = text(lm, lm.chat_prompt(messages), 5, temperature=0.0)
+    done = generate(
+        "--chat", r"--system=a\nb", r"--prompt=c\td", "--n_predict=5", "--temperature=0"
+    )
+    assert done.out == expected + "\n"
+
+
+def test_a_seed_of_minus_one_is_another_each_time(generate):
+    arguments = [f"--prompt={PROMPT}", "--n_predict=24", "--temperature=1.5", "--quiet"]
+    assert len({generate(*arguments, "--seed=-1").out for _ in range(3)}) > 1
+
+
+def test_a_context_beyond_the_trained_one_is_cut_and_said(generate):
+    arguments = ["--prompt=a", "--n_predict=1"]
+    assert "--ctx_size=1000 is more" in generate(*arguments, "--ctx_size=1000").err
+    assert "is more" not in generate(*arguments).err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 from tiny import fresh_rng
 
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.engine.sampling import SamplingPlan, SamplingValues, penalize, sample
+from jaxsplit.engine.sampling import (
+    NOT_FINITE,
+    SamplingPlan,
+    SamplingValues,
+    penalize,
+    sample,
+)
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import AxisRules, axis_rules
 from jaxsplit.parallel import even
@@ -377,6 +383,32 @@ def test_padding_is_never_drawn_on_one_device(rng):
         assert max(draw(logits, config, vocab=50)) < 50
 
 
+# Logits that are not numbers
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_slots_whose_logits_are_not_finite_choose_no_token(rng, devices):
+    """Whatever the sign bit and wherever they are; padding rows and other slots do not matter."""
+    vocab, slots = 101, 8
+    padding = even(vocab, 1, devices).size - vocab
+    logits = rng.normal(size=(slots, vocab)).astype(np.float32)
+    values = (np.nan, np.copysign(np.float32(np.nan), np.float32(-1)), np.inf)
+    for slot, value in enumerate(values):
+        logits[slot, rng.integers(vocab)] = value
+    logits[3] = rng.choice([np.nan, np.inf], vocab)
+    logits[4] = -np.inf
+    only = rng.integers(vocab)
+    logits[6, np.arange(vocab) != only] = -np.inf
+    padded = np.pad(logits, ((0, 0), (0, padding)), constant_values=np.nan)
+    config = dataclasses.replace(ALL, temperature=5.0, **PENALTIES)
+    recent = rng.integers(-1, vocab, (slots, WINDOW)).astype(np.int32)
+    positions, values = np.arange(slots, dtype=np.int32), SamplingValues.of([config] * slots)
+    for tokens in sampler(devices, vocab)(padded, positions, recent, values):
+        assert np.asarray(tokens)[:5].tolist() == [NOT_FINITE] * 5
+        assert tokens[6] == only
+        assert ((tokens[5:] >= 0) & (tokens[5:] < vocab)).all()
+
+
 # Refusals
 
 
@@ -387,7 +419,7 @@ def test_padding_is_never_drawn_on_one_device(rng):
         ("top_k", (-1,)),
         ("top_p", (-0.01, 1.01, math.nan)),
         ("min_p", (-0.01, 1.01, math.nan)),
-        ("repeat_last_n", (-1,)),
+        ("repeat_last_n", (-2,)),
         ("repeat_penalty", (0.0, -1.0, math.nan)),
         ("frequency_penalty", (math.nan, math.inf)),
         ("presence_penalty", (math.nan, math.inf)),
@@ -403,6 +435,13 @@ def test_values_out_of_range_are_refused(name, values):
 def test_the_ends_of_the_ranges_are_accepted():
     SamplingConfig(temperature=0.0, top_k=0, top_p=0.0, min_p=0.0, repeat_last_n=0)
     SamplingConfig(top_p=1.0, min_p=1.0, repeat_penalty=0.01, frequency_penalty=-2.0)
+    SamplingConfig(repeat_last_n=-1, seed=-1)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(5), seed=np.uint32(7))
+    assert config == SamplingConfig(temperature=0.5, top_k=5, seed=7)
+    assert (type(config.top_k), type(config.temperature)) == (int, float)
 
 
 def test_a_plan_compiles_penalties_only_where_there_are_some():

@@ -41,8 +41,8 @@ class SamplingConfig:
       frequency_penalty: subtracted from a logit for each time that the token was seen.
       presence_penalty: subtracted once if it was seen.
       repeat_last_n: how many of the last tokens the penalties look at; -1: all of the context.
-      seed: 0 to 2**64 - 1, of which the lower 32 bits count: the same seed gives the same text, on
-        any mesh. -1 or None: a random one, drawn here.
+      seed: the same seed gives the same text, on any mesh; the lower 32 bits count. -1 or None: a
+        random one, drawn here.
 
     Raises:
       JaxsplitError: a value is out of range or of another type.
@@ -68,7 +68,7 @@ class SamplingConfig:
             ("frequency_penalty", float, -math.inf, math.inf),
             ("presence_penalty", float, -math.inf, math.inf),
             ("repeat_last_n", int, -1, math.inf),
-            ("seed", int, -1, 2**64 - 1),
+            ("seed", int, -math.inf, math.inf),
         ):
             value = getattr(self, name)
             if name == "seed" and value in (None, -1):
