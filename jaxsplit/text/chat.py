@@ -16,6 +16,7 @@ _PLAIN_CONVERSATION = [
     {"role": "system", "content": "text"},
     {"role": "user", "content": "text"},
     {"role": "assistant", "content": "text"},
+    {"role": "user", "content": "text"},
 ]
 _MARKUP_NAME = re.compile("think|thought|reason|channel|tool|call", re.IGNORECASE)
 
@@ -87,7 +88,8 @@ class ChatTemplate:
         Raises:
             JaxsplitError: the messages are no list of mappings, or the template refuses them.
         """
-        if isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) for m in messages):
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+        if not is_list or not all(isinstance(message, Mapping) for message in messages):
             raise JaxsplitError(
                 f"messages is {reprlib.repr(messages)}, but must be a list such as "
                 '[{"role": "user", "content": "Hello"}]'

@@ -174,11 +174,7 @@ class Tokenizer:
         continuation: bool = False,
     ) -> bytes:
         """As `decode`, but returns the bytes as the tokens have them."""
-        shown = self._shown(skip_special, special)
-        pieces = [self._piece(id, shown) for id in ids]
-        if pieces and self._kind.space_prefix and not continuation:
-            pieces[0] = pieces[0].removeprefix(b" ")
-        return b"".join(pieces)
+        return self._join(ids, self._shown(skip_special, special), continuation)
 
     def stream(
         self,
@@ -188,7 +184,7 @@ class Tokenizer:
         continuation: bool = False,
     ) -> "TextStream":
         """Decodes ids one at a time; all texts together are those of `decode`."""
-        return TextStream(self, special or ("none" if skip_special else "all"), continuation)
+        return TextStream(self, self._shown(skip_special, special), continuation)
 
     @functools.cached_property
     def markup_ids(self) -> frozenset[int]:
@@ -261,6 +257,12 @@ class Tokenizer:
                 return range(self.vocab_size)
         raise JaxsplitError(f"special={special!r} is unknown; supported: {', '.join(SPECIAL)}")
 
+    def _join(self, ids: Iterable[int], shown: Container[int], continuation: bool) -> bytes:
+        pieces = [self._piece(id, shown) for id in ids]
+        if pieces and self._kind.space_prefix and not continuation:
+            pieces[0] = pieces[0].removeprefix(b" ")
+        return b"".join(pieces)
+
     def _piece(self, id: int, shown: Container[int]) -> bytes:
         """The bytes that one token stands for."""
         token = self._token(id)
@@ -279,17 +281,15 @@ class Tokenizer:
 class TextStream:
     """Decodes token ids as they come, and never gives out half a character."""
 
-    def __init__(self, tokenizer: Tokenizer, special: str, continuation: bool):
+    def __init__(self, tokenizer: Tokenizer, shown: Container[int], continuation: bool):
         self._tokenizer = tokenizer
-        self._special = special
+        self._shown = shown
         self._continuation = continuation
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
         """Takes the next id; returns the text that is complete with it, often empty."""
-        piece = self._tokenizer.decode_bytes(
-            [id], special=self._special, continuation=self._continuation
-        )
+        piece = self._tokenizer._join([id], self._shown, self._continuation)
         self._continuation = True
         return self._decoder.decode(piece)
 
