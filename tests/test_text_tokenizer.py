@@ -146,6 +146,12 @@ def test_bytes_of_strings_from_the_system(smollm2, spm):
         assert tokenizer.encode("a\ud800") == tokenizer.encode(b"a\xed\xa0\x80")
 
 
+@pytest.mark.parametrize("text", [None, 5, ["a"], [97]])
+def test_what_is_no_text(smollm2, text):
+    with pytest.raises(JaxsplitError, match="text is .*, but must be a string or bytes"):
+        smollm2.encode(text)
+
+
 def test_encoding_is_fast(smollm2):
     text = ("The quick brown fox: 12345 jumps. Привет, мир! 你好 😀\n\n  x = y**2\n" * 1700)[
         :100_000
@@ -803,8 +809,9 @@ def test_all_and_no_control_tokens():
     assert written(tokenizer, special="all") == everything
     assert written(tokenizer, skip_special=False) == everything
     assert written(tokenizer, special="none") == written(tokenizer) == "ababa"
-    with pytest.raises(JaxsplitError, match="'some'.*supported: template, none, all"):
-        tokenizer.stream(special="some")
+    for unknown in ("some", "", 1, ["all"]):
+        with pytest.raises(JaxsplitError, match="special=.*supported: template, none, all"):
+            tokenizer.stream(special=unknown)
 
 
 def test_end_tokens_are_no_markup():

@@ -3,6 +3,7 @@
 import codecs
 import functools
 import re
+import reprlib
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -115,6 +116,9 @@ class Tokenizer:
                 text that is not trusted. User-defined tokens are recognized always.
             add_eos: end with EOS where the model wants it: for complete texts, never for those
                 that a model is to continue. A text whose own last id is EOS gets no other one.
+
+        Raises:
+            JaxsplitError: the text is neither a string nor bytes.
         """
         ids: list[int] = []
         after_special = True
@@ -146,9 +150,8 @@ class Tokenizer:
         Args:
             ids: token ids.
             skip_special: leave out control tokens; otherwise they are written out.
-            special: finer than `skip_special`, which it replaces: write out `none` of the control
-                tokens, `all`, or those that mark thoughts and tool calls (`markup_ids`):
-                `template`.
+            special: which control tokens to write out: `none`, `all`, or `template`, which are
+                the markers of thoughts and tool calls (`markup_ids`); None: see `skip_special`.
             continuation: the ids continue a text, as generated ones do. Otherwise, where `encode`
                 puts a space before text, one space at the start of the first token is dropped
                 (none if a special token such as BOS comes first, as in llama.cpp).
@@ -190,13 +193,13 @@ class Tokenizer:
     def markup_ids(self) -> frozenset[int]:
         """Control tokens that mark thoughts and tool calls in an answer.
 
-        They are found by the file's chat template (see `ChatTemplate.find_markup`). Tokens that
-        end generation, and those that a key of the metadata names, such as BOS, are none. Empty
-        if the file has no template, or none that is valid.
+        The file's chat template tells them (see `ChatTemplate.find_markup`). End tokens and
+        tokens with a metadata key of their own, such as BOS, are not among them. Without a valid
+        template there are none.
         """
         try:
             template = ChatTemplate.from_metadata(self._metadata)
-        except JaxsplitError:  # Who uses it for a chat gets to know.
+        except JaxsplitError:  # A chat reports it.
             return frozenset()
         named = {
             value
@@ -248,7 +251,9 @@ class Tokenizer:
 
     def _shown(self, skip_special: bool, special: str | None) -> Container[int]:
         """The control tokens to write out."""
-        match special or ("none" if skip_special else "all"):
+        if special is None:
+            special = "none" if skip_special else "all"
+        match special:
             case "template":
                 return self.markup_ids
             case "none":
@@ -300,8 +305,10 @@ class TextStream:
 
 def _to_bytes(text: str | bytes) -> bytes:
     """UTF-8, with the bytes that `surrogateescape` has hidden in a string."""
-    if not isinstance(text, str):
+    if isinstance(text, bytes | bytearray | memoryview):
         return bytes(text)
+    if not isinstance(text, str):
+        raise JaxsplitError(f"text is {reprlib.repr(text)}, but must be a string or bytes")
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # Other surrogates, which no decoder has put there.
