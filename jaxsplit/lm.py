@@ -340,9 +340,7 @@ class LM:
                 f"{repr(messages)[:40]}"
             )
         template = ChatTemplate.from_metadata(self._metadata)
-        text = template.render(messages, **variables)
-        has_bos = bool(template.bos_token) and text.startswith(template.bos_token)
-        return self.tokenizer.encode(text, add_special=not has_bos, parse_special=True)
+        return self.tokenizer.encode(template.render(messages, **variables), parse_special=True)
 
     @property
     def weight_bytes(self) -> int:

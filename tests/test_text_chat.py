@@ -54,6 +54,19 @@ def test_token_texts():
     assert (chat.bos_token, chat.eos_token) == ("<s>", "</s>")
 
 
+def test_token_texts_that_the_file_does_not_name():
+    """The kind of tokenizer says which they are; an id outside the vocabulary is none."""
+    metadata = {
+        "tokenizer.chat_template": "{{ bos_token }}",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>"],
+    }
+    chat = ChatTemplate.from_metadata(metadata)
+    assert (chat.bos_token, chat.eos_token) == ("<s>", "</s>")
+    chat = ChatTemplate.from_metadata(metadata | {"tokenizer.ggml.bos_token_id": 2**32 - 1})
+    assert (chat.bos_token, chat.eos_token) == ("", "</s>")
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
@@ -98,6 +111,47 @@ def test_refused(template, message):
 def test_invalid_template():
     with pytest.raises(JaxsplitError, match="is not valid: .*plain prompt"):
         ChatTemplate("{% if %}")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in x %}" * 30 + "{% endfor %}" * 30,  # Python allows 20 nested blocks.
+        "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+    ],
+)
+def test_templates_that_python_refuses(template):
+    with pytest.raises(JaxsplitError, match="chat template .*plain prompt") as error:
+        ChatTemplate(template).render(HELLO)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "messages", ["Hello", HELLO[0], ["Hello"], [None], [HELLO], None, 7, [{"role": "user"}, 3]]
+)
+def test_messages_of_another_form(messages):
+    with pytest.raises(JaxsplitError, match='messages is .*must be a list such as .*"role"'):
+        ChatTemplate(CHATML).render(messages)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.chat_template", ["a"]),
+        ("tokenizer.chat_template", 3),
+        ("tokenizer.ggml.bos_token_id", [1]),
+        ("tokenizer.ggml.eos_token_id", "</s>"),
+        ("tokenizer.ggml.eos_token_id", 1.0),
+        ("tokenizer.ggml.tokens", "abc"),
+        ("tokenizer.ggml.tokens", [1]),
+        ("tokenizer.ggml.model", ["llama"]),
+    ],
+)
+def test_metadata_of_another_type(key, value):
+    metadata = {"tokenizer.chat_template": CHATML, "tokenizer.ggml.tokens": ["<s>", "</s>"]}
+    with pytest.raises(JaxsplitError, match=f"{key}.* must be a") as error:
+        ChatTemplate.from_metadata(metadata | {key: value})
+    assert "\n" not in str(error.value)
 
 
 def test_no_template():

@@ -1,10 +1,9 @@
-"""The tokenizer, against llama.cpp's ids and an independent implementation of score merging."""
+"""The tokenizer, against llama.cpp's ids, and against plain implementations of its algorithms."""
 
 import gzip
-import heapq
 import importlib.util
-import itertools
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -60,7 +59,8 @@ def test_reference_case(smollm2, case):
         ("ids_parse", False, True),
         ("ids_add_parse", True, True),
     ]:
-        assert smollm2.encode(text, add_special, parse_special) == case[column], column
+        ids = smollm2.encode(text, add_special, parse_special, add_eos=add_special)
+        assert ids == case[column], column
     # llama_detokenize(remove_special, unparse_special): removing special tokens is what
     # skip_special does, because it leaves out BOS and EOS with all the others; unparse_special
     # is skip_special=False. llama.cpp always cleans spaces where the model's convention says so.
@@ -100,11 +100,56 @@ def test_special_tokens_in_text_need_permission(smollm2):
     assert smollm2.decode(smollm2.encode(text)) == text
 
 
-def test_bos_and_eos_are_added_on_request(smollm2_metadata):
-    both = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
-    tokenizer = Tokenizer.from_metadata(smollm2_metadata | both)
-    plain = tokenizer.encode("Hello", add_special=False)
-    assert tokenizer.encode("Hello") == [tokenizer.bos_id, *plain, tokenizer.eos_id]
+@pytest.fixture(scope="module")
+def both(smollm2_metadata) -> Tokenizer:
+    """Of a model that wants BOS (`<|im_start|>`) and EOS (`<|im_end|>`) around its texts."""
+    wanted = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    return Tokenizer.from_metadata(smollm2_metadata | wanted)
+
+
+def test_prompts_do_not_end_with_eos(both):
+    plain = both.encode("Hello", add_special=False)
+    assert both.encode("Hello") == [both.bos_id, *plain]
+    assert both.encode("Hello", add_eos=True) == [both.bos_id, *plain, both.eos_id]
+    assert both.encode("Hello", add_special=False, add_eos=True) == [*plain, both.eos_id]
+    assert both.encode("") == [both.bos_id]
+
+
+@pytest.mark.parametrize(
+    ("text", "parse_special", "times"),
+    [
+        ("<|im_start|>a", True, 1),
+        ("<|im_start|>", True, 1),
+        ("<|im_start|><|im_start|>a", True, 2),  # The text itself has two.
+        ("a<|im_start|>a", True, 2),
+        (" <|im_start|>a", True, 2),  # Its first token is a space.
+        ("<|im_start|>a", False, 1),  # These are plain words.
+    ],
+)
+def test_bos_is_not_doubled(both, text, parse_special, times):
+    ids = both.encode(text, parse_special=parse_special)
+    assert (ids[0], ids.count(both.bos_id)) == (both.bos_id, times)
+
+
+def test_eos_is_not_doubled(both):
+    ids = both.encode("a<|im_end|>", parse_special=True, add_eos=True)
+    assert (ids[-1], ids.count(both.eos_id)) == (both.eos_id, 1)
+
+
+def test_bytes_of_strings_from_the_system(smollm2, spm):
+    """Arguments and file names hide bytes that are not UTF-8 as surrogates."""
+    for tokenizer in (smollm2, spm):
+        for data in (b"a\xff\xe4b", "é\u2028".encode()):
+            assert tokenizer.encode(data.decode("utf-8", "surrogateescape")) == tokenizer.encode(
+                data
+            )
+        assert tokenizer.encode("a\ud800") == tokenizer.encode(b"a\xed\xa0\x80")
+
+
+@pytest.mark.parametrize("text", [None, 5, ["a"], [97]])
+def test_what_is_no_text(smollm2, text):
+    with pytest.raises(JaxsplitError, match="text is .*, but must be a string or bytes"):
+        smollm2.encode(text)
 
 
 def test_encoding_is_fast(smollm2):
@@ -116,12 +161,28 @@ def test_encoding_is_fast(smollm2):
     assert time.perf_counter() - start < 2  # Measured: 0.13 s; slack for a busy machine.
 
 
-def test_long_runs_are_fast(smollm2, spm):
-    for tokenizer in (smollm2, spm):
+LONG = 131_072
+RUNS = ("a", "A", " ", "\n", "1", "!", "你", "\u0301", "<", "a ", "1a")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "spm", "gemma4"])
+def test_long_runs_are_fast(request, name):
+    tokenizer = request.getfixturevalue(name)
+    for run in RUNS:
+        text = (run * LONG)[:LONG]
         start = time.perf_counter()
-        for text in ("a" * 100_000, " " * 100_000, "\n" * 100_000):
-            assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text
-        assert time.perf_counter() - start < 10
+        ids = tokenizer.encode(text, add_special=False)
+        assert tokenizer.decode(ids) == text
+        took = time.perf_counter() - start
+        assert took < 3, f"{run!r} takes {took:.1f} s"  # Measured: at most 0.5 s.
+
+
+def test_invalid_bytes_are_fast(smollm2, spm):
+    for tokenizer in (smollm2, spm):
+        for data in (b"\xff", b"\xed\xa0\x80", b"\xff\xe4a\xc3"):
+            start = time.perf_counter()
+            tokenizer.encode(data * (LONG // len(data)))
+            assert time.perf_counter() - start < 3
 
 
 # --- Streams
@@ -192,43 +253,23 @@ def spm() -> Tokenizer:
     return Tokenizer.from_metadata(spm_metadata())
 
 
-def merge_by_score(text: str, tokens: list[str], scores: list[float]) -> list[str]:
+def merge_plainly(text: bytes, scores: dict[bytes, float]) -> list[bytes]:
     """Joins the neighbours whose joined token has the best score, leftmost first, to the end.
 
-    What is no token then becomes byte tokens.
+    What is no token then becomes byte tokens. Takes a look at every pair for each joint.
     """
-    score = dict(zip(tokens, scores, strict=True))
-    parts: list[str] = list(text.replace(" ", "\u2581"))
-    following = [*range(1, len(parts)), -1]
-    previous = list(range(-1, len(parts) - 1))
-    heap: list[tuple[float, int, str]] = []
-
-    def offer(left: int) -> None:
-        if left >= 0 and following[left] >= 0:
-            joined = parts[left] + parts[following[left]]
-            if joined in score:
-                heapq.heappush(heap, (-score[joined], left, joined))
-
-    for at in range(len(parts)):
-        offer(at)
-    while heap:
-        _, left, joined = heapq.heappop(heap)
-        right = following[left]
-        if not parts[left] or right < 0 or parts[left] + parts[right] != joined:
-            continue
-        parts[left], parts[right] = joined, ""
-        following[left] = following[right]
-        if following[left] >= 0:
-            previous[following[left]] = left
-        offer(previous[left])
-        offer(left)
-    return list(
-        itertools.chain.from_iterable(
-            [part] if part in score else [f"<0x{byte:02X}>" for byte in part.encode()]
-            for part in parts
-            if part
-        )
-    )
+    parts = [c.encode("utf-8", "surrogateescape") for c in text.decode("utf-8", "surrogateescape")]
+    while True:
+        pairs = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+        best = max((scores[pair] for pair in pairs if pair in scores), default=None)
+        if best is None:
+            break
+        at = next(i for i, pair in enumerate(pairs) if scores.get(pair) == best)
+        parts[at : at + 2] = [pairs[at]]
+    out = []
+    for part in parts:
+        out += [part] if part in scores else [b"<0x%02X>" % byte for byte in part]
+    return out
 
 
 @pytest.mark.parametrize(
@@ -281,16 +322,62 @@ def test_spm_without_space_prefix():
     assert tokenizer.decode(ids) == " hello"
 
 
+def random_spm(rng: random.Random) -> tuple[dict[str, Any], str]:
+    """A vocabulary with many equal scores, in which some characters are no tokens themselves."""
+    alphabet = rng.choice(["ab", "abc\u2581", "aé你😀\u2581"])
+    pieces = {"".join(rng.choices(alphabet, k=rng.randrange(1, 6))) for _ in range(25)}
+    metadata = spm_metadata()
+    kept = metadata["tokenizer.ggml.tokens"][:260]
+    metadata |= {
+        "tokenizer.ggml.tokens": [*kept, *sorted(pieces)],
+        "tokenizer.ggml.token_type": [2, 3, 3, 4] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.scores": [0.0] * 260 + [-float(rng.randrange(1, 5)) for _ in pieces],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    return metadata, alphabet
+
+
 def test_spm_equals_plain_merging(spm):
     seed = random.randrange(2**32)
     rng = random.Random(seed)
+    for trial in range(200):
+        metadata, alphabet = random_spm(rng)
+        if trial % 10 == 0:  # Scores that all differ, and longer texts.
+            metadata, alphabet = spm_metadata(), " abcehlnortx你好é.ß\n😀"
+            metadata["tokenizer.ggml.add_space_prefix"] = False
+        tokenizer = Tokenizer.from_metadata(metadata)
+        tokens = [token.encode() for token in metadata["tokenizer.ggml.tokens"]]
+        scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
+        for _ in range(20):
+            text = "".join(rng.choices(alphabet + "xß", k=rng.randrange(1, 40)))
+            expected = merge_plainly(text.replace(" ", "\u2581").encode(), scores)
+            ids = tokenizer.encode(text, add_special=False)
+            got = [tokenizer.token_text(id).encode() for id in ids]
+            assert got == expected, f"seed {seed}, vocabulary {trial}, text {text!r}"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "expected"),
+    [
+        ({"ab": -1, "bc": -1, "cd": -1}, "abcd", ["ab", "cd"]),
+        ({"bc": -1, "ab": -1, "cd": -1}, "abcd", ["ab", "cd"]),  # Whatever their order.
+        ({"ab": -1, "bc": 0}, "abc", ["<0x61>", "bc"]),
+        ({"ab": -1, "abc": -2}, "abc", ["abc"]),  # No character is a token.
+        ({"é你": -1}, "é你é", ["é你", "<0xC3>", "<0xA9>"]),
+        ({"ab": -math.inf}, "ab", ["ab"]),
+    ],
+)
+def test_spm_ties_and_characters_that_are_no_tokens(pieces, text, expected):
     metadata = spm_metadata()
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
-    for _ in range(500):
-        text = "".join(rng.choices(" abcehlnortx你好é.ß\n😀", k=rng.randrange(1, 40)))
-        expected = merge_by_score(" " + text, tokens, scores)
-        got = [spm.token_text(id) for id in spm.encode(text, add_special=False)]
-        assert got == expected, f"seed {seed}, text {text!r}"
+    metadata |= {
+        "tokenizer.ggml.tokens": [*metadata["tokenizer.ggml.tokens"][:260], *pieces],
+        "tokenizer.ggml.token_type": [2, 3, 3, 4] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.scores": [0.0] * 260 + [float(score) for score in pieces.values()],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer = Tokenizer.from_metadata(metadata)
+    ids = tokenizer.encode(text, add_special=False)
+    assert [tokenizer.token_text(id) for id in ids] == expected
 
 
 def test_spm_white_space_after_phi3_special_tokens():
@@ -304,20 +391,26 @@ def test_spm_white_space_after_phi3_special_tokens():
 # --- Gemma 4: merging by rank over characters
 
 
-def test_gemma4():
-    pieces = ["a", "b", "\u2581", "\u2581a", "ab", "\u2581ab", "\n", "\n\n"]
+def gemma4_metadata(pieces: list[str], merges: list[str]) -> dict[str, Any]:
     tokens = ["<pad>", "<bos>", "<turn|>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    tokenizer = Tokenizer.from_metadata(
-        {
-            "tokenizer.ggml.model": "gemma4",
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": [3, 3, 3] + [6] * 256 + [1] * len(pieces),
-            "tokenizer.ggml.merges": ["a b", "\u2581 ab", "\u2581 a"],
-            "tokenizer.ggml.bos_token_id": 1,
-            "tokenizer.ggml.add_bos_token": False,  # Ignored.
-        }
-    )
-    ids = tokenizer.encode(b"ab a\n\n abc\xff")
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,  # Ignored.
+    }
+
+
+@pytest.fixture(scope="session")
+def gemma4() -> Tokenizer:
+    pieces = ["a", "b", "\u2581", "\u2581a", "ab", "\u2581ab", "\n", "\n\n"]
+    return Tokenizer.from_metadata(gemma4_metadata(pieces, ["a b", "\u2581 ab", "\u2581 a"]))
+
+
+def test_gemma4(gemma4):
+    ids = gemma4.encode(b"ab a\n\n abc\xff")
     expected = [
         "<bos>",
         "ab",
@@ -329,9 +422,62 @@ def test_gemma4():
         "<0xBF>",
         "<0xBD>",
     ]
-    assert [tokenizer.token_text(id) for id in ids] == expected
-    assert tokenizer.decode(ids) == "ab a\n\n abc\ufffd"
-    assert tokenizer.end_ids == {2}
+    assert [gemma4.token_text(id) for id in ids] == expected
+    assert gemma4.decode(ids) == "ab a\n\n abc\ufffd"
+    assert gemma4.end_ids == {2}
+
+
+# --- Merging by rank
+
+
+def merge_by_rank(text: str, merges: list[str]) -> list[str]:
+    """Joins the neighbours with the first of the merges, leftmost first, to the end."""
+    parts = list(text)
+    ranks: dict[tuple[str, ...], int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(tuple(merge.split(" ")), rank)
+    while True:
+        found = [
+            (ranks[pair], at)
+            for at, pair in enumerate(zip(parts, parts[1:], strict=False))
+            if pair in ranks
+        ]
+        if not found:
+            return parts
+        _, at = min(found)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma4"])
+def test_merges_that_name_no_tokens(kind):
+    """Merges can pass through strings that are no tokens, and a repeated one counts once."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    for _ in range(100):
+        parts = [*"abc"]
+        merges = []
+        for _ in range(12):
+            left, right = rng.choices(parts, k=2)
+            merges.append(f"{left} {right}")
+            parts.append(left + right)
+        merges.insert(rng.randrange(12), rng.choice(merges))
+        pieces = [*"abc", *{p for p in parts[3:] if rng.random() < 0.6}]
+        if kind == "gpt2":
+            metadata = byte_level_metadata(pieces[3:]) | {"tokenizer.ggml.merges": merges}
+            metadata |= {"tokenizer.ggml.tokens": pieces}
+            metadata["tokenizer.ggml.token_type"] = [1] * len(pieces)
+        else:
+            metadata = gemma4_metadata(pieces, merges)
+        tokenizer = Tokenizer.from_metadata(metadata)
+        for _ in range(20):
+            text = "".join(rng.choices("abc", k=rng.randrange(1, 20)))
+            expected = []
+            for part in merge_by_rank(text, merges):
+                letters = [*part] if kind == "gpt2" else [f"<0x{ord(c):02X}>" for c in part]
+                expected += [part] if part in pieces else letters
+            ids = tokenizer.encode(text, add_special=False)
+            got = [tokenizer.token_text(id) for id in ids]
+            assert got == expected, f"seed {seed}, {metadata}, text {text!r}"
 
 
 # --- Token types and errors
@@ -406,14 +552,72 @@ def test_every_pre_tokenizer_compiles(name):
     ],
 )
 def test_words(name, text, words):
+    assert splitter(PRE_TOKENIZERS[name].patterns)(text) == words
+
+
+def splitter(patterns):
     from tokenizers import Regex, pre_tokenizers
 
-    splits = [
-        pre_tokenizers.Split(Regex(pattern), "isolated")
-        for pattern in PRE_TOKENIZERS[name].patterns
-    ]
-    got = [word for word, _ in pre_tokenizers.Sequence(splits).pre_tokenize_str(text)]
-    assert got == words
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    sequence = pre_tokenizers.Sequence(splits)
+    return lambda text: [word for word, _ in sequence.pre_tokenize_str(text)]
+
+
+# For each row with patterns written for speed: (as the model's authors write it, its place).
+PLAIN_PATTERNS = {
+    "tiny_aya": (r"\d{1,3}(?=(?:\d{3})*\b)", slice(0, 2)),
+    "afmoe": (r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", slice(0, 3)),
+    "superbpe": ("[0-9]{1,3}(?=(?:[0-9]{3})*(?![0-9]))", slice(1, 4)),
+    "deepseek-llm": (r"\s+$", slice(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_PATTERNS)
+def test_fast_patterns_equal_plain_ones(name):
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    patterns = [*PRE_TOKENIZERS[name].patterns]
+    fast = splitter(patterns)
+    pattern, place = PLAIN_PATTERNS[name]
+    patterns[place] = [pattern]
+    plain = splitter(patterns)
+    for _ in range(3000):
+        characters = rng.choice(
+            ["1234567 a", "12½³٣४aA_ ,.\n你\u0301\u200d", " \t\u00a0\u2028\n1a你."]
+        )
+        text = "".join(rng.choices(characters, k=rng.randrange(30)))
+        assert fast(text) == plain(text), f"seed {seed}, text {text!r}"
+
+
+@pytest.mark.parametrize("name", PLAIN_PATTERNS)
+def test_fast_patterns_are_fast(name):
+    split = splitter(PRE_TOKENIZERS[name].patterns)
+    for text in (
+        "1" * LONG,
+        "1" * LONG + "a",
+        "٣" * LONG + "½",
+        " " * LONG + "1",
+        "\t" * LONG + "你",
+    ):
+        start = time.perf_counter()
+        assert "".join(split(text)) == text
+        took = time.perf_counter() - start
+        assert took < 2, f"{text[:1]!r} before {text[-1:]!r} takes {took:.1f} s"  # Measured: 0.2 s.
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name", {row.patterns: name for name, row in PRE_TOKENIZERS.items()}.values()
+)
+def test_every_pre_tokenizer_is_fast(name):
+    split = splitter(PRE_TOKENIZERS[name].patterns)
+    for run in (*RUNS, "\t", "\u00a0", "\r\n", "٣", "½", "が", "가", "😀", "_", "'", "$", "ʰ"):
+        for after in ("", "a", "A", "1", " ", "\n", "!", "你", "\u0301", "½"):
+            text = (run * LONG)[: LONG // 4] + after
+            start = time.perf_counter()
+            split(text)
+            took = time.perf_counter() - start
+            assert took < 1, f"{run!r} before {after!r} takes {took:.1f} s"  # Measured: 0.1 s.
 
 
 @pytest.mark.parametrize(
@@ -432,6 +636,22 @@ def test_words(name, text, words):
             "0 of the 256 tokens",
         ),
         ({"tokenizer.ggml.token_type": [1]}, "has 1 values, but the vocabulary has 3 tokens"),
+        ({"tokenizer.ggml.tokens": []}, "tokenizer.ggml.tokens is empty"),
+        ({"tokenizer.ggml.tokens": "abc"}, "tokens is 'abc', but must be a list of strings"),
+        ({"tokenizer.ggml.tokens": ["a", "b", 7]}, r"tokens\[2\] is 7, but must be a string"),
+        (
+            {"tokenizer.ggml.token_type": [1, 6, 1]},
+            r"tokens\[1\] is 'b', but must be one of <0x00>",
+        ),
+        ({"tokenizer.ggml.token_type": [1, 1.5, 1]}, r"token_type\[1\] is 1.5, but .* an integer"),
+        ({"tokenizer.ggml.scores": [0, 0, math.nan]}, r"scores\[2\] is nan, but must be a number"),
+        ({"tokenizer.ggml.merges": [["a", "b"]]}, r"merges\[0\] is \['a', 'b'\], but .* a string"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, r"pre is \['gpt-2'\], but must be a string"),
+        ({"tokenizer.ggml.eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\], but .* an integer"),
+        ({"tokenizer.ggml.eot_token_id": "</s>"}, "eot_token_id is '</s>', but must be an integer"),
+        ({"tokenizer.ggml.fim_pad_token_id": True}, "fim_pad_token_id is True, but .* an integer"),
+        ({"tokenizer.ggml.add_bos_token": "yes"}, "add_bos_token is 'yes', but must be a bool"),
+        ({"general.name": ["phi-3"]}, r"general.name is \['phi-3'\], but must be a string"),
     ],
 )
 def test_errors(change, message):
@@ -446,3 +666,157 @@ def test_ids_outside_the_vocabulary(spm):
     for id in (-1, spm.vocab_size):
         with pytest.raises(JaxsplitError, match=f"token id {id} .*valid: 0 to"):
             spm.decode([id])
+
+
+# --- Metadata of other types
+
+KEYS = [
+    *("model", "pre", "tokens", "token_type", "scores", "merges", "add_space_prefix"),
+    *("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id", "unknown_token_id"),
+    *("fim_pre_token_id", "fim_pad_token_id", "add_bos_token", "add_eos_token"),
+]
+ODD = [
+    *(None, "", "x", "\udcff", "\ud800", "a\nb", 0, 1, 7, -1, 2**32 - 1, 2**70, True, 1.0, -0.5),
+    *(math.nan, math.inf, [], [1, 2], ["x"], [["x"]], [None], [math.nan], {}, b"x", object()),
+]
+
+
+@pytest.mark.parametrize("key", ["general.name", "tokenizer.chat_template", *KEYS])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma4"])
+def test_odd_metadata(kind, key):
+    """Whatever a key holds, on its own or in place of one item: it works, or is one line."""
+    metadata = {
+        "gpt2": byte_level_metadata(["<|im_end|>", "<think>"]),
+        "llama": spm_metadata(),
+        "gemma4": gemma4_metadata(["a", "b", "ab"], ["a b"]),
+    }[kind]
+    key = key if "." in key else f"tokenizer.ggml.{key}"
+    values = [*ODD]
+    if isinstance(held := metadata.get(key), list):
+        values += [[*held[:-1], odd] for odd in ODD] + [[odd] * len(held) for odd in ODD]
+    for value in values:
+        try:
+            tokenizer = Tokenizer.from_metadata(metadata | {key: value})
+            ids = tokenizer.encode("ab é <|im_end|><think>", parse_special=True, add_eos=True)
+            tokenizer.decode([*ids, *range(tokenizer.vocab_size)], special="template")
+            tokenizer.token_text(0)
+        except JaxsplitError as error:
+            assert "\n" not in str(error), value
+            str(error).encode()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma4"])
+def test_tokens_that_are_not_utf8_are_bytes(kind):
+    data = b"\xff\xfea"
+    metadata = {
+        "gpt2": byte_level_metadata(["<x>"]),
+        "llama": spm_metadata(),
+        "gemma4": gemma4_metadata(["a", "b", "ab"], ["a b"]),
+    }[kind]
+    metadata["tokenizer.ggml.tokens"][-1] = data.decode("utf-8", "surrogateescape")
+    for type in (1, 3, 4):  # Normal, control, user-defined.
+        metadata["tokenizer.ggml.token_type"][-1] = type
+        tokenizer = Tokenizer.from_metadata(metadata)
+        id = tokenizer.vocab_size - 1
+        assert tokenizer.decode_bytes([id], skip_special=False, continuation=True) == data
+        assert tokenizer.token_text(id) == r"\xff\xfea"
+        assert (tokenizer.encode(b"b" + data + b"b", parse_special=True).count(id) == 1) == (
+            type != 1
+        )
+        stream = tokenizer.stream(special="all")
+        assert stream.push(id) + stream.flush() == "\ufffd\ufffda"
+
+
+def test_spm_merges_into_tokens_that_are_not_utf8():
+    """A lead byte takes the bytes after it along, valid or not; together they are one symbol."""
+    metadata = spm_metadata()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens[-2:] = [b"\xe4b".decode("utf-8", "surrogateescape"), "a"]
+    tokenizer = Tokenizer.from_metadata(metadata | {"tokenizer.ggml.add_space_prefix": False})
+    ids = tokenizer.encode(b"\xe4b", add_special=False)
+    assert ids == [tokenizer.vocab_size - 2]
+    assert tokenizer.decode_bytes(ids) == b"\xe4b"
+
+
+# --- Control tokens in answers
+
+MARKUP = ["[THINK]", "[/THINK]", "<tool_call>", "[ARGS]"]
+MARKERS = ["<|im_start|>", "<|im_end|>", "<bos>", "<|pad|>", "<|unspelled|>"]
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# What a template says of thoughts and tools, and where.
+SPELLED = {
+    "elsewhere": CHATML + "{% if tools %}[THINK][/THINK]<tool_call>[ARGS]<|pad|>{% endif %}",
+    "comment": CHATML + "{# [THINK] [/THINK] <tool_call> [ARGS] #}",
+    "each message": CHATML.replace("{{ m.content", "[THINK][/THINK]<tool_call>{{ m.content")
+    + "{% if tools %}[ARGS]{% endif %}",
+    "prompt": CHATML.replace("assistant\n", "assistant\n[THINK][/THINK]<tool_call>[ARGS]"),
+}
+
+
+def chat_metadata(template: str | None) -> dict[str, Any]:
+    metadata = byte_level_metadata([*MARKUP, *MARKERS])
+    bos = metadata["tokenizer.ggml.tokens"].index("<bos>")
+    metadata |= {"tokenizer.chat_template": template, "tokenizer.ggml.bos_token_id": bos}
+    return metadata | {"tokenizer.ggml.padding_token_id": bos + 1}
+
+
+def written(tokenizer: Tokenizer, **options) -> str:
+    """All control tokens, with letters between them; streamed and decoded alike."""
+    ids = [*range(tokenizer.vocab_size), 0]
+    stream = tokenizer.stream(continuation=True, **options)
+    streamed = "".join(stream.push(id) for id in ids) + stream.flush()
+    assert streamed == tokenizer.decode(ids, continuation=True, **options)
+    return streamed
+
+
+@pytest.mark.parametrize("place", SPELLED)
+def test_template_shows_its_thoughts_and_tool_calls(place):
+    tokenizer = Tokenizer.from_metadata(chat_metadata(SPELLED[place]))
+    assert written(tokenizer, special="template") == "abab" + "".join(MARKUP) + "a"
+    assert {tokenizer.token_text(id) for id in tokenizer.markup_ids} == set(MARKUP)
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        (None, []),
+        (CHATML, []),
+        (CHATML + "{{ '<tool_call>' if tools }}", ["<tool_call>"]),
+        # No conversation can be rendered: names that speak of thoughts and tools count.
+        ("{{ raise_exception('no') }} [THINK]<|im_start|>[ARGS]", ["[THINK]"]),
+        ("{{ messages[0].role }}{% if", []),  # No chat is possible.
+        (7, []),
+        # Without a system message, which this one refuses.
+        (
+            "{{ raise_exception('no') if messages[0].role == 'system' }}<|im_start|>"
+            "{{ '[ARGS]' if tools }}",
+            ["[ARGS]"],
+        ),
+    ],
+)
+def test_markup_of_other_templates(template, shown):
+    tokenizer = Tokenizer.from_metadata(chat_metadata(template))
+    assert {tokenizer.token_text(id) for id in tokenizer.markup_ids} == set(shown)
+    assert written(tokenizer, special="template") == "abab" + "".join(shown) + "a"
+
+
+def test_all_and_no_control_tokens():
+    tokenizer = Tokenizer.from_metadata(chat_metadata(SPELLED["elsewhere"]))
+    everything = "abab" + "".join([*MARKUP, *MARKERS]) + "a"
+    assert written(tokenizer, special="all") == everything
+    assert written(tokenizer, skip_special=False) == everything
+    assert written(tokenizer, special="none") == written(tokenizer) == "ababa"
+    for unknown in ("some", "", 1, ["all"]):
+        with pytest.raises(JaxsplitError, match="special=.*supported: template, none, all"):
+            tokenizer.stream(special=unknown)
+
+
+def test_end_tokens_are_no_markup():
+    template = CHATML + "{{ '<|call|><|tool_response>' if tools }}"
+    metadata = byte_level_metadata(["<|call|>", "<|tool_response>"])
+    tokenizer = Tokenizer.from_metadata(metadata | {"tokenizer.chat_template": template})
+    assert tokenizer.end_ids == {3, 4}
+    assert tokenizer.markup_ids == set()

@@ -1,11 +1,24 @@
 """Chat templates: messages to the text that a model was trained on."""
 
+import contextlib
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.text.kinds import KINDS
+from jaxsplit.text.metadata import get, get_token_id
+
+_PLAIN_CONVERSATION = [
+    {"role": "system", "content": "text"},
+    {"role": "user", "content": "text"},
+    {"role": "assistant", "content": "text"},
+    {"role": "user", "content": "text"},
+]
+_MARKUP_NAME = re.compile("think|thought|reason|channel|tool|call", re.IGNORECASE)
 
 
 class ChatTemplate:
@@ -25,14 +38,13 @@ class ChatTemplate:
         Raises:
             JaxsplitError: the template is not valid Jinja.
         """
-        import jinja2
-
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = environment.from_string(source)
+        except Exception as error:  # Jinja compiles to Python, whose compiler has limits too.
             raise _failure("is not valid", error) from error
 
     @classmethod
@@ -40,19 +52,21 @@ class ChatTemplate:
         """Reads `tokenizer.chat_template` of a GGUF file.
 
         Raises:
-            JaxsplitError: the file has no chat template, or one that is not valid.
+            JaxsplitError: the file has no chat template, or one that is not valid, or a key has
+                a value of another type.
         """
-        source = metadata.get("tokenizer.chat_template")
+        source = get(metadata, "tokenizer.chat_template", str)
         if not source:
             raise JaxsplitError(
                 "the file has no chat template (tokenizer.chat_template is missing): "
                 "use a plain prompt instead of messages"
             )
-        tokens = metadata.get("tokenizer.ggml.tokens", ())
+        tokens = get(metadata, "tokenizer.ggml.tokens", list[str], ())
+        kind = KINDS.get(get(metadata, "tokenizer.ggml.model", str))
 
         def text(name: str) -> str:
-            id = metadata.get(f"tokenizer.ggml.{name}_token_id", -1)
-            return tokens[id] if 0 <= id < len(tokens) else ""
+            id = get_token_id(metadata, name, len(tokens), getattr(kind, name, None))
+            return "" if id is None else tokens[id]
 
         return cls(source, text("bos"), text("eos"))
 
@@ -64,8 +78,7 @@ class ChatTemplate:
     ) -> str:
         """Writes messages as one text.
 
-        Encode the text with `parse_special=True`, and without adding BOS if it starts with
-        `bos_token` already.
+        Encode the text with `parse_special=True`.
 
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`, in order.
@@ -73,8 +86,14 @@ class ChatTemplate:
             **variables: more variables of the template, such as `enable_thinking=False`.
 
         Raises:
-            JaxsplitError: the template refuses the messages or fails.
+            JaxsplitError: the messages are no list of mappings, or the template refuses them.
         """
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+        if not is_list or not all(isinstance(message, Mapping) for message in messages):
+            raise JaxsplitError(
+                f"messages is {reprlib.repr(messages)}, but must be a list such as "
+                '[{"role": "user", "content": "Hello"}]'
+            )
         values = {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
@@ -87,6 +106,31 @@ class ChatTemplate:
             return self._template.render(values | variables)
         except Exception as error:  # A template can raise whatever Python's operators raise.
             raise _failure("fails on these messages", error) from error
+
+    def find_markup(self, tokens: Iterable[str]) -> set[str]:
+        """Finds the control tokens that mark thoughts and tool calls in an answer.
+
+        These are the tokens that the template spells, without the markers of turns. Markers of
+        turns are in any conversation, even one of plain messages; markup is not. But templates
+        put empty thoughts into plain messages, so that names that speak of thoughts or tools are
+        markup even there. Of a template that renders no plain conversation, only these names are.
+
+        Args:
+            tokens: texts of control tokens.
+        """
+        spelled = {token for token in tokens if token in self.source}
+        plain = self._render_plain()
+        return {
+            token
+            for token in spelled
+            if _MARKUP_NAME.search(token) or (plain is not None and token not in plain)
+        }
+
+    def _render_plain(self) -> str | None:
+        for messages in (_PLAIN_CONVERSATION, _PLAIN_CONVERSATION[1:]):
+            with contextlib.suppress(JaxsplitError):
+                return self.render(messages, add_generation_prompt=False)
+        return None
 
 
 def _failure(what: str, error: Exception) -> JaxsplitError:

@@ -1,14 +1,16 @@
 """Kinds of tokenizers: one class for each supported value of `tokenizer.ggml.model`.
 
 A kind tokenizes text that holds no special tokens, and says what bytes a token stands for. The
-merging itself is done by the `tokenizers` library.
+`tokenizers` library merges by rank; it cannot express merging by score.
 """
 
+import heapq
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.text.metadata import get, require, token_bytes
 from jaxsplit.text.pretokenizers import pre_tokenizer
 
 _SPACE = "\u2581"  # Stands for a space in SentencePiece vocabularies.
@@ -49,71 +51,101 @@ class ByteLevelBPE:
     always_bos = space_prefix = False
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
-        from tokenizers import Regex, Tokenizer, pre_tokenizers
+        from tokenizers import Regex, pre_tokenizers
 
-        pre = pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
+        pre = pre_tokenizer(get(metadata, "tokenizer.ggml.pre", str))
         self.add_bos, self.clean_spaces = pre.add_bos, pre.clean_spaces
         self._characters = _byte_alphabet()
         self._bytes = {c: bytes([byte]) for byte, c in enumerate(self._characters)}
-        merges = _read_merges(metadata, ids)
-        model = _bpe_model(ids, merges, ignore_merges=pre.ignore_merges)
-        self._bpe, self._bpe_of_bytes = Tokenizer(model), Tokenizer(model)
         splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in pre.patterns]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+
+        def spell(text: str) -> list[int]:
+            return [ids[c] for c in text if c in ids]
+
+        bpe = _RankBPE(metadata, ids, spell, ignore_merges=pre.ignore_merges)
+        self._encode_bytes = bpe.encoder()
+        self._encode_text = bpe.encoder(pre_tokenizers.Sequence([*splits, byte_level]))
 
     def encode(self, text: bytes) -> list[int]:
         out = []
         for valid, surrogates in _decode_lenient(text):
-            out += self._bpe.encode(valid, add_special_tokens=False).ids
-            characters = "".join(self._characters[byte] for byte in surrogates)
-            out += self._bpe_of_bytes.encode(characters, add_special_tokens=False).ids
+            out += self._encode_text(valid)
+            out += self._encode_bytes("".join(self._characters[byte] for byte in surrogates))
         return out
 
     def piece(self, token: str) -> bytes:
-        return b"".join(self._bytes.get(c) or c.encode() for c in token)
+        return b"".join(self._bytes.get(c) or token_bytes(c) for c in token)
 
 
 class SentencePieceBPE:
-    """`llama`: merges by score over characters, with byte tokens for those it does not know."""
+    """`llama`: merges by score over characters, with byte tokens for those it does not know.
+
+    It works on bytes, so that tokens and texts that are not UTF-8 need no special treatment.
+    """
 
     bos, eos = 1, 2
     add_bos = True
     always_bos = clean_spaces = False
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
-        from tokenizers import Tokenizer
-
-        self.space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        scores = require(metadata, "tokenizer.ggml.scores")
-        self._byte_ids = [ids[name] for name in _BYTE_TOKENS if name in ids]
-        if len(self._byte_ids) < 256:
-            raise JaxsplitError(
-                f"the vocabulary has {len(self._byte_ids)} of the 256 tokens <0x00> to <0xFF> "
-                "that a tokenizer of kind 'llama' needs"
-            )
-        self._bpe = Tokenizer(_bpe_model(ids, _merges_of(ids, scores), byte_fallback=True))
+        self.space_prefix = bool(get(metadata, "tokenizer.ggml.add_space_prefix", bool, True))
+        scores = require(metadata, "tokenizer.ggml.scores", list[float])
+        self._byte_ids = _byte_token_ids(ids)
+        self._ids = {token_bytes(token): id for token, id in ids.items()}
+        self._scores = {token: scores[id] for token, id in self._ids.items()}
 
     def encode(self, text: bytes) -> list[int]:
-        out = []
-        while text:
-            bad = 0
-            try:
-                valid, bad_at = text.decode(), len(text)
-            except UnicodeDecodeError as error:
-                bad_at = error.start
-                valid = text[:bad_at].decode()
-                # The lead byte says how many bytes become byte tokens, whatever they are.
-                lead = text[bad_at]
-                bad = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            escaped = valid.replace(" ", _SPACE)
-            out += self._bpe.encode(escaped, add_special_tokens=False).ids
-            out += [self._byte_ids[byte] for byte in text[bad_at : bad_at + bad]]
-            text = text[bad_at + bad :]
+        symbols = _SYMBOLS.findall(text.replace(b" ", _SPACE.encode()))
+        out: list[int] = []
+        for token in merge_by_score(symbols, self._scores):
+            if token in self._ids:
+                out.append(self._ids[token])
+            else:
+                out += [self._byte_ids[byte] for byte in token]
         return out
 
     def piece(self, token: str) -> bytes:
-        return token.replace(_SPACE, " ").encode()
+        return token_bytes(token.replace(_SPACE, " "))
+
+
+# One character each. The lead byte alone says how many bytes a character has, valid or not.
+_SYMBOLS = re.compile(b"[\xc0-\xdf].?|[\xe0-\xef].{0,2}|[\xf0-\xff].{0,3}|.", re.DOTALL)
+
+
+def merge_by_score(symbols: Sequence[bytes], scores: Mapping[bytes, float]) -> list[bytes]:
+    """Merges neighbours into tokens until no two of them make one.
+
+    The pair whose token has the best score comes first, and the leftmost of equals. Symbols need
+    not be tokens themselves. This is SentencePiece's BPE:
+    https://github.com/google/sentencepiece/blob/master/src/bpe_model.cc
+
+    Args:
+        symbols: the characters of a text.
+        scores: of each token; higher is better.
+
+    Returns:
+        The tokens, and the symbols that became part of none. Takes O(n log n) time.
+    """
+    parts = [*symbols, b""]  # A part that was merged into its left neighbour is empty.
+    end = len(symbols)
+    following, previous = [*range(1, end + 1), end], [*range(-1, end)]
+    pairs = map(bytes.__add__, symbols, symbols[1:])
+    heap = [(-scores[pair], left, pair) for left, pair in enumerate(pairs) if pair in scores]
+    heapq.heapify(heap)
+    while heap:
+        _, left, token = heapq.heappop(heap)
+        right = following[left]
+        if not parts[left] or parts[left] + parts[right] != token:
+            continue  # One of the two has been merged with another since.
+        parts[left], parts[right] = token, b""
+        after, before = following[right], previous[left]
+        following[left], previous[after] = after, left
+        if after < end and (pair := token + parts[after]) in scores:
+            heapq.heappush(heap, (-scores[pair], left, pair))
+        if before >= 0 and (pair := parts[before] + token) in scores:
+            heapq.heappush(heap, (-scores[pair], before, pair))
+    return [part for part in parts if part]
 
 
 class Gemma4BPE:
@@ -125,11 +157,13 @@ class Gemma4BPE:
     clean_spaces = True
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
-        from tokenizers import Tokenizer
-
         self._ids = ids
-        merges = _read_merges(metadata, ids)
-        self._bpe = Tokenizer(_bpe_model(ids, merges, byte_fallback=True))
+        self._byte_ids = _byte_token_ids(ids)
+
+        def spell(text: str) -> list[int]:
+            return [self._byte_ids[byte] for byte in text.encode()]
+
+        self._encode_line = _RankBPE(metadata, ids, spell, byte_fallback=True).encoder()
 
     def encode(self, text: bytes) -> list[int]:
         out = []
@@ -138,12 +172,12 @@ class Gemma4BPE:
                 if line[0] == "\n" and line in self._ids:
                     out.append(self._ids[line])
                 else:
-                    out += self._bpe.encode(line, add_special_tokens=False).ids
-            out += [self._ids[_BYTE_TOKENS[byte]] for byte in surrogates]
+                    out += self._encode_line(line)
+            out += [self._byte_ids[byte] for byte in surrogates]
         return out
 
     def piece(self, token: str) -> bytes:
-        return token.replace(_SPACE, " ").encode()
+        return token_bytes(token.replace(_SPACE, " "))
 
 
 KINDS: dict[str, type[Kind]] = {
@@ -159,7 +193,7 @@ def find_kind(metadata: Mapping[str, Any]) -> type[Kind]:
     Raises:
         JaxsplitError: the file has no tokenizer, or an unknown one.
     """
-    model = require(metadata, "tokenizer.ggml.model")
+    model = require(metadata, "tokenizer.ggml.model", str)
     if model in ("no_vocab", "none"):
         raise JaxsplitError(
             f"the file has no tokenizer (tokenizer.ggml.model is {model!r}): "
@@ -172,49 +206,72 @@ def find_kind(metadata: Mapping[str, Any]) -> type[Kind]:
     return KINDS[model]
 
 
-def require(metadata: Mapping[str, Any], key: str) -> Any:
-    """The value of a key without which there is no tokenizer."""
-    if key not in metadata:
-        raise JaxsplitError(f"{key} is missing from the file: only token ids can be used with it")
-    return metadata[key]
+class _RankBPE:
+    """The merges of a file in the `tokenizers` library.
+
+    The library wants an id for every string that a merge names. Strings that are no tokens get
+    ids after those of the vocabulary, and are spelled with tokens where they are left over.
+    """
+
+    def __init__(
+        self,
+        metadata: Mapping[str, Any],
+        ids: Mapping[str, int],
+        spell: Callable[[str], list[int]],
+        **options: bool,
+    ):
+        from tokenizers import models
+
+        # No text holds tokens that are not UTF-8, nor does the library.
+        vocabulary = {token: id for token, id in ids.items() if not _SURROGATE.search(token)}
+        merges = _read_merges(metadata)
+        first_free = max(ids.values()) + 1
+        self._spelled: dict[int, list[int]] = {}
+        for left, right in merges:
+            for text in (left, right, left + right):
+                if text not in vocabulary:
+                    id = vocabulary[text] = first_free + len(self._spelled)
+                    self._spelled[id] = spell(text)
+        self._model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, **options)
+
+    def encoder(self, pre_tokenizer: Any = None) -> Callable[[str], list[int]]:
+        """Text to ids, cut by one of the library's pre-tokenizers first."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer(self._model)
+        if pre_tokenizer:
+            tokenizer.pre_tokenizer = pre_tokenizer
+
+        def encode(text: str) -> list[int]:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            return [id for found in ids for id in self._spelled.get(found, (found,))]
+
+        return encode
 
 
-def check_length(metadata: Mapping[str, Any], key: str, tokens: int) -> None:
-    """Refuses a list that does not have a value for each token of the vocabulary."""
-    if key in metadata and len(metadata[key]) != tokens:
-        raise JaxsplitError(
-            f"{key} has {len(metadata[key])} values, but the vocabulary has {tokens} tokens: "
-            "the file is damaged, convert the model again"
-        )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _bpe_model(ids: dict[str, int], merges: Sequence[tuple[str, str]], **options: bool) -> Any:
-    from tokenizers import models
-
-    return models.BPE(vocab=ids, merges=merges, fuse_unk=False, **options)
-
-
-def _read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """`tokenizer.ggml.merges` as pairs, without those that name no tokens."""
-    merges = []
-    for merge in require(metadata, "tokenizer.ggml.merges"):
+def _read_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`tokenizer.ggml.merges` as pairs, best first; of equal ones the first counts."""
+    merges = {}
+    for merge in require(metadata, "tokenizer.ggml.merges", list[str]):
         # The first character of the left part may itself be a space.
         at = merge.find(" ", 1)
-        left, right = merge[:at], merge[at + 1 :]
-        if left in ids and right in ids and left + right in ids:
-            merges.append((left, right))
-    return merges
+        if at > 0 and merge[at + 1 :] and not _SURROGATE.search(merge):
+            merges[merge[:at], merge[at + 1 :]] = None
+    return [*merges]
 
 
-def _merges_of(ids: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, best score of the result first."""
-    merges = []
-    for token in sorted(ids, key=lambda token: -scores[ids[token]]):
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ids and right in ids:
-                merges.append((left, right))
-    return merges
+def _byte_token_ids(ids: Mapping[str, int]) -> list[int]:
+    """The ids of `<0x00>` to `<0xFF>`, for kinds that need all of them."""
+    found = [ids[name] for name in _BYTE_TOKENS if name in ids]
+    if len(found) < 256:
+        raise JaxsplitError(
+            f"the vocabulary has {len(found)} of the 256 tokens <0x00> to <0xFF> "
+            "that a tokenizer of its kind needs"
+        )
+    return found
 
 
 def _decode_lenient(text: bytes) -> list[tuple[str, bytes]]:

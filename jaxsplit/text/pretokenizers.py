@@ -4,6 +4,9 @@ r"""Pre-tokenizers: how a byte-level BPE tokenizer cuts text into words before m
 after the other to every piece that the one before left; both the matches and the text between
 them become pieces. The syntax is Oniguruma's, as in the `tokenizers` library; contractions spell
 out both cases, because `(?i:s)` would match U+017F as well.
+
+No pattern may look ahead over a whole run at every place in it: long runs would take quadratic
+time.
 """
 
 from dataclasses import dataclass
@@ -51,6 +54,15 @@ def _cased_words(digits: str, *, contraction: str = _CONTRACTION + "?", outside:
         f"{lead}{upper}*{lower}+{contraction}|{lead}{upper}+{lower}*{contraction}"
         rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+{line_end}|{_SPACES}"
     )
+
+
+def _threes(digit: str) -> tuple[str, str]:
+    """Cuts pieces of nothing but digits into threes from the right: 1234567 is 1 234 567.
+
+    The first pattern takes what is left over at the start, so that the second can count from the
+    left.
+    """
+    return rf"\A{digit}{{1,2}}(?=(?:{digit}{{3}})++\z)", rf"{digit}{{3}}"
 
 
 def _class(code_points: str) -> str:
@@ -159,7 +171,10 @@ _ROWS = {
     "tekken": PreTokenizer(
         (_cased_words(r"\p{N}", contraction=""),), ignore_merges=True, add_bos=True
     ),
-    "tiny_aya cohere2moe": PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _cased_words(r"\p{N}{1,3}"))),
+    "tiny_aya cohere2moe": PreTokenizer(
+        # Digits before a letter count from the left; the pattern of words cuts all into threes.
+        (r"(?<!\d)\d++\b", _threes(r"\d")[0], _cased_words(r"\p{N}{1,3}"))
+    ),
     "youtu": PreTokenizer(
         (
             "|".join(
@@ -181,7 +196,7 @@ _ROWS = {
             r"[\r\n]",
             r"\s?" + _DEEPSEEK_LETTERS,
             r"\s?" + _DEEPSEEK_PUNCTUATION,
-            r"\s+$",
+            r"(?<!\s)\s++$",
             _DEEPSEEK_CJK,
             r"\p{N}+",
         )
@@ -201,15 +216,12 @@ _ROWS = {
             r"\p{N}",
         )
     ),
-    "afmoe": PreTokenizer(
-        # Digits in threes counted from the right: 1234567 is 1 234 567.
-        (r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _UNSPACED_SCRIPTS, _DEEPSEEK_V3_WORDS)
-    ),
+    "afmoe": PreTokenizer((r"\p{N}+", *_threes(r"\p{N}"), _UNSPACED_SCRIPTS, _DEEPSEEK_V3_WORDS)),
     # Others.
     "bloom gpt3-finnish": PreTokenizer((_NOT_PUNCTUATION,), clean_spaces=True),
     "poro-chat": PreTokenizer((_NOT_PUNCTUATION,)),
     "viking": PreTokenizer((_NOT_PUNCTUATION, r"\p{N}")),
-    "superbpe": PreTokenizer((r"\p{N}+", "[0-9]{1,3}(?=(?:[0-9]{3})*(?![0-9]))")),
+    "superbpe": PreTokenizer((r"\p{N}+", "[0-9]+", *_threes("[0-9]"))),
 }
 PRE_TOKENIZERS = {name: row for names, row in _ROWS.items() for name in names.split()}
 

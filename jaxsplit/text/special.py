@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxsplit.text.metadata import get, get_token_id
+
 
 class TokenType(enum.IntEnum):
     """The values of `tokenizer.ggml.token_type`."""
@@ -86,22 +88,24 @@ def find_special_tokens(
         ids: token text to id.
         types: token types as the file has them, by id.
         eos: the end-of-sequence id, if the model has one.
+
+    Raises:
+        JaxsplitError: a key has a value of another type.
     """
     types = list(types)
     end_ids = {ids[name] for name in _END_NAMES if name in ids}
     for id in end_ids:
         types[id] = TokenType.CONTROL
     for key, names, ends in _FILL_IN_THE_MIDDLE:
-        id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        id = get_token_id(metadata, key, len(types))
         if id is None:
             id = next((ids[name] for name in names if name in ids), None)
             if id is not None:
                 types[id] = TokenType.CONTROL
         if ends and id is not None:
             end_ids.add(id)
-    for key in ("eot", "eom"):
-        end_ids.add(metadata.get(f"tokenizer.ggml.{key}_token_id"))
-    end_ids.add(eos)
+    named = (get_token_id(metadata, key, len(types)) for key in ("eot", "eom"))
+    end_ids |= {id for id in (eos, *named) if id is not None}
 
     for name in _SHOWN_NAMES:
         if name in ids:
@@ -118,8 +122,8 @@ def find_special_tokens(
 
     left: set[int] = set()
     right: set[int] = set()
-    name = str(metadata.get("general.name", "")).lower()
-    pre = str(metadata.get("tokenizer.ggml.pre", ""))
+    name = get(metadata, "general.name", str, "").lower()
+    pre = get(metadata, "tokenizer.ggml.pre", str, "")
     if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code"):
         left = {ids[t] for t in ("<mask>",) if t in ids}
     elif "modern-bert" in name:
@@ -127,10 +131,7 @@ def find_special_tokens(
     elif "phi-3" in name or "phi3" in name:
         right = {id for id, type in enumerate(types) if is_special(type)}
         right -= {ids.get(t) for t in ("<unk>", "<s>", "<|endoftext|>")}
-    valid = range(len(types))
-    return SpecialTokens(
-        types, frozenset(id for id in end_ids if id in valid), frozenset(left), frozenset(right)
-    )
+    return SpecialTokens(types, frozenset(end_ids), frozenset(left), frozenset(right))
 
 
 def is_special(type: int) -> bool:
