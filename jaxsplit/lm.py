@@ -26,13 +26,12 @@ from jaxsplit.plan import best_split
 from jaxsplit.quant import Arithmetic, float8
 from jaxsplit.sources import describe_split, parameter_sources, split_model
 from jaxsplit.stream import Stream
-from jaxsplit.text import ChatTemplate, Tokenizer
+from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
 ACTIVATIONS = ("auto", "float", "int8")
 PROMPT_DTYPES = ("auto", "float8")
 DEFAULT_CONTEXT = 4096
-SHOW_SPECIAL = ("template", "all", "none")
 
 
 def load(
@@ -334,11 +333,6 @@ class LM:
         Raises:
           JaxsplitError: the file has no chat template, or it refuses the messages.
         """
-        if isinstance(messages, str | bytes) or not all(isinstance(m, Mapping) for m in messages):
-            raise JaxsplitError(
-                'messages must be a list such as [{"role": "user", "content": "Hello"}], not '
-                f"{repr(messages)[:40]}"
-            )
         template = ChatTemplate.from_metadata(self._metadata)
         return self.tokenizer.encode(template.render(messages, **variables), parse_special=True)
 

@@ -84,7 +84,7 @@ class Stream(Iterator[str]):
         if self._limit == 0:
             self.stop_reason = "n_predict"
             return
-        text = self._tokenizer.stream(self._show_special, continuation=True)
+        text = self._tokenizer.stream(show_special=self._show_special, continuation=True)
         held = ""  # text that may be the start of a stop string
         started, compiled = time.perf_counter(), compile_seconds()
         for token in self._ids(request):

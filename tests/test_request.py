@@ -7,7 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from tiny import fresh_rng, write_tiny_model
+from tiny import byte_alphabet, fresh_rng, write_tiny_model
 
 import jaxsplit
 from jaxsplit.errors import JaxsplitError
@@ -228,6 +228,40 @@ def test_fewer_rows_than_tokens_are_refused(tmp_path):
         jaxsplit.load(path)
 
 
+# Special tokens that a text shows
+
+
+def test_texts_show_the_markers_of_thoughts_that_the_template_spells(tmp_path):
+    """`[THINK]` is in the template of the file, `<secret>` is not."""
+    tokens, names = byte_alphabet(), {0: "[THINK]", 1: "[/THINK]", 2: "<secret>"}
+    tokens = [names.get(i, c) for i, c in enumerate(tokens)] + ["x"] * 7
+    metadata = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if i in names else 1 for i in range(len(tokens))],
+        "tokenizer.chat_template": "{{ messages[0].content }}{{ '[THINK]x[/THINK]' if thoughts }}",
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+    }
+    # Whatever is read, the next token is the last one read plus one: 255, 0, 1, 2, 3.
+    embedding = np.eye(263, 264, dtype=np.float32) * 100
+    tensors = {"token_embd.weight": embedding, "output.weight": np.roll(embedding, 1, axis=0)}
+    path = write_tiny_model(
+        tmp_path / "think.gguf", embed=264, heads=4, kv_heads=4, metadata=metadata, tensors=tensors
+    )
+    lm = jaxsplit.load(path, split_mode="none", ctx_size=64)
+    texts = {
+        show: lm.generate([262], 6, show_special=show, temperature=0.0)
+        for show in ("none", "template", "all")
+    }
+    stream = lm.stream([262], 6, temperature=0.0)
+    assert "".join(stream) == texts["template"]
+    assert stream.tokens == [0, 1, 2, 3, 4, 5]
+    assert texts == {
+        "none": "\3\4\5",
+        "template": "[THINK][/THINK]\3\4\5",
+        "all": "[THINK][/THINK]<secret>\3\4\5",
+    }
+
+
 # Arguments
 
 
@@ -307,7 +341,7 @@ def test_penalties_over_a_window_longer_than_the_context_see_all_of_it(lm):
     "messages", ["hello", b"hello", ["hello"], [None], [{"role": "user"}, "hello"]], ids=str
 )
 def test_messages_of_another_form_are_refused(lm, messages):
-    with pytest.raises(JaxsplitError, match="messages must be a list such as"):
+    with pytest.raises(JaxsplitError, match="messages is .*must be a list such as"):
         lm.chat_prompt(messages)
 
 

@@ -61,22 +61,23 @@ def test_reference_case(smollm2, case):
     ]:
         ids = smollm2.encode(text, add_special, parse_special, add_eos=add_special)
         assert ids == case[column], column
-    # llama_detokenize(remove_special, unparse_special): removing special tokens is what
-    # skip_special does, because it leaves out BOS and EOS with all the others; unparse_special
-    # is skip_special=False. llama.cpp always cleans spaces where the model's convention says so.
-    for column, ids, skip_special in [
-        ("detok_ids", "ids", True),
-        ("detok_add_parse__remove_special", "ids_add_parse", True),
-        ("detok_add_parse__unparse_special", "ids_add_parse", False),
+    # llama_detokenize(remove_special, unparse_special): removing special tokens is
+    # show_special="none", which leaves out BOS and EOS with all the others; unparse_special is
+    # show_special="all". llama.cpp always cleans spaces where the model's convention says so.
+    for column, ids, show_special in [
+        ("detok_ids", "ids", "none"),
+        ("detok_add_parse__remove_special", "ids_add_parse", "none"),
+        ("detok_add_parse__unparse_special", "ids_add_parse", "all"),
     ]:
         expected = reference_text(case[column]).decode("utf-8", "replace")
-        assert smollm2.decode(case[ids], skip_special, clean_spaces=True) == expected, column
+        found = smollm2.decode(case[ids], show_special=show_special, clean_spaces=True)
+        assert found == expected, column
 
 
 def test_reference_pieces(smollm2):
     for id, shown, plain, _, ends in REFERENCE["pieces"]:
-        assert smollm2.decode_bytes([id], skip_special=False) == reference_text(shown)
-        assert smollm2.decode_bytes([id], skip_special=True) == reference_text(plain)
+        assert smollm2.decode_bytes([id], show_special="all") == reference_text(shown)
+        assert smollm2.decode_bytes([id], show_special="none") == reference_text(plain)
         assert (id in smollm2.end_ids) == bool(ends), shown
 
 
@@ -198,10 +199,10 @@ def test_stream_gives_whole_characters_only(smollm2):
     assert stream.flush() == ""
 
 
-@pytest.mark.parametrize("skip_special", [True, False])
+@pytest.mark.parametrize("show_special", ["none", "all"])
 @pytest.mark.parametrize("continuation", [True, False])
 @pytest.mark.parametrize("name", ["smollm2", "spm"])
-def test_stream_equals_decode(request, name, skip_special, continuation):
+def test_stream_equals_decode(request, name, show_special, continuation):
     tokenizer = request.getfixturevalue(name)
     seed = random.randrange(2**32)
     rng = random.Random(seed)
@@ -212,9 +213,9 @@ def test_stream_equals_decode(request, name, skip_special, continuation):
         ids += rng.choices(range(tokenizer.vocab_size), k=rng.randrange(8))
         if rng.random() < 0.5:
             rng.shuffle(ids)
-        stream = tokenizer.stream(skip_special, continuation=continuation)
+        stream = tokenizer.stream(show_special=show_special, continuation=continuation)
         streamed = "".join(stream.push(id) for id in ids) + stream.flush()
-        decoded = tokenizer.decode(ids, skip_special, continuation=continuation)
+        decoded = tokenizer.decode(ids, show_special=show_special, continuation=continuation)
         assert streamed == decoded, f"seed {seed}, ids {ids}"
 
 
@@ -308,7 +309,7 @@ def test_spm_special_tokens(spm):
     assert 2 not in spm.encode("</s>x")
     assert spm.end_ids == {2}
     ids = spm.encode("hello</s>hello", parse_special=True)
-    assert spm.decode(ids, skip_special=False) == "<s> hello</s> hello"
+    assert spm.decode(ids, show_special="all") == "<s> hello</s> hello"
     assert spm.decode(ids[1:]) == "hello hello"
     assert spm.decode(ids[1:], continuation=True) == " hello hello"
     assert spm.decode_bytes(spm.encode(b"a\xff", add_special=False)) == b"a\xff"
@@ -698,7 +699,7 @@ def test_odd_metadata(kind, key):
         try:
             tokenizer = Tokenizer.from_metadata(metadata | {key: value})
             ids = tokenizer.encode("ab é <|im_end|><think>", parse_special=True, add_eos=True)
-            tokenizer.decode([*ids, *range(tokenizer.vocab_size)], special="template")
+            tokenizer.decode([*ids, *range(tokenizer.vocab_size)], show_special="template")
             tokenizer.token_text(0)
         except JaxsplitError as error:
             assert "\n" not in str(error), value
@@ -718,12 +719,12 @@ def test_tokens_that_are_not_utf8_are_bytes(kind):
         metadata["tokenizer.ggml.token_type"][-1] = type
         tokenizer = Tokenizer.from_metadata(metadata)
         id = tokenizer.vocab_size - 1
-        assert tokenizer.decode_bytes([id], skip_special=False, continuation=True) == data
+        assert tokenizer.decode_bytes([id], show_special="all", continuation=True) == data
         assert tokenizer.token_text(id) == r"\xff\xfea"
         assert (tokenizer.encode(b"b" + data + b"b", parse_special=True).count(id) == 1) == (
             type != 1
         )
-        stream = tokenizer.stream(special="all")
+        stream = tokenizer.stream(show_special="all")
         assert stream.push(id) + stream.flush() == "\ufffd\ufffda"
 
 
@@ -775,7 +776,7 @@ def written(tokenizer: Tokenizer, **options) -> str:
 @pytest.mark.parametrize("place", SPELLED)
 def test_template_shows_its_thoughts_and_tool_calls(place):
     tokenizer = Tokenizer.from_metadata(chat_metadata(SPELLED[place]))
-    assert written(tokenizer, special="template") == "abab" + "".join(MARKUP) + "a"
+    assert written(tokenizer, show_special="template") == "abab" + "".join(MARKUP) + "a"
     assert {tokenizer.token_text(id) for id in tokenizer.markup_ids} == set(MARKUP)
 
 
@@ -800,18 +801,17 @@ def test_template_shows_its_thoughts_and_tool_calls(place):
 def test_markup_of_other_templates(template, shown):
     tokenizer = Tokenizer.from_metadata(chat_metadata(template))
     assert {tokenizer.token_text(id) for id in tokenizer.markup_ids} == set(shown)
-    assert written(tokenizer, special="template") == "abab" + "".join(shown) + "a"
+    assert written(tokenizer, show_special="template") == "abab" + "".join(shown) + "a"
 
 
 def test_all_and_no_control_tokens():
     tokenizer = Tokenizer.from_metadata(chat_metadata(SPELLED["elsewhere"]))
     everything = "abab" + "".join([*MARKUP, *MARKERS]) + "a"
-    assert written(tokenizer, special="all") == everything
-    assert written(tokenizer, skip_special=False) == everything
-    assert written(tokenizer, special="none") == written(tokenizer) == "ababa"
+    assert written(tokenizer, show_special="all") == everything
+    assert written(tokenizer, show_special="none") == written(tokenizer) == "ababa"
     for unknown in ("some", "", 1, ["all"]):
-        with pytest.raises(JaxsplitError, match="special=.*supported: template, none, all"):
-            tokenizer.stream(special=unknown)
+        with pytest.raises(JaxsplitError, match="show_special=.*supported: template, none, all"):
+            tokenizer.stream(show_special=unknown)
 
 
 def test_end_tokens_are_no_markup():

@@ -1,6 +1,6 @@
 """Text to token ids and back, and chat messages to text, from a GGUF file's own metadata."""
 
 from jaxsplit.text.chat import ChatTemplate
-from jaxsplit.text.tokenizer import SPECIAL, TextStream, Tokenizer
+from jaxsplit.text.tokenizer import SHOW_SPECIAL, TextStream, Tokenizer
 
-__all__ = ["SPECIAL", "ChatTemplate", "TextStream", "Tokenizer"]
+__all__ = ["SHOW_SPECIAL", "ChatTemplate", "TextStream", "Tokenizer"]

@@ -13,7 +13,7 @@ from jaxsplit.text.kinds import Kind, find_kind
 from jaxsplit.text.metadata import check_length, get, get_token_id, require, token_bytes
 from jaxsplit.text.special import HIDDEN, TokenType, find_special_tokens, is_special
 
-SPECIAL = ("template", "none", "all")
+SHOW_SPECIAL = ("template", "none", "all")
 """Which control tokens are written out when ids are decoded: see `Tokenizer.decode`."""
 
 _WHITE_SPACE = b" \t\n\v\f\r"
@@ -139,9 +139,8 @@ class Tokenizer:
     def decode(
         self,
         ids: Iterable[int],
-        skip_special: bool = True,
         *,
-        special: str | None = None,
+        show_special: str = "none",
         continuation: bool = False,
         clean_spaces: bool = False,
     ) -> str:
@@ -149,9 +148,8 @@ class Tokenizer:
 
         Args:
             ids: token ids.
-            skip_special: leave out control tokens; otherwise they are written out.
-            special: which control tokens to write out: `none`, `all`, or `template`, which are
-                the markers of thoughts and tool calls (`markup_ids`); None: see `skip_special`.
+            show_special: which control tokens to write out: `none`, `all`, or `template`, which
+                are the markers of thoughts and tool calls (`markup_ids`).
             continuation: the ids continue a text, as generated ones do. Otherwise, where `encode`
                 puts a space before text, one space at the start of the first token is dropped
                 (none if a special token such as BOS comes first, as in llama.cpp).
@@ -159,9 +157,9 @@ class Tokenizer:
                 detokenization does so. This is not the inverse of `encode`.
 
         Raises:
-            JaxsplitError: an id is outside the vocabulary, or `special` is unknown.
+            JaxsplitError: an id is outside the vocabulary, or `show_special` is unknown.
         """
-        data = self.decode_bytes(ids, skip_special, special=special, continuation=continuation)
+        data = self.decode_bytes(ids, show_special=show_special, continuation=continuation)
         if clean_spaces and self._kind.clean_spaces:
             data = re.sub(rb" ([?!.,])", rb"\1", data)
             data = re.sub(rb" ' ", rb"'", data)
@@ -171,23 +169,21 @@ class Tokenizer:
     def decode_bytes(
         self,
         ids: Iterable[int],
-        skip_special: bool = True,
         *,
-        special: str | None = None,
+        show_special: str = "none",
         continuation: bool = False,
     ) -> bytes:
         """As `decode`, but returns the bytes as the tokens have them."""
-        return self._join(ids, self._shown(skip_special, special), continuation)
+        return self._join(ids, self._shown(show_special), continuation)
 
     def stream(
         self,
-        skip_special: bool = True,
         *,
-        special: str | None = None,
+        show_special: str = "none",
         continuation: bool = False,
     ) -> "TextStream":
         """Decodes ids one at a time; all texts together are those of `decode`."""
-        return TextStream(self, self._shown(skip_special, special), continuation)
+        return TextStream(self, self._shown(show_special), continuation)
 
     @functools.cached_property
     def markup_ids(self) -> frozenset[int]:
@@ -249,18 +245,18 @@ class Tokenizer:
             fragments = split
         return fragments
 
-    def _shown(self, skip_special: bool, special: str | None) -> Container[int]:
+    def _shown(self, show_special: str) -> Container[int]:
         """The control tokens to write out."""
-        if special is None:
-            special = "none" if skip_special else "all"
-        match special:
+        match show_special:
             case "template":
                 return self.markup_ids
             case "none":
                 return ()
             case "all":
                 return range(self.vocab_size)
-        raise JaxsplitError(f"special={special!r} is unknown; supported: {', '.join(SPECIAL)}")
+        raise JaxsplitError(
+            f"show_special={show_special!r} is unknown; supported: {', '.join(SHOW_SPECIAL)}"
+        )
 
     def _join(self, ids: Iterable[int], shown: Container[int], continuation: bool) -> bytes:
         pieces = [self._piece(id, shown) for id in ids]
