@@ -17,7 +17,7 @@ from jaxsplit.checkpoint import StoredTensor, restore
 from jaxsplit.gguf import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import Partition, Placement, Stage
-from jaxsplit.quant import QTensor, Weight, kernels, unpack, with_words
+from jaxsplit.quant import QTensor, Weight, float32_blocks, kernels, unpack, with_words
 from jaxsplit.sources import Source, Sources, abstract_decoder, parameters, place
 
 Progress = Callable[[int, int], None]
@@ -107,6 +107,8 @@ def _upload(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
 
 def _upload_mapped(source: Source, place: Placement) -> jax.Array:
     blocks = source.tensor.blocks
+    if source.is_dequantized:
+        blocks = np.asarray(float32_blocks(source.tensor.type, blocks))
     columns = blocks.shape[-2] if source.is_matrix else 1
     blocks = blocks.reshape(-1, columns, blocks.shape[-1])
 
