@@ -8,13 +8,16 @@
 Tensors are stored whole and unpadded, so that any mesh can restore what any other has written.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,12 @@ def save_checkpoint(
     try:
         with os_errors(path, "written"):
             (partial / "tensors").mkdir(parents=True)
+            need = sum(_least_bytes(tensor, weights) for tensor in file.tensors.values())
+            if (free := shutil.disk_usage(partial).free) < need:
+                raise JaxsplitError(
+                    f"{path} needs at least {need:,} bytes, {free:,} are free; make room or choose "
+                    "another disk"
+                )
             for folder, tensors in folders.items():
                 tree = {}
                 for tensor in tensors:
@@ -193,7 +202,8 @@ def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
     chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
     arguments = ocp.args.PyTreeSave(tree, save_args=dict.fromkeys(tree, chunks))
     try:
-        _checkpointer().save(folder.resolve(), args=arguments)
+        with _quiet_orbax():
+            _checkpointer().save(folder.resolve(), args=arguments)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # Orbax and TensorStore have no class of their own for it
@@ -204,8 +214,25 @@ def _reason(error: BaseException) -> str:
     """What went wrong first, short."""
     while cause := error.__cause__ or error.__context__:
         error = cause
+    if match := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return os.strerror(int(match[1]))
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs the traceback of each error that it raises."""
+    logger = logging.getLogger("absl")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -221,6 +248,12 @@ def _folder(name: str) -> str:
     """Tensors of a layer are stored together, and so are all others."""
     match = re.match(r"blk\.\d+", name)
     return match[0] if match else "model"
+
+
+def _least_bytes(tensor: TensorInfo, weights: str | None) -> int:
+    """Bytes that a tensor takes at least: Orbax compresses, but quantized weights hardly shrink."""
+    itemsize = jnp.dtype(weights or "float32").itemsize
+    return min(tensor.nbytes, math.prod(tensor.shape) * itemsize)
 
 
 _dequantize = jax.jit(unpack, static_argnums=0, static_argnames="dtype")
@@ -288,7 +321,11 @@ def _restore(
 
     target = folder.resolve()
     try:
-        stored = _checkpointer().metadata(target).item_metadata.tree
+        with _quiet_orbax():
+            metadata = _checkpointer().metadata(target).item_metadata
+        if metadata is None:
+            raise ValueError("its arrays cannot be listed")
+        stored = metadata.tree
         for tensor in tensors:
             if tensor.name not in stored:
                 raise ValueError(f"tensor {tensor.name!r} is missing")
@@ -297,7 +334,8 @@ def _restore(
                     f"tensor {tensor.name!r} has shape {shape}, expected {tensor.blocks_shape}"
                 )
         args = ocp.args.PyTreeRestore(item=items, restore_args=arguments, partial_restore=True)
-        return _checkpointer().restore(target, args=args)
+        with _quiet_orbax():
+            return _checkpointer().restore(target, args=args)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # as in `_save`

@@ -147,7 +147,7 @@ def _unpack(
     weights: jnp.dtype | None,
     words: bool = False,
 ) -> Weight:
-    """Blocks to weights, on the devices that hold them. Vectors become float32."""
+    """Blocks to weights, on the devices that hold them. Vectors and biases become float32."""
     matrix = source.is_matrix
     spec = place.sharding.spec
     part = jax.make_array_from_callback(
@@ -155,7 +155,7 @@ def _unpack(
         NamedSharding(place.sharding.mesh, PartitionSpec(spec[-2])),
         lambda index: place.part[index],
     )
-    dtype = weights if matrix else jnp.float32
+    dtype = source.dtype(weights)
     mesh = place.sharding.mesh
     unpacker = _unpacker(source.type, place.granule, dtype, mesh, spec, matrix, words)
     return unpacker(raw, part)

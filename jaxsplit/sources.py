@@ -69,11 +69,13 @@ class Source:
       shape: of the parameter.
       rows: the tensor's row, all its dimensions but the last taken as one, at each row of the
         parameter: int `shape[:-1]`, or `shape` of a vector; None: all rows in order.
+      is_bias: whether it is added; matrices are multiplied.
     """
 
     tensor: TensorInfo
     shape: tuple[int, ...]
     rows: np.ndarray | None = None
+    is_bias: bool = False
 
     @property
     def type(self) -> str:
@@ -90,6 +92,10 @@ class Source:
         """Whether the host dequantizes it to float32: a vector of a quantized type, which may be
         cut anywhere."""
         return not self.is_matrix and self.tensor.block_size > 1
+
+    def dtype(self, weights: jnp.dtype | None) -> jnp.dtype | None:
+        """The dtype to which devices dequantize it, None for none, if matrices become `weights`."""
+        return weights if self.is_matrix and not self.is_bias else jnp.dtype(jnp.float32)
 
     @property
     def block_size(self) -> int:
@@ -134,7 +140,7 @@ def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
     """
     shapes = {path: param.shape for path, param in abstract_parameters(config).items()}
     sources = {
-        path: Source(file.tensors[name], shapes[path], rows)
+        path: Source(file.tensors[name], shapes[path], rows, path.endswith("bias"))
         for path, (name, rows) in parameter_tensors(file, config, shapes).items()
     }
     for source in sources.values():
@@ -189,7 +195,7 @@ def stage_bytes(
             rows = source.shape[:-1] if source.is_matrix else source.shape
             columns = source.shape[-1] // source.block_size if source.is_matrix else 1
             whole = (*rows, columns, source.block_bytes)
-            dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
+            dtype = source.dtype(weights)
             extra += size - _unpacked_bytes(source.type, whole, None, dtype) / shards
     return held, round(extra)
 
@@ -207,8 +213,7 @@ def parameter_bytes(
     """
     blocks = place(stage, source, axes)
     local = blocks.sharding.shard_shape((*blocks.shape, source.block_bytes))
-    dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
-    return _unpacked_bytes(source.type, local, blocks.granule, dtype)
+    return _unpacked_bytes(source.type, local, blocks.granule, source.dtype(weights))
 
 
 @functools.cache
