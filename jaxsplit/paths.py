@@ -37,7 +37,7 @@ def os_errors(path: Path, action: str = "read") -> Iterator[None]:
     """Turns errors of the operating system into one line that names the path."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise JaxsplitError(f"no such file: {error.filename or path}") from error
     except OSError as error:
+        if action == "read" and isinstance(error, FileNotFoundError):
+            raise JaxsplitError(f"no such file: {error.filename or path}") from error
         raise JaxsplitError(f"{path} cannot be {action}: {error.strerror or error}") from error
