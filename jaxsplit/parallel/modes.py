@@ -104,7 +104,7 @@ def parse_shares(text: str) -> list[float]:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
-    if not shares or not all(0 <= share < math.inf for share in shares) or not sum(shares):
+    if not shares or min(shares) < 0 or not 0 < sum(shares) < math.inf:
         raise JaxsplitError(
             f"--tensor_split={text} is not a list of shares such as 3,1 (at least one above 0)"
         )
