@@ -6,7 +6,6 @@ python converters/gguf_info.py FILE.gguf [--json]
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -15,6 +14,7 @@ from jaxsplit.cli import run
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ModelFile, TensorInfo, model_config
 from jaxsplit.lm import open_model
+from jaxsplit.paths import user_path
 from jaxsplit.quant import TYPES
 
 _JSON = flags.DEFINE_bool("json", False, "machine-readable output")
@@ -98,7 +98,8 @@ def main(argv: list[str]) -> None:
     """Shows the file."""
     if not argv:
         raise JaxsplitError("give a GGUF file: python converters/gguf_info.py FILE.gguf")
-    shown = describe(open_model(Path(argv[0])))
+    sys.stdout.reconfigure(errors="backslashreplace")  # of text that is not UTF-8
+    shown = describe(open_model(user_path(argv[0], "the file")))
     if _JSON.value:
         json.dump(shown, sys.stdout, indent=1)
         print()

@@ -8,14 +8,14 @@ complete.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from jaxsplit.checkpoint import save_checkpoint
+from jaxsplit.checkpoint import is_checkpoint, save_checkpoint
 from jaxsplit.cli import progress_bar, run
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import model_config, open_gguf
+from jaxsplit.paths import user_path
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file, any one of a model in several files")
 _OUT = flags.DEFINE_string("out", None, "directory to write, which must not exist")
@@ -31,13 +31,14 @@ def main(_: list[str]) -> None:
     """Converts as the flags say."""
     if not _MODEL.value or not _OUT.value:
         raise JaxsplitError("--model=FILE.gguf and --out=DIR are both needed")
-    file = open_gguf(_MODEL.value)
+    path, out = user_path(_MODEL.value, "--model"), user_path(_OUT.value, "--out")
+    if is_checkpoint(path):
+        raise JaxsplitError(f"{path} is a checkpoint directory already; --model takes a GGUF file")
+    file = open_gguf(path)
     weights = None if _WEIGHTS.value == "quantized" else _WEIGHTS.value
     with progress_bar("converting") as progress:
-        save_checkpoint(
-            file, model_config(file), Path(_OUT.value), weights=weights, progress=progress
-        )
-    print(f"wrote {_OUT.value}", file=sys.stderr)
+        save_checkpoint(file, model_config(file), out, weights=weights, progress=progress)
+    print(f"wrote {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

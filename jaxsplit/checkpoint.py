@@ -1,21 +1,27 @@
 """Checkpoint directories: a model's raw blocks as Orbax arrays, its header as JSON.
 
-    DIR/model.json         metadata (with tokenizer and chat template), and each tensor's type
+    DIR/model.json         metadata (with tokenizer and chat template), each tensor's type, and the
+                           size of each file
     DIR/config.json        the model's config, for people
     DIR/tensors/FOLDER/    an Orbax checkpoint of the tensors of one layer, or of the rest
 
 Tensors are stored whole and unpadded, so that any mesh can restore what any other has written.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +31,8 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import GGUFTensor, ModelFile, TensorInfo
 from jaxsplit.models import ModelConfig
 from jaxsplit.parallel import Placement
-from jaxsplit.quant import unpack
+from jaxsplit.paths import os_errors, user_path
+from jaxsplit.quant import float32_blocks, unpack
 from jaxsplit.sources import Source
 
 _FORMAT = 1
@@ -43,35 +50,76 @@ class StoredTensor(TensorInfo):
     folder: Path
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a finished checkpoint directory."""
-    return (path / "model.json").is_file()
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a checkpoint directory, complete or not.
+
+    Raises:
+      JaxsplitError: the operating system does not say.
+    """
+    path = user_path(path)
+    with os_errors(path):
+        try:
+            names = os.listdir(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return "model.json" in names or "tensors" in names
 
 
-def open_checkpoint(path: Path) -> ModelFile:
+def open_checkpoint(path: str | os.PathLike[str]) -> ModelFile:
     """Reads the header of a checkpoint directory.
 
     Raises:
-      JaxsplitError: it is damaged or of a newer version.
+      JaxsplitError: it is incomplete, damaged or of another version.
     """
+    path = user_path(path)
+    with os_errors(path):
+        try:
+            content = (path / "model.json").read_bytes()
+        except FileNotFoundError:
+            raise JaxsplitError(
+                f"{path} is incomplete: model.json is missing; convert again"
+            ) from None
     try:
-        header = json.loads((path / "model.json").read_text("utf-8"))
+        header = json.loads(content)
         found = header["format"]
-        tensors = {
-            name: StoredTensor(name, kind, tuple(shape), path / "tensors" / folder)
-            for name, (kind, shape, folder) in header["tensors"].items()
-        }
-        metadata = header["metadata"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if found == _FORMAT:
+            tensors = {name: _tensor(path, name, *row) for name, row in header["tensors"].items()}
+            metadata = dict(header["metadata"])
+            sizes = dict(header.get("files", {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JaxsplitError(f"{path / 'model.json'} is damaged ({error}); convert again") from error
     if found != _FORMAT:
         raise JaxsplitError(
             f"{path} has checkpoint format {found}, this version reads {_FORMAT}; convert again"
         )
-    missing = sorted({t.folder.name for t in tensors.values() if not t.folder.is_dir()})
-    if missing:
-        raise JaxsplitError(f"{path} is incomplete: tensors/{missing[0]} is missing; convert again")
+    for name in sorted({t.folder.name for t in tensors.values()} | sizes.keys()):
+        with os_errors(path):
+            try:
+                size = (path / "tensors" / name).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                raise JaxsplitError(
+                    f"{path} is incomplete: tensors/{name} is missing; convert again"
+                ) from None
+        if size != sizes.get(name, size):
+            raise JaxsplitError(
+                f"{path} is damaged: tensors/{name} has {size:,} bytes, expected "
+                f"{sizes[name]:,}; convert again"
+            )
     return ModelFile(path, metadata, tensors)
+
+
+def _tensor(path: Path, name: str, kind: str, shape: Sequence[int], folder: str) -> StoredTensor:
+    """A row of the table in the header.
+
+    Raises:
+      ValueError: it is not of this form.
+    """
+    tensor = StoredTensor(name, kind, tuple(shape), path / "tensors" / folder)
+    known = kind in gguf.GGMLQuantizationType.__members__ and tensor.folder.name == folder
+    sized = tensor.shape and all(type(n) is int and n > 0 for n in tensor.shape)
+    if not known or not sized or tensor.shape[-1] % tensor.block_size:
+        raise ValueError(f"tensor {name!r} is {[kind, shape, folder]}")
+    return tensor
 
 
 def _checkpointer():
@@ -93,17 +141,17 @@ def save_checkpoint(
     Args:
       file: the model, from `open_gguf`.
       config: its config.
-      path: the directory, which must not exist.
+      path: the directory, which must not exist; missing ones above it are made.
       weights: dequantize matrices to `bfloat16`, `float16` or `float32`; None keeps them.
       progress: told about the bytes of the file that are done, and those in all.
 
     Raises:
       JaxsplitError: the directory exists or cannot be written.
     """
-    import orbax.checkpoint as ocp
-
-    if path.exists():
-        raise JaxsplitError(f"{path} exists already; remove it or choose another directory")
+    path = user_path(path)
+    with os_errors(path, "written"):
+        if os.path.lexists(path):
+            raise JaxsplitError(f"{path} exists already; remove it or choose another directory")
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     folders: dict[str, list[GGUFTensor]] = {}
     for tensor in file.tensors.values():
@@ -111,35 +159,101 @@ def save_checkpoint(
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     done, table = 0, {}
     try:
-        (partial / "tensors").mkdir(parents=True)
-        for folder, tensors in folders.items():
-            tree = {}
-            for tensor in tensors:
-                kind, tree[tensor.name] = _stored(tensor, weights)
-                table[tensor.name] = kind, tensor.shape, folder
-            target = (partial / "tensors" / folder).resolve()
-            chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-            arguments = ocp.args.PyTreeSave(tree, save_args=dict.fromkeys(tree, chunks))
-            _checkpointer().save(target, args=arguments)
-            for tensor in tensors:
-                tensor.release()
-                done += tensor.nbytes
-            if progress:
-                progress(done, total)
-        header = {"format": _FORMAT, "metadata": file.metadata, "tensors": table}
-        (partial / "config.json").write_text(json.dumps(config.summary(), indent=1))
-        (partial / "model.json").write_text(json.dumps(header), "utf-8")
-        partial.rename(path)
-    except OSError as error:
-        raise JaxsplitError(f"{path} cannot be written: {error.strerror or error}") from error
+        with os_errors(path, "written"):
+            (partial / "tensors").mkdir(parents=True)
+            need = sum(_least_bytes(tensor, weights) for tensor in file.tensors.values())
+            if (free := shutil.disk_usage(partial).free) < need:
+                raise JaxsplitError(
+                    f"{path} needs at least {need:,} bytes, {free:,} are free; make room or choose "
+                    "another disk"
+                )
+            for folder, tensors in folders.items():
+                tree = {}
+                for tensor in tensors:
+                    kind, tree[tensor.name] = _stored(tensor, weights)
+                    table[tensor.name] = kind, tensor.shape, folder
+                _save(tree, partial / "tensors" / folder)
+                for tensor in tensors:
+                    tensor.release()
+                    done += tensor.nbytes
+                if progress:
+                    progress(done, total)
+            header = {
+                "format": _FORMAT,
+                "metadata": file.metadata,
+                "tensors": table,
+                "files": _sizes(partial / "tensors"),
+            }
+            (partial / "config.json").write_text(json.dumps(config.summary(), indent=1))
+            (partial / "model.json").write_text(json.dumps(header), "utf-8")
+            partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
+    """Writes tensors as an Orbax checkpoint.
+
+    Raises:
+      OSError: the disk is full, or something else that the operating system says.
+    """
+    import orbax.checkpoint as ocp
+
+    chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+    arguments = ocp.args.PyTreeSave(tree, save_args=dict.fromkeys(tree, chunks))
+    try:
+        with _quiet_orbax():
+            _checkpointer().save(folder.resolve(), args=arguments)
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # Orbax and TensorStore have no class of their own for it
+        raise OSError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, short."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    if match := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return os.strerror(int(match[1]))
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs the traceback of each error that it raises."""
+    logger = logging.getLogger("absl")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, by its path from there."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _folder(name: str) -> str:
     """Tensors of a layer are stored together, and so are all others."""
     match = re.match(r"blk\.\d+", name)
     return match[0] if match else "model"
+
+
+def _least_bytes(tensor: TensorInfo, weights: str | None) -> int:
+    """Bytes that a tensor takes at least: Orbax compresses, but quantized weights hardly shrink."""
+    itemsize = jnp.dtype(weights or "float32").itemsize
+    return min(tensor.nbytes, math.prod(tensor.shape) * itemsize)
 
 
 _dequantize = jax.jit(unpack, static_argnums=0, static_argnames="dtype")
@@ -187,28 +301,52 @@ def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
         arguments[tensor.name] = ocp.ArrayRestoreArgs(
             sharding=sharding, global_shape=shape, strict=False
         )
-    folder = sources[0].tensor.folder
-    try:
-        arrays = _checkpointer().restore(
-            folder.resolve(),
-            args=ocp.args.PyTreeRestore(item=items, restore_args=arguments, partial_restore=True),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise JaxsplitError(f"{folder} is damaged ({reason}); convert again") from error
+    arrays = _restore(sources[0].tensor.folder, [s.tensor for s in sources], items, arguments)
     restored = []
     for source, place, is_direct in zip(sources, placements, direct, strict=True):
         array = arrays[source.tensor.name]
+        if source.is_dequantized:
+            array = float32_blocks(source.tensor.type, array)
         if not is_direct:
             array = _arrange(array, source, place)
         restored.append(array.reshape(*place.shape, array.shape[-1]))
     return restored
 
 
+def _restore(
+    folder: Path, tensors: Sequence[StoredTensor], items: dict[str, Any], arguments: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """The arrays of tensors, once the folder says that it holds them in the shapes expected."""
+    import orbax.checkpoint as ocp
+
+    target = folder.resolve()
+    try:
+        with _quiet_orbax():
+            metadata = _checkpointer().metadata(target).item_metadata
+        if metadata is None:
+            raise ValueError("its arrays cannot be listed")
+        stored = metadata.tree
+        for tensor in tensors:
+            if tensor.name not in stored:
+                raise ValueError(f"tensor {tensor.name!r} is missing")
+            if (shape := tuple(stored[tensor.name].shape)) != tensor.blocks_shape:
+                raise ValueError(
+                    f"tensor {tensor.name!r} has shape {shape}, expected {tensor.blocks_shape}"
+                )
+        args = ocp.args.PyTreeRestore(item=items, restore_args=arguments, partial_restore=True)
+        with _quiet_orbax():
+            return _checkpointer().restore(target, args=args)
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # as in `_save`
+        raise JaxsplitError(f"{folder} is damaged ({_reason(error)}); convert again") from error
+
+
 def _is_direct(source: Source, place: Placement) -> bool:
     """Whether a parameter is a tensor as it is stored, padded at the ends."""
     return (
         source.rows is None
+        and not source.is_dequantized
         and source.shape == source.tensor.shape
         and all(_in_order(index) for index in (*place.rows, place.columns))
     )

@@ -22,6 +22,7 @@ from jaxsplit.gguf import ModelFile, model_config, open_gguf
 from jaxsplit.loading import Progress, load_decoders
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import choose_devices, parse_shares
+from jaxsplit.paths import user_path
 from jaxsplit.plan import best_split
 from jaxsplit.quant import Arithmetic, float8
 from jaxsplit.sources import describe_split, parameter_sources, split_model
@@ -220,7 +221,7 @@ def open_model(path: str | Path) -> ModelFile:
     Raises:
       JaxsplitError: it is neither, or damaged.
     """
-    path = Path(path)
+    path = user_path(path)
     return open_checkpoint(path) if is_checkpoint(path) else open_gguf(path)
 
 

@@ -17,7 +17,7 @@ from jaxsplit.checkpoint import StoredTensor, restore
 from jaxsplit.gguf import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.parallel import Partition, Placement, Stage
-from jaxsplit.quant import QTensor, Weight, kernels, unpack, with_words
+from jaxsplit.quant import QTensor, Weight, float32_blocks, kernels, unpack, with_words
 from jaxsplit.sources import Source, Sources, abstract_decoder, parameters, place
 
 Progress = Callable[[int, int], None]
@@ -107,6 +107,8 @@ def _upload(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
 
 def _upload_mapped(source: Source, place: Placement) -> jax.Array:
     blocks = source.tensor.blocks
+    if source.is_dequantized:
+        blocks = np.asarray(float32_blocks(source.tensor.type, blocks))
     columns = blocks.shape[-2] if source.is_matrix else 1
     blocks = blocks.reshape(-1, columns, blocks.shape[-1])
 
@@ -145,7 +147,7 @@ def _unpack(
     weights: jnp.dtype | None,
     words: bool = False,
 ) -> Weight:
-    """Blocks to weights, on the devices that hold them. Vectors become float32."""
+    """Blocks to weights, on the devices that hold them. Vectors and biases become float32."""
     matrix = source.is_matrix
     spec = place.sharding.spec
     part = jax.make_array_from_callback(
@@ -153,7 +155,7 @@ def _unpack(
         NamedSharding(place.sharding.mesh, PartitionSpec(spec[-2])),
         lambda index: place.part[index],
     )
-    dtype = weights if matrix else jnp.float32
+    dtype = source.dtype(weights)
     mesh = place.sharding.mesh
     unpacker = _unpacker(source.type, place.granule, dtype, mesh, spec, matrix, words)
     return unpacker(raw, part)

@@ -69,16 +69,18 @@ class Source:
       shape: of the parameter.
       rows: the tensor's row, all its dimensions but the last taken as one, at each row of the
         parameter: int `shape[:-1]`, or `shape` of a vector; None: all rows in order.
+      is_bias: whether it is added; matrices are multiplied.
     """
 
     tensor: TensorInfo
     shape: tuple[int, ...]
     rows: np.ndarray | None = None
+    is_bias: bool = False
 
     @property
     def type(self) -> str:
-        """The GGML type's name."""
-        return self.tensor.type
+        """The GGML type's name of the blocks that devices are handed."""
+        return "F32" if self.is_dequantized else self.tensor.type
 
     @property
     def is_matrix(self) -> bool:
@@ -86,9 +88,24 @@ class Source:
         return len(self.shape) > 1
 
     @property
+    def is_dequantized(self) -> bool:
+        """Whether the host dequantizes it to float32: a vector of a quantized type, which may be
+        cut anywhere."""
+        return not self.is_matrix and self.tensor.block_size > 1
+
+    def dtype(self, weights: jnp.dtype | None) -> jnp.dtype | None:
+        """The dtype to which devices dequantize it, None for none, if matrices become `weights`."""
+        return weights if self.is_matrix and not self.is_bias else jnp.dtype(jnp.float32)
+
+    @property
     def block_size(self) -> int:
         """Weights in a block."""
         return self.tensor.block_size if self.is_matrix else 1
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block that devices are handed."""
+        return 4 if self.is_dequantized else self.tensor.blocks_shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -123,12 +140,12 @@ def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
     """
     shapes = {path: param.shape for path, param in abstract_parameters(config).items()}
     sources = {
-        path: Source(file.tensors[name], shapes[path], rows)
+        path: Source(file.tensors[name], shapes[path], rows, path.endswith("bias"))
         for path, (name, rows) in parameter_tensors(file, config, shapes).items()
     }
     for source in sources.values():
         try:
-            quant_type(source.type)
+            quant_type(source.tensor.type)
         except JaxsplitError as error:
             raise JaxsplitError(f"{file.path}: tensor {source.tensor.name!r}: {error}") from None
     return sources
@@ -177,8 +194,8 @@ def stage_bytes(
         if shards > 1:
             rows = source.shape[:-1] if source.is_matrix else source.shape
             columns = source.shape[-1] // source.block_size if source.is_matrix else 1
-            whole = (*rows, columns, source.tensor.blocks_shape[-1])
-            dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
+            whole = (*rows, columns, source.block_bytes)
+            dtype = source.dtype(weights)
             extra += size - _unpacked_bytes(source.type, whole, None, dtype) / shards
     return held, round(extra)
 
@@ -195,9 +212,8 @@ def parameter_bytes(
       weights: dequantized to this dtype, if it is a matrix; None: as in the file.
     """
     blocks = place(stage, source, axes)
-    local = blocks.sharding.shard_shape((*blocks.shape, source.tensor.blocks_shape[-1]))
-    dtype = weights if source.is_matrix else jnp.dtype(jnp.float32)
-    return _unpacked_bytes(source.type, local, blocks.granule, dtype)
+    local = blocks.sharding.shard_shape((*blocks.shape, source.block_bytes))
+    return _unpacked_bytes(source.type, local, blocks.granule, source.dtype(weights))
 
 
 @functools.cache

@@ -1,9 +1,13 @@
 """GGUF files: what is read, and what is refused."""
 
 import math
+import os
 import re
+import shutil
 import struct
 import time
+import tracemalloc
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,7 +18,9 @@ from tiny import fresh_rng, write_tiny_model
 import jaxsplit
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import ARCHITECTURES, model_config, open_gguf
+from jaxsplit.lm import open_model
 from jaxsplit.loading import parameters
+from jaxsplit.paths import os_errors, user_path
 from jaxsplit.quant import TYPES
 
 JPEG = bytes.fromhex("ffd8ffe000104a46494600010100000100010000") + bytes(2000)
@@ -213,13 +219,212 @@ def test_files_of_two_models_are_refused(shards, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     other = tmp_path / shards[0][2].name
     (tmp_path / shards[0][1].name).write_bytes(other.read_bytes())
-    with pytest.raises(JaxsplitError, match=f"{other.name}.*is in two files"):
-        open_gguf(other)
-    write(other, [], {"unrelated": np.ones(4, np.float32)})
-    (tmp_path / shards[0][1].name).write_bytes(shards[0][1].read_bytes())
-    with pytest.raises(JaxsplitError, match=r"tensors in \d+ files, but the header says") as error:
+    with pytest.raises(JaxsplitError, match=f"{other.name} is file 3 of .*and so is") as error:
         open_gguf(other)
     one_line(error)
+    write(other, [], {"unrelated": np.ones(4, np.float32)})
+    (tmp_path / shards[0][1].name).write_bytes(shards[0][1].read_bytes())
+    with pytest.raises(JaxsplitError, match=f"{other.name} is file 1 of 1 .*one model") as error:
+        open_gguf(tmp_path / shards[0][0].name)
+    one_line(error)
+
+
+def split(folder, names, groups, declared=None, **keys):
+    """The tensors `a`, `b`, ... in files of these names, as `groups` says; `keys` are changed."""
+    counts = {"split.count": len(names), "split.tensors.count": declared or len("".join(groups))}
+    for i, (name, group) in enumerate(zip(names, groups, strict=True)):
+        numbers = {"split.no": i} | counts | keys.get(f"file{i}", {})
+        metadata = [(key, KINDS.UINT16, None, n) for key, n in numbers.items() if n is not None]
+        tensors = {t: np.full(3, ord(t), np.float32) for t in group}
+        write(folder / name, [("test.no", KINDS.UINT8, None, i), *metadata], tensors)
+    return [folder / name for name in names]
+
+
+def check_split(path, tensors):
+    file = open_gguf(path)
+    assert sorted(file.tensors) == sorted(tensors)
+    for name, tensor in file.tensors.items():
+        assert tensor.blocks.tobytes() == np.full(3, ord(name), np.float32).tobytes()
+    return file
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"],
+        ["M-00001-OF-00002.GGUF", "M-00002-OF-00002.GGUF"],
+        ["m-1-of-2.gguf", "m-2-of-2.gguf"],
+        ["m-00001-of-00002", "m-00002-of-00002"],
+        ["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"],  # swapped: the headers count
+        ["m-of-1-of-2.x.gguf", "m-of-2-of-2.x.gguf"],
+    ],
+)
+def test_files_of_a_model_are_found_by_number_and_ordered_by_header(tmp_path, names):
+    for path in split(tmp_path, names, ["ab", "c"]):
+        file = check_split(path, "abc")
+        assert file.path.name == names[0]
+        assert file.metadata["test.no"] == 0  # the first file's keys win
+
+
+@pytest.mark.parametrize("groups", [["", "ab", "c"], ["abc", "", ""], ["a", "", "bc"]])
+def test_files_without_tensors(tmp_path, groups):
+    names = [f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    for path in split(tmp_path, names, groups):
+        check_split(path, "abc")
+
+
+def test_links_to_files_by_other_names(tmp_path):
+    names = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    for i, path in enumerate(split(tmp_path, names, ["ab", "c"])):
+        shutil.move(path, tmp_path / f"blob{i}")
+        path.symlink_to(f"blob{i}")
+    check_split(tmp_path / names[1], "abc")
+
+
+@pytest.mark.parametrize("count", [None, 0, 1])
+def test_a_merged_file_may_have_the_name_of_one_of_several(tmp_path, count):
+    """llama-gguf-split --merge sets the count to 0."""
+    header = {"split.no": None if count is None else 0, "split.count": count}
+    [path] = split(tmp_path, ["m-00001-of-00003.gguf"], ["abc"], file0=header)
+    check_split(path, "abc")
+
+
+def test_the_first_file_may_have_all_tensors_and_no_others_beside_it(tmp_path):
+    names = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    first, second = split(tmp_path, names, ["abc", ""])
+    second.unlink()
+    check_split(first, "abc")
+
+
+@pytest.mark.parametrize(
+    ("names", "groups", "header", "message"),
+    [
+        (["part1.gguf", "part2.gguf"], ["a", "b"], {}, "part1.gguf is file 1 of the 2"),
+        (
+            ["m-1-of-2.gguf", "m-2-of-2.gguf"],
+            ["a", "b"],
+            {"split.count": 3},
+            "m-2-of-2.gguf is file 2 of 2 .*m-1-of-2.gguf one of 3",
+        ),
+        (["m-1-of-2.gguf", "m-2-of-2.gguf"], ["a", "b"], {"split.no": 1}, "is file 2 of 2.*so is"),
+        (["m-1-of-2.gguf", "m-2-of-2.gguf"], ["a", "b"], {"split.no": 9}, "is file 10 of 2"),
+        (["m-1-of-2.gguf", "m-2-of-2.gguf"], ["a", "a"], {}, "'a' is in two files"),
+        (
+            ["m-1-of-2.gguf", "m-2-of-2.gguf"],
+            ["a", "b"],
+            {"split.tensors.count": 5},
+            "2 tensors in 2 files, but the header says 5",
+        ),
+        (
+            ["m-1-of-1.gguf"],
+            ["a"],
+            {"split.count": 65535, "split.tensors.count": 5},
+            "no such file: .*m-2-of-1.gguf .one of the 65535",
+        ),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(tmp_path, names, groups, header, message):
+    path = split(tmp_path, names, groups, file0=header)[0]
+    with pytest.raises(JaxsplitError, match=message) as error:
+        open_gguf(path)
+    assert str(tmp_path) in one_line(error)
+
+
+def test_files_joined_by_cat_are_refused(tmp_path):
+    paths = split(tmp_path, ["m-1-of-2.gguf", "m-2-of-2.gguf"], ["a", "b"])
+    path = tmp_path / "joined.gguf"
+    path.write_bytes(b"".join(p.read_bytes() for p in paths))
+    with pytest.raises(JaxsplitError, match="--merge.*cat does not do") as error:
+        open_gguf(path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("value", [("INT32", -1), ("STRING", "two"), ("FLOAT32", 2.0)])
+def test_a_count_of_files_that_is_no_count_is_refused(tmp_path, value):
+    kind, count = value
+    path = write(tmp_path / "m-1-of-2.gguf", [("split.count", KINDS[kind], None, count)])
+    with pytest.raises(JaxsplitError, match=r"split.count is .*expected a number") as error:
+        open_gguf(path)
+    one_line(error)
+
+
+# Paths
+
+
+@pytest.mark.parametrize("opened", [open_gguf, open_model])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "the path is empty"),
+        (b"model.gguf", r"b'model.gguf', expected a string"),
+        (7, "is 7, expected a string"),
+        (None, "is None, expected a string"),
+        ("a\0b.gguf", "a character that no file name can have"),
+        ("\ud800.gguf", "a character that no file name can have"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("x/" * 3000, "cannot be read: File name too long"),
+        (__file__ + "/model.gguf", "cannot be read: Not a directory"),
+        ("/dev/zero", "is no regular file"),
+        ("no such\nmodel.gguf", r"no such file: no such\\nmodel.gguf"),
+    ],
+)
+def test_paths_that_cannot_be_opened_are_one_line(opened, path, message):
+    with pytest.raises(JaxsplitError, match=message) as error:
+        opened(path)
+    one_line(error)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(JaxsplitError, match="is no regular file"):
+        open_gguf(tmp_path / "pipe.gguf")
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_refused(tmp_path):
+    (tmp_path / "broken.gguf").symlink_to("missing")
+    (tmp_path / "circle.gguf").symlink_to("circle.gguf")
+    with pytest.raises(JaxsplitError, match=r"no such file: .*broken.gguf"):
+        open_gguf(tmp_path / "broken.gguf")
+    with pytest.raises(JaxsplitError, match=r"circle.gguf cannot be read: .*symbolic links"):
+        open_gguf(tmp_path / "circle.gguf")
+
+
+@pytest.mark.parametrize("given", [str, Path])
+def test_the_home_directory_is_found(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "x.gguf", [], {"a": np.ones(4, np.float32)})
+    assert open_gguf(given("~/x.gguf")).path == path
+    assert user_path("~nobody at all/x") == Path("~nobody at all/x")
+    monkeypatch.chdir(tmp_path)
+    path.rename(tmp_path / "~x.gguf")
+    assert open_gguf(given("~x.gguf")).tensors
+
+
+def test_no_permission_is_one_line(tmp_path, monkeypatch):
+    """Root may read everything: the operating system's answer is given in its place."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    path = write(folder / "x.gguf", [], {"a": np.ones(4, np.float32)})
+    folder.chmod(0)
+    if os.geteuid() == 0:
+
+        def refuse(self, **_):
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "stat", refuse)
+    try:
+        with pytest.raises(JaxsplitError, match=r"x.gguf cannot be read: Permission") as error:
+            open_gguf(path)
+        one_line(error)
+    finally:
+        os.chmod(folder, 0o700)
+
+
+def test_errors_of_the_operating_system_are_one_line_each():
+    for number, action in ((5, "read"), (28, "written"), (2, "written")):
+        message = f"a/b cannot be {action}: {os.strerror(number)}"
+        with pytest.raises(JaxsplitError, match=re.escape(message)), os_errors(Path("a/b"), action):
+            raise OSError(number, os.strerror(number))
 
 
 # Refusals
@@ -233,7 +438,22 @@ def test_files_of_two_models_are_refused(shards, tmp_path):
         ("short.gguf", b"GG", "not a GGUF file.*GG"),
         ("photo.gguf", JPEG, r"not a GGUF file.*\\xff\\xd8"),
         ("page.gguf", b"<!doctype html><html></html>", "not a GGUF file.*<!do"),
-        ("version.gguf", b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "version 99"),
+        (
+            "version.gguf",
+            b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
+            "version 99; supported are 2 and 3",
+        ),
+        (
+            "old.gguf",
+            b"GGUF" + struct.pack("<III", 1, 0, 0),
+            "version 1; supported.*newer converter",
+        ),
+        (
+            "new.gguf",
+            b"GGUF" + struct.pack("<IQQ", 4, 0, 0),
+            "version 4; supported.*update jaxsplit",
+        ),
+        ("null.gguf", b"GGUF" + struct.pack("<IQQ", 0, 0, 0), "version 0; supported"),
     ],
 )
 def test_files_that_are_no_gguf_are_refused(tmp_path, name, content, message):
@@ -302,30 +522,132 @@ def test_a_file_with_damaged_bytes_opens_or_is_refused(tmp_path, every_kind, rng
             assert str(path) in str(error)
 
 
-@pytest.mark.parametrize("item", [KINDS.UINT64, KINDS.STRING, KINDS.ARRAY], ids=lambda k: k.name)
-def test_an_array_that_claims_to_be_endless_is_refused(tmp_path, item):
-    key = b"endless"
-    path = tmp_path / "endless.gguf"
-    path.write_bytes(
-        b"GGUF"
-        + struct.pack("<IQQ", 3, 0, 1)
-        + struct.pack("<Q", len(key))
-        + key
-        + struct.pack("<IIQ", KINDS.ARRAY, item, 2**62)
-        + bytes(96)
-    )
-    with pytest.raises(JaxsplitError, match="is truncated") as error:
-        open_gguf(path)
-    one_line(error)
+def text(value):
+    value = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(value)) + value
 
 
-def test_deeply_nested_arrays_are_refused(tmp_path):
-    path = tmp_path / "nested.gguf"
-    level = struct.pack("<IQ", KINDS.ARRAY, 1)
-    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k"
-    path.write_bytes(header + struct.pack("<I", KINDS.ARRAY) + level * 20_000)
-    with pytest.raises(JaxsplitError, match="truncated or damaged") as error:
+def header(keys=(), tensors=(), counts=None, data=b""):
+    """A file's bytes, of packed keys and tensors; `counts` are what it says of them instead."""
+    counts = counts or (len(tensors), len(keys))
+    head = b"GGUF" + struct.pack("<IQQ", 3, *counts) + b"".join([*keys, *tensors])
+    return head + bytes(-len(head) % 32) + data
+
+
+def array(key, item, count, data=b""):
+    return text(key) + struct.pack("<IIQ", KINDS.ARRAY, item, count) + data
+
+
+def tensor(name="t", dims=(4,), kind=0, offset=0, count=None):
+    count = len(dims) if count is None else count
+    packed = struct.pack(f"<I{len(dims)}QIQ", count, *dims, kind, offset)
+    return text(name) + packed
+
+
+def number(key, value, kind="UINT32"):
+    return text(key) + struct.pack("<I", KINDS[kind]) + struct.pack("<I", value)
+
+
+def test_what_the_next_tests_write_opens(tmp_path):
+    path = tmp_path / "a.gguf"
+    values = np.arange(8, dtype=np.float32)
+    tensors = [tensor("a"), tensor("b", (2, 2), offset=32), tensor("scalar", (), offset=64)]
+    path.write_bytes(header([number("k", 7)], tensors, data=values.tobytes() + bytes(68)))
+    file = open_gguf(path)
+    assert file.metadata["k"] == 7
+    assert file.tensors["a"].blocks.tobytes() == values[:4].tobytes()
+    assert [t.shape for t in file.tensors.values()] == [(4,), (2, 2), (1,)]
+
+
+ENDLESS = {
+    "tensors": header(counts=(2**40, 0)),
+    "keys": header(counts=(0, 2**40)),
+    "both": header(counts=(2**64 - 1, 2**64 - 1)),
+    "one tensor more": header([], [tensor()], (2, 0), bytes(16)),
+    "key": header([struct.pack("<Q", 2**60) + b"key"]),
+    "text": header([text("k") + struct.pack("<IQ", KINDS.STRING, 2**63)]),
+    "numbers": header([array("k", KINDS.UINT64, 2**60)]),
+    "bytes": header([array("k", KINDS.UINT8, 2**64 - 1)]),
+    "texts": header([array("k", KINDS.STRING, 2**60)]),
+    "items that fit": header([array("k", KINDS.UINT8, 2**25, bytes(2**25))]),
+    "text that fits": header([text("k") + struct.pack("<I", KINDS.STRING) + text(bytes(2**25))]),
+    "name": header([], [struct.pack("<Q", 2**32)]),
+    "dimensions": header([], [tensor(count=2**31)]),
+    "five dimensions": header([], [tensor(dims=(1,) * 5)], data=bytes(4)),
+    "size": header([], [tensor(dims=(2**63,))], data=bytes(64)),
+    "size beyond 64 bits": header([], [tensor(dims=(2**32, 2**32, 4))], data=bytes(64)),
+    "offset": header([], [tensor(offset=2**63)], data=bytes(64)),
+    "last byte": header([], [tensor()], data=bytes(15)),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_sizes_are_checked_before_anything_is_built(tmp_path, name):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(ENDLESS[name])
+    start = time.perf_counter()
+    tracemalloc.start()
+    with pytest.raises(JaxsplitError, match="is truncated or damaged: ") as error:
         open_gguf(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert str(path) in one_line(error)
+    assert peak < 2**20
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header([number("k", 1), number("k", 2)]), "the key 'k' is there twice"),
+        (header([], [tensor(), tensor(offset=32)], data=bytes(64)), "tensor 't' is there twice"),
+        (header([], [tensor(), tensor("u")], data=bytes(64)), "'u' lies over tensor 't'"),
+        (header([], [tensor(offset=4)], data=bytes(64)), "'t' starts at 4, no multiple of 32"),
+        (header([], [tensor(dims=(4, 0))], data=bytes(64)), r"'t' has shape \(0, 4\): no weights"),
+        (header([], [tensor(dims=(31,), kind=8)], data=bytes(64)), "'t' has rows of 31 weights"),
+        (header([text("k") + struct.pack("<I", 77)]), "'k' has type 77, which is no GGUF type"),
+        (header([array("k", 13, 1, bytes(8))]), "'k' has type 13, which is no GGUF type"),
+        (header([array("k", KINDS.ARRAY, 2**60)]), "'k' is an array of arrays"),
+        (
+            header([array("k", KINDS.ARRAY, 1, struct.pack("<IQ", KINDS.ARRAY, 1) * 20_000)]),
+            "'k' is an array of arrays",
+        ),
+        (
+            header([], [tensor("a\nb", (4,)), tensor("a\nb", (4,))], data=bytes(64)),
+            r"tensor 'a\\nb' is there twice",
+        ),
+        *(
+            (
+                header([number("general.alignment", value, kind)], [tensor()], data=bytes(99)),
+                r"general.alignment is .*, expected a power of two",
+            )
+            for value, kind in (
+                (0, "UINT32"),
+                (12, "UINT32"),
+                (-1 % 2**32, "INT32"),
+                (1, "FLOAT32"),
+            )
+        ),
+        (
+            header([number("general.alignment", 2**31)], [tensor()], data=bytes(99)),
+            "'t' would end at byte 2,147,483,664",
+        ),
+    ],
+)
+def test_headers_that_cannot_be_are_refused(tmp_path, content, message):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(content)
+    with pytest.raises(JaxsplitError, match=message) as error:
+        open_gguf(path)
+    assert str(path) in one_line(error)
+    assert len(one_line(error)) < 2500
+
+
+def test_an_architecture_that_is_no_name_is_refused(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(header([array("general.architecture", KINDS.STRING, 1, text("llama"))]))
+    with pytest.raises(JaxsplitError, match=r"general.architecture is \['llama'\]") as error:
+        model_config(open_gguf(path))
     one_line(error)
 
 

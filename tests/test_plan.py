@@ -264,7 +264,7 @@ def test_command_line(models):
         (["--split_mode=sideways"], "--split_mode=sideways is not supported"),
         (["--cache_dtype=int3"], "--cache_dtype=int3 is not supported"),
         (["--device_kind=T4", "--device_kind=T4", "--devices=3"], "2 times for 3 devices"),
-        (["--bandwidth=-1"], "must be above 0"),
+        (["--bandwidth=-1"], "must be above 0 and finite"),
         (
             ["--prompt_dtype=float8", "--device_kind=A100"],
             "--prompt_dtype=float8 does not suit A100",
@@ -277,3 +277,58 @@ def test_what_cannot_be_planned_is_one_line(models, flags, message):
     assert out.returncode == 2
     assert message in out.stderr
     assert len(out.stderr.strip().splitlines()) == 1
+
+
+REFUSED = {
+    "--memory=nan": "must be above 0 and finite",
+    "--link=inf": "must be above 0 and finite",
+    "--tflops=1e308": "must be above 0 and finite",
+    "--memory=0": "must be above 0 and finite",
+    "--devices=100000": "100,000 devices are too many; plan at most 512",
+    "--mesh=stage:1000,tensor:1000": "1,000,000 devices are too many",
+    "--mesh=tensor:" + "9" * 5000: "is not of the form axis:size",
+    "--slots=0": "--slots=0",
+    "--slots=1000000000": "--slots=1000000000",
+    "--prompt_tokens=0": "--prompt_tokens=0",
+    "--prompt_tokens=1000000000000": "--prompt_tokens=1000000000000 is longer than the context",
+    "--ctx_size=-1": "--ctx_size=-1 must not be negative",
+    "--ctx_size=nan": "--ctx_size=nan",
+    "--tensor_split=nan,1": "--tensor_split=nan,1 is not a list of shares",
+    "--tensor_split=1e308,1e308": "--tensor_split=1e308,1e308 is not a list of shares",
+    "--tensor_split=1e-320,1": "over a million times another",
+    "--model=": "--model is empty",
+    "--model=~/no such file.gguf": "no such file: /",
+}
+REFUSE = """
+import sys
+from absl import flags
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.plan.__main__ import main
+for flag in sys.argv[2:]:
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    try:
+        main(flags.FLAGS(["plan", sys.argv[1], flag]))
+    except (JaxsplitError, flags.Error) as error:
+        print(" ".join(str(error).splitlines()))
+    else:
+        print("planned")
+"""
+
+
+def test_numbers_that_mean_nothing_are_refused(models):
+    """All in one process."""
+    command = [sys.executable, "-c", REFUSE, f"--model={models['Q8_0']}", *REFUSED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert not done.stderr
+    for message, (flag, expected) in zip(done.stdout.splitlines(), REFUSED.items(), strict=True):
+        assert expected in message, flag
+
+
+def test_huge_numbers_that_mean_something_are_planned(models):
+    """The most devices and slots, a context that is cut to the model's; JSON of finite numbers."""
+    for flags in (["--devices=512"], ["--slots=65536"], ["--ctx_size=1" + 30 * "0"]):
+        out = plan_cli(f"--model={models['Q8_0']}", "--json", *flags)
+        assert out.returncode == 0 and not out.stderr, out.stderr
+        plans = json.loads(out.stdout, parse_constant=lambda name: pytest.fail(name))
+        assert all(plan["decode_tokens_per_s"] > 0 for plan in plans)

@@ -6,7 +6,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import dataclasses
 import math
 import mmap
+import os
 import re
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +18,9 @@ import gguf
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.paths import os_errors, user_path
 
-_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)(?P<rest>-of-\d+.*)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,10 @@ class ModelFile:
     @property
     def architecture(self) -> str:
         """`general.architecture`."""
-        return self.key("general.architecture")
+        found = self.key("general.architecture")
+        if not isinstance(found, str):
+            raise JaxsplitError(f"{self.path}: general.architecture is {found!r}, expected a name")
+        return found
 
     def key(self, name: str) -> Any:
         """A metadata value that the file must have."""
@@ -102,129 +108,325 @@ class ModelFile:
         return self.tensors[name]
 
 
-class _Reader(gguf.GGUFReader):
-    """The package's reader, with arrays decoded in one pass.
+_DTYPES = {
+    gguf.GGUFValueType.UINT8: "<u1",
+    gguf.GGUFValueType.INT8: "<i1",
+    gguf.GGUFValueType.UINT16: "<u2",
+    gguf.GGUFValueType.INT16: "<i2",
+    gguf.GGUFValueType.UINT32: "<u4",
+    gguf.GGUFValueType.INT32: "<i4",
+    gguf.GGUFValueType.UINT64: "<u8",
+    gguf.GGUFValueType.INT64: "<i8",
+    gguf.GGUFValueType.FLOAT32: "<f4",
+    gguf.GGUFValueType.FLOAT64: "<f8",
+    gguf.GGUFValueType.BOOL: "?",
+}
+_U32, _U64 = (np.dtype(_DTYPES[gguf.GGUFValueType[name]]) for name in ("UINT32", "UINT64"))
 
-    The package makes two NumPy views for each string, which takes 4 s for a vocabulary of
-    49,152 tokens; decoding takes 0.05 s.
+_VERSIONS = (2, 3)
+_MAX_DIMS = 4  # of ggml
+_MAX_NAME = 2**16 - 1  # bytes of a key; of tensor names, too
+_MAX_VALUE = 2**24  # items of an array, bytes of a string: a hundred times today's vocabularies
+_LEAST_KEY = 8 + 4 + 1  # bytes: length of the key, type, value
+_LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes: length of the name, dimensions, type, offset
+
+
+class _HeaderReader:
+    """Reads the header of one file from start to end.
+
+    Counts and lengths are checked against the rest of the file before anything is built of them.
     """
 
-    def _get_field_parts(self, orig_offs, raw_type):
-        if raw_type != gguf.GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        order = "<" if self.endianess == gguf.GGUFEndian.LITTLE else ">"
-        buffer = self.data.data
-        item_type, count = struct.unpack_from(f"{order}IQ", buffer, orig_offs)
-        item_type = gguf.GGUFValueType(item_type)
-        start = offset = orig_offs + 12
-        if item_type == gguf.GGUFValueType.STRING:
-            values, length = [], struct.Struct(f"{order}Q")
-            for _ in range(count):
-                (size,) = length.unpack_from(buffer, offset)
-                offset += 8 + size
-                if offset > len(buffer):
-                    raise ValueError("a string runs past the end of the file")
-                values.append(str(buffer[offset - size : offset], "utf-8", "surrogateescape"))
-        elif item_type in self.gguf_scalar_to_np:
-            array = self._get(start, self.gguf_scalar_to_np[item_type], count)
-            if len(array) < count:
-                raise ValueError("an array runs past the end of the file")
-            values, offset = array.tolist(), start + array.nbytes
-        else:
-            return super()._get_field_parts(orig_offs, raw_type)
-        return offset - orig_offs, [values], [0], [gguf.GGUFValueType.ARRAY, item_type]
+    def __init__(self, path: Path, data: np.memmap):
+        self.path = path
+        self.data = data
+        self.offset = 0
+
+    def damaged(self, reason: str) -> JaxsplitError:
+        return JaxsplitError(
+            f"{self.path} is truncated or damaged: {reason}; its size is {len(self.data):,} bytes: "
+            "compare it with the source and download it again (or, if it is one of several "
+            "pieces, put them together)"
+        )
+
+    def need(self, count: int, size: int, what: str) -> None:
+        """Refuses what the rest of the file has no room for.
+
+        Args:
+          count: items.
+          size: bytes of each, at least.
+          what: they are.
+        """
+        if count * size > len(self.data) - self.offset:
+            raise self.damaged(f"{what} at byte {self.offset:,} would run past its end")
+
+    def numbers(self, dtype: np.dtype, count: int, what: str) -> list:
+        """The next numbers, as Python's own."""
+        self.need(count, dtype.itemsize, what)
+        values = np.frombuffer(self.data, dtype, count, self.offset).tolist()
+        self.offset += count * dtype.itemsize
+        return values
+
+    def number(self, dtype: np.dtype, what: str) -> Any:
+        return self.numbers(dtype, 1, what)[0]
+
+    def strings(self, count: int, what: str, most: int = _MAX_VALUE) -> list[str]:
+        """The next strings; bytes that are not UTF-8 become lone surrogates."""
+        self.need(count, 8, what)
+        buffer, offset, values = self.data.data, self.offset, []
+        end, length = len(buffer), struct.Struct("<Q")
+        for _ in range(count):
+            if offset + 8 > end:
+                raise self.damaged(f"{what} would run past its end")
+            (size,) = length.unpack_from(buffer, offset)
+            offset += 8
+            if size > end - offset or size > most:
+                raise self.damaged(f"{what} at byte {offset:,} would take {size:,} bytes")
+            values.append(str(buffer[offset : offset + size], "utf-8", "surrogateescape"))
+            offset += size
+        self.offset = offset
+        return values
+
+    def name(self, what: str) -> str:
+        return self.strings(1, what, _MAX_NAME)[0]
+
+    def values(self, number: int, count: int, key: str) -> list:
+        """The next values of a type."""
+        what = f"the value of the key {key!r}"
+        try:
+            kind = gguf.GGUFValueType(number)
+        except ValueError:
+            raise self.damaged(f"{what} has type {number}, which is no GGUF type") from None
+        if kind == gguf.GGUFValueType.ARRAY:
+            raise JaxsplitError(
+                f"{self.path}: {what} is an array of arrays, which is not supported"
+            )
+        if count > _MAX_VALUE:
+            raise self.damaged(f"{what} is an array of {count:,} items")
+        if kind == gguf.GGUFValueType.STRING:
+            return self.strings(count, what)
+        return self.numbers(np.dtype(_DTYPES[kind]), count, what)
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        """The next keys and their values; arrays are lists."""
+        self.need(count, _LEAST_KEY, f"{count:,} keys")
+        found = {}
+        for _ in range(count):
+            key = self.name("a key")
+            if key in found:
+                raise JaxsplitError(f"{self.path}: the key {key!r} is there twice")
+            kind = self.number(_U32, f"the type of the key {key!r}")
+            if kind == gguf.GGUFValueType.ARRAY:
+                kind = self.number(_U32, f"the type of the items of the key {key!r}")
+                items = self.number(_U64, f"the count of the items of the key {key!r}")
+                found[key] = self.values(kind, items, key)
+            else:
+                found[key] = self.values(kind, 1, key)[0]
+        return found
+
+    def tensor_infos(self, count: int) -> dict[str, tuple[TensorInfo, int]]:
+        """The next tensors by name, and where the bytes of each start after the header."""
+        self.need(count, _LEAST_TENSOR, f"{count:,} tensors")
+        found = {}
+        for _ in range(count):
+            name = self.name("the name of a tensor")
+            what = f"tensor {name!r}"
+            if name in found:
+                raise JaxsplitError(f"{self.path}: {what} is there twice")
+            dims = self.number(_U32, what)
+            if dims > _MAX_DIMS:
+                raise self.damaged(f"{what} has {dims:,} dimensions, not at most {_MAX_DIMS}")
+            shape = tuple(reversed(self.numbers(_U64, dims, what))) or (1,)
+            kind, start = self.number(_U32, what), self.number(_U64, what)
+            if 0 in shape:
+                raise JaxsplitError(f"{self.path}: {what} has shape {shape}: no weights at all")
+            found[name] = self.tensor_info(name, kind, shape), start
+        return found
+
+    def tensor_info(self, name: str, number: int, shape: tuple[int, ...]) -> TensorInfo:
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+        except ValueError:
+            raise JaxsplitError(
+                f"{self.path}: tensor {name!r} has type number {number}, which is no GGML type of "
+                "mainline llama.cpp (is the file made for a fork?)"
+            ) from None
+        info = TensorInfo(name, kind.name, shape)
+        if shape[-1] % info.block_size:
+            raise JaxsplitError(
+                f"{self.path}: tensor {name!r} has rows of {shape[-1]} weights, not a multiple of "
+                f"the {info.block_size} in a block of type {info.type}"
+            )
+        return info
+
+    def tensors(self, count: int, alignment: Any) -> dict[str, "GGUFTensor"]:
+        """The next tensors, mapped: each where the header says, none over another."""
+        infos = self.tensor_infos(count)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise JaxsplitError(
+                f"{self.path}: general.alignment is {alignment!r}, expected a power of two"
+            )
+        base = -(-self.offset // alignment) * alignment
+        previous, free = "the header", base
+        for name, (info, start) in sorted(infos.items(), key=lambda entry: entry[1][1]):
+            begin, end = base + start, base + start + info.nbytes
+            if start % alignment:
+                raise self.damaged(
+                    f"tensor {name!r} starts at {start:,}, no multiple of {alignment}"
+                )
+            if begin < free:
+                raise self.damaged(f"tensor {name!r} lies over {previous}")
+            if end > len(self.data):
+                raise self.damaged(f"tensor {name!r} would end at byte {end:,}")
+            previous, free = f"tensor {name!r}", end
+        return {
+            name: GGUFTensor(
+                name,
+                info.type,
+                info.shape,
+                self.data[base + start :][: info.nbytes].reshape(info.blocks_shape),
+            )
+            for name, (info, start) in infos.items()
+        }
+
+    def read(self) -> "_Shard":
+        """The whole header."""
+        self.offset = 4
+        version = self.number(_U32, "the version")
+        if version and not version & 0xFFFF:
+            raise JaxsplitError(
+                f"{self.path} is big-endian; only little-endian files are supported"
+            )
+        if version not in _VERSIONS:
+            what = "make it again with a newer converter" if version < 2 else "update jaxsplit"
+            raise JaxsplitError(
+                f"{self.path} has GGUF version {version}; supported are "
+                f"{' and '.join(map(str, _VERSIONS))} ({what})"
+            )
+        tensors, keys = self.numbers(_U64, 2, "the counts of tensors and keys")
+        counts = {"GGUF.version": version, "GGUF.tensor_count": tensors, "GGUF.kv_count": keys}
+        metadata = counts | self.metadata(keys)
+        alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        return _Shard(self.path, metadata, self.tensors(tensors, alignment))
 
 
-def open_gguf(path: str | Path) -> ModelFile:
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """One file of a model, which may be all of it.
+
+    Attributes:
+      path: of the file.
+      metadata: its keys.
+      tensors: its tensors by name.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+    def number(self, key: str, default: int) -> int:
+        value = self.metadata.get(key, default)
+        if type(value) is not int or value < 0:
+            raise JaxsplitError(f"{self.path}: {key} is {value!r}, expected a number of at least 0")
+        return value
+
+    @property
+    def index(self) -> int:
+        """Its place among the files of the model, from 0."""
+        return self.number("split.no", 0)
+
+    @property
+    def count(self) -> int:
+        """Files of the model."""
+        return max(self.number("split.count", 1), 1)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all tensors and keys of the model."""
+        expected = self.number("split.tensors.count", -1) if self.count > 1 else -1
+        return self.count == 1 or (self.index == 0 and expected == len(self.tensors))
+
+
+def open_gguf(path: str | os.PathLike[str]) -> ModelFile:
     """Reads the header of a GGUF file and maps its tensors into memory.
 
     Args:
-      path: a `.gguf` file. Of a model in several files, any one (`-00001-of-000NN.gguf`); the
-        others must lie beside it.
+      path: a GGUF file. Of a model in several files, any one; the others must lie beside it, with
+        names that differ in their number only (`-00001-of-000NN.gguf`).
 
     Raises:
       JaxsplitError: the file is missing, not a GGUF file, truncated, or has a tensor of a type
         that the `gguf` package does not know.
     """
-    paths = _shard_paths(Path(path))
-    opened = [_read(p) for p in paths]
+    first = _read(user_path(path))
+    shards = [first] if first.is_whole else _all_shards(first)
     metadata = {}
-    for _, values in reversed(opened):  # the first file's values win
-        metadata |= values
+    for shard in reversed(shards):  # the first file's values win
+        metadata |= shard.metadata
     tensors = {}
-    for shard, (reader, _) in zip(paths, opened, strict=True):
-        for tensor in reader.tensors:
-            if tensor.name in tensors:
-                raise JaxsplitError(f"{shard}: the tensor {tensor.name!r} is in two files")
-            tensors[tensor.name] = _tensor(shard, reader, tensor)
-    expected = metadata.get("split.tensors.count", len(tensors))
-    if expected != len(tensors):
+    for shard in shards:
+        for name, tensor in shard.tensors.items():
+            if name in tensors:
+                raise JaxsplitError(f"{shard.path}: the tensor {name!r} is in two files")
+            tensors[name] = tensor
+    expected = shards[0].number("split.tensors.count", len(tensors))
+    if shards[0].count > 1 and expected != len(tensors):
         raise JaxsplitError(
-            f"{paths[0]}: {len(tensors)} tensors in {len(paths)} files, but the header says "
+            f"{shards[0].path}: {len(tensors)} tensors in {len(shards)} files, but the header says "
             f"{expected}; are all files of one model?"
         )
-    return ModelFile(paths[0], metadata, tensors)
+    return ModelFile(shards[0].path, metadata, tensors)
 
 
-def _shard_paths(path: Path) -> list[Path]:
-    """All files of the model that `path` belongs to, in order."""
-    if path.is_dir():
-        found = sorted(p.name for p in path.glob("*.gguf"))
-        hint = f"; it holds {', '.join(found[:5])}" if found else ""
-        raise JaxsplitError(f"{path} is a directory, a .gguf file is needed{hint}")
-    match = _SHARD.match(path.name)
-    paths = [path]
-    if match:
-        count = int(match["count"])
-        paths = [
-            path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf")
-            for i in range(1, count + 1)
-        ]
-    for p in paths:
-        if not p.exists():
-            of = f" (one of the {len(paths)} files of this model)" if len(paths) > 1 else ""
-            raise JaxsplitError(f"no such file: {p}{of}")
-    return paths
+def _all_shards(one: _Shard) -> list[_Shard]:
+    """All files of the model that a file belongs to, in the order that their headers say."""
+    count = one.count
+    match = _SHARD.match(one.path.name)
+    if not match:
+        raise JaxsplitError(
+            f"{one.path} is file {one.index + 1} of the {count} of a model (split.no, split.count "
+            f"in its header); name them all as NAME-{one.index + 1:05d}-of-{count:05d}.gguf, or "
+            "merge them with llama-gguf-split --merge (cat does not do)"
+        )
+    shards: dict[int, _Shard] = {}
+    for number in range(1, count + 1):
+        digits = f"{number:0{len(match['number'])}d}"
+        path = one.path.with_name(f"{match['stem']}{digits}{match['rest']}")
+        try:
+            shard = one if path == one.path else _read(path)
+        except JaxsplitError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise JaxsplitError(f"{error} (one of the {count} files of this model)") from error
+        if shard.count != count or shard.index >= count:
+            raise JaxsplitError(
+                f"{shard.path} is file {shard.index + 1} of {shard.count} by its header (split.no, "
+                f"split.count), {one.path} one of {count}; are all files of one model?"
+            )
+        if shard.index in shards:
+            raise JaxsplitError(
+                f"{shard.path} is file {shard.index + 1} of {count} by its header (split.no), and "
+                f"so is {shards[shard.index].path}; are all files of one model?"
+            )
+        shards[shard.index] = shard
+    return [shards[index] for index in range(count)]
 
 
-def _read(path: Path) -> tuple[_Reader, dict[str, Any]]:
-    """The reader of one file, and its metadata."""
-    try:
+def _read(path: Path) -> _Shard:
+    """The header of one file."""
+    with os_errors(path):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(".gguf"))
+            hint = f"; it holds {', '.join(names[:5])}" if names else ""
+            raise JaxsplitError(
+                f"{path} is a directory, a .gguf file or a checkpoint directory is needed{hint}"
+            )
+        if not stat.S_ISREG(mode):
+            raise JaxsplitError(f"{path} is no regular file; copy the model to one")
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
             raise JaxsplitError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
-        reader = _Reader(path)
-        if reader.endianess != gguf.GGUFEndian.LITTLE:
-            raise JaxsplitError(f"{path} is big-endian; only little-endian files are supported")
-        return reader, {name: _value(field) for name, field in reader.fields.items()}
-    except OSError as error:
-        raise JaxsplitError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, IndexError, KeyError, OverflowError, RecursionError, struct.error) as error:
-        if match := re.match(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
-            raise JaxsplitError(
-                f"{path}: a tensor has type number {match[1]}, which is no GGML type of mainline "
-                f"llama.cpp (is the file made for a fork?)"
-            ) from error
-        raise JaxsplitError(
-            f"{path} is truncated or damaged ({error}); its size is {path.stat().st_size:,} "
-            "bytes: compare it with the source and download it again"
-        ) from error
-
-
-def _value(field: gguf.ReaderField) -> Any:
-    last = field.parts[-1]
-    return last if isinstance(last, list) else field.contents()
-
-
-def _tensor(path: Path, reader: _Reader, tensor: gguf.ReaderTensor) -> GGUFTensor:
-    shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-    if shape[-1] % block_size:
-        raise JaxsplitError(
-            f"{path}: tensor {tensor.name!r} has rows of {shape[-1]} weights, not a multiple of "
-            f"the {block_size} in a block of type {tensor.tensor_type.name}"
-        )
-    data = reader.data[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
-    blocks = data.reshape(*shape[:-1], shape[-1] // block_size, block_bytes)
-    return GGUFTensor(tensor.name, tensor.tensor_type.name, shape, blocks)
+        data = np.memmap(path, np.uint8, "r")
+    return _HeaderReader(path, data).read()

@@ -79,7 +79,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     shape: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition(":")
-        if not size.isdecimal() or int(size) < 1:
+        if not size.isdecimal() or len(size) > 9 or int(size) < 1:
             raise JaxsplitError(
                 f"--mesh={text}: {part.strip()!r} is not of the form axis:size, such as tensor:4 "
                 "or stage:2,tensor:2"
@@ -104,10 +104,12 @@ def parse_shares(text: str) -> list[float]:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
-    if not shares or not all(0 <= share < math.inf for share in shares) or not sum(shares):
+    if not shares or min(shares) < 0 or not 0 < sum(shares) < math.inf:
         raise JaxsplitError(
             f"--tensor_split={text} is not a list of shares such as 3,1 (at least one above 0)"
         )
+    if min(filter(None, shares)) < max(shares) / 1e6:
+        raise JaxsplitError(f"--tensor_split={text}: one share is over a million times another")
     return shares
 
 

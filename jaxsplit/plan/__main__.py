@@ -23,6 +23,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf import model_config
 from jaxsplit.lm import PROMPT_DTYPES, choice_of, dtype_of, open_model
 from jaxsplit.parallel import parse_mesh, parse_shares, split_mode
+from jaxsplit.paths import user_path
 from jaxsplit.plan import DeviceKind, Plan, best_plans, device_kind, make_plan
 from jaxsplit.sources import parameter_sources
 
@@ -37,8 +38,12 @@ _MODE = flags.DEFINE_string("split_mode", None, "plan this mode only (default: a
 _MESH = flags.DEFINE_string("mesh", None, "plan this mesh only, such as stage:2,tensor:2")
 _SPLIT = flags.DEFINE_string("tensor_split", None, "shares of the devices, such as 3,1")
 _CTX = flags.DEFINE_integer("ctx_size", 4096, "tokens of context; 0: all the model was made for")
-_SLOTS = flags.DEFINE_integer("slots", 1, "sequences that are decoded together", lower_bound=1)
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "length of the prompt", lower_bound=1)
+_SLOTS = flags.DEFINE_integer(
+    "slots", 1, "sequences that are decoded together", lower_bound=1, upper_bound=65536
+)
+_PROMPT = flags.DEFINE_integer(
+    "prompt_tokens", None, "length of the prompt (default: 512, or the context)", lower_bound=1
+)
 _WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of activations")
 _PROMPT_DTYPE = flags.DEFINE_string("prompt_dtype", "auto", "as in jaxsplit.generate")
@@ -50,6 +55,8 @@ _TFLOPS = flags.DEFINE_float("tflops", None, "TFLOP/s of its matrix products")
 _LINK = flags.DEFINE_float("link", None, "GB/s between devices, in each direction")
 _JSON = flags.DEFINE_bool("json", False, "print JSON")
 
+_MAX_DEVICES = 512
+
 
 def _kinds(count: int) -> list[DeviceKind]:
     """The kind of each device."""
@@ -60,8 +67,8 @@ def _kinds(count: int) -> list[DeviceKind]:
         "link": (_LINK.value, 1e9),
     }
     changes = {name: value * unit for name, (value, unit) in changes.items() if value is not None}
-    if any(value <= 0 for value in changes.values()):
-        raise JaxsplitError("--memory, --bandwidth, --tflops and --link must be above 0")
+    if not all(0 < value < math.inf for value in changes.values()):
+        raise JaxsplitError("--memory, --bandwidth, --tflops and --link must be above 0 and finite")
     kinds = [
         DeviceKind(name, **changes)
         if len(changes) == 4
@@ -76,9 +83,9 @@ def _kinds(count: int) -> list[DeviceKind]:
     return kinds * (count // len(kinds))
 
 
-def _plans() -> list[Plan]:
-    path = Path(_MODEL.value)
-    file = open_model(path)
+def _plans() -> tuple[list[Plan], int]:
+    """Plans, the best first, and the length of the prompt."""
+    file = open_model(user_path(_MODEL.value, "--model"))
     config = model_config(file)
     sources = parameter_sources(file, config)
     shape = parse_mesh(_MESH.value) if _MESH.value else None
@@ -87,6 +94,8 @@ def _plans() -> list[Plan]:
         count = _DEVICES.value
     if count < 1:
         raise JaxsplitError(f"--devices={count} must be at least 1")
+    if count > _MAX_DEVICES:
+        raise JaxsplitError(f"{count:,} devices are too many; plan at most {_MAX_DEVICES:,}")
     if shape and math.prod(shape.values()) != count:
         raise JaxsplitError(
             f"--mesh={_MESH.value} has {math.prod(shape.values())} devices, --devices={count}"
@@ -102,12 +111,18 @@ def _plans() -> list[Plan]:
     }
     if options["context"] < 1:
         raise JaxsplitError(f"--ctx_size={_CTX.value} must not be negative")
+    prompt = min(512, options["context"]) if _PROMPT.value is None else _PROMPT.value
+    if prompt > options["context"]:
+        raise JaxsplitError(
+            f"--prompt_tokens={prompt} is longer than the context of {options['context']} tokens; "
+            f"--ctx_size can be at most {config.context}"
+        )
     kinds = _kinds(count)
     unable = [kind.name for kind in kinds if not kind.float8]
     if options["float8"] and unable:
         raise JaxsplitError(f"--prompt_dtype=float8 does not suit {unable[0]}, which has no float8")
     if _MODE.value is None and shape is None and _SPLIT.value is None:
-        return best_plans(sources, config, kinds, **options)
+        return best_plans(sources, config, kinds, **options), prompt
     mode = _MODE.value or "graph"
     axis = split_mode(mode).axis
     if shape is None:
@@ -116,17 +131,17 @@ def _plans() -> list[Plan]:
         raise JaxsplitError(f"--mesh={_MESH.value} does not fit --split_mode={mode}, one device")
     shares = parse_shares(_SPLIT.value) if _SPLIT.value else None
     kinds = kinds[: math.prod(shape.values())]
-    return [make_plan(sources, config, mode, shape, kinds, shares=shares, **options)]
+    return [make_plan(sources, config, mode, shape, kinds, shares=shares, **options)], prompt
 
 
 def main(_: list[str]) -> None:
     """Prints plans."""
-    plans = _plans()
+    plans, prompt = _plans()
     if _JSON.value:
-        print(json.dumps([plan.summary(_PROMPT.value) for plan in plans], indent=1))
+        print(json.dumps([plan.summary(prompt) for plan in plans], indent=1))
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(_comparison(plans))
+    console.print(_comparison(plans, prompt))
     console.print(_details(plans[0]))
     if not plans[0].fits:
         console.print(
@@ -142,7 +157,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _comparison(plans: list[Plan]) -> Table:
+def _comparison(plans: list[Plan], prompt: int) -> Table:
     """A line for each plan: the fullest device, a decode step, predicted speed."""
     table = _table(
         f"{Path(_MODEL.value).name}: the fullest device; what meets in a decode step; predictions",
@@ -159,7 +174,7 @@ def _comparison(plans: list[Plan]) -> Table:
             str(plan.hand_overs[0]),
             _bytes(plan.collective_bytes + plan.hand_overs[0] * plan.hand_overs[1]),
             f"{plan.decode_rate:.1f}",
-            f"{plan.prefill_rate(_PROMPT.value):.0f}",
+            f"{plan.prefill_rate(prompt):.0f}",
         )
     return table
 

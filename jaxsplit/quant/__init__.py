@@ -47,7 +47,7 @@ from jaxsplit.quant.products import (
 from jaxsplit.quant.ring import Ring
 from jaxsplit.quant.rounding import Rounded, Rounding
 from jaxsplit.quant.tiles import Groups
-from jaxsplit.quant.types import TYPES, QuantType, quant_type, unpack
+from jaxsplit.quant.types import TYPES, QuantType, float32_blocks, quant_type, unpack
 
 __all__ = [
     "BLOCK",
@@ -79,6 +79,7 @@ __all__ = [
     "dequantize",
     "exchange",
     "expert_products",
+    "float32_blocks",
     "float8",
     "grouped_products",
     "has_kernel",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import gguf.quants
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -171,6 +172,21 @@ def unpack(
         form=form,
     )
     return tensor if dtype is None else dequantize(tensor, dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def float32_blocks(name: str, raw: Array) -> Array:
+    """Raw blocks of any type as blocks of the type F32.
+
+    Args:
+      name: the GGML type.
+      raw: uint8 `[..., blocks, block_bytes]`.
+
+    Returns:
+      uint8 `[..., blocks * block, 4]`.
+    """
+    weights = unpack(name, raw[None], dtype=jnp.float32)[0]
+    return lax.bitcast_convert_type(weights, jnp.uint8)
 
 
 def _fit(form: Form, granule: int, groups: int) -> Form:
