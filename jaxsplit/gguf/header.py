@@ -228,7 +228,7 @@ class Header:
     def head_dim(self, layer: int = 0) -> int:
         """Width of a query or key head."""
         heads = self.size("attention.head_count", layer=layer)
-        return self.size("attention.key_length", self.embed // heads, layer=layer)
+        return self.size("attention.key_length", self.embed // heads)
 
     def rope(self, head_dim: int, *, interleaved: bool = False, **choices: Any) -> RopeConfig:
         """How heads turn.
@@ -240,7 +240,10 @@ class Header:
         """
         scaling = self("rope.scaling.type", "linear")
         if scaling not in _SCALINGS:
-            raise self.wrong("rope.scaling.type", scaling, f"one of {', '.join(_SCALINGS)}")
+            raise JaxsplitError(
+                f"{self.file.path}: {self.file.architecture}.rope.scaling.type {scaling!r} is not "
+                f"supported; supported are {', '.join(_SCALINGS)}"
+            )
         _ = self.sections
         trained = self.count("context_length", least=1)
         original = self.count("rope.scaling.original_context_length", trained) or trained
@@ -291,9 +294,7 @@ class Header:
                 f"evenly ({self.file.architecture}.attention.head_count and head_count_kv)"
             )
         head_dim = choices.pop("head_dim", None) or self.head_dim(layer)
-        value_dim = choices.pop("value_dim", None) or self.size(
-            "attention.value_length", head_dim, layer=layer
-        )
+        value_dim = choices.pop("value_dim", None) or self.size("attention.value_length", head_dim)
         if "rope" not in choices:
             choices["rope"] = self.rope(head_dim, interleaved=interleaved)
         found = {
