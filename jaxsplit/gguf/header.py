@@ -208,13 +208,13 @@ class Header:
 
     @property
     def sections(self) -> tuple[int, ...]:
-        """Pairs that turn by time, height and width of images (M-RoPE); text needs none of them,
-        its three positions being the same."""
+        """Pairs that turn by time, height and width of images (M-RoPE), which are the same position
+        of text."""
         name = "rope.dimension_sections"
         value = self(name, [])
         fits = isinstance(value, list) and len(value) in (0, 3, 4)
         if not fits or not all(isinstance(n, int) and n >= 0 for n in value) or any(value[3:]):
-            raise self.wrong(name, value, "three whole numbers, and 0 as the fourth, if any")
+            raise self.wrong(name, value, "three whole numbers, and 0 if there is a fourth")
         return tuple(value)
 
     def norm(self, *, bias: bool | None = None, scale: bool = True) -> NormConfig:
@@ -230,13 +230,13 @@ class Header:
         heads = self.size("attention.head_count", layer=layer)
         return self.size("attention.key_length", self.embed // heads)
 
-    def rope(self, head_dim: int, *, interleaved: bool = False, **choices: Any) -> RopeConfig:
+    def rope(self, head_dim: int, *, interleaved: bool = False, end: str = "") -> RopeConfig:
         """How heads turn.
 
         Args:
           head_dim: their width.
           interleaved: neighbours turn together.
-          **choices: fields of `RopeConfig` that are known otherwise.
+          end: of the key that tells how many of their dimensions turn.
         """
         scaling = self("rope.scaling.type", "linear")
         if scaling not in _SCALINGS:
@@ -244,16 +244,13 @@ class Header:
                 f"{self.file.path}: {self.file.architecture}.rope.scaling.type {scaling!r} is not "
                 f"supported; supported are {', '.join(_SCALINGS)}"
             )
-        _ = self.sections
+        _ = self.sections  # refuses positions that text does not have
         trained = self.count("context_length", least=1)
         original = self.count("rope.scaling.original_context_length", trained) or trained
-        dim = choices.pop("dim", None) or self.size("rope.dimension_count", head_dim, least=2)
+        dim = self.size(key := f"rope.dimension_count{end}", head_dim, least=2)
         if dim > head_dim or dim % 2:
-            raise self.wrong(
-                "rope.dimension_count",
-                dim,
-                f"an even number of at most {head_dim}, the width of a head",
-            )
+            expected = f"an even number of at most {head_dim}, the width of a head"
+            raise self.wrong(key, dim, expected)
         factors = "freqs" if self.has("rope_freqs.weight") else None
         if self.has("rope_factors_long.weight"):
             factors = "long" if (self.context or trained) > original else "short"
@@ -262,7 +259,7 @@ class Header:
         multiplier = self.number("rope.scaling.yarn_log_multiplier", 0.0)
         if scaling == "yarn":
             magnitude /= 1 + 0.1 * multiplier * math.log(max(1.0, factor))
-        found = RopeConfig(
+        return RopeConfig(
             dim=dim,
             base=self.number("rope.freq_base", 10000.0, above=1),
             interleaved=interleaved,
@@ -274,7 +271,6 @@ class Header:
             beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0, above=0),
             beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0, above=0),
         )
-        return dataclasses.replace(found, **choices)
 
     def attention(
         self, layer: int, *, interleaved: bool = False, **choices: Any

@@ -37,7 +37,7 @@ def architecture(file: ModelFile) -> Architecture:
     Raises:
       JaxsplitError: it is not supported; the message lists those that are.
     """
-    if file.architecture not in ARCHITECTURES:
+    if not isinstance(file.architecture, str) or file.architecture not in ARCHITECTURES:
         raise JaxsplitError(
             f"{file.path}: architecture {file.architecture!r} is not supported; supported are "
             f"{', '.join(ARCHITECTURES)}"

@@ -1,11 +1,11 @@
 """What an entry of an architecture is made of."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import Names
 from jaxsplit.models.config import BlockConfig, ModelConfig
@@ -73,8 +73,11 @@ def decoder(
     _check_experts(header)
     norm = header.norm()
     blocks = tuple(map(of, range(header.layers)))
-    if all(getattr(block.mixer, "rope", None) is None for block in blocks):
+    mixers = [block.mixer for block in blocks]
+    if not any(getattr(mixer, "rope", None) for mixer in mixers):
         header.disregard("rope.*")
+    if not any(hasattr(mixer, "heads") for mixer in mixers):
+        header.disregard("attention.*")
     found = {
         "architecture": header.file.architecture,
         "vocab": header.vocab,
@@ -90,20 +93,23 @@ def decoder(
 
 def _check_experts(header: Header) -> None:
     """Refuses files whose keys say of other layers than their tensors that they have experts."""
-    routed = [header.has(f"blk.{i}.ffn_gate_inp.weight") for i in range(header.layers)]
-    if not any(routed):
+    values = {
+        "leading_dense_block_count": header.count("leading_dense_block_count", 0),
+        "interleave_moe_layer_step": header.count("interleave_moe_layer_step", 1),
+    }
+    dense, step = values.values()
+    layers = [i for i in range(header.layers) if header.has(f"blk.{i}.ffn_gate_inp.weight")]
+    if not layers:
         if (experts := header.count("expert_count", 0)) > 1:
             raise header.wrong("expert_count", experts, "0: no layer has experts")
         header.disregard("expert_*")
-    keys = "leading_dense_block_count", "interleave_moe_layer_step"
-    dense, step = (header.count(key, default) for key, default in zip(keys, (0, 1), strict=True))
-    given = " and ".join(filter(header.given, keys))
-    for layer, has_experts in enumerate(routed if given else ()):
-        if has_experts != (layer >= dense and step > 0 and (layer + 1) % step == 0):
-            raise JaxsplitError(
-                f"{header.file.path}: layer {layer} has {'' if has_experts else 'no '}experts, "
-                f"other than {given} ({dense}, {step}) say"
-            )
+        return
+    for name, value in values.items():
+        if header.given(name) and layers != [
+            i for i in range(dense, header.layers) if step and (i + 1) % step == 0
+        ]:
+            layers = reprlib.repr(layers)
+            raise header.wrong(name, value, f"experts where their tensors are: in layers {layers}")
 
 
 def head_norms(header: Header, **choices: Any) -> dict[str, Any]:

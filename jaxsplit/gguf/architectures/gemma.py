@@ -81,13 +81,7 @@ def _gemma4(header: Header) -> ModelConfig:
         {kind: header.size(f"attention.{name}_length{end}") for kind, end in ends.items()}
         for name in ("key", "value")
     )
-    ropes = {
-        kind: header.rope(
-            head_dims[kind],
-            dim=header.size(f"rope.dimension_count{end}", head_dims[kind], least=2),
-        )
-        for kind, end in ends.items()
-    }
+    ropes = {kind: header.rope(head_dims[kind], end=end) for kind, end in ends.items()}
     ropes[True] = unscaled(ropes[True], base=base)
 
     def attention(layer: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ HARMLESS: Mapping[str, str] = {
     "expert_shared_feed_forward_length": "the tensors of shared experts tell their width",
     "n_deepstack_layers": "how many layers read images",
     "pooling_type": "of models that make embeddings",
-    "rope.dimension_sections": "text has the same position in all sections",
     "rope.scaling.finetuned": "how the model was trained",
     "rope.scaling.yarn_attn_factor": "llama.cpp computes it from rope.scaling.factor",
     "rope.scaling.yarn_ext_factor": "llama.cpp takes it to be 1",
