@@ -35,7 +35,7 @@ class Rows:
     layout: Layout | None = None
 
     def of(
-        self, available: int, count: int, block: BlockConfig, before: Sequence[int]
+        self, available: int, count: int, block: BlockConfig, start: int = 0
     ) -> np.ndarray | None:
         """Which rows they are: int `[count]`; None: the tensor has not as many.
 
@@ -43,11 +43,10 @@ class Rows:
           available: rows of the tensor.
           count: rows of the parameter.
           block: the layer.
-          before: rows of the parameters that come before.
+          start: rows of the parameters that come before.
         """
         if self.layout is None:
-            start, stop = sum(before), sum(before) + count
-            return np.arange(start, stop) if stop <= available else None
+            return np.arange(start, start + count) if start + count <= available else None
         try:
             groups, parts = self.layout(block)
         except AttributeError:  # the layer is of another kind
@@ -199,14 +198,14 @@ def tensor_names(
             if tensor is None:
                 continue
             available = _rows(tensor.shape, len(shape) > 1)
+            rows, fits = None, available == _rows(shape)
             if isinstance(choice, Rows):
-                block = config.blocks[int(layer)]
-                before = [_rows(shapes[prefix + sibling]) for sibling in choice.after]
-                rows = choice.of(available, _rows(shape), block, before)
+                siblings = [shapes.get(prefix + sibling) for sibling in choice.after]
+                if None not in siblings:
+                    block, before = config.blocks[int(layer)], map(_rows, siblings)
+                    rows = choice.of(available, _rows(shape), block, sum(before))
                 fits = rows is not None
                 rows = rows.reshape(shape[:-1] if len(shape) > 1 else shape) if fits else None
-            else:
-                rows, fits = None, available == _rows(shape)
             if fits and (len(shape) == 1 or tensor.shape[-1:] == shape[-1:]):
                 found[path] = name, rows
                 taken[name] = taken.get(name, 0) + math.prod(shape)

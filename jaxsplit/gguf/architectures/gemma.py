@@ -119,7 +119,7 @@ def _gemma4(header: Header) -> ModelConfig:
         header,
         attention=attention,
         block=block,
-        logit_softcap=header.number("final_logit_softcapping", 0.0) or None,
+        logit_softcap=header.number("final_logit_softcapping", 30.0) or None,
     )
 
 
