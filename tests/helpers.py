@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxsplit.engine import SamplingConfig
+from jaxsplit.gguf import ModelFile, TensorInfo
 
 DATA = Path(__file__).parent / "data"
 GREEDY = SamplingConfig(temperature=0.0)
@@ -93,6 +94,20 @@ def changed_recipe(path, metadata=None, shapes=None, name="llama"):
     changed["tensors"] = [spec for spec in changed["tensors"] if spec["shape"]]
     write_recipe(changed, path)
     return path
+
+
+def recipe_file(recipe: dict, metadata: dict | None = None) -> ModelFile:
+    """The header that a recipe's file would have, with other metadata (None: left out)."""
+    metadata = {key: value for key, _, value in recipe["metadata"]} | (metadata or {})
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    return ModelFile(
+        Path(recipe["name"]),
+        {"general.architecture": recipe["arch"]} | metadata,
+        {
+            t["name"]: TensorInfo(t["name"], "F32", tuple(t["shape"][::-1]))
+            for t in recipe["tensors"]
+        },
+    )
 
 
 def make_recipe(

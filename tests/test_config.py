@@ -77,7 +77,11 @@ def test_defaults_of_absent_keys_are_those_of_llama_cpp(tmp_path):
     ("key", "values", "message"),
     [
         ("attention.head_count_kv", [2, 4], None),
-        ("attention.head_count_kv", [2], "has no value for layer 1"),
+        (
+            "attention.head_count_kv",
+            [2],
+            r"is \[2\], expected one value, or one for each of 2 layers",
+        ),
         ("attention.key_length", [64, 64], None),
         ("attention.key_length", [64, 32], "differs from layer to layer"),
     ],

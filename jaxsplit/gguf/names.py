@@ -14,6 +14,9 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.reader import ModelFile
 from jaxsplit.models.config import BlockConfig, ModelConfig
 
+Layout = Callable[[BlockConfig], tuple[int, Sequence[int]]]
+"""How the rows of a tensor are divided: into how many groups, and the rows of each part of one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -22,12 +25,37 @@ class Rows:
     Attributes:
       tensor: its name.
       after: the parameters beside this one, in the same block, whose rows come before.
-      order: of the block's config, instead: the tensor's row at each row of the parameter.
+      part: instead: which part of each group of rows.
+      layout: the groups.
     """
 
     tensor: str
     after: tuple[str, ...] = ()
-    order: Callable[[object], np.ndarray] | None = None
+    part: int = 0
+    layout: Layout | None = None
+
+    def of(
+        self, available: int, count: int, block: BlockConfig, start: int = 0
+    ) -> np.ndarray | None:
+        """Which rows they are: int `[count]`; None: the tensor has not as many.
+
+        Args:
+          available: rows of the tensor.
+          count: rows of the parameter.
+          block: the layer.
+          start: rows of the parameters that come before.
+        """
+        if self.layout is None:
+            return np.arange(start, start + count) if start + count <= available else None
+        try:
+            groups, parts = self.layout(block)
+        except AttributeError:  # the layer is of another kind
+            return None
+        if groups * sum(parts) != available or groups * parts[self.part] != count:
+            return None
+        start = sum(parts[: self.part])
+        rows = np.arange(available).reshape(groups, -1)
+        return rows[:, start : start + parts[self.part]].reshape(-1)
 
 
 Names = Mapping[str, Sequence[str | Rows]]
@@ -63,11 +91,10 @@ def _qkv(end: str) -> dict[str, list[str | Rows]]:
     )
 
 
-def _halves(block: BlockConfig) -> np.ndarray:
-    """Rows of gates and of the others where each expert has both: int `[2, experts, hidden]`."""
+def _halves(block: BlockConfig) -> tuple[int, list[int]]:
+    """Rows of gates and of the others where each expert has both."""
     moe = getattr(block.mlp, "moe", block.mlp)
-    experts, hidden = moe.experts, moe.expert.hidden
-    return np.arange(experts * 2 * hidden).reshape(experts, 2, hidden).swapaxes(0, 1)
+    return moe.experts, [moe.expert.hidden] * 2
 
 
 NAMES: Names = {
@@ -117,12 +144,12 @@ NAMES: Names = {
         mlp__expert_scale="ffn_down_exps.scale",
         mlp__experts__gate__kernel=[
             "ffn_gate_exps.weight",
-            Rows("ffn_gate_up_exps.weight", order=lambda block: _halves(block)[0]),
+            Rows("ffn_gate_up_exps.weight", part=0, layout=_halves),
         ],
         mlp__experts__gate__bias="ffn_gate_exps.bias",
         mlp__experts__up__kernel=[
             "ffn_up_exps.weight",
-            Rows("ffn_gate_up_exps.weight", order=lambda block: _halves(block)[1]),
+            Rows("ffn_gate_up_exps.weight", part=1, layout=_halves),
         ],
         mlp__experts__up__bias="ffn_up_exps.bias",
         mlp__experts__down__kernel="ffn_down_exps.weight",
@@ -170,20 +197,18 @@ def tensor_names(
             tensor = file.tensors.get(name)
             if tensor is None:
                 continue
-            rows = None
+            available = _rows(tensor.shape, len(shape) > 1)
+            rows, fits = None, available == _rows(shape)
             if isinstance(choice, Rows):
-                count = math.prod(shape[:-1] if len(shape) > 1 else shape)
-                if choice.order is not None:
-                    rows = choice.order(config.blocks[int(layer)]).reshape(-1)
-                else:
-                    before = (shapes[prefix + sibling] for sibling in choice.after)
-                    start = sum(math.prod(s[:-1] if len(s) > 1 else s) for s in before)
-                    rows = np.arange(start, start + count)
-            if _fits(tensor.shape, shape, rows):
+                siblings = [shapes.get(prefix + sibling) for sibling in choice.after]
+                if None not in siblings:
+                    block, before = config.blocks[int(layer)], map(_rows, siblings)
+                    rows = choice.of(available, _rows(shape), block, sum(before))
+                fits = rows is not None
+                rows = rows.reshape(shape[:-1] if len(shape) > 1 else shape) if fits else None
+            if fits and (len(shape) == 1 or tensor.shape[-1:] == shape[-1:]):
                 found[path] = name, rows
                 taken[name] = taken.get(name, 0) + math.prod(shape)
-                if rows is not None:
-                    found[path] = name, rows.reshape(shape[:-1] if len(shape) > 1 else shape)
                 break
             misfit = misfit or f"{name} has shape {tensor.shape}, expected {shape}"
         else:
@@ -204,15 +229,11 @@ def tensor_names(
     return found
 
 
-def _fits(tensor: tuple[int, ...], param: tuple[int, ...], rows: np.ndarray | None) -> bool:
-    """Whether a tensor, or some of its rows, is a parameter: vectors may have any shape."""
-    if len(param) == 1:
-        available = math.prod(tensor)
-        return available == param[0] if rows is None else int(rows.max()) < available
-    if tensor[-1] != param[-1]:
-        return False
-    available = math.prod(tensor[:-1])
-    return available == math.prod(param[:-1]) if rows is None else int(rows.max()) < available
+def _rows(shape: tuple[int, ...], is_matrix: bool | None = None) -> int:
+    """Rows of an array: all its dimensions but the last; of a vector, whose tensor may have any
+    shape, its elements."""
+    is_matrix = len(shape) > 1 if is_matrix is None else is_matrix
+    return math.prod(shape[:-1] if is_matrix else shape)
 
 
 def _is_beyond(name: str, layers: int, more: int) -> bool:

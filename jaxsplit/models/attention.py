@@ -128,12 +128,7 @@ class Attention(nnx.Module):
     def _queries(self, x: Array, batch: Batch) -> Array:
         """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`."""
         queries = self._heads(x, self.config.head_dim, self.query_norm, batch)
-        if self.config.temperature is None:
-            return queries
-        scale, floor, offset = self.config.temperature
-        steps = jnp.floor((batch.positions + offset).astype(jnp.float32) / floor)
-        factor = 1 + scale * jnp.log1p(steps)
-        return (queries * factor[..., None, None]).astype(x.dtype)
+        return heated(queries, batch.positions, self.config.temperature)
 
     def _heads(self, x: Array, width: int, norm: Norm | None, batch: Batch | None = None) -> Array:
         """`[batch, time, heads * width]` to `[batch, time, heads, width]`, clamped, normalized and,
@@ -155,6 +150,17 @@ class Attention(nnx.Module):
         if c.rope is not None and batch is not None:
             x = rope(x, batch.positions, c.rope, batch.rope_factors.get(c.rope.factors))
         return x if c.norm_first else normalize(x)
+
+
+def heated(queries: Array, positions: Array, temperature: tuple[float, int, int] | None) -> Array:
+    """Queries `[batch, time, heads, width]` times the temperature of their positions, int32
+    `[batch, time]`; as in `AttentionConfig`."""
+    if temperature is None:
+        return queries
+    scale, floor, offset = temperature
+    steps = jnp.floor((positions + offset).astype(jnp.float32) / floor)
+    factor = 1 + scale * jnp.log1p(steps)
+    return (queries * factor[..., None, None]).astype(queries.dtype)
 
 
 def recall(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsplit.models.attention import attend, recall
+from jaxsplit.models.attention import attend, heated, recall
 from jaxsplit.models.axes import EMBED, LATENT, Axis
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Linear, Norm, Partials, param, rope
@@ -50,6 +50,7 @@ class LatentAttention(nnx.Module):
         x = computed(x)
         low = x if self.query_down is None else self.query_norm(self.query_down(x))
         queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
+        queries = heated(queries, positions, c.temperature)
         queries, turning = jnp.split(queries, [c.head_dim], axis=-1)
         turning = rope(turning, positions, c.rope, factors)
         latent, key = jnp.split(self.latent(x), [c.latent], axis=-1)

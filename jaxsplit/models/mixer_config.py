@@ -68,7 +68,7 @@ class RopeConfig:
         low = max(0, math.floor(dimension(self.beta_fast)))
         high = min(self.dim - 1, math.ceil(dimension(self.beta_slow)))
         ramp = np.clip((np.arange(self.dim // 2) - low) / max(0.001, high - low), 0, 1)
-        magnitude = self.attention_factor * (1 + 0.1 * math.log(self.factor))
+        magnitude = self.attention_factor * (1 + 0.1 * math.log(max(1.0, self.factor)))
         return (frequency * (1 - ramp) + scaled * ramp).astype(np.float32), magnitude
 
 
@@ -173,6 +173,7 @@ class LatentAttentionConfig:
       scale: of the scores.
       norm: of the latent vectors.
       keys_by_row: keys' projections are `[head_dim, latent]`, else `[latent, head_dim]`.
+      temperature: as in `AttentionConfig`.
     """
 
     heads: int
@@ -184,6 +185,7 @@ class LatentAttentionConfig:
     scale: float
     norm: NormConfig = NormConfig()
     keys_by_row: bool = False
+    temperature: tuple[float, int, int] | None = None
 
     @property
     def axis(self) -> Axis:

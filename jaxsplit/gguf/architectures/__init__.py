@@ -7,6 +7,7 @@ import numpy as np
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.architectures import dense, gemma, hybrids, latent, mixtures
 from jaxsplit.gguf.architectures.entry import Architecture, decoder
+from jaxsplit.gguf.architectures.harmless import check_keys
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import NAMES, tensor_names
 from jaxsplit.gguf.reader import ModelFile
@@ -36,7 +37,7 @@ def architecture(file: ModelFile) -> Architecture:
     Raises:
       JaxsplitError: it is not supported; the message lists those that are.
     """
-    if file.architecture not in ARCHITECTURES:
+    if not isinstance(file.architecture, str) or file.architecture not in ARCHITECTURES:
         raise JaxsplitError(
             f"{file.path}: architecture {file.architecture!r} is not supported; supported are "
             f"{', '.join(ARCHITECTURES)}"
@@ -53,9 +54,14 @@ def model_config(file: ModelFile, context: int = 0) -> ModelConfig:
         it was made for.
 
     Raises:
-      JaxsplitError: an unknown architecture, or a missing or unsupported value.
+      JaxsplitError: an unknown architecture, a missing or unsupported value, or a key that may
+        change what the model computes but is not supported.
     """
-    return architecture(file).config(Header(file, context))
+    entry = architecture(file)
+    header = Header(file, context, entry.norms)
+    config = entry.config(header)
+    check_keys(header, entry.harmless)
+    return config
 
 
 def parameter_tensors(

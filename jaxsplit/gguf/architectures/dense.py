@@ -14,6 +14,7 @@ from jaxsplit.gguf.architectures.entry import (
     scaled,
     unscaled,
 )
+from jaxsplit.gguf.architectures.harmless import NO_WINDOW, ONE_BASE
 from jaxsplit.gguf.header import Header
 from jaxsplit.models.config import ModelConfig
 
@@ -46,30 +47,29 @@ def _command_r(header: Header) -> ModelConfig:
         interleaved=True,
         attention=head_norms(header, norm_over="each") if large else {},
         block={"parallel": True, "mlp_norm": None},
-        logit_scale=header.number("logit_scale"),
+        logit_scale=header.number("logit_scale", 0.0) or 1.0,
     )
 
 
 def _cohere2(header: Header) -> ModelConfig:
-    window = header.number("attention.sliding_window", least=1)
-    everywhere = {"rope": None}
+    window, local = header.window(), header.windowed(4)
     return decoder(
         header,
         interleaved=True,
-        attention=lambda layer: everywhere if layer % 4 == 3 else {"window": window},
+        attention=lambda layer: {"window": window} if local[layer] else {"rope": None},
         block={"parallel": True, "mlp_norm": None},
         logit_scale=header.number("logit_scale"),
     )
 
 
 def _exaone4(header: Header) -> ModelConfig:
-    window = header.number("attention.sliding_window", 4096, least=1)
+    large, norms = header.layers == 64, head_norms(header)
+    window, local = header.window(4096, least=int(large)), header.windowed(4)
 
     def attention(layer: int) -> dict[str, Any]:
-        norms = head_norms(header)
-        if header.layers < 64:
+        if not large:
             return norms
-        return norms | ({"rope": None} if layer % 4 == 3 else {"window": window})
+        return norms | ({"window": window} if local[layer] else {"rope": None})
 
     return decoder(header, attention=attention, block=only_post_norms(header))
 
@@ -88,12 +88,12 @@ def _learned_positions(header: Header) -> ModelConfig:
         activation="gelu_tanh",
         attention={"rope": None},
         learned_positions=positions,
-        context=min(header.number("context_length", least=1), positions),
+        context=min(header.count("context_length", least=1), positions),
     )
 
 
 def _gptneox(header: Header) -> ModelConfig:
-    parallel = bool(header("use_parallel_residual", True))
+    parallel = header.flag("use_parallel_residual", True)
     return decoder(header, activation="gelu_tanh", block={"parallel": parallel})
 
 
@@ -107,11 +107,9 @@ def _minicpm(header: Header) -> ModelConfig:
 
 
 def _mistral3(header: Header) -> ModelConfig:
-    attention = {}
-    if temperature := header.number("attention.temperature_scale", 0.0):
-        original = header.number("rope.scaling.original_context_length", least=1)
-        attention["temperature"] = (temperature, original, 0)
-    return decoder(header, interleaved=True, attention=attention)
+    length = "rope.scaling.original_context_length"
+    temperature = header.temperature(length, header.count("context_length", least=1))
+    return decoder(header, interleaved=True, attention={"temperature": temperature})
 
 
 def _mpt(header: Header) -> ModelConfig:
@@ -136,15 +134,13 @@ def _olmo(header: Header) -> ModelConfig:
 
 def _olmo2(header: Header) -> ModelConfig:
     norms = head_norms(header, norm_over="all")
-    window = header.number("attention.sliding_window", 0)
-    pattern = header("attention.sliding_window_pattern", [layer % 4 < 3 for layer in range(4)])
+    window, local = header.window(0, least=0), header.windowed(4)
+    rope = header.rope(header.head_dim())
 
     def attention(layer: int) -> dict[str, Any]:
-        if not window or not pattern[layer % len(pattern)]:
+        if not window or not local[layer]:
             return norms
-        heads = header.number("attention.head_count", least=1)
-        rope = header.rope(header.number("attention.key_length", header.embed // heads))
-        return norms | {"window": window, "rope": unscaled(rope)}
+        return norms | {"window": window, "rope": unscaled(rope, attention_factor=1.0)}
 
     return decoder(header, attention=attention, block=only_post_norms(header))
 
@@ -165,23 +161,32 @@ def _stablelm(header: Header) -> ModelConfig:
     )
 
 
+def _glm4(header: Header) -> ModelConfig:
+    # Models that read images too turn by halves.
+    interleaved = not header.sections or 0 in header.sections[:2]
+    return decoder(header, interleaved=interleaved, block=post_norms(header))
+
+
 _interleaved = partial(decoder, interleaved=True)
 _gelu = partial(decoder, activation="gelu_tanh")
 _squared_relu = partial(decoder, activation="relu2")
 
+_layer_norm = partial(Architecture, norms="layer")
+_windowless = partial(Architecture, harmless=NO_WINDOW)
+
 ARCHITECTURES = {
     # With experts: Mixtral.
-    "llama": Architecture(partial(_interleaved, experts={"normalize": True})),
+    "llama": _windowless(partial(_interleaved, experts={"normalize": True})),
     "arcee": Architecture(partial(_squared_relu, interleaved=True)),
     "baichuan": Architecture(_baichuan),
-    "bloom": Architecture(_bloom),
+    "bloom": _layer_norm(_bloom),
     "chatglm": Architecture(_interleaved),
-    "cohere2": Architecture(_cohere2),
-    "command-r": Architecture(_command_r),
+    "cohere2": _layer_norm(_cohere2, harmless=ONE_BASE),
+    "command-r": _layer_norm(_command_r),
     "ernie4_5": Architecture(_interleaved),
     "exaone": Architecture(decoder),
-    "exaone4": Architecture(_exaone4),
-    "falcon": Architecture(
+    "exaone4": Architecture(_exaone4, harmless=ONE_BASE),
+    "falcon": _layer_norm(
         _falcon,
         {
             f"blocks.{{i}}.{norm}.{end}": [f"blk.{{i}}.{name}.{tensor}" for name in names]
@@ -192,27 +197,29 @@ ARCHITECTURES = {
             for end, tensor in (("scale", "weight"), ("bias", "bias"))
         },
     ),
-    "glm4": Architecture(lambda h: _interleaved(h, block=post_norms(h))),
-    "gpt2": Architecture(_learned_positions),
-    "gptneox": Architecture(_gptneox),
+    "glm4": Architecture(_glm4),
+    "gpt2": _layer_norm(_learned_positions),
+    "gptneox": _layer_norm(_gptneox),
     "granite": Architecture(lambda h: decoder(h, **scaled(h))),
     "hunyuan-dense": Architecture(lambda h: decoder(h, attention=head_norms(h, norm_first=False))),
     "internlm2": Architecture(_interleaved),
     "minicpm": Architecture(_minicpm),
     "mistral3": Architecture(_mistral3),
-    "mpt": Architecture(_mpt),
-    "nemotron": Architecture(_squared_relu),
-    "olmo": Architecture(_olmo),
-    "olmo2": Architecture(_olmo2),
-    "phi2": Architecture(partial(_gelu, block={"parallel": True, "mlp_norm": None})),
-    "phi3": Architecture(decoder),
-    "qwen2": Architecture(decoder),
-    "qwen2vl": Architecture(decoder),
-    "qwen3": Architecture(lambda h: decoder(h, attention=head_norms(h))),
-    "qwen3vl": Architecture(lambda h: decoder(h, attention=head_norms(h))),
+    "mpt": _layer_norm(_mpt),
+    "nemotron": _layer_norm(_squared_relu),
+    "olmo": _layer_norm(_olmo),
+    "olmo2": Architecture(_olmo2, harmless=ONE_BASE),
+    "phi2": _layer_norm(partial(_gelu, block={"parallel": True, "mlp_norm": None})),
+    "phi3": _windowless(decoder),
+    "qwen2": _windowless(decoder),
+    "qwen2vl": _windowless(decoder),
+    "qwen3": _windowless(lambda h: decoder(h, attention=head_norms(h))),
+    "qwen3vl": _windowless(lambda h: decoder(h, attention=head_norms(h))),
     "seed_oss": Architecture(decoder),
     "smollm3": Architecture(_smollm3),
-    "stablelm": Architecture(_stablelm),
-    "starcoder": Architecture(_learned_positions),
-    "starcoder2": Architecture(_gelu),
+    "stablelm": _layer_norm(
+        _stablelm, harmless={"use_parallel_residual": "the tensors of norms tell it"}
+    ),
+    "starcoder": _layer_norm(_learned_positions),
+    "starcoder2": _layer_norm(_gelu, harmless=NO_WINDOW),
 }

@@ -9,6 +9,7 @@ from jaxsplit.gguf.architectures.entry import (
     decoder,
     head_norms,
     post_norms,
+    rotations,
     unscaled,
 )
 from jaxsplit.gguf.header import Header
@@ -20,7 +21,7 @@ def _gemma_scale(header: Header, large: int) -> float | None:
     """The largest models scale scores by the width of a head as if all filled the stream."""
     if header.layers != large:
         return None
-    return (header.embed / header.number("attention.head_count", least=1)) ** -0.5
+    return (header.embed / header.size("attention.head_count", layer=0)) ** -0.5
 
 
 def _gemma(header: Header, **choices: Any) -> ModelConfig:
@@ -30,56 +31,67 @@ def _gemma(header: Header, **choices: Any) -> ModelConfig:
 
 
 def _gemma2(header: Header) -> ModelConfig:
-    window = header.number("attention.sliding_window", 4096, least=1)
+    window, local = header.window(4096), header.windowed(2)
+    rope, local_rope = rotations(header)
     common = {
-        "softcap": header.number("attn_logit_softcapping", 50.0),
+        "softcap": header.number("attn_logit_softcapping", 50.0, above=0),
         "scale": _gemma_scale(header, 46),
     }
     return _gemma(
         header,
-        attention=lambda layer: common | ({} if layer % 2 else {"window": window}),
+        attention=lambda layer: (
+            common | ({"rope": local_rope, "window": window} if local[layer] else {"rope": rope})
+        ),
         block=post_norms(header),
-        logit_softcap=header.number("final_logit_softcapping", 30.0),
+        logit_softcap=header.number("final_logit_softcapping", 30.0, above=0),
     )
 
 
 def _gemma3(header: Header) -> ModelConfig:
-    window = header.number("attention.sliding_window", 1024, least=1)
+    window, local = header.window(0, least=0), header.windowed(6)
     common = head_norms(header, scale=_gemma_scale(header, 62))
-    head_dim = header.number("attention.key_length", least=1)
-    rope = header.rope(head_dim)
-    local = unscaled(rope, base=header.number("rope.freq_base_swa", 10000.0, least=1))
+    rope = header.rope(header.head_dim())
+    local_rope = unscaled(rope, base=header.number("rope.freq_base_swa", 10000.0, above=1))
+
+    def attention(layer: int) -> dict[str, Any]:
+        if not window or not local[layer]:
+            return common | {"rope": rope}
+        return common | {"rope": local_rope, "window": window}
+
     return _gemma(
         header,
-        attention=lambda layer: (
-            common | ({"rope": rope} if layer % 6 == 5 else {"rope": local, "window": window})
-        ),
+        attention=attention,
         block=post_norms(header),
         logit_softcap=header.number("final_logit_softcapping", 0.0) or None,
     )
 
 
 def _gemma4(header: Header) -> ModelConfig:
-    window = header.number("attention.sliding_window", least=1)
-    pattern = header("attention.sliding_window_pattern")
+    window, pattern = header.window(), header.windowed()
     # The last layers use the keys and values of the last layer of their kind that has any.
-    shared_from = header.layers - header.number("attention.shared_kv_layers", 0)
-    lenders = {kind: i for i, kind in enumerate(pattern[:shared_from])}
+    shared_from = header.layers - header.count("attention.shared_kv_layers", 0)
+    lenders = {kind: i for i, kind in enumerate(pattern[: max(0, shared_from)])}
+    if not lenders.keys() >= set(pattern[shared_from:]):
+        shared = header.layers - shared_from
+        raise header.wrong("attention.shared_kv_layers", shared, "earlier layers of the same kinds")
     norm = header.norm()
+    base = header.number("rope.freq_base_swa", 10000.0, above=1)
+    ends = {False: "", True: "_swa"}
+    head_dims, value_dims = (
+        {kind: header.size(f"attention.{name}_length{end}") for kind, end in ends.items()}
+        for name in ("key", "value")
+    )
+    ropes = {kind: header.rope(head_dims[kind], end=end) for kind, end in ends.items()}
+    ropes[True] = unscaled(ropes[True], base=base)
 
     def attention(layer: int) -> dict[str, Any]:
         local = pattern[layer]
-        end = "_swa" if local else ""
-        head_dim = header.number(f"attention.key_length{end}", least=1)
-        base = header.number("rope.freq_base_swa", 10000.0, least=1)
-        dim = header.number(f"rope.dimension_count{end}", head_dim, least=2)
-        rope = header.rope(head_dim, dim=dim)
         name = "local" if local else "global"
         is_lender = shared_from < header.layers and lenders[local] == layer
         return {
-            "head_dim": head_dim,
-            "value_dim": header.number(f"attention.value_length{end}", least=1),
-            "rope": unscaled(rope, base=base) if local else rope,
+            "head_dim": head_dims[local],
+            "value_dim": value_dims[local],
+            "rope": ropes[local],
             "scale": 1.0,
             "window": window if local else None,
             "query_norm": norm,
@@ -92,7 +104,7 @@ def _gemma4(header: Header) -> ModelConfig:
 
     def block(layer: int) -> dict[str, Any]:
         choices = post_norms(header) | {
-            "layer_input": header.number("embedding_length_per_layer_input", 0),
+            "layer_input": header.size("embedding_length_per_layer_input", 0, least=0),
             "layer_input_norm": norm,
             "output_scale": header.has(f"blk.{layer}.layer_output_scale.weight"),
         }
@@ -107,7 +119,7 @@ def _gemma4(header: Header) -> ModelConfig:
         header,
         attention=attention,
         block=block,
-        logit_softcap=header.number("final_logit_softcapping", 0.0) or None,
+        logit_softcap=header.number("final_logit_softcapping", 30.0) or None,
     )
 
 

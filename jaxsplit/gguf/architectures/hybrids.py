@@ -4,15 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.gguf.architectures.entry import Architecture, decoder, head_norms, scaled
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import NAMES, Names, Rows, block_names
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import (
-    AttentionConfig,
     DeltaNetConfig,
     Mamba2Config,
     ShortConvConfig,
@@ -21,9 +18,9 @@ from jaxsplit.models.mixer_config import (
 
 def _sizes(header: Header) -> dict[str, int]:
     """Fields of `LinearAttentionConfig`."""
-    heads = header.number("ssm.time_step_rank", least=1)
-    key_heads = header.number("ssm.group_count", least=1)
-    inner = header.number("ssm.inner_size", least=1)
+    heads = header.size("ssm.time_step_rank")
+    key_heads = header.size("ssm.group_count")
+    inner = header.size("ssm.inner_size")
     if heads % key_heads or inner % heads:
         raise JaxsplitError(
             f"{header.file.path}: a state of {inner} values in {heads} heads and {key_heads} "
@@ -34,8 +31,8 @@ def _sizes(header: Header) -> dict[str, int]:
         "value_heads": heads,
         "key_heads": key_heads,
         "value_dim": inner // heads,
-        "key_dim": header.number("ssm.state_size", least=1),
-        "width": header.number("ssm.conv_kernel", least=2),
+        "key_dim": header.size("ssm.state_size"),
+        "width": header.size("ssm.conv_kernel", least=2),
     }
 
 
@@ -67,38 +64,24 @@ def _granite(header: Header) -> ModelConfig:
 
 
 def _lfm2(header: Header, **choices: Any) -> ModelConfig:
-    mixer = ShortConvConfig(header.embed, header.number("shortconv.l_cache", least=2))
+    mixer = ShortConvConfig(header.embed, header.size("shortconv.l_cache", least=2))
     block = _recurrent(header, mixer, "shortconv.conv.weight")
-    return decoder(header, attention=head_norms(header), block=block, **choices)
+    attention = head_norms(header, window=header.window(0, least=0) or None)
+    return decoder(header, attention=attention, block=block, **choices)
 
 
-def _part(tensor: str, index: int, layout: Callable[[Any], tuple[int, list[int]]]) -> Rows:
-    """Rows of a tensor that consists of groups of several parts.
-
-    Args:
-      tensor: its name.
-      index: which part of each group.
-      layout: of the mixer's config: how many groups, and the rows of each part of one.
-    """
-
-    def order(block: BlockConfig) -> np.ndarray:
-        groups, sizes = layout(block.mixer)
-        rows = np.arange(groups * sum(sizes)).reshape(groups, -1)
-        return rows[:, sum(sizes[:index]) : sum(sizes[: index + 1])]
-
-    return Rows(tensor, order=order)
+def _query_and_gate(block: BlockConfig) -> tuple[int, list[int]]:
+    return block.mixer.heads, [block.mixer.head_dim, block.mixer.value_dim]
 
 
-def _query_and_gate(mixer: AttentionConfig) -> tuple[int, list[int]]:
-    return mixer.heads, [mixer.head_dim, mixer.value_dim]
-
-
-def _strength_and_step(mixer: DeltaNetConfig) -> tuple[int, list[int]]:
+def _strength_and_step(block: BlockConfig) -> tuple[int, list[int]]:
+    mixer = block.mixer
     return mixer.key_heads, [mixer.value_heads // mixer.key_heads] * 2
 
 
-def _all_projections(mixer: DeltaNetConfig) -> tuple[int, list[int]]:
+def _all_projections(block: BlockConfig) -> tuple[int, list[int]]:
     """Older files have queries, keys, values and gates in one tensor."""
+    mixer = block.mixer
     values = mixer.value_heads // mixer.key_heads * mixer.value_dim
     return mixer.key_heads, [mixer.key_dim, mixer.key_dim, values, values]
 
@@ -127,18 +110,24 @@ _DELTA_NET = _names(
     **_OF_STATES,
     **_in_turn("ssm_conv1d.weight", "query.conv.kernel", "key.conv.kernel", "value.conv.kernel"),
     mixer__query__kernel=[
-        _part("attn_q.weight", 0, _query_and_gate),
-        _part("ssm_in.weight", 0, _all_projections),
+        Rows("attn_q.weight", part=0, layout=_query_and_gate),
+        Rows("ssm_in.weight", part=0, layout=_all_projections),
     ],
-    mixer__key__kernel=_part("ssm_in.weight", 1, _all_projections),
-    mixer__value__kernel=_part("ssm_in.weight", 2, _all_projections),
+    mixer__key__kernel=Rows("ssm_in.weight", part=1, layout=_all_projections),
+    mixer__value__kernel=Rows("ssm_in.weight", part=2, layout=_all_projections),
     mixer__gate__kernel=[
-        _part("attn_q.weight", 1, _query_and_gate),
+        Rows("attn_q.weight", part=1, layout=_query_and_gate),
         "attn_gate.weight",
-        _part("ssm_in.weight", 3, _all_projections),
+        Rows("ssm_in.weight", part=3, layout=_all_projections),
     ],
-    mixer__strength__kernel=["ssm_beta.weight", _part("ssm_ba.weight", 0, _strength_and_step)],
-    mixer__step__kernel=["ssm_alpha.weight", _part("ssm_ba.weight", 1, _strength_and_step)],
+    mixer__strength__kernel=[
+        "ssm_beta.weight",
+        Rows("ssm_ba.weight", part=0, layout=_strength_and_step),
+    ],
+    mixer__step__kernel=[
+        "ssm_alpha.weight",
+        Rows("ssm_ba.weight", part=1, layout=_strength_and_step),
+    ],
 )
 
 _MAMBA2 = _names(
@@ -158,12 +147,20 @@ _SHORT_CONV = _names(
 )
 
 _NORMALIZED = {"experts": {"normalize": True}}
+_BY_TENSORS = dict.fromkeys(
+    ("full_attention_interval", "attention.recurrent_layers"),
+    "tensors tell which layers are recurrent",
+)
 
 ARCHITECTURES = {
     "granitehybrid": Architecture(_granite, _MAMBA2),
     "lfm2": Architecture(_lfm2, _SHORT_CONV),
-    "lfm2moe": Architecture(partial(_lfm2, **_NORMALIZED), _SHORT_CONV),
-    "qwen35": Architecture(partial(_delta_net, tiled=True), _DELTA_NET),
-    "qwen35moe": Architecture(partial(_delta_net, tiled=True, **_NORMALIZED), _DELTA_NET),
-    "qwen3next": Architecture(partial(_delta_net, **_NORMALIZED), _DELTA_NET),
+    "lfm2moe": Architecture(
+        partial(_lfm2, experts={"normalize": True, "routing": None}), _SHORT_CONV
+    ),
+    "qwen35": Architecture(partial(_delta_net, tiled=True), _DELTA_NET, harmless=_BY_TENSORS),
+    "qwen35moe": Architecture(
+        partial(_delta_net, tiled=True, **_NORMALIZED), _DELTA_NET, harmless=_BY_TENSORS
+    ),
+    "qwen3next": Architecture(partial(_delta_net, **_NORMALIZED), _DELTA_NET, harmless=_BY_TENSORS),
 }

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 
-import numpy as np
-
 from jaxsplit.gguf.architectures.entry import Architecture, decoder
 from jaxsplit.gguf.header import Header
 from jaxsplit.gguf.names import Rows, block_names
@@ -17,38 +15,37 @@ def _deepseek2(header: Header) -> ModelConfig:
     whole heads where newer ones give those of the latent vector."""
     fused = not header.has("blk.*.attn_k_b.weight")
     end = "" if fused else "_mla"
-    turning = header.number("rope.dimension_count", least=2)
-    width = header.number(f"attention.key_length{end}", least=turning + 1)
-    factor = header.number("rope.scaling.factor", 1.0) or 1.0
-    multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0)
+    turning = header.size("rope.dimension_count", least=2)
+    width = header.size(f"attention.key_length{end}", least=turning + 1)
     rope = header.rope(turning, interleaved=True)
-    if multiplier:
+    stretch = 0.0 if rope.scaling == "none" else math.log(max(1.0, rope.factor))
+    multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0)
+    magnitude = header.number("rope.scaling.attn_factor", 1.0)
+    if rope.scaling == "yarn" and multiplier:
         # YaRN's magnitude is in the scale of the scores instead.
-        magnitude = 1 / (1 + 0.1 * math.log(factor))
-        rope = dataclasses.replace(rope, attention_factor=magnitude)
+        magnitude /= 1 + 0.1 * stretch
+    scale = magnitude * (1 + 0.1 * stretch) * (1 + multiplier * stretch)
     mixer = LatentAttentionConfig(
-        heads=header.number("attention.head_count", least=1),
+        heads=header.size("attention.head_count"),
         head_dim=width - turning,
-        value_dim=header.number(f"attention.value_length{end}", least=1),
-        latent=header.number("attention.kv_lora_rank", least=1),
-        query_latent=header.number("attention.q_lora_rank", 0),
-        rope=rope,
-        scale=(1 + multiplier * math.log(factor)) ** 2 / math.sqrt(width),
+        value_dim=header.size(f"attention.value_length{end}"),
+        latent=header.size("attention.kv_lora_rank"),
+        query_latent=header.size("attention.q_lora_rank", 0, least=0),
+        rope=dataclasses.replace(rope, attention_factor=magnitude),
+        scale=scale**2 / math.sqrt(width),
         norm=header.norm(),
         keys_by_row=fused,
+        temperature=header.temperature("attention.temperature_length"),
     )
-    return decoder(header, block={"mixer": mixer})
+    # The first files of GLM-4.7-Flash do not say how its experts are weighed.
+    flash = header.layers in (47, 48) and header.vocab == 154880
+    experts = {"routing": "sigmoid" if flash else "softmax"}
+    return decoder(header, block={"mixer": mixer}, experts=experts)
 
 
-def _part(keys: bool) -> Rows:
-    """The rows of keys or of values, which alternate by head."""
-
-    def order(block: BlockConfig) -> np.ndarray:
-        c = block.mixer
-        rows = np.arange(c.heads * (c.head_dim + c.value_dim)).reshape(c.heads, -1)
-        return rows[:, : c.head_dim] if keys else rows[:, c.head_dim :]
-
-    return Rows("attn_kv_b.weight", order=order)
+def _layout(block: BlockConfig) -> tuple[int, list[int]]:
+    """Keys and values alternate by head."""
+    return block.mixer.heads, [block.mixer.head_dim, block.mixer.value_dim]
 
 
 ARCHITECTURES = {
@@ -60,8 +57,12 @@ ARCHITECTURES = {
             mixer__query__kernel=["attn_q_b.weight", "attn_q.weight"],
             mixer__latent__kernel="attn_kv_a_mqa.weight",
             mixer__latent_norm__scale="attn_kv_a_norm.weight",
-            mixer__key_up=["attn_k_b.weight", _part(keys=True)],
-            mixer__value_up=["attn_v_b.weight", _part(keys=False)],
+            mixer__key_up=["attn_k_b.weight", Rows("attn_kv_b.weight", part=0, layout=_layout)],
+            mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
+        ),
+        harmless=dict.fromkeys(
+            ("attention.head_count_kv", "attention.key_length*", "attention.value_length*"),
+            "of the cache, or of files with another form of the same weights",
         ),
     ),
 }
