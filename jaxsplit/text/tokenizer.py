@@ -139,8 +139,9 @@ class Tokenizer:
     def decode(
         self,
         ids: Iterable[int],
+        skip_special: bool = True,
         *,
-        show_special: str = "none",
+        show_special: str | None = None,
         continuation: bool = False,
         clean_spaces: bool = False,
     ) -> str:
@@ -148,8 +149,9 @@ class Tokenizer:
 
         Args:
             ids: token ids.
-            show_special: which control tokens to write out: `none`, `all`, or `template`, which
-                are the markers of thoughts and tool calls (`markup_ids`).
+            skip_special: leave out control tokens; otherwise they are written out.
+            show_special: instead, which control tokens to write out: `none`, `all`, or `template`,
+                which are the markers of thoughts and tool calls (`markup_ids`).
             continuation: the ids continue a text, as generated ones do. Otherwise, where `encode`
                 puts a space before text, one space at the start of the first token is dropped
                 (none if a special token such as BOS comes first, as in llama.cpp).
@@ -159,7 +161,8 @@ class Tokenizer:
         Raises:
             JaxsplitError: an id is outside the vocabulary, or `show_special` is unknown.
         """
-        data = self.decode_bytes(ids, show_special=show_special, continuation=continuation)
+        shown = show_special or ("none" if skip_special else "all")
+        data = self.decode_bytes(ids, show_special=shown, continuation=continuation)
         if clean_spaces and self._kind.clean_spaces:
             data = re.sub(rb" ([?!.,])", rb"\1", data)
             data = re.sub(rb" ' ", rb"'", data)
