@@ -6,22 +6,22 @@ python converters/gguf_info.py FILE.gguf [--json]
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from jaxsplit.cli import run
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import ModelFile, TensorInfo, model_config
-from jaxsplit.lm import open_model
 from jaxsplit.paths import user_path
-from jaxsplit.quant import TYPES
+
+if TYPE_CHECKING:
+    from jaxsplit.gguf import ModelFile, TensorInfo
 
 _JSON = flags.DEFINE_bool("json", False, "machine-readable output")
 _TENSORS = flags.DEFINE_bool("tensors", False, "list every tensor")
 
 
-def types(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
+def types(tensors: Iterable["TensorInfo"]) -> dict[str, dict[str, int]]:
     """Tensors, weights and bytes of each type, most bytes first."""
     table: dict[str, dict[str, int]] = {}
     for tensor in tensors:
@@ -32,8 +32,10 @@ def types(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
     return dict(sorted(table.items(), key=lambda entry: -entry[1]["bytes"]))
 
 
-def describe(file: ModelFile) -> dict[str, Any]:
+def describe(file: "ModelFile") -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
+    from jaxsplit.gguf import model_config
+
     try:
         config = model_config(file).summary()
     except JaxsplitError as error:
@@ -65,6 +67,8 @@ def describe(file: ModelFile) -> dict[str, Any]:
 def _print(shown: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from jaxsplit.quant import TYPES
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{shown['path']}: {shown['architecture']}", markup=False)
@@ -98,6 +102,8 @@ def main(argv: list[str]) -> None:
     """Shows the file."""
     if not argv:
         raise JaxsplitError("give a GGUF file: python converters/gguf_info.py FILE.gguf")
+    from jaxsplit.lm import open_model
+
     sys.stdout.reconfigure(errors="backslashreplace")  # of text that is not UTF-8
     shown = describe(open_model(user_path(argv[0], "the file")))
     if _JSON.value:

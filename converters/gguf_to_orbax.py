@@ -11,10 +11,8 @@ import sys
 
 from absl import flags
 
-from jaxsplit.checkpoint import is_checkpoint, save_checkpoint
 from jaxsplit.cli import progress_bar, run
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import model_config, open_gguf
 from jaxsplit.paths import user_path
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file, any one of a model in several files")
@@ -29,6 +27,9 @@ _WEIGHTS = flags.DEFINE_enum(
 
 def main(_: list[str]) -> None:
     """Converts as the flags say."""
+    from jaxsplit.checkpoint import is_checkpoint, save_checkpoint
+    from jaxsplit.gguf import model_config, open_gguf
+
     if not _MODEL.value or not _OUT.value:
         raise JaxsplitError("--model=FILE.gguf and --out=DIR are both needed")
     path, out = user_path(_MODEL.value, "--model"), user_path(_OUT.value, "--out")

@@ -5,8 +5,9 @@
 >>> lm.generate("Once upon a time", n_predict=64, temperature=0.0)
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxsplit.lazy import importer
 
 if TYPE_CHECKING:
     from jaxsplit.engine import SamplingConfig
@@ -19,25 +20,11 @@ __version__ = "0.1.0"
 
 __all__ = ["LM", "Decoder", "JaxsplitError", "ModelConfig", "SamplingConfig", "Stream", "load"]
 
-_MODULES = {
-    "LM": "lm",
-    "Decoder": "models",
-    "JaxsplitError": "errors",
-    "ModelConfig": "models",
-    "SamplingConfig": "engine",
-    "Stream": "stream",
-    "load": "lm",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a name when it is first used: JAX takes a second, which --help need not wait for."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__ = importer(
+    __name__,
+    engine=["SamplingConfig"],
+    errors=["JaxsplitError"],
+    lm=["LM", "load"],
+    models=["Decoder", "ModelConfig"],
+    stream=["Stream"],
+)

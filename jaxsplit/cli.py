@@ -1,6 +1,7 @@
 """What all command lines share: streams, interrupts, errors for people, a progress bar."""
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -14,11 +15,12 @@ from absl import app, flags, logging
 from jaxsplit.errors import JaxsplitError
 
 
-def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
+def run(main: Callable[[list[str]], None] | str, *, arguments: int = 0) -> None:
     """Parses the flags and runs a program; what the user can mend becomes one line and status 2.
 
     Args:
-      main: takes the arguments that are not flags.
+      main: takes the arguments that are not flags; or the name of a module with this function and
+        its flags, which is imported here, where an interrupt is handled.
       arguments: how many of them it takes.
     """
 
@@ -33,7 +35,7 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
                     f"unexpected argument {argv[arguments + 1]!r}; --help lists the flags"
                 )
             _refuse_empty_flags()
-            main(argv[1:])
+            program(argv[1:])
             sys.stdout.flush()
         except JaxsplitError as error:
             note(f"jaxsplit: {error}")
@@ -62,7 +64,16 @@ def run(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
 
     _open_missing_streams()
     with _leave_on_interrupt():
+        program = _import_main(main) if isinstance(main, str) else main
         app.run(guarded, flags_parser=_parse_flags)
+
+
+def _import_main(name: str) -> Callable[[list[str]], None]:
+    """The `main` of a module, with its flags as those of the program that --help shows."""
+    module = importlib.import_module(name)
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    return module.main
 
 
 def note(message: str) -> None:

@@ -303,7 +303,7 @@ REFUSE = """
 import sys
 from absl import flags
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.plan.__main__ import main
+from jaxsplit.plan.command import main
 for flag in sys.argv[2:]:
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()

@@ -1,10 +1,15 @@
 """Plans: what a model takes and does on a mesh, and how fast it should be, without loading it."""
 
-from jaxsplit.plan.compiled import collectives
-from jaxsplit.plan.devices import DEVICE_KINDS, DeviceKind, device_kind, kind_of
-from jaxsplit.plan.plan import Plan, StagePlan, best_plans, best_split, candidates, make_plan
-from jaxsplit.plan.speed import weight_bits
-from jaxsplit.plan.work import Work, trace_decode, trace_prefill
+from typing import TYPE_CHECKING
+
+from jaxsplit.lazy import importer
+
+if TYPE_CHECKING:
+    from jaxsplit.plan.compiled import collectives
+    from jaxsplit.plan.devices import DEVICE_KINDS, DeviceKind, device_kind, kind_of
+    from jaxsplit.plan.plan import Plan, StagePlan, best_plans, best_split, candidates, make_plan
+    from jaxsplit.plan.speed import weight_bits
+    from jaxsplit.plan.work import Work, trace_decode, trace_prefill
 
 __all__ = [
     "DEVICE_KINDS",
@@ -23,3 +28,12 @@ __all__ = [
     "trace_prefill",
     "weight_bits",
 ]
+
+__getattr__ = importer(
+    __name__,
+    compiled=["collectives"],
+    devices=["DEVICE_KINDS", "DeviceKind", "device_kind", "kind_of"],
+    plan=["Plan", "StagePlan", "best_plans", "best_split", "candidates", "make_plan"],
+    speed=["weight_bits"],
+    work=["Work", "trace_decode", "trace_prefill"],
+)
