@@ -61,7 +61,14 @@ ARCHITECTURES = {
             mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
         ),
         harmless=dict.fromkeys(
-            ("attention.head_count_kv", "attention.key_length*", "attention.value_length*"),
+            (
+                "attention.head_count_kv",
+                *(
+                    f"attention.{part}_length{end}"
+                    for part in ("key", "value")
+                    for end in ("", "_mla")
+                ),
+            ),
             "of the cache, or of files with another form of the same weights",
         ),
     ),
