@@ -17,8 +17,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu2": lambda x: jnp.square(jnp.where(x < 0, 0, x)),
 }
+"""None of them, and no bound below, is a maximum or minimum: those of Triton hide a NaN."""
 
 
 def activate(name: str, up: Array, gate: Array | None = None) -> Array:
@@ -30,8 +31,9 @@ def activate(name: str, up: Array, gate: Array | None = None) -> Array:
       gate: likewise; None: plain.
     """
     if name == "clamped_swiglu":
-        gate = jnp.minimum(gate, 7)
-        return gate * jax.nn.sigmoid(1.702 * gate) * (jnp.clip(up, -7, 7) + 1)
+        gate = jnp.where(gate > 7, 7, gate)
+        up = jnp.where(up > 7, 7, jnp.where(up < -7, -7, up))
+        return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
     return ACTIVATIONS[name](up) if gate is None else ACTIVATIONS[name](gate) * up
 
 

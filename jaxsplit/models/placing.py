@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxsplit.models.cache import AttentionCache, Batch
 from jaxsplit.models.layers import Norm, rope_factors
 from jaxsplit.models.mixer_config import AttentionConfig, NormConfig, RopeConfig
+from jaxsplit.quant import largest_magnitude
 
 _ELEMENTS = 2048  # of a program at most, and its warps; a head and a warp where tokens are few
 _WARPS = 4
@@ -191,8 +192,8 @@ def _kernel(
             ref: jax.Ref, scale_ref: jax.Ref | None, xs: list[Array], parts: list[_Columns]
         ) -> None:
             if scale_ref is not None:
-                largest = [jnp.max(jnp.abs(x), axis=1) for x in xs]
-                scale = reduce(jnp.maximum, largest) / 127
+                largest = [largest_magnitude(x, 1) for x in xs]
+                scale = reduce(lambda a, b: jnp.where((a > b) | (a != a), a, b), largest) / 127
                 divisor = jnp.where(scale > 0, scale, 1)[:, None]
                 xs = [jnp.floor(x / divisor + 0.5) for x in xs]
                 mask = exists & (head < kv_heads)

@@ -44,6 +44,7 @@ from jaxsplit.quant import (
     Plain,
     Reader,
     block_elements,
+    largest_magnitude,
 )
 
 _LEAST = 128
@@ -447,7 +448,7 @@ def _as_kept(x: Array, kept: jnp.dtype) -> tuple[Array, Array, Array | None]:
     if jnp.issubdtype(kept, jnp.floating):
         x = x.astype(kept)
         return x.astype(jnp.float32), x, None
-    scale = jnp.max(jnp.abs(x), axis=0, keepdims=True) / 127
+    scale = largest_magnitude(x, 0, keepdims=True) / 127
     codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5).astype(jnp.int32)
     seen = codes.astype(jnp.float32) * scale
     if kept == jnp.int16:  # two of 8 bits

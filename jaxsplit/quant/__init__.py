@@ -45,7 +45,7 @@ from jaxsplit.quant.products import (
     use_arithmetic,
 )
 from jaxsplit.quant.ring import Ring
-from jaxsplit.quant.rounding import Rounded, Rounding
+from jaxsplit.quant.rounding import Rounded, Rounding, largest_magnitude
 from jaxsplit.quant.tiles import Groups
 from jaxsplit.quant.types import TYPES, QuantType, float32_blocks, quant_type, unpack
 
@@ -84,6 +84,7 @@ __all__ = [
     "grouped_products",
     "has_kernel",
     "has_tiles",
+    "largest_magnitude",
     "matmul",
     "matmuls",
     "pends",

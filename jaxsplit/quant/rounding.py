@@ -93,7 +93,7 @@ class Rounding:
 def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
     """`[..., 2, 4, 4]` to words `[..., 2, 4]`, scales and sums `[...]`, and sums of halves `[...,
     2]`: the largest magnitude becomes 127."""
-    scale = jnp.max(jnp.max(jnp.max(jnp.abs(x), axis=-1), axis=-1), axis=-1) / 127
+    scale = largest_magnitude(x, -1, -1, -1) / 127
     inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None, None]
     # The bound, which changes nothing, keeps compilers from making this product and the sum in
     # `_to_nearest` one instruction, which rounds once: here and there to another code.
@@ -102,6 +102,18 @@ def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
     counts = jnp.sum(jnp.sum(codes, axis=-1), axis=-1)
     half_sums = counts.astype(jnp.float32) * scale[..., None]
     return jnp.sum(bytes_, axis=-1), scale, jnp.sum(half_sums, axis=-1), half_sums
+
+
+def largest_magnitude(x: Array, *axes: int, keepdims: bool = False) -> Array:
+    """The largest magnitude of float32 along axes, one after the other; NaN if one of them is NaN.
+
+    In Triton, the maximum of a number and a NaN is the number, so that a NaN would become the code
+    of some number. Bits of magnitudes are in the order of the magnitudes, those of NaN the largest.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    for axis in axes:
+        bits = jnp.max(bits, axis=axis, keepdims=keepdims)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _to_nearest(x: Array) -> Array:

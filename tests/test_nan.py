@@ -1,0 +1,65 @@
+"""A NaN must reach the logits, where it is noticed.
+
+In Triton, unlike here, the maximum and the minimum of a number and a NaN are the number. So what
+kernels compute of values that may be NaN has neither.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import fresh_rng
+
+from jaxsplit.models.mlp import ACTIVATIONS, activate
+from jaxsplit.quant import largest_magnitude
+from jaxsplit.quant.rounding import round_rows
+
+HIDING = {"max", "min", "clamp", "reduce_max", "reduce_min"}
+
+
+def primitives(jaxpr):
+    """Names of the operations on floats, also of inner functions."""
+    for equation in jaxpr.eqns:
+        inner = [v for v in equation.params.values() if hasattr(v, "jaxpr")]
+        for closed in inner:
+            yield from primitives(closed.jaxpr)
+        if not inner and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
+            yield equation.primitive.name
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "clamped_swiglu"])
+def test_activations_keep_nan(name):
+    x = fresh_rng().normal(scale=8, size=64).astype(np.float32)
+    gates = [None] if name != "clamped_swiglu" else []
+    for gate in [*gates, x[::-1]]:
+        jaxpr = jax.make_jaxpr(lambda *operands: activate(name, *operands))(x, gate)
+        assert not HIDING & set(primitives(jaxpr.jaxpr))
+        for broken in range(1 if gate is None else 2):
+            operands = [x.copy(), gate if gate is None else gate.copy()]
+            operands[broken][5] = np.nan
+            assert np.isnan(activate(name, *operands)).tolist() == [i == 5 for i in range(64)]
+
+
+def test_rounding_to_8_bits_keeps_nan():
+    x = fresh_rng().normal(size=(2, 256)).astype(np.float32)
+    whole = np.asarray(round_rows(x).dequantized())
+    assert "reduce_max" not in set(primitives(jax.make_jaxpr(round_rows)(x).jaxpr))
+    for value in (np.nan, np.copysign(np.float32(np.nan), np.float32(-1)), np.inf):
+        broken = x.copy()
+        broken[1, 77] = value
+        found = np.array(round_rows(broken).dequantized())
+        assert not np.isfinite(found[1, 64:96]).any()
+        whole = np.asarray(round_rows(x).dequantized())
+        assert np.array_equal(
+            np.delete(found[1], range(64, 96)), np.delete(whole[1], range(64, 96))
+        )
+        assert np.array_equal(found[0], whole[0])
+
+
+def test_the_largest_magnitude():
+    x = fresh_rng().normal(size=(3, 5, 7)).astype(np.float32)
+    assert np.array_equal(largest_magnitude(x, -1), np.abs(x).max(-1))
+    assert np.array_equal(largest_magnitude(x, 0, keepdims=True), np.abs(x).max(0, keepdims=True))
+    assert np.array_equal(largest_magnitude(x, -1, -1), np.abs(x).max((1, 2)))
+    x[1, 2, 3] = np.nan
+    assert np.isnan(largest_magnitude(x, -1, -1)).tolist() == [False, True, False]
