@@ -211,12 +211,13 @@ def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, short."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    if match := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
-        return os.strerror(int(match[1]))
+    """What the operating system said, or else what the error says first; short."""
     lines = str(error).splitlines() or [type(error).__name__]
+    link: BaseException | None = error
+    while link:
+        if match := re.search(r"os_error_code='(\d+)'", str(link)):  # TensorStore's
+            return os.strerror(int(match[1]))
+        link = link.__cause__ or link.__context__
     return lines[0][:200]
 
 

@@ -287,6 +287,7 @@ def test_a_full_disk_is_seen_first(mixed, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 @pytest.mark.parametrize("limit", [0, 1000, 20_000])
 def test_a_disk_that_gets_full_is_one_line_and_leaves_nothing(mixed, tmp_path, limit):
     """A limit of the size of files stands for it."""
