@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from measure import all_reduce_seconds, counts_up_to, markdown
 
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 
 _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")
 _JSON = flags.DEFINE_string("json", None, "write the rows to this file too")

@@ -27,14 +27,14 @@ from measure import WARM_UP, all_reduce_seconds, copy_bandwidth, markdown, matmu
 from random_gguf import model_file
 
 import jaxsplit
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 from jaxsplit.engine import compile_seconds
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import ModelFile
+from jaxsplit.formats import ModelFile
 from jaxsplit.models import ModelConfig
+from jaxsplit.ops.matmul import float8
 from jaxsplit.plan import kind_of, make_plan, weight_bits
-from jaxsplit.quant import float8
-from jaxsplit.sources import Sources, parameter_sources
+from jaxsplit.weights import Sources, parameter_sources
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint")
 _RANDOM = flags.DEFINE_string("random", None, "random weights instead, such as llama-8b:Q4_K_M")

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 import jaxsplit
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
 _DEVICES = flags.DEFINE_integer("devices", None, "use only the first so many devices")
@@ -74,7 +74,7 @@ def main(_: list[str]) -> None:
             progress=watch,
         )
         seconds = time.perf_counter() - start
-        largest = max(t.nbytes for t in jaxsplit.lm.open_model(path).tensors.values())
+        largest = max(t.nbytes for t in jaxsplit.llm.open_model(path).tensors.values())
         print(
             f"load {i + 1}: {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s, "
             f"{seconds / (size / rate):.1f} x the upload alone; host memory + {peak[0]:.0f} MB "

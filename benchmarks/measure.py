@@ -11,10 +11,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsplit.comm import one_shot, two_shot
+from jaxsplit.comm.one_shot import Peers
+from jaxsplit.comm.symmetric_memory import make_mailboxes
+from jaxsplit.context import MatmulPolicy
 from jaxsplit.engine import compiler_options
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.parallel import make_mailboxes
-from jaxsplit.quant import Arithmetic, Peers, exchange, two_shot
 
 WARM_UP = 2
 """Runs that do not count: the first compiles, and XLA makes a CUDA graph of the second."""
@@ -63,7 +65,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
     Args:
       mesh: of any axes.
       size: in bytes: float32 numbers; where kernels add up many, bfloat16 numbers.
-      kernels: devices exchange the numbers in kernels (`jaxsplit.quant.exchange`); else XLA adds
+      kernels: devices exchange the numbers in kernels (`jaxsplit.comm.one_shot`); else XLA adds
         them up.
 
     Returns:
@@ -73,12 +75,12 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
         return 0.0
     axes, count = ("tensor",), 32
     mesh = Mesh(mesh.devices.reshape(-1), axes)
-    few = exchange.supports(size // 4)
+    few = one_shot.supports(size // 4)
     dtype = jnp.float32 if few or not kernels else jnp.bfloat16
     numbers = size // jnp.dtype(dtype).itemsize
     owner, table = _Owner(), None
     if kernels:
-        if Arithmetic.on(mesh.devices.flat[0]).kernels:
+        if MatmulPolicy.for_device(mesh.devices.flat[0]).kernels:
             room = functools.partial(two_shot.mailbox_bytes, most=0 if few else numbers)
             table = make_mailboxes(mesh, axes, room, owner)
         if table is None:
@@ -90,7 +92,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
                 x = lax.psum(x, axes)
             else:
                 peers = Peers(table.reshape(-1), axes, 0 if few else numbers)
-                x = (exchange.total if few else two_shot.total)(x, peers)
+                x = (one_shot.total if few else two_shot.total)(x, peers)
             x = x * jnp.asarray(1 / mesh.size, dtype)
         return x
 

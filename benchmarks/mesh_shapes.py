@@ -22,11 +22,11 @@ from measure import WARM_UP, markdown
 from random_gguf import model_file
 
 import jaxsplit
-from jaxsplit.cli import run
-from jaxsplit.gguf import ModelFile
-from jaxsplit.parallel import choose_devices
+from jaxsplit.cli.program import run
+from jaxsplit.formats import ModelFile
 from jaxsplit.plan import candidates, collectives, kind_of, make_plan
-from jaxsplit.sources import parameter_sources
+from jaxsplit.sharding import choose_devices
+from jaxsplit.weights import parameter_sources
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file")
 _RANDOM = flags.DEFINE_string("random", None, "random weights instead, such as llama-8b:Q4_K_M")

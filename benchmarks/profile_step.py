@@ -21,7 +21,7 @@ from measure import WARM_UP, markdown
 from random_gguf import model_file
 
 import jaxsplit
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 from jaxsplit.errors import JaxsplitError
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint")

@@ -17,8 +17,8 @@ import gguf
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import GGUFTensor, ModelFile
-from jaxsplit.lm import open_model
+from jaxsplit.formats import GGUFTensor, ModelFile
+from jaxsplit.llm import open_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,9 @@ from typing import Any
 from absl import flags
 from measure import counts_up_to, markdown
 
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.parallel import SPLIT_MODES
+from jaxsplit.sharding import SPLIT_MODES
 
 _OUT = flags.DEFINE_string("out", None, "directory for the results", required=True)
 _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")

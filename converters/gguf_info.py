@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.paths import user_path
 
 if TYPE_CHECKING:
-    from jaxsplit.gguf import ModelFile, TensorInfo
+    from jaxsplit.formats import ModelFile, TensorInfo
 
 _JSON = flags.DEFINE_bool("json", False, "machine-readable output")
 _TENSORS = flags.DEFINE_bool("tensors", False, "list every tensor")
@@ -34,7 +34,7 @@ def types(tensors: Iterable["TensorInfo"]) -> dict[str, dict[str, int]]:
 
 def describe(file: "ModelFile") -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
-    from jaxsplit.gguf import model_config
+    from jaxsplit.architectures import model_config
 
     try:
         config = model_config(file).summary()
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     """Shows the file."""
     if not argv:
         raise JaxsplitError("give a GGUF file: python converters/gguf_info.py FILE.gguf")
-    from jaxsplit.lm import open_model
+    from jaxsplit.llm import open_model
 
     sys.stdout.reconfigure(errors="backslashreplace")  # of text that is not UTF-8
     shown = describe(open_model(user_path(argv[0], "the file")))

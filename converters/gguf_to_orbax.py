@@ -11,7 +11,7 @@ import sys
 
 from absl import flags
 
-from jaxsplit.cli import progress_bar, run
+from jaxsplit.cli.program import progress_bar, run
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.paths import user_path
 
@@ -27,8 +27,9 @@ _WEIGHTS = flags.DEFINE_enum(
 
 def main(_: list[str]) -> None:
     """Converts as the flags say."""
-    from jaxsplit.checkpoint import is_checkpoint, save_checkpoint
-    from jaxsplit.gguf import model_config, open_gguf
+    from jaxsplit.architectures import model_config
+    from jaxsplit.formats import open_gguf
+    from jaxsplit.weights.checkpoint import is_checkpoint, save_checkpoint
 
     if not _MODEL.value or not _OUT.value:
         raise JaxsplitError("--model=FILE.gguf and --out=DIR are both needed")

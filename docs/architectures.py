@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxsplit.gguf import ARCHITECTURES, ModelFile, TensorInfo, model_config
+from jaxsplit.architectures import ARCHITECTURES, model_config
+from jaxsplit.formats import ModelFile, TensorInfo
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,

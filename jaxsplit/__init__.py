@@ -11,10 +11,10 @@ from jaxsplit.lazy import importer
 
 if TYPE_CHECKING:
     from jaxsplit.engine import SamplingConfig
+    from jaxsplit.engine.stream import Stream
     from jaxsplit.errors import JaxsplitError
-    from jaxsplit.lm import LM, load
+    from jaxsplit.llm import LM, load
     from jaxsplit.models import Decoder, ModelConfig
-    from jaxsplit.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -22,9 +22,8 @@ __all__ = ["LM", "Decoder", "JaxsplitError", "ModelConfig", "SamplingConfig", "S
 
 __getattr__ = importer(
     __name__,
-    engine=["SamplingConfig"],
+    engine=["SamplingConfig", "Stream"],
     errors=["JaxsplitError"],
-    lm=["LM", "load"],
+    llm=["LM", "load"],
     models=["Decoder", "ModelConfig"],
-    stream=["Stream"],
 )

@@ -23,9 +23,9 @@ import pytest
 from helpers import recipe, write_recipe
 
 import jaxsplit
+from jaxsplit.context import KernelLaunch, MatmulPolicy
 from jaxsplit.engine import runner
-from jaxsplit.lm import demo_model
-from jaxsplit.quant import Arithmetic, Launch
+from jaxsplit.llm import demo_model
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +56,8 @@ def load():
             options = {"dtype": "float32", "ctx_size": 256, **options}
             with pytest.MonkeyPatch.context() as patch:
                 if kernels:
-                    found = Arithmetic(kernels=True, launch=Launch(interpret=True))
-                    patch.setattr(Arithmetic, "on", lambda _: found)
+                    found = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+                    patch.setattr(MatmulPolicy, "for_device", lambda _: found)
                 loaded[key] = jaxsplit.load(path, **options)
         return loaded[key]
 

@@ -304,11 +304,12 @@ def use(path: Path, depth: float, load: float) -> str:
     import jax.numpy as jnp
 
     import jaxsplit
+    from jaxsplit.architectures import model_config
     from jaxsplit.errors import JaxsplitError
-    from jaxsplit.gguf import model_config, open_gguf
+    from jaxsplit.formats import open_gguf
     from jaxsplit.plan import device_kind, make_plan
-    from jaxsplit.sources import parameter_sources
     from jaxsplit.text import ChatTemplate, Tokenizer
+    from jaxsplit.weights import parameter_sources
 
     file = open_gguf(path)
     config = model_config(file, 64)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.gguf import ModelFile, TensorInfo
+from jaxsplit.formats import ModelFile, TensorInfo
 
 DATA = Path(__file__).parent / "data"
 GREEDY = SamplingConfig(temperature=0.0)

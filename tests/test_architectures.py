@@ -14,9 +14,9 @@ import pytest
 from helpers import DATA, nmse, recipe
 
 import jaxsplit
+from jaxsplit.architectures import ARCHITECTURES
+from jaxsplit.cache.contiguous import init_cache
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import ARCHITECTURES
-from jaxsplit.models import init_cache
 
 VARIANTS = sorted(path.stem for path in (DATA / "arch").glob("*.json"))
 DEEP = (

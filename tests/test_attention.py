@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import nmse
 from tiny import fresh_rng
 
+from jaxsplit.cache.contiguous import AttentionCache, init_cache
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
@@ -19,11 +20,9 @@ from jaxsplit.models import (
     ModelConfig,
     NormConfig,
     RopeConfig,
-    init_cache,
 )
 from jaxsplit.models import attention as attention_module
 from jaxsplit.models.attention import attend
-from jaxsplit.models.cache import AttentionCache
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -7,7 +7,8 @@ import pytest
 from helpers import SHAPES, continuation, nmse
 from tiny import fresh_rng
 
-from jaxsplit.models import AttentionCache, AttentionConfig, Batch, init_cache
+from jaxsplit.cache.contiguous import AttentionCache, Batch, init_cache
+from jaxsplit.models import AttentionConfig
 
 HEAD_DIM = 32
 

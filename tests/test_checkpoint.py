@@ -13,11 +13,12 @@ import pytest
 from helpers import DATA, last_tokens, make_recipe
 
 import jaxsplit
-from jaxsplit.checkpoint import is_checkpoint, open_checkpoint, save_checkpoint
+from jaxsplit.architectures import model_config
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import model_config, open_gguf
-from jaxsplit.lm import open_model
+from jaxsplit.formats import open_gguf
+from jaxsplit.llm import open_model
+from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

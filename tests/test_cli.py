@@ -19,8 +19,8 @@ from absl.testing import flagsaver
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
-import jaxsplit.cli
-import jaxsplit.generate
+from jaxsplit.cli import generate as command
+from jaxsplit.cli import program
 
 ROOT = Path(jaxsplit.__file__).parents[1]
 PROMPT = "Tell the hello"
@@ -46,7 +46,7 @@ def load():
         bound.apply_defaults()
         key = tuple(str(v) for name, v in bound.arguments.items() if name != "progress")
         if key not in loaded:
-            loaded[key] = jaxsplit.lm.load(*arguments, **options)
+            loaded[key] = jaxsplit.llm.load(*arguments, **options)
         return loaded[key]
 
     return get
@@ -213,7 +213,7 @@ def test_help_names_every_flag_and_succeeds():
     done = run("--help")
     assert done.code == 0
     assert done.err == ""
-    own = flags.FLAGS.get_key_flags_for_module(jaxsplit.generate)
+    own = flags.FLAGS.get_key_flags_for_module(command)
     assert len(own) > 20
     for flag in own:
         assert re.search(rf"--(\[no\])?{flag.name}: ", done.out), flag.name
@@ -283,7 +283,7 @@ def test_an_interrupt_during_a_long_call_ends_the_program_at_once():
     """Python itself would wait for the call, and drop what handlers raise in some callbacks."""
     program = """
 import ctypes, gc, os, signal, sys, weakref
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 def main(_):
     print("ready", flush=True)
     if sys.argv[0] == "call":
@@ -342,7 +342,7 @@ def generate(tiny, load, capsys, monkeypatch):
         common = [f"--model={model}", "--devices=1", "--compilation_cache=none"]
         monkeypatch.setattr(sys, "argv", ["generate", *common, *map(str, arguments)])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
-            jaxsplit.cli.run(jaxsplit.generate.main)
+            program.run(command.main)
         captured = capsys.readouterr()
         return Finished(stopped.value.code or 0, captured.out, captured.err)
 
@@ -615,7 +615,7 @@ def test_configs_hold_flags_that_there_are(config):
 def test_a_full_memory_is_one_line():
     program = """
 import jax
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 def main(_):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
 run(main)

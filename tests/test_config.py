@@ -8,8 +8,9 @@ import pytest
 from helpers import changed_recipe, recipe, write_recipe
 from tiny import fresh_rng
 
+from jaxsplit.architectures import model_config
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import model_config, open_gguf
+from jaxsplit.formats import open_gguf
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
@@ -18,7 +19,7 @@ from jaxsplit.models import (
     NormConfig,
     RopeConfig,
 )
-from jaxsplit.models.layers import rope
+from jaxsplit.ops.attention.rope import rope
 
 RECIPES = ("llama", "llama-bias", "llama-linear", "llama-yarn", "llama-tied-ropefreqs")
 

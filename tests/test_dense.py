@@ -7,7 +7,8 @@ import pytest
 from blocks import usual_blocks
 from tiny import fresh_rng
 
-from jaxsplit.quant import TYPES, QTensor, dense, dequantize, float8, forms, unpack, with_words
+from jaxsplit.ops.matmul import float8, triton_dequantize
+from jaxsplit.quant import TYPES, QTensor, dequantize, qtensor, unpack, with_words
 
 QUANTIZED = [name for name, kind in TYPES.items() if kind.block > 1]
 
@@ -18,9 +19,9 @@ def test_every_type_is_dequantized(name, words):
     kind = TYPES[name]
     w = unpack(name, usual_blocks(fresh_rng(), name, 7, 768 // kind.block))
     assert isinstance(w, QTensor)
-    assert dense.supports(w)
+    assert triton_dequantize.supports(w)
     w = with_words(w) if words else w
-    found = dense.dequantize([w], jnp.float32, interpret=True)
+    found = triton_dequantize.dequantize([w], jnp.float32, interpret=True)
     expected = jax.jit(dequantize)(w)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
@@ -29,7 +30,7 @@ def test_every_type_is_dequantized(name, words):
 def test_what_comes_first_changes_nothing():
     w = unpack("Q6_K", usual_blocks(fresh_rng(), "Q6_K", 40, 3))
     after = jnp.full((3, 5), jnp.nan)
-    found = dense.dequantize([w], jnp.bfloat16, after=after, interpret=True)
+    found = triton_dequantize.dequantize([w], jnp.bfloat16, after=after, interpret=True)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, jax.jit(dequantize, static_argnums=1)(w, jnp.bfloat16))
 
@@ -40,9 +41,9 @@ def test_rows_are_scaled_so_that_bounds_become_the_largest_number():
         unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
         for name, rows in (("Q4_K", 5), ("Q8_0", 3))
     ]
-    bounds = [forms.row_bounds(w) for w in weights]
+    bounds = [qtensor.row_bounds(w) for w in weights]
     bounds[0] = bounds[0].at[2].set(0).at[4].set(1e-38)  # of rows of zeros, which stay zeros
-    found = dense.dequantize(weights, float8.DTYPE, bounds=bounds, interpret=True)
+    found = triton_dequantize.dequantize(weights, float8.DTYPE, bounds=bounds, interpret=True)
     expected = [jax.jit(float8.round_matrix)(w, b) for w, b in zip(weights, bounds, strict=True)]
     expected = np.float32(jnp.concatenate(expected))
     np.testing.assert_allclose(np.float32(found), expected, rtol=1 / 8)  # one step of 3 bits
@@ -54,7 +55,7 @@ def test_rows_are_scaled_so_that_bounds_become_the_largest_number():
 def test_no_weight_exceeds_the_bound_of_its_row(name):
     w = unpack(name, usual_blocks(fresh_rng(), name, 9, 768 // TYPES[name].block))
     largest = np.abs(np.float32(dequantize(w))).max(axis=-1)
-    bounds = np.float32(forms.row_bounds(w))
+    bounds = np.float32(qtensor.row_bounds(w))
     assert (largest <= bounds * (1 + 1e-6)).all()
     assert (bounds <= 100 * largest).all()  # of 2^15, above which all bits of a weight are kept
 
@@ -65,6 +66,6 @@ def test_rows_of_several_matrices_follow_one_another():
         unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
         for name, rows in (("Q4_K", 5), ("Q6_K", 9), ("Q8_0", 3))
     ]
-    found = dense.dequantize(weights, jnp.float32, interpret=True)
+    found = triton_dequantize.dequantize(weights, jnp.float32, interpret=True)
     expected = jnp.concatenate([jax.jit(dequantize)(w) for w in weights])
     np.testing.assert_array_equal(found, expected)

@@ -9,8 +9,8 @@ from helpers import GREEDY, continuation, last_tokens, make_recipe, nmse
 from tiny import fresh_rng
 
 import jaxsplit
-from jaxsplit.engine import Engine, SamplingConfig, clock, compile_seconds
-from jaxsplit.engine.chunks import CHUNKS, chunk_lengths
+from jaxsplit.engine import Engine, SamplingConfig, compile_seconds, compile_timer
+from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
 from jaxsplit.errors import JaxsplitError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -31,8 +31,8 @@ def tokens():
 
 
 def engine_like(lm, **options):
-    arithmetic = lm.engine.runners[0].arithmetic
-    options = {"context": 64, "cache_dtype": np.float32, "arithmetic": arithmetic, **options}
+    policy = lm.engine.runners[0].policy
+    options = {"context": 64, "cache_dtype": np.float32, "policy": policy, **options}
     return Engine(lm.models, lm.engine.partition, **options)
 
 
@@ -265,10 +265,10 @@ def test_a_model_in_several_files_is_one_model(load, recipe_gguf, tmp_path, toke
 
 def test_what_compiles_at_the_same_time_is_counted_once(monkeypatch):
     ends, before = iter([1000, 1001, 1010, 1012, 1013]), compile_seconds()
-    monkeypatch.setattr(clock, "_spans", [])
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
+    monkeypatch.setattr(compile_timer, "_spans", [])
+    monkeypatch.setattr(compile_timer, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
     # Alone, overlapping, alone, around two others, and overlapping these.
     for took, total in [(10, 10), (3, 11), (1, 12), (12, 22), (9, 23)]:
-        clock._listen("/jax/core/compile/backend_compile_duration", took)
-        clock._listen("/jax/another", 5)
+        compile_timer._listen("/jax/core/compile/backend_compile_duration", took)
+        compile_timer._listen("/jax/another", 5)
         assert compile_seconds() - before == pytest.approx(total)

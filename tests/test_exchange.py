@@ -10,18 +10,13 @@ from jax.sharding import Mesh, PartitionSpec
 from tiny import fresh_rng
 
 import jaxsplit
+from jaxsplit.comm import one_shot, two_shot
+from jaxsplit.comm.one_shot import Peers
+from jaxsplit.context import KernelLaunch, MatmulPolicy
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.quant import (
-    Arithmetic,
-    Launch,
-    Peers,
-    Product,
-    Rounding,
-    Sum,
-    as_late,
-    exchange,
-    two_shot,
-)
+from jaxsplit.ops.activations.deferred import Sum, as_late
+from jaxsplit.ops.activations.int8 import Rounding
+from jaxsplit.ops.matmul.api import Product
 
 AXIS = ("tensor",)
 WIDE = make_recipe("wide", heads=8, kv_heads=2, embed=512)
@@ -44,7 +39,7 @@ def on_devices(count, function, x):
 @pytest.mark.parametrize("shape", [(1,), (3, 200), (2, 2, 512)])
 def test_sums_are_the_same_on_all_devices(devices, shape):
     x = fresh_rng().normal(size=(devices, *shape)).astype(np.float32)
-    found = on_devices(devices, lambda x, peers: exchange.total(x, peers, interpret=True), x)
+    found = on_devices(devices, lambda x, peers: one_shot.total(x, peers, interpret=True), x)
     assert found.shape == x.shape
     assert (found == found[0]).all()
     assert nmse(found[0], x.astype(np.float64).sum(axis=0)) <= 1e-12
@@ -65,7 +60,7 @@ def test_sums_of_many_are_the_same_on_all_devices(devices, size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
 def test_all_devices_have_the_numbers_of_all(dtype):
     x = jnp.asarray(fresh_rng().normal(size=(3, 2, 300)) * 100, dtype)
-    found = on_devices(3, lambda x, peers: exchange.gather(x, peers, interpret=True), x)
+    found = on_devices(3, lambda x, peers: one_shot.gather(x, peers, interpret=True), x)
     for device in range(3):
         assert (found[device] == np.asarray(x)).all()
 
@@ -80,7 +75,7 @@ def test_a_sum_is_exchanged_once(monkeypatch):
     def function(x, peers):
         total = Sum(x, 2 * x[None], peers, jnp.zeros(x.shape, jnp.int32), interpret=True)
         plain = total.array
-        rounded = as_late(total).prepared(Rounding(), Launch(interpret=True))
+        rounded = as_late(total).prepared(Rounding(), KernelLaunch(interpret=True))
         return jnp.stack([plain, rounded.dequantized()])
 
     plain, rounded = on_devices(2, function, x)[0]
@@ -113,8 +108,8 @@ def primitives(jaxpr):
 def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh, recipe):
     path, tokens = recipe_gguf(recipe, Q8_0), fresh_rng().integers(0, 160, 6).tolist()
     options = {"ctx_size": 64, "activations": "int8"}
-    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
-    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
     sending, send = [], Product.sent_to
     monkeypatch.setattr(Product, "sent_to", lambda *a: sending.append(a) or send(*a))
     one = jaxsplit.load(path, split_mode="none", dtype="bfloat16", **options)

@@ -16,12 +16,13 @@ from helpers import changed_recipe, recipe, recipe_values, write_recipe
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
+from jaxsplit.architectures import ARCHITECTURES, model_config
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import ARCHITECTURES, model_config, open_gguf
-from jaxsplit.lm import open_model
-from jaxsplit.loading import parameters
+from jaxsplit.formats import open_gguf
+from jaxsplit.llm import open_model
 from jaxsplit.paths import os_errors, user_path
 from jaxsplit.quant import TYPES
+from jaxsplit.weights.loader import parameters
 
 JPEG = bytes.fromhex("ffd8ffe000104a46494600010100000100010000") + bytes(2000)
 KINDS = gguf.GGUFValueType

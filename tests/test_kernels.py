@@ -13,25 +13,15 @@ from jax.extend.core import Literal, jaxprs_in_params
 from tiny import fresh_rng
 
 import jaxsplit
+from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
 from jaxsplit.engine import Engine
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.quant import (
-    TYPES,
-    Arithmetic,
-    Launch,
-    Pending,
-    Rounding,
-    Sum,
-    dequantize,
-    float8,
-    kernels,
-    matmul,
-    matmuls,
-    rounding,
-    unpack,
-    use_arithmetic,
-    with_words,
-)
+from jaxsplit.ops.activations import int8
+from jaxsplit.ops.activations.deferred import Pending, Sum
+from jaxsplit.ops.activations.int8 import Rounding
+from jaxsplit.ops.matmul import float8, triton_gemv_int8
+from jaxsplit.ops.matmul.api import matmul, matmuls
+from jaxsplit.quant import TYPES, dequantize, unpack, with_words
 
 SUPPORTED = {
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -52,7 +42,9 @@ def test_which_types_have_a_kernel():
     found = set()
     for name, kind in TYPES.items():
         raw = jax.ShapeDtypeStruct((4, 2, kind.block_bytes), np.uint8)
-        if kind.form and kernels.supports(jax.eval_shape(functools.partial(unpack, name), raw)):
+        if kind.form and triton_gemv_int8.supports(
+            jax.eval_shape(functools.partial(unpack, name), raw)
+        ):
             found.add(name)
     assert found == SUPPORTED
 
@@ -61,7 +53,7 @@ def test_rounding_is_that_of_ggml(rng):
     """The largest magnitude of 32 becomes 127, the others the nearest integers."""
     x = rng.normal(size=(3, 128)).astype(np.float32) * rng.uniform(0, 10, (3, 1))
     x[1, 32:64] = 0
-    rounded = rounding.round_rows(x)
+    rounded = int8.round_rows(x)
     blocks = np.float64(x).reshape(3, -1, 32)
     scale = np.abs(blocks).max(axis=-1) / 127
     assert np.allclose(rounded.scale, scale, rtol=1e-6)
@@ -73,17 +65,17 @@ def test_compiled_or_not_the_same_codes_are_chosen(rng):
     """Some of a million products are so near to halfway between two codes that it matters whether
     they are rounded before they are added to."""
     x = rng.normal(size=(256, 2**14)).astype(np.float32)
-    compiled = jax.jit(lambda x: rounding.round_rows(x).words)(x)
-    assert np.array_equal(compiled, rounding.round_rows(jnp.asarray(x)).words)
+    compiled = jax.jit(lambda x: int8.round_rows(x).words)(x)
+    assert np.array_equal(compiled, int8.round_rows(jnp.asarray(x)).words)
 
 
 @pytest.mark.parametrize("apart", [1, 2, 4, 8])
 def test_slices_that_threads_read_at_once_lie_in_all_banks(rng, apart):
     first = 8 * apart * rng.integers(0, 1000) + rng.integers(0, apart)
     slices = first + apart * np.arange(8)
-    places = rounding.place_of(slices)
+    places = int8.place_of(slices)
     assert sorted(places % 8) == list(range(8))
-    assert np.array_equal(rounding.place_of(places), slices)
+    assert np.array_equal(int8.place_of(places), slices)
 
 
 def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
@@ -91,11 +83,11 @@ def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
     total = Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(addends))
     expected = np.float64(total.stream) + np.sum(np.float64(addends), axis=0)
     pending = Pending(lambda x: x, (total,), jnp.bfloat16)
-    rounded = pending.prepared(Rounding(), Launch(interpret=True))
+    rounded = pending.prepared(Rounding(), KernelLaunch(interpret=True))
     assert nmse(total.array, expected) <= 2e-5
-    exact = rounding.round_rows(total.array[:, 0])
-    there = rounding.place_of(np.arange(96 // rounding.SLICE))
-    words = [np.reshape(x.words, (3, -1, rounding.SLICE // 4))[:, there] for x in (rounded, exact)]
+    exact = int8.round_rows(total.array[:, 0])
+    there = int8.place_of(np.arange(96 // int8.SLICE))
+    words = [np.reshape(x.words, (3, -1, int8.SLICE // 4))[:, there] for x in (rounded, exact)]
     assert np.array_equal(*words)
 
 
@@ -105,12 +97,12 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     x, scale = rng.normal(size=(2, 3, 1344)).astype(np.float32), rng.uniform(0.5, 2, 1344)
     operands = (jnp.asarray(x), jnp.asarray(scale, jnp.float32))
     pending = Pending(jnp.multiply, operands, jnp.float32, epsilon, 1400)
-    rounded = pending.prepared(Rounding(), Launch(interpret=True))
+    rounded = pending.prepared(Rounding(), KernelLaunch(interpret=True))
     exact = np.float64(x) * np.float32(scale)
     if epsilon:
         exact /= np.sqrt((np.float64(x) ** 2).sum(axis=-1, keepdims=True) / 1400 + epsilon)
     assert nmse(pending.array, exact) <= 1e-12
-    expected = rounding.round_rows(jnp.asarray(exact.reshape(6, -1), jnp.float32))
+    expected = int8.round_rows(jnp.asarray(exact.reshape(6, -1), jnp.float32))
     assert nmse(rounded.dequantized(), expected.dequantized()) <= 1e-6
     assert 1e-7 < nmse(rounded.dequantized(), exact.reshape(6, -1)) < 1e-4
 
@@ -131,8 +123,8 @@ def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
     matrices = [matrix(rng, name, 7 + i, columns) for i, name in enumerate(names)]
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
     pending = Pending(lambda x: x, (x,), jnp.float32, 1e-6, columns)
-    for rounded in (rounding.round_rows(x), pending.prepared(Rounding(), Launch(interpret=True))):
-        results = kernels.products(rounded, matrices, interpret=True)
+    for rounded in (int8.round_rows(x), pending.prepared(Rounding(), KernelLaunch(interpret=True))):
+        results = triton_gemv_int8.products(rounded, matrices, interpret=True)
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
             assert nmse(y, expected) <= 1e-10
@@ -149,8 +141,8 @@ def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
     ]
     x = jnp.asarray(rng.normal(size=(2, 512)), jnp.float32)
     experts = jnp.asarray(rng.integers(0, 3, 2 * used), jnp.int32)
-    rounded = rounding.round_rows(x)
-    results = kernels.products(rounded, stacks, experts=experts, interpret=True)
+    rounded = int8.round_rows(x)
+    results = triton_gemv_int8.products(rounded, stacks, experts=experts, interpret=True)
     for y, stack in zip(results, stacks, strict=True):
         dense = np.float64(dequantize(stack))[np.asarray(experts)]
         rows = np.repeat(np.float64(rounded.dequantized()), used, axis=0)
@@ -161,9 +153,9 @@ def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
 def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     w = matrix(rng, "Q4_K", 33, 512)
     x = rng.normal(size=(rows, 512)).astype(np.float32)
-    with use_arithmetic(Arithmetic(rounded=True)):
+    with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    [expected] = kernels.products(rounding.round_rows(x), [w], interpret=True)
+    [expected] = triton_gemv_int8.products(int8.round_rows(x), [w], interpret=True)
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
     assert nmse(y, exact) > 1e-7
@@ -175,8 +167,8 @@ def test_without_kernels_the_same_numbers_are_computed(rng, rows):
 
 def test_many_rows_are_not_rounded(rng):
     w = matrix(rng, "Q4_K", 33, 512)
-    x = rng.normal(size=(kernels.MAX_ROWS + 1, 512)).astype(np.float32)
-    with use_arithmetic(Arithmetic(rounded=True)):
+    x = rng.normal(size=(triton_gemv_int8.MAX_ROWS + 1, 512)).astype(np.float32)
+    with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
     assert nmse(y, np.float64(x) @ np.float64(dequantize(w)).T) <= 1e-10
 
@@ -209,8 +201,8 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
         return engine.read(engine.tokens())[0].tolist()
 
     plain, plain_choice = run()
-    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
-    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
     logits, choice = run()
     errors = [nmse(*of_token) for of_token in zip(logits, plain, strict=True)]
     # Where the last bits of sums differ, an activation may be rounded to the other side: that is
@@ -230,8 +222,8 @@ def test_single_tokens_of_a_mixture_with_kernels(recipe_gguf, monkeypatch, optio
         return np.concatenate([lm.logits(text, one_by_one=True) for text in texts])
 
     exact = logits("float")
-    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
-    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
     # Of most tokens: an undecided router may choose another expert.
     errors = [nmse(*of) for of in zip(logits("int8"), exact, strict=True)]
     assert 1e-7 < np.median(errors) < 3e-3, errors
@@ -254,8 +246,8 @@ def test_prompts_with_kernels_are_as_exact_as_those_without(
         return np.concatenate([lm.logits(text) for text in texts])
 
     exact, plain = logits("float32"), logits("bfloat16")
-    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
-    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
     kernel = logits("bfloat16")
     # Of most tokens: an undecided router may choose another expert for one of them, which those
     # after it in the text see.
@@ -275,8 +267,8 @@ def test_devices_send_products_with_plain_matrices(recipe_gguf, monkeypatch):
     exact, plain = (
         load(dtype).logits(tokens, one_by_one=True) for dtype in ("float32", "bfloat16")
     )
-    arithmetic = Arithmetic(kernels=True, launch=Launch(interpret=True))
-    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
     lm = load("bfloat16")
     (step,) = lm.engine.trace_step(jaxsplit.SamplingConfig(temperature=0.0))
     assert "plain_products" in str(step.jaxpr)
@@ -292,8 +284,8 @@ def test_many_rows_are_multiplied_in_8_bit_floating_point(rng, kernels):
     plain = jnp.asarray(rng.normal(size=(6, 768)), jnp.float32)
     sizes = 10.0 ** rng.uniform(-6, 6, (70, 1))  # of rows, of which one is nearly of zeros
     x = jnp.asarray(rng.normal(size=(70, 768)) * sizes, jnp.float32).at[3].set(1e-38)
-    arithmetic = Arithmetic(float8=True, kernels=kernels, launch=Launch(interpret=True))
-    with use_arithmetic(arithmetic):
+    policy = MatmulPolicy(float8=True, kernels=kernels, launch=KernelLaunch(interpret=True))
+    with forward_context(policy=policy):
         *ys, exact = matmuls(x, [*weights, plain])
         few = matmuls(x[:3], weights)
     assert nmse(exact, np.float64(x) @ np.float64(plain).T) <= 1e-10
@@ -333,7 +325,7 @@ def test_devices_that_do_not_multiply_8_bit_floating_point_are_refused(recipe_gg
 def test_what_devices_can_do(platform, found, capability, multiplies):
     names = {"platform": platform} | ({} if found is None else {"compute_capability": found})
     device = types.SimpleNamespace(**names)
-    assert Arithmetic.on(device).kernels == (capability >= 8)
+    assert MatmulPolicy.for_device(device).kernels == (capability >= 8)
     assert float8.supported_by(device) == multiplies
 
 
@@ -366,8 +358,8 @@ def early_readers(jaxpr):
     ids=["llama", "qwen3moe", "gemma2", "llama4"],
 )
 def test_only_kernels_begin_before_what_they_read_has_ended(recipe_gguf, monkeypatch, name):
-    arithmetic = Arithmetic(kernels=True, launch=Launch(overlap=True))
-    monkeypatch.setattr(Arithmetic, "on", lambda _: arithmetic)
+    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(pdl=True))
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
     options = {"dtype": "bfloat16", "activations": "int8", "split_mode": "none", "ctx_size": 1024}
     lm = jaxsplit.load(recipe_gguf(name, Q8_0), **options)
     (step,) = lm.engine.trace_step(jaxsplit.SamplingConfig(temperature=0.0))

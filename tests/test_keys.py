@@ -13,10 +13,10 @@ import math
 import pytest
 from helpers import DATA, recipe, recipe_file
 
+from jaxsplit.architectures import ARCHITECTURES, model_config
+from jaxsplit.architectures.harmless import HARMLESS
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import ARCHITECTURES, model_config
-from jaxsplit.gguf.architectures.harmless import HARMLESS
-from jaxsplit.sources import parameter_sources
+from jaxsplit.weights import parameter_sources
 
 KEYS = json.loads((DATA / "keys.json").read_text())
 RECIPES = sorted(KEYS["changed"])

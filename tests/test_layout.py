@@ -10,25 +10,19 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import (
-    AttentionConfig,
-    Axis,
-    BlockConfig,
-    MLPConfig,
-    ModelConfig,
-    RopeConfig,
-)
-from jaxsplit.models.axes import EMBED
-from jaxsplit.parallel import (
+from jaxsplit.models import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, RopeConfig
+from jaxsplit.sharding import (
+    MESH_AXES,
     SPLIT_MODES,
     AxisLayout,
     choose_devices,
     even,
     grouped_heads,
     make_partition,
+    parse_mesh,
     split_mode,
 )
-from jaxsplit.parallel.modes import MESH_AXES, parse_mesh
+from jaxsplit.sharding.axes import EMBED, Axis
 
 HEADS = [
     (heads, kv_heads, devices)

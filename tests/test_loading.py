@@ -8,13 +8,13 @@ from helpers import nmse, recipe, recipe_values
 from tiny import fresh_rng
 
 import jaxsplit
-from jaxsplit.gguf import GGUFTensor
-from jaxsplit.loading import _unpack, _upload
-from jaxsplit.models import AttentionConfig, Axis, BlockConfig, MLPConfig, ModelConfig
-from jaxsplit.models.axes import EMBED
-from jaxsplit.parallel import make_partition
+from jaxsplit.formats import GGUFTensor
+from jaxsplit.models import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
 from jaxsplit.quant import TYPES, dequantize, take_rows
-from jaxsplit.sources import Source, place
+from jaxsplit.sharding import make_partition
+from jaxsplit.sharding.axes import EMBED, Axis
+from jaxsplit.weights import Source, place
+from jaxsplit.weights.loader import _unpack, _upload
 
 BLOCK = BlockConfig(AttentionConfig(6, 2, 64, 64), MLPConfig(512))
 CONFIG = ModelConfig("llama", vocab=100, embed=256, context=64, blocks=(BLOCK,))

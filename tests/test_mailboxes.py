@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jaxsplit.parallel import mailboxes as module
-from jaxsplit.parallel.mailboxes import make_mailboxes, make_ring
+from jaxsplit.comm import symmetric_memory as module
+from jaxsplit.comm.symmetric_memory import make_mailboxes, make_ring
 
 
 class Owner:

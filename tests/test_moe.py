@@ -13,25 +13,18 @@ from helpers import Q8_0, make_recipe, nmse, recipe_values
 from tiny import fresh_rng
 
 import jaxsplit
+from jaxsplit.architectures import model_config
+from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
 from jaxsplit.engine.runner import compiler_options
-from jaxsplit.gguf import open_gguf
-from jaxsplit.gguf.architectures import model_config
+from jaxsplit.formats import open_gguf
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
 from jaxsplit.models.layers import Norm, meet
-from jaxsplit.models.mixer_config import NormConfig
-from jaxsplit.models.routing import choose, choose_in_kernel
-from jaxsplit.parallel import make_partition
-from jaxsplit.plan.work import trace_decode
-from jaxsplit.quant import (
-    TYPES,
-    Arithmetic,
-    Launch,
-    QTensor,
-    RootMeanSquare,
-    dequantize,
-    unpack,
-    use_arithmetic,
-)
+from jaxsplit.models.router import choose, choose_in_kernel
+from jaxsplit.ops.activations.deferred import RootMeanSquare
+from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.plan.cost import trace_decode
+from jaxsplit.quant import TYPES, QTensor, dequantize, unpack
+from jaxsplit.sharding import make_partition
 
 EMBED = 64
 BASE = MoEConfig(experts=8, used=3, expert=MLPConfig(48))
@@ -187,7 +180,7 @@ def test_a_kernel_chooses_the_same_experts(rng, name, experts):
     bias, scale = rng.uniform(0, 1, (2, experts)).astype(np.float32)
     logits[2:, :, ::2] = logits[2:, :, 1::2]  # ties, but for the bias
     mean = RootMeanSquare(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
-    launch = Launch(interpret=True)
+    launch = KernelLaunch(interpret=True)
     for vectors, by in (((None, None), None), ((bias, scale), mean)):
         divided = logits if by is None else logits * np.asarray(by.inverse)[:, None, None]
         expected = choose(jnp.asarray(divided), config, *vectors)
@@ -268,7 +261,11 @@ def test_kernels_multiply_with_chosen_experts(rng, change, rows):
     norm = Norm(NormConfig(), 64)
     norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 1, 64), jnp.float32))
     exact = meet(model(norm(x)), x.dtype)
-    with use_arithmetic(Arithmetic(rounded=True, kernels=True, launch=Launch(interpret=True))):
+    with forward_context(
+        policy=MatmulPolicy(
+            int8_activations=True, kernels=True, launch=KernelLaunch(interpret=True)
+        )
+    ):
         found = meet(model(norm.pending(x)), x.dtype)
     assert 1e-8 < nmse(found, exact) < 2e-3
 

@@ -11,8 +11,7 @@ import pytest
 from tiny import fresh_rng
 
 from jaxsplit.models.mlp import ACTIVATIONS, activate
-from jaxsplit.quant import largest_magnitude
-from jaxsplit.quant.rounding import round_rows
+from jaxsplit.ops.activations.int8 import largest_magnitude, round_rows
 
 HIDING = {"max", "min", "clamp", "reduce_max", "reduce_min"}
 

@@ -7,9 +7,10 @@ from flax import nnx
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig, placing
+from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
-from jaxsplit.models.cache import AttentionCache, Batch
+from jaxsplit.ops.attention import triton_rope_cache_update
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -32,8 +33,8 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
     if together > 1:
-        monkeypatch.setattr(placing, "_FEW", 0)
-        monkeypatch.setattr(placing, "_ELEMENTS", 32 * together)
+        monkeypatch.setattr(triton_rope_cache_update, "_FEW", 0)
+        monkeypatch.setattr(triton_rope_cache_update, "_ELEMENTS", 32 * together)
     rng, ring = fresh_rng(), "window" in CHOICES[name]
     config = AttentionConfig(HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, **CHOICES[name])
     module = Attention(config, 32, rngs=nnx.Rngs(0))
@@ -56,11 +57,13 @@ def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
         *(normal(5, LENGTH, KV_HEADS, width) for width in (WIDTH, VALUE_WIDTH)), dtype
     )
     if ring and time > 1:
-        assert not placing.supports(config, batch, cache, jnp.bfloat16)
+        assert not triton_rope_cache_update.supports(config, batch, cache, jnp.bfloat16)
         return
-    assert placing.supports(config, batch, cache, jnp.bfloat16)
-    norms = module.query_norm, module.key_norm
-    queries, found = placing.place(query, key, value, batch, cache, config, norms, interpret=True)
+    assert triton_rope_cache_update.supports(config, batch, cache, jnp.bfloat16)
+    scales = module.norm_scales
+    queries, found = triton_rope_cache_update.place(
+        query, key, value, batch, cache, config, scales, interpret=True
+    )
     exact = [x.astype(jnp.float32) for x in (query, key, value)]
     expected = module._queries(exact[0], batch)
     assert queries.dtype == jnp.bfloat16

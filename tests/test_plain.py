@@ -6,11 +6,13 @@ import pytest
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.quant import Launch, Pending, Plain, as_late, plain
+from jaxsplit.context import KernelLaunch
+from jaxsplit.ops.activations.deferred import Pending, Plain, as_late
+from jaxsplit.ops.matmul import triton_gemv_bf16
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LAUNCH = Launch(interpret=True)
+LAUNCH = KernelLaunch(interpret=True)
 
 
 @pytest.fixture
@@ -27,21 +29,21 @@ def matrix(rng, rows, columns):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_row_is_multiplied_with_several_matrices(rng, columns, scaled):
     matrices = [matrix(rng, rows, columns) for rows in (9, 33)]
-    assert all(plain.supports(w, jnp.bfloat16) for w in matrices)
+    assert all(triton_gemv_bf16.supports(w, jnp.bfloat16) for w in matrices)
     x = jnp.asarray(rng.normal(size=(1, 1, columns)), jnp.bfloat16)
     late, divisor = as_late(x), 1.0
     if scaled:
         late = Pending(lambda x: 2 * x, (x,), jnp.bfloat16, epsilon=0.5, size=columns)
         divisor = 0.5 * np.sqrt((np.float64(x) ** 2).mean() + 0.5)
     row = late.prepared(Plain(jnp.bfloat16), LAUNCH)
-    tiling = plain.Tiling(columns=512)
-    results = plain.products(row, matrices, tiling=tiling, interpret=True)
+    tiling = triton_gemv_bf16.Tiling(columns=512)
+    results = triton_gemv_bf16.products(row, matrices, tiling=tiling, interpret=True)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, np.float64(x)[0] @ np.float64(w).T / divisor) <= 1e-11
 
 
 def test_what_has_no_kernel(rng):
     w = matrix(rng, 8, 64)
-    assert not plain.supports(w.astype(jnp.float16), jnp.float16)
-    assert not plain.supports(w, jnp.float32)
-    assert not plain.supports(w[:, :36], jnp.bfloat16)
+    assert not triton_gemv_bf16.supports(w.astype(jnp.float16), jnp.float16)
+    assert not triton_gemv_bf16.supports(w, jnp.float32)
+    assert not triton_gemv_bf16.supports(w[:, :36], jnp.bfloat16)

@@ -16,19 +16,13 @@ from helpers import DATA, make_recipe
 from jax.sharding import PartitionSpec
 
 import jaxsplit
+from jaxsplit.architectures import model_config
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import model_config
-from jaxsplit.lm import open_model
-from jaxsplit.parallel import parse_mesh
-from jaxsplit.plan import (
-    best_plans,
-    best_split,
-    collectives,
-    device_kind,
-    make_plan,
-)
-from jaxsplit.sources import parameter_sources
+from jaxsplit.llm import open_model
+from jaxsplit.plan import best_plans, best_split, collectives, device_kind, make_plan
+from jaxsplit.sharding import parse_mesh
+from jaxsplit.weights import parameter_sources
 
 SPLITS = ["none", "layer@stage:3", "row@tensor:3", "graph@tensor:3", "graph@stage:2,tensor:2"]
 
@@ -303,7 +297,7 @@ REFUSE = """
 import sys
 from absl import flags
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.plan.command import main
+from jaxsplit.cli.plan import main
 for flag in sys.argv[2:]:
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()

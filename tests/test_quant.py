@@ -13,7 +13,8 @@ from tiny import fresh_rng
 
 from jaxsplit.engine.runner import compiler_options
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.quant import TYPES, QTensor, dequantize, matmul, quant_type, take_rows, unpack
+from jaxsplit.ops.matmul.api import matmul
+from jaxsplit.quant import TYPES, QTensor, dequantize, quant_type, take_rows, unpack
 
 NAMES = list(TYPES)
 QUANTIZED = [name for name, kind in TYPES.items() if kind.form is not None]

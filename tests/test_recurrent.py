@@ -12,10 +12,10 @@ from flax import nnx
 from helpers import nmse
 from tiny import fresh_rng
 
+from jaxsplit.cache.contiguous import Batch, init_cache
 from jaxsplit.engine.runner import StageRunner
 from jaxsplit.models import (
     AttentionConfig,
-    Batch,
     BlockConfig,
     Decoder,
     DeltaNetConfig,
@@ -25,13 +25,11 @@ from jaxsplit.models import (
     NormConfig,
     RopeConfig,
     ShortConvConfig,
-    init_cache,
 )
 from jaxsplit.models.decoder import MODULES
-from jaxsplit.parallel import make_partition
-from jaxsplit.parallel.layout import grouped_heads
-from jaxsplit.plan.work import trace_decode
-from jaxsplit.sources import abstract_decoder, parameters
+from jaxsplit.plan.cost import trace_decode
+from jaxsplit.sharding import grouped_heads, make_partition
+from jaxsplit.weights import abstract_decoder, parameters
 
 EMBED = 24
 NORM = NormConfig("rms", 1e-3)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny import fresh_rng
 
+from jaxsplit.comm import p2p
+from jaxsplit.comm.p2p import Ring
 from jaxsplit.engine import steps
-from jaxsplit.quant import Ring, ring
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -26,7 +27,7 @@ def test_what_is_handed_over_comes_as_it_was(dtype, slots):
 
 
 def test_a_message_comes_to_the_next_device_when_its_turn_has_come(monkeypatch):
-    tables = ring.host_tables(3, (1,))
+    tables = p2p.host_tables(3, (1,))
     message = jnp.asarray(fresh_rng().integers(0, 2**32, 5), jnp.uint32)
     sender, receiver, other = (
         Ring(jnp.asarray(tables[stage, 0]), jnp.ones(1, jnp.int32), interpret=True)
@@ -40,7 +41,7 @@ def test_a_message_comes_to_the_next_device_when_its_turn_has_come(monkeypatch):
     words, receiver = receiver.next_round().receive(5, 0)
     assert np.array_equal(words, message + 2)
     # What was not sent, and what another has overwritten, does not come.
-    monkeypatch.setattr(ring, "_PATIENCE", 0.1)
+    monkeypatch.setattr(p2p, "_PATIENCE", 0.1)
     with pytest.raises(Exception, match="no message 2"):
         jax.block_until_ready(receiver.receive(5, 1))
     other.send(message, 0, wanted=False)
@@ -57,11 +58,11 @@ def test_a_channel_begins_where_the_one_before_ends(monkeypatch):
         def noted(*_, first, name=name, **__):
             begins.setdefault(name, []).append(first)
 
-        monkeypatch.setattr(ring, name, noted)
+        monkeypatch.setattr(p2p, name, noted)
     one = Ring(jnp.zeros(5, jnp.uint32), jnp.ones(1, jnp.int32))
     for channel in range(3):
         words = jax.ShapeDtypeStruct((700,), jnp.uint32)
         jax.eval_shape(lambda w, c=channel: one.send(w, c).count, words)
         jax.eval_shape(lambda c=channel: one.receive(700, c)[0])
     assert begins["_send"] == begins["_receive"] == [0, 1024, 2048]
-    assert ring.mailbox_bytes(3, 700) == 3 * 1024 * 8
+    assert p2p.mailbox_bytes(3, 700) == 3 * 1024 * 8

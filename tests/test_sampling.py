@@ -11,17 +11,12 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from tiny import fresh_rng
 
+from jaxsplit.context import forward_context
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.engine.sampling import (
-    NOT_FINITE,
-    SamplingPlan,
-    SamplingValues,
-    penalize,
-    sample,
-)
+from jaxsplit.engine.sampling import NOT_FINITE, SamplingPlan, SamplingValues, penalize, sample
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import AxisRules, axis_rules
-from jaxsplit.parallel import even
+from jaxsplit.sharding import even
+from jaxsplit.sharding.axes import AxisRules
 
 VOCAB, DRAWS, WINDOW = 64, 4096, 8
 ALL = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -336,7 +331,7 @@ def sampler(devices, vocab):
     rules = AxisRules({"vocab": ("tensor",)} if devices > 1 else {})
 
     def local(logits, positions, recent, values):
-        with axis_rules(rules):
+        with forward_context(rules=rules):
             return [
                 sample(logits, positions, recent[:, :w], values, SamplingPlan(k, w), vocab)
                 for k, w in PLANS

@@ -9,10 +9,11 @@ from helpers import DATA, Q8_0, SHAPES, bytes_by_device, continuation, make_reci
 from tiny import fresh_rng
 
 import jaxsplit
+from jaxsplit.architectures import model_config
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.gguf import model_config, open_gguf
-from jaxsplit.parallel import parse_shares, share_layers
-from jaxsplit.sources import layer_costs, parameter_sources, split_model, stage_bytes
+from jaxsplit.formats import open_gguf
+from jaxsplit.sharding import parse_shares, share_layers
+from jaxsplit.weights import layer_costs, parameter_sources, split_model, stage_bytes
 
 MIXED = DATA / "quant" / "quant-mix-Q4_K_M.gguf"
 

@@ -11,10 +11,13 @@ from blocks import usual_blocks
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.quant import TYPES, Launch, Pending, Sum, dequantize, forms, tiles, unpack, with_words
-from jaxsplit.quant.ordering import pieces_of
+from jaxsplit.context import KernelLaunch
+from jaxsplit.ops.activations.deferred import Pending, Sum
+from jaxsplit.ops.activations.packed import pieces_of
+from jaxsplit.ops.matmul import triton_small_m_gemm
+from jaxsplit.quant import TYPES, dequantize, qtensor, unpack, with_words
 
-LAUNCH = Launch(interpret=True)
+LAUNCH = KernelLaunch(interpret=True)
 
 
 @pytest.fixture
@@ -34,10 +37,10 @@ def product(x, w):
         return values.astype(jnp.bfloat16).astype(jnp.float32)
 
     scaled = dataclasses.replace(
-        w, scale=bfloat16(forms.scales(w)), minimum=None, super_scale=None, super_minimum=None
+        w, scale=bfloat16(qtensor.scales(w)), minimum=None, super_scale=None, super_minimum=None
     )
     y = np.float64(x) @ np.float64(dequantize(scaled, jnp.bfloat16)).T
-    minima = forms.minima(w)
+    minima = qtensor.minima(w)
     if minima is not None:
         groups = x.astype(jnp.float32).reshape(len(x), minima.shape[-1], -1)
         y += np.float64(bfloat16(groups.sum(axis=-1))) @ np.float64(bfloat16(minima)).T
@@ -60,9 +63,9 @@ def activations(rng, rows, columns):
 )
 def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     matrices = [matrix(rng, name, 70 + i, columns) for i, name in enumerate(names)]
-    assert all(tiles.supports(w, jnp.bfloat16) for w in matrices)
+    assert all(triton_small_m_gemm.supports(w, jnp.bfloat16) for w in matrices)
     x = activations(rng, rows, columns)
-    results = tiles.products(x, matrices, parts=parts, launch=LAUNCH)
+    results = triton_small_m_gemm.products(x, matrices, parts=parts, launch=LAUNCH)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, product(x, w)) <= 1e-10
         assert (
@@ -77,7 +80,9 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0"],
 )
 def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
-    monkeypatch.setattr(tiles.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    monkeypatch.setattr(
+        triton_small_m_gemm.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm
+    )
     form = TYPES[name].form
     pieces, per_chunk = pieces_of(form)
     scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
@@ -86,7 +91,7 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
         planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in form.bits]
         shifts = [piece * per_chunk * 16 // (form.chunk * bits) * bits for bits in form.bits]
         made, expected = (
-            tiles._scaled(planes, shifts, byte, form, scale, interpret)
+            triton_small_m_gemm._scaled(planes, shifts, byte, form, scale, interpret)
             for interpret in (False, True)
         )
         assert np.count_nonzero(expected) > 100
@@ -104,7 +109,7 @@ def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
     w = with_words(unpack(name, raw, granule=granule, part=np.arange(7) % (256 // granule)))
     assert w.super_scale.shape[-1] == 7
     x = activations(rng, rows, w.shape[-1])
-    [y] = tiles.products(x, [w], parts=1, launch=LAUNCH)
+    [y] = triton_small_m_gemm.products(x, [w], parts=1, launch=LAUNCH)
     assert nmse(y, product(x, w)) <= 1e-10
 
 
@@ -116,7 +121,7 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
     operands = (total, jnp.asarray(scale))
     x = Pending(jnp.multiply, operands, jnp.bfloat16, epsilon=0.5, size=1500)
     matrices = [matrix(rng, name, 40, 1280) for name in ("Q4_K", "Q6_K", "Q4_1")]
-    results = tiles.products(x, matrices, launch=LAUNCH)
+    results = triton_small_m_gemm.products(x, matrices, launch=LAUNCH)
     added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
     assert nmse(total.array, added) <= 1e-5
     added = np.float64(total.array).reshape(6, -1)
@@ -131,7 +136,7 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
 def test_parts_are_left_to_be_added_up(rng):
     matrices = [matrix(rng, name, rows, 1280) for name, rows in (("Q4_K", 40), ("Q8_0", 33))]
     x = activations(rng, 5, 1280)
-    results = tiles.products(x, matrices, joined=False, launch=LAUNCH)
+    results = triton_small_m_gemm.products(x, matrices, joined=False, launch=LAUNCH)
     for y, w in zip(results, matrices, strict=True):
         assert y.shape == (3, 5, len(w.scale))
         assert y.dtype == jnp.float32
@@ -154,10 +159,10 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
     read = rng.integers(0, 9, (4, 8))
     of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, first, stop
     matrix_, first, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
-    groups = tiles.Groups(
+    groups = triton_small_m_gemm.Groups(
         *map(jnp.asarray, (matrix_, first, stop, np.int32(read), np.int32(len(of_group))))
     )
-    results = tiles.products(x, stacks, groups=groups, results=12, launch=LAUNCH)
+    results = triton_small_m_gemm.products(x, stacks, groups=groups, results=12, launch=LAUNCH)
     for y, stack in zip(results, stacks, strict=True):
         expected = [
             product(x[read[i, : stop - first]], jax.tree.map(lambda planes, m=m: planes[m], stack))
@@ -168,5 +173,5 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
 
 def test_what_has_no_tiles(rng):
     w = matrix(rng, "Q4_K", 8, 512)
-    assert not tiles.supports(w, jnp.float32)
-    assert not tiles.supports(matrix(rng, "IQ4_XS", 8, 512), jnp.bfloat16)
+    assert not triton_small_m_gemm.supports(w, jnp.float32)
+    assert not triton_small_m_gemm.supports(matrix(rng, "IQ4_XS", 8, 512), jnp.bfloat16)

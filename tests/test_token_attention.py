@@ -7,10 +7,12 @@ from flax import nnx
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig, token_attention
+from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.context import KernelLaunch
+from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention, attend, recall
-from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.quant import Launch, Rounding
+from jaxsplit.ops.activations.int8 import Rounding
+from jaxsplit.ops.attention import triton_decode
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -33,8 +35,8 @@ CHOICES = {
 @pytest.mark.parametrize("reader", [None, Rounding()], ids=["array", "rounded"])
 @pytest.mark.parametrize(("at_once", "splits"), [(256, 4), (7, 2)], ids=["few", "many"])
 def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reader, at_once, splits):
-    monkeypatch.setattr(token_attention, "_AT_ONCE", at_once)
-    monkeypatch.setattr(token_attention, "_PROGRAMS", 4 * KV_HEADS * splits)
+    monkeypatch.setattr(triton_decode, "_AT_ONCE", at_once)
+    monkeypatch.setattr(triton_decode, "_PROGRAMS", 4 * KV_HEADS * splits)
     rng, choice = fresh_rng(), CHOICES[name]
     length = choice.get("window", 700)
     config = AttentionConfig(HEADS, KV_HEADS, WIDTH, WIDTH, **choice)
@@ -51,8 +53,8 @@ def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reade
     batch = Batch(jnp.asarray(positions), jnp.asarray([2, 0, 4, 1]))
     query, key, value = (normal(2, 4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
     cache = AttentionCache.of(*(normal(5, length, KV_HEADS, WIDTH) for _ in range(2)), kept)
-    assert token_attention.supports(config, batch, cache, query[0])
-    rows, found = token_attention.attend(
+    assert triton_decode.supports(config, batch, cache, query[0])
+    rows, found = triton_decode.attend(
         query,
         key,
         value,
@@ -63,7 +65,7 @@ def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reade
         sinks,
         dtype=jnp.bfloat16,
         reader=reader,
-        launch=Launch(interpret=True),
+        launch=KernelLaunch(interpret=True),
     )
     exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
     queries = module._queries(exact[0], batch).reshape(4, 1, KV_HEADS, -1, WIDTH)
@@ -72,7 +74,7 @@ def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reade
     memory, key_positions, expected = recall(keys, values, batch, cache, config.window)
     y = attend(queries, memory, batch.positions, key_positions, config, sinks)
     if reader is not None:
-        rows = rows.prepared(reader, Launch()).dequantized().reshape(y.shape)
+        rows = rows.prepared(reader, KernelLaunch()).dequantized().reshape(y.shape)
     for row in range(3):
         # Rounding to 8 bits alone is 1e-5 of normal numbers.
         assert nmse(rows[row].astype(jnp.float32), y[row]) <= 1e-4, row

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tiny import fresh_rng
 
-from jaxsplit.parallel import fetch, hand_over
+from jaxsplit.comm.stage_transfer import fetch, hand_over
 
 
 def mesh(*rows):

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsplit.engine.chunks import CHUNKS, chunk_lengths
-from jaxsplit.engine.loops import Group, Loops
+from jaxsplit.comm.stage_transfer import fetch, hand_over
+from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy
+from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
+from jaxsplit.engine.device_loop import Group, Loops
 from jaxsplit.engine.runner import StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import Axis, Decoder
-from jaxsplit.parallel import Partition, fetch, hand_over
-from jaxsplit.quant import PLAIN, Arithmetic
+from jaxsplit.models import Decoder
+from jaxsplit.sharding import Partition
+from jaxsplit.sharding.axes import Axis
 
 
 class Engine:
@@ -38,7 +40,7 @@ class Engine:
       vocab: tokens that may be chosen, the first of the model's; None: all.
       ends: tokens that end a text.
       chunks: lengths for which prefill is compiled; longer prompts are read piece by piece.
-      arithmetic: of products with quantized matrices.
+      policy: of products with quantized matrices.
       peer_access: where devices run kernels, these exchange numbers, if the devices can.
 
     Attributes:
@@ -58,7 +60,7 @@ class Engine:
         vocab: int | None = None,
         ends: Sequence[int] = (),
         chunks: Sequence[int] = CHUNKS,
-        arithmetic: Arithmetic = PLAIN,
+        policy: MatmulPolicy = DEFAULT_POLICY,
         peer_access: bool = True,
     ):
         self.partition = partition
@@ -67,7 +69,7 @@ class Engine:
         self.chunks = chunks
         self.runners = [
             StageRunner(
-                model, stage, context, cache_dtype, arithmetic, vocab=vocab, peer_access=peer_access
+                model, stage, context, cache_dtype, policy, vocab=vocab, peer_access=peer_access
             )
             for model, stage in zip(models, partition.stages, strict=True)
         ]
@@ -126,7 +128,7 @@ class Engine:
             for runner in self.runners
             if runner.meets_through
         )
-        if len(self.runners) > 1 and self.runners[0].arithmetic.kernels:
+        if len(self.runners) > 1 and self.runners[0].policy.kernels:
             way = "peer access" if self._device_loops.in_ring else "the host"
             found[f"stages hand over through {way}"] = None
         return list(found)

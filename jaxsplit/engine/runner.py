@@ -13,13 +13,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsplit.cache.contiguous import Cache, init_cache
+from jaxsplit.comm import two_shot
+from jaxsplit.comm.one_shot import Peers
+from jaxsplit.comm.p2p import Ring
+from jaxsplit.comm.symmetric_memory import make_mailboxes
+from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy, forward_context
 from jaxsplit.engine import steps
-from jaxsplit.engine.chunks import CHUNKS
+from jaxsplit.engine.chunked_prefill import CHUNKS
 from jaxsplit.engine.sampling import SamplingPlan
-from jaxsplit.models import Axis, Cache, Decoder, ModelConfig, axis_rules, init_cache
-from jaxsplit.models.axes import SLOTS, use_peers
-from jaxsplit.parallel import Stage, make_mailboxes
-from jaxsplit.quant import PLAIN, Arithmetic, Peers, Ring, two_shot, use_arithmetic
+from jaxsplit.models import Decoder, ModelConfig
+from jaxsplit.sharding import Stage
+from jaxsplit.sharding.axes import SLOTS, Axis
 
 _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
 """What becomes part of a CUDA graph: XLA's own choice, and loops, which then need no host."""
@@ -119,7 +124,7 @@ class StageRunner:
       stage: the devices and how the layers lie on them.
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
-      arithmetic: of products with quantized matrices.
+      policy: of products with quantized matrices.
       vocab: tokens that may be chosen, the first of the model's; None: all.
       peer_access: where devices run kernels, these exchange numbers, if the devices can.
     """
@@ -130,13 +135,13 @@ class StageRunner:
         stage: Stage,
         context: int,
         cache_dtype: jnp.dtype,
-        arithmetic: Arithmetic = PLAIN,
+        policy: MatmulPolicy = DEFAULT_POLICY,
         *,
         vocab: int | None = None,
         peer_access: bool = True,
     ):
         self.stage = stage
-        self.arithmetic = arithmetic
+        self.policy = policy
         self.context = context
         self.cache_dtype = cache_dtype
         self.config = model.config
@@ -164,16 +169,16 @@ class StageRunner:
     def meets_through(self) -> str | None:
         """Through what the devices of the stage, ones of this process that run kernels, exchange
         numbers in decode steps; None: they do not."""
-        if not (self.arithmetic.kernels and self._meeting and self.stage.is_local):
+        if not (self.policy.kernels and self._meeting and self.stage.is_local):
             return None
         return "NCCL" if self._mailboxes is None else "peer access"
 
     def _make_mailboxes(self) -> jax.Array | None:
         """For what devices exchange in kernels, if they run kernels."""
         mesh = self.stage.mesh
-        if not (self.arithmetic.kernels and self._meeting and isinstance(mesh, Mesh)):
+        if not (self.policy.kernels and self._meeting and isinstance(mesh, Mesh)):
             return None
-        if self.arithmetic.launch.interpret:
+        if self.policy.launch.interpret:
             count = math.prod(mesh.shape[axis] for axis in self._meeting)
             return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
 
@@ -240,12 +245,8 @@ class StageRunner:
             @functools.wraps(body)
             def local(table: jax.Array | None, *arguments: Any) -> Any:
                 peers = self._peers(table)
-                arithmetic = dataclasses.replace(self.arithmetic, sends=peers is not None)
-                with (
-                    axis_rules(self.stage.rules),
-                    use_arithmetic(arithmetic),
-                    use_peers(peers),
-                ):
+                policy = dataclasses.replace(self.policy, fuse_all_reduce=peers is not None)
+                with forward_context(rules=self.stage.rules, policy=policy, peers=peers):
                     return body(*arguments)
 
             sharded = jax.shard_map(
@@ -365,7 +366,7 @@ class StageRunner:
         def loop(params, caches, states, texts, count, table, limit, ends, values):
             ring = None
             if table is not None:
-                ring = Ring(table.reshape(-1), count, self.arithmetic.launch.interpret)
+                ring = Ring(table.reshape(-1), count, self.policy.launch.interpret)
             *results, ring = steps.decode_loop(
                 self._model(params),
                 caches,

@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.arguments import checked_number
+from jaxsplit.comm.api import gather_over, shard_of
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models.axes import Axis, gather_over, shard_of
+from jaxsplit.sharding.axes import Axis
 
 _VOCAB = Axis("vocab")
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsplit.cache.contiguous import Cache
+from jaxsplit.comm.p2p import Ring
 from jaxsplit.engine.sampling import NOT_FINITE, SamplingPlan, SamplingValues, sample
-from jaxsplit.models import Cache, Decoder
-from jaxsplit.quant import Ring
+from jaxsplit.models import Decoder
 
 
 @jax.tree_util.register_dataclass

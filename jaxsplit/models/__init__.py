@@ -1,8 +1,6 @@
 """The decoder as Flax NNX modules; usable alone, without files, meshes or engine."""
 
-from jaxsplit.models.attention import Attention
-from jaxsplit.models.axes import Axis, AxisRules, axis_rules
-from jaxsplit.models.cache import (
+from jaxsplit.cache.contiguous import (
     AttentionCache,
     Batch,
     Cache,
@@ -10,22 +8,25 @@ from jaxsplit.models.cache import (
     RecurrentCache,
     init_cache,
 )
-from jaxsplit.models.config import BlockConfig, MLPConfig, ModelConfig, MoEConfig
+from jaxsplit.context import ForwardContext, forward_context
+from jaxsplit.models.attention import Attention
+from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.decoder import Block, Decoder
-from jaxsplit.models.latent import LatentAttention
 from jaxsplit.models.layers import Embedding, Linear, Norm
+from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
-    AttentionConfig,
     DeltaNetConfig,
     LatentAttentionConfig,
     Mamba2Config,
-    NormConfig,
-    RopeConfig,
     ShortConvConfig,
 )
+from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
-from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
+from jaxsplit.ops.attention.rope import RopeConfig
+from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.sharding.axes import Axis, AxisRules
 
 __all__ = [
     "MLP",
@@ -45,6 +46,7 @@ __all__ = [
     "DenseMoE",
     "DenseMoEConfig",
     "Embedding",
+    "ForwardContext",
     "LatentAttention",
     "LatentAttentionConfig",
     "Linear",
@@ -60,6 +62,6 @@ __all__ = [
     "RopeConfig",
     "ShortConv",
     "ShortConvConfig",
-    "axis_rules",
+    "forward_context",
     "init_cache",
 ]

@@ -8,12 +8,16 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxsplit.models import flash, placing, token_attention
-from jaxsplit.models.axes import EMBED, HEAD_DIM, Axis, local_units
-from jaxsplit.models.cache import AttentionCache, Batch
-from jaxsplit.models.layers import Linear, Norm, Partials, project, project_in_terms, rope
-from jaxsplit.models.mixer_config import AttentionConfig, NormConfig
-from jaxsplit.quant import Rows, active_arithmetic, computed
+from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.comm.api import local_units
+from jaxsplit.context import current_context
+from jaxsplit.models.layers import Linear, Norm, Partials, project, project_in_terms
+from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update
+from jaxsplit.ops.attention.rope import rope
+from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.matmul.api import Rows, computed
+from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.sharding.axes import EMBED, HEAD_DIM, Axis
 
 SCORES = 2**21
 """Of each head at a time: more would take too much memory."""
@@ -68,20 +72,20 @@ class Attention(nnx.Module):
         linears = self.query, self.key, self.value, self.gate
         sinks = None if self.sinks is None else self.sinks.get_value()
         like = jax.ShapeDtypeStruct((*x.shape[:-1], self.query.local_size), x.dtype)
-        if active_arithmetic().kernels and token_attention.supports(c, batch, cache, like):
+        if current_context().policy.kernels and triton_decode.supports(c, batch, cache, like):
             query, key, value, gate = project_in_terms(x, *linears)
-            y, cache = token_attention.attend(
+            y, cache = triton_decode.attend(
                 query,
                 key,
                 key if value is None else value,
                 batch,
                 cache,
                 c,
-                (self.query_norm, self.key_norm),
+                self.norm_scales,
                 sinks,
                 dtype=x.dtype,
                 reader=None if gate is not None else self.out.reader(like),
-                launch=active_arithmetic().launch,
+                launch=current_context().launch,
             )
             gate = None if gate is None else jnp.sum(gate, axis=0).astype(x.dtype)
         else:
@@ -102,11 +106,17 @@ class Attention(nnx.Module):
         sinks: Array | None,
     ) -> tuple[Rows, AttentionCache | None]:
         """What tokens read, from their projections `[batch, time, heads * width]`."""
-        c, positions, active, slots = self.config, batch.positions, active_arithmetic(), None
-        if active.kernels and placing.supports(c, batch, cache, query.dtype):
-            norms = self.query_norm, self.key_norm
-            queries, cache = placing.place(
-                query, key, value, batch, cache, c, norms, interpret=active.launch.interpret
+        c, positions, active, slots = self.config, batch.positions, current_context().policy, None
+        if active.kernels and triton_rope_cache_update.supports(c, batch, cache, query.dtype):
+            queries, cache = triton_rope_cache_update.place(
+                query,
+                key,
+                value,
+                batch,
+                cache,
+                c,
+                self.norm_scales,
+                interpret=active.launch.interpret,
             )
             lent = c.lends is not None
             memory, slots = (cache.read(batch), None) if lent else (cache, batch.slots)
@@ -124,6 +134,15 @@ class Attention(nnx.Module):
         kv_heads = memory.keys.shape[1]
         queries = queries.reshape(*positions.shape, kv_heads, -1, c.head_dim)
         return attend(queries, memory, positions, key_positions, c, sinks, slots), cache
+
+    @property
+    def norm_scales(self) -> tuple[Array | None, Array | None]:
+        """Of the norms of queries and of keys."""
+        query, key = (
+            None if norm is None or norm.scale is None else norm.scale.get_value()
+            for norm in (self.query_norm, self.key_norm)
+        )
+        return query, key
 
     def _queries(self, x: Array, batch: Batch) -> Array:
         """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`."""
@@ -237,9 +256,9 @@ def attend(
       `[batch, time, kv_heads * group * value_dim]` in the dtype of `queries`, perhaps not computed
       yet; scores and softmax are float32.
     """
-    active = active_arithmetic()
-    if active.kernels and flash.supports(queries, memory, config):
-        return flash.attend(
+    active = current_context().policy
+    if active.kernels and triton_flash.supports(queries, memory, config):
+        return triton_flash.attend(
             queries, memory, positions, key_positions, config, sinks, slots, launch=active.launch
         )
     if slots is not None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxsplit.models.mixer_config import AttentionConfig, LatentAttentionConfig, Mixer, NormConfig
+from jaxsplit.models.mixer_config import LatentAttentionConfig, Mixer
+from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.norm.spec import NormConfig
 
 
 @dataclasses.dataclass(frozen=True)

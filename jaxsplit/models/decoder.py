@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxsplit.cache.contiguous import Batch, Cache
+from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.attention import Attention
-from jaxsplit.models.axes import EMBED, Axis, active_peers, active_rules, use_peers
-from jaxsplit.models.cache import Batch, Cache
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
-from jaxsplit.models.latent import LatentAttention
 from jaxsplit.models.layers import (
     Embedding,
     LayerInput,
@@ -30,17 +29,21 @@ from jaxsplit.models.layers import (
     norm,
     param,
 )
+from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
-    AttentionConfig,
     DeltaNetConfig,
     LatentAttentionConfig,
     Mamba2Config,
     ShortConvConfig,
 )
+from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
-from jaxsplit.models.recurrent import DeltaNet, Mamba2, ShortConv
-from jaxsplit.quant import Peers, Rows, Sum, active_arithmetic, computed, matmul, take_rows
+from jaxsplit.ops.activations.deferred import Sum
+from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.matmul.api import Rows, computed, matmul
+from jaxsplit.quant import take_rows
+from jaxsplit.sharding.axes import EMBED, Axis
 
 MODULES: Mapping[type, type[nnx.Module]] = {
     AttentionConfig: Attention,
@@ -112,29 +115,27 @@ class Block(nnx.Module):
         return x, cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def _run(
-    _: Any,
+    context: ForwardContext,
     graph: nnx.GraphDef,
     state: nnx.State,
     x: Array | Sum,
     batch: Batch,
     cache: Any,
     layer_input: Array | None,
-    peers: Peers | None,
 ) -> tuple[Array | Sum, Any, Mapping]:
     """`Block.__call__` as a program of its own, traced once for all layers that are alike.
 
     Args:
-      _: what else decides how a layer is traced.
+      context: of the forward pass.
       graph, state: the block.
       x, batch, cache, layer_input: its arguments.
-      peers: devices that exchange numbers in kernels.
 
     Returns:
       its results, and what `batch` has been lent.
     """
-    with use_peers(peers):
+    with forward_context(context):
         x, cache = nnx.merge(graph, state)(x, batch, cache, layer_input)
     return x, cache, batch.lent
 
@@ -256,14 +257,14 @@ class Decoder(nnx.Module):
         factors = {name: factor.get_value() for name, factor in self.rope_factors.items()}
         batch = Batch(positions, slots, factors)
         x, layer_inputs = self._embed(inputs, positions) if self.first else self._parts(inputs)
-        caches, traced_with = [], (active_rules(), active_arithmetic())
+        caches, context = [], current_context()
         for i, block in enumerate(self.blocks):
             layer_input = None
             if layer_inputs is not None:
                 layer_input, layer_inputs = self._parts(layer_inputs, block.config.layer_input)
             layer_cache = None if cache is None else cache[i]
             x, layer_cache, lent = _run(
-                traced_with, *nnx.split(block), x, batch, layer_cache, layer_input, active_peers()
+                context, *nnx.split(block), x, batch, layer_cache, layer_input
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)

@@ -12,14 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxsplit.models.axes import (
-    EMBED,
-    LAYER_INPUT,
-    Axis,
+from jaxsplit.comm import one_shot
+from jaxsplit.comm.api import (
     gather_over,
     is_split,
     mesh_axes,
@@ -28,24 +25,22 @@ from jaxsplit.models.axes import (
     sum_over,
     total_over,
 )
-from jaxsplit.models.mixer_config import NormConfig, RopeConfig
-from jaxsplit.quant import (
-    Pending,
+from jaxsplit.context import current_context
+from jaxsplit.ops.activations.deferred import Pending, Reader, Sum
+from jaxsplit.ops.matmul.api import (
     Product,
-    Reader,
     Rows,
-    Sum,
     Terms,
-    active_arithmetic,
     computed,
-    exchange,
     matmul,
     matmuls,
     pends,
     reader_for,
-    take_rows,
     terms,
 )
+from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.quant import take_rows
+from jaxsplit.sharding.axes import EMBED, LAYER_INPUT, Axis
 
 
 def param(rngs: nnx.Rngs | None, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> nnx.Param:
@@ -172,12 +167,12 @@ def add(x: Array | Sum, parts: Partials) -> Array | Sum:
     x = computed(x)
     if not pends(x) or any(is_split(part.rows) for part in parts):
         return x + meet(parts, x.dtype)
-    size = math.prod(x.shape[:-1]) * exchange.padded(x.shape[-1])  # as a kernel exchanges rows
+    size = math.prod(x.shape[:-1]) * one_shot.padded(x.shape[-1])  # as a kernel exchanges rows
     peers = [peers_over(size, *part.columns) for part in parts]
     split = any(mesh_axes(*part.columns) for part in parts)
     if (split and None in peers) or any(part.bias is not None for part in parts):
         return Sum(x, meet(parts, jnp.float32)[None])
-    interpret, product = active_arithmetic().launch.interpret, parts[0].product
+    interpret, product = current_context().launch.interpret, parts[0].product
     if len(parts) > 1 or not isinstance(product, Product | Terms):
         return Sum(x, sum(part.value for part in parts)[None], peers[0], interpret=interpret)
     if split and isinstance(product, Product) and product.sends:
@@ -293,44 +288,6 @@ class Embedding(nnx.Module):
     def attend(self, x: Rows) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]` of this device's rows."""
         return matmul(x, self.table.get_value())
-
-
-def rope_factors(
-    positions: Array, config: RopeConfig, factors: Array | None = None
-) -> tuple[Array, Array]:
-    """Cosines and sines of the angles by which `rope` turns: float32 `[batch, time, dim / 2]`."""
-    frequencies, magnitude = config.frequencies()
-    frequencies = jnp.asarray(frequencies)
-    if factors is not None:
-        frequencies = frequencies / factors
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles) * np.float32(magnitude), jnp.sin(angles) * np.float32(magnitude)
-
-
-def rope(x: Array, positions: Array, config: RopeConfig, factors: Array | None = None) -> Array:
-    """Turns heads by their positions (Su et al. 2021, arXiv:2104.09864), computed in float32.
-
-    Args:
-      x: `[batch, time, ..., head_dim]`.
-      positions: int32 `[batch, time]`.
-      config: frequencies and scaling.
-      factors: float32 `[dim / 2]` that divide the frequencies, or None.
-
-    Returns:
-      the shape and dtype of `x`; dimensions from `config.dim` on are unchanged.
-    """
-    cos, sin = (
-        factor.reshape(*positions.shape, *[1] * (x.ndim - 3), -1)
-        for factor in rope_factors(positions, config, factors)
-    )
-    turning, rest = jnp.split(x.astype(jnp.float32), [config.dim], axis=-1)
-    pairs = (-1, 2) if config.interleaved else (2, -1)
-    axis = -1 if config.interleaved else -2
-    turning = turning.reshape(*x.shape[:-1], *pairs)
-    a, b = jnp.moveaxis(turning, axis, 0)
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=axis)
-    turned = turned.reshape(*x.shape[:-1], config.dim)
-    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
 
 
 class LayerInputs(nnx.Module):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsplit.models.axes import EMBED, Axis
 from jaxsplit.models.config import MLPConfig
 from jaxsplit.models.layers import Linear, Partials, project
-from jaxsplit.quant import Pending, Rows, pends
+from jaxsplit.ops.activations.deferred import Pending
+from jaxsplit.ops.matmul.api import Rows, pends
+from jaxsplit.sharding.axes import EMBED, Axis
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,

@@ -8,22 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jaxsplit.models.axes import EMBED, Axis, gather_over, is_split, local_units
+from jaxsplit.comm.api import gather_over, is_split, local_units
+from jaxsplit.context import MatmulPolicy, current_context, forward_context
 from jaxsplit.models.config import DenseMoEConfig, MLPConfig, MoEConfig
 from jaxsplit.models.layers import Linear, Norm, Partial, Partials, meet, param
 from jaxsplit.models.mlp import MLP, activate
-from jaxsplit.models.routing import choose, choose_in_kernel
-from jaxsplit.quant import (
-    PLAIN,
-    Groups,
-    Pending,
-    QTensor,
-    RootMeanSquare,
+from jaxsplit.models.router import choose, choose_in_kernel
+from jaxsplit.ops.activations.deferred import Pending, RootMeanSquare, as_late
+from jaxsplit.ops.matmul.api import (
     Rows,
     Terms,
-    Weight,
-    active_arithmetic,
-    as_late,
     computed,
     expert_products,
     grouped_products,
@@ -32,9 +26,10 @@ from jaxsplit.quant import (
     matmul,
     prepare,
     rounds,
-    use_arithmetic,
-    with_bytes,
 )
+from jaxsplit.ops.matmul.triton_small_m_gemm import Groups
+from jaxsplit.quant import QTensor, Weight, with_bytes
+from jaxsplit.sharding.axes import EMBED, Axis
 
 ROUTER = Axis("router")
 _AT_ONCE = 64  # pairs whose products with quantized experts need little memory
@@ -147,7 +142,9 @@ class ExpertLinear(nnx.Module):
             return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
 
         w = jax.tree.map(of_expert, self.kernel.get_value())
-        with use_arithmetic(PLAIN):  # a kernel would not read the expert where it lies
+        with forward_context(
+            policy=MatmulPolicy()
+        ):  # a kernel would not read the expert where it lies
             y = matmul(x, with_bytes(w) if isinstance(w, QTensor) else w)
         return y if self.bias is None else y + of_expert(self.bias.get_value())
 
@@ -375,7 +372,7 @@ class MoE(nnx.Module):
             None if vector is None else vector.get_value()
             for vector in (self.selection_bias, self.expert_scale)
         )
-        logits, active = self.router(x.astype(jnp.float32)), active_arithmetic()
+        logits, active = self.router(x.astype(jnp.float32)), current_context().policy
         few = math.prod(x.shape[:-1]) <= _FEW_TOKENS
         if active.kernels and self.config.groups == 1 and few:
             options = {"mean": mean, "launch": active.launch}

@@ -6,10 +6,10 @@ from jaxsplit.lazy import importer
 
 if TYPE_CHECKING:
     from jaxsplit.plan.compiled import collectives
+    from jaxsplit.plan.cost import Work, trace_decode, trace_prefill
     from jaxsplit.plan.devices import DEVICE_KINDS, DeviceKind, device_kind, kind_of
     from jaxsplit.plan.plan import Plan, StagePlan, best_plans, best_split, candidates, make_plan
-    from jaxsplit.plan.speed import weight_bits
-    from jaxsplit.plan.work import Work, trace_decode, trace_prefill
+    from jaxsplit.plan.roofline import weight_bits
 
 __all__ = [
     "DEVICE_KINDS",
@@ -34,6 +34,6 @@ __getattr__ = importer(
     compiled=["collectives"],
     devices=["DEVICE_KINDS", "DeviceKind", "device_kind", "kind_of"],
     plan=["Plan", "StagePlan", "best_plans", "best_split", "candidates", "make_plan"],
-    speed=["weight_bits"],
-    work=["Work", "trace_decode", "trace_prefill"],
+    roofline=["weight_bits"],
+    cost=["Work", "trace_decode", "trace_prefill"],
 )

@@ -6,7 +6,7 @@ Only the file's header is read. Without --mesh, all split modes are compared, th
 status: 0, or 2 with one line that says what to mend.
 """
 
-from jaxsplit.cli import run
+from jaxsplit.cli.program import run
 
 if __name__ == "__main__":
-    run("jaxsplit.plan.command")
+    run("jaxsplit.cli.plan")

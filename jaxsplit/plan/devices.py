@@ -7,7 +7,7 @@ import os
 import jax
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.parallel import free_memory
+from jaxsplit.sharding import free_memory
 
 
 @dataclasses.dataclass(frozen=True)

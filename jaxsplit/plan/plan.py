@@ -10,23 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxsplit.engine.chunks import CHUNKS, chunk_lengths
+from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
 from jaxsplit.engine.runner import cache_specs, mailbox_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.models.attention import SCORES
-from jaxsplit.parallel import SPLIT_MODES, Partition, Stage, stage_memory
+from jaxsplit.ops.matmul.api import TOGETHER
+from jaxsplit.plan.cost import Work, trace_decode, trace_prefill
 from jaxsplit.plan.devices import DeviceKind, kind_of
-from jaxsplit.plan.speed import decode_seconds, prefill_seconds, weight_bits
-from jaxsplit.plan.work import Work, trace_decode, trace_prefill
-from jaxsplit.quant.products import TOGETHER
-from jaxsplit.sources import (
-    Sources,
-    abstract_parameters,
-    parameter_bytes,
-    split_model,
-    stage_bytes,
-)
+from jaxsplit.plan.roofline import decode_seconds, prefill_seconds, weight_bits
+from jaxsplit.sharding import SPLIT_MODES, Partition, Stage, stage_memory
+from jaxsplit.weights import Sources, abstract_parameters, parameter_bytes, split_model, stage_bytes
 
 _RESERVED = 0.08
 """Of a device's memory, for its runtime."""

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.quant import blocks
 from jaxsplit.quant.blocks import Parts
-from jaxsplit.quant.forms import Form, QTensor, Weight, dequantize, pack_codes, pack_scales
+from jaxsplit.quant.qtensor import Form, QTensor, Weight, dequantize, pack_codes, pack_scales
 
 
 @dataclasses.dataclass(frozen=True)

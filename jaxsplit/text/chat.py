@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text.kinds import KINDS
+from jaxsplit.text.bpe import KINDS
 from jaxsplit.text.metadata import get, get_token_id
 
 _PLAIN_CONVERSATION = [

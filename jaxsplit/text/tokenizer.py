@@ -8,8 +8,8 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.text.bpe import Kind, find_kind
 from jaxsplit.text.chat import ChatTemplate
-from jaxsplit.text.kinds import Kind, find_kind
 from jaxsplit.text.metadata import check_length, get, get_token_id, require, token_bytes
 from jaxsplit.text.special import HIDDEN, TokenType, find_special_tokens, is_special
 

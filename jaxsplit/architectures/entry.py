@@ -1,0 +1,161 @@
+"""What an entry of an architecture is made of."""
+
+import dataclasses
+import reprlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from jaxsplit.architectures.header import Header
+from jaxsplit.architectures.names import Names
+from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.ops.attention.rope import RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One GGUF architecture.
+
+    Attributes:
+      config: builds the model's config from the file's header.
+      names: where its parameters come from otherwise than in `NAMES`.
+      unused: pattern of tensors that the model does not need.
+      norms: kind of its norms, as in `NormConfig`.
+      harmless: keys, beside those of `HARMLESS`, that are not read because they have no effect on
+        this architecture, and why; patterns as in `fnmatch`, without the prefix.
+    """
+
+    config: Callable[[Header], ModelConfig]
+    names: Names = dataclasses.field(default_factory=dict)
+    unused: str = r"blk\.\d+\.attn_rot_embd|rope_factors_(long|short)\.weight"
+    norms: str = "rms"
+    harmless: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+Choices = Mapping[str, Any]
+_NONE: Choices = MappingProxyType({})
+
+
+def decoder(
+    header: Header,
+    *,
+    interleaved: bool = False,
+    activation: str = "silu",
+    attention: Choices | Callable[[int], Choices] = _NONE,
+    block: Choices | Callable[[int], Choices] = _NONE,
+    experts: Choices = _NONE,
+    **choices: Any,
+) -> ModelConfig:
+    """A decoder as most architectures have it.
+
+    Args:
+      header: of the model file.
+      interleaved: neighbouring dimensions of a head turn together.
+      activation: of MLPs and experts.
+      attention, block: fields of `AttentionConfig` and `BlockConfig`, of all layers or of each.
+      experts: fields of `MoEConfig`, of layers that have experts.
+      **choices: fields of `ModelConfig`.
+    """
+
+    def of(layer: int) -> BlockConfig:
+        in_block = dict(block(layer) if callable(block) else block)
+        if "mixer" not in in_block:
+            in_attention = attention(layer) if callable(attention) else attention
+            in_block["mixer"] = header.attention(layer, interleaved=interleaved, **in_attention)
+        if "mlp" not in in_block and header.has(f"blk.{layer}.ffn_gate_inp.weight"):
+            in_block["mlp"] = header.experts(layer, activation, **experts)
+        elif "mlp" not in in_block:
+            in_block["mlp"] = header.mlp(layer, activation)
+        return BlockConfig(**{"mixer_norm": norm, "mlp_norm": norm} | in_block)
+
+    if not header.flag("attention.causal", True):
+        raise header.wrong("attention.causal", False, "true: other models do not generate text")
+    _check_experts(header)
+    norm = header.norm()
+    blocks = tuple(map(of, range(header.layers)))
+    mixers = [block.mixer for block in blocks]
+    if not any(getattr(mixer, "rope", None) for mixer in mixers):
+        header.disregard("rope.*")
+    if not any(hasattr(mixer, "heads") for mixer in mixers):
+        header.disregard("attention.*")
+    found = {
+        "architecture": header.file.architecture,
+        "vocab": header.vocab,
+        "embed": header.embed,
+        "context": header.count("context_length", least=1),
+        "blocks": blocks,
+        "norm": norm,
+        "tied": not header.has("output.weight"),
+        "head_bias": header.has("output.bias"),
+    }
+    return ModelConfig(**(found | choices))
+
+
+def _check_experts(header: Header) -> None:
+    """Refuses files whose keys say of other layers than their tensors that they have experts."""
+    values = {
+        "leading_dense_block_count": header.count("leading_dense_block_count", 0),
+        "interleave_moe_layer_step": header.count("interleave_moe_layer_step", 1),
+    }
+    dense, step = values.values()
+    layers = [i for i in range(header.layers) if header.has(f"blk.{i}.ffn_gate_inp.weight")]
+    if not layers:
+        if (experts := header.count("expert_count", 0)) > 1:
+            raise header.wrong("expert_count", experts, "0: no layer has experts")
+        header.disregard("expert_*")
+        return
+    for name, value in values.items():
+        if header.given(name) and layers != [
+            i for i in range(dense, header.layers) if step and (i + 1) % step == 0
+        ]:
+            layers = reprlib.repr(layers)
+            raise header.wrong(name, value, f"experts where their tensors are: in layers {layers}")
+
+
+def head_norms(header: Header, **choices: Any) -> dict[str, Any]:
+    """Fields of `AttentionConfig` where queries and keys are normalized, and others."""
+    norm = header.norm(bias=False)
+    return {"query_norm": norm, "key_norm": norm, **choices}
+
+
+def post_norms(header: Header) -> dict[str, Any]:
+    """Fields of `BlockConfig` where what is written to the stream is normalized."""
+    return {"mixer_post_norm": header.norm(), "mlp_post_norm": header.norm()}
+
+
+def only_post_norms(header: Header) -> dict[str, Any]:
+    """And where what is read from it is not."""
+    return {"mixer_norm": None, "mlp_norm": None, **post_norms(header)}
+
+
+def rotations(header: Header, *, interleaved: bool = False) -> tuple[RopeConfig, RopeConfig]:
+    """RoPE of layers without and with a window, which may have a base of their own."""
+    rope = header.rope(header.head_dim(), interleaved=interleaved)
+    base = header.number("rope.freq_base_swa", rope.base, above=1)
+    return rope, dataclasses.replace(rope, base=base)
+
+
+def unscaled(rope: RopeConfig, **choices: Any) -> RopeConfig:
+    """RoPE of layers that look at their neighbourhood only."""
+    return dataclasses.replace(rope, scaling="none", factors=None, **choices)
+
+
+def scaled(header: Header, **defaults: float) -> dict[str, Any]:
+    """Choices of `decoder` for architectures that scale what passes through: Granite, MiniCPM.
+
+    Args:
+      header: of the model file.
+      **defaults: of `embedding_scale`, `residual_scale` and `logit_scale`, else 1.
+    """
+    keys = ("embedding_scale", "residual_scale", "logit_scale")
+    embedding, residual, logit = (header.number(k, defaults.get(k, 1.0)) or 1.0 for k in keys)
+    attention: dict[str, Any] = {"scale": header.number("attention.scale", 0.0) or None}
+    if not header.flag("rope.scaling.finetuned", True):
+        attention["rope"] = None
+    return {
+        "interleaved": True,
+        "attention": attention,
+        "block": {"residual_scale": residual},
+        "embedding_scale": embedding,
+        "logit_scale": 1 / logit,
+    }

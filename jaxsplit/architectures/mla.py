@@ -1,0 +1,75 @@
+"""Decoders with latent attention."""
+
+import dataclasses
+import math
+
+from jaxsplit.architectures.entry import Architecture, decoder
+from jaxsplit.architectures.header import Header
+from jaxsplit.architectures.names import Rows, block_names
+from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.mixer_config import LatentAttentionConfig
+
+
+def _deepseek2(header: Header) -> ModelConfig:
+    """Old files have keys' and values' projections of a head in one tensor, and give the widths of
+    whole heads where newer ones give those of the latent vector."""
+    fused = not header.has("blk.*.attn_k_b.weight")
+    end = "" if fused else "_mla"
+    turning = header.size("rope.dimension_count", least=2)
+    width = header.size(f"attention.key_length{end}", least=turning + 1)
+    rope = header.rope(turning, interleaved=True)
+    stretch = 0.0 if rope.scaling == "none" else math.log(max(1.0, rope.factor))
+    multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0)
+    magnitude = header.number("rope.scaling.attn_factor", 1.0)
+    if rope.scaling == "yarn" and multiplier:
+        # YaRN's magnitude is in the scale of the scores instead.
+        magnitude /= 1 + 0.1 * stretch
+    scale = magnitude * (1 + 0.1 * stretch) * (1 + multiplier * stretch)
+    mixer = LatentAttentionConfig(
+        heads=header.size("attention.head_count"),
+        head_dim=width - turning,
+        value_dim=header.size(f"attention.value_length{end}"),
+        latent=header.size("attention.kv_lora_rank"),
+        query_latent=header.size("attention.q_lora_rank", 0, least=0),
+        rope=dataclasses.replace(rope, attention_factor=magnitude),
+        scale=scale**2 / math.sqrt(width),
+        norm=header.norm(),
+        keys_by_row=fused,
+        temperature=header.temperature("attention.temperature_length"),
+    )
+    # The first files of GLM-4.7-Flash do not say how its experts are weighed.
+    flash = header.layers in (47, 48) and header.vocab == 154880
+    experts = {"routing": "sigmoid" if flash else "softmax"}
+    return decoder(header, block={"mixer": mixer}, experts=experts)
+
+
+def _layout(block: BlockConfig) -> tuple[int, list[int]]:
+    """Keys and values alternate by head."""
+    return block.mixer.heads, [block.mixer.head_dim, block.mixer.value_dim]
+
+
+ARCHITECTURES = {
+    "deepseek2": Architecture(
+        _deepseek2,
+        block_names(
+            mixer__query_down__kernel="attn_q_a.weight",
+            mixer__query_norm__scale="attn_q_a_norm.weight",
+            mixer__query__kernel=["attn_q_b.weight", "attn_q.weight"],
+            mixer__latent__kernel="attn_kv_a_mqa.weight",
+            mixer__latent_norm__scale="attn_kv_a_norm.weight",
+            mixer__key_up=["attn_k_b.weight", Rows("attn_kv_b.weight", part=0, layout=_layout)],
+            mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
+        ),
+        harmless=dict.fromkeys(
+            (
+                "attention.head_count_kv",
+                *(
+                    f"attention.{part}_length{end}"
+                    for part in ("key", "value")
+                    for end in ("", "_mla")
+                ),
+            ),
+            "of the cache, or of files with another form of the same weights",
+        ),
+    ),
+}

@@ -1,0 +1,242 @@
+"""Which tensor of a GGUF file each parameter of the decoder is.
+
+Tensor names: `gguf/constants.py` of the `gguf` package.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.formats import ModelFile
+from jaxsplit.models.config import BlockConfig, ModelConfig
+
+Layout = Callable[[BlockConfig], tuple[int, Sequence[int]]]
+"""How the rows of a tensor are divided: into how many groups, and the rows of each part of one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a tensor that several parameters share.
+
+    Attributes:
+      tensor: its name.
+      after: the parameters beside this one, in the same block, whose rows come before.
+      part: instead: which part of each group of rows.
+      layout: the groups.
+    """
+
+    tensor: str
+    after: tuple[str, ...] = ()
+    part: int = 0
+    layout: Layout | None = None
+
+    def of(
+        self, available: int, count: int, block: BlockConfig, start: int = 0
+    ) -> np.ndarray | None:
+        """Which rows they are: int `[count]`; None: the tensor has not as many.
+
+        Args:
+          available: rows of the tensor.
+          count: rows of the parameter.
+          block: the layer.
+          start: rows of the parameters that come before.
+        """
+        if self.layout is None:
+            return np.arange(start, start + count) if start + count <= available else None
+        try:
+            groups, parts = self.layout(block)
+        except AttributeError:  # the layer is of another kind
+            return None
+        if groups * sum(parts) != available or groups * parts[self.part] != count:
+            return None
+        start = sum(parts[: self.part])
+        rows = np.arange(available).reshape(groups, -1)
+        return rows[:, start : start + parts[self.part]].reshape(-1)
+
+
+Names = Mapping[str, Sequence[str | Rows]]
+"""Parameter path to the tensors that it may be, `{i}` being the layer: the first that is in the
+file is taken."""
+
+
+def block_names(**names: str | Rows | Sequence[str | Rows]) -> dict[str, list[str | Rows]]:
+    """Names inside a block, given without its prefix and with `__` for dots."""
+    found = {}
+    for path, choices in names.items():
+        choices = [choices] if isinstance(choices, str | Rows) else choices
+        found[f"blocks.{{i}}.{path.replace('__', '.')}"] = [
+            dataclasses.replace(choice, tensor=f"blk.{{i}}.{choice.tensor}")
+            if isinstance(choice, Rows)
+            else f"blk.{{i}}.{choice}"
+            for choice in choices
+        ]
+    return found
+
+
+def _qkv(end: str) -> dict[str, list[str | Rows]]:
+    """Names of the three projections' weights or biases."""
+    part = "kernel" if end == "weight" else end
+    query, key = f"mixer.query.{part}", f"mixer.key.{part}"
+    fused = f"attn_qkv.{end}"
+    return block_names(
+        **{
+            query.replace(".", "__"): [f"attn_q.{end}", Rows(fused)],
+            key.replace(".", "__"): [f"attn_k.{end}", Rows(fused, (query,))],
+            f"mixer__value__{part}": [f"attn_v.{end}", Rows(fused, (query, key))],
+        }
+    )
+
+
+def _halves(block: BlockConfig) -> tuple[int, list[int]]:
+    """Rows of gates and of the others where each expert has both."""
+    moe = getattr(block.mlp, "moe", block.mlp)
+    return moe.experts, [moe.expert.hidden] * 2
+
+
+NAMES: Names = {
+    "embedding.table": ["token_embd.weight"],
+    "embedding_norm.scale": ["token_embd_norm.weight"],
+    "embedding_norm.bias": ["token_embd_norm.bias"],
+    "positions": ["position_embd.weight"],
+    "rope_factors.freqs": ["rope_freqs.weight"],
+    "rope_factors.long": ["rope_factors_long.weight"],
+    "rope_factors.short": ["rope_factors_short.weight"],
+    "layer_inputs.embedding.table": ["per_layer_token_embd.weight"],
+    "layer_inputs.project.kernel": ["per_layer_model_proj.weight"],
+    "layer_inputs.norm.scale": ["per_layer_proj_norm.weight"],
+    "norm.scale": ["output_norm.weight", "token_embd_norm.weight"],
+    "norm.bias": ["output_norm.bias"],
+    "head.kernel": ["output.weight"],
+    "head.bias": ["output.bias"],
+    **_qkv("weight"),
+    **_qkv("bias"),
+    **block_names(
+        mixer_norm__scale="attn_norm.weight",
+        mixer_norm__bias="attn_norm.bias",
+        mixer_post_norm__scale="post_attention_norm.weight",
+        mlp_norm__scale=["ffn_norm.weight", "post_attention_norm.weight"],
+        mlp_norm__bias="ffn_norm.bias",
+        mlp_post_norm__scale="post_ffw_norm.weight",
+        layer_input__gate__kernel="inp_gate.weight",
+        layer_input__out__kernel="proj.weight",
+        layer_input__norm__scale="post_norm.weight",
+        output_scale="layer_output_scale.weight",
+        mixer__query_norm__scale="attn_q_norm.weight",
+        mixer__query_norm__bias="attn_q_norm.bias",
+        mixer__key_norm__scale="attn_k_norm.weight",
+        mixer__key_norm__bias="attn_k_norm.bias",
+        mixer__sinks="attn_sinks.weight",
+        mixer__out__kernel="attn_output.weight",
+        mixer__out__bias="attn_output.bias",
+        mlp__gate__kernel=["ffn_gate.weight", Rows("ffn_up.weight")],
+        mlp__gate__bias="ffn_gate.bias",
+        mlp__up__kernel=["ffn_up.weight", Rows("ffn_up.weight", ("mlp.gate.kernel",))],
+        mlp__up__bias="ffn_up.bias",
+        mlp__down__kernel="ffn_down.weight",
+        mlp__down__bias="ffn_down.bias",
+        mlp__router__kernel="ffn_gate_inp.weight",
+        mlp__router__bias="ffn_gate_inp.bias",
+        mlp__selection_bias="exp_probs_b.bias",
+        mlp__expert_scale="ffn_down_exps.scale",
+        mlp__experts__gate__kernel=[
+            "ffn_gate_exps.weight",
+            Rows("ffn_gate_up_exps.weight", part=0, layout=_halves),
+        ],
+        mlp__experts__gate__bias="ffn_gate_exps.bias",
+        mlp__experts__up__kernel=[
+            "ffn_up_exps.weight",
+            Rows("ffn_gate_up_exps.weight", part=1, layout=_halves),
+        ],
+        mlp__experts__up__bias="ffn_up_exps.bias",
+        mlp__experts__down__kernel="ffn_down_exps.weight",
+        mlp__experts__down_bias="ffn_down_exps.bias",
+        mlp__shared__gate__kernel="ffn_gate_shexp.weight",
+        mlp__shared__up__kernel="ffn_up_shexp.weight",
+        mlp__shared__down__kernel="ffn_down_shexp.weight",
+        mlp__shared_gate="ffn_gate_inp_shexp.weight",
+    ),
+}
+
+
+def tensor_names(
+    file: ModelFile,
+    config: ModelConfig,
+    names: Names,
+    unused: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[str, np.ndarray | None]]:
+    """Which tensor each parameter comes from.
+
+    Args:
+      file: the model's header.
+      config: its config.
+      names: where parameters may come from.
+      unused: pattern of tensors that the model does not need.
+      shapes: of the parameters, by paths such as `blocks.0.mlp.up.kernel`.
+
+    Returns:
+      parameter path to tensor name, and which rows of it (`Source.rows`).
+
+    Raises:
+      JaxsplitError: tensors are missing, have another shape than the parameter, or would not be
+        used; the message names them all.
+    """
+    more = file.metadata.get(f"{file.architecture}.nextn_predict_layers", 0)
+    found, problems, taken = {}, [], {}
+    for path, shape in shapes.items():
+        layer = "".join(re.findall(r"^blocks\.(\d+)\.", path))
+        choices = names.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", path), ())
+        prefix = f"blocks.{layer}." if layer else ""
+        misfit = None
+        for choice in choices:
+            name = (choice.tensor if isinstance(choice, Rows) else choice).format(i=layer)
+            tensor = file.tensors.get(name)
+            if tensor is None:
+                continue
+            available = _rows(tensor.shape, len(shape) > 1)
+            rows, fits = None, available == _rows(shape)
+            if isinstance(choice, Rows):
+                siblings = [shapes.get(prefix + sibling) for sibling in choice.after]
+                if None not in siblings:
+                    block, before = config.blocks[int(layer)], map(_rows, siblings)
+                    rows = choice.of(available, _rows(shape), block, sum(before))
+                fits = rows is not None
+                rows = rows.reshape(shape[:-1] if len(shape) > 1 else shape) if fits else None
+            if fits and (len(shape) == 1 or tensor.shape[-1:] == shape[-1:]):
+                found[path] = name, rows
+                taken[name] = taken.get(name, 0) + math.prod(shape)
+                break
+            misfit = misfit or f"{name} has shape {tensor.shape}, expected {shape}"
+        else:
+            first = choices[0] if choices else path
+            first = first.tensor if isinstance(first, Rows) else first
+            problems.append(misfit or f"{first.format(i=layer)} is missing")
+    for name, weights in taken.items():
+        if weights < math.prod(shape := file.tensors[name].shape):
+            problems.append(f"{name} has shape {shape}, of which only a part would be used")
+    problems += sorted(
+        f"{name} is not used by this architecture"
+        for name in set(file.tensors) - set(taken)
+        if not re.match(unused, name) and not _is_beyond(name, config.layers, more)
+    )
+    if problems:
+        rest = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise JaxsplitError(f"{file.path}: tensors do not fit: {'; '.join(problems[:5])}{rest}")
+    return found
+
+
+def _rows(shape: tuple[int, ...], is_matrix: bool | None = None) -> int:
+    """Rows of an array: all its dimensions but the last; of a vector, whose tensor may have any
+    shape, its elements."""
+    is_matrix = len(shape) > 1 if is_matrix is None else is_matrix
+    return math.prod(shape[:-1] if is_matrix else shape)
+
+
+def _is_beyond(name: str, layers: int, more: int) -> bool:
+    """Whether a tensor belongs to one of the layers that predict more tokens than the next."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return match is not None and layers <= int(match[1]) < layers + more

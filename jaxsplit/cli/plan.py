@@ -1,0 +1,205 @@
+"""The command line of plans: `python -m jaxsplit.plan`."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+from absl import flags
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from jaxsplit.architectures import model_config
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.llm import PROMPT_DTYPES, choice_of, dtype_of, open_model
+from jaxsplit.paths import user_path
+from jaxsplit.plan import DeviceKind, Plan, best_plans, device_kind, make_plan
+from jaxsplit.sharding import parse_mesh, parse_shares, split_mode
+from jaxsplit.weights import parameter_sources
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint directory", required=True)
+_KIND = flags.DEFINE_multi_string(
+    "device_kind", ["H200"], "kind of the devices; repeat it to give each its own"
+)
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "how many devices (default: as the mesh has, or 1)"
+)
+_MODE = flags.DEFINE_string("split_mode", None, "plan this mode only (default: all)")
+_MESH = flags.DEFINE_string("mesh", None, "plan this mesh only, such as stage:2,tensor:2")
+_SPLIT = flags.DEFINE_string("tensor_split", None, "shares of the devices, such as 3,1")
+_CTX = flags.DEFINE_integer("ctx_size", 4096, "tokens of context; 0: all the model was made for")
+_SLOTS = flags.DEFINE_integer(
+    "slots", 1, "sequences that are decoded together", lower_bound=1, upper_bound=65536
+)
+_PROMPT = flags.DEFINE_integer(
+    "prompt_tokens", None, "length of the prompt (default: 512, or the context)", lower_bound=1
+)
+_WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of activations")
+_PROMPT_DTYPE = flags.DEFINE_string("prompt_dtype", "auto", "as in jaxsplit.generate")
+_REDUCE = flags.DEFINE_string("reduce_dtype", "auto", "in which partial sums are exchanged")
+_CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values; auto: as --dtype")
+_MEMORY = flags.DEFINE_float("memory", None, "GB of a device, instead of its kind's")
+_BANDWIDTH = flags.DEFINE_float("bandwidth", None, "GB/s of its memory")
+_TFLOPS = flags.DEFINE_float("tflops", None, "TFLOP/s of its matrix products")
+_LINK = flags.DEFINE_float("link", None, "GB/s between devices, in each direction")
+_JSON = flags.DEFINE_bool("json", False, "print JSON")
+
+_MAX_DEVICES = 512
+
+
+def _kinds(count: int) -> list[DeviceKind]:
+    """The kind of each device."""
+    changes = {
+        "memory": (_MEMORY.value, 1e9),
+        "bandwidth": (_BANDWIDTH.value, 1e9),
+        "flops": (_TFLOPS.value, 1e12),
+        "link": (_LINK.value, 1e9),
+    }
+    changes = {name: value * unit for name, (value, unit) in changes.items() if value is not None}
+    if not all(0 < value < math.inf for value in changes.values()):
+        raise JaxsplitError("--memory, --bandwidth, --tflops and --link must be above 0 and finite")
+    kinds = [
+        DeviceKind(name, **changes)
+        if len(changes) == 4
+        else dataclasses.replace(device_kind(name), **changes)
+        for name in _KIND.value
+    ]
+    if len(kinds) not in (1, count):
+        raise JaxsplitError(
+            f"--device_kind is given {len(kinds)} times for {count} devices; give it once, or once "
+            "for each"
+        )
+    return kinds * (count // len(kinds))
+
+
+def _plans() -> tuple[list[Plan], int]:
+    """Plans, the best first, and the length of the prompt."""
+    file = open_model(user_path(_MODEL.value, "--model"))
+    config = model_config(file)
+    sources = parameter_sources(file, config)
+    shape = parse_mesh(_MESH.value) if _MESH.value else None
+    count = math.prod(shape.values()) if shape else len(_KIND.value)
+    if _DEVICES.value is not None:
+        count = _DEVICES.value
+    if count < 1:
+        raise JaxsplitError(f"--devices={count} must be at least 1")
+    if count > _MAX_DEVICES:
+        raise JaxsplitError(f"{count:,} devices are too many; plan at most {_MAX_DEVICES:,}")
+    if shape and math.prod(shape.values()) != count:
+        raise JaxsplitError(
+            f"--mesh={_MESH.value} has {math.prod(shape.values())} devices, --devices={count}"
+        )
+    options = {
+        "weights": dtype_of("weights", _WEIGHTS.value, quantized=None),
+        "dtype": dtype_of("dtype", _DTYPE.value),
+        "float8": choice_of("prompt_dtype", _PROMPT_DTYPE.value, PROMPT_DTYPES) == "float8",
+        "reduce_dtype": dtype_of("reduce_dtype", _REDUCE.value, auto=None),
+        "cache_dtype": dtype_of("cache_dtype", _CACHE.value, auto=None, int8=jnp.dtype(jnp.int8)),
+        "context": min(_CTX.value or config.context, config.context),
+        "slots": _SLOTS.value,
+    }
+    if options["context"] < 1:
+        raise JaxsplitError(f"--ctx_size={_CTX.value} must not be negative")
+    prompt = min(512, options["context"]) if _PROMPT.value is None else _PROMPT.value
+    if prompt > options["context"]:
+        raise JaxsplitError(
+            f"--prompt_tokens={prompt} is longer than the context of {options['context']} tokens; "
+            f"--ctx_size can be at most {config.context}"
+        )
+    kinds = _kinds(count)
+    unable = [kind.name for kind in kinds if not kind.float8]
+    if options["float8"] and unable:
+        raise JaxsplitError(f"--prompt_dtype=float8 does not suit {unable[0]}, which has no float8")
+    if _MODE.value is None and shape is None and _SPLIT.value is None:
+        return best_plans(sources, config, kinds, **options), prompt
+    mode = _MODE.value or "graph"
+    axis = split_mode(mode).axis
+    if shape is None:
+        shape = {axis: count} if axis else {"tensor": 1}
+    if axis is None and math.prod(shape.values()) > 1:
+        raise JaxsplitError(f"--mesh={_MESH.value} does not fit --split_mode={mode}, one device")
+    shares = parse_shares(_SPLIT.value) if _SPLIT.value else None
+    kinds = kinds[: math.prod(shape.values())]
+    return [make_plan(sources, config, mode, shape, kinds, shares=shares, **options)], prompt
+
+
+def main(_: list[str]) -> None:
+    """Prints plans."""
+    plans, prompt = _plans()
+    if _JSON.value:
+        print(json.dumps([plan.summary(prompt) for plan in plans], indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(_comparison(plans, prompt))
+    console.print(_details(plans[0]))
+    if not plans[0].fits:
+        console.print(
+            "Nothing fits. More devices may, a shorter --ctx_size, --cache_dtype=int8, or a file "
+            "with fewer bits."
+        )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def _comparison(plans: list[Plan], prompt: int) -> Table:
+    """A line for each plan: the fullest device, a decode step, predicted speed."""
+    table = _table(
+        f"{Path(_MODEL.value).name}: the fullest device; what meets in a decode step; predictions",
+        *("split", "fits", "weights", "cache", "scratch", "padding"),
+        *("reduce", "gather", "hand over", "bytes", "decode/s", "prefill/s"),
+    )
+    for plan in plans:
+        full, meets = plan.fullest, plan.collectives
+        table.add_row(
+            plan.name,
+            "yes" if plan.fits else "no",
+            *(_bytes(full[key]) for key in ("weights", "cache", "scratch", "padding")),
+            *(str(meets[kind]) for kind in ("all-reduce", "all-gather")),
+            str(plan.hand_overs[0]),
+            _bytes(plan.collective_bytes + plan.hand_overs[0] * plan.hand_overs[1]),
+            f"{plan.decode_rate:.1f}",
+            f"{plan.prefill_rate(prompt):.0f}",
+        )
+    return table
+
+
+def _details(plan: Plan) -> Table:
+    """A line for each device."""
+    table = _table(
+        f"{plan.name}, by device; the limit is that of its memory's bandwidth",
+        *("device", "kind", "layers", "weights", "cache", "scratch", "memory"),
+        *("read/step", "GFLOP/step", "limit/s"),
+    )
+    for place, kind in enumerate(plan.kinds):
+        held = plan.on_device(place)
+        mine = [s for s in plan.stages if place in s.stage.places]
+        read = sum(s.read for s in mine)
+        used = held["weights"] + held["cache"] + held["scratch"]
+        table.add_row(
+            str(place),
+            kind.name,
+            ", ".join(f"{s.stage.layers.start}-{s.stage.layers.stop - 1}" for s in mine) or "none",
+            *(_bytes(held[key]) for key in ("weights", "cache", "scratch")),
+            f"{used / kind.memory:.0%}",
+            _bytes(read),
+            f"{sum(s.decode.flops for s in mine) / 1e9:.2f}",
+            f"{kind.bandwidth / read:.0f}" if read else "",
+        )
+    return table
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.3g} {unit}"

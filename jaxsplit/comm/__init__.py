@@ -1,0 +1,1 @@
+"""Communication between devices: through XLA's collectives, or in kernels that write to peers."""

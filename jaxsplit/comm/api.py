@@ -1,0 +1,100 @@
+"""Communication over logical axes.
+
+Without a table in the context (`AxisRules`), nothing is split and every function here is the
+identity, so that the modules work as they are on plain arrays.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxsplit.comm import one_shot, two_shot
+from jaxsplit.comm.one_shot import Peers
+from jaxsplit.context import current_context
+from jaxsplit.sharding.axes import Axis
+
+
+def peers_over(size: int, *axes: Axis) -> Peers | None:
+    """The peers, if it is they who split some axes and they can exchange so few numbers."""
+    peers = _peers_over(*axes)
+    return peers if one_shot.supports(size) else None
+
+
+def _peers_over(*axes: Axis) -> Peers | None:
+    peers = current_context().peers
+    return peers if peers is not None and mesh_axes(*axes) == peers.axes else None
+
+
+def mesh_axes(*axes: Axis) -> tuple[str, ...]:
+    """The mesh axes that split any of some logical axes."""
+    return current_context().rules.mesh_axes(*axes)
+
+
+def sum_over(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Array:
+    """Adds up the partial sums that the shards of logical axes hold: same shape and dtype.
+
+    Args:
+      x: partial sums.
+      *axes: which are split.
+      addend_of: the dtype of what they will be added to.
+    """
+    rules = current_context().rules
+    mesh_axes = rules.mesh_axes(*axes)
+    if not mesh_axes:
+        return x
+    interpret = current_context().launch.interpret
+    if (peers := peers_over(x.size, *axes)) is not None:
+        return one_shot.total(x, peers, interpret=interpret)
+    many = not one_shot.supports(x.size)
+    automatic = jnp.bfloat16 if many and addend_of == jnp.bfloat16 else jnp.float32
+    sent = x.astype(rules.reduce_dtype or automatic)
+    peers = _peers_over(*axes)
+    if peers is not None and two_shot.supports(sent.size, sent.dtype, peers):
+        return two_shot.total(sent, peers, interpret=interpret).astype(x.dtype)
+    return lax.psum(sent, mesh_axes).astype(x.dtype)
+
+
+def total_over(x: Array, axis: Axis) -> Array:
+    """Adds up float32 numbers of the shards of an axis, units on several devices counted once."""
+    rules = current_context().rules
+    mesh_axes = rules.mesh_axes(axis)
+    if not mesh_axes:
+        return x
+    return lax.psum(x, mesh_axes) / np.float32((rules.units(axis) == 0).sum())
+
+
+def gather_over(x: Array, axis: Axis, size: int | None = None) -> Array:
+    """Joins the last dimension of all shards of a logical axis: `[..., n]` to `[..., all]`.
+
+    Args:
+      x: this device's shard.
+      axis: the logical axis.
+      size: elements that are no padding, which comes last; None keeps the padding.
+    """
+    mesh_axes = current_context().rules.mesh_axes(axis)
+    if not mesh_axes:
+        return x
+    if (peers := peers_over(x.size, axis)) is not None:
+        parts = one_shot.gather(x, peers, interpret=current_context().launch.interpret)
+        return jnp.concatenate(list(parts), axis=-1)[..., :size]
+    return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]
+
+
+def is_split(axis: Axis) -> bool:
+    """Whether a logical axis is split."""
+    return bool(current_context().rules.mesh_axes(axis))
+
+
+def shard_of(axis: Axis) -> Array | int:
+    """Which shard of a logical axis this device holds: an int32 scalar, 0 if it is not split."""
+    mesh_axes = current_context().rules.mesh_axes(axis)
+    return lax.axis_index(mesh_axes) if mesh_axes else 0
+
+
+def local_units(axis: Axis) -> Array:
+    """The units of an axis that this device holds, -1 for padding: int32 `[local units]`."""
+    units = jnp.asarray(current_context().rules.units(axis), jnp.int32)
+    if not is_split(axis):
+        return units
+    shards = lax.axis_size(current_context().rules.mesh_axes(axis))
+    return units.reshape(shards, -1)[shard_of(axis)]

@@ -1,0 +1,114 @@
+"""What a forward pass depends on beside its modules and arrays: one context, set while tracing."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxsplit.sharding.axes import AxisRules
+
+if TYPE_CHECKING:
+    from jaxsplit.comm.one_shot import Peers
+
+
+def compute_capability(device: jax.Device) -> float:
+    """That of an NVIDIA GPU, such as 9.0; 0 of any other device."""
+    found = str(getattr(device, "compute_capability", ""))
+    nvidia = device.platform in ("gpu", "cuda") and found.replace(".", "").isdigit()
+    return float(found) if nvidia else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLaunch:
+    """How kernels are launched.
+
+    Attributes:
+      interpret: they are interpreted, to test them without a GPU.
+      pdl: a kernel may start before the one it depends on has ended (programmatic dependent
+        launch), which takes compute capability 9.0.
+    """
+
+    interpret: bool = False
+    pdl: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulPolicy:
+    """How activations are multiplied with matrices.
+
+    Attributes:
+      int8_activations: one or two rows are rounded to 8 bits for quantized matrices.
+      float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
+        so are the quantized matrices.
+      kernels: the devices run kernels; else XLA computes the same numbers.
+      fuse_all_reduce: kernels of products send their results to the peers that add them up, so that
+        single rows are multiplied with plain matrices by such a kernel; where there are no peers,
+        XLA's product is a little faster.
+      launch: of kernels.
+    """
+
+    int8_activations: bool = False
+    float8: bool = False
+    kernels: bool = False
+    fuse_all_reduce: bool = False
+    launch: KernelLaunch = KernelLaunch()
+
+    @staticmethod
+    def for_device(device: jax.Device) -> "MatmulPolicy":
+        """What a device can do, without rounding. Kernels need compute capability 8.0."""
+        capability = compute_capability(device)
+        return MatmulPolicy(kernels=capability >= 8, launch=KernelLaunch(pdl=capability >= 9))
+
+
+DEFAULT_POLICY = MatmulPolicy()
+"""Without kernels, without rounding."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForwardContext:
+    """What decides how the forward pass is traced.
+
+    Attributes:
+      rules: which mesh axes split which logical axes.
+      policy: how matrices are multiplied.
+      peers: devices that exchange partial sums in kernels; None: there are none.
+    """
+
+    rules: AxisRules = dataclasses.field(default=AxisRules(), metadata={"static": True})
+    policy: MatmulPolicy = dataclasses.field(default=DEFAULT_POLICY, metadata={"static": True})
+    peers: "Peers | None" = None
+
+    @property
+    def launch(self) -> KernelLaunch:
+        """How kernels are launched."""
+        return self.policy.launch
+
+
+_PLAIN = ForwardContext()
+_current: contextvars.ContextVar[ForwardContext] = contextvars.ContextVar(
+    "forward_context", default=_PLAIN
+)
+
+
+def current_context() -> ForwardContext:
+    """The context of the code that is being traced."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def forward_context(context: ForwardContext | None = None, **changes: Any) -> Iterator[None]:
+    """Sets the context of the code that is traced inside the block.
+
+    Args:
+      context: the new one; None: the current one.
+      **changes: fields of it to change.
+    """
+    token = _current.set(dataclasses.replace(context or _current.get(), **changes))
+    try:
+        yield
+    finally:
+        _current.reset(token)

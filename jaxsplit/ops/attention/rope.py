@@ -1,0 +1,103 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+      dim: how many of a head's dimensions turn, from the first.
+      base: wavelengths are `2 pi base ** (2 i / dim)`.
+      interleaved: pairs are dimensions `(2i, 2i + 1)`; else `(i, i + dim / 2)`.
+      scaling: `none`, `linear` (positions divided by `factor`) or `yarn`.
+      factor: how much longer than in training the context may be.
+      original_context: the context length in training, for YaRN.
+      attention_factor: multiplies cosine and sine.
+      factors: the model has a parameter of this name that divides the frequencies; None: it has
+        none.
+      beta_fast, beta_slow: YaRN scales dimensions that turn less than `beta_slow` times in the
+        original context, keeps those that turn more than `beta_fast` times, and blends between.
+    """
+
+    dim: int
+    base: float = 10000.0
+    interleaved: bool = False
+    scaling: str = "none"
+    factor: float = 1.0
+    original_context: int = 0
+    attention_factor: float = 1.0
+    factors: str | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def frequencies(self) -> tuple[np.ndarray, float]:
+        """Angles per position and the magnitude of the rotation.
+
+        Linear: Chen et al. 2023, arXiv:2306.15595. YaRN: Peng et al. 2023, arXiv:2309.00071, with
+        llama.cpp's rounding of the borders.
+
+        Returns:
+          float32 `[dim / 2]` in radians, and the factor of cosine and sine.
+        """
+        frequency = self.base ** (-np.arange(0, self.dim, 2, dtype=np.float64) / self.dim)
+        if self.scaling == "none" or self.factor == 1.0:
+            return frequency.astype(np.float32), self.attention_factor
+        scaled = frequency / self.factor
+        if self.scaling == "linear":
+            return scaled.astype(np.float32), self.attention_factor
+
+        def dimension(turns: float) -> float:
+            """The (fractional) pair that turns so often in the original context."""
+            turn = self.original_context / (turns * 2 * math.pi)
+            return self.dim * math.log(turn) / (2 * math.log(self.base))
+
+        low = max(0, math.floor(dimension(self.beta_fast)))
+        high = min(self.dim - 1, math.ceil(dimension(self.beta_slow)))
+        ramp = np.clip((np.arange(self.dim // 2) - low) / max(0.001, high - low), 0, 1)
+        magnitude = self.attention_factor * (1 + 0.1 * math.log(max(1.0, self.factor)))
+        return (frequency * (1 - ramp) + scaled * ramp).astype(np.float32), magnitude
+
+
+def rope_factors(
+    positions: Array, config: RopeConfig, factors: Array | None = None
+) -> tuple[Array, Array]:
+    """Cosines and sines of the angles by which `rope` turns: float32 `[batch, time, dim / 2]`."""
+    frequencies, magnitude = config.frequencies()
+    frequencies = jnp.asarray(frequencies)
+    if factors is not None:
+        frequencies = frequencies / factors
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles) * np.float32(magnitude), jnp.sin(angles) * np.float32(magnitude)
+
+
+def rope(x: Array, positions: Array, config: RopeConfig, factors: Array | None = None) -> Array:
+    """Turns heads by their positions (Su et al. 2021, arXiv:2104.09864), computed in float32.
+
+    Args:
+      x: `[batch, time, ..., head_dim]`.
+      positions: int32 `[batch, time]`.
+      config: frequencies and scaling.
+      factors: float32 `[dim / 2]` that divide the frequencies, or None.
+
+    Returns:
+      the shape and dtype of `x`; dimensions from `config.dim` on are unchanged.
+    """
+    cos, sin = (
+        factor.reshape(*positions.shape, *[1] * (x.ndim - 3), -1)
+        for factor in rope_factors(positions, config, factors)
+    )
+    turning, rest = jnp.split(x.astype(jnp.float32), [config.dim], axis=-1)
+    pairs = (-1, 2) if config.interleaved else (2, -1)
+    axis = -1 if config.interleaved else -2
+    turning = turning.reshape(*x.shape[:-1], *pairs)
+    a, b = jnp.moveaxis(turning, axis, 0)
+    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=axis)
+    turned = turned.reshape(*x.shape[:-1], config.dim)
+    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)

@@ -1,0 +1,80 @@
+"""What attention computes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxsplit.cache.contiguous import AttentionCache, attention_cache
+from jaxsplit.ops.attention.rope import RopeConfig
+from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.sharding.axes import Axis, head_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention with grouped key and value heads.
+
+    Attributes:
+      heads, kv_heads: query heads, and the key and value heads that they share.
+      head_dim: width of a query or key head.
+      value_dim: width of a value head.
+      rope: how heads turn with their position; None: they do not.
+      scale: of the scores; None: `head_dim ** -0.5`.
+      window: only so many of the last positions are seen; None: all.
+      chunked: instead, only those in the same run of `window` positions.
+      softcap: scores are bounded to this by a tanh; None: they are not.
+      alibi: the largest bias by distance (Press et al. 2021, arXiv:2108.12409); None: no bias.
+      query_norm: of each head, or of all heads together (`norm_over="all"`), or of each head with
+        its own scales (`norm_over="each"`); None: no norm.
+      key_norm: of the keys, likewise.
+      value_norm: of each value head.
+      norm_over: see `query_norm`.
+      norm_first: queries and keys are normalized before they turn; else after.
+      qkv_bias, out_bias: the projections have biases.
+      clamp: bound of queries, keys and values; None: none.
+      sinks: each head has a learned score that takes part in the softmax and reads nothing.
+      gate: outputs are multiplied with the sigmoid of a projection of the input.
+      temperature: `(scale, floor, offset)`: queries at position p are multiplied with
+        `1 + scale * log(1 + (p + offset) // floor)`; None: they are not.
+      value_is_key: values are the keys as projected.
+      lends: the name under which later layers may use its keys and values; None: they do not.
+      borrows: it has no keys and values of its own but uses those lent under this name.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    rope: RopeConfig | None = None
+    scale: float | None = None
+    window: int | None = None
+    chunked: bool = False
+    softcap: float | None = None
+    alibi: float | None = None
+    query_norm: NormConfig | None = None
+    key_norm: NormConfig | None = None
+    value_norm: NormConfig | None = None
+    norm_over: str = "head"
+    norm_first: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    clamp: float | None = None
+    sinks: bool = False
+    gate: bool = False
+    temperature: tuple[float, int, int] | None = None
+    value_is_key: bool = False
+    lends: str | None = None
+    borrows: str | None = None
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """Of query heads and of key and value heads."""
+        return head_axes(self.heads, self.kv_heads)
+
+    def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache | None:
+        """What it keeps of a sequence; None: nothing."""
+        if self.borrows is not None:
+            return None
+        length = context if self.window is None else min(self.window, context)
+        _, kv_heads = self.axes
+        return attention_cache(kv_heads, length, self.head_dim, self.value_dim, dtype)

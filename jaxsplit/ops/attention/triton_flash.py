@@ -1,0 +1,334 @@
+"""Softmax attention as kernels for GPUs: scores never reach memory.
+
+Dao 2023, arXiv:2307.08691; for a few queries the keys are split among programs, whose results a
+second kernel joins (Dao et al. 2023, "Flash-Decoding").
+"""
+
+import dataclasses
+import math
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxsplit.cache.contiguous import AttentionCache
+from jaxsplit.context import KernelLaunch
+from jaxsplit.ops.activations.deferred import BLOCK, Late, Reader, as_late, block_elements
+from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.triton_softmax import (
+    FEW,
+    LOG2_E,
+    NONE,
+    Sums,
+    in_pairs,
+    in_parts,
+    joined,
+    more_keys,
+    padded,
+    parts_of,
+    read,
+    scores_of,
+    wide,
+)
+from jaxsplit.ops.launch import launch_dependents
+from jaxsplit.ops.matmul.api import Rows
+
+_KEYS_OF_A_SPLIT = 256
+_MOST_SPLITS = 64
+_WIDEST_HEAD = 256
+
+
+def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) -> bool:
+    """Whether `attend` can compute this."""
+    return (
+        queries.dtype.itemsize == 2
+        and memory.values is not None
+        and memory.keys.dtype.itemsize <= 2
+        and max(memory.keys.size, memory.values.size) < 2**31  # elements are counted in 32 bits
+        and max(memory.keys.shape[-1], memory.values.shape[-1]) <= _WIDEST_HEAD
+        and config.alibi is None
+        and not config.chunked
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Rows of queries (a row is a head's of a group at a time), keys and splits of a program."""
+
+    rows: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def tiling_of(rows: int, keys: int, width: int) -> Tiling:
+    """By what measured best.
+
+    Args:
+      rows: queries of all heads that share a KV head.
+      keys: that there may be.
+      width: of a head.
+    """
+    if rows <= FEW:
+        splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _KEYS_OF_A_SPLIT)))
+        return Tiling(FEW, 64 if width <= 128 else 32, splits, 4, 3)
+    if rows <= 64:
+        splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, 2 * _KEYS_OF_A_SPLIT)))
+        return Tiling(pl.next_power_of_2(rows), 64 if width <= 128 else 32, splits, 4, 2)
+    return Tiling(128, 64, 1, 8, 3) if width <= 128 else Tiling(64, 32, 1, 4, 2)
+
+
+def attend(
+    queries: Array,
+    memory: AttentionCache,
+    positions: Array,
+    key_positions: Array | None,
+    config: AttentionConfig,
+    sinks: Array | None = None,
+    slots: Array | None = None,
+    *,
+    tiling: Tiling | None = None,
+    launch: KernelLaunch = KernelLaunch(),  # noqa: B008
+) -> Rows:
+    """As `jaxsplit.models.attention.attend`, for what is supported.
+
+    Args:
+      tiling: of the work; None: a usual one.
+      launch: of the kernels.
+    """
+    batch, time, kv_heads, group, _ = queries.shape
+    value_dim = memory.values.shape[-1]
+    width = pl.next_power_of_2(max(memory.keys.shape[-1], value_dim))
+    tiling = tiling or tiling_of(time * group, memory.length, width)
+    scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
+    of_one = sinks if tiling.splits == 1 else None
+    # Of more rows, unpacking is a small part of the work.
+    read = in_pairs(memory) if tiling.rows <= FEW else memory
+    inputs = (queries, read, positions, key_positions, of_one, slots)
+    leaves, structure = jax.tree.flatten(inputs)
+    shape = (batch, time, kv_heads, group)
+    out = jax.ShapeDtypeStruct((*shape, value_dim), queries.dtype)
+    of_splits = (tiling.splits, *shape)
+    sums = [
+        jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
+        *[jax.ShapeDtypeStruct(of_splits, jnp.float32)] * 2,
+    ]
+    results = pl.pallas_call(
+        partial(
+            _kernel,
+            structure=structure,
+            tiling=tiling,
+            config=config,
+            scale=scale,
+            launch=launch,
+        ),
+        grid=(pl.cdiv(time * group, tiling.rows) * tiling.splits, kv_heads, batch),
+        out_shape=[out] if tiling.splits == 1 else sums,
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=launch.interpret,
+        name="attend",
+    )(*leaves)
+    if tiling.splits == 1:
+        return results[0].reshape(batch, time, -1)
+    return _Splits(*results, sinks, queries.dtype, launch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Splits(Late):
+    """What the splits have, not joined yet.
+
+    Attributes:
+      values: weighted values, float32 `[splits, batch, time, kv_heads, group, value_dim]`.
+      largest: the largest scores, likewise without `value_dim`.
+      total: sums of weights, likewise.
+      sinks: as in `attend`.
+      dtype: of the rows.
+      launch: of the kernel.
+    """
+
+    values: Array
+    largest: Array
+    total: Array
+    sinks: Array | None
+    dtype: jnp.dtype
+    launch: KernelLaunch
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[batch, time, heads * value_dim]`."""
+        return *self.values.shape[1:3], math.prod(self.values.shape[3:])
+
+    @cached_property
+    def array(self) -> Array:
+        """The rows `[batch, time, heads * value_dim]`."""
+        *rows, columns = self.shape
+        shape = jax.ShapeDtypeStruct((math.prod(rows), columns), self.dtype)
+        [y] = self._join([shape], None, self.launch)
+        return y.reshape(self.shape)
+
+    def prepared(self, reader: Reader, launch: KernelLaunch) -> Any:
+        """Joined and stored in one kernel where a head is made of whole blocks."""
+        if self.values.shape[-1] % BLOCK:
+            return as_late(self.array).prepared(reader, launch)
+        *rows, columns = self.shape
+        shapes = reader.shapes(math.prod(rows), columns)
+        return reader.of(self._join(shapes, reader, launch), None)
+
+    def _join(
+        self, shapes: list[jax.ShapeDtypeStruct], reader: Reader | None, launch: KernelLaunch
+    ) -> list[Array]:
+        splits, batch, time, kv_heads, group, _ = self.values.shape
+        of_splits = (self.values, self.largest, self.total)
+        of_splits = [
+            x.reshape(splits, batch * time, kv_heads * group, *x.shape[5:]) for x in of_splits
+        ]
+        return pl.pallas_call(
+            partial(_join, results=len(shapes), reader=reader, launch=launch),
+            grid=(batch * time, kv_heads * group),
+            out_shape=shapes,
+            compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+            interpret=launch.interpret,
+            name="attend_join",
+        )(*of_splits, *(() if self.sinks is None else (self.sinks,)))
+
+
+def _kernel(
+    *refs: jax.Ref,
+    structure: jax.tree_util.PyTreeDef,
+    tiling: Tiling,
+    config: AttentionConfig,
+    scale: float,
+    launch: KernelLaunch,
+) -> None:
+    """Some rows of queries of one head of keys, with all keys that they see or a split of them."""
+    inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    queries, memory, positions, key_positions, sinks, slots = inputs
+    out_refs = refs[structure.num_leaves :]
+    parts = parts_of(memory)
+    time, group, head_dim = queries.shape[1], *queries.shape[3:]
+    value_dim, length = memory.values.shape[-1] * parts, memory.keys.shape[2]
+    tiles = pl.cdiv(time * group, tiling.rows)
+    # The last queries see the most keys: they begin first.
+    tile, split = tiles - 1 - pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
+    head, sequence = pl.program_id(1), pl.program_id(2)
+    slot = sequence if slots is None else slots[sequence]
+
+    if tiling.splits > 1:
+        tile = launch_dependents(tile, launch)
+    rows = tile * tiling.rows + jnp.arange(tiling.rows)
+    inside = rows < time * group
+    position = plgpu.load(positions.at[sequence, jnp.minimum(rows // group, time - 1)])
+    member = rows % group
+
+    q_shape = (tiling.rows, padded(head_dim, parts))
+    q_column = wide(jnp.arange(q_shape[1]), q_shape, 1)
+    q = plgpu.load(
+        queries.at[
+            sequence, wide(rows // group, q_shape, 0), head, wide(member, q_shape, 0), q_column
+        ],
+        mask=wide(inside, q_shape, 0) & (q_column < head_dim),
+        other=jnp.zeros((), queries.dtype),
+    )
+    qs = in_parts(q, parts)
+    places_are_positions = key_positions is None
+    filled = jnp.minimum(jnp.max(position) + 1, length) if places_are_positions else length
+    share = pl.cdiv(pl.cdiv(filled, tiling.splits), tiling.keys) * tiling.keys
+    start = split * share
+    stop = jnp.minimum(start + share, filled)
+    key_row = 0 if places_are_positions or key_positions.shape[0] == 1 else sequence
+
+    score = partial(scores_of, config=config, scale=scale)
+
+    def step(i: Array, carry: Sums, *, whole: bool) -> Sums:
+        """Some more keys; `whole`: all queries see all of them."""
+        place = start + i * tiling.keys + jnp.arange(tiling.keys)
+        at = slot, head, place
+        if whole:
+            return more_keys(carry, qs, read(memory, at, None), None, score, launch)
+        exists = place < stop
+        key_position = place
+        if not places_are_positions:
+            key_position = plgpu.load(key_positions.at[key_row, place], mask=exists, other=-1)
+        distance = position[:, None] - key_position[None]
+        seen = (distance >= 0) & (exists & (key_position >= 0))[None]
+        if config.window is not None:
+            seen &= distance < config.window
+        return more_keys(carry, qs, read(memory, at, exists), seen, score, launch)
+
+    steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
+    out_shape = (tiling.rows, padded(value_dim, parts))
+    carry = (
+        jnp.full(tiling.rows, NONE, jnp.float32),
+        jnp.zeros(tiling.rows, jnp.float32),
+        in_parts(jnp.zeros(out_shape, jnp.float32), parts),
+    )
+    whole_steps = 0
+    if places_are_positions and config.window is None and tiling.rows > FEW:
+        seen_by_all = jnp.minimum(jnp.min(position) + 1, stop) - start
+        whole_steps = jnp.clip(seen_by_all // tiling.keys, 0, steps)
+        carry = lax.fori_loop(0, whole_steps, partial(step, whole=True), carry)
+    largest, total, values = lax.fori_loop(whole_steps, steps, partial(step, whole=False), carry)
+    values = joined(values)
+
+    def store(ref: jax.Ref, x: Array, *before: Array) -> None:
+        t, g, mask, column = rows // group, member, inside, ()
+        if x.ndim == 2:
+            t, g, mask = (wide(a, out_shape, 0) for a in (t, g, mask))
+            column = wide(jnp.arange(out_shape[1]), out_shape, 1)
+            mask, column = mask & (column < value_dim), (column,)
+        plgpu.store(
+            ref.at[(*before, sequence, t, head, g, *column)], x.astype(ref.dtype), mask=mask
+        )
+
+    if tiling.splits > 1:
+        for ref, x in zip(out_refs, (values, largest, total), strict=True):
+            store(ref, x, split)
+        return
+    if sinks is not None:
+        sink = plgpu.load(sinks.at[head * group + member]) * LOG2_E
+        final = jnp.maximum(largest, sink)
+        fade = jnp.exp2(largest - final)
+        values, total = values * fade[:, None], total * fade + jnp.exp2(sink - final)
+    store(out_refs[0], values / jnp.maximum(total, 1e-30)[:, None])
+
+
+def _join(*refs: jax.Ref, results: int, reader: Reader | None, launch: KernelLaunch) -> None:
+    """What the splits have for one head of one query, put together, for a reader or as it is."""
+    values_ref, largest_ref, total_ref, *rest = refs
+    sinks, outs = rest[:-results], rest[-results:]
+    splits, _, _, value_dim = values_ref.shape
+    row, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(splits)
+    if reader is not None:
+        row = launch_dependents(row, launch)
+    largest = plgpu.load(largest_ref.at[split, row, head])
+    total = plgpu.load(total_ref.at[split, row, head])
+    final = jnp.max(largest)
+    if sinks:
+        sink = sinks[0][head] * LOG2_E
+        final = jnp.maximum(final, sink)
+    fade = jnp.exp2(largest - final)
+    total = jnp.sum(total * fade)
+    if sinks:
+        total += jnp.exp2(sink - final)
+    if reader is not None:
+        block = jnp.arange(pl.next_power_of_2(value_dim // BLOCK))
+        column = block_elements(block)
+    else:
+        column = jnp.arange(pl.next_power_of_2(value_dim))
+    shape = (splits, *column.shape)
+    at = jnp.broadcast_to(column[None], shape)
+    values = plgpu.load(
+        values_ref.at[wide(split, shape, 0), row, head, at], mask=at < value_dim, other=0.0
+    )
+    y = jnp.sum(values * wide(fade, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
+    if reader is not None:
+        first = head * (value_dim // BLOCK)
+        reader.store(outs, row, first + block, block < value_dim // BLOCK, y)
+    else:
+        at = (row, head * value_dim + column)
+        plgpu.store(outs[0].at[at], y.astype(outs[0].dtype), mask=column < value_dim)

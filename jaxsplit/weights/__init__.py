@@ -1,0 +1,31 @@
+"""A model's weights: the tensors behind its parameters, and how they get to the devices."""
+
+from jaxsplit.weights.sources import (
+    Source,
+    Sources,
+    abstract_decoder,
+    abstract_parameters,
+    describe_split,
+    layer_costs,
+    parameter_bytes,
+    parameter_sources,
+    parameters,
+    place,
+    split_model,
+    stage_bytes,
+)
+
+__all__ = [
+    "Source",
+    "Sources",
+    "abstract_decoder",
+    "abstract_parameters",
+    "describe_split",
+    "layer_costs",
+    "parameter_bytes",
+    "parameter_sources",
+    "parameters",
+    "place",
+    "split_model",
+    "stage_bytes",
+]

@@ -1,0 +1,335 @@
+"""The tensors behind a model's parameters, and what they take on the devices of a mesh."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsplit.architectures import parameter_tensors
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.formats import ModelFile, TensorInfo
+from jaxsplit.models import Decoder, ModelConfig
+from jaxsplit.quant import quant_type, unpack
+from jaxsplit.sharding import Partition, Placement, Stage, make_partition
+from jaxsplit.sharding.axes import Axis
+
+
+class _SameKey:
+    """Stands for `nnx.Rngs` where values do not matter: making a new key for each parameter takes
+    longer than all the rest."""
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
+
+
+def abstract_decoder(
+    config: ModelConfig, dtype: jnp.dtype = jnp.float32, layers: range | None = None
+) -> Decoder:
+    """A decoder, or some layers of it, with shapes in place of parameters."""
+    return nnx.eval_shape(lambda: Decoder(config, layers=layers, dtype=dtype, rngs=_SameKey()))
+
+
+def parameters(model: Decoder) -> dict[str, nnx.Param]:
+    """A model's parameters by path, such as `blocks.0.mlp.up.kernel`; the number is the layer's."""
+    return {
+        ".".join(map(str, _path(model, path))): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def abstract_parameters(config: ModelConfig, layers: range | None = None) -> dict[str, nnx.Param]:
+    """The parameters of a decoder, or of some layers of it: shapes and axes only."""
+    return _abstract_parameters(config, range(config.layers) if layers is None else layers)
+
+
+@functools.cache
+def _abstract_parameters(config: ModelConfig, layers: range) -> dict[str, nnx.Param]:
+    return parameters(abstract_decoder(config, layers=layers))
+
+
+def _path(model: Decoder, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    if path[0] == "blocks":
+        return (path[0], path[1] + model.layers.start, *path[2:])
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a parameter is made of: a tensor, or some of its rows.
+
+    Attributes:
+      tensor: what holds it.
+      shape: of the parameter.
+      rows: the tensor's row, all its dimensions but the last taken as one, at each row of the
+        parameter: int `shape[:-1]`, or `shape` of a vector; None: all rows in order.
+      is_bias: whether it is added; matrices are multiplied.
+    """
+
+    tensor: TensorInfo
+    shape: tuple[int, ...]
+    rows: np.ndarray | None = None
+    is_bias: bool = False
+
+    @property
+    def type(self) -> str:
+        """The GGML type's name of the blocks that devices are handed."""
+        return "F32" if self.is_dequantized else self.tensor.type
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its last dimension consists of blocks; else it is a vector of numbers."""
+        return len(self.shape) > 1
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether the host dequantizes it to float32: a vector of a quantized type, which may be
+        cut anywhere."""
+        return not self.is_matrix and self.tensor.block_size > 1
+
+    def dtype(self, weights: jnp.dtype | None) -> jnp.dtype | None:
+        """The dtype to which devices dequantize it, None for none, if matrices become `weights`."""
+        return weights if self.is_matrix and not self.is_bias else jnp.dtype(jnp.float32)
+
+    @property
+    def block_size(self) -> int:
+        """Weights in a block."""
+        return self.tensor.block_size if self.is_matrix else 1
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block that devices are handed."""
+        return 4 if self.is_dequantized else self.tensor.blocks_shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.tensor.nbytes * math.prod(self.shape) // math.prod(self.tensor.shape)
+
+    def tensor_rows(self, index: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor's row at each of some rows of the parameter, -1 where an index is -1.
+
+        Args:
+          index: for each dimension of the rows, which.
+        """
+        grid = np.ix_(*index)
+        padding = functools.reduce(np.logical_or, [part < 0 for part in grid])
+        if self.rows is None:
+            sizes = self.shape[:-1] if self.is_matrix else self.shape
+            rows = np.ravel_multi_index([np.maximum(part, 0) for part in grid], sizes)
+        else:
+            rows = self.rows[grid]
+        return np.where(padding, -1, rows)
+
+
+Sources = Mapping[str, Source]
+"""The source of each parameter of a whole model."""
+
+
+def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
+    """Where each parameter comes from.
+
+    Raises:
+      JaxsplitError: tensors are missing, of an unsupported type, or of an unexpected shape.
+    """
+    shapes = {path: param.shape for path, param in abstract_parameters(config).items()}
+    sources = {
+        path: Source(file.tensors[name], shapes[path], rows, path.endswith("bias"))
+        for path, (name, rows) in parameter_tensors(file, config, shapes).items()
+    }
+    for source in sources.values():
+        try:
+            quant_type(source.tensor.type)
+        except JaxsplitError as error:
+            raise JaxsplitError(f"{file.path}: tensor {source.tensor.name!r}: {error}") from None
+    return sources
+
+
+def layer_costs(sources: Sources, config: ModelConfig) -> list[int]:
+    """Bytes of each layer in the file; embedding and head count with the layers beside them."""
+    costs = [0] * config.layers
+    for path, source in sources.items():
+        name, _, rest = path.partition(".")
+        if name == "blocks":
+            costs[int(rest.partition(".")[0])] += source.nbytes
+        else:
+            costs[-1 if name in ("norm", "head") else 0] += source.nbytes
+    if config.tied:
+        costs[-1] += sources["embedding.table"].nbytes
+    return costs
+
+
+def place(stage: Stage, source: Source, axes: Sequence[Axis]) -> Placement:
+    """Where the blocks of a parameter with these logical axes go."""
+    return stage.place(source.shape, axes, source.block_size)
+
+
+def stage_bytes(
+    sources: Sources, config: ModelConfig, stage: Stage, weights: jnp.dtype | None = None
+) -> tuple[int, int]:
+    """Bytes of a stage's parameters.
+
+    Args:
+      sources: of the model's parameters.
+      config: the model.
+      stage: which layers and where.
+      weights: dequantized to this dtype; None: as in the file.
+
+    Returns:
+      the bytes on each device, and how many of them are more than an equal share of what is split:
+      padding and copies.
+    """
+    held, extra = 0, 0.0
+    for path, param in abstract_parameters(config, stage.layers).items():
+        source = sources[path]
+        size = parameter_bytes(stage, source, param.axes, weights)
+        held += size
+        shards = math.prod(stage.shards(axis) for axis in param.axes if axis.name in stage.table)
+        if shards > 1:
+            rows = source.shape[:-1] if source.is_matrix else source.shape
+            columns = source.shape[-1] // source.block_size if source.is_matrix else 1
+            whole = (*rows, columns, source.block_bytes)
+            dtype = source.dtype(weights)
+            extra += size - _unpacked_bytes(source.type, whole, None, dtype) / shards
+    return held, round(extra)
+
+
+def parameter_bytes(
+    stage: Stage, source: Source, axes: Sequence[Axis], weights: jnp.dtype | None = None
+) -> int:
+    """Bytes of a parameter on each device of a stage.
+
+    Args:
+      stage: where.
+      source: what it is made of.
+      axes: its logical axes.
+      weights: dequantized to this dtype, if it is a matrix; None: as in the file.
+    """
+    blocks = place(stage, source, axes)
+    local = blocks.sharding.shard_shape((*blocks.shape, source.block_bytes))
+    return _unpacked_bytes(source.type, local, blocks.granule, source.dtype(weights))
+
+
+@functools.cache
+def _unpacked_bytes(
+    kind: str, shape: tuple[int, ...], granule: int | None, dtype: jnp.dtype | None
+) -> int:
+    """Bytes on the device of blocks `[..., rows, blocks, block_bytes]`."""
+    weight = jax.eval_shape(
+        lambda raw, part: unpack(kind, raw, granule=granule, part=part, dtype=dtype),
+        jax.ShapeDtypeStruct(shape, jnp.uint8),
+        jax.ShapeDtypeStruct(shape[-2:-1], jnp.int32),
+    )
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+
+def split_model(
+    sources: Sources,
+    config: ModelConfig,
+    mode: str,
+    shape: Mapping[str, int],
+    devices: Sequence[jax.Device] | None,
+    *,
+    shares: Sequence[float] | None = None,
+    weights: jnp.dtype | None = None,
+    cache_row: int = 0,
+    reduce_dtype: jnp.dtype | None = None,
+) -> Partition:
+    """Lays a model out on devices, so that the fullest of them reads the fewest bytes.
+
+    Whole blocks of hidden units are cheapest where they divide well. Where they do not, blocks are
+    cut into smaller pieces, which need less padding but each their own scales.
+
+    Args:
+      sources: the tensors of its parameters.
+      config: the model.
+      mode, shape, devices, shares, reduce_dtype: as in `make_partition`.
+      weights: as in `stage_bytes`.
+      cache_row: bytes of the keys in the whole context, for each dimension of a head.
+
+    Raises:
+      JaxsplitError: the shares do not fit the mesh.
+    """
+    weights_in_all = sum(math.prod(source.shape) for source in sources.values())
+    nbytes = sum(source.nbytes for source in sources.values())
+    width = nbytes / weights_in_all if weights is None else weights.itemsize
+    params = abstract_parameters(config)
+    blocks: dict[Axis, int] = {}
+    for path, param in params.items():
+        if (axis := param.axes[-1]).name in ("mlp_in", "expert_mlp_in"):
+            axis = dataclasses.replace(axis, name=axis.name.removesuffix("_in"))
+            blocks[axis] = max(blocks.get(axis, 1), sources[path].block_size)
+    largest = max(blocks.values(), default=1)
+    cuts = [2**i for i in range(4) if largest // 2**i >= min(largest, 32)]
+    partitions = [
+        make_partition(
+            config,
+            mode,
+            shape,
+            devices,
+            shares=shares,
+            layer_costs=layer_costs(sources, config),
+            pieces={axis: max(block // cut, min(block, 32)) for axis, block in blocks.items()},
+            kv_cost=1 + cache_row / (width * config.embed),
+            reduce_dtype=reduce_dtype,
+        )
+        for cut in cuts
+    ]
+    whole = all(stage.shards(axis) == 1 for axis in blocks for stage in partitions[0].stages)
+    if whole or len(cuts) == 1:
+        return partitions[0]
+
+    def cost(partition: Partition) -> float:
+        sizes = [stage_bytes(sources, config, stage, weights)[0] for stage in partition.stages]
+        return sum(sizes)
+
+    best = min(partitions, key=cost)
+    # Larger pieces make faster products: smaller ones have to be worth it.
+    return next(p for p in partitions if cost(p) <= 1.01 * cost(best))
+
+
+def describe_split(
+    sources: Sources, config: ModelConfig, partition: Partition, weights: jnp.dtype | None = None
+) -> str:
+    """The mesh, the stages, what is padded or copied and what that costs, in one line.
+
+    Arguments are those of `stage_bytes`.
+    """
+    mesh, stages = partition.mesh, partition.stages
+    kind = f" of {mesh.devices.flat[0].device_kind}" if isinstance(mesh, Mesh) else ""
+    lines = [f"mesh {','.join(f'{axis}:{size}' for axis, size in mesh.shape.items())}{kind}"]
+    if len(stages) > 1:
+        runs = [
+            f"{stage.layers.start}-{stage.layers.stop - 1} on device "
+            f"{'+'.join(map(str, sorted(stage.places.flat)))}"
+            for stage in stages
+        ]
+        lines.append(f"layers {', '.join(runs)}")
+    used = {place for stage in stages for place in stage.places.flat}
+    if idle := sorted(set(range(mesh.size)) - used):
+        lines.append(f"without layers: device {', '.join(map(str, idle))}")
+    padded = {
+        f"{axis.name} {layout.original // layout.unit} to {len(layout.slots)}": None
+        for stage in stages
+        for param in abstract_parameters(config, stage.layers).values()
+        for axis in param.axes
+        if axis.units and not axis.name.endswith("_in")
+        for layout in [stage.layout(axis)]
+        if layout.size > layout.original
+    }
+    if padded:
+        sizes = [
+            (stage.mesh.size, *stage_bytes(sources, config, stage, weights)) for stage in stages
+        ]
+        extra = sum(devices * more for devices, _, more in sizes)
+        share = extra / sum(devices * held for devices, held, _ in sizes)
+        lines.append(f"padded or copied: {', '.join(padded)}, {extra / 1e6:.1f} MB ({share:.1%})")
+    return " | ".join(lines)
