@@ -83,6 +83,19 @@ def environment():
     }
 
 
+HEED_INTERRUPTS = (
+    "import os, signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+def start_python(*arguments, **options):
+    """Starts Python where an interrupt is not ignored, as it is in what a shell runs with `&`."""
+    command = [sys.executable, "-c", HEED_INTERRUPTS, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, **options)
+
+
 def run_python(*arguments):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -257,12 +270,8 @@ def test_standard_streams_may_be_closed_or_full(tiny, lm, redirection, code, mes
 
 @pytest.mark.parametrize("moment", ["importing", "loading", "generating"])
 def test_an_interrupt_ends_the_program_at_once(tiny, moment):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxsplit.generate", f"--model={tiny}", "--prompt=a", "--seed=1"],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    arguments = [f"--model={tiny}", "--prompt=a", "--seed=1"]
+    process = start_python("-m", "jaxsplit.generate", *arguments, stderr=subprocess.PIPE)
     if moment == "generating":
         assert process.stdout.read(1) == b"a"
     else:
@@ -295,9 +304,7 @@ sys.argv = sys.argv[1:]
 run(main)
 """
     for kind in ("call", "callback"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, kind], env=environment(), stdout=subprocess.PIPE
-        )
+        process = start_python("-c", program, kind)
         assert process.stdout.readline() == b"ready\n"
         sent = time.monotonic()
         if kind == "call":

@@ -152,7 +152,9 @@ def choose_devices(
         devices = present[:devices]
     elif devices is not None:
         given = list(devices) if isinstance(devices, Iterable) else [devices]
-        if not given or not all(isinstance(device, jax.Device) for device in given):
+        if not given:
+            raise JaxsplitError("the list of devices is empty")
+        if not all(isinstance(device, jax.Device) for device in given):
             raise JaxsplitError(
                 f"--devices={devices!r} is neither a number of devices nor a list of JAX devices"
             )
