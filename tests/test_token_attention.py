@@ -61,7 +61,7 @@ def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reade
         batch,
         cache,
         config,
-        (module.query_norm, module.key_norm),
+        module.norm_scales,
         sinks,
         dtype=jnp.bfloat16,
         reader=reader,
