@@ -27,10 +27,13 @@ from measure import WARM_UP, all_reduce_seconds, copy_bandwidth, markdown, matmu
 from random_gguf import model_file
 
 import jaxsplit
+from jaxsplit.cli import options
 from jaxsplit.cli.program import run
+from jaxsplit.config import LoadConfig
 from jaxsplit.engine import compile_seconds
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile
+from jaxsplit.llm import named_dtype
 from jaxsplit.models import ModelConfig
 from jaxsplit.ops.matmul import float8
 from jaxsplit.plan import kind_of, make_plan, weight_bits
@@ -46,11 +49,9 @@ _GENERATE = flags.DEFINE_list("n_gen", "128", "tokens to generate; 0: none", sho
 _DEPTH = flags.DEFINE_list("n_depth", "0", "tokens of context before", short_name="d")
 _BATCH = flags.DEFINE_list("batch", "1", "sequences that are decoded together", short_name="b")
 _REPEAT = flags.DEFINE_integer("repetitions", 3, "how often to measure", 1, short_name="r")
-_DTYPE = flags.DEFINE_string("dtype", "auto", "of activations")
-_ACTIVATIONS = flags.DEFINE_string("activations", "auto", "as in jaxsplit.generate")
-_PROMPT_DTYPE = flags.DEFINE_string("prompt_dtype", "auto", "as in jaxsplit.generate")
-_WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
-_CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values")
+_LOAD = options.define(
+    LoadConfig, ["dtype", "activations", "prefill_dtype", "weights", "cache_dtype", "collectives"]
+)
 _COMPILED = flags.DEFINE_string(
     "compilation_cache", None, "folder of compiled programs, for a warm start (default: none)"
 )
@@ -174,11 +175,7 @@ def measure(
         file,
         split_mode=mode,
         mesh=mesh,
-        dtype=_DTYPE.value,
-        activations=_ACTIVATIONS.value,
-        prompt_dtype=_PROMPT_DTYPE.value,
-        weights=_WEIGHTS.value,
-        cache_dtype=_CACHE.value,
+        **options.values(_LOAD),
         ctx_size=longest,
         slots=batch,
     )
@@ -187,8 +184,8 @@ def measure(
     first_token = loading + _read(lm, batch, shortest)
     config, engine, dtype = lm.config, lm.engine, lm.models[0].dtype
     sources = parameter_sources(file, config)
-    stored = None if _WEIGHTS.value == "quantized" else np.dtype(_WEIGHTS.value)
-    in_float8 = _PROMPT_DTYPE.value == "float8" and weight_bits(sources, stored) < 16
+    stored = named_dtype(_LOAD["weights"].value)
+    in_float8 = _LOAD["prefill_dtype"].value == "float8" and weight_bits(sources, stored) < 16
     devices = jax.sharding.Mesh(lm.mesh.devices.reshape(-1), "tensor")
     of_prompts = jax.numpy.dtype(float8.DTYPE) if in_float8 else dtype
     limits = _limits(devices, dtype, of_prompts, config.embed * batch)

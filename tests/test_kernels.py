@@ -304,15 +304,15 @@ def test_prompts_in_8_bit_floating_point_are_nearly_as_they_were(recipe_gguf, rn
     path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), rng.integers(0, 160, 70).tolist()
     options |= {"dtype": "float32", "ctx_size": 128}
     exact = jaxsplit.load(path, **options).logits(tokens)
-    lm = jaxsplit.load(path, prompt_dtype="float8", **options)
+    lm = jaxsplit.load(path, prefill_dtype="float8", **options)
     assert 1e-3 < nmse(lm.logits(tokens), exact) < 1e-1
     assert nmse(lm.logits(tokens[:20]), exact[:20]) <= 1e-9  # few are multiplied as ever
 
 
 def test_devices_that_do_not_multiply_8_bit_floating_point_are_refused(recipe_gguf, monkeypatch):
     monkeypatch.setattr(float8, "supported_by", lambda _: False)
-    with pytest.raises(JaxsplitError, match="--prompt_dtype=float8 does not suit cpu"):
-        jaxsplit.load(recipe_gguf(SHAPES["9-3"], Q8_0), prompt_dtype="float8")
+    with pytest.raises(JaxsplitError, match="prefill_dtype=float8 does not suit cpu"):
+        jaxsplit.load(recipe_gguf(SHAPES["9-3"], Q8_0), prefill_dtype="float8")
 
 
 @pytest.mark.parametrize(

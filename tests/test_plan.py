@@ -260,10 +260,10 @@ def test_command_line(models):
         (["--device_kind=T4", "--device_kind=T4", "--devices=3"], "2 times for 3 devices"),
         (["--bandwidth=-1"], "must be above 0 and finite"),
         (
-            ["--prompt_dtype=float8", "--device_kind=A100"],
-            "--prompt_dtype=float8 does not suit A100",
+            ["--prefill_dtype=float8", "--device_kind=A100"],
+            "--prefill_dtype=float8 does not suit A100",
         ),
-        (["--prompt_dtype=int8"], "--prompt_dtype=int8 is not supported"),
+        (["--prefill_dtype=int8"], "--prefill_dtype=int8 is not supported"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(models, flags, message):

@@ -179,7 +179,7 @@ def test_logits_that_are_not_finite_end_the_text_and_harm_no_later_call(tmp_path
     broken = "a" * 40 + "Z" + "a" * 40
     for options in (GREEDY, {}, {"top_k": 0, "seed": 3}):
         before = lm.generate("hello", 2, **options)
-        with pytest.raises(JaxsplitError, match=r"not finite after 81 tokens: try --dtype=float32"):
+        with pytest.raises(JaxsplitError, match=r"not finite after 81 tokens: try dtype=float32"):
             lm.generate(broken, COUNT, **options)
         assert lm.generate("hello", 2, **options) == before
     assert not np.isfinite(lm.logits(lm.tokenizer.encode(broken))).all()
@@ -376,5 +376,5 @@ def test_loading_refuses_a_value_of_another_type_by_name(path, options, message)
 def test_a_context_beyond_the_trained_one_is_cut_and_said(path):
     lm = jaxsplit.load(path, devices=1, ctx_size=1024)
     assert lm.engine.context == 256
-    assert "context 256 (all that it was trained for; --ctx_size=1024 is more)" in lm.describe()
+    assert "context 256 (all that it was trained for; ctx_size=1024 is more)" in lm.describe()
     assert "1024" not in jaxsplit.load(path, devices=1).describe()

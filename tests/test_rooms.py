@@ -25,6 +25,7 @@ cache
 quant
 sharding
 formats text
+config
 arguments paths
 lazy errors
 """

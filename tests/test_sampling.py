@@ -85,9 +85,9 @@ def clear_logits(rng, config, recent=(), spread=3.0, vocab=VOCAB):
 def draw(logits, config, *, recent=(), vocab=None):
     """Choices from the same logits, at positions 0, 1, 2, ..."""
     # One window for all: without penalties it changes nothing.
-    plan = dataclasses.replace(config.plan, window=WINDOW)
+    plan = dataclasses.replace(SamplingPlan.of(config, 4096), window=WINDOW)
     window = np.full(WINDOW, -1, np.int32)
-    if config.plan.window and len(recent):
+    if SamplingPlan.of(config, 4096).window and len(recent):
         window[-len(recent) :] = recent
     tokens = sample_jit(
         np.broadcast_to(logits, (DRAWS, len(logits))),
@@ -216,7 +216,7 @@ def test_without_temperature_the_likeliest_token_is_chosen(rng):
     logits = rng.normal(size=VOCAB).astype(np.float32)
     for others in ({}, {"top_k": 0}, {"top_k": 5, "top_p": 0.1, "min_p": 0.5}):
         config = SamplingConfig(temperature=0.0, **others)
-        assert config.plan.candidates == 1
+        assert SamplingPlan.of(config, 4096).candidates == 1
         assert set(draw(logits, config)) == {int(logits.argmax())}
     config = SamplingConfig(temperature=1.0, top_k=1)
     assert set(draw(logits, config)) == {int(logits.argmax())}
@@ -288,7 +288,7 @@ def test_a_choice_depends_on_seed_and_position_only(rng):
     logits = rng.normal(size=(count, VOCAB)).astype(np.float32)
     positions = rng.integers(0, 1000, count).astype(np.int32)
     window = np.zeros((count, 0), np.int32)
-    plan = configs[0].plan
+    plan = SamplingPlan.of(configs[0], 4096)
 
     def choose(order):
         values = SamplingValues.of([configs[i] for i in order])
@@ -422,7 +422,7 @@ def test_slots_whose_logits_are_not_finite_choose_no_token(rng, devices):
 )
 def test_values_out_of_range_are_refused(name, values):
     for value in values:
-        with pytest.raises(JaxsplitError, match=rf"--{name}={value}") as error:
+        with pytest.raises(JaxsplitError, match=rf"{name}={value}") as error:
             SamplingConfig(**{name: value})
         assert "\n" not in str(error.value)
 
@@ -440,6 +440,9 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_a_plan_compiles_penalties_only_where_there_are_some():
-    assert SamplingConfig(repeat_last_n=64).plan.window == 0
+    assert SamplingPlan.of(SamplingConfig(repeat_last_n=64), 4096).window == 0
     for penalty in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
-        assert SamplingConfig(repeat_last_n=64, **{penalty: 0.5}).plan.window == 64
+        config = SamplingConfig(repeat_last_n=64, **{penalty: 0.5})
+        assert [SamplingPlan.of(config, size).window for size in (4096, 32)] == [64, 32]
+        every = dataclasses.replace(config, repeat_last_n=-1)
+        assert SamplingPlan.of(every, 32).window == 32

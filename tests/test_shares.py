@@ -1,4 +1,4 @@
-"""How much of a model each device holds, and the shares that `--tensor_split` asks for."""
+"""How much of a model each device holds, and the shares that `tensor_split` asks for."""
 
 import itertools
 
@@ -240,7 +240,7 @@ def test_shares_are_parsed():
     "text", ["", ",", "a,1", "3;1", "1,", "-1,2", "0,0", "nan,1", "inf,1", "1,-inf", "1 2"]
 )
 def test_text_that_is_no_list_of_shares_is_refused(text):
-    with pytest.raises(JaxsplitError, match="--tensor_split=.*such as 3,1") as error:
+    with pytest.raises(JaxsplitError, match="tensor_split=.*such as 3,1") as error:
         parse_shares(text)
     assert "\n" not in str(error.value)
 
@@ -248,10 +248,10 @@ def test_text_that_is_no_list_of_shares_is_refused(text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 3}, r"--tensor_split has 2 shares, but the mesh has 3 tensor places"),
-        ({"mesh": "stage:3,tensor:2"}, r"--tensor_split has 2 shares.*3 stage places"),
-        ({"split_mode": "layer", "devices": 4}, r"--tensor_split has 2 shares.*4 stage places"),
-        ({"split_mode": "none"}, r"--tensor_split has 2 shares.*1 tensor place;"),
+        ({"devices": 3}, r"tensor_split has 2 shares, but the mesh has 3 tensor places"),
+        ({"mesh": "stage:3,tensor:2"}, r"tensor_split has 2 shares.*3 stage places"),
+        ({"split_mode": "layer", "devices": 4}, r"tensor_split has 2 shares.*4 stage places"),
+        ({"split_mode": "none"}, r"tensor_split has 2 shares.*1 tensor place;"),
     ],
 )
 def test_a_wrong_number_of_shares_is_refused(recipe_gguf, options, message):
@@ -262,5 +262,5 @@ def test_a_wrong_number_of_shares_is_refused(recipe_gguf, options, message):
 @pytest.mark.parametrize("shares", [[-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0]], ids=str)
 @pytest.mark.parametrize("mode", ["graph", "layer"])
 def test_shares_given_as_numbers_are_checked_like_text(recipe_gguf, mode, shares):
-    with pytest.raises(JaxsplitError, match="--tensor_split"):
+    with pytest.raises(JaxsplitError, match="tensor_split"):
         jaxsplit.load(recipe_gguf("llama"), split_mode=mode, devices=2, tensor_split=shares)

@@ -50,7 +50,7 @@ def test_the_host_hands_over_without_peer_access(load, recipe_gguf, one, prompts
     options = {"mesh": "stage:2", "slots": SLOTS, "kernels": True}
     through_kernels = load(recipe_gguf(MODEL), **options)
     assert through_kernels.describe().endswith("| stages hand over through peer access")
-    lm = load(recipe_gguf(MODEL), peer_access=False, **options)
+    lm = load(recipe_gguf(MODEL), collectives="nccl", **options)
     assert lm.describe().endswith("| stages hand over through the host")
     assert not lm.engine.loops
     lm.engine.start_all(dict(enumerate(prompts)), GREEDY)

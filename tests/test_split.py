@@ -225,7 +225,7 @@ def test_weights_of_8_bits_need_no_more_collectives(recipe_gguf):
 def test_reduce_dtype_is_used_between_devices(load, recipe_gguf, tokens):
     path = recipe_gguf(SHAPES["8-2"])
     exact = load(path, split_mode="graph", devices=2)
-    rough = load(path, split_mode="graph", devices=2, reduce_dtype="bfloat16")
+    rough = load(path, split_mode="graph", devices=2, all_reduce_dtype="bfloat16")
     error = nmse(rough.logits(tokens), exact.logits(tokens))
     assert 1e-8 < error < 1e-3
 

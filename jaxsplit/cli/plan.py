@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsplit.architectures import model_config
+from jaxsplit.cli import options
+from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.llm import PROMPT_DTYPES, choice_of, dtype_of, open_model
+from jaxsplit.llm import named_dtype, open_model
 from jaxsplit.paths import user_path
 from jaxsplit.plan import DeviceKind, Plan, best_plans, device_kind, make_plan
 from jaxsplit.sharding import parse_mesh, parse_shares, split_mode
@@ -24,31 +26,22 @@ _MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint directory",
 _KIND = flags.DEFINE_multi_string(
     "device_kind", ["H200"], "kind of the devices; repeat it to give each its own"
 )
-_DEVICES = flags.DEFINE_integer(
-    "devices", None, "how many devices (default: as the mesh has, or 1)"
-)
-_MODE = flags.DEFINE_string("split_mode", None, "plan this mode only (default: all)")
-_MESH = flags.DEFINE_string("mesh", None, "plan this mesh only, such as stage:2,tensor:2")
-_SPLIT = flags.DEFINE_string("tensor_split", None, "shares of the devices, such as 3,1")
-_CTX = flags.DEFINE_integer("ctx_size", 4096, "tokens of context; 0: all the model was made for")
-_SLOTS = flags.DEFINE_integer(
-    "slots", 1, "sequences that are decoded together", lower_bound=1, upper_bound=65536
+_LOAD = options.define(
+    LoadConfig,
+    skip=["activations", "collectives", "main_device"],
+    split_mode=None,
+    dtype="bfloat16",
 )
 _PROMPT = flags.DEFINE_integer(
     "prompt_tokens", None, "length of the prompt (default: 512, or the context)", lower_bound=1
 )
-_WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of activations")
-_PROMPT_DTYPE = flags.DEFINE_string("prompt_dtype", "auto", "as in jaxsplit.generate")
-_REDUCE = flags.DEFINE_string("reduce_dtype", "auto", "in which partial sums are exchanged")
-_CACHE = flags.DEFINE_string("cache_dtype", "auto", "of keys and values; auto: as --dtype")
 _MEMORY = flags.DEFINE_float("memory", None, "GB of a device, instead of its kind's")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", None, "GB/s of its memory")
 _TFLOPS = flags.DEFINE_float("tflops", None, "TFLOP/s of its matrix products")
 _LINK = flags.DEFINE_float("link", None, "GB/s between devices, in each direction")
 _JSON = flags.DEFINE_bool("json", False, "print JSON")
 
-_MAX_DEVICES = 512
+_MAX_DEVICES, _MAX_SLOTS = 512, 65536
 
 
 def _kinds(count: int) -> list[DeviceKind]:
@@ -79,52 +72,60 @@ def _kinds(count: int) -> list[DeviceKind]:
 def _plans() -> tuple[list[Plan], int]:
     """Plans, the best first, and the length of the prompt."""
     file = open_model(user_path(_MODEL.value, "--model"))
-    config = model_config(file)
-    sources = parameter_sources(file, config)
-    shape = parse_mesh(_MESH.value) if _MESH.value else None
+    model = model_config(file)
+    sources = parameter_sources(file, model)
+    chosen = options.values(_LOAD)
+    mode = chosen.pop("split_mode")
+    c: LoadConfig = LoadConfig.of(chosen)
+    shape = None if c.mesh is None else parse_mesh(c.mesh)
     count = math.prod(shape.values()) if shape else len(_KIND.value)
-    if _DEVICES.value is not None:
-        count = _DEVICES.value
+    if c.devices is not None:
+        count = c.devices
     if count < 1:
-        raise JaxsplitError(f"--devices={count} must be at least 1")
+        raise JaxsplitError(f"devices={count} must be at least 1")
     if count > _MAX_DEVICES:
         raise JaxsplitError(f"{count:,} devices are too many; plan at most {_MAX_DEVICES:,}")
+    if c.slots > _MAX_SLOTS:
+        raise JaxsplitError(f"slots={c.slots} are too many; plan at most {_MAX_SLOTS:,}")
     if shape and math.prod(shape.values()) != count:
         raise JaxsplitError(
-            f"--mesh={_MESH.value} has {math.prod(shape.values())} devices, --devices={count}"
+            f"mesh={c.mesh} has {math.prod(shape.values())} devices, devices={count}"
         )
-    options = {
-        "weights": dtype_of("weights", _WEIGHTS.value, quantized=None),
-        "dtype": dtype_of("dtype", _DTYPE.value),
-        "float8": choice_of("prompt_dtype", _PROMPT_DTYPE.value, PROMPT_DTYPES) == "float8",
-        "reduce_dtype": dtype_of("reduce_dtype", _REDUCE.value, auto=None),
-        "cache_dtype": dtype_of("cache_dtype", _CACHE.value, auto=None, int8=jnp.dtype(jnp.int8)),
-        "context": min(_CTX.value or config.context, config.context),
-        "slots": _SLOTS.value,
+    context = DEFAULT_CONTEXT if c.ctx_size is None else c.ctx_size
+    context = min(context or model.context, model.context)
+    weights, dtype, reduce_dtype, cache_dtype = map(
+        named_dtype, (c.weights, c.dtype, c.all_reduce_dtype, c.cache_dtype)
+    )
+    how = {
+        "weights": weights,
+        "dtype": dtype or jnp.dtype(jnp.bfloat16),
+        "float8": c.prefill_dtype == "float8",
+        "reduce_dtype": reduce_dtype,
+        "cache_dtype": cache_dtype,
+        "context": context,
+        "slots": c.slots,
     }
-    if options["context"] < 1:
-        raise JaxsplitError(f"--ctx_size={_CTX.value} must not be negative")
-    prompt = min(512, options["context"]) if _PROMPT.value is None else _PROMPT.value
-    if prompt > options["context"]:
+    prompt = min(512, context) if _PROMPT.value is None else _PROMPT.value
+    if prompt > context:
         raise JaxsplitError(
-            f"--prompt_tokens={prompt} is longer than the context of {options['context']} tokens; "
-            f"--ctx_size can be at most {config.context}"
+            f"prompt_tokens={prompt} is longer than the context of {context} tokens; set "
+            f"ctx_size={model.context} at most"
         )
     kinds = _kinds(count)
     unable = [kind.name for kind in kinds if not kind.float8]
-    if options["float8"] and unable:
-        raise JaxsplitError(f"--prompt_dtype=float8 does not suit {unable[0]}, which has no float8")
-    if _MODE.value is None and shape is None and _SPLIT.value is None:
-        return best_plans(sources, config, kinds, **options), prompt
-    mode = _MODE.value or "graph"
+    if how["float8"] and unable:
+        raise JaxsplitError(f"prefill_dtype=float8 does not suit {unable[0]}, which has no float8")
+    if mode is None and shape is None and c.tensor_split is None:
+        return best_plans(sources, model, kinds, **how), prompt
+    mode = mode or "graph"
     axis = split_mode(mode).axis
     if shape is None:
         shape = {axis: count} if axis else {"tensor": 1}
     if axis is None and math.prod(shape.values()) > 1:
-        raise JaxsplitError(f"--mesh={_MESH.value} does not fit --split_mode={mode}, one device")
-    shares = parse_shares(_SPLIT.value) if _SPLIT.value else None
+        raise JaxsplitError(f"mesh={c.mesh} does not fit split_mode={mode}, one device")
+    shares = None if c.tensor_split is None else parse_shares(c.tensor_split)
     kinds = kinds[: math.prod(shape.values())]
-    return [make_plan(sources, config, mode, shape, kinds, shares=shares, **options)], prompt
+    return [make_plan(sources, model, mode, shape, kinds, shares=shares, **how)], prompt
 
 
 def main(_: list[str]) -> None:

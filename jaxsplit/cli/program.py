@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,7 +39,7 @@ def run(main: Callable[[list[str]], None] | str, *, arguments: int = 0) -> None:
             program(argv[1:])
             sys.stdout.flush()
         except JaxsplitError as error:
-            note(f"jaxsplit: {error}")
+            note(f"jaxsplit: {with_flags(str(error))}")
             _leave(2)
         except KeyboardInterrupt:
             _leave(130)
@@ -74,6 +75,12 @@ def _import_main(name: str) -> Callable[[list[str]], None]:
     for flag in flags.FLAGS.get_key_flags_for_module(module):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     return module.main
+
+
+def with_flags(message: str) -> str:
+    """A message of the library, whose arguments are flags here: `seed=x` is `--seed=x`."""
+    names = "|".join(re.escape(name) for name in sorted(flags.FLAGS, key=len, reverse=True))
+    return re.sub(rf"(?<![\w.$/-])({names})(?==)", r"--\1", message)
 
 
 def note(message: str) -> None:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsplit.comm.stage_transfer import fetch, hand_over
+from jaxsplit.config import SamplingConfig
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy
 from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
 from jaxsplit.engine.device_loop import Group, Loops
 from jaxsplit.engine.runner import StageRunner, compile_together
-from jaxsplit.engine.sampling import SamplingConfig, SamplingPlan, SamplingValues
+from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import Decoder
 from jaxsplit.sharding import Partition
@@ -244,7 +245,7 @@ class Engine:
     def _start_all(
         self, prompts: Mapping[int, Sequence[int]], configs: list[SamplingConfig]
     ) -> None:
-        self._plan = configs[next(iter(prompts))].plan.within(self.context)
+        self._plan = SamplingPlan.of(configs[next(iter(prompts))], self.context)
         # XLA:GPU fails on empty arrays when it compiles for several devices.
         window = max(1, self._plan.window)
         runner, data = self.runners[-1], self.partition.data
@@ -380,7 +381,7 @@ class Engine:
 
     def trace_step(self, sampling: SamplingConfig) -> list[jax.stages.Traced]:
         """The program of each stage in a decode step, before it is compiled, to look into."""
-        traced, plan = [], sampling.plan.within(self.context)
+        traced, plan = [], SamplingPlan.of(sampling, self.context)
         slots, window = self._group_slots, max(1, plan.window)
         values = SamplingValues.of([sampling] * slots)
         for i, runner in enumerate(self.runners):

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxsplit.config import SamplingConfig
 from jaxsplit.engine.engine import Engine
-from jaxsplit.engine.sampling import NOT_FINITE, SamplingConfig
+from jaxsplit.engine.sampling import NOT_FINITE
 from jaxsplit.errors import JaxsplitError
 
 
@@ -95,7 +96,7 @@ class EngineThread:
                 engine.reset()
                 raise JaxsplitError(
                     f"the model's logits are not finite after {len(request.prompt) + len(tokens)} "
-                    "tokens: try --dtype=float32; if that does not help, the file's weights are "
+                    "tokens: try dtype=float32; if that does not help, the file's weights are "
                     "damaged"
                 )
             if not new:

@@ -5,9 +5,6 @@ temperature. Devices exchange their best candidates, never all logits, unless to
 """
 
 import dataclasses
-import math
-import secrets
-import sys
 from functools import partial
 
 import jax
@@ -15,78 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.arguments import checked_number
 from jaxsplit.comm.api import gather_over, shard_of
-from jaxsplit.errors import JaxsplitError
+from jaxsplit.config import SamplingConfig
 from jaxsplit.sharding.axes import Axis
 
 _VOCAB = Axis("vocab")
 
 NOT_FINITE = -2
 """The token of a slot whose logits have a NaN or infinity."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are chosen.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: keep the likeliest tokens that together reach this probability; 1 keeps all
-        (Holtzman et al. 2019, arXiv:1904.09751).
-      min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all
-        (Nguyen et al. 2024, arXiv:2407.01082).
-      repeat_penalty: divides positive logits, and multiplies negative ones, of tokens seen among
-        the last; 1 is off (Keskar et al. 2019, arXiv:1909.05858).
-      frequency_penalty: subtracted from a logit for each time that the token was seen.
-      presence_penalty: subtracted once if it was seen.
-      repeat_last_n: how many of the last tokens the penalties look at; -1: all of the context.
-      seed: the same seed gives the same text, on any mesh; the lower 32 bits count. -1 or None: a
-        random one, drawn here.
-
-    Raises:
-      JaxsplitError: a value is out of range or of another type.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repeat_last_n: int = 64
-    seed: int | None = 0
-
-    def __post_init__(self):
-        for name, kind, low, high in (
-            ("temperature", float, 0, math.inf),
-            ("top_k", int, 0, math.inf),
-            ("top_p", float, 0, 1),
-            ("min_p", float, 0, 1),
-            ("repeat_penalty", float, 0, math.inf),
-            ("frequency_penalty", float, -math.inf, math.inf),
-            ("presence_penalty", float, -math.inf, math.inf),
-            ("repeat_last_n", int, -1, math.inf),
-            ("seed", int, -math.inf, math.inf),
-        ):
-            value = getattr(self, name)
-            if name == "seed" and value in (None, -1):
-                value = secrets.randbits(32)
-            object.__setattr__(self, name, checked_number(name, value, kind, low, high))
-        if self.repeat_penalty == 0:
-            raise JaxsplitError("--repeat_penalty=0.0 must be above 0")
-
-    @property
-    def plan(self) -> "SamplingPlan":
-        """What the compiled program has to be able to do."""
-        penalties = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty)
-        last = sys.maxsize if self.repeat_last_n < 0 else self.repeat_last_n
-        return SamplingPlan(
-            candidates=1 if self.temperature == 0 else self.top_k,
-            window=last if penalties != (1.0, 0.0, 0.0) else 0,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +34,15 @@ class SamplingPlan:
     candidates: int
     window: int
 
-    def within(self, context: int) -> "SamplingPlan":
-        """The plan where no sequence is longer than `context`."""
-        return dataclasses.replace(self, window=min(self.window, context))
+    @classmethod
+    def of(cls, config: SamplingConfig, context: int) -> "SamplingPlan":
+        """What a config needs where no sequence is longer than `context`."""
+        penalties = (config.repeat_penalty, config.frequency_penalty, config.presence_penalty)
+        last = context if config.repeat_last_n < 0 else min(config.repeat_last_n, context)
+        return cls(
+            candidates=1 if config.temperature == 0 else config.top_k,
+            window=last if penalties != (1.0, 0.0, 0.0) else 0,
+        )
 
 
 @jax.tree_util.register_dataclass

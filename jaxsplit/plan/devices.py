@@ -98,7 +98,7 @@ def device_kind(name: str) -> DeviceKind:
     if not fitting:
         raise JaxsplitError(
             f"unknown device {name!r}; known are {', '.join(DEVICE_KINDS)}; for another give "
-            "--memory, --bandwidth, --tflops and --link"
+            "memory, bandwidth, tflops and link"
         )
     return fitting[0]
 

@@ -368,7 +368,7 @@ def best_split(
         have = min(kind.memory for kind in near.kinds)
         raise JaxsplitError(
             f"the model does not fit: {near.name}, which comes nearest, needs {need / 1e9:.1f} GB "
-            f"on a device of {have / 1e9:.1f} GB; try a shorter --ctx_size"
+            f"on a device of {have / 1e9:.1f} GB; try a shorter ctx_size"
         )
     return best.partition.mode, dict(best.partition.mesh.shape)
 

@@ -224,12 +224,12 @@ def make_partition(
     if shares is not None and len(shares) != (wanted := stages if stages > 1 else tensor):
         axis = "stage" if stages > 1 else "tensor"
         raise JaxsplitError(
-            f"--tensor_split has {len(shares)} shares, but the mesh has {wanted} "
+            f"tensor_split has {len(shares)} shares, but the mesh has {wanted} "
             f"{axis} place{'s' * (wanted != 1)}; give one share for each"
         )
     if shares is not None and stages == 1 and experts > 1:
         raise JaxsplitError(
-            "--tensor_split gives shares of the stage or tensor axis; leave it out with a mesh of "
+            "tensor_split gives shares of the stage or tensor axis; leave it out with a mesh of "
             f"expert:{experts}"
         )
     grids = [grid[:, i] for i in range(stages)]

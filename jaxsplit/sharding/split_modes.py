@@ -65,7 +65,7 @@ def split_mode(name: str) -> SplitMode:
     """
     if not isinstance(name, str) or name not in SPLIT_MODES:
         raise JaxsplitError(
-            f"--split_mode={name} is not supported; supported are {', '.join(SPLIT_MODES)}, auto"
+            f"split_mode={name} is not supported; supported are {', '.join(SPLIT_MODES)}, auto"
         )
     return SPLIT_MODES[name]
 
@@ -76,40 +76,43 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
       JaxsplitError: not of this form, or an unknown axis.
     """
+    if not isinstance(text, str) or not text:
+        raise JaxsplitError(f"mesh={text!r} is not a shape such as tensor:4 or stage:2,tensor:2")
     shape: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition(":")
         if not size.isdecimal() or len(size) > 9 or int(size) < 1:
             raise JaxsplitError(
-                f"--mesh={text}: {part.strip()!r} is not of the form axis:size, such as tensor:4 "
+                f"mesh={text}: {part.strip()!r} is not of the form axis:size, such as tensor:4 "
                 "or stage:2,tensor:2"
             )
         if name not in MESH_AXES:
             raise JaxsplitError(
-                f"--mesh={text}: unknown axis {name!r}; supported are {', '.join(MESH_AXES)}"
+                f"mesh={text}: unknown axis {name!r}; supported are {', '.join(MESH_AXES)}"
             )
         if name in shape:
-            raise JaxsplitError(f"--mesh={text}: axis {name!r} is given twice")
+            raise JaxsplitError(f"mesh={text}: axis {name!r} is given twice")
         shape[name] = int(size)
     return shape
 
 
-def parse_shares(text: str) -> list[float]:
-    """`3,1` to shares.
+def parse_shares(text: str | Sequence[float]) -> list[float]:
+    """`3,1`, or a sequence of numbers, to shares.
 
     Raises:
       JaxsplitError: not numbers, or none above 0.
     """
     try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
+        parts = text.split(",") if isinstance(text, str) else list(text)
+        shares = [float(part) for part in parts]
+    except (TypeError, ValueError):
         shares = []
     if not shares or min(shares) < 0 or not 0 < sum(shares) < math.inf:
         raise JaxsplitError(
-            f"--tensor_split={text} is not a list of shares such as 3,1 (at least one above 0)"
+            f"tensor_split={text} is not a list of shares such as 3,1 (at least one above 0)"
         )
     if min(filter(None, shares)) < max(shares) / 1e6:
-        raise JaxsplitError(f"--tensor_split={text}: one share is over a million times another")
+        raise JaxsplitError(f"tensor_split={text}: one share is over a million times another")
     return shares
 
 
@@ -140,15 +143,15 @@ def choose_devices(
         if present[0].platform == "cpu"
         else ""
     )
-    shape = parse_mesh(mesh) if mesh else None
+    shape = None if mesh is None else parse_mesh(mesh)
     if shape and chosen.axis is None and math.prod(shape.values()) > 1:
         raise JaxsplitError(
-            f"--mesh={mesh} has {math.prod(shape.values())} devices, but --split_mode={mode} uses "
+            f"mesh={mesh} has {math.prod(shape.values())} devices, but split_mode={mode} uses "
             f"one; leave one of the two flags out"
         )
     if isinstance(devices, int) and not isinstance(devices, bool):
         if not 1 <= devices <= len(present):
-            raise JaxsplitError(f"--devices={devices}: there are {described}{hint}")
+            raise JaxsplitError(f"devices={devices}: there are {described}{hint}")
         devices = present[:devices]
     elif devices is not None:
         given = list(devices) if isinstance(devices, Iterable) else [devices]
@@ -156,14 +159,14 @@ def choose_devices(
             raise JaxsplitError("the list of devices is empty")
         if not all(isinstance(device, jax.Device) for device in given):
             raise JaxsplitError(
-                f"--devices={devices!r} is neither a number of devices nor a list of JAX devices"
+                f"devices={devices!r} is neither a number of devices nor a list of JAX devices"
             )
         devices = given
     available = present if devices is None else devices
     if chosen.axis is None:
         if not 0 <= main_device < len(available):
             raise JaxsplitError(
-                f"--main_device={main_device}: there are {len(available)} devices, numbered from 0"
+                f"main_device={main_device}: there are {len(available)} devices, numbered from 0"
             )
         return {"tensor": 1}, _with_all_processes([available[main_device]])
     if shape is None:
@@ -171,7 +174,7 @@ def choose_devices(
     needed = math.prod(shape.values())
     if needed > len(available) or (devices is not None and needed != len(available)):
         found = described if devices is None else f"{len(available)} devices given"
-        raise JaxsplitError(f"--mesh={mesh} needs {needed} devices, there are {found}{hint}")
+        raise JaxsplitError(f"mesh={mesh} needs {needed} devices, there are {found}{hint}")
     return shape, _with_all_processes(available[:needed])
 
 

@@ -1,0 +1,202 @@
+"""What people may choose: one declaration for each option.
+
+A field of these classes is an argument of the library and a flag of the command lines
+(`jaxsplit.cli.options`): its type, default, help and validation are here and nowhere else. JAX is
+not imported.
+"""
+
+import dataclasses
+import math
+import secrets
+import warnings
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any
+
+from jaxsplit.arguments import checked_choice, checked_number
+from jaxsplit.errors import JaxsplitError
+
+FLOATS = ("bfloat16", "float16", "float32")
+DEFAULT_CONTEXT = 4096
+
+RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
+    "prompt_dtype": ("prefill_dtype", {}),
+    "reduce_dtype": ("all_reduce_dtype", {}),
+    "peer_access": ("collectives", {True: "auto", False: "nccl"}),
+}
+"""Options by names that the next version will not accept: what they are called now, and what their
+values are where these are others."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Collection[str] = (),
+    low: float | None = None,
+    high: float = math.inf,
+    above: float | None = None,
+) -> Any:
+    """A field of a config.
+
+    Args:
+      default: its value if none is given.
+      help: what it does, in a line or two.
+      choices: the values of a string.
+      low, high: the least and the largest value of a number; None: it is no number.
+      above: a number must be larger than this, too.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Config:
+    """A frozen dataclass whose fields are made by `option`."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            if value is None and field.default is None:
+                continue
+            if limits["choices"]:
+                checked_choice(field.name, value, limits["choices"])
+            if limits["low"] is not None:
+                kind = float if field.type in (float, "float") else int
+                value = checked_number(field.name, value, kind, limits["low"], limits["high"])
+                if limits["above"] is not None and not value > limits["above"]:
+                    raise JaxsplitError(f"{field.name}={value} must be above {limits['above']}")
+                object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], config: Any = None) -> Any:
+        """A config with some options changed.
+
+        Raises:
+          JaxsplitError: an option is unknown, or a value is out of range or of another type.
+        """
+        options = dict(options)
+        for old in RENAMED.keys() & options.keys():
+            new, values = RENAMED[old]
+            warnings.warn(f"{old} is now {new}", FutureWarning, stacklevel=3)
+            value = options.pop(old)
+            options[new] = values.get(value, value) if isinstance(value, Hashable) else value
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise JaxsplitError(
+                f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}"
+            )
+        return dataclasses.replace(cls() if config is None else config, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadConfig(Config):
+    """How a model is loaded: the options of `jaxsplit.load`."""
+
+    split_mode: str = option(
+        "graph",
+        "graph: every device works on a part of every layer; layer: on some of the layers; row: on "
+        "some rows of every matrix; none: one device; auto: whichever should decode fastest and "
+        "fits",
+    )
+    devices: Any = option(None, "use only the first so many devices; in Python, also a list")
+    mesh: str | None = option(
+        None, "shape of the mesh, such as tensor:4 or stage:2,tensor:2 (default: all devices)"
+    )
+    tensor_split: Any = option(
+        None,
+        "shares of the stages, or of the devices of one stage, such as 3,1 (default: by free "
+        "memory of the stages, equal within a stage)",
+    )
+    main_device: int = option(0, "the device of split_mode=none", low=0)
+
+    weights: str = option(
+        "quantized",
+        "keep matrices as in the file, or dequantize them to this dtype",
+        choices=("quantized", *FLOATS),
+    )
+    dtype: str = option(
+        "auto",
+        "of activations; auto: float32 on CPUs, float16 on GPUs without bfloat16 units, else "
+        "bfloat16",
+        choices=("auto", *FLOATS),
+    )
+    activations: str = option(
+        "auto",
+        "of one or two rows, in products with quantized matrices: int8 rounds them to 8 bits with "
+        "a scale for each 32, as llama.cpp does; float does not; auto rounds where kernels do it",
+        choices=("auto", "float", "int8"),
+    )
+    prefill_dtype: str = option(
+        "auto",
+        "of prompts, in products with quantized matrices: auto (as dtype) or float8 (faster from "
+        "compute capability 8.9 on, less exact)",
+        choices=("auto", "float8"),
+    )
+    all_reduce_dtype: str = option(
+        "auto",
+        "of partial sums between devices; auto: float32, but bfloat16 in prompts of that dtype",
+        choices=("auto", *FLOATS),
+    )
+    cache_dtype: str = option(
+        "auto",
+        "of keys and values; int8 has a scale for each head and position; auto: as dtype",
+        choices=("auto", "int8", *FLOATS),
+    )
+
+    collectives: str = option(
+        "auto",
+        "how GPUs of one process exchange partial sums and stages hand over: p2p: kernels write to "
+        "one another's memory; nccl: through NCCL and the host; auto: p2p where GPUs can",
+        choices=("auto", "p2p", "nccl"),
+    )
+    ctx_size: int | None = option(
+        None,
+        "tokens of context, at most as many as the model was trained for; 0: all of these "
+        f"(default: at most {DEFAULT_CONTEXT})",
+        low=0,
+    )
+    slots: int = option(1, "sequences that can be decoded together", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(Config):
+    """How tokens are chosen.
+
+    Attributes:
+      top_p: Holtzman et al. 2019, arXiv:1904.09751.
+      min_p: Nguyen et al. 2024, arXiv:2407.01082.
+      repeat_penalty: Keskar et al. 2019, arXiv:1909.05858.
+      seed: the lower 32 bits count. -1 or None: a random seed, drawn here.
+
+    Raises:
+      JaxsplitError: a value is out of range or of another type.
+    """
+
+    temperature: float = option(0.8, "divides the logits; 0: always the likeliest token", low=0)
+    top_k: int = option(40, "keep the k likeliest tokens; 0: all", low=0)
+    top_p: float = option(
+        0.95, "keep the likeliest tokens that reach this probability; 1: all", low=0, high=1
+    )
+    min_p: float = option(
+        0.05, "keep tokens at least this fraction as likely as the likeliest; 0: all", low=0, high=1
+    )
+    repeat_penalty: float = option(
+        1.0,
+        "divides positive logits, multiplies negative ones, of recent tokens; 1: off",
+        low=0,
+        above=0,
+    )
+    frequency_penalty: float = option(
+        0.0, "subtracted from a logit for each recent occurrence", low=-math.inf
+    )
+    presence_penalty: float = option(
+        0.0, "subtracted from the logit of a token that occurred recently", low=-math.inf
+    )
+    repeat_last_n: int = option(64, "how many of the last tokens are recent; -1: all", low=-1)
+    seed: int | None = option(
+        0, "the same seed gives the same text, on any mesh; -1: random", low=-math.inf
+    )
+
+    def __post_init__(self) -> None:
+        if self.seed is None or (type(self.seed) is int and self.seed == -1):
+            object.__setattr__(self, "seed", secrets.randbits(32))
+        super().__post_init__()
