@@ -142,6 +142,12 @@ class LoadConfig(Config):
         choices=("auto", "int8", *FLOATS),
     )
 
+    kernels: str = option(
+        "auto",
+        "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; xla: "
+        "XLA alone; auto: triton where it runs; interpret: its kernels on CPUs, to test them",
+        choices=("auto", "triton", "xla", "interpret"),
+    )
     collectives: str = option(
         "auto",
         "how GPUs of one process exchange partial sums and stages hand over: p2p: kernels write to "

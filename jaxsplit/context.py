@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.pallas import has_triton
 from jaxsplit.sharding.axes import AxisRules
 
 if TYPE_CHECKING:
@@ -57,10 +59,27 @@ class MatmulPolicy:
     launch: KernelLaunch = KernelLaunch()
 
     @staticmethod
-    def for_device(device: jax.Device) -> "MatmulPolicy":
-        """What a device can do, without rounding. Kernels need compute capability 8.0."""
+    def for_device(device: jax.Device, kernels: str = "auto") -> "MatmulPolicy":
+        """The policy of a device, without rounding.
+
+        Args:
+          device: of the mesh.
+          kernels: as in `LoadConfig`. Triton needs compute capability 8.0, and a JAX that has it.
+
+        Raises:
+          JaxsplitError: these kernels do not run on this device.
+        """
+        if kernels == "interpret":
+            return MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
         capability = compute_capability(device)
-        return MatmulPolicy(kernels=capability >= 8, launch=KernelLaunch(pdl=capability >= 9))
+        runs = kernels != "xla" and capability >= 8 and has_triton()
+        if kernels == "triton" and not runs:
+            raise JaxsplitError(
+                f"kernels=triton does not run on {device.device_kind} with JAX {jax.__version__}: "
+                "it needs a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton; "
+                "try kernels=auto"
+            )
+        return MatmulPolicy(kernels=runs, launch=KernelLaunch(pdl=capability >= 9))
 
 
 DEFAULT_POLICY = MatmulPolicy()

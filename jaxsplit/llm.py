@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 from jaxsplit.architectures import model_config
 from jaxsplit.arguments import checked_choice, checked_number
 from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig, SamplingConfig
-from jaxsplit.context import MatmulPolicy
+from jaxsplit.context import MatmulPolicy, compute_capability
 from jaxsplit.engine import Engine, EngineThread
 from jaxsplit.engine.stream import Stream
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul import float8
+from jaxsplit.pallas import has_triton
 from jaxsplit.paths import user_path
 from jaxsplit.plan import best_split
 from jaxsplit.sharding import choose_devices, parse_shares
@@ -113,7 +114,7 @@ def load(
             f"{file.path}: the tokenizer has {tokens} tokens, the embedding (token_embd.weight) "
             f"only {model.vocab} rows; convert the model again"
         )
-    policy = MatmulPolicy.for_device(mesh_devices[0])
+    policy = MatmulPolicy.for_device(mesh_devices[0], c.kernels)
     suits = policy.kernels and compute_in.itemsize == 2
     rounded = c.activations == "int8" or (c.activations == "auto" and suits)
     policy = dataclasses.replace(policy, int8_activations=rounded, float8=in_float8)
@@ -370,7 +371,10 @@ class LM:
         )
         if self._asked_context > context:
             model += f" (all that it was trained for; ctx_size={self._asked_context} is more)"
-        return " | ".join([model, self._split, *self.engine.meetings])
+        device = self.mesh.devices.flat[0]
+        without = compute_capability(device) >= 8 and not has_triton()
+        notes = ["XLA runs everything: this JAX has no Pallas-Triton"] if without else []
+        return " | ".join([model, self._split, *self.engine.meetings, *notes])
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         """Token ids as a list.

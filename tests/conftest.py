@@ -23,7 +23,6 @@ import pytest
 from helpers import recipe, write_recipe
 
 import jaxsplit
-from jaxsplit.context import KernelLaunch, MatmulPolicy
 from jaxsplit.engine import runner
 from jaxsplit.llm import demo_model
 
@@ -54,11 +53,8 @@ def load():
         key = (path, kernels, str(sorted(options.items())))
         if key not in loaded:
             options = {"dtype": "float32", "ctx_size": 256, **options}
-            with pytest.MonkeyPatch.context() as patch:
-                if kernels:
-                    found = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-                    patch.setattr(MatmulPolicy, "for_device", lambda _: found)
-                loaded[key] = jaxsplit.load(path, **options)
+            options |= {"kernels": "interpret"} if kernels else {}
+            loaded[key] = jaxsplit.load(path, **options)
         return loaded[key]
 
     return get

@@ -109,7 +109,7 @@ def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh,
     path, tokens = recipe_gguf(recipe, Q8_0), fresh_rng().integers(0, 160, 6).tolist()
     options = {"ctx_size": 64, "activations": "int8"}
     policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     sending, send = [], Product.sent_to
     monkeypatch.setattr(Product, "sent_to", lambda *a: sending.append(a) or send(*a))
     one = jaxsplit.load(path, split_mode="none", dtype="bfloat16", **options)

@@ -202,7 +202,7 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
 
     plain, plain_choice = run()
     policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     logits, choice = run()
     errors = [nmse(*of_token) for of_token in zip(logits, plain, strict=True)]
     # Where the last bits of sums differ, an activation may be rounded to the other side: that is
@@ -223,7 +223,7 @@ def test_single_tokens_of_a_mixture_with_kernels(recipe_gguf, monkeypatch, optio
 
     exact = logits("float")
     policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     # Of most tokens: an undecided router may choose another expert.
     errors = [nmse(*of) for of in zip(logits("int8"), exact, strict=True)]
     assert 1e-7 < np.median(errors) < 3e-3, errors
@@ -247,7 +247,7 @@ def test_prompts_with_kernels_are_as_exact_as_those_without(
 
     exact, plain = logits("float32"), logits("bfloat16")
     policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     kernel = logits("bfloat16")
     # Of most tokens: an undecided router may choose another expert for one of them, which those
     # after it in the text see.
@@ -268,7 +268,7 @@ def test_devices_send_products_with_plain_matrices(recipe_gguf, monkeypatch):
         load(dtype).logits(tokens, one_by_one=True) for dtype in ("float32", "bfloat16")
     )
     policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     lm = load("bfloat16")
     (step,) = lm.engine.trace_step(jaxsplit.SamplingConfig(temperature=0.0))
     assert "plain_products" in str(step.jaxpr)
@@ -359,7 +359,7 @@ def early_readers(jaxpr):
 )
 def test_only_kernels_begin_before_what_they_read_has_ended(recipe_gguf, monkeypatch, name):
     policy = MatmulPolicy(kernels=True, launch=KernelLaunch(pdl=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda _: policy)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     options = {"dtype": "bfloat16", "activations": "int8", "split_mode": "none", "ctx_size": 1024}
     lm = jaxsplit.load(recipe_gguf(name, Q8_0), **options)
     (step,) = lm.engine.trace_step(jaxsplit.SamplingConfig(temperature=0.0))

@@ -1,10 +1,15 @@
 """What the packages export, and when they import it."""
 
 import importlib
+import os
 import subprocess
 import sys
 
 import pytest
+
+import jaxsplit
+from jaxsplit import context, llm
+from jaxsplit.errors import JaxsplitError
 
 
 @pytest.mark.parametrize("package", ["jaxsplit", "jaxsplit.plan"])
@@ -24,3 +29,28 @@ def test_the_command_line_starts_without_jax():
         "assert not {'jax', 'jaxlib', 'flax', 'numpy'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_without_kernels_no_triton_is_imported():
+    """What Pallas imports of it takes time, and this JAX may have none."""
+    program = (
+        "import jaxsplit, sys\n"
+        "lm = jaxsplit.load(ctx_size=64, split_mode='none')\n"
+        "assert lm.generate('The', 2, temperature=0.0)\n"
+        "assert not [m for m in sys.modules if 'pallas' in m and 'triton' in m]\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_without_pallas_xla_does_the_work(monkeypatch, smollm2_path):
+    """As in a JAX that has removed it: on a GPU where kernels would run, one line says so."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.setattr(context, "compute_capability", lambda _: 9.0)
+    monkeypatch.setattr(llm, "compute_capability", lambda _: 9.0)
+    with pytest.raises(JaxsplitError, match="kernels=triton does not run on cpu .*kernels=auto"):
+        jaxsplit.load(smollm2_path, kernels="triton", split_mode="none")
+    lm = jaxsplit.load(smollm2_path, split_mode="none", ctx_size=64, dtype="bfloat16")
+    assert lm.describe().endswith(" | XLA runs everything: this JAX has no Pallas-Triton")
+    assert not lm.engine.runners[0].policy.kernels
+    assert lm.generate("The", 2, temperature=0.0)

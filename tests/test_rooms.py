@@ -25,7 +25,7 @@ cache
 quant
 sharding
 formats text
-config
+config pallas
 arguments paths
 lazy errors
 """

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from jaxsplit.pallas import pl, plgpu
 
 WIDTH = 512
 """Numbers that a program exchanges."""
@@ -69,12 +69,12 @@ def mailbox_bytes(devices: int) -> int:
 
 def supports(size: int) -> bool:
     """Whether so few numbers can be exchanged."""
-    return pl.cdiv(size, WIDTH) <= PROGRAMS
+    return size <= PROGRAMS * WIDTH
 
 
 def padded(columns: int) -> int:
     """Numbers of a row, with those that fill its last program."""
-    return pl.cdiv(columns, WIDTH) * WIDTH
+    return -(-columns // WIDTH) * WIDTH
 
 
 def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import io_callback
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.comm.one_shot import (
     SEND,
@@ -29,6 +27,7 @@ from jaxsplit.comm.one_shot import (
     side_by_side,
     until_found,
 )
+from jaxsplit.pallas import pl, plgpu
 
 
 def mailbox_bytes(channels: int, words: int) -> int:

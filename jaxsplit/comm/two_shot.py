@@ -12,11 +12,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.comm import one_shot
 from jaxsplit.comm.one_shot import THREADS, WARPS, Peers, address_of
+from jaxsplit.pallas import pl, plgpu
 
 _WORDS = 16  # of a thread, two numbers in each
 _TILE = 2 * _WORDS * THREADS
@@ -35,7 +34,7 @@ def mailbox_bytes(devices: int, most: int) -> int:
 
 def _tiles(size: int, devices: int) -> int:
     """Those of the part of so many numbers that each device adds up."""
-    return pl.cdiv(size, devices * _TILE)
+    return -(-size // (devices * _TILE))
 
 
 def supports(size: int, dtype: jnp.dtype, peers: Peers) -> bool:

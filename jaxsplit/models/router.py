@@ -5,12 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.context import KernelLaunch
 from jaxsplit.models.config import MoEConfig
 from jaxsplit.ops.activations.deferred import RootMeanSquare
+from jaxsplit.pallas import pl, plgpu
 
 _LEAST_SUM = 2.0**-14  # llama.cpp's bound of what weights are divided by
 

@@ -6,10 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.context import KernelLaunch
+from jaxsplit.pallas import pl, plgpu
 
 
 def launch_dependents(x: Array, launch: KernelLaunch) -> Array:

@@ -14,12 +14,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.comm import one_shot
 from jaxsplit.context import KernelLaunch
 from jaxsplit.ops.launch import launch_dependents
+from jaxsplit.pallas import pl, plgpu
 
 BLOCK = 32
 """Elements of a row that are stored together."""

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.ops.activations.deferred import BLOCK, RootMeanSquare, like
+from jaxsplit.pallas import plgpu
 
 SLICE = 16
 """Values whose codes a thread reads at once."""
@@ -136,4 +135,4 @@ def round_rows(x: Array) -> Rounded:
 
 def _filled(columns: int) -> int:
     """Values of a row with those that fill the last group of `place_of`."""
-    return pl.cdiv(columns, _GROUP * SLICE) * _GROUP * SLICE
+    return -(-columns // (_GROUP * SLICE)) * _GROUP * SLICE

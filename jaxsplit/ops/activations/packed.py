@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.ops.activations.deferred import BLOCK, RootMeanSquare, block_elements, like
 from jaxsplit.ops.matmul.triton_gemv_int8 import split
+from jaxsplit.pallas import plgpu
 from jaxsplit.quant.qtensor import Form, QTensor
 
 SUMMED = (BLOCK // 2, BLOCK)

@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.context import KernelLaunch
@@ -42,6 +40,7 @@ from jaxsplit.ops.attention.triton_softmax import (
 )
 from jaxsplit.ops.launch import launch_dependents
 from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.pallas import pl, plgpu
 
 _LEAST = 128
 """Keys of a split, or more."""

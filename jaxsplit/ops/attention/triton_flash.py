@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.cache.contiguous import AttentionCache
 from jaxsplit.context import KernelLaunch
@@ -36,6 +34,7 @@ from jaxsplit.ops.attention.triton_softmax import (
 )
 from jaxsplit.ops.launch import launch_dependents
 from jaxsplit.ops.matmul.api import Rows
+from jaxsplit.pallas import pl, plgpu
 
 _KEYS_OF_A_SPLIT = 256
 _MOST_SPLITS = 64

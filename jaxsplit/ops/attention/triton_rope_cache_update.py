@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.ops.activations.int8 import largest_magnitude
 from jaxsplit.ops.attention.rope import RopeConfig, rope_factors
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.pallas import pl, plgpu
 
 _ELEMENTS = 2048  # of a program at most, and its warps; a head and a warp where tokens are few
 _WARPS = 4

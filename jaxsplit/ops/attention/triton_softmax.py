@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.cache.contiguous import AttentionCache
 from jaxsplit.context import KernelLaunch
 from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.pallas import pl, plgpu
 
 LOG2_E = math.log2(math.e)
 NONE = -1e30  # the score of a key that is not looked at

@@ -7,10 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.ops.matmul.triton_gemv_int8 import GROUPS, split
+from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, value_of, with_words
 
 LEAST_BOUND = 1e-30

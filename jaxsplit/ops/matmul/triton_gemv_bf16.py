@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.comm import one_shot
 from jaxsplit.ops.activations.deferred import BLOCK, Stored
 from jaxsplit.ops.launch import dispatch_programs
+from jaxsplit.pallas import pl, plgpu
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.comm import one_shot
 from jaxsplit.ops.activations.deferred import BLOCK
 from jaxsplit.ops.activations.int8 import SLICE, Rounded, place_of
 from jaxsplit.ops.launch import dispatch_programs
+from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, with_words
 
 MAX_ROWS = 2

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxsplit.context import KernelLaunch
 from jaxsplit.ops.activations.deferred import Late, as_late
@@ -23,6 +21,7 @@ from jaxsplit.ops.activations.packed import SUMMED, Ordered, Ordering, group_len
 from jaxsplit.ops.launch import dispatch_programs
 from jaxsplit.ops.matmul import triton_gemv_int8
 from jaxsplit.ops.matmul.triton_gemv_int8 import split
+from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import Form, QTensor
 
 MAX_ROWS = 64
