@@ -8,6 +8,7 @@ from helpers import GREEDY, continuation, last_tokens, make_recipe
 from tiny import fresh_rng
 
 from jaxsplit.engine import SamplingConfig
+from jaxsplit.errors import JaxsplitError
 
 SLOTS = 4
 COUNT = 8
@@ -101,6 +102,25 @@ def test_each_slot_has_its_own_way_of_sampling(lm, one, prompts):
         for prompt, config in zip(prompts, configs, strict=True)
     ]
     lm.engine.start_all(dict(enumerate(prompts)), configs)
+    assert texts(lm.engine) == alone
+
+
+def test_starting_a_slot_leaves_the_sampling_of_others_alone(lm, one, prompts):
+    base = SamplingConfig(top_k=20, temperature=2.0)
+    configs = [dataclasses.replace(base, seed=seed) for seed in range(SLOTS)]
+    alone = [
+        continuation(one.engine, prompt, config, COUNT)
+        for prompt, config in zip(prompts, configs, strict=True)
+    ]
+    lm.engine.reset()
+    for slot in (2, 0, 3, 1):
+        lm.engine.start(prompts[slot], configs[slot], slot=slot)
+    for other in (
+        dataclasses.replace(base, top_k=5),
+        dataclasses.replace(base, repeat_penalty=2.0),
+    ):
+        with pytest.raises(JaxsplitError, match="only if their top_k .* agree"):
+            lm.engine.start(prompts[0], other, slot=1)
     assert texts(lm.engine) == alone
 
 

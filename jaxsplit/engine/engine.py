@@ -84,6 +84,7 @@ class Engine:
         self._peer_access = peer_access
         self._groups = [Group([]) for _ in range(count)]
         self._plan: SamplingPlan | None = None
+        self._sampling: dict[int, SamplingConfig] = {}  # of slots that have been started
         self.reset()
         platform = partition.stages[0].mesh.devices.flat[0].platform
         several = len(self.runners) > 1
@@ -94,6 +95,7 @@ class Engine:
 
         Masked values of earlier sequences are multiplied by 0, so a NaN among them must not stay.
         """
+        self._sampling = {}
         for group in self._groups:  # of what a failed call left, first
             group.caches, group.state, group.fed, group.texts = [], None, None, None
         for group in self._groups:
@@ -227,8 +229,11 @@ class Engine:
 
         Args:
           tokens: 1 to `context` of them.
-          sampling: how tokens are chosen, of all slots or of each; the slots' plans must agree.
+          sampling: how tokens are chosen, in this slot, or a config for each slot.
           slot: which one; what it held is forgotten.
+
+        Raises:
+          JaxsplitError: slots that go on decoding need another program (`SamplingPlan`).
         """
         self.start_all({slot: tokens}, sampling)
 
@@ -238,18 +243,30 @@ class Engine:
         sampling: Sequence[SamplingConfig] | SamplingConfig,
     ) -> None:
         """Reads prompts into slots, on all places of the `data` axis at once; as `start`."""
-        configs = [sampling] * self.slots if isinstance(sampling, SamplingConfig) else [*sampling]
+        one = isinstance(sampling, SamplingConfig)
+        chosen = {slot: sampling if one else sampling[slot] for slot in prompts}
+        others = {} if self._lost else self._sampling
+        kept = {slot: others[slot] for slot in others.keys() - prompts.keys()}
+        plans = {SamplingPlan.of(c, self.context) for c in (*chosen.values(), *kept.values())}
+        if len(plans) > 1:
+            raise JaxsplitError(
+                "slots are decoded together only if their top_k and repeat_last_n agree, and "
+                "whether they are greedy and penalized; start all of them anew"
+            )
         with self._consuming(new=True):
-            self._start_all(prompts, configs)
+            (self._plan,) = plans
+            self._sampling = kept | chosen
+            self._start_all(prompts)
 
-    def _start_all(
-        self, prompts: Mapping[int, Sequence[int]], configs: list[SamplingConfig]
-    ) -> None:
-        self._plan = SamplingPlan.of(configs[next(iter(prompts))], self.context)
+    def _start_all(self, prompts: Mapping[int, Sequence[int]]) -> None:
         # XLA:GPU fails on empty arrays when it compiles for several devices.
         window = max(1, self._plan.window)
         runner, data = self.runners[-1], self.partition.data
-        configs += [configs[-1]] * (len(self._groups) * self._group_slots - self.slots)
+        unused = next(iter(self._sampling.values()))
+        configs = [
+            self._sampling.get(slot, unused)
+            for slot in range(len(self._groups) * self._group_slots)
+        ]
         in_turn = -(-len(prompts) // data)
         for g, group in enumerate(self._groups):
             first = g * self._group_slots
