@@ -7,11 +7,12 @@ Weights stay quantized, or are dequantized with --weights. The directory appears
 complete.
 """
 
+import shutil
 import sys
 
 from absl import flags
 
-from jaxsplit.cli.program import progress_bar, run
+from jaxsplit.cli.program import on_interrupt, progress_bar, run
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.paths import user_path
 
@@ -29,7 +30,7 @@ def main(_: list[str]) -> None:
     """Converts as the flags say."""
     from jaxsplit.architectures import model_config
     from jaxsplit.formats import open_gguf
-    from jaxsplit.weights.checkpoint import is_checkpoint, save_checkpoint
+    from jaxsplit.weights.checkpoint import is_checkpoint, partial_directory, save_checkpoint
 
     if not _MODEL.value or not _OUT.value:
         raise JaxsplitError("--model=FILE.gguf and --out=DIR are both needed")
@@ -38,6 +39,7 @@ def main(_: list[str]) -> None:
         raise JaxsplitError(f"{path} is a checkpoint directory already; --model takes a GGUF file")
     file = open_gguf(path)
     weights = None if _WEIGHTS.value == "quantized" else _WEIGHTS.value
+    on_interrupt(lambda: shutil.rmtree(partial_directory(out), ignore_errors=True))
     with progress_bar("converting") as progress:
         save_checkpoint(file, model_config(file), out, weights=weights, progress=progress)
     print(f"wrote {out}", file=sys.stderr)

@@ -27,3 +27,7 @@ __getattr__ = importer(
     llm=["LM", "load"],
     models=["Decoder", "ModelConfig"],
 )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

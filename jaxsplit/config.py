@@ -17,6 +17,8 @@ from jaxsplit.errors import JaxsplitError
 
 FLOATS = ("bfloat16", "float16", "float32")
 DEFAULT_CONTEXT = 4096
+MOST = 1e6
+"""Of temperatures and penalties: float32 has to hold what they make of logits."""
 
 RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
     "prompt_dtype": ("prefill_dtype", {}),
@@ -34,7 +36,6 @@ def option(
     choices: Collection[str] = (),
     low: float | None = None,
     high: float = math.inf,
-    above: float | None = None,
 ) -> Any:
     """A field of a config.
 
@@ -43,9 +44,8 @@ def option(
       help: what it does, in a line or two.
       choices: the values of a string.
       low, high: the least and the largest value of a number; None: it is no number.
-      above: a number must be larger than this, too.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,8 +62,6 @@ class Config:
             if limits["low"] is not None:
                 kind = float if field.type in (float, "float") else int
                 value = checked_number(field.name, value, kind, limits["low"], limits["high"])
-                if limits["above"] is not None and not value > limits["above"]:
-                    raise JaxsplitError(f"{field.name}={value} must be above {limits['above']}")
                 object.__setattr__(self, field.name, value)
 
     @classmethod
@@ -79,6 +77,8 @@ class Config:
             warnings.warn(f"{old} is now {new}", FutureWarning, stacklevel=3)
             value = options.pop(old)
             options[new] = values.get(value, value) if isinstance(value, Hashable) else value
+        if config is not None and not isinstance(config, cls):
+            raise JaxsplitError(f"a {cls.__name__} is needed, not {type(config).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(options) - set(known)):
             raise JaxsplitError(
@@ -177,7 +177,9 @@ class SamplingConfig(Config):
       JaxsplitError: a value is out of range or of another type.
     """
 
-    temperature: float = option(0.8, "divides the logits; 0: always the likeliest token", low=0)
+    temperature: float = option(
+        0.8, "divides the logits; 0: always the likeliest token", low=0, high=MOST
+    )
     top_k: int = option(40, "keep the k likeliest tokens; 0: all", low=0)
     top_p: float = option(
         0.95, "keep the likeliest tokens that reach this probability; 1: all", low=0, high=1
@@ -188,14 +190,14 @@ class SamplingConfig(Config):
     repeat_penalty: float = option(
         1.0,
         "divides positive logits, multiplies negative ones, of recent tokens; 1: off",
-        low=0,
-        above=0,
+        low=1 / MOST,
+        high=MOST,
     )
     frequency_penalty: float = option(
-        0.0, "subtracted from a logit for each recent occurrence", low=-math.inf
+        0.0, "subtracted from a logit for each recent occurrence", low=-MOST, high=MOST
     )
     presence_penalty: float = option(
-        0.0, "subtracted from the logit of a token that occurred recently", low=-math.inf
+        0.0, "subtracted from the logit of a token that occurred recently", low=-MOST, high=MOST
     )
     repeat_last_n: int = option(64, "how many of the last tokens are recent; -1: all", low=-1)
     seed: int | None = option(

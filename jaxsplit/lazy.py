@@ -4,6 +4,7 @@ JAX takes a second to import, which `--help`, a mistake in a flag or Ctrl-C need
 """
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,12 @@ def importer(package: str, **modules: list[str]) -> Callable[[str], Any]:
     homes = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:
-        if name not in homes:
+        if name in homes:
+            value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+        elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}"):
+            value = importlib.import_module(f"{package}.{name}")
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value
 

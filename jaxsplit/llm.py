@@ -5,7 +5,7 @@ import importlib.util
 import math
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxsplit.ops.matmul import float8
 from jaxsplit.pallas import has_triton
 from jaxsplit.paths import user_path
 from jaxsplit.plan import best_split
-from jaxsplit.sharding import choose_devices, parse_shares
+from jaxsplit.sharding import SPLIT_MODES, choose_devices, parse_shares
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
 from jaxsplit.weights import describe_split, parameter_sources, split_model
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
@@ -64,6 +64,9 @@ def load(
     automatic = c.split_mode == "auto"
     if automatic and (c.mesh is not None or c.tensor_split is not None):
         raise JaxsplitError("split_mode=auto chooses the mesh; leave mesh and tensor_split out")
+    if not automatic and c.split_mode not in SPLIT_MODES:
+        known = ", ".join([*SPLIT_MODES, "auto"])
+        raise JaxsplitError(f"split_mode={c.split_mode} is not supported; supported are {known}")
     split_mode = "graph" if automatic else c.split_mode
     shape, mesh_devices = choose_devices(split_mode, c.devices, c.mesh, c.main_device)
     unable = [device for device in mesh_devices if not float8.supported_by(device)]
@@ -302,7 +305,9 @@ class LM:
 
         Arguments and errors are those of `stream`.
         """
-        return "".join(self.stream(prompt, n_predict, **{"block": 32} | options))
+        stream = self.stream(prompt, n_predict, **{"block": 32} | options)
+        with self._thread.turn:
+            return "".join(stream)
 
     def stream(
         self,
@@ -383,7 +388,7 @@ class LM:
           JaxsplitError: too many for the context, or not ids of the model's.
         """
         try:
-            if isinstance(tokens, str | bytes | bytearray):
+            if isinstance(tokens, str | bytes | bytearray | memoryview | Mapping | Set):
                 raise TypeError
             ids = [operator.index(token) for token in tokens]
         except TypeError:

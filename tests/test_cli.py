@@ -21,6 +21,7 @@ from tiny import fresh_rng, write_tiny_model
 import jaxsplit
 from jaxsplit.cli import generate as command
 from jaxsplit.cli import program
+from jaxsplit.config import LoadConfig
 
 ROOT = Path(jaxsplit.__file__).parents[1]
 PROMPT = "Tell the hello"
@@ -233,6 +234,17 @@ def test_help_names_every_flag_and_succeeds():
         assert " ".join(flag.help.split())[:20] in " ".join(done.out.split()), flag.name
 
 
+def test_old_names_of_flags_say_what_replaces_them(generate, lm):
+    arguments = [f"--prompt={PROMPT}", "--n_predict=7", "--temperature=0"]
+    old = ["--decode_block=2", "--nopeer_access", "--prompt_dtype=auto", "--special"]
+    done = generate(*arguments, *old)
+    assert (done.code, done.out) == (0, PROMPT + text(lm, PROMPT, 7, temperature=0.0) + "\n")
+    for pair in ("decode_block is now --stream_interval", "peer_access is now --collectives"):
+        assert f"jaxsplit: --{pair}; the old name" in done.err
+    with pytest.warns(FutureWarning, match="peer_access is now collectives"):
+        assert LoadConfig.of({"peer_access": False}).collectives == "nccl"
+
+
 def test_a_reader_may_leave_before_the_end():
     command = f"{sys.executable} -m jaxsplit.generate --help | true"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=180)
@@ -247,6 +259,8 @@ def test_a_reader_may_leave_before_the_end():
         ("<&-", 0, r"llama, 2 layers.*"),
         (">&-", 2, "jaxsplit: standard output is closed.*"),
         (">/dev/full", 1, "jaxsplit: standard output: No space left on device"),
+        ("--help >&-", 2, "jaxsplit: standard output is closed.*"),
+        ("--help >/dev/full", 1, "jaxsplit: standard output: No space left on device"),
         ("2>/dev/full", 0, ""),
         ("--prompt_file=- <&-", 2, "jaxsplit: --prompt_file=-: standard input is closed"),
     ],
@@ -368,11 +382,11 @@ def generate(tiny, load, capsys, monkeypatch):
         (["--prompt=a", "--all_reduce_dtype=int8"], "--all_reduce_dtype=int8.*auto, bfloat16"),
         (["--prompt=a", "--cache_dtype=int4"], "--cache_dtype=int4.*auto, int8, bfloat16"),
         (["--prompt=a", "--ctx_size=-1"], "--ctx_size=-1"),
-        (["--prompt=a", "--temperature=-1"], "--temperature=-1.0 is not a number of at least 0"),
+        (["--prompt=a", "--temperature=-1"], "--temperature=-1.0 is not a number between 0 and"),
         (["--prompt=a", "--top_p=1.5"], "--top_p=1.5 is not .*between 0 and 1"),
         (["--prompt=a", "--min_p=nan"], "--min_p=nan is not .*between 0 and 1"),
         (["--prompt=a", "--top_k=-3"], "--top_k=-3 is not a whole number of at least 0"),
-        (["--prompt=a", "--repeat_penalty=0"], "--repeat_penalty=0.0 must be above 0"),
+        (["--prompt=a", "--repeat_penalty=0"], "--repeat_penalty=0.0 is not a number between"),
         (["--prompt=a", "--repeat_last_n=-2"], "--repeat_last_n=-2 is not .* at least -1"),
         (["--prompt=a", "--split_mode=none", "--main_device=3"], "--main_device=3: there"),
         (
@@ -380,6 +394,15 @@ def generate(tiny, load, capsys, monkeypatch):
             "--mesh=tensor:2.*none.*leave one",
         ),
         (["--prompt=a", "--mesh=tensor:2"], "--mesh=tensor:2 needs 2 devices.*1"),  # --devices=1
+        (["--prompt=a", "--split_mode=diagonal"], "--split_mode=diagonal.*none, .*graph, auto"),
+        (["--prompt=a", "--auto", "--split_mode=none"], "--auto and --split_mode=none.*leave one"),
+        (["--prompt=a", "--flagfile="], "--flagfile= is empty"),
+        (
+            ["--prompt=a", "--repeat_penalty=1e39"],
+            "--repeat_penalty=1e.39 is not a number",
+        ),
+        (["--prompt=a", "--collectives=p2p"], "--collectives=p2p is not possible.*auto"),
+        (["--prompt=a", "--kernels=triton"], "--kernels=triton does not run on cpu.*auto"),
     ],
 )
 def test_a_wrong_value_is_refused(generate, arguments, message):

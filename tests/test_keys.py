@@ -260,3 +260,22 @@ def test_every_value_of_another_kind_is_refused_in_one_line_or_works(name):
             except JaxsplitError as error:
                 assert "\n" not in str(error), (key, value)
                 assert not key.startswith(arch) or len(str(error)) < 1500, (key, value)
+
+
+REPEATED = {  # of other converters: recipe, key, the value that it has to be, another
+    "llama": ("attention.head_dim", 16, 8),
+    "command-r": ("max_position_embeddings", 256, 512),
+    "qwen3moe": ("norm_top_k_prob", True, False),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_keys_that_repeat_others_have_to_agree(name):
+    key, right, wrong = REPEATED[name]
+    assert config(name, {key: right}) == config(name)
+    with pytest.raises(JaxsplitError, match=f"{key} is {wrong}, expected {right}"):
+        config(name, {key: wrong})
+
+
+def test_a_context_beyond_the_largest_position_is_cut():
+    assert config("llama", {"context_length": 2**41}).context == 2**31 - 1

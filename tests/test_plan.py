@@ -285,7 +285,7 @@ REFUSED = {
     "--slots=1000000000": "--slots=1000000000",
     "--prompt_tokens=0": "--prompt_tokens=0",
     "--prompt_tokens=1000000000000": "--prompt_tokens=1000000000000 is longer than the context",
-    "--ctx_size=-1": "--ctx_size=-1 must not be negative",
+    "--ctx_size=-1": "--ctx_size=-1 is not a whole number of at least 0",
     "--ctx_size=nan": "--ctx_size=nan",
     "--tensor_split=nan,1": "--tensor_split=nan,1 is not a list of shares",
     "--tensor_split=1e308,1e308": "--tensor_split=1e308,1e308 is not a list of shares",
@@ -298,13 +298,14 @@ import sys
 from absl import flags
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.cli.plan import main
+from jaxsplit.cli.program import with_flags
 for flag in sys.argv[2:]:
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
     try:
         main(flags.FLAGS(["plan", sys.argv[1], flag]))
     except (JaxsplitError, flags.Error) as error:
-        print(" ".join(str(error).splitlines()))
+        print(" ".join(with_flags(str(error)).splitlines()))
     else:
         print("planned")
 """

@@ -3,6 +3,8 @@
 import itertools
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -83,6 +85,29 @@ def test_taking_turns_costs_at_most_as_many_tokens_again(lm, monkeypatch):
     assert sum(decoded) <= 3 * 2 * 128
 
 
+def test_an_overtaken_stream_goes_on_without_a_long_wait(lm, monkeypatch):
+    stream = lm.stream(PROMPTS[0], 200, block=1, **GREEDY)
+    for _ in range(60):
+        next(stream)
+    decoded, loop = [], lm.engine.loop
+    monkeypatch.setattr(
+        lm.engine, "loop", lambda limit, length: decoded.append(limit) or loop(limit, length)
+    )
+    lm.logits([1, 2])
+    next(stream)
+    assert 60 <= sum(decoded) < 60 + 40  # what it had, and one block
+
+
+def test_generated_texts_do_not_overtake_one_another(lm, alone, monkeypatch):
+    started, start = [], lm.engine.start
+    monkeypatch.setattr(lm.engine, "start", lambda *a: started.append(a) or start(*a))
+    calls = [(lm.generate, (prompt, COUNT), {**GREEDY, "block": 2}) for prompt in PROMPTS * 2]
+    with ThreadPoolExecutor(6) as pool:
+        texts = [pool.submit(call, *args, **options) for call, args, options in calls]
+        assert [found.result() for found in texts] == [*alone.values()] * 2
+    assert len(started) == 6
+
+
 def test_threads_get_the_texts_of_calls_alone(lm, alone):
     found = {}
 
@@ -122,6 +147,44 @@ def test_calls_after_interrupts_give_the_texts_they_should(lm, alone):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert interrupted
+
+
+def test_an_interrupt_drops_the_call(lm, alone, monkeypatch):
+    """The engine's thread reads no further chunk of a prompt for which nobody waits."""
+    read, release, chunks = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(lm.engine, "chunks", (8,))
+    prefill = lm.engine.runners[0].prefill
+
+    def wait(*arguments, **options):
+        chunks.append(arguments)
+        read.set()
+        release.wait(10)
+        return prefill(*arguments, **options)
+
+    monkeypatch.setattr(lm.engine.runners[0], "prefill", wait)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        alarm = threading.Thread(
+            target=lambda: (
+                read.wait(60),
+                time.sleep(0.1),
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM),
+            )
+        )
+        alarm.start()
+        with pytest.raises(KeyboardInterrupt):
+            lm.generate([1] * 100, 2, **GREEDY)
+        alarm.join()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        release.set()
+    monkeypatch.undo()
+    assert lm.generate(PROMPTS[1], COUNT, **GREEDY) == alone[PROMPTS[1]]
+    assert len(chunks) == 1
 
 
 def test_an_interrupted_stream_says_so(lm, monkeypatch):
@@ -277,6 +340,8 @@ def test_texts_show_the_markers_of_thoughts_that_the_template_spells(tmp_path):
         (([104.0, 101.0],), r"text or a list of token ids"),
         (([[104, 101]],), r"text or a list of token ids"),
         ((["a"],), r"text or a list of token ids"),
+        (({1: 2},), r"text or a list of token ids.* dict"),
+        ((memoryview(b"hi"),), r"text or a list of token ids.* memoryview"),
         (([],), "the prompt is empty"),
     ],
 )
@@ -289,6 +354,9 @@ def test_a_wrong_prompt_is_refused_by_name(lm, arguments, message):
     ("options", "name"),
     [
         ({"top_k": 40.0}, "top_k=40.0"),
+        ({"sampling": {"temperature": 0}}, "a SamplingConfig is needed, not dict"),
+        ({"repeat_penalty": 1e300}, "repeat_penalty=1e"),
+        ({"seed": np.array([1, 2])}, "seed="),
         ({"top_k": "40"}, "top_k='40'"),
         ({"repeat_last_n": 64.0}, "repeat_last_n=64.0"),
         ({"temperature": "0.5"}, "temperature='0.5'"),

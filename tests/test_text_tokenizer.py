@@ -785,17 +785,13 @@ def test_template_shows_its_thoughts_and_tool_calls(place):
     [
         (None, []),
         (CHATML, []),
-        (CHATML + "{{ '<tool_call>' if tools }}", ["<tool_call>"]),
-        # No conversation can be rendered: names that speak of thoughts and tools count.
-        ("{{ raise_exception('no') }} [THINK]<|im_start|>[ARGS]", ["[THINK]"]),
+        # One of them is enough: some templates spell only the end of a thought.
+        (CHATML + "{{ '<tool_call>' if tools }}", MARKUP),
+        ("{{ raise_exception('no') }} [/THINK]<|im_start|>", MARKUP),
+        # The template is not run, which might take for ever.
+        ("{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}", []),
         ("{{ messages[0].role }}{% if", []),  # No chat is possible.
         (7, []),
-        # Without a system message, which this one refuses.
-        (
-            "{{ raise_exception('no') if messages[0].role == 'system' }}<|im_start|>"
-            "{{ '[ARGS]' if tools }}",
-            ["[ARGS]"],
-        ),
     ],
 )
 def test_markup_of_other_templates(template, shown):

@@ -88,7 +88,7 @@ def _learned_positions(header: Header) -> ModelConfig:
         activation="gelu_tanh",
         attention={"rope": None},
         learned_positions=positions,
-        context=min(header.count("context_length", least=1), positions),
+        context=min(header.context_length, positions),
     )
 
 
@@ -108,7 +108,7 @@ def _minicpm(header: Header) -> ModelConfig:
 
 def _mistral3(header: Header) -> ModelConfig:
     length = "rope.scaling.original_context_length"
-    temperature = header.temperature(length, header.count("context_length", least=1))
+    temperature = header.temperature(length, header.context_length)
     return decoder(header, interleaved=True, attention={"temperature": temperature})
 
 

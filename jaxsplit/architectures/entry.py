@@ -82,7 +82,7 @@ def decoder(
         "architecture": header.file.architecture,
         "vocab": header.vocab,
         "embed": header.embed,
-        "context": header.count("context_length", least=1),
+        "context": header.context_length,
         "blocks": blocks,
         "norm": norm,
         "tied": not header.has("output.weight"),

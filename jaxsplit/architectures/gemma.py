@@ -51,7 +51,8 @@ def _gemma3(header: Header) -> ModelConfig:
     window, local = header.window(0, least=0), header.windowed(6)
     common = head_norms(header, scale=_gemma_scale(header, 62))
     rope = header.rope(header.head_dim())
-    local_rope = unscaled(rope, base=header.number("rope.freq_base_swa", 10000.0, above=1))
+    base = header.number("rope.local.freq_base", 10000.0, above=1)  # as Ollama calls it
+    local_rope = unscaled(rope, base=header.number("rope.freq_base_swa", base, above=1))
 
     def attention(layer: int) -> dict[str, Any]:
         if not window or not local[layer]:

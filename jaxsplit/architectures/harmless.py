@@ -1,15 +1,19 @@
 """Keys that have no effect, and the refusal of other keys that nothing reads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from jaxsplit.architectures.header import Header
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.models.config import ModelConfig
 
 HARMLESS: Mapping[str, str] = {
     "classifier.*": "of models that classify",
     "deepstack_mapping": "which layers read images",
     "embedding_length_out": "of models that make embeddings",
+    "image_token_index": "of images",
+    "mm.*": "of images",
     "expert_shared_count": "the tensors of shared experts tell their width",
     "expert_shared_feed_forward_length": "the tensors of shared experts tell their width",
     "n_deepstack_layers": "how many layers read images",
@@ -17,6 +21,8 @@ HARMLESS: Mapping[str, str] = {
     "rope.scaling.finetuned": "how the model was trained",
     "rope.scaling.yarn_attn_factor": "llama.cpp computes it from rope.scaling.factor",
     "rope.scaling.yarn_ext_factor": "llama.cpp takes it to be 1",
+    "rope.mrope_section": "of images: rope.dimension_sections by another name",
+    "ssm.v_head_reordered": "how the converter found the rows; files have one order only",
     "tensor_data_layout": "how the converter found the rows; files have one order only",
     "vocab_size": "the embedding tells the size of the vocabulary",
 }
@@ -27,16 +33,43 @@ NO_WINDOW = {"attention.sliding_window": "llama.cpp computes this architecture w
 ONE_BASE = {"rope.freq_base_swa": "llama.cpp takes rope.freq_base in all layers"}
 
 
-def check_keys(header: Header, harmless: Mapping[str, str]) -> None:
+def _normalizes(config: ModelConfig) -> bool:
+    moes = (getattr(block.mlp, "moe", block.mlp) for block in config.blocks)
+    return any(getattr(moe, "normalize", False) for moe in moes)
+
+
+def _chunk(config: ModelConfig) -> int | None:
+    mixers = (block.mixer for block in config.blocks)
+    return next((m.window for m in mixers if getattr(m, "chunked", False)), None)
+
+
+REPEATED: Mapping[str, Callable[[ModelConfig], Any]] = {
+    "attention.chunk_size": _chunk,
+    "attention.head_dim": lambda config: config.attention and config.attention.head_dim,
+    "max_position_embeddings": lambda config: config.context,
+    "norm_top_k_prob": _normalizes,
+    "use_qk_norm": lambda config: any(
+        getattr(block.mixer, "query_norm", None) for block in config.blocks
+    ),
+}
+"""Keys of other converters that repeat what the file says elsewhere, and what they have to be."""
+
+
+def check_keys(header: Header, config: ModelConfig, harmless: Mapping[str, str]) -> None:
     """Refuses keys below the architecture's prefix that nothing has read.
 
     Args:
       header: all of which has been read.
+      config: what was made of it.
       harmless: keys that have no effect on this architecture.
 
     Raises:
       JaxsplitError: there are others; the message names them.
     """
+    for name, find in REPEATED.items():
+        repeats = header.given(name) and name not in header.known
+        if repeats and header(name) != (found := find(config)):
+            raise header.wrong(name, header(name), f"{found}, as the rest of the file says")
     prefix = f"{header.file.architecture}."
     names = {key.removeprefix(prefix) for key in header.file.metadata if key.startswith(prefix)}
     patterns = [*HARMLESS, *harmless]

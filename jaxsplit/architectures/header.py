@@ -199,6 +199,11 @@ class Header:
         return max((math.prod(tensor.shape) for tensor in self.file.tensors.values()), default=0)
 
     @property
+    def context_length(self) -> int:
+        """The longest context that the model was made for."""
+        return min(self.count("context_length", least=1), _POSITIONS)
+
+    @property
     def embed(self) -> int:
         """Width of the residual stream."""
         return self.size("embedding_length")
@@ -247,7 +252,7 @@ class Header:
                 f"supported; supported are {', '.join(_SCALINGS)}"
             )
         _ = self.sections  # refuses positions that text does not have
-        trained = self.count("context_length", least=1)
+        trained = self.context_length
         original = self.count("rope.scaling.original_context_length", trained) or trained
         dim = self.size(key := f"rope.dimension_count{end}", head_dim, least=2)
         if dim > head_dim or dim % 2:
@@ -259,6 +264,9 @@ class Header:
         factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1.0)) or 1.0
         magnitude = self.number("rope.scaling.attn_factor", 1.0)
         multiplier = self.number("rope.scaling.yarn_log_multiplier", 0.0)
+        if scaling != "yarn":  # Ollama writes them for other kinds too
+            self.disregard("rope.scaling.beta_*")
+            self.disregard("rope.scaling.extrapolation_factor")
         if scaling == "yarn":
             magnitude /= 1 + 0.1 * multiplier * math.log(max(1.0, factor))
         return RopeConfig(

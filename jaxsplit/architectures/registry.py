@@ -60,7 +60,7 @@ def model_config(file: ModelFile, context: int = 0) -> ModelConfig:
     entry = architecture(file)
     header = Header(file, context, entry.norms)
     config = entry.config(header)
-    check_keys(header, entry.harmless)
+    check_keys(header, config, entry.harmless)
     return config
 
 

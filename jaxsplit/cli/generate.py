@@ -103,7 +103,7 @@ def _use_compilation_cache() -> None:
     import jax
     import platformdirs
 
-    folder = _COMPILE_CACHE.value
+    folder = os.path.expanduser(_COMPILE_CACHE.value)
     if folder == "auto":
         folder = platformdirs.user_cache_dir("jaxsplit", appauthor=False)
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -156,6 +156,8 @@ def main(_: list[str]) -> None:
         raise JaxsplitError("--system needs --chat")
     sampling = SamplingConfig(**options.values(_SAMPLING))
     config = LoadConfig(**options.values(_LOAD))
+    if _AUTO.value and config.split_mode not in ("graph", "auto"):
+        raise JaxsplitError(f"--auto and --split_mode={config.split_mode}: leave one out")
     if _AUTO.value:
         config = dataclasses.replace(config, split_mode="auto")
     with progress_bar("loading", quiet=_QUIET.value) as progress:

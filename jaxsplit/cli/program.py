@@ -29,8 +29,6 @@ def run(main: Callable[[list[str]], None] | str, *, arguments: int = 0) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report each step otherwise
         try:
-            if sys.stdout is None:
-                raise JaxsplitError("standard output is closed: there is nowhere to write to")
             if len(argv) - 1 > arguments:
                 raise JaxsplitError(
                     f"unexpected argument {argv[arguments + 1]!r}; --help lists the flags"
@@ -139,7 +137,17 @@ def _leave_on_interrupt() -> Iterator[None]:
         os.close(writing)  # ends the thread
 
 
+_cleanup: list[Callable[[], object]] = []
+
+
+def on_interrupt(action: Callable[[], object]) -> None:
+    """Has something done before an interrupt ends the process, which runs no `finally`."""
+    _cleanup.append(action)
+
+
 def _interrupted() -> None:
+    for action in _cleanup:
+        action()
     if os.isatty(2):
         os.write(2, b"\x1b[?25h\n")  # shows the cursor, which progress bars hide
     os._exit(130)
@@ -189,10 +197,17 @@ def _leave_unread() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
+        if sys.stdout is None:
+            raise flags.Error("standard output is closed: there is nowhere to write to")
+        if empty := [arg for arg in argv[1:] if arg.lstrip("-") == "flagfile="]:
+            raise flags.Error(f"{empty[0]} is empty; give it a file, or leave it out")
         return flags.FLAGS(argv)
     except SystemExit:  # --help has been printed, which is no failure
         sys.exit(0)
     except BrokenPipeError:
+        _leave_unread()
+    except OSError as error:
+        note(f"jaxsplit: {error.filename or 'standard output'}: {error.strerror or error}")
         _leave_unread()
     except flags.Error as error:
         reason = " ".join(str(error).split())

@@ -1,7 +1,8 @@
 """Prefill and decode of sequences through the stages of a model."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,11 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import Decoder
 from jaxsplit.sharding import Partition
 from jaxsplit.sharding.axes import Axis
+
+
+def never() -> bool:
+    """Whether a call is dropped for which somebody waits."""
+    return False
 
 
 class Engine:
@@ -46,6 +52,8 @@ class Engine:
 
     Attributes:
       end_ids: tokens that end a text.
+      dropped: asked before each chunk of a prompt and each block of steps, whether nobody waits for
+        the result any more; then `CancelledError` ends the call.
       loops: whether devices run several steps by themselves. Not CPUs: XLA takes twice as long for
         a step in a loop there. Nor several stages that cannot write to one another's memory.
     """
@@ -81,6 +89,7 @@ class Engine:
         count = -(-slots // (self._local * partition.data))
         self._group_slots = self._local * partition.data
         self.slots = slots
+        self.dropped: Callable[[], bool] = never
         self._peer_access = peer_access
         self._groups = [Group([]) for _ in range(count)]
         self._plan: SamplingPlan | None = None
@@ -122,6 +131,10 @@ class Engine:
         self._lost = True
         yield
         self._lost = False
+
+    def _check_dropped(self) -> None:
+        if self.dropped():
+            raise CancelledError
 
     @property
     def meetings(self) -> list[str]:
@@ -181,6 +194,7 @@ class Engine:
         slot = np.full_like(lengths, local)
         stages = len(self.runners)
         for length in chunk_lengths(lengths.max(), chunks or self.chunks, stages, in_turn):
+            self._check_dropped()
             count = np.minimum(lengths - done, length)
             programs = [runner.prefill(length, all_logits=all_logits) for runner in self.runners]
             if stages > 1:
@@ -349,6 +363,7 @@ class Engine:
           int32 `[slots, limit]`, -1 where a slot had stopped, `NOT_FINITE` where the model's logits
           were not finite, which stops the slot.
         """
+        self._check_dropped()
         limit = min(limit, length)
         if not self.loops:
             return self._step_loop(limit)
@@ -368,6 +383,7 @@ class Engine:
         CPUs have no queue to hold them, so that the loop can end with the last active slot."""
         coming = [self.tokens()]
         for _ in range(limit):
+            self._check_dropped()
             self.step()
             coming.append(self.tokens())
             if len(self.runners) == 1 and not self.read(coming[-1])[1].any():

@@ -1,6 +1,7 @@
 """Requests from any thread, served one after the other on the thread that runs the engine."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.config import SamplingConfig
-from jaxsplit.engine.engine import Engine
+from jaxsplit.engine.engine import Engine, never
 from jaxsplit.engine.sampling import NOT_FINITE
 from jaxsplit.errors import JaxsplitError
 
@@ -30,22 +31,45 @@ class Request:
     tokens: list[int] = dataclasses.field(default_factory=list)
 
 
+_AHEAD = 32
+"""Tokens that a request decodes at least when it is its turn again."""
+
+
 class EngineThread:
     """Runs an engine on a thread of its own, for callers on any thread.
 
     Calls wait for one another. An exception that a signal raises in a caller, such as
     `KeyboardInterrupt`, never reaches the code that holds the cache: the caller stops waiting, and
-    the engine's thread ends the call.
+    the engine's thread drops the call before its next chunk or step.
+
+    Attributes:
+      turn: held by a caller for as long as no other call may come between its own.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="jaxsplit-engine")
         self._current: Request | None = None  # whose tokens the cache holds
+        self.turn = threading.RLock()
         self._call(lambda: None)  # starts the thread
 
     def _call(self, function: Callable, *arguments: Any) -> Any:
-        return self._executor.submit(function, *arguments).result()
+        """Runs a function on the engine's thread, until the caller no longer waits for it."""
+        dropped = threading.Event()
+
+        def run() -> Any:
+            self._engine.dropped = dropped.is_set
+            try:
+                return function(*arguments)
+            finally:
+                self._engine.dropped = never
+
+        with self.turn:
+            try:
+                return self._executor.submit(run).result()
+            except BaseException:
+                dropped.set()
+                raise
 
     def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
         """As `Engine.logits`."""
@@ -59,8 +83,8 @@ class EngineThread:
         """Decodes the next tokens of a request.
 
         If another call has used the cache since, the request is decoded again from its prompt,
-        which gives the same tokens, and then as far again: requests that take turns so spend at
-        most as much time on tokens they had as on new ones.
+        which gives the same tokens, and then a block ahead, so that requests that take turns do not
+        start anew for each token.
 
         Args:
           request: to whose `tokens` they are added.
@@ -81,7 +105,7 @@ class EngineThread:
         goal = len(before) + count
         tokens = [*before]
         if self._current is not request:
-            goal = max(goal, 2 * len(before))
+            goal = max(goal, len(before) + _AHEAD) if before else goal
             tokens = []
         self._current = None  # unless all goes well
         goal = min(goal, most)

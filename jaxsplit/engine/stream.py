@@ -54,7 +54,7 @@ class Stream(Iterator[str]):
         self._stop = stop
         self._limit = math.inf if n_predict < 0 else n_predict
         self._block = block
-        self._pieces = self._run(Request(prompt_tokens, sampling, self._limit))
+        self._pieces = self._run(Request(tuple(prompt_tokens), sampling, self._limit))
         self._lock = threading.Lock()
 
     def __next__(self) -> str:
@@ -117,20 +117,22 @@ class Stream(Iterator[str]):
     def _ids(self, request: Request) -> Iterator[int]:
         """Generated tokens; ends when the context is full."""
         length = min(self._block or MOST_IN_BLOCK, self._engine.context)
+        taken = 0
         count, goes_on = 1, True  # the first token comes with the prompt
         while goes_on:
             started, compiled = time.perf_counter(), compile_seconds()
             goes_on = self._thread.advance(request, count, length)
             took = time.perf_counter() - started - (compile_seconds() - compiled)
-            new = request.tokens[len(self.tokens) :]
+            new = request.tokens[taken:]
             if self._block is not None:
                 count = length
-            elif len(self.tokens) == 0:
+            elif taken == 0:
                 count = 1
             elif jax.process_count() > 1:  # which have to agree
                 count = length // 4
             else:
                 count = min(max(1, int(len(new) * BLOCK_SECONDS / max(took, 1e-6))), length)
+            taken += len(new)
             yield from new
 
 

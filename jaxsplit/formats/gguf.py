@@ -343,8 +343,10 @@ class _Shard:
     @property
     def is_whole(self) -> bool:
         """Whether it has all tensors and keys of the model."""
-        expected = self.number("split.tensors.count", -1) if self.count > 1 else -1
-        return self.count == 1 or (self.index == 0 and expected == len(self.tensors))
+        if self.count == 1:
+            return True
+        expected = self.number("split.tensors.count", len(self.tensors) + 1)
+        return self.index == 0 and expected == len(self.tensors)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> ModelFile:

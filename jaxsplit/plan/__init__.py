@@ -37,3 +37,7 @@ __getattr__ = importer(
     roofline=["weight_bits"],
     cost=["Work", "trace_decode", "trace_prefill"],
 )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.engine.runner import StageRunner, stage_cache
-from jaxsplit.engine.sampling import SamplingValues
+from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
 from jaxsplit.engine.steps import DecodeState
 from jaxsplit.models import BlockConfig, ModelConfig, MoEConfig
 from jaxsplit.models.moe import tile_rows
@@ -126,7 +126,7 @@ def _trace_layers(
         )
         x = None if runner.first else runner.input(slots, 1)
         values = SamplingValues.of([sampling] * slots)
-        program = runner.finish(sampling.plan)
+        program = runner.finish(SamplingPlan.of(sampling, context))
         arguments = (runner.params, cache, x, state, np.zeros(1, np.int32), values)
     else:
         x = None if runner.first else runner.input(slots, 1)

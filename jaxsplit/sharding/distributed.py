@@ -47,7 +47,7 @@ def start_processes(
     Raises:
       JaxsplitError: the processes do not find one another, or only some of the three are given.
     """
-    given = {"coordinator": coordinator, "num_processes": count, "process_id": index}
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == len(given):
         if (found := launcher()) is None:
@@ -74,8 +74,8 @@ def start_processes(
         reason = str(error).splitlines()[0]
         raise JaxsplitError(
             f"the processes started by {found} did not find one another: {reason}; check that "
-            "process 0 runs and can be reached, or give coordinator, num_processes and "
-            "process_id"
+            "process 0 runs and can be reached, or give --coordinator, --num_processes and "
+            "--process_id"
         ) from error
     return True
 

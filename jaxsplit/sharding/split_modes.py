@@ -65,7 +65,7 @@ def split_mode(name: str) -> SplitMode:
     """
     if not isinstance(name, str) or name not in SPLIT_MODES:
         raise JaxsplitError(
-            f"split_mode={name} is not supported; supported are {', '.join(SPLIT_MODES)}, auto"
+            f"split_mode={name} is not supported; supported are {', '.join(SPLIT_MODES)}"
         )
     return SPLIT_MODES[name]
 

@@ -1,6 +1,5 @@
 """Chat templates: messages to the text that a model was trained on."""
 
-import contextlib
 import datetime
 import json
 import re
@@ -12,13 +11,9 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.text.bpe import KINDS
 from jaxsplit.text.metadata import get, get_token_id
 
-_PLAIN_CONVERSATION = [
-    {"role": "system", "content": "text"},
-    {"role": "user", "content": "text"},
-    {"role": "assistant", "content": "text"},
-    {"role": "user", "content": "text"},
-]
-_MARKUP_NAME = re.compile("think|thought|reason|channel|tool|call", re.IGNORECASE)
+_MARKUP_NAME = re.compile(
+    r"think|thought|reason|channel|tool|call|args|python_tag|function", re.IGNORECASE
+)
 
 
 class ChatTemplate:
@@ -108,29 +103,16 @@ class ChatTemplate:
             raise _failure("fails on these messages", error) from error
 
     def find_markup(self, tokens: Iterable[str]) -> set[str]:
-        """Finds the control tokens that mark thoughts and tool calls in an answer.
+        """Finds the control tokens that mark thoughts and tool calls in an answer, by their names.
 
-        These are the tokens that the template spells, without the markers of turns. Markers of
-        turns are in any conversation, even one of plain messages; markup is not. But templates
-        put empty thoughts into plain messages, so that names that speak of thoughts or tools are
-        markup even there. Of a template that renders no plain conversation, only these names are.
+        They are there if the template spells any: some templates spell `</think>` alone, or the
+        list of tools but not the call. The template is not run.
 
         Args:
             tokens: texts of control tokens.
         """
-        spelled = {token for token in tokens if token in self.source}
-        plain = self._render_plain()
-        return {
-            token
-            for token in spelled
-            if _MARKUP_NAME.search(token) or (plain is not None and token not in plain)
-        }
-
-    def _render_plain(self) -> str | None:
-        for messages in (_PLAIN_CONVERSATION, _PLAIN_CONVERSATION[1:]):
-            with contextlib.suppress(JaxsplitError):
-                return self.render(messages, add_generation_prompt=False)
-        return None
+        named = {token for token in tokens if _MARKUP_NAME.search(token)}
+        return named if any(token in self.source for token in named) else set()
 
 
 def _failure(what: str, error: Exception) -> JaxsplitError:

@@ -152,7 +152,7 @@ def save_checkpoint(
     with os_errors(path, "written"):
         if os.path.lexists(path):
             raise JaxsplitError(f"{path} exists already; remove it or choose another directory")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = partial_directory(path)
     folders: dict[str, list[GGUFTensor]] = {}
     for tensor in file.tensors.values():
         folders.setdefault(_folder(tensor.name), []).append(tensor)
@@ -189,6 +189,11 @@ def save_checkpoint(
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_directory(path: Path) -> Path:
+    """Where this process writes a checkpoint until it is complete."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
 def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
