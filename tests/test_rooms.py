@@ -10,7 +10,7 @@ PACKAGE = Path(jaxsplit.__file__).parent
 
 # From the top to the bottom; rooms of one line may not import one another.
 ROOMS = """
-__init__ generate
+__init__ generate gguf lm
 cli
 llm
 plan
