@@ -186,7 +186,7 @@ def test_the_best_plan_fits(models):
 def test_auto_picks_a_split_that_runs(models):
     lm = jaxsplit.load(models["Q8_0"], split_mode="auto", devices=2, dtype="float32", ctx_size=64)
     assert lm.logits([1, 2, 3]).shape == (3, lm.config.vocab)
-    with pytest.raises(JaxsplitError, match="--split_mode=auto chooses the mesh"):
+    with pytest.raises(JaxsplitError, match="split_mode=auto chooses the mesh"):
         jaxsplit.load(models["Q8_0"], split_mode="auto", mesh="tensor:2")
 
 
