@@ -97,7 +97,9 @@ class LoadConfig(Config):
         "some rows of every matrix; none: one device; auto: whichever should decode fastest and "
         "fits",
     )
-    devices: Any = option(None, "use only the first so many devices; in Python, also a list")
+    devices: Any = option(
+        None, "use only the first N devices; in Python, also a list of JAX devices"
+    )
     mesh: str | None = option(
         None, "shape of the mesh, such as tensor:4 or stage:2,tensor:2 (default: all devices)"
     )

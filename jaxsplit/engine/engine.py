@@ -24,7 +24,7 @@ from jaxsplit.sharding.axes import Axis
 
 
 def never() -> bool:
-    """Whether a call is dropped for which somebody waits."""
+    """The `Engine.dropped` of a call that somebody waits for."""
     return False
 
 
@@ -44,7 +44,7 @@ class Engine:
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
       slots: sequences that are decoded together.
-      vocab: tokens that may be chosen, the first of the model's; None: all.
+      vocab: only token ids below this may be chosen; None: all of the model's.
       ends: tokens that end a text.
       chunks: lengths for which prefill is compiled; longer prompts are read piece by piece.
       policy: of products with quantized matrices.
@@ -52,8 +52,8 @@ class Engine:
 
     Attributes:
       end_ids: tokens that end a text.
-      dropped: asked before each chunk of a prompt and each block of steps, whether nobody waits for
-        the result any more; then `CancelledError` ends the call.
+      dropped: returns whether the caller has stopped waiting. The engine asks before each chunk of
+        a prompt and each block of steps, and raises `CancelledError`.
       loops: whether devices run several steps by themselves. Not CPUs: XLA takes twice as long for
         a step in a loop there. Nor several stages that cannot write to one another's memory.
     """
@@ -119,10 +119,10 @@ class Engine:
         """Runs programs that consume caches and states: an exception loses them.
 
         Args:
-          new: sequences begin, which need none of those that are lost.
+          new: the call starts sequences, so that lost ones do not matter.
 
         Raises:
-          JaxsplitError: the sequences to go on with are lost.
+          JaxsplitError: an earlier call lost the sequences that this one would continue.
         """
         if self._lost and not new:
             raise JaxsplitError("an earlier call failed and its sequences are lost; start new ones")

@@ -125,7 +125,7 @@ class StageRunner:
       context: tokens that a slot can hold.
       cache_dtype: of keys and values.
       policy: of products with quantized matrices.
-      vocab: tokens that may be chosen, the first of the model's; None: all.
+      vocab: only token ids below this may be chosen; None: all of the model's.
       peer_access: where devices run kernels, these exchange numbers, if the devices can.
     """
 
