@@ -50,7 +50,8 @@ _DEPTH = flags.DEFINE_list("n_depth", "0", "tokens of context before", short_nam
 _BATCH = flags.DEFINE_list("batch", "1", "sequences that are decoded together", short_name="b")
 _REPEAT = flags.DEFINE_integer("repetitions", 3, "how often to measure", 1, short_name="r")
 _LOAD = options.define(
-    LoadConfig, ["dtype", "activations", "prefill_dtype", "weights", "cache_dtype", "collectives"]
+    LoadConfig,
+    ["dtype", "activations", "prefill_dtype", "weights", "cache_dtype", "collectives", "kernels"],
 )
 _COMPILED = flags.DEFINE_string(
     "compilation_cache", None, "folder of compiled programs, for a warm start (default: none)"

@@ -60,7 +60,7 @@ class Config:
             if limits["choices"]:
                 checked_choice(field.name, value, limits["choices"])
             if limits["low"] is not None:
-                kind = float if field.type in (float, "float") else int
+                kind = float if field.type is float else int
                 value = checked_number(field.name, value, kind, limits["low"], limits["high"])
                 object.__setattr__(self, field.name, value)
 

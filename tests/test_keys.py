@@ -21,7 +21,7 @@ from jaxsplit.weights import parameter_sources
 KEYS = json.loads((DATA / "keys.json").read_text())
 RECIPES = sorted(KEYS["changed"])
 SAMPLE = 8
-"""One of so many cases in the normal run, others for each recipe."""
+"""The normal run takes one case in this many, different ones for each recipe."""
 
 
 def config(name, changes=()):

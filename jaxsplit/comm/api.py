@@ -55,7 +55,7 @@ def sum_over(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Array
 
 
 def total_over(x: Array, axis: Axis) -> Array:
-    """Adds up float32 numbers of the shards of an axis, units on several devices counted once."""
+    """Sums float32 over the shards of an axis; a unit that several devices hold counts once."""
     rules = current_context().rules
     mesh_axes = rules.mesh_axes(axis)
     if not mesh_axes:

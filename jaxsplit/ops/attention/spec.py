@@ -20,13 +20,13 @@ class AttentionConfig:
       value_dim: width of a value head.
       rope: how heads turn with their position; None: they do not.
       scale: of the scores; None: `head_dim ** -0.5`.
-      window: only so many of the last positions are seen; None: all.
+      window: how many of the last positions a query sees; None: all.
       chunked: instead, only those in the same run of `window` positions.
       softcap: scores are bounded to this by a tanh; None: they are not.
       alibi: the largest bias by distance (Press et al. 2021, arXiv:2108.12409); None: no bias.
       query_norm: of each head, or of all heads together (`norm_over="all"`), or of each head with
         its own scales (`norm_over="each"`); None: no norm.
-      key_norm: of the keys, likewise.
+      key_norm: as `query_norm`, of the keys.
       value_norm: of each value head.
       norm_over: see `query_norm`.
       norm_first: queries and keys are normalized before they turn; else after.
