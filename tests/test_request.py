@@ -280,7 +280,9 @@ def test_rows_beyond_the_vocabulary_are_never_chosen(tmp_path):
     for options in (GREEDY, {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}):
         for seed in range(4):
             stream = lm.stream("hello", 40, seed=seed, **options)
-            assert "".join(stream)
+            for _ in stream:  # a random head may end the text with its first token
+                pass
+            assert stream.tokens
             assert max(stream.tokens) < 263
 
 
