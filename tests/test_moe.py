@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import Q8_0, make_recipe, nmse, recipe_values
+from jaxsplit.models.router import choose, choose_in_kernel
+from jaxsplit.ops.activations.deferred import RootMeanSquare
 from tiny import fresh_rng
 
 import jaxsplit
@@ -19,22 +21,20 @@ from jaxsplit.engine.runner import compiler_options
 from jaxsplit.formats import open_gguf
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
 from jaxsplit.models.layers import Norm, meet
-from jaxsplit.models.router import choose, choose_in_kernel
-from jaxsplit.ops.activations.deferred import RootMeanSquare
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.plan.cost import trace_decode
 from jaxsplit.quant import TYPES, QTensor, dequantize, unpack
 from jaxsplit.sharding import make_partition
 
 EMBED = 64
-BASE = MoEConfig(experts=8, used=3, expert=MLPConfig(48))
+BASE = MoEConfig(experts=8, top_k=3, expert=MLPConfig(48))
 MIXTURES = {
     "softmax": BASE,
     "normalized": dataclasses.replace(BASE, normalize=True, scale=1.5),
     "of the chosen": dataclasses.replace(
         BASE,
         expert=MLPConfig(48, "clamped_swiglu", bias=True),
-        routing="chosen_softmax",
+        routing="softmax_after_topk",
         router_bias=True,
     ),
     "in groups": dataclasses.replace(
@@ -50,14 +50,14 @@ MIXTURES = {
     "weighed first": dataclasses.replace(
         BASE,
         expert=MLPConfig(48, bias=True),
-        used=2,
+        top_k=2,
         routing="sigmoid",
-        weigh_input=True,
+        apply_router_weight_on_input=True,
         shared=MLPConfig(48),
     ),
     "gate of the shared": dataclasses.replace(BASE, shared=MLPConfig(40), shared_gate=True),
     "plain": dataclasses.replace(
-        BASE, expert=MLPConfig(48, "gelu_tanh", gated=False), used=8, expert_scale=True
+        BASE, expert=MLPConfig(48, "gelu_tanh", gated=False), top_k=8, expert_scale=True
     ),
 }
 
@@ -122,22 +122,22 @@ def reference(config, params, x):
         if c.groups > 1:
             best = np.sort(groups)[:, -2:].sum(1)
             groups[np.argsort(best)[: -c.used_groups]] = -np.inf
-        chosen = np.argsort(groups.reshape(-1))[-c.used :]
+        chosen = np.argsort(groups.reshape(-1))[-c.top_k :]
         weights = scores[chosen]
-        if c.routing == "chosen_softmax":
+        if c.routing == "softmax_after_topk":
             weights = softmax(weights)
         if c.normalize:
             weights = weights / weights.sum()
         y = 0
         for weight, e in zip(weights * c.scale, chosen, strict=True):
-            read = x * weight if c.weigh_input else x
+            read = x * weight if c.apply_router_weight_on_input else x
             up, gate = part("experts.up", read, e), part("experts.gate", read, e)
             out = part("experts.down", activated(c.expert.activation, up, gate), e)
             if c.expert.bias:
                 out = out + p["experts.down_bias"][e]
             if c.expert_scale:
                 out = out * p["expert_scale"][e]
-            y = y + (out if c.weigh_input else out * weight)
+            y = y + (out if c.apply_router_weight_on_input else out * weight)
         if c.shared is not None:
             units = activated("silu", part("shared.up", x), part("shared.gate", x))
             shared = part("shared.down", units)
@@ -273,7 +273,7 @@ def test_kernels_multiply_with_chosen_experts(rng, change, rows):
 @pytest.mark.parametrize(("kind", "tokens"), [("Q8_0", 1), ("Q4_K", 1), ("Q8_0", 128), ("F32", 1)])
 def test_one_expert_at_a_time_is_dequantized(rng, kind, tokens):
     embed, hidden = 512, 512
-    config = dataclasses.replace(BASE, experts=16, used=2, expert=MLPConfig(hidden))
+    config = dataclasses.replace(BASE, experts=16, top_k=2, expert=MLPConfig(hidden))
     model = (
         random_moe(config, rng, embed) if kind == "F32" else quantized_moe(rng, kind, config, embed)
     )
@@ -286,7 +286,7 @@ def test_one_expert_at_a_time_is_dequantized(rng, kind, tokens):
     program = jax.jit(run, compiler_options=compiler_options("cpu", decode=tokens == 1))
     memory = program.lower(state, x).compile().memory_analysis()
     matrix = 4 * embed * hidden
-    rows = 4 * tokens * (2 * embed + 3 * config.used * hidden)
+    rows = 4 * tokens * (2 * embed + 3 * config.top_k * hidden)
     assert memory.temp_size_in_bytes < (2.2 if tokens > 1 or kind == "F32" else 0.6) * matrix + rows
 
 
