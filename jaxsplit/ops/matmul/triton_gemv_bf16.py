@@ -65,7 +65,7 @@ def products(
         out_shape=one_shot.results([(1, len(w)) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
         interpret=interpret,
-        name="plain_products",
+        name="gemv_bf16",
     )(*inputs)
 
 

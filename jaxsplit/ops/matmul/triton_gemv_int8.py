@@ -109,7 +109,7 @@ def products(
         out_shape=one_shot.results([(rows, w.shape[-2]) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
         interpret=interpret,
-        name="quantized_products",
+        name="gemv_int8",
     )(*inputs)
 
 

@@ -160,7 +160,7 @@ def products(
         out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), of_part) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=launch.interpret,
-        name="quantized_tiles",
+        name="small_m_gemm",
     )(*inputs)
     return [jnp.sum(y, axis=0).astype(dtype) if joined and parts > 1 else y for y in ys]
 
