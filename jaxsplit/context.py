@@ -24,20 +24,6 @@ def compute_capability(device: jax.Device) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelLaunch:
-    """How kernels are launched.
-
-    Attributes:
-      interpret: they are interpreted, to test them without a GPU.
-      pdl: a kernel may start before the one it depends on has ended (programmatic dependent
-        launch), which takes compute capability 9.0.
-    """
-
-    interpret: bool = False
-    pdl: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class MatmulPolicy:
     """How activations are multiplied with matrices.
 
@@ -46,13 +32,16 @@ class MatmulPolicy:
       float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
         so are the quantized matrices.
       kernels: the devices run kernels; else XLA computes the same numbers.
-      launch: of kernels.
+      interpret: kernels are interpreted, to test them without a GPU.
+      pdl: a kernel may start before the one it depends on has ended (programmatic dependent
+        launch), which takes compute capability 9.0.
     """
 
     int8_activations: bool = False
     float8: bool = False
     kernels: bool = False
-    launch: KernelLaunch = KernelLaunch()
+    interpret: bool = False
+    pdl: bool = False
 
     @staticmethod
     def for_device(device: jax.Device, kernels: str = "auto") -> "MatmulPolicy":
@@ -66,7 +55,7 @@ class MatmulPolicy:
           JaxsplitError: these kernels do not run on this device.
         """
         if kernels == "interpret":
-            return MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+            return MatmulPolicy(kernels=True, interpret=True)
         capability = compute_capability(device)
         runs = kernels != "xla" and capability >= 8 and has_triton()
         if kernels == "triton" and not runs:
@@ -75,7 +64,7 @@ class MatmulPolicy:
                 "it needs a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton; "
                 "try kernels=auto"
             )
-        return MatmulPolicy(kernels=runs, launch=KernelLaunch(pdl=capability >= 9))
+        return MatmulPolicy(kernels=runs, pdl=capability >= 9)
 
 
 DEFAULT_POLICY = MatmulPolicy()
@@ -99,11 +88,6 @@ class ForwardContext:
     peers: "Peers | None" = None
     fuse_all_reduce: bool = dataclasses.field(default=True, metadata={"static": True})
 
-    @property
-    def launch(self) -> KernelLaunch:
-        """How kernels are launched."""
-        return self.policy.launch
-
 
 _PLAIN = ForwardContext()
 _current: contextvars.ContextVar[ForwardContext] = contextvars.ContextVar(
@@ -114,6 +98,11 @@ _current: contextvars.ContextVar[ForwardContext] = contextvars.ContextVar(
 def current_context() -> ForwardContext:
     """The context of the code that is being traced."""
     return _current.get()
+
+
+def interpreted() -> bool:
+    """Whether kernels of the code that is being traced are interpreted."""
+    return current_context().policy.interpret
 
 
 @contextlib.contextmanager

@@ -13,12 +13,14 @@ import jaxsplit
 from jaxsplit.comm import one_shot, two_shot
 from jaxsplit.comm.one_shot import Peers
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
+from jaxsplit.context import forward_context
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.norm.api import add_norm
 from jaxsplit.sharding.axes import Axis, AxisRules
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 AXIS = ("tensor",)
 WIDE = make_recipe("wide", heads=8, kv_heads=2, embed=512)
@@ -41,7 +43,7 @@ def on_devices(count, function, x):
 @pytest.mark.parametrize("shape", [(1,), (3, 200), (2, 2, 512)])
 def test_sums_are_the_same_on_all_devices(devices, shape):
     x = fresh_rng().normal(size=(devices, *shape)).astype(np.float32)
-    found = on_devices(devices, lambda x, peers: one_shot.total(x, peers, interpret=True), x)
+    found = on_devices(devices, lambda x, peers: one_shot.total(x, peers), x)
     assert found.shape == x.shape
     assert (found == found[0]).all()
     assert nmse(found[0], x.astype(np.float64).sum(axis=0)) <= 1e-12
@@ -53,7 +55,7 @@ def test_sums_of_many_are_the_same_on_all_devices(devices, size):
     x = jnp.asarray(fresh_rng().normal(size=(devices, 3, size)), jnp.bfloat16)
     most = 3 * size
     assert two_shot.supports(most, x.dtype, Peers(np.zeros(1 + 2 * devices), AXIS, most))
-    found = on_devices(devices, lambda x, peers: two_shot.total(x, peers, interpret=True), x)
+    found = on_devices(devices, lambda x, peers: two_shot.total(x, peers), x)
     assert (found == found[0]).all()
     exact = np.asarray(x.astype(jnp.float32)).sum(axis=0, dtype=np.float64)
     assert nmse(found[0].astype(np.float32), exact) <= 1e-5
@@ -62,7 +64,7 @@ def test_sums_of_many_are_the_same_on_all_devices(devices, size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
 def test_all_devices_have_the_numbers_of_all(dtype):
     x = jnp.asarray(fresh_rng().normal(size=(3, 2, 300)) * 100, dtype)
-    found = on_devices(3, lambda x, peers: one_shot.gather(x, peers, interpret=True), x)
+    found = on_devices(3, lambda x, peers: one_shot.gather(x, peers), x)
     for device in range(3):
         assert (found[device] == np.asarray(x)).all()
 
@@ -75,11 +77,10 @@ def test_sent_parts_are_received_by_the_kernel_that_adds_them(monkeypatch):
     monkeypatch.setattr(jax.lax, "all_gather", counting)
 
     def function(x, peers):
-        policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
         axis = Axis("mlp_in", 2)
         y = Unreduced(2 * x[None], jnp.zeros(x.shape, jnp.int32), None, (axis,))
         rules = AxisRules({"mlp_in": AXIS})
-        with forward_context(policy=policy, peers=peers, rules=rules):
+        with forward_context(peers=peers, rules=rules):
             rows, residual = add_norm(y, x, None, Readers((Int8Layout(),), xla=False))
         return jnp.stack([residual, rows.stored[0].dequantized()])
 

@@ -13,15 +13,18 @@ from jax.extend.core import Literal, jaxprs_in_params
 from tiny import fresh_rng
 
 import jaxsplit
-from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
+from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import Engine
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import float8, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
 from jaxsplit.quant import TYPES, dequantize, unpack, with_words
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 SUPPORTED = {
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -80,8 +83,7 @@ def test_slices_that_threads_read_at_once_lie_in_all_banks(rng, apart):
 
 def stored(function, operands, **options):
     """Rows that the kernel computes and quantizes."""
-    launch = KernelLaunch(interpret=True)
-    return store_rows(function, operands, (Int8Layout(),), **options, launch=launch)
+    return store_rows(function, operands, Readers((Int8Layout(),), xla=False), **options)
 
 
 def test_the_kernel_that_quantizes_rows_adds_them_up_first(rng):
@@ -128,7 +130,7 @@ def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
     [normalized], *_ = stored(lambda x: x, (x,), norm=(1e-6, columns))
     for rounded in (int8.quantize_rows(x), normalized):
-        results = triton_gemv_int8.products(rounded, matrices, interpret=True)
+        results = triton_gemv_int8.products(rounded, matrices)
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
             assert nmse(y, expected) <= 1e-10
@@ -146,7 +148,7 @@ def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
     x = jnp.asarray(rng.normal(size=(2, 512)), jnp.float32)
     experts = jnp.asarray(rng.integers(0, 3, 2 * used), jnp.int32)
     rounded = int8.quantize_rows(x)
-    results = triton_gemv_int8.products(rounded, stacks, experts=experts, interpret=True)
+    results = triton_gemv_int8.products(rounded, stacks, experts=experts)
     for y, stack in zip(results, stacks, strict=True):
         dense = np.float64(dequantize(stack))[np.asarray(experts)]
         rows = np.repeat(np.float64(rounded.dequantized()), used, axis=0)
@@ -159,7 +161,7 @@ def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     x = rng.normal(size=(rows, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    [expected] = triton_gemv_int8.products(int8.quantize_rows(x), [w], interpret=True)
+    [expected] = triton_gemv_int8.products(int8.quantize_rows(x), [w])
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
     assert nmse(y, exact) > 1e-7
@@ -280,7 +282,7 @@ def test_many_rows_are_multiplied_in_8_bit_floating_point(rng, kernels):
     plain = jnp.asarray(rng.normal(size=(6, 768)), jnp.float32)
     sizes = 10.0 ** rng.uniform(-6, 6, (70, 1))  # of rows, of which one is nearly of zeros
     x = jnp.asarray(rng.normal(size=(70, 768)) * sizes, jnp.float32).at[3].set(1e-38)
-    policy = MatmulPolicy(float8=True, kernels=kernels, launch=KernelLaunch(interpret=True))
+    policy = MatmulPolicy(float8=True, kernels=kernels, interpret=True)
     with forward_context(policy=policy):
         *ys, exact = matmuls(x, [*weights, plain])
         few = matmuls(x[:3], weights)
@@ -325,11 +327,22 @@ def test_what_devices_can_do(platform, found, capability, multiplies):
     assert float8.supported_by(device) == multiplies
 
 
+def live(jaxpr):
+    """The operations whose results are used; XLA drops the others."""
+    used = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or used & set(eqn.outvars):
+            used |= {v for v in eqn.invars if not isinstance(v, Literal)}
+            kept.append(eqn)
+    return reversed(kept)
+
+
 def early_readers(jaxpr):
     """What reads results of kernels that let the next one begin: names of operations, and whether
     the kernel has certainly ended, since they also read what a kernel made of its results."""
     source, ended = {}, {}  # of each value: the kernel it comes from, and those that have ended
-    for number, eqn in enumerate(jaxpr.eqns):
+    for number, eqn in enumerate(live(jaxpr)):
         name = eqn.primitive.name
         inputs = [v for v in eqn.invars if not isinstance(v, Literal)]
         read = {source[v] for v in inputs if v in source}
@@ -354,7 +367,7 @@ def early_readers(jaxpr):
     ids=["llama", "qwen3moe", "gemma2", "llama4"],
 )
 def test_only_kernels_begin_before_what_they_read_has_ended(recipe_gguf, monkeypatch, name):
-    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(pdl=True))
+    policy = MatmulPolicy(kernels=True, pdl=True)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     options = {"dtype": "bfloat16", "activations": "int8", "split_mode": "none", "ctx_size": 1024}
     lm = jaxsplit.load(recipe_gguf(name, Q8_0), **options)

@@ -14,7 +14,7 @@ from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.architectures import model_config
-from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
+from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine.runner import compiler_options
 from jaxsplit.formats import open_gguf
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
@@ -173,19 +173,16 @@ def test_a_mixture_equals_numpy(rng, name, tokens):
 
 @pytest.mark.parametrize("experts", [8, 100])
 @pytest.mark.parametrize("name", [name for name, c in MIXTURES.items() if c.groups == 1])
-def test_a_kernel_chooses_the_same_experts(rng, name, experts):
+def test_a_kernel_chooses_the_same_experts(rng, interpreter, name, experts):
     config = dataclasses.replace(MIXTURES[name], experts=experts, selection_bias=True)
     logits = rng.normal(size=(5, 1, experts)).astype(np.float32)
     bias, scale = rng.uniform(0, 1, (2, experts)).astype(np.float32)
     logits[2:, :, ::2] = logits[2:, :, 1::2]  # ties, but for the bias
     rms = RMSStatistics(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
-    launch = KernelLaunch(interpret=True)
     for vectors, by in (((None, None), None), ((bias, scale), rms)):
         divided = logits if by is None else logits * np.asarray(by.inverse)[:, None, None]
         expected = router.topk_experts(jnp.asarray(divided), config, *vectors)
-        found = triton_router.topk_experts(
-            jnp.asarray(logits), config, *vectors, rms=by, launch=launch
-        )
+        found = triton_router.topk_experts(jnp.asarray(logits), config, *vectors, rms=by)
         assert np.array_equal(found[0], expected[0])
         assert np.allclose(found[1], expected[1], rtol=1e-6)
 
@@ -267,11 +264,7 @@ def test_kernels_multiply_with_chosen_experts(rng, change, rows):
         return model(rows).all_reduce(x.dtype)
 
     exact = run(XLA_ONLY)
-    with forward_context(
-        policy=MatmulPolicy(
-            int8_activations=True, kernels=True, launch=KernelLaunch(interpret=True)
-        )
-    ):
+    with forward_context(policy=MatmulPolicy(int8_activations=True, kernels=True, interpret=True)):
         found = run(model.readers(x))
     assert 1e-8 < nmse(found, exact) < 2e-3
 

@@ -12,7 +12,7 @@ from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
 from jaxsplit.ops.attention import triton_rope_cache_update, xla
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, LENGTH = 12, 6, 24, 20, 50
 CHOICES = {
@@ -62,7 +62,7 @@ def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
     assert triton_rope_cache_update.supports(config, batch, cache, jnp.bfloat16)
     options = {"config": config, "params": module.params}
     queries, found = triton_rope_cache_update.rope_cache_update(
-        query, key, value, batch, cache, **options, interpret=True
+        query, key, value, batch, cache, **options
     )
     exact = [x.astype(jnp.float32) for x in (query, key, value)]
     expected, new, *_ = xla.rope_cache_update(*exact, batch, None, **options)

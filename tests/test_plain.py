@@ -6,14 +6,11 @@ import pytest
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.context import KernelLaunch
-from jaxsplit.ops.activations.layout import PlainLayout
+from jaxsplit.ops.activations.layout import PlainLayout, Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_gemv_bf16
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-LAUNCH = KernelLaunch(interpret=True)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
 
 @pytest.fixture
@@ -36,9 +33,9 @@ def test_a_row_is_multiplied_with_several_matrices(rng, columns, scaled):
     if scaled:
         norm, divisor = (0.5, columns), 0.5 * np.sqrt((np.float64(x) ** 2).mean() + 0.5)
     layouts = (PlainLayout(jnp.bfloat16),)
-    [row], *_ = store_rows(lambda x: 2 * x, (x,), layouts, norm=norm, launch=LAUNCH)
+    [row], *_ = store_rows(lambda x: 2 * x, (x,), Readers(layouts, xla=False), norm=norm)
     tiling = triton_gemv_bf16.Tiling(columns=512)
-    results = triton_gemv_bf16.products(row, matrices, tiling=tiling, interpret=True)
+    results = triton_gemv_bf16.products(row, matrices, tiling=tiling)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, np.float64(x)[0] @ np.float64(w).T / divisor) <= 1e-11
 

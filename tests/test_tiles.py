@@ -11,13 +11,14 @@ from blocks import usual_blocks
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import MatmulPolicy, forward_context
+from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.packed import PackedLayout, pieces_of
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_small_m_gemm
 from jaxsplit.quant import TYPES, dequantize, qtensor, unpack, with_words
 
-LAUNCH = KernelLaunch(interpret=True)
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.fixture
@@ -47,10 +48,14 @@ def product(x, w):
     return y
 
 
+def readers(matrices):
+    return Readers((PackedLayout.of(matrices),), xla=False)
+
+
 def multiply(x, matrices, **options):
     """The kernel's products with rows that another kernel has stored."""
-    [rows], *_ = store_rows(lambda x: x, (x,), (PackedLayout.of(matrices),), launch=LAUNCH)
-    return triton_small_m_gemm.products(rows, matrices, **options, launch=LAUNCH)
+    [rows], *_ = store_rows(lambda x: x, (x,), readers(matrices))
+    return triton_small_m_gemm.products(rows, matrices, **options)
 
 
 def activations(rng, rows, columns):
@@ -96,10 +101,10 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
         piece, byte = divmod(place, 2)
         planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in form.bits]
         shifts = [piece * per_chunk * 16 // (form.chunk * bits) * bits for bits in form.bits]
-        made, expected = (
-            triton_small_m_gemm._scaled(planes, shifts, byte, form, scale, interpret)
-            for interpret in (False, True)
-        )
+        arguments = planes, shifts, byte, form, scale
+        expected = triton_small_m_gemm._scaled(*arguments)
+        with forward_context(policy=MatmulPolicy(kernels=True)):
+            made = triton_small_m_gemm._scaled(*arguments)
         assert np.count_nonzero(expected) > 100
         np.testing.assert_array_equal(made, expected)
 
@@ -127,12 +132,11 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
     [rows], _, total = store_rows(
         jnp.multiply,
         (jnp.asarray(stream, jnp.bfloat16), jnp.asarray(scale)),
-        (PackedLayout.of(matrices),),
+        readers(matrices),
         addend=(jnp.asarray(terms), None, None),
         norm=(0.5, 1500),
-        launch=LAUNCH,
     )
-    results = triton_small_m_gemm.products(rows, matrices, launch=LAUNCH)
+    results = triton_small_m_gemm.products(rows, matrices)
     added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
     assert nmse(total, added) <= 1e-5
     added = np.float64(total).reshape(6, -1)

@@ -8,13 +8,12 @@ from helpers import nmse
 from tiny import fresh_rng
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
-from jaxsplit.context import KernelLaunch
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.attention import triton_decode, xla
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 32
 CHOICES = {
@@ -67,7 +66,6 @@ def test_a_token_reads_those_before_it_and_itself(
         **options,
         dtype=jnp.bfloat16,
         layouts=layouts,
-        launch=KernelLaunch(interpret=True),
     )
     exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
     queries, kv, key_positions, expected = xla.rope_cache_update(*exact, batch, cache, **options)

@@ -44,15 +44,14 @@ def all_reduce(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Arr
     mesh_axes = rules.mesh_axes(*axes)
     if not mesh_axes:
         return x
-    interpret = current_context().launch.interpret
     if (peers := peers_over(x.size, *axes)) is not None:
-        return one_shot.total(x, peers, interpret=interpret)
+        return one_shot.total(x, peers)
     large = not one_shot.supports(x.size)
     automatic = jnp.bfloat16 if large and addend_of == jnp.bfloat16 else jnp.float32
     sent = x.astype(rules.reduce_dtype or automatic)
     peers = _peers_over(*axes)
     if peers is not None and two_shot.supports(sent.size, sent.dtype, peers):
-        return two_shot.total(sent, peers, interpret=interpret).astype(x.dtype)
+        return two_shot.total(sent, peers).astype(x.dtype)
     return lax.psum(sent, mesh_axes).astype(x.dtype)
 
 
@@ -78,7 +77,7 @@ def all_gather(x: Array, axis: Axis, size: int | None = None) -> Array:
     if not mesh_axes:
         return x
     if (peers := peers_over(x.size, axis)) is not None:
-        shards = one_shot.gather(x, peers, interpret=current_context().launch.interpret)
+        shards = one_shot.gather(x, peers)
         return jnp.concatenate(list(shards), axis=-1)[..., :size]
     return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]
 

@@ -8,7 +8,6 @@ from jax import Array
 
 from jaxsplit.comm import one_shot
 from jaxsplit.comm.api import all_gather, all_reduce, mesh_axes, peers_over
-from jaxsplit.context import current_context
 from jaxsplit.sharding.axes import Axis
 
 
@@ -48,8 +47,7 @@ class Unreduced:
         y = self.local_sum
         if self.epochs is not None:
             peers = peers_over(y.size, *self.reduce_over)
-            interpret = current_context().launch.interpret
-            y = one_shot.total(y, peers, counts=self.epochs, interpret=interpret).astype(dtype)
+            y = one_shot.total(y, peers, counts=self.epochs).astype(dtype)
         else:
             y = all_reduce(y, *self.reduce_over, addend_of=dtype).astype(dtype)
         if self.axis is not None:

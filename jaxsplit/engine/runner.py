@@ -178,7 +178,7 @@ class StageRunner:
         mesh = self.stage.mesh
         if not (self.policy.kernels and self._meeting and isinstance(mesh, Mesh)):
             return None
-        if self.policy.launch.interpret:
+        if self.policy.interpret:
             count = math.prod(mesh.shape[axis] for axis in self._meeting)
             return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
 
@@ -365,7 +365,7 @@ class StageRunner:
         def loop(params, caches, states, texts, count, table, limit, ends, values):
             ring = None
             if table is not None:
-                ring = Ring(table.reshape(-1), count, self.policy.launch.interpret)
+                ring = Ring(table.reshape(-1), count, self.policy.interpret)
             *results, ring = steps.decode_loop(
                 self._model(params),
                 caches,

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import current_context
 from jaxsplit.pallas import pl, plgpu
 
 
-def launch_dependents(x: Array, launch: KernelLaunch) -> Array:
+def launch_dependents(x: Array, early: bool = True) -> Array:
     """Passes an int32 through and signals that the next kernel may be launched.
 
     Once all programs have signalled, the programs of the next kernel start; they wait until this
     kernel has ended (PTX ISA, `griddepcontrol`; XLA emits the wait at the start of every kernel).
 
-    Only for kernels whose results are read by Pallas kernels: XLA's own kernels may hoist loads of
-    read-only data above the wait.
+    Only for kernels whose results are read by Pallas kernels (else `early` is false): XLA's own
+    kernels may hoist loads of read-only data above the wait.
     """
-    if not launch.pdl:
+    if not (early and current_context().policy.pdl):
         return x
     [x] = plgpu.elementwise_inline_asm(
         "griddepcontrol.launch_dependents; mov.b32 $0, $1;",

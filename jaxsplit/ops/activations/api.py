@@ -1,23 +1,14 @@
 """Element-wise ops on activations, stored as their readers need them."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from jax import Array
 
-from jaxsplit.context import KernelLaunch, current_context
 from jaxsplit.ops.activations import triton_rows
 from jaxsplit.ops.activations.functions import activate
 from jaxsplit.ops.activations.layout import ActivationLayout, Activations, Readers
-
-
-def launch_for(readers: Readers) -> KernelLaunch:
-    """How to launch a kernel whose results have these readers: XLA's kernels must not start before
-    it has ended (see `launch_dependents`)."""
-    launch = current_context().launch
-    return dataclasses.replace(launch, pdl=launch.pdl and not readers.xla)
 
 
 def in_layout(x: Array | Activations, layout: ActivationLayout) -> Any:
@@ -27,8 +18,7 @@ def in_layout(x: Array | Activations, layout: ActivationLayout) -> Any:
             if present.serves(layout):
                 return stored
         x = x.array
-    launch = current_context().launch
-    [stored], *_ = triton_rows.store_rows(_identity, (x,), (layout,), launch=launch)
+    [stored], *_ = triton_rows.store_rows(_identity, (x,), Readers((layout,), xla=False))
     return stored
 
 
@@ -71,8 +61,7 @@ def apply(
     array = function(*operands).astype(operands[0].dtype)
     if not readers.layouts:
         return Activations(array)
-    launch = launch_for(readers)
-    stored, *_ = triton_rows.store_rows(function, operands, readers.layouts, launch=launch)
+    stored, *_ = triton_rows.store_rows(function, operands, readers)
     return Activations(array, readers.layouts, stored)
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.comm import one_shot
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.layout import (
     BLOCK,
     ActivationLayout,
+    Readers,
     RMSStatistics,
     block_elements,
     broadcast_leading,
@@ -33,30 +34,28 @@ _BLOCKS = one_shot.WIDTH // BLOCK  # of a program
 def store_rows(
     function: Callable[..., Array],
     operands: Sequence[Array],
-    layouts: Sequence[ActivationLayout],
+    readers: Readers,
     *,
     addend: tuple[Array, Array | None, one_shot.Peers | None] | None = None,
     norm: tuple[float, int] | None = None,
-    launch: KernelLaunch,
 ) -> tuple[tuple[Any, ...], RMSStatistics | None, Array]:
     """Computes rows and stores them in layouts.
 
     Args:
       function: of the operands' elements in float32.
       operands: `[..., in]`, `[..., 1]` or `[in]` each; the first is `[..., in]`.
-      layouts: in which to store.
+      readers: of the rows, with layouts.
       addend: added to the first operand before anything else: parts of a matmul output, float32
         `[parts, ..., in]`; the epochs under which the matmul has sent them to the peers, int32
         `[..., in]`, or None; and the peers over which they are summed, or None.
       norm: epsilon and size of the RMS norm of the first operand, whose division is left to the
         readers; None: no norm.
-      launch: of the kernel.
 
     Returns:
       the rows in each layout, the statistics of the norm, and the first operand with the addend in
       its dtype.
     """
-    first, columns = operands[0], operands[0].shape[-1]
+    layouts, first, columns = readers.layouts, operands[0], operands[0].shape[-1]
     rows, programs = math.prod(first.shape[:-1]), pl.cdiv(columns // BLOCK, _BLOCKS)
     operands = tuple(x if x.ndim == 1 else x.reshape(rows, -1) for x in operands)
     if addend is not None:
@@ -76,12 +75,12 @@ def store_rows(
             structure=structure,
             layouts=layouts,
             norm=norm is not None,
-            launch=launch,
+            early=not readers.xla,
         ),
         grid=(rows, programs),
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
-        interpret=launch.interpret,
+        interpret=interpreted(),
         name="store_rows",
     )(*inputs)
     arrays = list(arrays)
@@ -96,23 +95,24 @@ def _kernel(
     structure: jax.tree_util.PyTreeDef,
     layouts: Sequence[ActivationLayout],
     norm: bool,
-    launch: KernelLaunch,
+    early: bool,
 ) -> None:
     """Some blocks of a row.
 
     Args:
       *refs: operands and addend; then arrays of the layouts, sums of squares, and the first operand
         with the addend, as far as they exist.
-      function, layouts, launch: as in `store_rows`.
+      function, layouts: as in `store_rows`.
       structure: of operands and addend.
       norm: sums of squares are stored.
+      early: as in `launch_dependents`.
     """
     (first, *others), addend = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs = list(refs[structure.num_leaves :])
     total_ref = outs.pop() if addend is not None else None
     squares_ref = outs.pop() if norm else None
     columns = first.shape[-1]
-    row = launch_dependents(pl.program_id(0), launch)
+    row = launch_dependents(pl.program_id(0), early)
     block = pl.program_id(1) * _BLOCKS + jnp.arange(_BLOCKS)
     exists = block < columns // BLOCK
     element = block_elements(block)
@@ -138,7 +138,6 @@ def _kernel(
                 row * pl.num_programs(1) + pl.program_id(1),
                 element - pl.program_id(1) * one_shot.WIDTH,
                 None if epochs is None else load(epochs, dtype=jnp.int32),
-                interpret=launch.interpret,
             )
         total = (stream + y).astype(total_ref.dtype)
         plgpu.store(total_ref.at[row, element], total, mask=mask)

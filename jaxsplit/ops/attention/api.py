@@ -131,7 +131,6 @@ def _decode(
         batch,
         cache,
         layouts=layouts,
-        launch=current_context().launch,
         **options,
     )
 
@@ -189,7 +188,6 @@ def _update_by_kernel(
         cache,
         config=config,
         params=params,
-        interpret=current_context().launch.interpret,
     )
     positions = None if config.window is None else cache.positions(batch.positions[:, 0])
     if config.lends is not None:
@@ -227,7 +225,6 @@ def _flash(
         sinks=sinks,
         slots=kv.slots,
         layouts=() if readers.xla else readers.layouts,
-        launch=current_context().launch,
     )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
 from jaxsplit.ops.activations.layout import (
     BLOCK,
@@ -93,7 +93,6 @@ def decode_attention(
     params: AttentionParams,
     dtype: jnp.dtype,
     layouts: Sequence[ActivationLayout] = (),
-    launch: KernelLaunch = KernelLaunch(),  # noqa: B008
 ) -> tuple[Activations, AttentionCache]:
     """Attention of one new token of each sequence, and the cache with these tokens.
 
@@ -105,7 +104,6 @@ def decode_attention(
       params: parameters of norms, and sinks.
       dtype: of activations.
       layouts: of the result; none: it is an array.
-      launch: of the kernel.
 
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
@@ -135,8 +133,6 @@ def decode_attention(
     tiling = _tiling_of(group, length, width, sequences * kv_heads)
     of_splits = (tiling.splits, sequences, kv_heads, group)
     stored_in = tuple(layouts) or (PlainLayout(dtype),)
-    if not layouts:  # XLA's kernels must not start before this one has ended
-        launch = dataclasses.replace(launch, pdl=False)
     columns = kv_heads * group * value_dim
     outs = [
         jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
@@ -151,14 +147,14 @@ def decode_attention(
             config=c,
             dtype=dtype,
             layouts=stored_in,
-            launch=launch,
+            early=bool(layouts),  # XLA's kernels must not start before this one has ended
         ),
         # Splits last: the first of each head, which has something to do, does not wait for others.
         grid=(kv_heads, sequences, tiling.splits),
         out_shape=[*outs, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
         input_output_aliases={len(leaves) + i: len(outs) + i for i in range(len(kept))},
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=launch.interpret,
+        interpret=interpreted(),
         name="decode_attention",
     )(*leaves, *kept)
     arrays, kept = results[3 : len(outs)], results[len(outs) :]
@@ -289,7 +285,7 @@ def _kernel(
     config: AttentionConfig,
     dtype: jnp.dtype,
     layouts: Sequence[ActivationLayout],
-    launch: KernelLaunch,
+    early: bool,
 ) -> None:
     """One head of keys of one token, with all queries that share it: a split of the keys.
 
@@ -305,7 +301,7 @@ def _kernel(
     c, group, length = config, query.shape[3], cache.keys.shape[2]
     head_dim, value_dim, parts = key.shape[-1], value.shape[-1], parts_of(cache)
     head, split = pl.program_id(0), pl.program_id(2)
-    sequence = launch_dependents(pl.program_id(1), launch)
+    sequence = launch_dependents(pl.program_id(1), early)
 
     # All loads are asked for before any is waited for.
     position = positions[sequence]
@@ -366,11 +362,11 @@ def _kernel(
             """Those that are there; the next are asked for before."""
             sums, there, seen = carry
             after = ask_for(i + 1)
-            return more_keys(sums, queries, there, seen[None], score, launch), *after
+            return more_keys(sums, queries, there, seen[None], score), *after
 
         def some_keys_read(i: Array, sums: Sums) -> Sums:
             there, seen = ask_for(i)
-            return more_keys(sums, queries, there, seen[None], score, launch)
+            return more_keys(sums, queries, there, seen[None], score)
 
         if ahead:
             sums = (
@@ -397,7 +393,7 @@ def _kernel(
         plgpu.store(splits[0].at[(*at, member, column)], values, mask=mask)
         for ref, x in zip(splits[1:], (largest, total), strict=True):
             plgpu.store(ref.at[(*at, row)], x, mask=row < group)
-        if not launch.interpret:
+        if not interpreted():
             plgpu.debug_barrier()  # all threads have stored before one of them says so
         before = lax.cond(
             used > 1,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.cache.contiguous import AttentionCache
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.layout import (
     BLOCK,
     ActivationLayout,
@@ -98,7 +98,6 @@ def flash_attention(
     slots: Array | None = None,
     layouts: Sequence[ActivationLayout] = (),
     tiling: Tiling | None = None,
-    launch: KernelLaunch = KernelLaunch(),  # noqa: B008
 ) -> Activations:
     """As `jaxsplit.ops.attention.api.attend`, for what is supported.
 
@@ -106,7 +105,6 @@ def flash_attention(
       layouts: of the result, where a second kernel combines splits of the keys; else, and if there
         are none, the result is an array.
       tiling: of the work; None: a usual one.
-      launch: of the kernels.
     """
     batch, time, kv_heads, group, _ = queries.shape
     value_dim = kv.values.shape[-1]
@@ -132,17 +130,16 @@ def flash_attention(
             tiling=tiling,
             config=config,
             scale=scale,
-            launch=launch,
         ),
         grid=(pl.cdiv(time * group, tiling.rows) * tiling.splits, kv_heads, batch),
         out_shape=[out] if tiling.splits == 1 else sums,
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=launch.interpret,
+        interpret=interpreted(),
         name="flash_attention",
     )(*leaves)
     if tiling.splits == 1:
         return Activations(results[0].reshape(batch, time, -1))
-    return _combine(results, sinks, queries.dtype, layouts, launch)
+    return _combine(results, sinks, queries.dtype, layouts)
 
 
 def _combine(
@@ -150,7 +147,6 @@ def _combine(
     sinks: Array | None,
     dtype: jnp.dtype,
     layouts: Sequence[ActivationLayout],
-    launch: KernelLaunch,
 ) -> Activations:
     """Combines splits of the keys, in a kernel that stores the rows in layouts if a head consists
     of whole blocks.
@@ -161,7 +157,6 @@ def _combine(
       sinks: float32 `[kv_heads * group]`, or None.
       dtype: of the rows.
       layouts: of the rows; none: an array.
-      launch: of the kernel.
     """
     count, batch, time, kv_heads, group, value_dim = splits[0].shape
     rows, heads = batch * time, kv_heads * group
@@ -172,11 +167,11 @@ def _combine(
     if layouts:
         outs = [out for layout in layouts for out in layout.shapes(rows, shape[-1])]
     arrays = pl.pallas_call(
-        partial(_combine_kernel, results=len(outs), layouts=layouts, launch=launch),
+        partial(_combine_kernel, results=len(outs), layouts=layouts),
         grid=(rows, heads),
         out_shape=outs,
         compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
-        interpret=launch.interpret,
+        interpret=interpreted(),
         name="combine_splits",
     )(
         *(x.reshape(count, rows, heads, *x.shape[5:]) for x in splits),
@@ -194,7 +189,6 @@ def _kernel(
     tiling: Tiling,
     config: AttentionConfig,
     scale: float,
-    launch: KernelLaunch,
 ) -> None:
     """Some rows of queries of one head of keys, with all keys that they see or a split of them."""
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
@@ -210,7 +204,7 @@ def _kernel(
     slot = sequence if slots is None else slots[sequence]
 
     if tiling.splits > 1:
-        tile = launch_dependents(tile, launch)
+        tile = launch_dependents(tile)
     rows = tile * tiling.rows + jnp.arange(tiling.rows)
     inside = rows < time * group
     position = plgpu.load(positions.at[sequence, jnp.minimum(rows // group, time - 1)])
@@ -240,7 +234,7 @@ def _kernel(
         place = start + i * tiling.keys + jnp.arange(tiling.keys)
         at = slot, head, place
         if whole:
-            return more_keys(carry, qs, read(memory, at, None), None, score, launch)
+            return more_keys(carry, qs, read(memory, at, None), None, score)
         exists = place < stop
         key_position = place
         if not places_are_positions:
@@ -249,7 +243,7 @@ def _kernel(
         seen = (distance >= 0) & (exists & (key_position >= 0))[None]
         if config.window is not None:
             seen &= distance < config.window
-        return more_keys(carry, qs, read(memory, at, exists), seen, score, launch)
+        return more_keys(carry, qs, read(memory, at, exists), seen, score)
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
     out_shape = (tiling.rows, padded(value_dim, parts))
@@ -288,16 +282,14 @@ def _kernel(
     store(out_refs[0], values / jnp.maximum(total, 1e-30)[:, None])
 
 
-def _combine_kernel(
-    *refs: jax.Ref, results: int, layouts: Sequence[ActivationLayout], launch: KernelLaunch
-) -> None:
+def _combine_kernel(*refs: jax.Ref, results: int, layouts: Sequence[ActivationLayout]) -> None:
     """One head of one query."""
     values_ref, largest_ref, total_ref, *rest = refs
     sinks, outs = rest[:-results], rest[-results:]
     splits, _, _, value_dim = values_ref.shape
     row, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(splits)
     if layouts:
-        row = launch_dependents(row, launch)
+        row = launch_dependents(row)
     largest = plgpu.load(largest_ref.at[split, row, head])
     total = plgpu.load(total_ref.at[split, row, head])
     final = jnp.max(largest)

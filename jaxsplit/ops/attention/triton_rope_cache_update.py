@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
 from jaxsplit.ops.attention.rope import RopeConfig, rope_factors
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
@@ -58,7 +59,6 @@ def rope_cache_update(
     *,
     config: AttentionConfig,
     params: AttentionParams,
-    interpret: bool = False,
 ) -> tuple[Array, AttentionCache]:
     """Queries as attention reads them, and the cache with the new tokens.
 
@@ -68,7 +68,6 @@ def rope_cache_update(
       cache: of earlier tokens.
       config: one that is supported.
       params: parameters of norms.
-      interpret: run it without a GPU, to test it.
 
     Returns:
       `[batch, time, heads, head_dim]` in the dtype of `query`, and the cache.
@@ -107,7 +106,7 @@ def rope_cache_update(
         compiler_params=plgpu.CompilerParams(
             num_warps=1 if tokens <= _FEW else _WARPS, num_stages=1
         ),
-        interpret=interpret,
+        interpret=interpreted(),
         name="rope_cache_update",
     )(*leaves, *kept)
     return queries.reshape(*batch.positions.shape, heads, -1), jax.tree.unflatten(

@@ -76,8 +76,8 @@ def _supports_gemv_int8(x: Like, w: Weight) -> bool:
 def _gemv_int8(
     x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype, peers: Peers | None = None
 ) -> list[Array]:
-    rows, interpret = in_layout(x, Int8Layout()), current_context().launch.interpret
-    return triton_gemv_int8.products(rows, weights, dtype, peers=peers, interpret=interpret)
+    rows = in_layout(x, Int8Layout())
+    return triton_gemv_int8.products(rows, weights, dtype, peers=peers)
 
 
 def _supports_int8_without_kernels(x: Like, w: Weight) -> bool:
@@ -96,8 +96,8 @@ def _supports_small_m_gemm(x: Like, w: Weight) -> bool:
 
 
 def _small_m_gemm(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
-    rows, launch = in_layout(x, PackedLayout.of(weights)), current_context().launch
-    return triton_small_m_gemm.products(rows, weights, dtype, launch=launch)
+    rows = in_layout(x, PackedLayout.of(weights))
+    return triton_small_m_gemm.products(rows, weights, dtype)
 
 
 def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
@@ -109,8 +109,8 @@ def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
 def _gemv_bf16(
     x: Rows, weights: Sequence[Array], dtype: jnp.dtype, peers: Peers | None = None
 ) -> list[Array]:
-    rows, interpret = in_layout(x, PlainLayout(x.dtype)), current_context().launch.interpret
-    return triton_gemv_bf16.products(rows, weights, dtype, peers=peers, interpret=interpret)
+    rows = in_layout(x, PlainLayout(x.dtype))
+    return triton_gemv_bf16.products(rows, weights, dtype, peers=peers)
 
 
 def _supports_float8(x: Like, w: Weight) -> bool:
@@ -218,8 +218,8 @@ def split_k_matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> lis
     """
     if not all(_supports_small_m_gemm(x, w) for w in weights):
         return [Unreduced.of(y) for y in matmuls(x, weights, dtype)]
-    rows, launch = in_layout(x, PackedLayout.of(weights)), current_context().launch
-    ys = triton_small_m_gemm.products(rows, weights, joined=False, launch=launch)
+    rows = in_layout(x, PackedLayout.of(weights))
+    ys = triton_small_m_gemm.products(rows, weights, joined=False)
     return [Unreduced(y.reshape(len(y), *x.shape[:-1], -1)) for y in ys]
 
 
@@ -264,8 +264,8 @@ def expert_matmuls(
     Returns:
       `[pairs, out]` each.
     """
-    rows, interpret = in_layout(x, Int8Layout()), current_context().launch.interpret
-    return triton_gemv_int8.products(rows, stacks, dtype, experts=experts, interpret=interpret)
+    rows = in_layout(x, Int8Layout())
+    return triton_gemv_int8.products(rows, stacks, dtype, experts=experts)
 
 
 def grouped_matmuls(
@@ -287,10 +287,8 @@ def grouped_matmuls(
     Returns:
       `[results, out]` each.
     """
-    rows, launch = in_layout(x, PackedLayout.of(stacks)), current_context().launch
-    return triton_small_m_gemm.products(
-        rows, stacks, dtype, groups=groups, results=results, launch=launch
-    )
+    rows = in_layout(x, PackedLayout.of(stacks))
+    return triton_small_m_gemm.products(rows, stacks, dtype, groups=groups, results=results)
 
 
 def _shaped(y: Array, x: Like) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsplit.context import interpreted
 from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.ops.matmul.float8 import LEAST_BOUND
 from jaxsplit.ops.matmul.triton_gemv_int8 import GROUPS
@@ -33,7 +34,6 @@ def dequantize(
     *,
     bounds: Sequence[Array] | None = None,
     after: Array | None = None,
-    interpret: bool = False,
 ) -> Array:
     """The rows of matrices `[out, in]`, one after another, computed in float32: `[sum of out, in]`.
 
@@ -43,7 +43,6 @@ def dequantize(
       bounds: float32 `[out]` for each matrix: rows are scaled so that these become the largest
         number of the result's dtype; None: they are not.
       after: computed first, whatever it is.
-      interpret: run it without a GPU, to test it.
     """
     columns = weights[0].shape[1]
     sizes = [math.prod(w.shape) for w in weights]
@@ -55,7 +54,7 @@ def dequantize(
         grid=(sum(pl.cdiv(size, _UNITS * _WIDTH) for size in sizes),),
         out_shape=jax.ShapeDtypeStruct((sum(sizes),), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
-        interpret=interpret,
+        interpret=interpreted(),
         name="dequantize",
     )(*inputs)
     return y.reshape(-1, columns)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.packed import SUMMED, PackedRows, group_length, pieces_of
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
@@ -107,7 +107,6 @@ def products(
     tiling: _Tiling | None = None,
     parts: int | None = None,
     joined: bool = True,
-    launch: KernelLaunch = KernelLaunch(),  # noqa: B008
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
 
@@ -124,7 +123,6 @@ def products(
       parts: of the inner dimension, which are multiplied by programs of their own and added up by
         another kernel; None: as many as keep a GPU busy, but one for several that are to be joined.
       joined: the parts are added up; else results are float32 `[parts, rows, out]`.
-      launch: of kernels.
     """
     (read, columns) = x.pairs[0].shape[1], weights[0].shape[-1]
     width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
@@ -150,7 +148,6 @@ def products(
         programs=programs,
         width=width,
         tiling=tiling,
-        interpret=launch.interpret,
     )
     shape = (rows,) if joined and parts == 1 else (parts, rows)
     of_part = dtype if joined and parts == 1 else jnp.float32
@@ -159,7 +156,7 @@ def products(
         grid=(count, sum(programs)),
         out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), of_part) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=launch.interpret,
+        interpret=interpreted(),
         name="small_m_gemm",
     )(*inputs)
     return [jnp.sum(y, axis=0).astype(dtype) if joined and parts > 1 else y for y in ys]
@@ -188,7 +185,6 @@ def _kernel(
     programs: Sequence[int],
     width: int,
     tiling: _Tiling,
-    interpret: bool,
 ) -> None:
     """Some rows of one matrix, with all rows of activations, or those of a group.
 
@@ -198,14 +194,13 @@ def _kernel(
       programs: for each matrix.
       width: rows of activations.
       tiling: of the work.
-      interpret: as in `products`.
     """
     x, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs, number = refs[structure.num_leaves :], pl.program_id(0)
 
     def some_rows(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
         first = program * tiling.height
-        _Tile(x, w, groups, out_ref, first, number, width, tiling, interpret).multiply()
+        _Tile(x, w, groups, out_ref, first, number, width, tiling).multiply()
 
     tasks = [partial(some_rows, *task) for task in zip(weights, outs, strict=True)]
     run = partial(dispatch_programs, pl.program_id(1), list(zip(programs, tasks, strict=True)))
@@ -231,7 +226,6 @@ class _Tile:
       number: of the group, or of the part.
       width: rows of activations.
       tiling: of the work.
-      interpret: as in `products`.
     """
 
     def __init__(
@@ -244,9 +238,8 @@ class _Tile:
         number: Array,
         width: int,
         tiling: _Tiling,
-        interpret: bool,
     ):
-        self.rms, self.w, self.out_ref, self.interpret = x.rms, w, out_ref, interpret
+        self.rms, self.w, self.out_ref = x.rms, w, out_ref
         self.x_pairs, self.x_sums = x.for_matrix(w)
         *_, self.out, self.columns = w.shape
         self.pieces, self.per_chunk = pieces_of(w.form)
@@ -424,7 +417,7 @@ class _Tile:
                 expanded[group] = _spread(scales[group], self.pairs)
             for byte in range(2):
                 x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
-                scaled = _scaled(parts, shifts, byte, form, expanded[group], self.interpret)
+                scaled = _scaled(parts, shifts, byte, form, expanded[group])
                 sums[byte % self.sums] += _dot(scaled, x)
         return sum(sums[1:], sums[0]), ahead
 
@@ -446,7 +439,6 @@ def _scaled(
     byte: int,
     form: Form,
     scale: Array,
-    interpret: bool,
 ) -> Array:
     """Weights without their minima as bfloat16, one of each pair of bytes, `2**_OF_WEIGHTS` times
     what they are; those of a single plane also `2**shifts[0]` times, by where they are in a byte.
@@ -457,12 +449,11 @@ def _scaled(
       byte: which byte of the pairs.
       form: of the matrix.
       scale: bfloat16, like the pairs, times `2**(_OF_WEIGHTS - _OF_BITS)`.
-      interpret: as in `products`.
     """
     front = shifts[0] if len(planes) == 1 else 0  # bits before the code that stay
     shifts = [8 * byte + shift - front for shift in shifts]
     offset = (128 if form.bits == (8,) else form.offset) * 2**front
-    if interpret:
+    if interpreted():
         code, done = jnp.uint16(0), front
         for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
             part = (plane >> jnp.uint16(by)) << jnp.uint16(done - front)

@@ -41,8 +41,7 @@ def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array
     results = []
     for group in _together(weights, x.dtype):
         if _has_dequantize_kernel(group[0]):
-            interpret = current_context().launch.interpret
-            w = triton_dequantize.dequantize(group, x.dtype, after=x, interpret=interpret)
+            w = triton_dequantize.dequantize(group, x.dtype, after=x)
         else:
             w = dequantize(_after(x, group[0]), x.dtype)
         results += _split_rows(dot(x, w, dtype), group)
@@ -51,14 +50,11 @@ def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array
 
 def float8_matmuls(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
     """`matmuls` in 8-bit floating point."""
-    interpret, results = current_context().launch.interpret, []
-    x, largest = float8.round_rows(x)
+    (x, largest), results = float8.round_rows(x), []
     for group in _together(weights, x.dtype):
         bounds = [row_bounds(w) for w in group]
         if _has_dequantize_kernel(group[0]):
-            w = triton_dequantize.dequantize(
-                group, x.dtype, bounds=bounds, after=x, interpret=interpret
-            )
+            w = triton_dequantize.dequantize(group, x.dtype, bounds=bounds, after=x)
         else:
             w = float8.round_matrix(_after(x, group[0]), bounds[0])
         # Sums of such numbers are too large for float16.

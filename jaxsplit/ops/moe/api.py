@@ -59,11 +59,8 @@ def topk_experts(
     Returns:
       int32 and float32 `[..., top_k]`.
     """
-    context = current_context()
-    if context.policy.kernels and triton_router.supports(config, rows_of(logits)):
-        return triton_router.topk_experts(
-            logits, config, bias, scale, rms=rms, launch=context.launch
-        )
+    if current_context().policy.kernels and triton_router.supports(config, rows_of(logits)):
+        return triton_router.topk_experts(logits, config, bias, scale, rms=rms)
     if rms is not None:
         logits = logits * rms.inverse.reshape(*logits.shape[:-1], 1)
     return router.topk_experts(logits, config, bias, scale)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.layout import RMSStatistics
 from jaxsplit.ops.moe.router import scores_of, weights_of
 from jaxsplit.ops.moe.spec import MoEConfig
@@ -28,7 +28,6 @@ def topk_experts(
     scale: Array | None = None,
     *,
     rms: RMSStatistics | None = None,
-    launch: KernelLaunch,
 ) -> tuple[Array, Array]:
     """As `jaxsplit.ops.moe.api.topk_experts`, for experts in one group."""
     tokens, shape = logits.reshape(-1, config.experts), (*logits.shape[:-1], config.top_k)
@@ -41,7 +40,7 @@ def topk_experts(
             for dtype in (jnp.int32, jnp.float32)
         ],
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
-        interpret=launch.interpret,
+        interpret=interpreted(),
         name="topk_experts",
     )(*inputs)
     return topk_ids.reshape(shape), weights.reshape(shape)

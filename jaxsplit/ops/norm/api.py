@@ -7,7 +7,7 @@ from jaxsplit.comm import one_shot
 from jaxsplit.comm.api import is_split, mesh_axes, peers_over
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.ops.activations import triton_rows
-from jaxsplit.ops.activations.api import apply, launch_for
+from jaxsplit.ops.activations.api import apply
 from jaxsplit.ops.activations.layout import Activations, Readers, rows_of
 from jaxsplit.ops.norm.spec import NormParams
 from jaxsplit.ops.norm.xla import normalize
@@ -64,10 +64,9 @@ def _fused(
     stored, rms, residual = triton_rows.store_rows(
         _scaled,
         (residual, *scale),
-        readers.layouts,
+        readers,
         addend=None if unreduced is None else _addend(unreduced, residual),
         norm=None if norm is None else (norm.config.epsilon, norm.size),
-        launch=launch_for(readers),
     )
     if norm is None:
         return Activations(residual, readers.layouts, stored), residual
