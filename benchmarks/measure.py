@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsplit.comm import one_shot, two_shot
 from jaxsplit.comm.one_shot import Peers
-from jaxsplit.comm.symmetric_memory import make_mailboxes
+from jaxsplit.comm.symmetric_memory import allocate_peer_buffers
 from jaxsplit.context import MatmulPolicy
 from jaxsplit.engine import compiler_options
 from jaxsplit.errors import JaxsplitError
@@ -82,7 +82,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
     if kernels:
         if MatmulPolicy.for_device(mesh.devices.flat[0]).kernels:
             room = functools.partial(two_shot.mailbox_bytes, most=0 if few else numbers)
-            table = make_mailboxes(mesh, axes, room, owner)
+            table = allocate_peer_buffers(mesh, axes, room, owner)
         if table is None:
             return None
 

@@ -139,9 +139,10 @@ def load(
         vocab=tokens,
         policy=policy,
         peer_access=c.collectives != "nccl",
-        ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
+        stop_ids=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
-    if c.collectives == "p2p" and not all("peer access" in way for way in engine.meetings or [""]):
+    ways = engine.communication or [""]
+    if c.collectives == "p2p" and not all("peer access" in way for way in ways):
         raise JaxsplitError(
             "collectives=p2p is not possible: no GPUs of one process that can write to one "
             "another's memory exchange anything here; try collectives=auto"
@@ -360,11 +361,11 @@ class LM:
             self._thread,
             self.tokenizer,
             tokens,
-            n_predict,
-            stops,
-            block,
-            config,
-            show_special,
+            n_predict=n_predict,
+            stop=stops,
+            block=block,
+            sampling=config,
+            show_special=show_special,
         )
 
     def describe(self) -> str:
@@ -379,7 +380,7 @@ class LM:
         device = self.mesh.devices.flat[0]
         without = compute_capability(device) >= 8 and not has_triton()
         notes = ["XLA runs everything: this JAX has no Pallas-Triton"] if without else []
-        return " | ".join([model, self._split, *self.engine.meetings, *notes])
+        return " | ".join([model, self._split, *self.engine.communication, *notes])
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         """Token ids as a list.

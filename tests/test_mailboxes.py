@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxsplit.comm import symmetric_memory as module
-from jaxsplit.comm.symmetric_memory import make_mailboxes, make_ring
+from jaxsplit.comm.symmetric_memory import allocate_peer_buffers, allocate_ring_buffers
 
 
 class Owner:
@@ -25,7 +25,7 @@ def memory(monkeypatch):
         def __init__(self, device):
             self.device = device
 
-        def may_reach(self, other):
+        def enable_peer_access(self, other):
             return state.reaches
 
         def allocate(self, size):
@@ -66,7 +66,7 @@ def mesh_of(*shape):
 
 def test_each_device_has_the_addresses_of_those_after_it(memory):
     owner, mesh = Owner(), mesh_of(2, 1, 3)
-    table = np.asarray(make_mailboxes(mesh, ("tensor",), lambda count: 1000 * count, owner))
+    table = np.asarray(allocate_peer_buffers(mesh, ("tensor",), lambda count: 1000 * count, owner))
     assert table.shape == (2, 1, 3, 7)
     assert all(bytes(content) == bytes(3000) for _, _, content in memory.bytes.values())
     for data in range(2):
@@ -84,7 +84,9 @@ def test_each_device_has_the_addresses_of_those_after_it(memory):
 
 
 def test_devices_along_two_axes_are_one_group(memory):
-    table = make_mailboxes(mesh_of(2, 2, 2), ("expert", "tensor"), lambda count: 8 * count, Owner())
+    table = allocate_peer_buffers(
+        mesh_of(2, 2, 2), ("expert", "tensor"), lambda count: 8 * count, Owner()
+    )
     assert np.asarray(table)[..., 0].tolist() == [[[0, 1], [2, 3]]] * 2
 
 
@@ -92,14 +94,14 @@ def test_devices_along_two_axes_are_one_group(memory):
 def test_there_are_none_where_devices_cannot_write_to_one_another(memory, broken):
     setattr(memory, broken, False)
     owner = Owner()
-    assert make_mailboxes(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, owner) is None
+    assert allocate_peer_buffers(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, owner) is None
     del owner
     gc.collect()
     assert sorted(memory.freed) == sorted(memory.bytes)
 
 
 def test_there_are_none_without_a_driver():
-    assert make_mailboxes(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, Owner()) is None
+    assert allocate_peer_buffers(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, Owner()) is None
 
 
 def test_stages_reach_the_next_one(memory):
@@ -108,7 +110,7 @@ def test_stages_reach_the_next_one(memory):
         devices = np.asarray(jax.devices()[: 2 * stages]).reshape(stages, 1, 1, 2)
         meshes = [Mesh(part, ("data", "expert", "tensor")) for part in devices]
         owner = Owner()
-        tables = make_ring(meshes, 64, owner)
+        tables = allocate_ring_buffers(meshes, 64, owner)
         addresses = []
         for stage, (mesh, table) in enumerate(zip(meshes, tables, strict=True)):
             assert {*table.sharding.device_set} == {*mesh.devices.flat}
@@ -120,4 +122,4 @@ def test_stages_reach_the_next_one(memory):
             held = [memory.bytes[int(address)][0] for address in mine[:, 0]]
             assert held == [*meshes[stage].devices.flat]
     memory.reaches = False
-    assert make_ring(meshes, 64, owner) is None
+    assert allocate_ring_buffers(meshes, 64, owner) is None

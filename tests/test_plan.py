@@ -69,7 +69,7 @@ def test_what_is_planned_is_what_devices_hold_and_exchange(models, name, split):
     )
     plan = plan_of(models[name], split)
     held: Counter = Counter()
-    arrays = [*[r.params for r in lm.engine.runners], *[g.caches for g in lm.engine._groups]]
+    arrays = [*[r.params for r in lm.engine.runners], *[m.caches for m in lm.engine._micro_batches]]
     for leaf in jax.tree.leaves(arrays):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes

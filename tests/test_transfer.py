@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tiny import fresh_rng
 
-from jaxsplit.comm.stage_transfer import fetch, hand_over
+from jaxsplit.comm.stage_transfer import fetch, transfer
 
 
 def mesh(*rows):
@@ -49,7 +49,7 @@ def test_every_device_gets_what_its_row_holds(case):
     source, target = MESHES[case]
     tree, host = arrays(source)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    moved = hand_over(tree, like, source, target)
+    moved = transfer(tree, like, source, target)
     assert moved.keys() == host.keys()
     for name, expected in host.items():
         x = moved[name]
@@ -64,7 +64,7 @@ def test_every_device_gets_what_its_row_holds(case):
 
 def test_arrays_stay_where_the_mesh_is_the_same():
     tree, _ = arrays(mesh([0, 1], [2, 3]))
-    assert hand_over(tree, None, mesh([0, 1], [2, 3]), mesh([0, 1], [2, 3])) is tree
+    assert transfer(tree, None, mesh([0, 1], [2, 3]), mesh([0, 1], [2, 3])) is tree
 
 
 def test_a_process_reads_its_own_arrays_directly():

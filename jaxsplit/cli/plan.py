@@ -180,13 +180,13 @@ def _details(plan: Plan) -> Table:
         *("device", "kind", "layers", "weights", "cache", "scratch", "memory"),
         *("read/step", "GFLOP/step", "limit/s"),
     )
-    for place, kind in enumerate(plan.kinds):
-        held = plan.on_device(place)
-        mine = [s for s in plan.stages if place in s.stage.places]
+    for rank, kind in enumerate(plan.kinds):
+        held = plan.on_device(rank)
+        mine = [s for s in plan.stages if rank in s.stage.ranks]
         read = sum(s.read for s in mine)
         used = held["weights"] + held["cache"] + held["scratch"]
         table.add_row(
-            str(place),
+            str(rank),
             kind.name,
             ", ".join(f"{s.stage.layers.start}-{s.stage.layers.stop - 1}" for s in mine) or "none",
             *(_bytes(held[key]) for key in ("weights", "cache", "scratch")),

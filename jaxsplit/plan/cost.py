@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.engine.runner import StageRunner, stage_cache
-from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
-from jaxsplit.engine.steps import DecodeState
+from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
+from jaxsplit.engine.steps import DecodeState, PrefillChunk, SamplerInputs
 from jaxsplit.models import BlockConfig, ModelConfig, MoEConfig
 from jaxsplit.models.moe import tile_rows
 from jaxsplit.sharding import Stage
@@ -116,21 +116,21 @@ def _trace_layers(
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.dtype(np.int32))
     if length is not None:
         data = stage.mesh.shape["data"]
-        x = ints((data, length)) if runner.first else runner.input(data, length)
+        x = ints((data, length)) if runner.first else runner.input_shape(data, length)
         program = runner.prefill(length, all_logits=False)
-        arguments = (runner.params, cache, x, *[ints((data,))] * 3)
+        arguments = (runner.params, cache, x, PrefillChunk(*[ints((data,))] * 3))
     elif runner.last:
         sampling = SamplingConfig(temperature=0.0)
         state = DecodeState(
             ints((slots,)), ints((slots,)), jax.ShapeDtypeStruct((slots,), bool), ints((slots, 1))
         )
-        x = None if runner.first else runner.input(slots, 1)
-        values = SamplingValues.of([sampling] * slots)
-        program = runner.finish(SamplingPlan.of(sampling, context))
-        arguments = (runner.params, cache, x, state, np.zeros(1, np.int32), values)
+        x = None if runner.first else runner.input_shape(slots, 1)
+        inputs = SamplerInputs(np.zeros(1, np.int32), SamplerParams.of([sampling] * slots))
+        program = runner.decode_and_sample(SamplerSpec.of(sampling, context))
+        arguments = (runner.params, cache, x, state, inputs)
     else:
-        x = None if runner.first else runner.input(slots, 1)
-        program, arguments = runner.relay(), (runner.params, cache, x, ints((slots, 2)))
+        x = None if runner.first else runner.input_shape(slots, 1)
+        program, arguments = runner.decode_layers(), (runner.params, cache, x, ints((slots, 2)))
     work = Work()
     for equation, times in _equations(jax.make_jaxpr(program)(*arguments).jaxpr):
         work = work.plus(_work_of(equation), times)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
-from jaxsplit.engine.runner import cache_specs, mailbox_bytes, stage_cache
+from jaxsplit.engine.runner import cache_specs, peer_buffer_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.models.attention import SCORES
@@ -81,16 +81,16 @@ class Plan:
         shape = ",".join(f"{axis}:{size}" for axis, size in self.partition.mesh.shape.items())
         return f"{self.partition.mode} {shape}"
 
-    def on_device(self, place: int) -> dict[str, int]:
-        """Bytes of weights, cache, scratch and padding on one device, by its place in the mesh."""
-        mine = [s for s in self.stages if place in s.stage.places]
+    def on_device(self, rank: int) -> dict[str, int]:
+        """Bytes of weights, cache, scratch and padding on one device, by its rank in the mesh."""
+        mine = [s for s in self.stages if rank in s.stage.ranks]
         sums = {k: sum(getattr(s, k) for s in mine) for k in ("weights", "cache", "padding")}
         return sums | {"scratch": max((s.scratch for s in mine), default=0)}
 
     @property
     def fullest(self) -> dict[str, int]:
         """`on_device` of the device that holds most."""
-        devices = [self.on_device(place) for place in range(self.partition.mesh.size)]
+        devices = [self.on_device(rank) for rank in range(self.partition.mesh.size)]
         return max(devices, key=lambda d: d["weights"] + d["cache"] + d["scratch"])
 
     @property
@@ -98,8 +98,8 @@ class Plan:
         """Whether every device has the memory, less what its runtime needs."""
         return all(
             sum(held.values()) - held["padding"] <= kind.memory * (1 - _RESERVED)
-            for place, kind in enumerate(self.kinds)
-            for held in [self.on_device(place)]
+            for rank, kind in enumerate(self.kinds)
+            for held in [self.on_device(rank)]
         )
 
     @property
@@ -131,13 +131,12 @@ class Plan:
             "mesh": dict(self.partition.mesh.shape),
             "fits": self.fits,
             "devices": [
-                {"kind": kind.name, **self.on_device(place)}
-                for place, kind in enumerate(self.kinds)
+                {"kind": kind.name, **self.on_device(rank)} for rank, kind in enumerate(self.kinds)
             ],
             "stages": [
                 {
                     "layers": [s.stage.layers.start, s.stage.layers.stop],
-                    "devices": s.stage.places.reshape(-1).tolist(),
+                    "devices": s.stage.ranks.reshape(-1).tolist(),
                     "read_bytes": s.read,
                     "flops": s.decode.flops,
                     "collectives": dict(s.decode.collectives),
@@ -217,7 +216,7 @@ def make_plan(
     bits = weight_bits(sources, weights)
     plans = []
     for stage in partition.stages:
-        kind = _slowest([kinds[place] for place in stage.places.flat])
+        kind = _slowest([kinds[rank] for rank in stage.ranks.flat])
         held, padding = stage_bytes(sources, config, stage, weights)
         cache = _cache_bytes(config, stage, group_slots, context, cache_dtype)
         decode = trace_decode(config, stage, dtype, context, group_slots)
@@ -228,7 +227,7 @@ def make_plan(
         scratch = _scratch(config, stage, dtype, chunk, scores * min(pairs, SCORES))
         meeting = stage.mesh.size // stage.mesh.shape["data"]
         if kind.kernels and meeting > 1:
-            scratch += mailbox_bytes(config, context, meeting)
+            scratch += peer_buffer_bytes(config, context, meeting)
         plans.append(
             StagePlan(
                 stage,

@@ -8,9 +8,9 @@ from jaxsplit.weights.sources import (
     describe_split,
     layer_costs,
     parameter_bytes,
+    parameter_placement,
     parameter_sources,
     parameters,
-    place,
     split_model,
     stage_bytes,
 )
@@ -23,9 +23,9 @@ __all__ = [
     "describe_split",
     "layer_costs",
     "parameter_bytes",
+    "parameter_placement",
     "parameter_sources",
     "parameters",
-    "place",
     "split_model",
     "stage_bytes",
 ]

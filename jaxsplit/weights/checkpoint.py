@@ -292,30 +292,30 @@ def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
 
     direct = [_is_direct(s, p) for s, p in zip(sources, placements, strict=True)]
     items, arguments = {}, {}
-    for source, place, is_direct in zip(sources, placements, direct, strict=True):
+    for source, placement, is_direct in zip(sources, placements, direct, strict=True):
         tensor = source.tensor
-        shape, spec = tensor.blocks_shape, list(place.sharding.spec)
+        shape, spec = tensor.blocks_shape, list(placement.sharding.spec)
         if not is_direct:
             spec = [None] * len(shape)
         elif source.is_matrix:
             # Orbax pads with zeros at the end, and each device reads its own slice only.
-            shape = (*place.shape, shape[-1])
+            shape = (*placement.shape, shape[-1])
         else:
-            shape, spec = (*place.shape[:-1], shape[-1]), [*spec[:-2], None]
-        sharding = NamedSharding(place.sharding.mesh, PartitionSpec(*spec))
+            shape, spec = (*placement.shape[:-1], shape[-1]), [*spec[:-2], None]
+        sharding = NamedSharding(placement.sharding.mesh, PartitionSpec(*spec))
         items[tensor.name] = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
         arguments[tensor.name] = ocp.ArrayRestoreArgs(
             sharding=sharding, global_shape=shape, strict=False
         )
     arrays = _restore(sources[0].tensor.folder, [s.tensor for s in sources], items, arguments)
     restored = []
-    for source, place, is_direct in zip(sources, placements, direct, strict=True):
+    for source, placement, is_direct in zip(sources, placements, direct, strict=True):
         array = arrays[source.tensor.name]
         if source.is_dequantized:
             array = float32_blocks(source.tensor.type, array)
         if not is_direct:
-            array = _arrange(array, source, place)
-        restored.append(array.reshape(*place.shape, array.shape[-1]))
+            array = _arrange(array, source, placement)
+        restored.append(array.reshape(*placement.shape, array.shape[-1]))
     return restored
 
 
@@ -348,13 +348,13 @@ def _restore(
         raise JaxsplitError(f"{folder} is damaged ({_reason(error)}); convert again") from error
 
 
-def _is_direct(source: Source, place: Placement) -> bool:
+def _is_direct(source: Source, placement: Placement) -> bool:
     """Whether a parameter is a tensor as it is stored, padded at the ends."""
     return (
         source.rows is None
         and not source.is_dequantized
         and source.shape == source.tensor.shape
-        and all(_in_order(index) for index in (*place.rows, place.columns))
+        and all(_in_order(index) for index in (*placement.rows, placement.columns))
     )
 
 
@@ -364,11 +364,11 @@ def _in_order(index: np.ndarray) -> bool:
     return np.array_equal(index[:count], np.arange(count)) and bool((index[count:] < 0).all())
 
 
-def _arrange(raw: jax.Array, source: Source, place: Placement) -> jax.Array:
+def _arrange(raw: jax.Array, source: Source, placement: Placement) -> jax.Array:
     """Blocks that every device has whole, cut and padded as the placement says."""
-    rows = source.tensor_rows(place.rows).astype(np.int32)
-    arranger = _arranger(place.sharding.mesh, place.sharding.spec, source.is_matrix)
-    return arranger(raw, rows, place.columns)
+    rows = source.tensor_rows(placement.rows).astype(np.int32)
+    arranger = _arranger(placement.sharding.mesh, placement.sharding.spec, source.is_matrix)
+    return arranger(raw, rows, placement.columns)
 
 
 @functools.cache

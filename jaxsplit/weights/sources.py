@@ -167,9 +167,9 @@ def layer_costs(sources: Sources, config: ModelConfig) -> list[int]:
     return costs
 
 
-def place(stage: Stage, source: Source, axes: Sequence[Axis]) -> Placement:
-    """Where the blocks of a parameter with these logical axes go."""
-    return stage.place(source.shape, axes, source.block_size)
+def parameter_placement(stage: Stage, source: Source, axes: Sequence[Axis]) -> Placement:
+    """Placement of the blocks of a parameter with these logical axes."""
+    return stage.placement(source.shape, axes, source.block_size)
 
 
 def stage_bytes(
@@ -213,18 +213,18 @@ def parameter_bytes(
       axes: its logical axes.
       weights: dequantized to this dtype, if it is a matrix; None: as in the file.
     """
-    blocks = place(stage, source, axes)
+    blocks = parameter_placement(stage, source, axes)
     local = blocks.sharding.shard_shape((*blocks.shape, source.block_bytes))
-    return _unpacked_bytes(source.type, local, blocks.granule, source.dtype(weights))
+    return _unpacked_bytes(source.type, local, blocks.sub_block, source.dtype(weights))
 
 
 @functools.cache
 def _unpacked_bytes(
-    kind: str, shape: tuple[int, ...], granule: int | None, dtype: jnp.dtype | None
+    kind: str, shape: tuple[int, ...], sub_block: int | None, dtype: jnp.dtype | None
 ) -> int:
     """Bytes on the device of blocks `[..., rows, blocks, block_bytes]`."""
     weight = jax.eval_shape(
-        lambda raw, part: unpack(kind, raw, granule=granule, part=part, dtype=dtype),
+        lambda raw, index: unpack(kind, raw, granule=sub_block, part=index, dtype=dtype),
         jax.ShapeDtypeStruct(shape, jnp.uint8),
         jax.ShapeDtypeStruct(shape[-2:-1], jnp.int32),
     )
@@ -277,7 +277,9 @@ def split_model(
             devices,
             shares=shares,
             layer_costs=layer_costs(sources, config),
-            pieces={axis: max(block // cut, min(block, 32)) for axis, block in blocks.items()},
+            block_multiple={
+                axis: max(block // cut, min(block, 32)) for axis, block in blocks.items()
+            },
             kv_cost=1 + cache_row / (width * config.embed),
             reduce_dtype=reduce_dtype,
         )
@@ -309,11 +311,11 @@ def describe_split(
     if len(stages) > 1:
         runs = [
             f"{stage.layers.start}-{stage.layers.stop - 1} on device "
-            f"{'+'.join(map(str, sorted(stage.places.flat)))}"
+            f"{'+'.join(map(str, sorted(stage.ranks.flat)))}"
             for stage in stages
         ]
         lines.append(f"layers {', '.join(runs)}")
-    used = {place for stage in stages for place in stage.places.flat}
+    used = {rank for stage in stages for rank in stage.ranks.flat}
     if idle := sorted(set(range(mesh.size)) - used):
         lines.append(f"without layers: device {', '.join(map(str, idle))}")
     padded = {
