@@ -154,19 +154,19 @@ def _table(title: str, *columns: str) -> Table:
 def _comparison(plans: list[Plan], prompt: int) -> Table:
     """A line for each plan: the fullest device, a decode step, predicted speed."""
     table = _table(
-        f"{Path(_MODEL.value).name}: the fullest device; what meets in a decode step; predictions",
+        f"{Path(_MODEL.value).name}: the fullest device; collectives of a decode step; predictions",
         *("split", "fits", "weights", "cache", "scratch", "padding"),
-        *("reduce", "gather", "hand over", "bytes", "decode/s", "prefill/s"),
+        *("reduce", "gather", "transfer", "bytes", "decode/s", "prefill/s"),
     )
     for plan in plans:
-        full, meets = plan.fullest, plan.collectives
+        full, collectives = plan.fullest, plan.collectives
         table.add_row(
             plan.name,
             "yes" if plan.fits else "no",
             *(_bytes(full[key]) for key in ("weights", "cache", "scratch", "padding")),
-            *(str(meets[kind]) for kind in ("all-reduce", "all-gather")),
-            str(plan.hand_overs[0]),
-            _bytes(plan.collective_bytes + plan.hand_overs[0] * plan.hand_overs[1]),
+            *(str(collectives[kind]) for kind in ("all-reduce", "all-gather")),
+            str(plan.transfers[0]),
+            _bytes(plan.collective_bytes + plan.transfers[0] * plan.transfers[1]),
             f"{plan.decode_rate:.1f}",
             f"{plan.prefill_rate(prompt):.0f}",
         )

@@ -1,4 +1,4 @@
-"""A model's weights: the tensors behind its parameters, and how they get to the devices."""
+"""A model's weights: the tensors behind its parameters, and loading them onto the devices."""
 
 from jaxsplit.weights.sources import (
     Source,

@@ -5,7 +5,7 @@
     DIR/config.json        the model's config, for people
     DIR/tensors/FOLDER/    an Orbax checkpoint of the tensors of one layer, or of the rest
 
-Tensors are stored whole and unpadded, so that any mesh can restore what any other has written.
+Tensors are stored whole and unpadded, so that a checkpoint can be restored onto any mesh.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from jaxsplit.sharding import Placement
 from jaxsplit.weights.sources import Source
 
 _FORMAT = 1
-_CHUNK_BYTES = 2**24  # what is read at least for a slice
+_CHUNK_BYTES = 2**24  # smallest read for a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StoredTensor(TensorInfo):
     """A tensor of a checkpoint.
 
     Attributes:
-      folder: the Orbax checkpoint that it is in.
+      folder: its Orbax checkpoint.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a checkpoint directory, complete or not.
 
     Raises:
-      JaxsplitError: the operating system does not say.
+      JaxsplitError: the operating system reports an error.
     """
     path = user_path(path)
     with os_errors(path):
@@ -109,10 +109,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> ModelFile:
 
 
 def _tensor(path: Path, name: str, kind: str, shape: Sequence[int], folder: str) -> StoredTensor:
-    """A row of the table in the header.
+    """Parses a row of the header's tensor table.
 
     Raises:
-      ValueError: it is not of this form.
+      ValueError: malformed.
     """
     tensor = StoredTensor(name, kind, tuple(shape), path / "tensors" / folder)
     known = kind in gguf.GGMLQuantizationType.__members__ and tensor.folder.name == folder
@@ -123,7 +123,7 @@ def _tensor(path: Path, name: str, kind: str, shape: Sequence[int], folder: str)
 
 
 def _checkpointer():
-    import orbax.checkpoint as ocp  # takes a second, and GGUF files do not need it
+    import orbax.checkpoint as ocp  # takes a second to import; GGUF files do not need it
 
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
@@ -136,14 +136,14 @@ def save_checkpoint(
     weights: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a GGUF file as a checkpoint directory, which appears only when it is complete.
+    """Writes a GGUF file as a checkpoint directory, which appears once it is complete.
 
     Args:
       file: the model, from `open_gguf`.
       config: its config.
-      path: the directory, which must not exist; missing ones above it are made.
+      path: the directory, which must not exist; missing parents are created.
       weights: dequantize matrices to `bfloat16`, `float16` or `float32`; None keeps them.
-      progress: told about the bytes of the file that are done, and those in all.
+      progress: called with the bytes of the file done, and the bytes in all.
 
     Raises:
       JaxsplitError: the directory exists or cannot be written.
@@ -192,7 +192,7 @@ def save_checkpoint(
 
 
 def partial_directory(path: Path) -> Path:
-    """Where this process writes a checkpoint until it is complete."""
+    """Directory of a checkpoint that this process has not completed."""
     return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
@@ -200,7 +200,7 @@ def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
     """Writes tensors as an Orbax checkpoint.
 
     Raises:
-      OSError: the disk is full, or something else that the operating system says.
+      OSError: the disk is full, or another error of the operating system.
     """
     import orbax.checkpoint as ocp
 
@@ -211,12 +211,12 @@ def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
             _checkpointer().save(folder.resolve(), args=arguments)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # Orbax and TensorStore have no class of their own for it
+    except Exception as error:  # Orbax and TensorStore have no class for it
         raise OSError(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, or else what the error says first; short."""
+    """The operating system's message, or else the error's first line; short."""
     lines = str(error).splitlines() or [type(error).__name__]
     link: BaseException | None = error
     while link:
@@ -228,7 +228,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax logs the traceback of each error that it raises."""
+    """Silences Orbax, which logs the traceback of each error that it raises."""
     logger = logging.getLogger("absl")
 
     def drop(record: logging.LogRecord) -> bool:
@@ -242,7 +242,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below a folder, by its path from there."""
+    """Bytes of each file below a folder, by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -251,13 +251,13 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _folder(name: str) -> str:
-    """Tensors of a layer are stored together, and so are all others."""
+    """Folder of a tensor: one for each layer, and one for the rest."""
     match = re.match(r"blk\.\d+", name)
     return match[0] if match else "model"
 
 
 def _least_bytes(tensor: TensorInfo, weights: str | None) -> int:
-    """Bytes that a tensor takes at least: Orbax compresses, but quantized weights hardly shrink."""
+    """Lower bound of a tensor's bytes: Orbax compresses, but quantized weights hardly shrink."""
     itemsize = jnp.dtype(weights or "float32").itemsize
     return min(tensor.nbytes, math.prod(tensor.shape) * itemsize)
 
@@ -266,7 +266,7 @@ _dequantize = jax.jit(unpack, static_argnums=0, static_argnames="dtype")
 
 
 def _stored(tensor: GGUFTensor, weights: str | None) -> tuple[str, np.ndarray]:
-    """A tensor's type and raw blocks in the checkpoint."""
+    """Type and raw blocks of a tensor as stored."""
     if weights is None or len(tensor.shape) < 2:
         return tensor.type, tensor.blocks
     kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[weights]
@@ -276,11 +276,11 @@ def _stored(tensor: GGUFTensor, weights: str | None) -> tuple[str, np.ndarray]:
 
 
 def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[jax.Array]:
-    """Raw blocks of parameters whose tensors are in one folder, each slice where it belongs.
+    """Restores the raw blocks of parameters whose tensors are in one folder, sharded.
 
     Args:
       sources: of the parameters.
-      placements: where they go.
+      placements: of the parameters.
 
     Returns:
       uint8 `[..., rows, blocks, block_bytes]` each, padded as the placements say.
@@ -298,7 +298,7 @@ def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
         if not is_direct:
             spec = [None] * len(shape)
         elif source.is_matrix:
-            # Orbax pads with zeros at the end, and each device reads its own slice only.
+            # Orbax pads with zeros at the end; each device reads only its own slice.
             shape = (*placement.shape, shape[-1])
         else:
             shape, spec = (*placement.shape[:-1], shape[-1]), [*spec[:-2], None]
@@ -322,7 +322,7 @@ def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
 def _restore(
     folder: Path, tensors: Sequence[StoredTensor], items: dict[str, Any], arguments: dict[str, Any]
 ) -> dict[str, jax.Array]:
-    """The arrays of tensors, once the folder says that it holds them in the shapes expected."""
+    """Restores tensors after checking that the folder holds them in the expected shapes."""
     import orbax.checkpoint as ocp
 
     target = folder.resolve()
@@ -349,7 +349,7 @@ def _restore(
 
 
 def _is_direct(source: Source, placement: Placement) -> bool:
-    """Whether a parameter is a tensor as it is stored, padded at the ends."""
+    """Whether a parameter is a stored tensor, only padded at the ends."""
     return (
         source.rows is None
         and not source.is_dequantized
@@ -359,13 +359,13 @@ def _is_direct(source: Source, placement: Placement) -> bool:
 
 
 def _in_order(index: np.ndarray) -> bool:
-    """Whether an index is 0, 1, 2, … and then only padding."""
+    """Whether an index is 0, 1, 2, … followed by padding."""
     count = int((index >= 0).sum())
     return np.array_equal(index[:count], np.arange(count)) and bool((index[count:] < 0).all())
 
 
 def _arrange(raw: jax.Array, source: Source, placement: Placement) -> jax.Array:
-    """Blocks that every device has whole, cut and padded as the placement says."""
+    """Slices and pads replicated blocks as the placement says."""
     rows = source.tensor_rows(placement.rows).astype(np.int32)
     arranger = _arranger(placement.sharding.mesh, placement.sharding.spec, source.is_matrix)
     return arranger(raw, rows, placement.columns)
@@ -373,7 +373,7 @@ def _arrange(raw: jax.Array, source: Source, placement: Placement) -> jax.Array:
 
 @functools.cache
 def _arranger(mesh: Mesh, spec: PartitionSpec, matrix: bool) -> Callable[..., jax.Array]:
-    """The program that does it; compiled once for each shape."""
+    """The program of `_arrange`; compiled once for each shape."""
 
     def local(raw: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         raw = raw.reshape(-1, raw.shape[-2] if matrix else 1, raw.shape[-1])
