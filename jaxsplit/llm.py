@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ from jaxsplit.ops.matmul import float8
 from jaxsplit.pallas import has_triton
 from jaxsplit.paths import user_path
 from jaxsplit.plan import best_split
-from jaxsplit.sharding import SPLIT_MODES, choose_devices, parse_shares
+from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
-from jaxsplit.weights import describe_split, parameter_sources, split_model
+from jaxsplit.weights import Sources, describe_split, parameter_sources, split_model
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.weights.loader import Progress, load_decoders
 
@@ -55,8 +55,7 @@ def load(
     """
     started = time.perf_counter()
     c: LoadConfig = LoadConfig.of(options, config)
-    mode, shape, devices = _choose_mesh(c)
-    shares = None if c.tensor_split is None else parse_shares(c.tensor_split)
+    mesh = _choose_mesh(c)
     file = path
     if not isinstance(file, ModelFile):
         file = open_model(demo_model() if path is None else path)
@@ -64,37 +63,14 @@ def load(
     model = model_config(file, context)
     sources = parameter_sources(file, model)
     context = min(context or model.context, model.context)
-    weights, dtype, reduce_dtype, cache_dtype = map(
-        named_dtype, (c.weights, c.dtype, c.all_reduce_dtype, c.cache_dtype)
-    )
-    dtype = dtype or jnp.dtype(_auto_dtype(devices[0]))
-    if c.split_mode == "auto":
-        mode, shape = best_split(
-            sources,
-            model,
-            devices,
-            weights=weights,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            reduce_dtype=reduce_dtype,
-            context=context,
-            slots=c.slots,
-        )
-        devices = devices[: math.prod(shape.values())]
-    cache_dtype = cache_dtype or dtype
-    partition = split_model(
-        sources,
-        model,
-        mode,
-        shape,
-        devices,
-        shares=shares,
-        weights=weights,
-        cache_row=context * cache_dtype.itemsize,
-        reduce_dtype=reduce_dtype,
+    weights, dtype = named_dtype(c.weights), named_dtype(c.dtype)
+    dtype = dtype or jnp.dtype(_auto_dtype(mesh.devices[0]))
+    cache_dtype = named_dtype(c.cache_dtype) or dtype
+    partition = _partition(
+        c, mesh, sources, model, dtype=dtype, cache_dtype=cache_dtype, context=context
     )
     tokenizer, vocab = _tokenizer(file, model)
-    policy, words = _policy(c, devices[0], dtype)
+    policy, words = _policy(c, mesh.devices[0], dtype)
     models = load_decoders(
         sources, model, partition, weights=weights, dtype=dtype, words=words, progress=progress
     )
@@ -109,12 +85,8 @@ def load(
         peer_access=c.collectives != "nccl",
         stop_ids=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
-    ways = engine.communication or [""]
-    if c.collectives == "p2p" and not all("peer access" in way for way in ways):
-        raise JaxsplitError(
-            "collectives=p2p is not possible: no GPUs of one process that can write to one "
-            "another's memory exchange anything here; try collectives=auto"
-        )
+    if c.collectives == "p2p":
+        _check_peer_access(engine)
     return LM(
         models,
         engine,
@@ -126,11 +98,20 @@ def load(
     )
 
 
-def _choose_mesh(c: LoadConfig) -> tuple[str, dict[str, int], list[jax.Device]]:
-    """Split mode, mesh shape and devices; for split_mode=auto, all devices that may be used.
+class _MeshChoice(NamedTuple):
+    """What the options say about the mesh; for split_mode=auto, only the devices matter."""
+
+    mode: str
+    shape: dict[str, int]
+    devices: list[jax.Device]
+    shares: list[float] | None
+
+
+def _choose_mesh(c: LoadConfig) -> _MeshChoice:
+    """Checks the options of the mesh, before any file is read.
 
     Raises:
-      JaxsplitError: options contradict one another, or the devices cannot do what they ask for.
+      JaxsplitError: options contradict one another, or the devices do not support them.
     """
     automatic = c.split_mode == "auto"
     if automatic and (c.mesh is not None or c.tensor_split is not None):
@@ -146,7 +127,46 @@ def _choose_mesh(c: LoadConfig) -> tuple[str, dict[str, int], list[jax.Device]]:
             f"prefill_dtype=float8 does not suit {unable[0].device_kind}: it needs GPUs of "
             "compute capability 8.9 or later; try prefill_dtype=auto"
         )
-    return mode, shape, devices
+    shares = None if c.tensor_split is None else parse_shares(c.tensor_split)
+    return _MeshChoice(mode, shape, devices, shares)
+
+
+def _partition(
+    c: LoadConfig,
+    mesh: _MeshChoice,
+    sources: Sources,
+    model: ModelConfig,
+    *,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+    context: int,
+) -> Partition:
+    """Splits the model over the mesh, which split_mode=auto chooses here."""
+    weights, reduce_dtype = named_dtype(c.weights), named_dtype(c.all_reduce_dtype)
+    mode, shape, devices, shares = mesh
+    if c.split_mode == "auto":
+        mode, shape = best_split(
+            sources,
+            model,
+            devices,
+            weights=weights,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            reduce_dtype=reduce_dtype,
+            context=context,
+            slots=c.slots,
+        )
+    return split_model(
+        sources,
+        model,
+        mode,
+        shape,
+        devices[: math.prod(shape.values())],
+        shares=shares,
+        weights=weights,
+        cache_row=context * cache_dtype.itemsize,
+        reduce_dtype=reduce_dtype,
+    )
 
 
 def _tokenizer(file: ModelFile, model: ModelConfig) -> tuple[Tokenizer | JaxsplitError, int]:
@@ -166,6 +186,19 @@ def _tokenizer(file: ModelFile, model: ModelConfig) -> tuple[Tokenizer | Jaxspli
             f"(token_embd.weight) only {model.vocab} rows; convert the model again"
         )
     return tokenizer, tokenizer.vocab_size
+
+
+def _check_peer_access(engine: Engine) -> None:
+    """Checks that all communication goes over peer access.
+
+    Raises:
+      JaxsplitError: it does not, or there is none.
+    """
+    if not all("peer access" in way for way in engine.communication or [""]):
+        raise JaxsplitError(
+            "collectives=p2p is not possible: no GPUs of one process that can write to one "
+            "another's memory exchange anything here; try collectives=auto"
+        )
 
 
 def _policy(c: LoadConfig, device: jax.Device, dtype: jnp.dtype) -> tuple[MatmulPolicy, bool]:
