@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
     scope="module", params=[("graph", False), ("layer", False), ("layer", True)], ids=str
 )
 def lm(request, load, recipe_gguf):
-    """In one stage, and in two, which the host or kernels hand over to."""
+    """One stage, and two, with transfers by the host or in kernels."""
     mode, kernels = request.param
     return load(recipe_gguf("llama"), split_mode=mode, devices=2, kernels=kernels)
 
@@ -61,7 +61,7 @@ def test_several_stages_read_chunks_at_the_same_time(stages):
         assert taken[lengths[0]] == min(taken.values())
 
 
-def test_prompts_in_turn_keep_stages_at_work_too():
+def test_queued_prompts_fill_the_pipeline_too():
     assert chunk_lengths(2048, stages=4) == [512] * 4
     assert chunk_lengths(2048, stages=4, queued=16) == [2048]
 
@@ -82,7 +82,7 @@ def test_prompt_lengths_share_compiled_programs(lm):
 def loops(request, lm):
     """Whether devices decode several tokens by themselves."""
     if request.param and len(lm.models) > 1 and not lm.engine.loops:
-        pytest.skip("stages that the host hands over to take steps")
+        pytest.skip("stages without peer access decode step by step")
     return request.param
 
 
@@ -177,10 +177,10 @@ def test_steps_end_with_the_last_text(lm, tokens):
     assert (engine.loop(30, 30)[0] >= 0).sum() == count == 6
 
 
-def test_loops_write_where_they_have_read(lm, tokens):
-    """A CUDA graph is made again where an address has changed."""
+def test_loops_donate_their_buffers(lm, tokens):
+    """New addresses would force XLA to re-instantiate the CUDA graph."""
     if len(lm.models) > 1 and not lm.engine.loops:
-        pytest.skip("stages that the host hands over to take steps")
+        pytest.skip("stages without peer access decode step by step")
     engine = engine_like(lm)
     engine.loops = True
     engine.start(tokens[:4], GREEDY)

@@ -62,7 +62,7 @@ def plan_of(path, split, kind="CPU", **options):
         *(("hybrid", "row@tensor:3"), ("hybrid", "graph@stage:2,tensor:2")),
     ],
 )
-def test_what_is_planned_is_what_devices_hold_and_exchange(models, name, split):
+def test_plans_match_the_devices_memory_and_collectives(models, name, split):
     mode, _, mesh = split.partition("@")
     lm = jaxsplit.load(
         models[name], split_mode=mode, mesh=mesh or None, dtype="float32", ctx_size=64

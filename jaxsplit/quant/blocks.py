@@ -196,16 +196,16 @@ def tq2_0(raw: Array) -> BlockFields:
 
 
 @functools.cache
-def _grid(kind: type) -> np.ndarray:
+def _grid(codebook: type) -> np.ndarray:
     """A codebook of the gguf package, uint8 `[entries, weights]`: indices into the list of the
     codebook's distinct weights."""
-    kind.init_grid()
-    return np.searchsorted(kind.grid_map, kind.grid[0, 0]).astype(np.uint8)
+    codebook.init_grid()
+    return np.searchsorted(codebook.grid_map, codebook.grid[0, 0]).astype(np.uint8)
 
 
-def _look_up(kind: type, index: Array, raw: Array) -> Array:
+def _look_up(codebook: type, index: Array, raw: Array) -> Array:
     """Looks up codebook entries: `[..., block]`."""
-    return _flat(jnp.asarray(_grid(kind))[index], raw)
+    return _flat(jnp.asarray(_grid(codebook))[index], raw)
 
 
 def _signs(packed: Array) -> Array:

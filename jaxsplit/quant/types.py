@@ -150,13 +150,13 @@ def unpack(
     Returns:
       `[..., out, blocks * granule]`, a `QTensor` or a plain array.
     """
-    kind = quant_type(name)
-    if kind.parse is None:
-        weights = lax.bitcast_convert_type(raw, kind.dtype)
-        return weights.astype(dtype or kind.dtype)
-    fields, form = kind.parse(raw), kind.form
-    if granule is not None and granule != kind.block:
-        count = kind.block // granule
+    entry = quant_type(name)
+    if entry.parse is None:
+        weights = lax.bitcast_convert_type(raw, entry.dtype)
+        return weights.astype(dtype or entry.dtype)
+    fields, form = entry.parse(raw), entry.form
+    if granule is not None and granule != entry.block:
+        count = entry.block // granule
         fields = BlockFields(
             **{
                 field.name: _take_sub_block(getattr(fields, field.name), count, part)

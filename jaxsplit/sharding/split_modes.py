@@ -51,7 +51,7 @@ SPLIT_MODES: Mapping[str, SplitMode] = MappingProxyType(
         "layer": SplitMode("each device runs some of the layers, in turn", "stage", _GRAPH),
         "row": SplitMode("matrices are split by rows; outputs are gathered", "tensor", _ROW),
         "graph": SplitMode(
-            "every device runs a part of each layer; partial sums are added up", "tensor", _GRAPH
+            "each device runs a shard of each layer; partial sums are all-reduced", "tensor", _GRAPH
         ),
     }
 )

@@ -108,17 +108,19 @@ def open_checkpoint(path: str | os.PathLike[str]) -> ModelFile:
     return ModelFile(path, metadata, tensors)
 
 
-def _tensor(path: Path, name: str, kind: str, shape: Sequence[int], folder: str) -> StoredTensor:
+def _tensor(
+    path: Path, name: str, ggml_type: str, shape: Sequence[int], folder: str
+) -> StoredTensor:
     """Parses a row of the header's tensor table.
 
     Raises:
       ValueError: malformed.
     """
-    tensor = StoredTensor(name, kind, tuple(shape), path / "tensors" / folder)
-    known = kind in gguf.GGMLQuantizationType.__members__ and tensor.folder.name == folder
+    tensor = StoredTensor(name, ggml_type, tuple(shape), path / "tensors" / folder)
+    known = ggml_type in gguf.GGMLQuantizationType.__members__ and tensor.folder.name == folder
     sized = tensor.shape and all(type(n) is int and n > 0 for n in tensor.shape)
     if not known or not sized or tensor.shape[-1] % tensor.block_size:
-        raise ValueError(f"tensor {name!r} is {[kind, shape, folder]}")
+        raise ValueError(f"tensor {name!r} is {[ggml_type, shape, folder]}")
     return tensor
 
 
@@ -170,8 +172,8 @@ def save_checkpoint(
             for folder, tensors in folders.items():
                 tree = {}
                 for tensor in tensors:
-                    kind, tree[tensor.name] = _stored(tensor, weights)
-                    table[tensor.name] = kind, tensor.shape, folder
+                    ggml_type, tree[tensor.name] = _stored(tensor, weights)
+                    table[tensor.name] = ggml_type, tensor.shape, folder
                 _save(tree, partial / "tensors" / folder)
                 for tensor in tensors:
                     tensor.release()
@@ -269,10 +271,10 @@ def _stored(tensor: GGUFTensor, weights: str | None) -> tuple[str, np.ndarray]:
     """Type and raw blocks of a tensor as stored."""
     if weights is None or len(tensor.shape) < 2:
         return tensor.type, tensor.blocks
-    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[weights]
+    ggml_type = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[weights]
     dtype = jnp.dtype(weights)
     dequantized = _dequantize(tensor.type, tensor.blocks, dtype=dtype)
-    return kind, np.asarray(dequantized).view(np.uint8).reshape(*tensor.shape, dtype.itemsize)
+    return ggml_type, np.asarray(dequantized).view(np.uint8).reshape(*tensor.shape, dtype.itemsize)
 
 
 def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[jax.Array]:

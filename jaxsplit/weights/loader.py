@@ -177,7 +177,7 @@ def _unpack(
 
 @functools.cache
 def _unpacker(
-    kind: str,
+    ggml_type: str,
     sharding: NamedSharding,
     *,
     sub_block: int,
@@ -188,7 +188,7 @@ def _unpacker(
     """The program that unpacks sharded blocks; compiled once for each shape."""
 
     def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
-        weight = unpack(kind, raw, granule=sub_block, part=index, dtype=dtype)
+        weight = unpack(ggml_type, raw, granule=sub_block, part=index, dtype=dtype)
         if words and isinstance(weight, QTensor) and triton_gemv_int8.supports(weight):
             return with_words(weight)
         return weight if matrix else weight[:, 0]

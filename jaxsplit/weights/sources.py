@@ -220,11 +220,11 @@ def parameter_bytes(
 
 @functools.cache
 def _unpacked_bytes(
-    kind: str, shape: tuple[int, ...], sub_block: int | None, dtype: jnp.dtype | None
+    ggml_type: str, shape: tuple[int, ...], sub_block: int | None, dtype: jnp.dtype | None
 ) -> int:
     """Bytes of unpacked blocks `[..., rows, blocks, block_bytes]`."""
     weight = jax.eval_shape(
-        lambda raw, index: unpack(kind, raw, granule=sub_block, part=index, dtype=dtype),
+        lambda raw, index: unpack(ggml_type, raw, granule=sub_block, part=index, dtype=dtype),
         jax.ShapeDtypeStruct(shape, jnp.uint8),
         jax.ShapeDtypeStruct(shape[-2:-1], jnp.int32),
     )

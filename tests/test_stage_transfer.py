@@ -1,4 +1,4 @@
-"""Arrays handed from the devices of one stage to those of the next."""
+"""Transfers of arrays from the devices of one stage to those of the next."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jaxsplit.comm.stage_transfer import fetch, transfer
 
 
 def mesh(*rows):
-    """A mesh of devices by their numbers, a row for each place of the `data` axis."""
+    """A mesh of devices by index, a row for each data replica."""
     devices = np.asarray(jax.devices())[np.asarray(rows)]
     return Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -58,7 +58,7 @@ def test_every_device_gets_what_its_row_holds(case):
         assert {shard.device for shard in x.addressable_shards} == set(target.devices.flat)
         for shard in x.addressable_shards:
             assert np.asarray(shard.data).tobytes() == expected[shard.index].tobytes()
-    # What has been handed over is still there.
+    # The source arrays are not donated.
     assert np.asarray(tree["tokens"]).tobytes() == host["tokens"].tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Memory that GPUs share, with devices that only pretend."""
+"""Symmetric memory, with a fake CUDA driver."""
 
 import gc
 import types
@@ -18,7 +18,7 @@ class Owner:
 
 @pytest.fixture
 def memory(monkeypatch):
-    """What pretended devices have: their memory by address; options decide what works."""
+    """The fake devices' memory by address; options decide what works."""
     state = types.SimpleNamespace(bytes={}, freed=[], reaches=True, arrives=True)
 
     class Context:
@@ -40,8 +40,8 @@ def memory(monkeypatch):
             return content, address % 4096
 
         def fill(self, address, byte, size):
-            content, place = self.find(address)
-            content[place : place + size] = [byte] * size
+            content, offset = self.find(address)
+            content[offset : offset + size] = [byte] * size
 
         def send(self, address, other):
             target, _, content = state.bytes[other // 4096 * 4096]
@@ -49,8 +49,8 @@ def memory(monkeypatch):
                 content[other % 4096] = self.read(address)
 
         def read(self, address):
-            content, place = self.find(address)
-            return content[place]
+            content, offset = self.find(address)
+            return content[offset]
 
         def free(self, address):
             state.freed.append(address)
@@ -64,26 +64,26 @@ def mesh_of(*shape):
     return Mesh(devices, ("data", "expert", "tensor"))
 
 
-def test_each_device_has_the_addresses_of_those_after_it(memory):
+def test_each_device_has_the_addresses_of_the_next_ranks(memory):
     owner, mesh = Owner(), mesh_of(2, 1, 3)
     table = np.asarray(allocate_peer_buffers(mesh, ("tensor",), lambda count: 1000 * count, owner))
     assert table.shape == (2, 1, 3, 7)
     assert all(bytes(content) == bytes(3000) for _, _, content in memory.bytes.values())
     for data in range(2):
-        for place in range(3):
-            me, *words = table[data, 0, place].tolist()
-            assert me == place
+        for rank in range(3):
+            own, *words = table[data, 0, rank].tolist()
+            assert own == rank
             addresses = [
                 low + (high << 32) for low, high in zip(words[::2], words[1::2], strict=True)
             ]
             found = [memory.bytes[address][0] for address in addresses]
-            assert found == [mesh.devices[data, 0, (place + step) % 3] for step in range(3)]
+            assert found == [mesh.devices[data, 0, (rank + step) % 3] for step in range(3)]
     del owner
     gc.collect()
     assert sorted(memory.freed) == sorted(memory.bytes)
 
 
-def test_devices_along_two_axes_are_one_group(memory):
+def test_devices_along_two_axes_are_peers(memory):
     table = allocate_peer_buffers(
         mesh_of(2, 2, 2), ("expert", "tensor"), lambda count: 8 * count, Owner()
     )
@@ -105,7 +105,7 @@ def test_there_are_none_without_a_driver():
 
 
 def test_stages_reach_the_next_one(memory):
-    """Of two and three stages of two devices each, the ones at the same place."""
+    """Two and three stages of two devices each."""
     for stages in (2, 3):
         devices = np.asarray(jax.devices()[: 2 * stages]).reshape(stages, 1, 1, 2)
         meshes = [Mesh(part, ("data", "expert", "tensor")) for part in devices]
