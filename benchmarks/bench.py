@@ -94,7 +94,7 @@ def _active_weights(sources: Sources, config: ModelConfig) -> float:
 
 
 def _prefill_flops(sources: Sources, config: ModelConfig, length: int, depth: int) -> float:
-    """What a prompt needs: products with the weights, attention to what is before each token."""
+    """FLOPs of a prompt: matmuls with the weights, and causal attention."""
     pairs = length * depth + length**2 / 2
     heads = sum(
         block.mixer.heads * (block.mixer.head_dim + block.mixer.value_dim)
@@ -105,7 +105,7 @@ def _prefill_flops(sources: Sources, config: ModelConfig, length: int, depth: in
 
 
 class _Limits:
-    """What the devices can do."""
+    """Measured limits of the devices."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ def _read(lm: jaxsplit.LM, batch: int, length: int) -> float:
 
 
 def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[float]]]:
-    """Each test: its kind, tokens, depth and the seconds that it took each time."""
+    """Each test: its kind, tokens, depth and times in seconds."""
     read = functools.partial(_read, lm, batch)
 
     def decode(count: int, depth: int) -> float:
@@ -182,7 +182,7 @@ def _decode_limit(plan: Plan, limits: "_Limits", batch: int, filled: float) -> f
 def measure(
     file: ModelFile, mode: str, mesh: str | None, batch: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a split, beside limits and the plan: a model is loaded once for all tests."""
+    """The rows of a split, beside limits and plan; loads the model once for all tests."""
     longest = max(_numbers(_DEPTH)) + max(*_numbers(_PROMPT), *_numbers(_GENERATE)) + 1
     loading, compiling = time.perf_counter(), compile_seconds()
     lm = jaxsplit.load(

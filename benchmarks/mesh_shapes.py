@@ -3,7 +3,7 @@
   JAX_NUM_CPU_DEVICES=4 python benchmarks/mesh_shapes.py --model=FILE.gguf --out=DIR
   python benchmarks/mesh_shapes.py --model=FILE.gguf --out=DIR --split=none --split=graph@tensor:2
 
-Runs on whatever devices there are; without --split on all of them in every split mode. Writes
+Runs on the devices present; without --split, on all of them in every split mode. Writes
 mesh_shapes.md, mesh_shapes.json and mesh_shapes.png to the directory.
 """
 
