@@ -46,16 +46,12 @@ class MatmulPolicy:
       float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
         so are the quantized matrices.
       kernels: the devices run kernels; else XLA computes the same numbers.
-      fuse_all_reduce: kernels of products send their results to the peers that add them up, so that
-        single rows are multiplied with plain matrices by such a kernel; where there are no peers,
-        XLA's product is a little faster.
       launch: of kernels.
     """
 
     int8_activations: bool = False
     float8: bool = False
     kernels: bool = False
-    fuse_all_reduce: bool = False
     launch: KernelLaunch = KernelLaunch()
 
     @staticmethod
@@ -94,12 +90,14 @@ class ForwardContext:
     Attributes:
       rules: which mesh axes split which logical axes.
       policy: how matrices are multiplied.
-      peers: devices that exchange partial sums in kernels; None: there are none.
+      peers: devices that all-reduce in kernels; None: there are none.
+      fuse_all_reduce: matmul kernels send their results to the peers themselves.
     """
 
     rules: AxisRules = dataclasses.field(default=AxisRules(), metadata={"static": True})
     policy: MatmulPolicy = dataclasses.field(default=DEFAULT_POLICY, metadata={"static": True})
     peers: "Peers | None" = None
+    fuse_all_reduce: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def launch(self) -> KernelLaunch:

@@ -12,8 +12,8 @@ from helpers import nmse
 from tiny import fresh_rng
 
 from jaxsplit.context import KernelLaunch
-from jaxsplit.ops.activations.deferred import Pending, Sum
-from jaxsplit.ops.activations.packed import pieces_of
+from jaxsplit.ops.activations.packed import PackedLayout, pieces_of
+from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_small_m_gemm
 from jaxsplit.quant import TYPES, dequantize, qtensor, unpack, with_words
 
@@ -47,6 +47,12 @@ def product(x, w):
     return y
 
 
+def multiply(x, matrices, **options):
+    """The kernel's products with rows that another kernel has stored."""
+    [rows], *_ = store_rows(lambda x: x, (x,), (PackedLayout.of(matrices),), launch=LAUNCH)
+    return triton_small_m_gemm.products(rows, matrices, **options, launch=LAUNCH)
+
+
 def activations(rng, rows, columns):
     return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
 
@@ -65,7 +71,7 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     matrices = [matrix(rng, name, 70 + i, columns) for i, name in enumerate(names)]
     assert all(triton_small_m_gemm.supports(w, jnp.bfloat16) for w in matrices)
     x = activations(rng, rows, columns)
-    results = triton_small_m_gemm.products(x, matrices, parts=parts, launch=LAUNCH)
+    results = multiply(x, matrices, parts=parts)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, product(x, w)) <= 1e-10
         assert (
@@ -109,7 +115,7 @@ def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
     w = with_words(unpack(name, raw, granule=granule, part=np.arange(7) % (256 // granule)))
     assert w.super_scale.shape[-1] == 7
     x = activations(rng, rows, w.shape[-1])
-    [y] = triton_small_m_gemm.products(x, [w], parts=1, launch=LAUNCH)
+    [y] = multiply(x, [w], parts=1)
     assert nmse(y, product(x, w)) <= 1e-10
 
 
@@ -117,14 +123,19 @@ def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
 def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
     stream, *terms = rng.normal(size=(3, 2, 3, 1280)).astype(np.float32)
     scale = rng.uniform(0.5, 2, 1280).astype(np.float32)
-    total = Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(terms))
-    operands = (total, jnp.asarray(scale))
-    x = Pending(jnp.multiply, operands, jnp.bfloat16, epsilon=0.5, size=1500)
     matrices = [matrix(rng, name, 40, 1280) for name in ("Q4_K", "Q6_K", "Q4_1")]
-    results = triton_small_m_gemm.products(x, matrices, launch=LAUNCH)
+    [rows], _, total = store_rows(
+        jnp.multiply,
+        (jnp.asarray(stream, jnp.bfloat16), jnp.asarray(scale)),
+        (PackedLayout.of(matrices),),
+        addend=(jnp.asarray(terms), None, None),
+        norm=(0.5, 1500),
+        launch=LAUNCH,
+    )
+    results = triton_small_m_gemm.products(rows, matrices, launch=LAUNCH)
     added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
-    assert nmse(total.array, added) <= 1e-5
-    added = np.float64(total.array).reshape(6, -1)
+    assert nmse(total, added) <= 1e-5
+    added = np.float64(total).reshape(6, -1)
     root = np.sqrt((added**2).sum(axis=-1, keepdims=True) / 1500 + 0.5)
     for y, w in zip(results, matrices, strict=True):
         # Rows are divided after they were multiplied, so that they are rounded before it.
@@ -136,7 +147,7 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
 def test_parts_are_left_to_be_added_up(rng):
     matrices = [matrix(rng, name, rows, 1280) for name, rows in (("Q4_K", 40), ("Q8_0", 33))]
     x = activations(rng, 5, 1280)
-    results = triton_small_m_gemm.products(x, matrices, joined=False, launch=LAUNCH)
+    results = multiply(x, matrices, joined=False)
     for y, w in zip(results, matrices, strict=True):
         assert y.shape == (3, 5, len(w.scale))
         assert y.dtype == jnp.float32
@@ -159,10 +170,10 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
     read = rng.integers(0, 9, (4, 8))
     of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, first, stop
     matrix_, first, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
-    groups = triton_small_m_gemm.Groups(
+    groups = triton_small_m_gemm.GroupedGemmInfo(
         *map(jnp.asarray, (matrix_, first, stop, np.int32(read), np.int32(len(of_group))))
     )
-    results = triton_small_m_gemm.products(x, stacks, groups=groups, results=12, launch=LAUNCH)
+    results = multiply(x, stacks, groups=groups, results=12)
     for y, stack in zip(results, stacks, strict=True):
         expected = [
             product(x[read[i, : stop - first]], jax.tree.map(lambda planes, m=m: planes[m], stack))

@@ -111,7 +111,7 @@ def _exchange(
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
-        name="exchange",
+        name="one_shot_all_reduce",
     )(x.reshape(-1), peers.table, *counts)
 
 

@@ -251,8 +251,7 @@ class StageRunner:
             @functools.wraps(body)
             def local(buffer_pointers: jax.Array | None, *arguments: Any) -> Any:
                 peers = self._peers(buffer_pointers)
-                policy = dataclasses.replace(self.policy, fuse_all_reduce=peers is not None)
-                with forward_context(rules=self.stage.rules, policy=policy, peers=peers):
+                with forward_context(rules=self.stage.rules, policy=self.policy, peers=peers):
                     return body(*arguments)
 
             sharded = jax.shard_map(

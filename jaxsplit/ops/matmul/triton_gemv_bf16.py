@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.activations.deferred import BLOCK, Stored
+from jaxsplit.ops.activations.layout import BLOCK, PlainRows
 from jaxsplit.ops.launch import dispatch_programs
 from jaxsplit.pallas import pl, plgpu
 
@@ -31,7 +31,7 @@ def supports(w: Array, dtype: jnp.dtype) -> bool:
 
 
 def products(
-    x: Stored,
+    x: PlainRows,
     weights: Sequence[Array],
     dtype: jnp.dtype = jnp.float32,
     *,
@@ -65,7 +65,7 @@ def products(
         out_shape=one_shot.results([(1, len(w)) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
         interpret=interpret,
-        name="plain_products",
+        name="gemv_bf16",
     )(*inputs)
 
 
@@ -92,7 +92,7 @@ def _kernel(
 
 
 def _multiply(
-    x: Stored,
+    x: PlainRows,
     w: jax.Ref,
     outs: Sequence[jax.Ref],
     program: Array,
@@ -109,17 +109,17 @@ def _multiply(
     width = min(tiling.columns, pl.next_power_of_2(columns))
     shape = (tiling.rows, width)
     total = jnp.broadcast_to(zero[:, None], shape)
-    factor = None if x.mean is None else x.mean.inverse_of(jnp.asarray(0))
+    factor = None if x.rms is None else x.rms.inverse_of(jnp.asarray(0))
 
     def step(i: Array | int, total: Array, *, whole: bool = True) -> Array:
         column = i * width + jnp.arange(width)
         index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(column[None], shape)
         if whole:
-            of_w, of_x = plgpu.load(w.at[index]), plgpu.load(x.rows.at[0, column])
+            of_w, of_x = plgpu.load(w.at[index]), plgpu.load(x.array.at[0, column])
         else:
             inside, zero = column < columns, jnp.zeros((), w.dtype)
             of_w = plgpu.load(w.at[index], mask=jnp.broadcast_to(inside[None], shape), other=zero)
-            of_x = plgpu.load(x.rows.at[0, column], mask=inside, other=zero)
+            of_x = plgpu.load(x.array.at[0, column], mask=inside, other=zero)
         return total + of_w.astype(jnp.float32) * of_x.astype(jnp.float32)[None]
 
     steps = columns // width

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.activations.deferred import BLOCK
-from jaxsplit.ops.activations.int8 import SLICE, Rounded, place_of
-from jaxsplit.ops.launch import dispatch_programs
+from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
+from jaxsplit.ops.activations.layout import BLOCK
+from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, with_words
 
@@ -69,7 +69,7 @@ class _Tiling:
 
 
 def products(
-    x: Rounded,
+    x: Int8Rows,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
@@ -109,7 +109,7 @@ def products(
         out_shape=one_shot.results([(rows, w.shape[-2]) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
         interpret=interpret,
-        name="quantized_products",
+        name="gemv_int8",
     )(*inputs)
 
 
@@ -195,7 +195,7 @@ class _Steps:
         """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
         unit = step * self.units + jnp.arange(self.units)
         whole = not isinstance(step, int) or (step + 1) * self.units <= self._all
-        return *split(unit, self.per_chunk), None if whole else unit < self._all
+        return *divmod_pow2(unit, self.per_chunk), None if whole else unit < self._all
 
     def first_slices(self, step: Array | int) -> Array:
         """Of a step's units, each the first."""
@@ -208,10 +208,10 @@ class _Steps:
         plane_size = self.form.chunk * bits // 8
         if plane_size < SLICE:
             at = (of_chunk * SLICE)[:, None] + weight + 4 * jnp.arange(SLICE // 4)
-            piece, place = split(at, plane_size)
+            piece, place = divmod_pow2(at, plane_size)
         else:
             at = weight // SLICE if self.per_chunk == 1 else of_chunk + weight // SLICE
-            piece, place = split(at, plane_size // SLICE)
+            piece, place = divmod_pow2(at, plane_size // SLICE)
         return piece * bits, place
 
     def key_of_codes(
@@ -236,7 +236,7 @@ class _Rows:
 
     def __init__(
         self,
-        x: Rounded,
+        x: Int8Rows,
         w: QTensor,
         experts: jax.Ref | None,
         first: Array,
@@ -265,8 +265,8 @@ class _Rows:
         zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in outboxes]
         shape = (self.height, steps.units)
         totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
-        mean = self.x.mean
-        factors = [None if mean is None else mean.inverse_of(m) for m, _ in self.batch]
+        rms = self.x.rms
+        factors = [None if rms is None else rms.inverse_of(m) for m, _ in self.batch]
 
         def one_round(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             return self._together([i * steps.depth + d for d in range(steps.depth)], totals)
@@ -368,10 +368,10 @@ class _Rows:
         first = steps.first_slices(step) * SLICE
         length = steps.columns // ref.shape[-1]
         if steps.per_chunk > 1:
-            at = [split(first + start, length)[0] for start in starts]
+            at = [divmod_pow2(first + start, length)[0] for start in starts]
             return [self._load(ref, row, index, inside) for index in at]
         if length >= steps.form.chunk:
-            return [self._load(ref, row, split(first, length)[0], inside)] * len(starts)
+            return [self._load(ref, row, divmod_pow2(first, length)[0], inside)] * len(starts)
         # Those of a unit are neighbours, which are read at once.
         group = jnp.arange(steps.form.chunk // length)
         found = self._load(ref, row, (chunk * group.size)[:, None] + group, inside)
@@ -403,7 +403,7 @@ class _Rows:
         def dots(m: Array, part: int) -> Array:
             total = jnp.zeros((self.height, steps.units, SLICE // 4), jnp.int32)
             for (weight, _), word in zip(steps.parts[part], words[part], strict=True):
-                at = _words(place_of(first + weight // SLICE))
+                at = _words(bank_swizzle(first + weight // SLICE))
                 x = self._load(self.x.words, jnp.broadcast_to(m, self.row.shape), at, inside)
                 total = dot4(word, x, total)
             return jnp.sum(total, axis=-1)
@@ -453,11 +453,6 @@ def _words(slice_: Array) -> Array:
     """Indices `[units, 4]` of the words of 16 bytes, as a product that tells the compiler of their
     alignment."""
     return (slice_ * (SLICE // 4))[:, None] + jnp.arange(SLICE // 4)
-
-
-def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
-    """Quotient and remainder by a power of two of numbers that are not negative."""
-    return x >> (by.bit_length() - 1), x & (by - 1)
 
 
 def _dot4(a: Array, b: Array, c: Array, *, signed: bool, interpret: bool) -> Array:
