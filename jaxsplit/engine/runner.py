@@ -105,7 +105,7 @@ def compile_together(programs: Sequence[Callable], arguments: Callable[[int], tu
 
     Args:
       programs: of the stages.
-      arguments: of the stage with an index.
+      arguments: from a stage's index to its arguments.
     """
     pending = [
         (i, program)
