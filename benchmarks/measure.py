@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxsplit.comm import one_shot, two_shot
-from jaxsplit.comm.one_shot import Peers
+from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.comm.symmetric_memory import allocate_peer_buffers
 from jaxsplit.context import MatmulPolicy
 from jaxsplit.engine import compiler_options
@@ -80,7 +80,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
     owner, table = _Owner(), None
     if kernels:
         if MatmulPolicy.for_device(mesh.devices.flat[0]).kernels:
-            size_of = functools.partial(two_shot.mailbox_bytes, most=0 if few else numbers)
+            size_of = functools.partial(two_shot.buffer_bytes, max_elements=0 if few else numbers)
             table = allocate_peer_buffers(mesh, axes, size_of, owner)
         if table is None:
             return None
@@ -90,8 +90,8 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
             if table is None:
                 x = lax.psum(x, axes)
             else:
-                peers = Peers(table.reshape(-1), axes, 0 if few else numbers)
-                x = (one_shot.total if few else two_shot.total)(x, peers)
+                peers = PeerGroup(table.reshape(-1), axes, 0 if few else numbers)
+                x = (one_shot.all_reduce if few else two_shot.all_reduce)(x, peers)
             x = x * jnp.asarray(1 / mesh.size, dtype)
         return x
 

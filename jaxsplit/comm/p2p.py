@@ -1,7 +1,7 @@
 """Point-to-point messages between pipeline stages, inside kernels: from each stage to the next, and
 from the last to the first.
 
-LL protocol, as in `one_shot`: each 8-byte store carries a 4-byte payload and a 4-byte epoch. The
+LL protocol, as in `peers`: each 8-byte store carries a 4-byte payload and a 4-byte epoch. The
 receiver polls until the epoch matches, so no separate flag or fence is needed. A channel buffers
 one message: a device sends the next one only after the answer to this one, which went around the
 ring, has arrived.
@@ -18,15 +18,15 @@ import numpy as np
 from jax import Array
 from jax.experimental import io_callback
 
-from jaxsplit.comm.one_shot import (
+from jaxsplit.comm.peers import (
     SEND,
     WARPS,
     WIDTH,
     address_of,
-    packed,
+    inline_asm,
+    interleaved,
     padded,
-    side_by_side,
-    until_found,
+    spin_until_ready,
 )
 from jaxsplit.pallas import pl, plgpu
 
@@ -106,7 +106,7 @@ class Ring:
 def _offsets() -> tuple[Array, Array]:
     """Offsets of this program's words: in the message, and in the channel's buffer."""
     lane, first = jnp.arange(WIDTH), pl.program_id(0) * WIDTH
-    return first + lane, first + side_by_side(lane)
+    return first + lane, first + interleaved(lane)
 
 
 def _send(
@@ -125,7 +125,9 @@ def _send(
     wanted = wanted_ref[0].astype(jnp.uint32)
     # A null pointer disables the store.
     address = [word * wanted for word in address_of(pointers, 1, at.shape)]
-    sent = packed(_SEND, *address, 8 * (first + offset), words, jnp.full(at.shape, epoch + ahead))
+    sent = inline_asm(
+        _SEND, *address, 8 * (first + offset), words, jnp.full(at.shape, epoch + ahead)
+    )
     out_ref[0] = jnp.max(sent) - ahead  # all are equal
 
 
@@ -135,7 +137,7 @@ def _receive(
     at, offset = _offsets()
     epoch = epoch_ref[0]
     own = address_of(pointers, 0, at.shape)
-    words = packed(_POLL, *own, 8 * (first + offset), jnp.full(at.shape, epoch))
+    words = inline_asm(_POLL, *own, 8 * (first + offset), jnp.full(at.shape, epoch))
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)
     plgpu.store(words_ref.at[at], words, mask=at < words_ref.shape[0])
     out_ref[0] = epoch
@@ -146,7 +148,7 @@ _SEND = (*SEND[:-1], "mov.b32 %z, %y;")
 _POLL = (
     ".reg .b64 r#;",
     ".reg .b32 s#, c#;",
-    *until_found(
+    *spin_until_ready(
         [
             "ld.relaxed.sys.global.b64 r#, [a#];",
             "mov.b64 {s#, c#}, r#;",

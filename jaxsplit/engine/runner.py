@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.cache.contiguous import Cache, init_cache
 from jaxsplit.comm import two_shot
-from jaxsplit.comm.one_shot import Peers
 from jaxsplit.comm.p2p import Ring
+from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.comm.symmetric_memory import allocate_peer_buffers
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy, forward_context
 from jaxsplit.engine import steps
@@ -58,7 +58,7 @@ def _all_reduce_capacity(config: ModelConfig, context: int) -> int:
 
 def peer_buffer_bytes(config: ModelConfig, context: int, devices: int) -> int:
     """Bytes of each device's buffer for peer-to-peer all-reduces among `devices` devices."""
-    return two_shot.mailbox_bytes(devices, _all_reduce_capacity(config, context))
+    return two_shot.buffer_bytes(devices, _all_reduce_capacity(config, context))
 
 
 def stage_cache(
@@ -188,12 +188,12 @@ class StageRunner:
         size = functools.partial(peer_buffer_bytes, self.config, self.context)
         return allocate_peer_buffers(mesh, self._reduce_axes, size, self)
 
-    def _peers(self, buffer_pointers: jax.Array | None) -> Peers | None:
+    def _peers(self, buffer_pointers: jax.Array | None) -> PeerGroup | None:
         """The peers of a device, by its own row of pointers."""
         if buffer_pointers is None:
             return None
         capacity = _all_reduce_capacity(self.config, self.context)
-        return Peers(buffer_pointers.reshape(-1), self._reduce_axes, capacity)
+        return PeerGroup(buffer_pointers.reshape(-1), self._reduce_axes, capacity)
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.stage.mesh, spec)
