@@ -1,0 +1,96 @@
+"""Tests on GPUs, which are left out unless `-m gpu` asks for them (docs/testing.md).
+
+With JAXSPLIT_GPU_LANE_ON_CPU=1 they run on CPUs, kernels interpreted: a check of the tests.
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+# The processes that run recipes need some of the memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+import pytest
+from gpu import internals
+
+HERE = Path(__file__).parent
+ON_CPU = "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ
+SEED = int(os.environ.get("JAXSPLIT_TEST_SEED", secrets.randbits(32)))
+
+_rows = pytest.StashKey[list[dict]]()
+
+
+def _here(item: pytest.Item) -> bool:
+    return HERE in item.path.parents
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_rows] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests in this folder, and skips them where kernels do not run."""
+    here = [item for item in items if _here(item)]
+    wanted = config.getoption("markexpr") == "gpu"
+    reason = _unable() if wanted and here else None
+    for item in here:
+        item.add_marker("gpu")
+        if reason:
+            item.add_marker(pytest.mark.skip(reason))
+
+
+def _unable() -> str | None:
+    """Why no kernels run here."""
+    if ON_CPU or internals.kernels_run(jax.devices()[0]):
+        return None
+    found = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    return f"the GPU tests need a GPU that runs Triton kernels; JAX finds: {found}"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that are others in each run; JAXSPLIT_TEST_SEED repeats them."""
+    print(f"JAXSPLIT_TEST_SEED={SEED}")
+    return np.random.default_rng([SEED, *request.node.name.encode()])
+
+
+@pytest.fixture
+def bounded(request: pytest.FixtureRequest):
+    """`bounded(what, mode, error, bound)`: notes an error for the table at the end; whether it is
+    within its bound."""
+
+    def note(what: str, mode: str, error: float, bound: float) -> bool:
+        row = {"what": what, "mode": mode, "error": error, "bound": bound}
+        request.config.stash[_rows].append(row)
+        return bool(error <= bound)  # not a number is not
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """The table of errors, also as JSON in the file JAXSPLIT_GPU_REPORT."""
+    skipped = {
+        report.longrepr[2]
+        for report in terminalreporter.stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple) and "GPU" in report.longrepr[2]
+    }
+    for reason in sorted(skipped):
+        terminalreporter.write_line(reason)
+    rows = config.stash[_rows]
+    if not rows:
+        return
+    devices = [device.device_kind for device in jax.devices()]
+    found = {"jax": jax.__version__, "devices": devices, "seed": SEED, "rows": rows}
+    terminalreporter.section(f"jax {jax.__version__}, {len(devices)} x {devices[0]}, seed {SEED}")
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    for mode in modes:
+        terminalreporter.write_line(f"{'':32} {mode}: NMSE, bound")
+        for row in rows:
+            if row["mode"] == mode:
+                line = f"{row['what']:32} {row['error']:.2e} {row['bound']:.2e}"
+                terminalreporter.write_line(line, red=not row["error"] <= row["bound"])
+    if path := os.environ.get("JAXSPLIT_GPU_REPORT"):
+        Path(path).write_text(json.dumps(found, indent=1))
