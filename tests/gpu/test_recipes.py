@@ -1,7 +1,7 @@
-"""Every architecture with kernels in bfloat16, against the same weights without kernels in float32.
+"""Every architecture: bfloat16 with kernels against float32 without, the same quantized weights.
 
-JAXSPLIT_WRITE_BOUNDS=path writes twice what is measured as the new bounds. JAXSPLIT_REFERENCE=folder
-takes recipes from there and also checks the models in float32 against its logits of llama.cpp.
+JAXSPLIT_WRITE_BOUNDS=FILE writes twice what is measured, as the new bounds. JAXSPLIT_REFERENCE=DIR
+takes recipes from there, and also checks models in float32 against its logits of llama.cpp.
 """
 
 import json
