@@ -85,12 +85,18 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     devices = [device.device_kind for device in jax.devices()]
     found = {"jax": jax.__version__, "devices": devices, "seed": SEED, "rows": rows}
     terminalreporter.section(f"jax {jax.__version__}, {len(devices)} x {devices[0]}, seed {SEED}")
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    for mode in modes:
-        terminalreporter.write_line(f"{'':32} {mode}: NMSE, bound")
-        for row in rows:
-            if row["mode"] == mode:
-                line = f"{row['what']:32} {row['error']:.2e} {row['bound']:.2e}"
-                terminalreporter.write_line(line, red=not row["error"] <= row["bound"])
+    # A table for what has the same modes; a cell is NMSE/bound.
+    tables: dict[tuple[str, ...], dict[str, list[dict]]] = {}
+    by_what: dict[str, list[dict]] = {}
+    for row in rows:
+        by_what.setdefault(row["what"], []).append(row)
+    for what, of_what in by_what.items():
+        tables.setdefault(tuple(row["mode"] for row in of_what), {})[what] = of_what
+    for modes, of_modes in tables.items():
+        terminalreporter.write_line("".join(f"{mode:>18}" for mode in ("NMSE/bound", *modes)))
+        for what, of_what in of_modes.items():
+            cells = "".join(f"{row['error']:>9.1e}/{row['bound']:.1e} " for row in of_what)
+            bad = not all(row["error"] <= row["bound"] for row in of_what)
+            terminalreporter.write_line(f"{what:>18}{cells}", red=bad)
     if path := os.environ.get("JAXSPLIT_GPU_REPORT"):
         Path(path).write_text(json.dumps(found, indent=1))

@@ -14,15 +14,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 
+from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.one_shot import Peers
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.symmetric_memory import make_mailboxes, make_ring
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import compiler_options
+from jaxsplit.models import AttentionConfig, MoEConfig, NormConfig, RopeConfig
+from jaxsplit.models.router import choose_in_kernel
 from jaxsplit.ops.activations.deferred import Sum, as_late
 from jaxsplit.ops.activations.int8 import Rounding
-from jaxsplit.ops.matmul.api import Product, matmul
+from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update
+from jaxsplit.ops.matmul import api, float8
 from jaxsplit.quant import TYPES, QTensor, unpack, with_words
 
 INTERPRET = "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ
@@ -49,10 +53,19 @@ def loop_options() -> dict | None:
 # Weights.
 
 
+def raw_blocks(rng: np.random.Generator, name: str, rows: int, columns: int) -> np.ndarray:
+    """Random blocks of a GGML type: uint8 `[rows, blocks, bytes]`."""
+    return usual_blocks(rng, name, rows, columns // TYPES[name].block)
+
+
+def from_blocks(name: str, raw: np.ndarray) -> QTensor:
+    """The matrix of such blocks, as models hold it."""
+    return with_words(unpack(name, raw))
+
+
 def quantized(rng: np.random.Generator, name: str, rows: int, columns: int) -> QTensor:
     """A random matrix of a GGML type, as models hold it: `[rows, columns]`."""
-    raw = usual_blocks(rng, name, rows, columns // TYPES[name].block)
-    return with_words(unpack(name, raw))
+    return from_blocks(name, raw_blocks(rng, name, rows, columns))
 
 
 # Peers.
@@ -91,7 +104,7 @@ def two_shot_all_reduce(x: Array, peers: Peers) -> Array:
 def matmul_here(x: Array, w: QTensor | Array) -> Array:
     """`x @ w.T` as `matmul_all_reduce` computes it on each device: float32 `[rows, out]`."""
     with forward_context(policy=policy(int8_activations=True, fuse_all_reduce=True)):
-        return matmul(x, w)
+        return api.matmul(x, w)
 
 
 def matmul_all_reduce(x: Array, w: QTensor | Array, peers: Peers, *, fused: bool) -> Array:
@@ -99,7 +112,7 @@ def matmul_all_reduce(x: Array, w: QTensor | Array, peers: Peers, *, fused: bool
     float32 `[rows, out]`. `fused`: a kernel that also prepares activations receives it."""
     context = policy(int8_activations=True, fuse_all_reduce=True)
     with forward_context(policy=context, peers=peers):
-        product = Product(x, w)
+        product = api.Product(x, w)
         assert product.sends
         y, counts = product.sent_to(peers)
         if not fused:
@@ -145,3 +158,151 @@ def _delay(value: jax.Ref, turns: jax.Ref, out: jax.Ref) -> None:
     # Never negative, which the compiler does not know.
     busy = lax.fori_loop(0, turns[0], lambda _, x: x * 0.9999 + 0.25, jnp.float32(1.0))
     out[0] = value[0] + (busy < 0).astype(jnp.int32)
+
+
+# Operations, each as a function of arrays.
+
+
+def quant_types() -> list[str]:
+    """The GGML types with blocks of several weights."""
+    return [name for name, kind in TYPES.items() if kind.block > 1]
+
+
+def rounds_activations(w: QTensor | Array) -> bool:
+    """Whether one or two rows of activations are rounded to 8 bits for a matrix."""
+    return api.has_kernel(w)
+
+
+def products(x: Array, weights: Sequence, *, int8: bool, float8: bool = False) -> list[Array]:
+    """`x @ w.T` with each matrix, by whatever kernel suits: float32 `[rows, out]`."""
+    fused = not int8  # plain rows are then multiplied by a kernel too
+    with forward_context(
+        policy=policy(int8_activations=int8, float8=float8, fuse_all_reduce=fused)
+    ):
+        return api.matmuls(x, weights)
+
+
+def expert_products(x: Array, stacks: Sequence[QTensor], experts: Array) -> list[Array]:
+    """Rows with matrices of the experts chosen for each: float32 `[pairs, out]`."""
+    with forward_context(policy=policy(int8_activations=True)):
+        return api.expert_products(x, stacks, experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """An attention layer.
+
+    Attributes:
+      heads, kv_heads, width: query heads, key and value heads, and their width.
+      rope_dim, interleaved: how many dimensions of a head turn, and in which pairs.
+      window, softcap: as in models; None: none.
+      norms: RMS norms of queries and keys, with scales.
+      sinks: there are some.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    rope_dim: int
+    interleaved: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    norms: bool = False
+    sinks: bool = False
+
+    @property
+    def config(self) -> AttentionConfig:
+        norm = NormConfig() if self.norms else None
+        return AttentionConfig(
+            self.heads,
+            self.kv_heads,
+            self.width,
+            self.width,
+            rope=RopeConfig(self.rope_dim, interleaved=self.interleaved),
+            window=self.window,
+            softcap=self.softcap,
+            query_norm=norm,
+            key_norm=norm,
+            sinks=self.sinks,
+        )
+
+
+NORM_EPSILON = NormConfig().epsilon
+
+
+def cache_of(keys: Array, values: Array, dtype: str) -> AttentionCache:
+    """`[slots, length, kv_heads, width]` as a cache keeps them."""
+    return AttentionCache.of(keys, values, jnp.dtype(dtype))
+
+
+def cache_contents(cache: AttentionCache) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values in float64, `[slots, kv_heads, length, width]`."""
+
+    def exact(x: Array, scale: Array | None) -> np.ndarray:
+        x = np.float64(np.asarray(x.astype(jnp.float32)))
+        return x if scale is None else x * np.float64(scale)[..., None]
+
+    return exact(cache.keys, cache.key_scale), exact(cache.values, cache.value_scale)
+
+
+def decode_attention(
+    layer: Attention, query, key, value, positions, slots, cache, scales, sinks
+) -> tuple[Array, AttentionCache]:
+    """One token of each sequence, in one kernel: its heads are normalized and turned, put into the
+    cache, and read it.
+
+    Args:
+      query, key, value: `[terms, batch, 1, heads * width]`, to be added up.
+      positions, slots: int32 `[batch, 1]` and `[batch]`.
+      cache: of earlier tokens.
+      scales: of the norms of queries and keys, or None each.
+      sinks: float32 `[heads]` or None.
+
+    Returns:
+      `[batch, 1, heads * width]` bfloat16, and the cache.
+    """
+    batch = Batch(positions, slots)
+    assert triton_decode.supports(layer.config, batch, cache, query[0])
+    # XLA, which reads the results here, must not begin early.
+    launch = dataclasses.replace(policy().launch, pdl=False)
+    return triton_decode.attend(
+        *(query, key, value, batch, cache, layer.config, scales, sinks),
+        dtype=jnp.bfloat16,
+        launch=launch,
+    )
+
+
+def rope_cache_update(
+    layer: Attention, query, key, value, positions, slots, cache, scales
+) -> tuple[Array, AttentionCache]:
+    """Heads `[batch, time, heads * width]`, normalized and turned: the queries `[batch, time,
+    heads, width]`, and the cache with the keys and values."""
+    batch = Batch(positions, slots)
+    assert triton_rope_cache_update.supports(layer.config, batch, cache, query.dtype)
+    return triton_rope_cache_update.place(
+        *(query, key, value, batch, cache, layer.config, scales), interpret=INTERPRET
+    )
+
+
+def flash_attention(
+    layer: Attention, queries, cache, positions, key_positions, sinks, slots
+) -> Array:
+    """Queries `[batch, time, kv_heads, group, width]`, already turned, and the cache that they
+    read: `[batch, time, heads * width]` bfloat16."""
+    assert triton_flash.supports(queries, cache, layer.config)
+    launch = dataclasses.replace(policy().launch, pdl=False)
+    y = triton_flash.attend(
+        *(queries, cache, positions, key_positions, layer.config, sinks, slots), launch=launch
+    )
+    return api.computed(y)
+
+
+def route(logits: Array, used: int, routing: str, bias: Array | None) -> tuple[Array, Array]:
+    """The experts chosen for each token and their weights, `[tokens, used]`."""
+    config = MoEConfig(logits.shape[-1], used, 32, routing=routing)
+    return choose_in_kernel(logits, config, bias, launch=policy().launch)
+
+
+def multiplies_float8() -> bool:
+    """Whether the first device multiplies 8-bit floating-point numbers."""
+    return float8.supported_by(jax.devices()[0])
