@@ -6,6 +6,7 @@ With JAXSPLIT_GPU_LANE_ON_CPU=1 they run on CPUs, kernels interpreted: a check o
 import json
 import os
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # The processes that run recipes need some of the memory.
@@ -15,24 +16,21 @@ import jax
 import numpy as np
 import pytest
 from gpu import internals
+from gpu import recipe_errors as recipe_process
 
 HERE = Path(__file__).parent
 ON_CPU = "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ
 SEED = int(os.environ.get("JAXSPLIT_TEST_SEED", secrets.randbits(32)))
-
-_rows = pytest.StashKey[list[dict]]()
 
 
 def _here(item: pytest.Item) -> bool:
     return HERE in item.path.parents
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_rows] = []
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests in this folder, and skips them where kernels do not run."""
+    """Marks the tests in this folder, and skips them where kernels do not run. Those of the
+    peer-to-peer protocols come first, since others have processes that share the GPUs with them."""
+    items.sort(key=lambda item: _here(item) and item.path.stem != "test_p2p")
     here = [item for item in items if _here(item)]
     wanted = config.getoption("markexpr") == "gpu"
     reason = _unable() if wanted and here else None
@@ -50,6 +48,22 @@ def _unable() -> str | None:
     return f"the GPU tests need a GPU that runs Triton kernels; JAX finds: {found}"
 
 
+@pytest.fixture(scope="session")
+def recipe_errors(request: pytest.FixtureRequest):
+    """The errors of each recipe that is asked for, all of them under way at once."""
+    items = (item for item in request.session.items if item.path.stem == "test_recipes")
+    names = [item.callspec.params["name"] for item in items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        yield recipe_process.start(threads, names)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _recipes_meanwhile(request: pytest.FixtureRequest) -> None:
+    """Recipes are measured while other tests run, but for those that need the GPUs alone."""
+    if request.path.stem != "test_p2p":
+        request.getfixturevalue("recipe_errors")
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that are others in each run; JAXSPLIT_TEST_SEED repeats them."""
@@ -63,8 +77,8 @@ def bounded(request: pytest.FixtureRequest):
     within its bound."""
 
     def note(what: str, mode: str, error: float, bound: float) -> bool:
-        row = {"what": what, "mode": mode, "error": error, "bound": bound}
-        request.config.stash[_rows].append(row)
+        row = {"what": what, "mode": mode, "error": float(error), "bound": bound}
+        request.node.user_properties.append(("bounded", row))
         return bool(error <= bound)  # not a number is not
 
     return note
@@ -79,7 +93,14 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     }
     for reason in sorted(skipped):
         terminalreporter.write_line(reason)
-    rows = config.stash[_rows]
+    rows = [
+        row
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, row in report.user_properties
+        if name == "bounded"
+    ]
     if not rows:
         return
     devices = [device.device_kind for device in jax.devices()]
@@ -93,10 +114,12 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for what, of_what in by_what.items():
         tables.setdefault(tuple(row["mode"] for row in of_what), {})[what] = of_what
     for modes, of_modes in tables.items():
-        terminalreporter.write_line("".join(f"{mode:>18}" for mode in ("NMSE/bound", *modes)))
+        width = max(map(len, of_modes))
+        head = "".join(f"{mode:>18}" for mode in modes)
+        terminalreporter.write_line(f"{'NMSE/bound':{width}}{head}")
         for what, of_what in of_modes.items():
-            cells = "".join(f"{row['error']:>9.1e}/{row['bound']:.1e} " for row in of_what)
+            cells = "".join(f"{row['error']:10.1e}/{row['bound']:.1e}" for row in of_what)
             bad = not all(row["error"] <= row["bound"] for row in of_what)
-            terminalreporter.write_line(f"{what:>18}{cells}", red=bad)
+            terminalreporter.write_line(f"{what:{width}}{cells}", red=bad)
     if path := os.environ.get("JAXSPLIT_GPU_REPORT"):
         Path(path).write_text(json.dumps(found, indent=1))

