@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 
+import jaxsplit
 from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.one_shot import Peers
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.symmetric_memory import make_mailboxes, make_ring
-from jaxsplit.context import MatmulPolicy, forward_context
-from jaxsplit.engine import compiler_options
+from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
+from jaxsplit.engine import SamplingConfig, compiler_options, runner
+from jaxsplit.engine.runner import StageRunner
+from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
+from jaxsplit.formats import ModelFile
 from jaxsplit.models import AttentionConfig, MoEConfig, NormConfig, RopeConfig
 from jaxsplit.models.router import choose_in_kernel
 from jaxsplit.ops.activations.deferred import Sum, as_late
@@ -306,3 +311,63 @@ def route(logits: Array, used: int, routing: str, bias: Array | None) -> tuple[A
 def multiplies_float8() -> bool:
     """Whether the first device multiplies 8-bit floating-point numbers."""
     return float8.supported_by(jax.devices()[0])
+
+
+# Programs for GPUs that need not be there.
+
+
+def trace_for(
+    devices: Sequence[jax.Device],
+    capability: float,
+    file: ModelFile,
+    *,
+    prefill: int | None = None,
+    nccl: bool = False,
+) -> jax.stages.Traced:
+    """A program of a model in `graph` mode, as it would be for some GPUs.
+
+    Args:
+      devices: of a topology.
+      capability: their compute capability.
+      file: the model, which is loaded onto CPU devices.
+      prefill: tokens of a prompt's chunk; None: a decode step.
+      nccl: GPUs cannot write to one another's memory.
+    """
+    kernels = MatmulPolicy(kernels=True, launch=KernelLaunch(pdl=capability >= 9))
+
+    def tables(mesh: Mesh, axes: Sequence[str], size: object, owner: object) -> Array:
+        count = int(np.prod([mesh.shape[axis] for axis in axes]))
+        return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
+
+    with (
+        mock.patch.object(MatmulPolicy, "for_device", lambda *_: kernels),
+        mock.patch.object(runner, "make_mailboxes", tables),
+    ):
+        lm = jaxsplit.load(
+            file,
+            devices=len(devices),
+            dtype="bfloat16",
+            ctx_size=4096,
+            collectives="nccl" if nccl else "auto",
+        )
+    [there] = lm.engine.runners
+    mesh = there.stage.mesh
+    mesh = Mesh(np.reshape(devices, mesh.devices.shape), mesh.axis_names)
+    stage = dataclasses.replace(there.stage, mesh=mesh)
+    sizes = there.context, there.cache_dtype, there.policy
+    here = StageRunner(lm.model, stage, *sizes, vocab=there.vocab, peer_access=False)
+    here._mailboxes = _shapes(there._mailboxes)
+    params, [cache] = _shapes(here.params), _shapes(lm.engine._groups[0].caches)
+    if prefill:
+        ints = jax.ShapeDtypeStruct((1,), np.int32)
+        tokens = jax.ShapeDtypeStruct((1, prefill), np.int32)
+        program = here.prefill(prefill, all_logits=False)
+        return program.trace(params, cache, tokens, ints, ints, ints)
+    greedy = SamplingConfig(temperature=0.0)
+    state, values = _shapes((there.empty_state(1, 1), SamplingValues.of([greedy])))
+    program = here.finish(SamplingPlan.of(greedy, here.context))
+    return program.trace(params, cache, None, state, np.zeros(1, np.int32), values)
+
+
+def _shapes(tree: object) -> object:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
