@@ -8,7 +8,7 @@ demo: $(VENV)/.demo
 	JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu $(BIN)/python -m jaxsplit.generate --flagfile=configs/demo.cfg
 
 test: $(VENV)/.demo $(VENV)/gpu-compiler
-	JAXSPLIT_GPU_COMPILER=$(VENV)/gpu-compiler $(BIN)/python -m pytest -n 2 -q
+	JAXSPLIT_GPU_COMPILER=$(abspath $(VENV)/gpu-compiler) $(BIN)/python -m pytest -n 2 -q
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

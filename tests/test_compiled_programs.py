@@ -58,11 +58,9 @@ def of_a_layer(programs: dict[str, dict], name: str) -> tuple[int, dict[str, int
     ],
 )
 def test_a_layer_of_a_decode_step_is_a_few_kernels(programs, name):
-    """All of them this package's: devices exchange sums in kernels too."""
+    """Devices exchange sums in kernels too."""
     assert of_a_layer(programs, name) == (KERNELS[name.split()[0]], {})
     assert not programs[f"{name} 1"]["collectives"]
-    one, two = (sum("pallas" in k for k in programs[f"{name} {i}"]["kernels"]) for i in (1, 2))
-    assert two - one == KERNELS[name.split()[0]]
 
 
 def test_devices_that_cannot_reach_one_another_meet_twice_in_a_layer(programs):
