@@ -88,7 +88,7 @@ def _active_weights(sources: Sources, config: ModelConfig) -> float:
         if path.startswith("blocks.") and source.is_matrix:
             mlp = config.blocks[int(path.split(".")[1])].mlp
             moe = getattr(mlp, "moe", mlp)
-            share = moe.used / moe.experts if len(source.shape) == 3 and ".mlp." in path else 1.0
+            share = moe.top_k / moe.experts if len(source.shape) == 3 and ".mlp." in path else 1.0
             active += share * math.prod(source.shape)
     return active
 

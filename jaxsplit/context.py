@@ -24,20 +24,6 @@ def compute_capability(device: jax.Device) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelLaunch:
-    """How kernels are launched.
-
-    Attributes:
-      interpret: they are interpreted, to test them without a GPU.
-      pdl: a kernel may start before the one it depends on has ended (programmatic dependent
-        launch), which takes compute capability 9.0.
-    """
-
-    interpret: bool = False
-    pdl: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class MatmulPolicy:
     """How activations are multiplied with matrices.
 
@@ -46,17 +32,16 @@ class MatmulPolicy:
       float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
         so are the quantized matrices.
       kernels: the devices run kernels; else XLA computes the same numbers.
-      fuse_all_reduce: kernels of products send their results to the peers that add them up, so that
-        single rows are multiplied with plain matrices by such a kernel; where there are no peers,
-        XLA's product is a little faster.
-      launch: of kernels.
+      interpret: kernels are interpreted, to test them without a GPU.
+      pdl: a kernel may start before the one it depends on has ended (programmatic dependent
+        launch), which takes compute capability 9.0.
     """
 
     int8_activations: bool = False
     float8: bool = False
     kernels: bool = False
-    fuse_all_reduce: bool = False
-    launch: KernelLaunch = KernelLaunch()
+    interpret: bool = False
+    pdl: bool = False
 
     @staticmethod
     def for_device(device: jax.Device, kernels: str = "auto") -> "MatmulPolicy":
@@ -70,7 +55,7 @@ class MatmulPolicy:
           JaxsplitError: these kernels do not run on this device.
         """
         if kernels == "interpret":
-            return MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
+            return MatmulPolicy(kernels=True, interpret=True)
         capability = compute_capability(device)
         runs = kernels != "xla" and capability >= 8 and has_triton()
         if kernels == "triton" and not runs:
@@ -79,7 +64,7 @@ class MatmulPolicy:
                 "it needs a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton; "
                 "try kernels=auto"
             )
-        return MatmulPolicy(kernels=runs, launch=KernelLaunch(pdl=capability >= 9))
+        return MatmulPolicy(kernels=runs, pdl=capability >= 9)
 
 
 DEFAULT_POLICY = MatmulPolicy()
@@ -94,17 +79,14 @@ class ForwardContext:
     Attributes:
       rules: which mesh axes split which logical axes.
       policy: how matrices are multiplied.
-      peers: devices that exchange partial sums in kernels; None: there are none.
+      peers: devices that all-reduce in kernels; None: there are none.
+      fuse_all_reduce: matmul kernels send their results to the peers themselves.
     """
 
     rules: AxisRules = dataclasses.field(default=AxisRules(), metadata={"static": True})
     policy: MatmulPolicy = dataclasses.field(default=DEFAULT_POLICY, metadata={"static": True})
     peers: "Peers | None" = None
-
-    @property
-    def launch(self) -> KernelLaunch:
-        """How kernels are launched."""
-        return self.policy.launch
+    fuse_all_reduce: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 _PLAIN = ForwardContext()
@@ -116,6 +98,11 @@ _current: contextvars.ContextVar[ForwardContext] = contextvars.ContextVar(
 def current_context() -> ForwardContext:
     """The context of the code that is being traced."""
     return _current.get()
+
+
+def interpreted() -> bool:
+    """Whether kernels of the code that is being traced are interpreted."""
+    return current_context().policy.interpret
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ import pytest
 from helpers import recipe, write_recipe
 
 import jaxsplit
+from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import runner
 from jaxsplit.llm import demo_model
 
@@ -64,6 +65,13 @@ def load():
         return loaded[key]
 
     return get
+
+
+@pytest.fixture
+def interpreter():
+    """Kernels that the test calls itself are interpreted."""
+    with forward_context(policy=MatmulPolicy(kernels=True, interpret=True)):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

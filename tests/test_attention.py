@@ -21,8 +21,8 @@ from jaxsplit.models import (
     NormConfig,
     RopeConfig,
 )
-from jaxsplit.models import attention as attention_module
-from jaxsplit.models.attention import attend
+from jaxsplit.ops.attention import xla as attention_ops
+from jaxsplit.ops.attention.xla import attend
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -104,7 +104,7 @@ def test_queries_that_are_read_in_parts_give_the_same_logits(monkeypatch, name):
         return [np.asarray(fresh(tokens)), np.asarray(fresh(tokens, positions, cache))]
 
     expected = run()
-    monkeypatch.setattr(attention_module, "SCORES", 13 * LENGTH)
+    monkeypatch.setattr(attention_ops, "SCORES", 13 * LENGTH)
     jax.clear_caches()
     for found, whole in zip(run(), expected, strict=True):
         assert nmse(found, whole) <= 1e-12
@@ -117,8 +117,8 @@ def test_a_long_context_takes_no_more_memory():
     def temporaries(context: int) -> int:
         keys, positions = jnp.zeros((1, 2, context, 8)), jnp.arange(512)[None]
         queries, places = jnp.zeros((1, 512, 2, 2, 8)), jnp.arange(context)[None]
-        program = jax.jit(attend, static_argnums=4).lower(
-            queries, AttentionCache(keys, keys), positions, places, config
+        program = jax.jit(attend, static_argnames="config").lower(
+            queries, AttentionCache(keys, keys), positions, config=config, key_positions=places
         )
         return program.compile().memory_analysis().temp_size_in_bytes
 

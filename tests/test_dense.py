@@ -10,6 +10,8 @@ from tiny import fresh_rng
 from jaxsplit.ops.matmul import float8, triton_dequantize
 from jaxsplit.quant import TYPES, QTensor, dequantize, qtensor, unpack, with_words
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 QUANTIZED = [name for name, kind in TYPES.items() if kind.block > 1]
 
 
@@ -21,7 +23,7 @@ def test_every_type_is_dequantized(name, words):
     assert isinstance(w, QTensor)
     assert triton_dequantize.supports(w)
     w = with_words(w) if words else w
-    found = triton_dequantize.dequantize([w], jnp.float32, interpret=True)
+    found = triton_dequantize.dequantize([w], jnp.float32)
     expected = jax.jit(dequantize)(w)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
@@ -30,7 +32,7 @@ def test_every_type_is_dequantized(name, words):
 def test_what_comes_first_changes_nothing():
     w = unpack("Q6_K", usual_blocks(fresh_rng(), "Q6_K", 40, 3))
     after = jnp.full((3, 5), jnp.nan)
-    found = triton_dequantize.dequantize([w], jnp.bfloat16, after=after, interpret=True)
+    found = triton_dequantize.dequantize([w], jnp.bfloat16, after=after)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, jax.jit(dequantize, static_argnums=1)(w, jnp.bfloat16))
 
@@ -43,7 +45,7 @@ def test_rows_are_scaled_so_that_bounds_become_the_largest_number():
     ]
     bounds = [qtensor.row_bounds(w) for w in weights]
     bounds[0] = bounds[0].at[2].set(0).at[4].set(1e-38)  # of rows of zeros, which stay zeros
-    found = triton_dequantize.dequantize(weights, float8.DTYPE, bounds=bounds, interpret=True)
+    found = triton_dequantize.dequantize(weights, float8.DTYPE, bounds=bounds)
     expected = [jax.jit(float8.round_matrix)(w, b) for w, b in zip(weights, bounds, strict=True)]
     expected = np.float32(jnp.concatenate(expected))
     np.testing.assert_allclose(np.float32(found), expected, rtol=1 / 8)  # one step of 3 bits
@@ -66,6 +68,6 @@ def test_rows_of_several_matrices_follow_one_another():
         unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
         for name, rows in (("Q4_K", 5), ("Q6_K", 9), ("Q8_0", 3))
     ]
-    found = triton_dequantize.dequantize(weights, jnp.float32, interpret=True)
+    found = triton_dequantize.dequantize(weights, jnp.float32)
     expected = jnp.concatenate([jax.jit(dequantize)(w) for w in weights])
     np.testing.assert_array_equal(found, expected)

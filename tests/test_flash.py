@@ -8,19 +8,15 @@ from helpers import nmse
 from tiny import fresh_rng
 
 from jaxsplit.cache.contiguous import AttentionCache
-from jaxsplit.context import KernelLaunch
 from jaxsplit.models import AttentionConfig
-from jaxsplit.models.attention import attend
 from jaxsplit.ops.activations import int8
-from jaxsplit.ops.activations.deferred import BLOCK, Late
-from jaxsplit.ops.activations.int8 import Rounding
+from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.attention import triton_flash, triton_softmax
-from jaxsplit.ops.matmul.api import computed
+from jaxsplit.ops.attention.xla import attend
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
 KV_HEADS, GROUP, KEYS = 2, 3, 600
-LAUNCH = KernelLaunch(interpret=True)
 
 
 def inputs(rng, batch, time, head_dim, value_dim, dtype="bfloat16"):
@@ -37,17 +33,18 @@ def inputs(rng, batch, time, head_dim, value_dim, dtype="bfloat16"):
 
 def check(queries, memory, positions, key_positions, config, sinks=None):
     assert triton_flash.supports(queries, memory, config)
-    found = triton_flash.attend(
-        queries, memory, positions, key_positions, config, sinks, launch=LAUNCH
-    )
-    if isinstance(found, Late) and found.shape[-1] % BLOCK == 0:
-        rounded = found.prepared(Rounding(), LAUNCH)
-        rows = jnp.asarray(found.array, jnp.float32).reshape(len(rounded.scale), -1)
+    options = {"config": config, "key_positions": key_positions, "sinks": sinks}
+    inputs = queries, memory, positions
+    found = triton_flash.flash_attention(*inputs, **options).array
+    layouts = (Int8Layout(),)
+    stored = triton_flash.flash_attention(*inputs, **options, layouts=layouts)
+    if stored.layouts:
+        [rounded] = stored.stored
+        rows = jnp.asarray(found, jnp.float32).reshape(len(rounded.scale), -1)
         # Rounded before it is put into 16 bits: halves of a step may fall to either side.
-        assert nmse(rounded.dequantized(), int8.round_rows(rows).dequantized()) <= 2e-4
-    found = computed(found)
+        assert nmse(rounded.dequantized(), int8.quantize_rows(rows).dequantized()) <= 2e-4
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (queries, memory))
-    expected = attend(*exact, positions, key_positions, config, sinks)
+    expected = attend(*exact, positions, **options)
     assert found.dtype == jnp.bfloat16
     assert nmse(found, expected) <= 2e-5
 
@@ -75,7 +72,7 @@ def test_keys_of_8_bits(widths, time):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_bytes_of_pairs(dtype):
     pairs = jnp.arange(-(2**15), 2**15).astype(jnp.int16)
-    found = triton_softmax.unpaired(pairs, jnp.dtype(dtype), LAUNCH)
+    found = triton_softmax.unpaired(pairs, jnp.dtype(dtype))
     expected = np.asarray(pairs).view(np.int8).reshape(-1, 2)
     assert all(x.dtype == dtype for x in found)
     np.testing.assert_array_equal(np.stack(found, axis=1).astype(np.float32), expected)
@@ -96,20 +93,21 @@ def test_padding_is_no_number_that_spreads():
     queries, memory, positions = inputs(fresh_rng(), 1, 70, 16, 16)
     positions = np.where(np.arange(70) < 50, positions, -1)
     config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16)
-    found = computed(triton_flash.attend(queries, memory, positions, None, config, launch=LAUNCH))
+    options = {"config": config}
+    found = triton_flash.flash_attention(queries, memory, positions, **options).array
     assert np.isfinite(np.asarray(found, np.float32)).all()
-    expected = triton_flash.attend(
-        queries[:, :50], memory, positions[:, :50], None, config, launch=LAUNCH
-    )
-    assert nmse(found[:, :50], computed(expected)) <= 1e-10
+    few = queries[:, :50], memory, positions[:, :50]
+    expected = triton_flash.flash_attention(*few, **options).array
+    assert nmse(found[:, :50], expected) <= 1e-10
 
 
 @pytest.mark.parametrize("time", [1, 70])
 def test_sequences_in_any_slots(time):
     queries, memory, positions = inputs(fresh_rng(), 3, time, 16, 16)
     config, slots = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16), jnp.asarray([2, 0])
-    few = queries[:2], memory, positions[:2], None, config, None
-    found = computed(triton_flash.attend(*few, slots, launch=LAUNCH))
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), few[:2])
-    assert nmse(found, attend(*exact, *few[2:], slots)) <= 2e-5
-    assert nmse(found, attend(*exact, *few[2:], slots[::-1])) > 1e-2
+    few = queries[:2], memory, positions[:2]
+    options = {"config": config, "slots": slots}
+    found = triton_flash.flash_attention(*few, **options).array
+    exact = *jax.tree.map(lambda x: x.astype(jnp.float32), few[:2]), few[2]
+    assert nmse(found, attend(*exact, config=config, slots=slots)) <= 2e-5
+    assert nmse(found, attend(*exact, config=config, slots=slots[::-1])) > 1e-2

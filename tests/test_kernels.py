@@ -13,15 +13,18 @@ from jax.extend.core import Literal, jaxprs_in_params
 from tiny import fresh_rng
 
 import jaxsplit
-from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
+from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import Engine
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.ops.activations import int8
-from jaxsplit.ops.activations.deferred import Pending, Sum
-from jaxsplit.ops.activations.int8 import Rounding
+from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.activations.layout import Readers
+from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import float8, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
 from jaxsplit.quant import TYPES, dequantize, unpack, with_words
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 SUPPORTED = {
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -53,7 +56,7 @@ def test_rounding_is_that_of_ggml(rng):
     """The largest magnitude of 32 becomes 127, the others the nearest integers."""
     x = rng.normal(size=(3, 128)).astype(np.float32) * rng.uniform(0, 10, (3, 1))
     x[1, 32:64] = 0
-    rounded = int8.round_rows(x)
+    rounded = int8.quantize_rows(x)
     blocks = np.float64(x).reshape(3, -1, 32)
     scale = np.abs(blocks).max(axis=-1) / 127
     assert np.allclose(rounded.scale, scale, rtol=1e-6)
@@ -65,28 +68,33 @@ def test_compiled_or_not_the_same_codes_are_chosen(rng):
     """Some of a million products are so near to halfway between two codes that it matters whether
     they are rounded before they are added to."""
     x = rng.normal(size=(256, 2**14)).astype(np.float32)
-    compiled = jax.jit(lambda x: int8.round_rows(x).words)(x)
-    assert np.array_equal(compiled, int8.round_rows(jnp.asarray(x)).words)
+    compiled = jax.jit(lambda x: int8.quantize_rows(x).words)(x)
+    assert np.array_equal(compiled, int8.quantize_rows(jnp.asarray(x)).words)
 
 
 @pytest.mark.parametrize("apart", [1, 2, 4, 8])
 def test_slices_that_threads_read_at_once_lie_in_all_banks(rng, apart):
     first = 8 * apart * rng.integers(0, 1000) + rng.integers(0, apart)
     slices = first + apart * np.arange(8)
-    places = int8.place_of(slices)
+    places = int8.bank_swizzle(slices)
     assert sorted(places % 8) == list(range(8))
-    assert np.array_equal(int8.place_of(places), slices)
+    assert np.array_equal(int8.bank_swizzle(places), slices)
 
 
-def test_a_sum_is_kept_by_the_kernel_that_reads_it(rng):
+def stored(function, operands, **options):
+    """Rows that the kernel computes and quantizes."""
+    return store_rows(function, operands, Readers((Int8Layout(),), xla=False), **options)
+
+
+def test_the_kernel_that_quantizes_rows_adds_them_up_first(rng):
     stream, *addends = rng.normal(size=(4, 3, 1, 96)).astype(np.float32)
-    total = Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(addends))
-    expected = np.float64(total.stream) + np.sum(np.float64(addends), axis=0)
-    pending = Pending(lambda x: x, (total,), jnp.bfloat16)
-    rounded = pending.prepared(Rounding(), KernelLaunch(interpret=True))
-    assert nmse(total.array, expected) <= 2e-5
-    exact = int8.round_rows(total.array[:, 0])
-    there = int8.place_of(np.arange(96 // int8.SLICE))
+    stream = jnp.asarray(stream, jnp.bfloat16)
+    expected = np.float64(stream) + np.sum(np.float64(addends), axis=0)
+    addend = jnp.asarray(addends), None, None
+    [rounded], _, total = stored(lambda x: x, (stream,), addend=addend)
+    assert nmse(total, expected) <= 2e-5
+    exact = int8.quantize_rows(total[:, 0])
+    there = int8.bank_swizzle(np.arange(96 // int8.SLICE))
     words = [np.reshape(x.words, (3, -1, int8.SLICE // 4))[:, there] for x in (rounded, exact)]
     assert np.array_equal(*words)
 
@@ -96,13 +104,11 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     """The same as computing, dividing and rounding them one after the other."""
     x, scale = rng.normal(size=(2, 3, 1344)).astype(np.float32), rng.uniform(0.5, 2, 1344)
     operands = (jnp.asarray(x), jnp.asarray(scale, jnp.float32))
-    pending = Pending(jnp.multiply, operands, jnp.float32, epsilon, 1400)
-    rounded = pending.prepared(Rounding(), KernelLaunch(interpret=True))
+    [rounded], *_ = stored(jnp.multiply, operands, norm=epsilon and (epsilon, 1400))
     exact = np.float64(x) * np.float32(scale)
     if epsilon:
         exact /= np.sqrt((np.float64(x) ** 2).sum(axis=-1, keepdims=True) / 1400 + epsilon)
-    assert nmse(pending.array, exact) <= 1e-12
-    expected = int8.round_rows(jnp.asarray(exact.reshape(6, -1), jnp.float32))
+    expected = int8.quantize_rows(jnp.asarray(exact.reshape(6, -1), jnp.float32))
     assert nmse(rounded.dequantized(), expected.dequantized()) <= 1e-6
     assert 1e-7 < nmse(rounded.dequantized(), exact.reshape(6, -1)) < 1e-4
 
@@ -122,9 +128,9 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
 def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
     matrices = [matrix(rng, name, 7 + i, columns) for i, name in enumerate(names)]
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
-    pending = Pending(lambda x: x, (x,), jnp.float32, 1e-6, columns)
-    for rounded in (int8.round_rows(x), pending.prepared(Rounding(), KernelLaunch(interpret=True))):
-        results = triton_gemv_int8.products(rounded, matrices, interpret=True)
+    [normalized], *_ = stored(lambda x: x, (x,), norm=(1e-6, columns))
+    for rounded in (int8.quantize_rows(x), normalized):
+        results = triton_gemv_int8.products(rounded, matrices)
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
             assert nmse(y, expected) <= 1e-10
@@ -141,8 +147,8 @@ def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
     ]
     x = jnp.asarray(rng.normal(size=(2, 512)), jnp.float32)
     experts = jnp.asarray(rng.integers(0, 3, 2 * used), jnp.int32)
-    rounded = int8.round_rows(x)
-    results = triton_gemv_int8.products(rounded, stacks, experts=experts, interpret=True)
+    rounded = int8.quantize_rows(x)
+    results = triton_gemv_int8.products(rounded, stacks, experts=experts)
     for y, stack in zip(results, stacks, strict=True):
         dense = np.float64(dequantize(stack))[np.asarray(experts)]
         rows = np.repeat(np.float64(rounded.dequantized()), used, axis=0)
@@ -155,7 +161,7 @@ def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     x = rng.normal(size=(rows, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    [expected] = triton_gemv_int8.products(int8.round_rows(x), [w], interpret=True)
+    [expected] = triton_gemv_int8.products(int8.quantize_rows(x), [w])
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
     assert nmse(y, exact) > 1e-7
@@ -184,13 +190,13 @@ def test_rounded_activations_change_a_model_little(load, recipe_gguf):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("options", [{}, {"devices": 2}])
-def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, options):
+def test_a_model_with_kernels_is_the_one_without(recipe_gguf, options):
     path, texts = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, (3, 5)).tolist()
     options |= {"dtype": "float32", "ctx_size": 64, "activations": "int8"}
 
-    def run() -> tuple[np.ndarray, list[list[int]]]:
+    def run(kernels: str) -> tuple[np.ndarray, list[list[int]]]:
         """Logits token by token, and what greedy steps choose after each text."""
-        lm = jaxsplit.load(path, **options)
+        lm = jaxsplit.load(path, kernels=kernels, **options)
         logits = np.concatenate([lm.logits(text, one_by_one=True) for text in texts])
         return logits, [chosen(lm.engine, text) for text in texts]
 
@@ -200,10 +206,8 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
             engine.step()
         return engine.read(engine.tokens())[0].tolist()
 
-    plain, plain_choice = run()
-    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
-    logits, choice = run()
+    plain, plain_choice = run("xla")
+    logits, choice = run("interpret")
     errors = [nmse(*of_token) for of_token in zip(logits, plain, strict=True)]
     # Where the last bits of sums differ, an activation may be rounded to the other side: that is
     # seen in this token and, a little, in those after it, but not in other texts.
@@ -214,18 +218,17 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, monkeypatch, optio
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("options", [{"split_mode": "none"}, {"devices": 2}])
-def test_single_tokens_of_a_mixture_with_kernels(recipe_gguf, monkeypatch, options):
+def test_single_tokens_of_a_mixture_with_kernels(recipe_gguf, options):
     path, texts = recipe_gguf("qwen3moe", Q8_0), fresh_rng().integers(0, 160, (4, 6)).tolist()
 
-    def logits(activations):
-        lm = jaxsplit.load(path, ctx_size=64, dtype="float32", activations=activations, **options)
+    def logits(**kernels):
+        lm = jaxsplit.load(path, ctx_size=64, dtype="float32", **kernels, **options)
         return np.concatenate([lm.logits(text, one_by_one=True) for text in texts])
 
-    exact = logits("float")
-    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
+    exact = logits(activations="float")
+    rounded = logits(activations="int8", kernels="interpret")
     # Of most tokens: an undecided router may choose another expert.
-    errors = [nmse(*of) for of in zip(logits("int8"), exact, strict=True)]
+    errors = [nmse(*of) for of in zip(rounded, exact, strict=True)]
     assert 1e-7 < np.median(errors) < 3e-3, errors
 
 
@@ -236,19 +239,16 @@ def test_single_tokens_of_a_mixture_with_kernels(recipe_gguf, monkeypatch, optio
     [(9, {"split_mode": "none"}), (70, {"split_mode": "none"}), (9, {"devices": 2})],
     ids=["tiles", "dequantized", "tiles on two devices"],
 )
-def test_prompts_with_kernels_are_as_exact_as_those_without(
-    recipe_gguf, monkeypatch, source, count, options
-):
+def test_prompts_with_kernels_are_as_exact_as_those_without(recipe_gguf, source, count, options):
     path, texts = recipe_gguf(source, Q8_0), fresh_rng().integers(0, 160, (5, count)).tolist()
 
-    def logits(dtype):
-        lm = jaxsplit.load(path, dtype=dtype, ctx_size=128, activations="float", **options)
+    def logits(dtype, kernels="xla"):
+        same = {"ctx_size": 128, "activations": "float", **options}
+        lm = jaxsplit.load(path, dtype=dtype, kernels=kernels, **same)
         return np.concatenate([lm.logits(text) for text in texts])
 
     exact, plain = logits("float32"), logits("bfloat16")
-    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
-    kernel = logits("bfloat16")
+    kernel = logits("bfloat16", "interpret")
     # Of most tokens: an undecided router may choose another expert for one of them, which those
     # after it in the text see.
     errors = [np.median([nmse(*of) for of in zip(x, exact, strict=True)]) for x in (kernel, plain)]
@@ -257,21 +257,19 @@ def test_prompts_with_kernels_are_as_exact_as_those_without(
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_devices_send_products_with_plain_matrices(recipe_gguf, monkeypatch):
+def test_devices_send_products_with_plain_matrices(recipe_gguf):
     path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, 15).tolist()
 
-    def load(dtype):
+    def load(dtype, kernels="xla"):
         options = {"ctx_size": 128, "devices": 2, "weights": "bfloat16"}
-        return jaxsplit.load(path, dtype=dtype, **options)
+        return jaxsplit.load(path, dtype=dtype, kernels=kernels, **options)
 
     exact, plain = (
         load(dtype).logits(tokens, one_by_one=True) for dtype in ("float32", "bfloat16")
     )
-    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(interpret=True))
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
-    lm = load("bfloat16")
+    lm = load("bfloat16", "interpret")
     (step,) = lm.engine.trace_step(jaxsplit.SamplingConfig(temperature=0.0))
-    assert "plain_products" in str(step.jaxpr)
+    assert "gemv_bf16" in str(step.jaxpr)
     kernel = lm.logits(tokens, one_by_one=True)
     errors = [np.median([nmse(*of) for of in zip(x, exact, strict=True)]) for x in (kernel, plain)]
     assert errors[0] <= 5e-3, errors
@@ -284,7 +282,7 @@ def test_many_rows_are_multiplied_in_8_bit_floating_point(rng, kernels):
     plain = jnp.asarray(rng.normal(size=(6, 768)), jnp.float32)
     sizes = 10.0 ** rng.uniform(-6, 6, (70, 1))  # of rows, of which one is nearly of zeros
     x = jnp.asarray(rng.normal(size=(70, 768)) * sizes, jnp.float32).at[3].set(1e-38)
-    policy = MatmulPolicy(float8=True, kernels=kernels, launch=KernelLaunch(interpret=True))
+    policy = MatmulPolicy(float8=True, kernels=kernels, interpret=True)
     with forward_context(policy=policy):
         *ys, exact = matmuls(x, [*weights, plain])
         few = matmuls(x[:3], weights)
@@ -329,11 +327,22 @@ def test_what_devices_can_do(platform, found, capability, multiplies):
     assert float8.supported_by(device) == multiplies
 
 
+def live(jaxpr):
+    """The operations whose results are used; XLA drops the others."""
+    used = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or used & set(eqn.outvars):
+            used |= {v for v in eqn.invars if not isinstance(v, Literal)}
+            kept.append(eqn)
+    return reversed(kept)
+
+
 def early_readers(jaxpr):
     """What reads results of kernels that let the next one begin: names of operations, and whether
     the kernel has certainly ended, since they also read what a kernel made of its results."""
     source, ended = {}, {}  # of each value: the kernel it comes from, and those that have ended
-    for number, eqn in enumerate(jaxpr.eqns):
+    for number, eqn in enumerate(live(jaxpr)):
         name = eqn.primitive.name
         inputs = [v for v in eqn.invars if not isinstance(v, Literal)]
         read = {source[v] for v in inputs if v in source}
@@ -358,7 +367,7 @@ def early_readers(jaxpr):
     ids=["llama", "qwen3moe", "gemma2", "llama4"],
 )
 def test_only_kernels_begin_before_what_they_read_has_ended(recipe_gguf, monkeypatch, name):
-    policy = MatmulPolicy(kernels=True, launch=KernelLaunch(pdl=True))
+    policy = MatmulPolicy(kernels=True, pdl=True)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: policy)
     options = {"dtype": "bfloat16", "activations": "int8", "split_mode": "none", "ctx_size": 1024}
     lm = jaxsplit.load(recipe_gguf(name, Q8_0), **options)

@@ -14,27 +14,27 @@ from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.architectures import model_config
-from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
+from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine.runner import compiler_options
 from jaxsplit.formats import open_gguf
 from jaxsplit.models import MLPConfig, MoE, MoEConfig
-from jaxsplit.models.layers import Norm, meet
-from jaxsplit.models.router import choose, choose_in_kernel
-from jaxsplit.ops.activations.deferred import RootMeanSquare
+from jaxsplit.models.layers import Norm, add_norm
+from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, RMSStatistics
+from jaxsplit.ops.moe import router, triton_router
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.plan.cost import trace_decode
 from jaxsplit.quant import TYPES, QTensor, dequantize, unpack
 from jaxsplit.sharding import make_partition
 
 EMBED = 64
-BASE = MoEConfig(experts=8, used=3, expert=MLPConfig(48))
+BASE = MoEConfig(experts=8, top_k=3, expert=MLPConfig(48))
 MIXTURES = {
     "softmax": BASE,
     "normalized": dataclasses.replace(BASE, normalize=True, scale=1.5),
     "of the chosen": dataclasses.replace(
         BASE,
         expert=MLPConfig(48, "clamped_swiglu", bias=True),
-        routing="chosen_softmax",
+        routing="softmax_after_topk",
         router_bias=True,
     ),
     "in groups": dataclasses.replace(
@@ -50,14 +50,14 @@ MIXTURES = {
     "weighed first": dataclasses.replace(
         BASE,
         expert=MLPConfig(48, bias=True),
-        used=2,
+        top_k=2,
         routing="sigmoid",
-        weigh_input=True,
+        apply_router_weight_on_input=True,
         shared=MLPConfig(48),
     ),
     "gate of the shared": dataclasses.replace(BASE, shared=MLPConfig(40), shared_gate=True),
     "plain": dataclasses.replace(
-        BASE, expert=MLPConfig(48, "gelu_tanh", gated=False), used=8, expert_scale=True
+        BASE, expert=MLPConfig(48, "gelu_tanh", gated=False), top_k=8, expert_scale=True
     ),
 }
 
@@ -122,22 +122,22 @@ def reference(config, params, x):
         if c.groups > 1:
             best = np.sort(groups)[:, -2:].sum(1)
             groups[np.argsort(best)[: -c.used_groups]] = -np.inf
-        chosen = np.argsort(groups.reshape(-1))[-c.used :]
+        chosen = np.argsort(groups.reshape(-1))[-c.top_k :]
         weights = scores[chosen]
-        if c.routing == "chosen_softmax":
+        if c.routing == "softmax_after_topk":
             weights = softmax(weights)
         if c.normalize:
             weights = weights / weights.sum()
         y = 0
         for weight, e in zip(weights * c.scale, chosen, strict=True):
-            read = x * weight if c.weigh_input else x
+            read = x * weight if c.apply_router_weight_on_input else x
             up, gate = part("experts.up", read, e), part("experts.gate", read, e)
             out = part("experts.down", activated(c.expert.activation, up, gate), e)
             if c.expert.bias:
                 out = out + p["experts.down_bias"][e]
             if c.expert_scale:
                 out = out * p["expert_scale"][e]
-            y = y + (out if c.weigh_input else out * weight)
+            y = y + (out if c.apply_router_weight_on_input else out * weight)
         if c.shared is not None:
             units = activated("silu", part("shared.up", x), part("shared.gate", x))
             shared = part("shared.down", units)
@@ -147,17 +147,16 @@ def reference(config, params, x):
     return np.stack([token(row) for row in np.float64(x)])
 
 
-def output(parts):
-    """The sum of a mixture's parts."""
-    biases = [part.bias for part in parts if part.bias is not None]
-    return sum([part.value for part in parts] + biases)
+def output(model, x, *others):
+    """What a mixture makes of an array, float32."""
+    return model(Activations(x), *others).all_reduce(jnp.float32)
 
 
 def check(config, model, x, limit=1e-11):
     """All tokens of a sequence, and each token a sequence of its own, as in a decode step."""
     expected = reference(config, params_of(model), x)
     for shape in {x.shape, (len(x), 1, x.shape[1])}:
-        y = jax.jit(lambda x: output(model(x)))(x.reshape(shape))
+        y = jax.jit(lambda x: output(model, x))(x.reshape(shape))
         assert nmse(y.reshape(x.shape), expected) < limit
 
 
@@ -174,17 +173,16 @@ def test_a_mixture_equals_numpy(rng, name, tokens):
 
 @pytest.mark.parametrize("experts", [8, 100])
 @pytest.mark.parametrize("name", [name for name, c in MIXTURES.items() if c.groups == 1])
-def test_a_kernel_chooses_the_same_experts(rng, name, experts):
+def test_a_kernel_chooses_the_same_experts(rng, interpreter, name, experts):
     config = dataclasses.replace(MIXTURES[name], experts=experts, selection_bias=True)
     logits = rng.normal(size=(5, 1, experts)).astype(np.float32)
     bias, scale = rng.uniform(0, 1, (2, experts)).astype(np.float32)
     logits[2:, :, ::2] = logits[2:, :, 1::2]  # ties, but for the bias
-    mean = RootMeanSquare(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
-    launch = KernelLaunch(interpret=True)
-    for vectors, by in (((None, None), None), ((bias, scale), mean)):
+    rms = RMSStatistics(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
+    for vectors, by in (((None, None), None), ((bias, scale), rms)):
         divided = logits if by is None else logits * np.asarray(by.inverse)[:, None, None]
-        expected = choose(jnp.asarray(divided), config, *vectors)
-        found = choose_in_kernel(jnp.asarray(logits), config, *vectors, mean=by, launch=launch)
+        expected = router.topk_experts(jnp.asarray(divided), config, *vectors)
+        found = triton_router.topk_experts(jnp.asarray(logits), config, *vectors, rms=by)
         assert np.array_equal(found[0], expected[0])
         assert np.allclose(found[1], expected[1], rtol=1e-6)
 
@@ -200,18 +198,18 @@ def test_all_tokens_may_choose_the_same_experts(rng, quick_compilation):
 def test_the_router_may_read_something_else(rng):
     model = random_moe(BASE, rng)
     x, other = jnp.asarray(rng.normal(size=(2, 4, EMBED)), jnp.float32)
-    chosen, weights = model.route(other)
-    expected = model.experts(x, chosen, weights).value
-    assert nmse(output(model(x, other)), expected) < 1e-12
-    assert nmse(output(model(x)), expected) > 1e-3
+    topk_ids, weights = model.route(Activations(other))
+    expected = model.experts(Activations(x), topk_ids, weights).local_sum
+    assert nmse(output(model, x, other), expected) < 1e-12
+    assert nmse(output(model, x), expected) > 1e-3
 
 
 def test_half_precision_is_summed_in_single(rng):
     model = random_moe(BASE, rng)
     x = jnp.asarray(rng.normal(size=(40, EMBED)), jnp.bfloat16)
-    (part,) = model(x)
-    assert part.value.dtype == jnp.float32
-    assert nmse(part.value, reference(BASE, params_of(model), x)) < 1e-4
+    y = model(Activations(x)).local_sum
+    assert y.dtype == jnp.float32
+    assert nmse(y, reference(BASE, params_of(model), x)) < 1e-4
 
 
 # Quantized stacks
@@ -260,33 +258,34 @@ def test_kernels_multiply_with_chosen_experts(rng, change, rows):
     x = jnp.asarray(rng.normal(size=(rows, 1, 64)) * 4, jnp.float32)
     norm = Norm(NormConfig(), 64)
     norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 1, 64), jnp.float32))
-    exact = meet(model(norm(x)), x.dtype)
-    with forward_context(
-        policy=MatmulPolicy(
-            int8_activations=True, kernels=True, launch=KernelLaunch(interpret=True)
-        )
-    ):
-        found = meet(model(norm.pending(x)), x.dtype)
+
+    def run(readers):
+        rows, _ = add_norm(None, x, norm, readers)
+        return model(rows).all_reduce(x.dtype)
+
+    exact = run(XLA_ONLY)
+    with forward_context(policy=MatmulPolicy(int8_activations=True, kernels=True, interpret=True)):
+        found = run(model.readers(x))
     assert 1e-8 < nmse(found, exact) < 2e-3
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("Q8_0", 1), ("Q4_K", 1), ("Q8_0", 128), ("F32", 1)])
 def test_one_expert_at_a_time_is_dequantized(rng, kind, tokens):
     embed, hidden = 512, 512
-    config = dataclasses.replace(BASE, experts=16, used=2, expert=MLPConfig(hidden))
+    config = dataclasses.replace(BASE, experts=16, top_k=2, expert=MLPConfig(hidden))
     model = (
         random_moe(config, rng, embed) if kind == "F32" else quantized_moe(rng, kind, config, embed)
     )
     graph, state = nnx.split(model)
 
     def run(state, x):
-        return nnx.merge(graph, state)(x)[0].value
+        return nnx.merge(graph, state)(Activations(x)).local_sum
 
     x = jax.ShapeDtypeStruct((tokens, embed), jnp.float32)
     program = jax.jit(run, compiler_options=compiler_options("cpu", decode=tokens == 1))
     memory = program.lower(state, x).compile().memory_analysis()
     matrix = 4 * embed * hidden
-    rows = 4 * tokens * (2 * embed + 3 * config.used * hidden)
+    rows = 4 * tokens * (2 * embed + 3 * config.top_k * hidden)
     assert memory.temp_size_in_bytes < (2.2 if tokens > 1 or kind == "F32" else 0.6) * matrix + rows
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import fresh_rng
 
-from jaxsplit.models.mlp import ACTIVATIONS, activate
-from jaxsplit.ops.activations.int8 import largest_magnitude, round_rows
+from jaxsplit.ops.activations.functions import ACTIVATIONS, activate
+from jaxsplit.ops.activations.int8 import largest_magnitude, quantize_rows
 
 HIDING = {"max", "min", "clamp", "reduce_max", "reduce_min"}
 
@@ -41,14 +41,14 @@ def test_activations_keep_nan(name):
 
 def test_rounding_to_8_bits_keeps_nan():
     x = fresh_rng().normal(size=(2, 256)).astype(np.float32)
-    whole = np.asarray(round_rows(x).dequantized())
-    assert "reduce_max" not in set(primitives(jax.make_jaxpr(round_rows)(x).jaxpr))
+    whole = np.asarray(quantize_rows(x).dequantized())
+    assert "reduce_max" not in set(primitives(jax.make_jaxpr(quantize_rows)(x).jaxpr))
     for value in (np.nan, np.copysign(np.float32(np.nan), np.float32(-1)), np.inf):
         broken = x.copy()
         broken[1, 77] = value
-        found = np.array(round_rows(broken).dequantized())
+        found = np.array(quantize_rows(broken).dequantized())
         assert not np.isfinite(found[1, 64:96]).any()
-        whole = np.asarray(round_rows(x).dequantized())
+        whole = np.asarray(quantize_rows(x).dequantized())
         assert np.array_equal(
             np.delete(found[1], range(64, 96)), np.delete(whole[1], range(64, 96))
         )

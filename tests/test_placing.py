@@ -10,9 +10,9 @@ from tiny import fresh_rng
 from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
-from jaxsplit.ops.attention import triton_rope_cache_update
+from jaxsplit.ops.attention import triton_rope_cache_update, xla
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, LENGTH = 12, 6, 24, 20, 50
 CHOICES = {
@@ -60,19 +60,14 @@ def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
         assert not triton_rope_cache_update.supports(config, batch, cache, jnp.bfloat16)
         return
     assert triton_rope_cache_update.supports(config, batch, cache, jnp.bfloat16)
-    scales = module.norm_scales
-    queries, found = triton_rope_cache_update.place(
-        query, key, value, batch, cache, config, scales, interpret=True
+    options = {"config": config, "params": module.params}
+    queries, found = triton_rope_cache_update.rope_cache_update(
+        query, key, value, batch, cache, **options
     )
     exact = [x.astype(jnp.float32) for x in (query, key, value)]
-    expected = module._queries(exact[0], batch)
+    expected, new, *_ = xla.rope_cache_update(*exact, batch, None, **options)
     assert queries.dtype == jnp.bfloat16
     assert nmse(queries, expected) <= 1e-5
-    new = AttentionCache.of(
-        module._heads(exact[1], WIDTH, module.key_norm, batch),
-        module._heads(exact[2], VALUE_WIDTH, None),
-        jnp.float32,
-    )
     sequence, token = np.nonzero(positions >= 0)
     rows = np.asarray(batch.rows)[sequence]
     places = positions[sequence, token] % LENGTH

@@ -6,13 +6,11 @@ import pytest
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.context import KernelLaunch
-from jaxsplit.ops.activations.deferred import Pending, Plain, as_late
+from jaxsplit.ops.activations.layout import PlainLayout, Readers
+from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_gemv_bf16
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-LAUNCH = KernelLaunch(interpret=True)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
 
 @pytest.fixture
@@ -31,13 +29,13 @@ def test_a_row_is_multiplied_with_several_matrices(rng, columns, scaled):
     matrices = [matrix(rng, rows, columns) for rows in (9, 33)]
     assert all(triton_gemv_bf16.supports(w, jnp.bfloat16) for w in matrices)
     x = jnp.asarray(rng.normal(size=(1, 1, columns)), jnp.bfloat16)
-    late, divisor = as_late(x), 1.0
+    norm, divisor = None, 0.5
     if scaled:
-        late = Pending(lambda x: 2 * x, (x,), jnp.bfloat16, epsilon=0.5, size=columns)
-        divisor = 0.5 * np.sqrt((np.float64(x) ** 2).mean() + 0.5)
-    row = late.prepared(Plain(jnp.bfloat16), LAUNCH)
+        norm, divisor = (0.5, columns), 0.5 * np.sqrt((np.float64(x) ** 2).mean() + 0.5)
+    layouts = (PlainLayout(jnp.bfloat16),)
+    [row], *_ = store_rows(lambda x: 2 * x, (x,), Readers(layouts, xla=False), norm=norm)
     tiling = triton_gemv_bf16.Tiling(columns=512)
-    results = triton_gemv_bf16.products(row, matrices, tiling=tiling, interpret=True)
+    results = triton_gemv_bf16.products(row, matrices, tiling=tiling)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, np.float64(x)[0] @ np.float64(w).T / divisor) <= 1e-11
 

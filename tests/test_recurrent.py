@@ -27,6 +27,7 @@ from jaxsplit.models import (
     ShortConvConfig,
 )
 from jaxsplit.models.decoder import MODULES
+from jaxsplit.ops.activations.layout import Activations
 from jaxsplit.plan.cost import trace_decode
 from jaxsplit.sharding import grouped_heads, make_partition
 from jaxsplit.weights import abstract_decoder, parameters
@@ -69,8 +70,8 @@ def make(name, rng):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph, state, x, positions, cache, slots):
-    (part,), cache = nnx.merge(graph, state)(x, Batch(positions, slots), cache)
-    return part.value, cache
+    y, cache = nnx.merge(graph, state)(Activations(x), Batch(positions, slots), cache)
+    return y.local_sum, cache
 
 
 def run(module, x, positions=None, cache=None, slots=None):

@@ -11,13 +11,14 @@ from blocks import usual_blocks
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.context import KernelLaunch
-from jaxsplit.ops.activations.deferred import Pending, Sum
-from jaxsplit.ops.activations.packed import pieces_of
+from jaxsplit.context import MatmulPolicy, forward_context
+from jaxsplit.ops.activations.layout import Readers
+from jaxsplit.ops.activations.packed import PackedLayout, pieces_of
+from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_small_m_gemm
 from jaxsplit.quant import TYPES, dequantize, qtensor, unpack, with_words
 
-LAUNCH = KernelLaunch(interpret=True)
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.fixture
@@ -47,6 +48,16 @@ def product(x, w):
     return y
 
 
+def readers(matrices):
+    return Readers((PackedLayout.of(matrices),), xla=False)
+
+
+def multiply(x, matrices, **options):
+    """The kernel's products with rows that another kernel has stored."""
+    [rows], *_ = store_rows(lambda x: x, (x,), readers(matrices))
+    return triton_small_m_gemm.products(rows, matrices, **options)
+
+
 def activations(rng, rows, columns):
     return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
 
@@ -65,7 +76,7 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     matrices = [matrix(rng, name, 70 + i, columns) for i, name in enumerate(names)]
     assert all(triton_small_m_gemm.supports(w, jnp.bfloat16) for w in matrices)
     x = activations(rng, rows, columns)
-    results = triton_small_m_gemm.products(x, matrices, parts=parts, launch=LAUNCH)
+    results = multiply(x, matrices, parts=parts)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, product(x, w)) <= 1e-10
         assert (
@@ -90,10 +101,10 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
         piece, byte = divmod(place, 2)
         planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in form.bits]
         shifts = [piece * per_chunk * 16 // (form.chunk * bits) * bits for bits in form.bits]
-        made, expected = (
-            triton_small_m_gemm._scaled(planes, shifts, byte, form, scale, interpret)
-            for interpret in (False, True)
-        )
+        arguments = planes, shifts, byte, form, scale
+        expected = triton_small_m_gemm._scaled(*arguments)
+        with forward_context(policy=MatmulPolicy(kernels=True)):
+            made = triton_small_m_gemm._scaled(*arguments)
         assert np.count_nonzero(expected) > 100
         np.testing.assert_array_equal(made, expected)
 
@@ -109,7 +120,7 @@ def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
     w = with_words(unpack(name, raw, granule=granule, part=np.arange(7) % (256 // granule)))
     assert w.super_scale.shape[-1] == 7
     x = activations(rng, rows, w.shape[-1])
-    [y] = triton_small_m_gemm.products(x, [w], parts=1, launch=LAUNCH)
+    [y] = multiply(x, [w], parts=1)
     assert nmse(y, product(x, w)) <= 1e-10
 
 
@@ -117,14 +128,18 @@ def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
 def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
     stream, *terms = rng.normal(size=(3, 2, 3, 1280)).astype(np.float32)
     scale = rng.uniform(0.5, 2, 1280).astype(np.float32)
-    total = Sum(jnp.asarray(stream, jnp.bfloat16), jnp.asarray(terms))
-    operands = (total, jnp.asarray(scale))
-    x = Pending(jnp.multiply, operands, jnp.bfloat16, epsilon=0.5, size=1500)
     matrices = [matrix(rng, name, 40, 1280) for name in ("Q4_K", "Q6_K", "Q4_1")]
-    results = triton_small_m_gemm.products(x, matrices, launch=LAUNCH)
+    [rows], _, total = store_rows(
+        jnp.multiply,
+        (jnp.asarray(stream, jnp.bfloat16), jnp.asarray(scale)),
+        readers(matrices),
+        addend=(jnp.asarray(terms), None, None),
+        norm=(0.5, 1500),
+    )
+    results = triton_small_m_gemm.products(rows, matrices)
     added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
-    assert nmse(total.array, added) <= 1e-5
-    added = np.float64(total.array).reshape(6, -1)
+    assert nmse(total, added) <= 1e-5
+    added = np.float64(total).reshape(6, -1)
     root = np.sqrt((added**2).sum(axis=-1, keepdims=True) / 1500 + 0.5)
     for y, w in zip(results, matrices, strict=True):
         # Rows are divided after they were multiplied, so that they are rounded before it.
@@ -136,7 +151,7 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
 def test_parts_are_left_to_be_added_up(rng):
     matrices = [matrix(rng, name, rows, 1280) for name, rows in (("Q4_K", 40), ("Q8_0", 33))]
     x = activations(rng, 5, 1280)
-    results = triton_small_m_gemm.products(x, matrices, joined=False, launch=LAUNCH)
+    results = multiply(x, matrices, joined=False)
     for y, w in zip(results, matrices, strict=True):
         assert y.shape == (3, 5, len(w.scale))
         assert y.dtype == jnp.float32
@@ -159,10 +174,10 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
     read = rng.integers(0, 9, (4, 8))
     of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, first, stop
     matrix_, first, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
-    groups = triton_small_m_gemm.Groups(
+    groups = triton_small_m_gemm.GroupedGemmInfo(
         *map(jnp.asarray, (matrix_, first, stop, np.int32(read), np.int32(len(of_group))))
     )
-    results = triton_small_m_gemm.products(x, stacks, groups=groups, results=12, launch=LAUNCH)
+    results = multiply(x, stacks, groups=groups, results=12)
     for y, stack in zip(results, stacks, strict=True):
         expected = [
             product(x[read[i, : stop - first]], jax.tree.map(lambda planes, m=m: planes[m], stack))

@@ -8,13 +8,12 @@ from helpers import nmse
 from tiny import fresh_rng
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
-from jaxsplit.context import KernelLaunch
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
-from jaxsplit.models.attention import Attention, attend, recall
-from jaxsplit.ops.activations.int8 import Rounding
-from jaxsplit.ops.attention import triton_decode
+from jaxsplit.models.attention import Attention
+from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.attention import triton_decode, xla
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 32
 CHOICES = {
@@ -32,9 +31,11 @@ CHOICES = {
 
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("reader", [None, Rounding()], ids=["array", "rounded"])
+@pytest.mark.parametrize("layouts", [(), (Int8Layout(),)], ids=["array", "int8"])
 @pytest.mark.parametrize(("at_once", "splits"), [(256, 4), (7, 2)], ids=["few", "many"])
-def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reader, at_once, splits):
+def test_a_token_reads_those_before_it_and_itself(
+    monkeypatch, name, kept, layouts, at_once, splits
+):
     monkeypatch.setattr(triton_decode, "_AT_ONCE", at_once)
     monkeypatch.setattr(triton_decode, "_PROGRAMS", 4 * KV_HEADS * splits)
     rng, choice = fresh_rng(), CHOICES[name]
@@ -43,7 +44,8 @@ def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reade
     module = Attention(config, 64, rngs=nnx.Rngs(0))
     if module.query_norm is not None:
         module.query_norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 2, WIDTH), jnp.float32))
-    sinks = jnp.asarray(rng.normal(size=HEADS), jnp.float32) if config.sinks else None
+    if config.sinks:
+        module.sinks.set_value(jnp.asarray(rng.normal(size=HEADS), jnp.float32))
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
@@ -54,27 +56,28 @@ def test_a_token_reads_those_before_it_and_itself(monkeypatch, name, kept, reade
     query, key, value = (normal(2, 4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
     cache = AttentionCache.of(*(normal(5, length, KV_HEADS, WIDTH) for _ in range(2)), kept)
     assert triton_decode.supports(config, batch, cache, query[0])
-    rows, found = triton_decode.attend(
+    options = {"config": config, "params": module.params}
+    rows, found = triton_decode.decode_attention(
         query,
         key,
         value,
         batch,
         cache,
-        config,
-        module.norm_scales,
-        sinks,
+        **options,
         dtype=jnp.bfloat16,
-        reader=reader,
-        launch=KernelLaunch(interpret=True),
+        layouts=layouts,
     )
     exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
-    queries = module._queries(exact[0], batch).reshape(4, 1, KV_HEADS, -1, WIDTH)
-    keys = module._heads(exact[1], WIDTH, module.key_norm, batch)
-    values = module._heads(exact[2], WIDTH, None)
-    memory, key_positions, expected = recall(keys, values, batch, cache, config.window)
-    y = attend(queries, memory, batch.positions, key_positions, config, sinks)
-    if reader is not None:
-        rows = rows.prepared(reader, KernelLaunch()).dequantized().reshape(y.shape)
+    queries, kv, key_positions, expected = xla.rope_cache_update(*exact, batch, cache, **options)
+    y = xla.attend(
+        queries.reshape(4, 1, KV_HEADS, -1, WIDTH),
+        kv,
+        batch.positions,
+        config=config,
+        key_positions=key_positions,
+        sinks=module.params.sinks,
+    )
+    rows = rows.stored[0].dequantized().reshape(y.shape) if layouts else rows.array
     for row in range(3):
         # Rounding to 8 bits alone is 1e-5 of normal numbers.
         assert nmse(rows[row].astype(jnp.float32), y[row]) <= 1e-4, row

@@ -15,7 +15,7 @@ from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.norm.spec import NormConfig
 
-_ROUTINGS = {1: "softmax", 2: "sigmoid", 3: "chosen_softmax"}
+_ROUTINGS = {1: "softmax", 2: "sigmoid", 3: "softmax_after_topk"}
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _POSITIONS = 2**31 - 1

@@ -24,7 +24,7 @@ def _gpt_oss(header: Header) -> ModelConfig:
             {"sinks": True}
             | ({"rope": local_rope, "window": window} if local[layer] else {"rope": rope})
         ),
-        experts={"routing": "chosen_softmax"},
+        experts={"routing": "softmax_after_topk"},
     )
 
 
@@ -45,7 +45,7 @@ def _llama4(header: Header) -> ModelConfig:
             return chunk | {"rope": None, "temperature": (0.1, 8192, 1)}
         return turning | chunk | {"rope": local_rope if local[layer] else rope}
 
-    experts = {"routing": "sigmoid", "weigh_input": True}
+    experts = {"routing": "sigmoid", "apply_router_weight_on_input": True}
     return decoder(header, interleaved=True, attention=attention, experts=experts)
 
 

@@ -94,7 +94,7 @@ def _qkv(end: str) -> dict[str, list[str | Rows]]:
 def _halves(block: BlockConfig) -> tuple[int, list[int]]:
     """Rows of gates and of the others where each expert has both."""
     moe = getattr(block.mlp, "moe", block.mlp)
-    return moe.experts, [moe.expert.hidden] * 2
+    return moe.experts, [moe.expert.intermediate_size] * 2
 
 
 NAMES: Names = {

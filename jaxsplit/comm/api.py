@@ -15,7 +15,8 @@ from jaxsplit.sharding.axes import Axis
 
 
 def peers_over(size: int, *axes: Axis) -> Peers | None:
-    """The peers, if it is they who split some axes and they can exchange so few numbers."""
+    """The peers whose kernels can all-reduce `size` elements over logical axes; None: there are
+    none, or they are not the devices that split these axes."""
     peers = _peers_over(*axes)
     return peers if one_shot.supports(size) else None
 
@@ -30,31 +31,31 @@ def mesh_axes(*axes: Axis) -> tuple[str, ...]:
     return current_context().rules.mesh_axes(*axes)
 
 
-def sum_over(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Array:
-    """Adds up the partial sums that the shards of logical axes hold: same shape and dtype.
+def all_reduce(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Array:
+    """Sums `x` over the shards of logical axes: same shape and dtype.
 
     Args:
       x: partial sums.
-      *axes: which are split.
-      addend_of: the dtype of what they will be added to.
+      *axes: logical axes, split or not.
+      addend_of: dtype of the array that the sum is added to. Large sums for bfloat16 are exchanged
+        in bfloat16, unless the rules name a dtype.
     """
     rules = current_context().rules
     mesh_axes = rules.mesh_axes(*axes)
     if not mesh_axes:
         return x
-    interpret = current_context().launch.interpret
     if (peers := peers_over(x.size, *axes)) is not None:
-        return one_shot.total(x, peers, interpret=interpret)
-    many = not one_shot.supports(x.size)
-    automatic = jnp.bfloat16 if many and addend_of == jnp.bfloat16 else jnp.float32
+        return one_shot.total(x, peers)
+    large = not one_shot.supports(x.size)
+    automatic = jnp.bfloat16 if large and addend_of == jnp.bfloat16 else jnp.float32
     sent = x.astype(rules.reduce_dtype or automatic)
     peers = _peers_over(*axes)
     if peers is not None and two_shot.supports(sent.size, sent.dtype, peers):
-        return two_shot.total(sent, peers, interpret=interpret).astype(x.dtype)
+        return two_shot.total(sent, peers).astype(x.dtype)
     return lax.psum(sent, mesh_axes).astype(x.dtype)
 
 
-def total_over(x: Array, axis: Axis) -> Array:
+def all_reduce_units(x: Array, axis: Axis) -> Array:
     """Sums float32 over the shards of an axis; a unit that several devices hold counts once."""
     rules = current_context().rules
     mesh_axes = rules.mesh_axes(axis)
@@ -63,32 +64,33 @@ def total_over(x: Array, axis: Axis) -> Array:
     return lax.psum(x, mesh_axes) / np.float32((rules.units(axis) == 0).sum())
 
 
-def gather_over(x: Array, axis: Axis, size: int | None = None) -> Array:
-    """Joins the last dimension of all shards of a logical axis: `[..., n]` to `[..., all]`.
+def all_gather(x: Array, axis: Axis, size: int | None = None) -> Array:
+    """Concatenates the shards of a logical axis along the last dimension: `[..., local]` to
+    `[..., size]`.
 
     Args:
       x: this device's shard.
       axis: the logical axis.
-      size: elements that are no padding, which comes last; None keeps the padding.
+      size: elements without the padding, which comes last; None keeps the padding.
     """
     mesh_axes = current_context().rules.mesh_axes(axis)
     if not mesh_axes:
         return x
     if (peers := peers_over(x.size, axis)) is not None:
-        parts = one_shot.gather(x, peers, interpret=current_context().launch.interpret)
-        return jnp.concatenate(list(parts), axis=-1)[..., :size]
+        shards = one_shot.gather(x, peers)
+        return jnp.concatenate(list(shards), axis=-1)[..., :size]
     return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]
 
 
 def is_split(axis: Axis) -> bool:
     """Whether a logical axis is split."""
-    return bool(current_context().rules.mesh_axes(axis))
+    return bool(mesh_axes(axis))
 
 
-def shard_of(axis: Axis) -> Array | int:
+def shard_index(axis: Axis) -> Array | int:
     """Which shard of a logical axis this device holds: an int32 scalar, 0 if it is not split."""
-    mesh_axes = current_context().rules.mesh_axes(axis)
-    return lax.axis_index(mesh_axes) if mesh_axes else 0
+    names = mesh_axes(axis)
+    return lax.axis_index(names) if names else 0
 
 
 def local_units(axis: Axis) -> Array:
@@ -96,5 +98,5 @@ def local_units(axis: Axis) -> Array:
     units = jnp.asarray(current_context().rules.units(axis), jnp.int32)
     if not is_split(axis):
         return units
-    shards = lax.axis_size(current_context().rules.mesh_axes(axis))
-    return units.reshape(shards, -1)[shard_of(axis)]
+    shards = lax.axis_size(mesh_axes(axis))
+    return units.reshape(shards, -1)[shard_index(axis)]

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsplit.context import interpreted
 from jaxsplit.pallas import pl, plgpu
 
 WIDTH = 512
@@ -77,23 +78,22 @@ def padded(columns: int) -> int:
     return -(-columns // WIDTH) * WIDTH
 
 
-def gather(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
+def gather(x: Array, peers: Peers) -> Array:
     """The numbers of all devices: `[devices, *x.shape]`.
 
     Args:
       x: of at most 4 bytes each.
       peers: the devices.
-      interpret: run it without GPUs, to test it.
     """
     wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
-    y = _exchange(wide, peers, (peers.count, x.size), interpret)
+    y = _exchange(wide, peers, (peers.count, x.size))
     return y.astype(x.dtype).reshape(peers.count, *x.shape)
 
 
-def total(x: Array, peers: Peers, *, counts: Array | None = None, interpret: bool = False) -> Array:
+def total(x: Array, peers: Peers, *, counts: Array | None = None) -> Array:
     """The sum over the devices, added up in float32 in the same order by all: the shape and dtype
     of `x`. Arguments are those of `gather`; `counts`: as in `add_up`, like `x`."""
-    y = _exchange(x.astype(jnp.float32), peers, (x.size,), interpret, counts)
+    y = _exchange(x.astype(jnp.float32), peers, (x.size,), counts)
     return y.astype(x.dtype).reshape(x.shape)
 
 
@@ -101,17 +101,16 @@ def _exchange(
     x: Array,
     peers: Peers,
     shape: tuple[int, ...],
-    interpret: bool,
     counts: Array | None = None,
 ) -> Array:
     counts = [] if counts is None else [counts.reshape(-1)]
     return pl.pallas_call(
-        partial(_kernel, axes=peers.axes, interpret=interpret),
+        partial(_kernel, axes=peers.axes),
         grid=(pl.cdiv(x.size, WIDTH),),
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=interpret,
-        name="exchange",
+        interpret=interpreted(),
+        name="one_shot_all_reduce",
     )(x.reshape(-1), peers.table, *counts)
 
 
@@ -120,7 +119,6 @@ def _kernel(
     table: jax.Ref,
     *refs: jax.Ref,
     axes: tuple[str, ...],
-    interpret: bool,
 ) -> None:
     """Some of the numbers; the last reference is that of the result."""
     *counts, out_ref = refs
@@ -131,10 +129,10 @@ def _kernel(
     peers = Peers(table, axes)
     if len(out_ref.shape) == 1:
         counts = [plgpu.load(ref.at[at], mask=inside, other=0) for ref in counts]
-        y = add_up(x, peers, program, place, *counts, interpret=interpret)
+        y = add_up(x, peers, program, place, *counts)
         plgpu.store(out_ref.at[at], y, mask=inside)
     else:
-        for device, part in enumerate(_all(x, peers, program, place, interpret)):
+        for device, part in enumerate(_all(x, peers, program, place)):
             plgpu.store(out_ref.at[device, at], part, mask=inside)
 
 
@@ -144,8 +142,6 @@ def add_up(
     program: Array,
     place: Array,
     counts: Array | None = None,
-    *,
-    interpret: bool = False,
 ) -> Array:
     """Inside a kernel of four warps: the sum over the devices, in their order.
 
@@ -158,9 +154,8 @@ def add_up(
       place: of each number in `x`, from 0 to `WIDTH - 1`.
       counts: of the exchange, int32, like `x`: a kernel before has called `send` with these numbers
         and has left them; None: they are not sent yet.
-      interpret: run it without GPUs, to test it.
     """
-    if interpret:
+    if interpreted():
         first, *others = lax.all_gather(x, peers.axes)
         return sum(others, first)
     devices = range(peers.count)
@@ -174,9 +169,9 @@ def add_up(
     return lax.bitcast_convert_type(y, x.dtype)
 
 
-def _all(x: Array, peers: Peers, program: Array, place: Array, interpret: bool) -> list[Array]:
+def _all(x: Array, peers: Peers, program: Array, place: Array) -> list[Array]:
     """What all devices have, in their order; arguments are those of `add_up`."""
-    if interpret:
+    if interpreted():
         return list(lax.all_gather(x, peers.axes))
     operands = _begin(x, peers, program, place)
     devices = range(peers.count)

@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from jaxsplit.comm import one_shot
 from jaxsplit.comm.one_shot import THREADS, WARPS, Peers, address_of
+from jaxsplit.context import interpreted
 from jaxsplit.pallas import pl, plgpu
 
 _WORDS = 16  # of a thread, two numbers in each
@@ -42,20 +43,19 @@ def supports(size: int, dtype: jnp.dtype, peers: Peers) -> bool:
     return jnp.dtype(dtype).itemsize == 2 and size <= peers.most
 
 
-def total(x: Array, peers: Peers, *, interpret: bool = False) -> Array:
+def total(x: Array, peers: Peers) -> Array:
     """The sum over the devices, added up in float32: the shape and dtype of `x`.
 
     Args:
       x: bfloat16 or float16, as many as are supported.
       peers: the devices.
-      interpret: run it without GPUs, to test it.
     """
     y = pl.pallas_call(
-        partial(_kernel, axes=peers.axes, most=peers.most, interpret=interpret),
+        partial(_kernel, axes=peers.axes, most=peers.most),
         grid=(_tiles(x.size, peers.count),),
         out_shape=jax.ShapeDtypeStruct((x.size,), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=interpret,
+        interpret=interpreted(),
         name="two_shot",
     )(x.reshape(-1), peers.table)
     return y.reshape(x.shape)
@@ -68,11 +68,10 @@ def _kernel(
     *,
     axes: tuple[str, ...],
     most: int,
-    interpret: bool,
 ) -> None:
     """The sums of a tile of this device's part, and those of the others' parts."""
     peers = Peers(table, axes, most)
-    me = lax.axis_index(axes) if interpret else table[0].astype(jnp.int32)
+    me = lax.axis_index(axes) if interpreted() else table[0].astype(jnp.int32)
     devices = peers.count
     size, tiles, tile = x_ref.shape[0], pl.num_programs(0), pl.program_id(0)
 
@@ -92,7 +91,7 @@ def _kernel(
     def swap(tiles: Sequence[Array]) -> list[Array]:
         """A tile for each step, or the same for all, to the device so many places after this one:
         those of the devices so many places before."""
-        if not interpret:
+        if not interpreted():
             return _swap_tiles(tiles, peers)
         tos = [[(d, (d + step) % devices) for d in range(devices)] for step in steps]
         return [lax.ppermute(tiles[i % len(tiles)], axes, to) for i, to in enumerate(tos)]

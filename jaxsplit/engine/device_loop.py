@@ -77,7 +77,7 @@ class Loops:
         alike = all(isinstance(m, Mesh) and m.shape == meshes[0].shape for m in meshes)
         if not (policy.kernels and alike):
             return None
-        if policy.launch.interpret:
+        if policy.interpret:
             if meshes[0].size > 1:  # CPUs run one program of several devices at a time
                 return None
             return [*jnp.asarray(p2p.host_tables(len(meshes), meshes[0].devices.shape))]

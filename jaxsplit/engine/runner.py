@@ -178,7 +178,7 @@ class StageRunner:
         mesh = self.stage.mesh
         if not (self.policy.kernels and self._meeting and isinstance(mesh, Mesh)):
             return None
-        if self.policy.launch.interpret:
+        if self.policy.interpret:
             count = math.prod(mesh.shape[axis] for axis in self._meeting)
             return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
 
@@ -245,8 +245,7 @@ class StageRunner:
             @functools.wraps(body)
             def local(table: jax.Array | None, *arguments: Any) -> Any:
                 peers = self._peers(table)
-                policy = dataclasses.replace(self.policy, fuse_all_reduce=peers is not None)
-                with forward_context(rules=self.stage.rules, policy=policy, peers=peers):
+                with forward_context(rules=self.stage.rules, policy=self.policy, peers=peers):
                     return body(*arguments)
 
             sharded = jax.shard_map(
@@ -366,7 +365,7 @@ class StageRunner:
         def loop(params, caches, states, texts, count, table, limit, ends, values):
             ring = None
             if table is not None:
-                ring = Ring(table.reshape(-1), count, self.policy.launch.interpret)
+                ring = Ring(table.reshape(-1), count, self.policy.interpret)
             *results, ring = steps.decode_loop(
                 self._model(params),
                 caches,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.comm.api import gather_over, shard_of
+from jaxsplit.comm.api import all_gather, shard_index
 from jaxsplit.config import SamplingConfig
 from jaxsplit.sharding.axes import Axis
 
@@ -113,7 +113,7 @@ def sample(
       int32 `[slots]`, the same on all devices.
     """
     rows = logits.shape[-1]
-    offset = shard_of(_VOCAB) * rows
+    offset = shard_index(_VOCAB) * rows
     # A NaN becomes the largest logit, which is looked at below: no other pass over them is needed.
     logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
     logits = jnp.where(jnp.arange(rows) + offset < vocab, logits, -jnp.inf)
@@ -128,7 +128,7 @@ def sample(
         best, index = logits, jnp.broadcast_to(jnp.arange(rows), logits.shape)
     # Both at once: what a collective costs here is its latency.
     pairs = jnp.stack([lax.bitcast_convert_type(best, jnp.int32), index + offset], axis=1)
-    pairs = gather_over(pairs, _VOCAB)
+    pairs = all_gather(pairs, _VOCAB)
     best, tokens = lax.bitcast_convert_type(pairs[:, 0], jnp.float32), pairs[:, 1]
     if plan.candidates == 1:
         winner = jnp.argmax(best, axis=-1, keepdims=True)

@@ -8,65 +8,8 @@ import jax.numpy as jnp
 
 from jaxsplit.models.mixer_config import LatentAttentionConfig, Mixer
 from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.spec import NormConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class MLPConfig:
-    """A perceptron with one hidden layer.
-
-    Attributes:
-      hidden: its width.
-      activation: a name that `jaxsplit.models.mlp.activate` knows.
-      gated: a second projection is multiplied with the activated one (Shazeer 2020,
-        arXiv:2002.05202).
-      bias: the projections have biases.
-    """
-
-    hidden: int
-    activation: str = "silu"
-    gated: bool = True
-    bias: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538).
-
-    Attributes:
-      experts: how many there are.
-      used: how many each token is given to.
-      expert: each of them.
-      routing: an expert's weight is the `softmax` of the router's logits, their `sigmoid`, or
-        `chosen_softmax`, the softmax over the chosen ones.
-      router_bias: the logits have biases.
-      selection_bias: experts have biases that decide about the choice only (Wang et al. 2024,
-        arXiv:2408.15664).
-      groups: groups of experts, of which the `used_groups` whose two best experts have the largest
-        sums are chosen first; 1: all experts are in one.
-      used_groups: see `groups`.
-      normalize: weights are divided by their sum.
-      scale: multiplies weights.
-      expert_scale: so does a parameter of each expert.
-      weigh_input: weights multiply what experts read, not what they write.
-      shared: an MLP that all tokens go through beside; None: there is none.
-      shared_gate: its output is multiplied with the sigmoid of a projection of the input.
-    """
-
-    experts: int
-    used: int
-    expert: MLPConfig
-    routing: str = "softmax"
-    router_bias: bool = False
-    selection_bias: bool = False
-    groups: int = 1
-    used_groups: int = 1
-    normalize: bool = False
-    scale: float = 1.0
-    expert_scale: bool = False
-    weigh_input: bool = False
-    shared: MLPConfig | None = None
-    shared_gate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from jaxsplit.cache.contiguous import Batch, Cache
+from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.attention import Attention
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
@@ -23,9 +24,7 @@ from jaxsplit.models.layers import (
     LayerInput,
     LayerInputs,
     Linear,
-    Partials,
-    add,
-    meet,
+    add_norm,
     norm,
     param,
 )
@@ -39,9 +38,11 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
-from jaxsplit.ops.activations.deferred import Sum
+from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.attention.spec import AttentionConfig
-from jaxsplit.ops.matmul.api import Rows, computed, matmul
+from jaxsplit.ops.matmul.api import matmul
+from jaxsplit.ops.matmul.api import readers_of as matmul_readers
+from jaxsplit.ops.norm.api import add
 from jaxsplit.quant import take_rows
 from jaxsplit.sharding.axes import EMBED, Axis
 
@@ -78,41 +79,63 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Array | Sum, batch: Batch, cache: Any, layer_input: Array | None = None
-    ) -> tuple[Array | Sum, Any]:
+        self,
+        y: Unreduced | None,
+        residual: Array,
+        batch: Batch,
+        cache: Any,
+        layer_input: Array | None = None,
+    ) -> tuple[Unreduced | None, Array, Any]:
         """What the layer makes of the residual stream.
 
         Args:
-          x: `[batch, time, embed]`.
+          y: what the layer before has computed, still to be added to the stream; None: nothing.
+          residual: `[batch, time, embed]`.
           batch: where the tokens belong.
           cache: what the layer kept of earlier tokens; None: nothing.
           layer_input: the tokens' embeddings for this layer, `[batch, time, width]`.
 
         Returns:
-          `[batch, time, embed]`, and the layer's cache.
+          what this layer has computed, still to be added, the stream, and the layer's cache.
         """
-
-        def write(x: Array | Sum, parts: Partials, norm: nnx.Module | None = None) -> Array | Sum:
-            if norm is None and self.config.residual_scale == 1:
-                return add(x, parts)
-            y = meet(parts, x.dtype)
-            return computed(x) + (y if norm is None else norm(y)) * self.config.residual_scale
-
-        def read(x: Array | Sum, norm: nnx.Module | None) -> Rows:
-            return computed(x) if norm is None else norm.pending(x)
-
-        before = read(x, self.mixer_norm)
-        mixed, cache = self.mixer(before, batch, cache)
-        if self.config.parallel:
-            hidden = self.mlp(before if self.mlp_norm is None else read(x, self.mlp_norm))
-            return write(x, mixed + hidden), cache
-        x = write(x, mixed, self.mixer_post_norm)
-        x = write(x, self.mlp(read(x, self.mlp_norm)), self.mlp_post_norm)
+        c = self.config
+        x, residual = add_norm(y, residual, self.mixer_norm, self._mixer_readers(residual))
+        if c.parallel:
+            with forward_context(fuse_all_reduce=False):  # one for both, after they are added
+                y, cache = self.mixer(x, batch, cache)
+                if self.mlp_norm is not None:
+                    x, _ = add_norm(None, residual, self.mlp_norm, self.mlp.readers(residual))
+                y = y + self.mlp(x)
+            return self._scaled(y, residual), residual, cache
+        y, cache = self.mixer(x, batch, cache)
+        y = self._scaled(y, residual, self.mixer_post_norm)
+        x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
+        y = self._scaled(self.mlp(x), residual, self.mlp_post_norm)
+        if self.layer_input is None and self.output_scale is None:
+            return y, residual, cache
+        residual = add(y, residual)
         if self.layer_input is not None:
-            x = computed(x) + self.layer_input(computed(x), layer_input)
+            residual = residual + self.layer_input(residual, layer_input)
         if self.output_scale is not None:
-            x = (computed(x) * self.output_scale.get_value()).astype(x.dtype)
-        return x, cache
+            residual = (residual * self.output_scale.get_value()).astype(residual.dtype)
+        return None, residual, cache
+
+    def _mixer_readers(self, x: Array) -> Readers:
+        """Who reads the normalized stream: the mixer, and perhaps the MLP beside it."""
+        readers = self.mixer.readers(x)
+        return readers | self.mlp.readers(x) if self._shares_norm else readers
+
+    @property
+    def _shares_norm(self) -> bool:
+        return self.config.parallel and self.mlp_norm is None
+
+    def _scaled(self, y: Unreduced, residual: Array, norm: nnx.Module | None = None) -> Unreduced:
+        """What a mixer or an MLP adds to the stream, normalized and scaled if need be."""
+        scale = self.config.residual_scale
+        if norm is None and scale == 1:
+            return y
+        y = y.all_reduce(residual.dtype)
+        return Unreduced.of((y if norm is None else norm(y)) * scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -120,24 +143,26 @@ def _run(
     context: ForwardContext,
     graph: nnx.GraphDef,
     state: nnx.State,
-    x: Array | Sum,
+    stream: tuple[Unreduced | None, Array],
     batch: Batch,
     cache: Any,
     layer_input: Array | None,
-) -> tuple[Array | Sum, Any, Mapping]:
+) -> tuple[tuple[Unreduced | None, Array], Any, Mapping]:
     """`Block.__call__` as a program of its own, traced once for all layers that are alike.
 
     Args:
       context: of the forward pass.
       graph, state: the block.
-      x, batch, cache, layer_input: its arguments.
+      stream: `y` and `residual`.
+      batch, cache, layer_input: its other arguments.
 
     Returns:
-      its results, and what `batch` has been lent.
+      the stream, the cache, and what `batch` has been lent.
     """
     with forward_context(context):
-        x, cache = nnx.merge(graph, state)(x, batch, cache, layer_input)
-    return x, cache, batch.lent
+        block = nnx.merge(graph, state)
+        y, residual, cache = block(*stream, batch, cache, layer_input)
+    return (y, residual), cache, batch.lent
 
 
 class Decoder(nnx.Module):
@@ -222,8 +247,8 @@ class Decoder(nnx.Module):
         Returns:
           float32 logits `[batch, time, vocab]` and the cache with these tokens added.
         """
-        x, cache = self._hidden(tokens, positions, cache, slots)
-        return self.logits(x), cache
+        stream, cache = self._layers(tokens, positions, cache, slots)
+        return self._logits(*stream), cache
 
     def hidden(
         self,
@@ -241,46 +266,50 @@ class Decoder(nnx.Module):
         Returns:
           `[batch, time, width]` and the cache; the width is `ModelConfig.stream_width`.
         """
-        x, cache = self._hidden(inputs, positions, cache, slots)
-        return computed(x), cache
+        (y, residual), cache = self._layers(inputs, positions, cache, slots)
+        return add(y, residual), cache
 
-    def _hidden(
+    def _layers(
         self,
         inputs: Array,
         positions: Array | None,
         cache: Cache | None,
         slots: Array | None,
-    ) -> tuple[Array | Sum, Cache | None]:
-        """`hidden`, which what reads it may have to add up yet."""
+    ) -> tuple[tuple[Unreduced | None, Array], Cache | None]:
+        """`hidden`, as what the last layer has computed and the stream to add it to."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = {name: factor.get_value() for name, factor in self.rope_factors.items()}
         batch = Batch(positions, slots, factors)
         x, layer_inputs = self._embed(inputs, positions) if self.first else self._parts(inputs)
-        caches, context = [], current_context()
+        stream, caches, context = (None, x), [], current_context()
         for i, block in enumerate(self.blocks):
             layer_input = None
             if layer_inputs is not None:
                 layer_input, layer_inputs = self._parts(layer_inputs, block.config.layer_input)
             layer_cache = None if cache is None else cache[i]
-            x, layer_cache, lent = _run(
-                context, *nnx.split(block), x, batch, layer_cache, layer_input
+            stream, layer_cache, lent = _run(
+                context, *nnx.split(block), stream, batch, layer_cache, layer_input
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
         if layer_inputs is not None:
-            x = jnp.concatenate([computed(x), layer_inputs], axis=-1)
-        return x, None if cache is None else caches
+            stream = None, jnp.concatenate([add(*stream), layer_inputs], axis=-1)
+        return stream, None if cache is None else caches
 
-    def logits(self, x: Array | Sum) -> Array:
+    def logits(self, x: Array) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]`; on a mesh, of this device's rows."""
-        c, x = self.config, self.norm.pending(x)
-        if self.head is None:
-            y = self.embedding.attend(x)
-        else:
-            y = matmul(x, self.head.kernel.get_value())
-            if self.head.bias is not None:
-                y = y + self.head.bias.get_value()
+        return self._logits(None, x)
+
+    def _logits(self, y: Unreduced | None, residual: Array) -> Array:
+        """Logits of the stream with what the last layer has computed."""
+        c, head = self.config, self.embedding if self.head is None else self.head
+        w = head.table if self.head is None else head.kernel
+        w = w.get_value()
+        x, _ = add_norm(y, residual, self.norm, matmul_readers(residual, [w]))
+        y = matmul(x, w)
+        if self.head is not None and self.head.bias is not None:
+            y = y + self.head.bias.get_value()
         y = y * c.logit_scale
         return y if c.logit_softcap is None else c.logit_softcap * jnp.tanh(y / c.logit_softcap)
 

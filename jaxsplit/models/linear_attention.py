@@ -11,15 +11,16 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxsplit.cache.contiguous import Batch, RecurrentCache
-from jaxsplit.comm.api import is_split, local_units, total_over
-from jaxsplit.models.layers import Linear, Partials, norm, param
+from jaxsplit.comm.api import all_reduce_units, is_split, local_units
+from jaxsplit.comm.unreduced import Unreduced
+from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import (
     DeltaNetConfig,
     LinearAttentionConfig,
     Mamba2Config,
     ShortConvConfig,
 )
-from jaxsplit.ops.matmul.api import Rows
+from jaxsplit.ops.activations.layout import Activations, Readers
 from jaxsplit.sharding.axes import EMBED, HEAD_DIM, Axis
 
 _CHUNK = 64
@@ -68,7 +69,7 @@ class ConvLinear(Linear):
         super().__init__(EMBED, embed, axis, size, rngs=rngs)
         self.conv = CausalConv(axis, size, width, bias=bias, rngs=rngs)
 
-    def __call__(self, x: Rows, past: Array | None, batch: Batch) -> tuple[Array, Array]:
+    def __call__(self, x: Activations, past: Array | None, batch: Batch) -> tuple[Array, Array]:
         """`[batch, time, embed]` to float32 `[batch, time, size]`, and the convolution's inputs."""
         y, past = self.conv(super().__call__(x), past, batch)
         return jax.nn.silu(y), past
@@ -170,9 +171,13 @@ class LinearAttention(nnx.Module):
         self.out = Linear(heads, inner, EMBED, embed, rngs=rngs)
         self.config = config
 
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[batch, time, embed]`."""
+        return readers_of(x, self.query, self.key, self.value, self.gate, self.step)
+
     def __call__(
-        self, x: Rows, batch: Batch, cache: RecurrentCache | None
-    ) -> tuple[Partials, RecurrentCache | None]:
+        self, x: Activations, batch: Batch, cache: RecurrentCache | None
+    ) -> tuple[Unreduced, RecurrentCache | None]:
         """What the tokens read from the states.
 
         Args:
@@ -181,7 +186,7 @@ class LinearAttention(nnx.Module):
           cache: what earlier tokens left; None: there are none.
 
         Returns:
-          parts of `[batch, time, embed]`, and the cache with these tokens added.
+          `[batch, time, embed]`, and the cache with these tokens added.
         """
         c, shape = self.config, x.shape[:2]
         past = RecurrentCache((None,) * 3) if cache is None else cache.read(batch)
@@ -205,10 +210,10 @@ class LinearAttention(nnx.Module):
         if cache is not None:
             state = state.reshape(shape[0], -1, *state.shape[3:])
             cache = cache.write(RecurrentCache(inputs, state), batch)
-        return (self.out.partial(y),), cache
+        return self.out.unreduced(y), cache
 
     def _associate(
-        self, x: Rows, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Activations, queries: Array, keys: Array, values: Array, steps: Array
     ) -> tuple[Array, Array, Array, Array | None]:
         """Queries, keys, values and strengths as `linear_attention` takes them."""
         raise NotImplementedError
@@ -228,10 +233,14 @@ class DeltaNet(LinearAttention):
         super().__init__(config, embed, rngs=rngs)
         heads, _ = config.axes
         self.strength = Linear(EMBED, embed, heads, config.value_heads, rngs=rngs)
-        self.norm = norm(config.norm, config.value_dim, axis=HEAD_DIM)
+        self.norm = Norm(config.norm, config.value_dim, HEAD_DIM) if config.norm else None
+
+    def readers(self, x: Array) -> Readers:
+        linears = self.query, self.key, self.value, self.gate, self.step, self.strength
+        return readers_of(x, *linears)
 
     def _associate(
-        self, x: Rows, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Activations, queries: Array, keys: Array, values: Array, steps: Array
     ) -> tuple[Array, Array, Array, Array]:
         def unit(x: Array) -> Array:
             return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + self.config.epsilon)
@@ -253,7 +262,7 @@ class Mamba2(LinearAttention):
         self.norm = GroupNorm(config) if config.norm else None
 
     def _associate(
-        self, x: Rows, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Activations, queries: Array, keys: Array, values: Array, steps: Array
     ) -> tuple[Array, Array, Array, None]:
         return queries, keys, values * steps[..., None], None
 
@@ -276,10 +285,10 @@ class GroupNorm(nnx.Module):
         """float32 `[batch, time, key_heads, group, value_dim]` to the same shape."""
         squares = jnp.sum(x * x, axis=(-2, -1))
         if self.key_heads.units == 1:
-            squares = total_over(squares.sum(axis=-1, keepdims=True), self.heads)
+            squares = all_reduce_units(squares.sum(axis=-1, keepdims=True), self.heads)
         elif is_split(self.heads):
             owner = jax.nn.one_hot(local_units(self.key_heads), self.key_heads.units)
-            whole = total_over(jnp.matmul(squares, owner, precision=_HIGHEST), self.heads)
+            whole = all_reduce_units(jnp.matmul(squares, owner, precision=_HIGHEST), self.heads)
             squares = jnp.matmul(whole, owner.T, precision=_HIGHEST)
         normed = x * lax.rsqrt(squares / self.size + self.epsilon)[..., None, None]
         return normed * self.scale.get_value().reshape(x.shape[2:])
@@ -298,12 +307,16 @@ class ShortConv(nnx.Module):
         self.conv = CausalConv(axis, c.channels, c.width, rngs=rngs)
         self.out = Linear(axis, c.channels, EMBED, embed, rngs=rngs)
 
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[batch, time, embed]`."""
+        return readers_of(x, self.in_gate, self.out_gate, self.value)
+
     def __call__(
-        self, x: Rows, batch: Batch, cache: RecurrentCache | None
-    ) -> tuple[Partials, RecurrentCache | None]:
-        """`[batch, time, embed]` to parts of the same, and the cache with these tokens added."""
+        self, x: Activations, batch: Batch, cache: RecurrentCache | None
+    ) -> tuple[Unreduced, RecurrentCache | None]:
+        """`[batch, time, embed]` to the same, and the cache with these tokens."""
         past = None if cache is None else cache.read(batch).inputs[0]
         y, past = self.conv(self.in_gate(x) * self.value(x), past, batch)
         if cache is not None:
             cache = cache.write(RecurrentCache((past,)), batch)
-        return (self.out.partial(self.out_gate(x) * y.astype(x.dtype)),), cache
+        return self.out.unreduced(self.out_gate(x) * y.astype(x.dtype)), cache

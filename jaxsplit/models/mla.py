@@ -6,12 +6,14 @@ from flax import nnx
 from jax import Array
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
-from jaxsplit.models.attention import attend, heated, recall
-from jaxsplit.models.layers import Linear, Norm, Partials, param
+from jaxsplit.comm.unreduced import Unreduced
+from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import LatentAttentionConfig
+from jaxsplit.ops.activations.layout import Activations, Readers
+from jaxsplit.ops.attention.api import KV, apply_temperature, attend, update_cache
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig
-from jaxsplit.ops.matmul.api import Rows, computed, matmul
+from jaxsplit.ops.matmul.api import matmul
 from jaxsplit.quant import Weight, dequantize
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
@@ -44,57 +46,47 @@ class LatentAttention(nnx.Module):
         self.out = Linear(heads, c.heads * c.value_dim, EMBED, embed, rngs=rngs)
         self.config = config
 
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[batch, time, embed]`."""
+        return readers_of(x, self.query_down or self.query, self.latent)
+
     def __call__(
-        self, x: Rows, batch: Batch, cache: AttentionCache | None
-    ) -> tuple[Partials, AttentionCache | None]:
+        self, x: Activations, batch: Batch, cache: AttentionCache | None
+    ) -> tuple[Unreduced, AttentionCache | None]:
         """What the tokens read from one another; as `Attention`."""
         c, positions = self.config, batch.positions
         factors = batch.rope_factors.get(c.rope.factors)
-        x = computed(x)
         low = x if self.query_down is None else self.query_norm(self.query_down(x))
         queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
-        queries = heated(queries, positions, c.temperature)
+        queries = apply_temperature(queries, positions, c.temperature)
         queries, turning = jnp.split(queries, [c.head_dim], axis=-1)
         turning = rope(turning, positions, c.rope, factors)
         latent, key = jnp.split(self.latent(x), [c.latent], axis=-1)
         key = rope(key[:, :, None], positions, c.rope, factors)
         kept = jnp.concatenate([self.latent_norm(latent)[:, :, None], key], axis=-1)
-        memory, key_positions, cache = recall(kept, None, batch, cache, None)
+        memory, key_positions, cache = update_cache(kept, None, batch, cache, None)
+        kv = KV(memory, key_positions)
         many = positions.shape[1] * (2 * c.latent - c.head_dim - c.value_dim)
         if many <= c.latent * (c.head_dim + c.value_dim):
-            y = self._absorbed(queries, turning, memory, positions, key_positions)
+            y = self._absorbed(queries, turning, kv, batch)
         else:
-            y = self._expanded(queries, turning, memory, positions, key_positions)
-        return (self.out.partial(y.reshape(*positions.shape, -1)),), cache
+            y = self._expanded(queries, turning, kv, batch)
+        return self.out.unreduced(y.reshape(*positions.shape, -1)), cache
 
-    def _absorbed(
-        self,
-        queries: Array,
-        turning: Array,
-        memory: AttentionCache,
-        positions: Array,
-        key_positions: Array | None,
-    ) -> Array:
+    def _absorbed(self, queries: Array, turning: Array, kv: KV, batch: Batch) -> Array:
         """Queries `[batch, time, heads, width]` and their turning part to values likewise."""
         c = self.config
         up = self.key_up.get_value()
         to_latent = _times(queries, _turned(up, queries.dtype) if c.keys_by_row else up)
         queries = jnp.concatenate([to_latent, turning], axis=-1)[:, :, None]
         config = AttentionConfig(c.heads, 1, queries.shape[-1], c.latent, scale=c.scale)
-        y = computed(attend(queries, memory, positions, key_positions, config))
+        y = attend(queries, kv, batch, config=config).array
         return _times(y.reshape(*queries.shape[:2], -1, c.latent), self.value_up.get_value())
 
-    def _expanded(
-        self,
-        queries: Array,
-        turning: Array,
-        memory: AttentionCache,
-        positions: Array,
-        key_positions: Array | None,
-    ) -> Array:
+    def _expanded(self, queries: Array, turning: Array, kv: KV, batch: Batch) -> Array:
         """As `_absorbed`, with keys and values of each head."""
         c, dtype = self.config, queries.dtype
-        kept = memory.dequantized(dtype)[:, 0]
+        kept = kv.memory.dequantized(dtype)[:, 0]
         latent, key = jnp.split(kept, [c.latent], axis=-1)
         up = self.key_up.get_value()
         keys = _for_each_head(latent, up if c.keys_by_row else _turned(up, dtype))
@@ -103,8 +95,8 @@ class LatentAttention(nnx.Module):
         keys = jnp.concatenate([keys, turned], axis=-1)
         queries = jnp.concatenate([queries, turning], axis=-1)[:, :, :, None]
         config = AttentionConfig(c.heads, c.heads, queries.shape[-1], c.value_dim, scale=c.scale)
-        memory = AttentionCache.of(keys, values, dtype)
-        y = computed(attend(queries, memory, positions, key_positions, config))
+        kv = KV(AttentionCache.of(keys, values, dtype), kv.positions)
+        y = attend(queries, kv, batch, config=config).array
         return y.reshape(*queries.shape[:3], -1)
 
 

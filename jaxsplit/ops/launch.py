@@ -1,4 +1,4 @@
-"""How kernels are launched, and their programs shared out."""
+"""What kernels share: dependent launch, the distribution of programs, index arithmetic."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import current_context
 from jaxsplit.pallas import pl, plgpu
 
 
-def launch_dependents(x: Array, launch: KernelLaunch) -> Array:
-    """An int32 as it is, and the sign that the next kernel may be launched: once all programs have
-    given it, that of the next begin, and wait until those of this one have ended (PTX ISA,
-    `griddepcontrol`; XLA writes the wait at the beginning of all kernels).
+def launch_dependents(x: Array, early: bool = True) -> Array:
+    """Passes an int32 through and signals that the next kernel may be launched.
 
-    Only for kernels whose results are read by kernels like these: those of XLA may read what does
-    not change while they run before they wait.
+    Once all programs have signalled, the programs of the next kernel start; they wait until this
+    kernel has ended (PTX ISA, `griddepcontrol`; XLA emits the wait at the start of every kernel).
+
+    Only for kernels whose results are read by Pallas kernels (else `early` is false): XLA's own
+    kernels may hoist loads of read-only data above the wait.
     """
-    if not launch.pdl:
+    if not (early and current_context().policy.pdl):
         return x
     [x] = plgpu.elementwise_inline_asm(
         "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
@@ -31,12 +32,18 @@ def launch_dependents(x: Array, launch: KernelLaunch) -> Array:
     return jnp.sum(x)
 
 
+def divmod_pow2(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
+    """Quotient and remainder of numbers that are not negative by a power of two."""
+    return x >> (by.bit_length() - 1), x & (by - 1)
+
+
 def dispatch_programs(program: Array, tasks: Sequence[tuple[int, Callable[[Array], None]]]) -> None:
     """Runs the task that a program belongs to.
 
     Args:
-      program: which of the programs of all.
-      tasks: how many programs each has, and what one does, given its number among them.
+      program: index of the program.
+      tasks: the number of programs of each task, and what a program does, given its index among
+        them.
     """
     if len(tasks) == 1:
         tasks[0][1](program)

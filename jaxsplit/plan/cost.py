@@ -16,7 +16,7 @@ from jaxsplit.engine.runner import StageRunner, stage_cache
 from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
 from jaxsplit.engine.steps import DecodeState
 from jaxsplit.models import BlockConfig, ModelConfig, MoEConfig
-from jaxsplit.models.moe import tile_rows
+from jaxsplit.ops.moe.tiles import tile_rows
 from jaxsplit.sharding import Stage
 from jaxsplit.sharding.axes import Axis
 from jaxsplit.weights import abstract_decoder, parameters
@@ -165,10 +165,10 @@ def _work_of_experts(config: ModelConfig, stage: Stage, tokens: int, *, step: bo
         if not isinstance(moe, MoEConfig):
             continue
         experts = Axis("experts", moe.experts)
-        pairs = tokens * moe.used
+        pairs = tokens * moe.top_k
         if tile_rows(pairs, moe.experts, step=step) == 1 and stage.shards(experts) == 1:
             continue  # a loop of known length
-        layout = stage.layout(Axis("expert_mlp", moe.expert.hidden))
+        layout = stage.layout(Axis("expert_mlp", moe.expert.intermediate_size))
         hidden = layout.size // layout.devices
         matrices = 3 if moe.expert.gated else 2
         flops += 2 * pairs / stage.shards(experts) * matrices * config.embed * hidden

@@ -14,8 +14,8 @@ from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
 from jaxsplit.engine.runner import cache_specs, mailbox_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
-from jaxsplit.models.attention import SCORES
-from jaxsplit.ops.matmul.api import TOGETHER
+from jaxsplit.ops.attention.xla import SCORES
+from jaxsplit.ops.matmul.xla import TOGETHER
 from jaxsplit.plan.cost import Work, trace_decode, trace_prefill
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.roofline import decode_seconds, prefill_seconds, weight_bits
@@ -269,7 +269,7 @@ def _unread(
         elif param.axes[0].name == "experts":
             mlp = config.blocks[int(path.split(".")[1])].mlp
             moe = getattr(mlp, "moe", mlp)
-            share = (1 - moe.used / moe.experts) ** (tokens // stage.mesh.shape["data"])
+            share = (1 - moe.top_k / moe.experts) ** (tokens // stage.mesh.shape["data"])
         if share:
             unread += share * parameter_bytes(stage, sources[path], param.axes, weights)
     return round(unread)

@@ -1,4 +1,4 @@
-"""Activations rounded to 8 bits: as in ggml, 32 neighbours share a scale."""
+"""Activations quantized to 8 bits: as in ggml's Q8_1, 32 neighbours share a scale."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,94 +8,100 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.ops.activations.deferred import BLOCK, RootMeanSquare, like
+from jaxsplit.ops.activations.layout import (
+    BLOCK,
+    ActivationLayout,
+    RMSStatistics,
+    broadcast_leading,
+)
 from jaxsplit.pallas import plgpu
 
 SLICE = 16
-"""Values whose codes a thread reads at once."""
+"""Values whose codes a thread loads at once."""
 
-_GROUP = 8  # slices, as many as the banks of a GPU's cache hold side by side
+_GROUP = 8  # slices that fill all banks of a GPU's L1 cache
 
 
-def place_of(slice_: Array) -> Array:
-    """Where a slice of a row lies; the place of that place is the slice.
+def bank_swizzle(slice_: Array) -> Array:
+    """Where a slice of a row is stored; the function is its own inverse.
 
-    Neighbouring threads read slices that are 1, 2, 4 or 8 apart. Eight of these would lie in one
-    or a few of the banks and be read one after another; as they lie, they are in all of them.
+    Neighbouring threads load slices that are 1, 2, 4 or 8 apart. Unswizzled, eight of these would
+    share one or a few banks, and their loads would be serialized.
     """
     return slice_ ^ ((slice_ >> 3) & (_GROUP - 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rounded:
-    """Activations in 8 bits.
+class Int8Rows:
+    """Rows of activations in 8 bits.
 
     Attributes:
-      words: four neighbouring codes each, uint32 `[rows, in / 4]`, in the order of `place_of`; rows
-        are filled up to whole groups of it.
+      words: four neighbouring codes each, uint32 `[rows, in / 4]`, in the order of `bank_swizzle`;
+        rows are padded to whole groups of it.
       scale: float32 `[rows, in / 32]`.
-      sums: of 32 values each, likewise.
-      half_sums: of 16 values each, `[rows, in / 16]`.
-      mean: by the root of which products are to be divided; None: they are not.
+      sums: of 32 values each, float32 `[rows, in / 32]`.
+      half_sums: of 16 values each, float32 `[rows, in / 16]`.
+      rms: see `RMSStatistics`; None: nothing is left to divide.
     """
 
     words: Array
     scale: Array
     sums: Array
     half_sums: Array
-    mean: RootMeanSquare | None = None
+    rms: RMSStatistics | None = None
 
     def dequantized(self) -> Array:
         """float32 `[rows, in]`."""
         rows, blocks = self.scale.shape
-        slices = self.words.reshape(rows, -1, SLICE // 4)[:, place_of(np.arange(2 * blocks))]
+        slices = self.words.reshape(rows, -1, SLICE // 4)[:, bank_swizzle(np.arange(2 * blocks))]
         codes = lax.bitcast_convert_type(slices, jnp.int8).reshape(rows, blocks, BLOCK)
         x = (codes.astype(jnp.float32) * self.scale[..., None]).reshape(rows, -1)
-        return x if self.mean is None else x * self.mean.inverse[:, None]
+        return x if self.rms is None else x * self.rms.inverse[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounding:
-    """Reads rows in 8 bits."""
+class Int8Layout:
+    """Codes of 8 bits with scales and sums: `Int8Rows`."""
 
     def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
-        """Of words, scales, sums and those of halves."""
         blocks = columns // BLOCK
-        words = jax.ShapeDtypeStruct((rows, _filled(columns) // 4), jnp.uint32)
+        words = jax.ShapeDtypeStruct((rows, _padded(columns) // 4), jnp.uint32)
         return [
             words,
             *(jax.ShapeDtypeStruct((rows, n), jnp.float32) for n in (blocks, blocks, 2 * blocks)),
         ]
 
     def store(
-        self, refs: Sequence[jax.Ref], row: Array, block: Array, inside: Array, x: Array
+        self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
     ) -> None:
-        """Rounds blocks: see `Reader`. What divides all of a row does not change the codes."""
-        words, *of_blocks = _round_block(x)
+        # The deferred division scales a whole row, which does not change its codes.
+        words, *of_blocks = _quantize_block(x)
         words = lax.bitcast_convert_type(words, jnp.uint32)
         half = block[..., None] * 2 + jnp.arange(2)
-        word = place_of(half)[..., None] * (SLICE // 4) + jnp.arange(SLICE // 4)
-        inside = like(inside, word.shape)
-        # Threads store what their words share, all of them, where they have it. Where the compiler
-        # sees that blocks are neighbours, it hands them to other threads first, with barriers.
+        word = bank_swizzle(half)[..., None] * (SLICE // 4) + jnp.arange(SLICE // 4)
+        mask = broadcast_leading(mask, word.shape)
+        # Every thread stores the scale and sums of its words, the same as its neighbours. If the
+        # compiler saw that they are the same, it would move them between threads, with barriers.
         places = word, half >> 1, half >> 1, half
         for ref, at, y in zip(refs, places, (words, *of_blocks), strict=True):
-            at, y = like(at, word.shape), like(y, word.shape)
-            plgpu.store(ref.at[row, at], y, mask=inside)
+            at, y = broadcast_leading(at, word.shape), broadcast_leading(y, word.shape)
+            plgpu.store(ref.at[row, at], y, mask=mask)
 
-    def of(self, stored: Sequence[Array], mean: RootMeanSquare | None) -> Rounded:
-        """Of these shapes."""
-        return Rounded(*stored, mean)
+    def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> Int8Rows:
+        return Int8Rows(*arrays, rms)
+
+    def serves(self, other: ActivationLayout) -> bool:
+        return self == other
 
 
-def _round_block(x: Array) -> tuple[Array, Array, Array, Array]:
+def _quantize_block(x: Array) -> tuple[Array, Array, Array, Array]:
     """`[..., 2, 4, 4]` to words `[..., 2, 4]`, scales and sums `[...]`, and sums of halves `[...,
     2]`: the largest magnitude becomes 127."""
     scale = largest_magnitude(x, -1, -1, -1) / 127
     inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None, None]
-    # The bound, which changes nothing, keeps compilers from making this product and the sum in
-    # `_to_nearest` one instruction, which rounds once: here and there to another code.
+    # The bound changes nothing. It keeps compilers from fusing this product with the sum in
+    # `_to_nearest` into one FMA, which rounds once and here and there to another code.
     codes = _to_nearest(jnp.minimum(x * inverse, 127))
     bytes_ = (codes & 255) << jnp.broadcast_to(8 * jnp.arange(4, dtype=jnp.int32), codes.shape)
     counts = jnp.sum(jnp.sum(codes, axis=-1), axis=-1)
@@ -122,17 +128,17 @@ def _to_nearest(x: Array) -> Array:
     return lax.bitcast_convert_type(x + number, jnp.int32) - number.view(np.int32)
 
 
-def round_rows(x: Array) -> Rounded:
-    """Rounds `[rows, in]`."""
+def quantize_rows(x: Array) -> Int8Rows:
+    """Quantizes `[rows, in]`."""
     rows, columns = x.shape
     blocks = x.astype(jnp.float32).reshape(rows, -1, 2, SLICE // 4, 4)
-    words, scale, sums, half_sums = _round_block(blocks)
+    words, scale, sums, half_sums = _quantize_block(blocks)
     words = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, -1, SLICE // 4)
-    words = jnp.pad(words, ((0, 0), (0, (_filled(columns) - columns) // SLICE), (0, 0)))
-    words = words[:, place_of(np.arange(words.shape[1]))].reshape(rows, -1)
-    return Rounded(words, scale, sums, half_sums.reshape(rows, -1))
+    words = jnp.pad(words, ((0, 0), (0, (_padded(columns) - columns) // SLICE), (0, 0)))
+    words = words[:, bank_swizzle(np.arange(words.shape[1]))].reshape(rows, -1)
+    return Int8Rows(words, scale, sums, half_sums.reshape(rows, -1))
 
 
-def _filled(columns: int) -> int:
-    """Values of a row with those that fill the last group of `place_of`."""
+def _padded(columns: int) -> int:
+    """Values of a row, padded to whole groups of `bank_swizzle`."""
     return -(-columns // (_GROUP * SLICE)) * _GROUP * SLICE

@@ -1,6 +1,7 @@
-"""Rows in the order in which tiles of quantized matrices are multiplied with them.
+"""Activations in the order of packed weights.
 
-A tile is made of the codes at one place of each pair of bytes, whose weights lie apart in a row.
+The small-M GEMM unpacks one code of each pair of bytes at a time. Neighbouring codes of such a tile
+belong to weights that are apart in the matrix row, so activations are permuted to match.
 """
 
 import dataclasses
@@ -10,8 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsplit.ops.activations.deferred import BLOCK, RootMeanSquare, block_elements, like
-from jaxsplit.ops.matmul.triton_gemv_int8 import split
+from jaxsplit.ops.activations.layout import (
+    BLOCK,
+    ActivationLayout,
+    RMSStatistics,
+    block_elements,
+    broadcast_leading,
+)
+from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.pallas import plgpu
 from jaxsplit.quant.qtensor import Form, QTensor
 
@@ -32,25 +39,26 @@ def group_length(w: QTensor, entries: Array | jax.Ref) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ordered:
-    """Rows by where the weights are that they are multiplied with.
+class PackedRows:
+    """Rows of activations, permuted as the codes of matrices are packed.
 
     Attributes:
-      pairs: bfloat16 `[places in a pair of bytes, rows, pairs]` for each order. Those of a form
-        with one plane are divided by the power of two that a code is worth at its place in a byte.
-      sums: of the groups that share a minimum, bfloat16 `[rows, groups]`; None: there are none.
-      mean: by the root of which products are to be divided; None: they are not.
-      ordering: what they are for.
+      pairs: bfloat16 `[codes in a pair of bytes, rows, pairs]` for each order. Matrices with a
+        single plane of codes are multiplied without shifting these down: the activations are
+        divided by the power of two instead.
+      sums: of the groups that share a minimum, bfloat16 `[rows, groups]`; None: no minima.
+      rms: see `RMSStatistics`; None: nothing is left to divide.
+      layout: the orders.
     """
 
     pairs: tuple[Array, ...]
     sums: tuple[Array | None, ...]
-    mean: RootMeanSquare | None
-    ordering: "Ordering" = dataclasses.field(metadata={"static": True})
+    rms: RMSStatistics | None
+    layout: "PackedLayout" = dataclasses.field(metadata={"static": True})
 
     def for_matrix(self, w: QTensor) -> tuple[Array, Array | None]:
         """Pairs and sums in the order of a matrix."""
-        i = self.ordering.orders.index(_order(w))
+        i = self.layout.orders.index(_order(w))
         return self.pairs[i], self.sums[i]
 
 
@@ -60,18 +68,21 @@ def _order(w: QTensor) -> tuple[Form, int | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ordering:
-    """Reads rows in the orders of some matrices."""
+class PackedLayout:
+    """Rows in the orders of some matrices: `PackedRows`.
+
+    Attributes:
+      orders: of each matrix its form, and the number of weights that share a minimum or None.
+    """
 
     orders: tuple[tuple[Form, int | None], ...]
 
     @staticmethod
-    def for_matrices(weights: Sequence[QTensor]) -> "Ordering":
-        """The orders of these."""
-        return Ordering(tuple(dict.fromkeys(map(_order, weights))))
+    def of(weights: Sequence[QTensor]) -> "PackedLayout":
+        """The orders of some matrices."""
+        return PackedLayout(tuple(dict.fromkeys(map(_order, weights))))
 
     def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
-        """Of pairs and perhaps of sums, order by order."""
         shapes = []
         for form, length in self.orders:
             places = 2 * pieces_of(form)[0]
@@ -81,16 +92,15 @@ class Ordering:
         return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
     def store(
-        self, refs: Sequence[jax.Ref], row: Array, block: Array, inside: Array, x: Array
+        self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
     ) -> None:
-        """Stores blocks in all orders: see `Reader`."""
         element, x = block_elements(block), x.astype(jnp.bfloat16)
-        exists, following = like(inside, element.shape), iter(refs)
+        exists, following = broadcast_leading(mask, element.shape), iter(refs)
         for form, length in self.orders:
             pieces, per_chunk = pieces_of(form)
-            chunk, at = split(element, form.chunk)
-            piece, at = split(at, 2 * per_chunk)
-            pair, byte = split(at, 2)
+            chunk, at = divmod_pow2(element, form.chunk)
+            piece, at = divmod_pow2(at, 2 * per_chunk)
+            pair, byte = divmod_pow2(at, 2)
             place = (2 * piece + byte, row, chunk * per_chunk + pair)
             divided = _times_power(x, -form.bits[0] * piece) if len(form.bits) == 1 else x
             plgpu.store(next(following).at[place], divided, mask=exists)
@@ -99,17 +109,20 @@ class Ordering:
                 group = block[..., None] * 2 + jnp.arange(2)
                 if length == BLOCK:
                     sums, group = jnp.sum(sums, axis=-1), block
-                mask = like(inside, group.shape)
-                plgpu.store(next(following).at[row, group], sums.astype(jnp.bfloat16), mask=mask)
+                of_groups = broadcast_leading(mask, group.shape)
+                sums = sums.astype(jnp.bfloat16)
+                plgpu.store(next(following).at[row, group], sums, mask=of_groups)
 
-    def of(self, stored: Sequence[Array], mean: RootMeanSquare | None) -> Ordered:
-        """Of these shapes."""
-        following = iter(stored)
+    def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> PackedRows:
+        following = iter(arrays)
         pairs, sums = zip(
             *((next(following), next(following) if length else None) for _, length in self.orders),
             strict=True,
         )
-        return Ordered(pairs, sums, mean, self)
+        return PackedRows(pairs, sums, rms, self)
+
+    def serves(self, other: ActivationLayout) -> bool:
+        return isinstance(other, PackedLayout) and set(other.orders) <= set(self.orders)
 
 
 def _times_power(x: Array, exponent: Array) -> Array:

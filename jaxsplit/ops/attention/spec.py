@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxsplit.cache.contiguous import AttentionCache, attention_cache
 from jaxsplit.ops.attention.rope import RopeConfig
-from jaxsplit.ops.norm.spec import NormConfig
+from jaxsplit.ops.norm.spec import NormConfig, NormParams
 from jaxsplit.sharding.axes import Axis, head_axes
 
 
@@ -78,3 +80,25 @@ class AttentionConfig:
         length = context if self.window is None else min(self.window, context)
         _, kv_heads = self.axes
         return attention_cache(kv_heads, length, self.head_dim, self.value_dim, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionParams:
+    """Parameters of attention beside its projections.
+
+    Attributes:
+      query_norm, key_norm, value_norm: as in `AttentionConfig`; None: no norm.
+      sinks: float32 `[heads]`; None: none.
+    """
+
+    query_norm: NormParams | None = None
+    key_norm: NormParams | None = None
+    value_norm: NormParams | None = None
+    sinks: Array | None = None
+
+    @property
+    def norm_scales(self) -> tuple[Array | None, Array | None]:
+        """Scales of the norms of queries and of keys."""
+        query, key = (n and n.scale for n in (self.query_norm, self.key_norm))
+        return query, key

@@ -1,9 +1,9 @@
-"""Attention of single tokens, from their projections to what a product reads, in one kernel for
-GPUs.
+"""Attention of single tokens, from their projections to the rows that a matmul reads: one kernel
+for GPUs.
 
-Heads are turned, the new key and value are put into the cache, the keys before are split among
-programs, and the last of them to end joins and stores what they have ("Flash-Decoding", Dao et al.
-2023). One launch instead of three: with little context, a launch takes as long as its work.
+It rotates the heads, writes the new key and value to the cache, splits the earlier keys among
+programs, and lets the last of these to end combine the results ("Flash-Decoding", Dao et al. 2023).
+One launch instead of three: with little context, a launch takes as long as its work.
 """
 
 import dataclasses
@@ -16,12 +16,20 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
-from jaxsplit.context import KernelLaunch
-from jaxsplit.ops.activations.deferred import BLOCK, Late, Plain, Reader, block_elements
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
+from jaxsplit.ops.activations.layout import (
+    BLOCK,
+    ActivationLayout,
+    Activations,
+    PlainLayout,
+    block_elements,
+    store_layouts,
+    wrap_layouts,
+)
 from jaxsplit.ops.attention import triton_flash, triton_rope_cache_update
 from jaxsplit.ops.attention.rope import RopeConfig, rope_factors
-from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.triton_softmax import (
     FEW,
     LOG2_E,
@@ -62,7 +70,8 @@ def supports(
     cache: AttentionCache | None,
     query: Array | jax.ShapeDtypeStruct,
 ) -> bool:
-    """Whether `attend` can do what a layer needs, for queries `[batch, time, heads * width]`."""
+    """Whether `decode_attention` can do what a layer needs, for queries `[batch, time, heads *
+    width]`."""
     return (
         batch.positions.shape[1] == 1
         and triton_rope_cache_update.supports(config, batch, cache, query.dtype)
@@ -73,53 +82,28 @@ def supports(
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Attended(Late):
-    """Rows that were stored for a reader where they were computed."""
-
-    rows: Any
-    reader: Reader
-    sequences: int
-    columns: int
-    dtype: jnp.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`[sequences, 1, columns]`."""
-        return self.sequences, 1, self.columns
-
-    def prepared(self, reader: Reader, launch: KernelLaunch) -> Any:
-        if reader != self.reader:
-            raise ValueError(f"the rows were stored for {self.reader}, not for {reader}")
-        return self.rows
-
-
-def attend(
+def decode_attention(
     query: Array,
     key: Array,
     value: Array,
     batch: Batch,
     cache: AttentionCache,
-    config: AttentionConfig,
-    scales: tuple[Array | None, Array | None],
-    sinks: Array | None = None,
     *,
+    config: AttentionConfig,
+    params: AttentionParams,
     dtype: jnp.dtype,
-    reader: Reader | None = None,
-    launch: KernelLaunch = KernelLaunch(),  # noqa: B008
-) -> tuple[Array | Late, AttentionCache]:
-    """What tokens read from those before them and themselves, and the cache with them.
+    layouts: Sequence[ActivationLayout] = (),
+) -> tuple[Activations, AttentionCache]:
+    """Attention of one new token of each sequence, and the cache with these tokens.
 
     Args:
-      query, key, value: projections, `[terms, batch, 1, heads * width]`, to be added up.
+      query, key, value: projections, `[parts, batch, 1, heads * width]`, summed over parts here.
       batch: where the tokens belong; nothing is written for padding.
       cache: of earlier tokens.
       config: one that is supported.
-      scales: of the norms of queries and of keys, `[head_dim]`; None: there are none.
-      sinks: float32 `[heads]`, or None.
+      params: parameters of norms, and sinks.
       dtype: of activations.
-      reader: of the rows, the only one; None: they are an array.
-      launch: of the kernel.
+      layouts: of the result; none: it is an array.
 
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
@@ -138,9 +122,9 @@ def attend(
         batch.slots,
         cos,
         sin,
-        list(scales),
-        sinks,
-        # Programs that have ended, by sequence and head: the last leaves zeros, as it has found.
+        list(params.norm_scales),
+        params.sinks,
+        # Programs that have ended, by sequence and head: the last one resets its counter to zero.
         jnp.zeros((sequences, kv_heads), jnp.int32),
     )
     leaves, structure = jax.tree.flatten(inputs)
@@ -148,15 +132,12 @@ def attend(
     width = pl.next_power_of_2(max(c.head_dim, value_dim))
     tiling = _tiling_of(group, length, width, sequences * kv_heads)
     of_splits = (tiling.splits, sequences, kv_heads, group)
-    if reader is None:  # what is no kernel may read before this one has ended
-        stores, launch = Plain(dtype), dataclasses.replace(launch, pdl=False)
-    else:
-        stores = reader
+    stored_in = tuple(layouts) or (PlainLayout(dtype),)
     columns = kv_heads * group * value_dim
     outs = [
         jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
         *[jax.ShapeDtypeStruct(of_splits, jnp.float32)] * 2,
-        *stores.shapes(sequences, columns),
+        *(shape for layout in stored_in for shape in layout.shapes(sequences, columns)),
     ]
     results = pl.pallas_call(
         partial(
@@ -165,22 +146,24 @@ def attend(
             tiling=tiling,
             config=c,
             dtype=dtype,
-            reader=stores,
-            launch=launch,
+            layouts=stored_in,
+            early=bool(layouts),  # XLA's kernels must not start before this one has ended
         ),
         # Splits last: the first of each head, which has something to do, does not wait for others.
         grid=(kv_heads, sequences, tiling.splits),
         out_shape=[*outs, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
         input_output_aliases={len(leaves) + i: len(outs) + i for i in range(len(kept))},
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=launch.interpret,
-        name="attend_token",
+        interpret=interpreted(),
+        name="decode_attention",
     )(*leaves, *kept)
-    rows, kept = stores.of(results[3 : len(outs)], None), results[len(outs) :]
+    arrays, kept = results[3 : len(outs)], results[len(outs) :]
     cache = without_pairs(jax.tree.unflatten(cache_structure, kept))
-    if reader is None:
-        return rows.rows.reshape(sequences, 1, columns), cache
-    return _Attended(rows, reader, sequences, columns, dtype), cache
+    if not layouts:
+        return Activations(arrays[0].reshape(sequences, 1, columns)), cache
+    like = jax.ShapeDtypeStruct((sequences, 1, columns), dtype)
+    stored = wrap_layouts(stored_in, arrays, sequences, columns)
+    return Activations(None, stored_in, stored, like=like), cache
 
 
 def _tiling_of(group: int, length: int, width: int, heads: int) -> triton_flash.Tiling:
@@ -301,8 +284,8 @@ def _kernel(
     tiling: triton_flash.Tiling,
     config: AttentionConfig,
     dtype: jnp.dtype,
-    reader: Reader,
-    launch: KernelLaunch,
+    layouts: Sequence[ActivationLayout],
+    early: bool,
 ) -> None:
     """One head of keys of one token, with all queries that share it: a split of the keys.
 
@@ -318,7 +301,7 @@ def _kernel(
     c, group, length = config, query.shape[3], cache.keys.shape[2]
     head_dim, value_dim, parts = key.shape[-1], value.shape[-1], parts_of(cache)
     head, split = pl.program_id(0), pl.program_id(2)
-    sequence = launch_dependents(pl.program_id(1), launch)
+    sequence = launch_dependents(pl.program_id(1), early)
 
     # All loads are asked for before any is waited for.
     position = positions[sequence]
@@ -379,11 +362,11 @@ def _kernel(
             """Those that are there; the next are asked for before."""
             sums, there, seen = carry
             after = ask_for(i + 1)
-            return more_keys(sums, queries, there, seen[None], score, launch), *after
+            return more_keys(sums, queries, there, seen[None], score), *after
 
         def some_keys_read(i: Array, sums: Sums) -> Sums:
             there, seen = ask_for(i)
-            return more_keys(sums, queries, there, seen[None], score, launch)
+            return more_keys(sums, queries, there, seen[None], score)
 
         if ahead:
             sums = (
@@ -410,7 +393,7 @@ def _kernel(
         plgpu.store(splits[0].at[(*at, member, column)], values, mask=mask)
         for ref, x in zip(splits[1:], (largest, total), strict=True):
             plgpu.store(ref.at[(*at, row)], x, mask=row < group)
-        if not launch.interpret:
+        if not interpreted():
             plgpu.debug_barrier()  # all threads have stored before one of them says so
         before = lax.cond(
             used > 1,
@@ -421,7 +404,7 @@ def _kernel(
         @pl.when(before == used - 1)
         def _() -> None:
             plgpu.store(ended.at[sequence, head + jnp.arange(1)], jnp.zeros(1, jnp.int32))
-            _join(splits, sinks, stored, reader, sequence, head, used)
+            _join(splits, sinks, stored, layouts, sequence, head, used)
 
 
 def _put(
@@ -456,7 +439,7 @@ def _join(
     splits: Sequence[jax.Ref],
     sinks: jax.Ref | None,
     stored: Sequence[jax.Ref],
-    reader: Reader,
+    layouts: Sequence[ActivationLayout],
     sequence: Array,
     head: Array,
     used: Array,
@@ -467,7 +450,7 @@ def _join(
       splits: values, largest scores and sums of weights.
       sinks: as in `attend`.
       stored: results.
-      reader: of them.
+      layouts: of the results.
       sequence, head: which.
       used: splits that have anything.
     """
@@ -518,7 +501,7 @@ def _join(
     of_head = rows[:2]
     at = (head * group + wide(member, of_head, 0)) * blocks + wide(block, of_head, 1)
     inside = wide(member < group, of_head, 0) & wide(block < blocks, of_head, 1)
-    reader.store(stored, sequence, at, inside, y)
+    store_layouts(layouts, stored, sequence, at, inside, y)
 
 
 def _of_rows(x: Array, shape: tuple[int, ...]) -> Array:

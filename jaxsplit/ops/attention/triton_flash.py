@@ -5,17 +5,23 @@ second kernel joins (Dao et al. 2023, "Flash-Decoding").
 """
 
 import dataclasses
-import math
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.cache.contiguous import AttentionCache
-from jaxsplit.context import KernelLaunch
-from jaxsplit.ops.activations.deferred import BLOCK, Late, Reader, as_late, block_elements
+from jaxsplit.context import interpreted
+from jaxsplit.ops.activations.layout import (
+    BLOCK,
+    ActivationLayout,
+    Activations,
+    block_elements,
+    store_layouts,
+    wrap_layouts,
+)
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.attention.triton_softmax import (
     FEW,
@@ -33,7 +39,6 @@ from jaxsplit.ops.attention.triton_softmax import (
     wide,
 )
 from jaxsplit.ops.launch import launch_dependents
-from jaxsplit.ops.matmul.api import Rows
 from jaxsplit.pallas import pl, plgpu
 
 _KEYS_OF_A_SPLIT = 256
@@ -42,7 +47,7 @@ _WIDEST_HEAD = 256
 
 
 def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) -> bool:
-    """Whether `attend` can compute this."""
+    """Whether `flash_attention` can compute this."""
     return (
         queries.dtype.itemsize == 2
         and memory.values is not None
@@ -82,32 +87,33 @@ def tiling_of(rows: int, keys: int, width: int) -> Tiling:
     return Tiling(128, 64, 1, 8, 3) if width <= 128 else Tiling(64, 32, 1, 4, 2)
 
 
-def attend(
+def flash_attention(
     queries: Array,
-    memory: AttentionCache,
+    kv: AttentionCache,
     positions: Array,
-    key_positions: Array | None,
+    *,
     config: AttentionConfig,
+    key_positions: Array | None = None,
     sinks: Array | None = None,
     slots: Array | None = None,
-    *,
+    layouts: Sequence[ActivationLayout] = (),
     tiling: Tiling | None = None,
-    launch: KernelLaunch = KernelLaunch(),  # noqa: B008
-) -> Rows:
-    """As `jaxsplit.models.attention.attend`, for what is supported.
+) -> Activations:
+    """As `jaxsplit.ops.attention.api.attend`, for what is supported.
 
     Args:
+      layouts: of the result, where a second kernel combines splits of the keys; else, and if there
+        are none, the result is an array.
       tiling: of the work; None: a usual one.
-      launch: of the kernels.
     """
     batch, time, kv_heads, group, _ = queries.shape
-    value_dim = memory.values.shape[-1]
-    width = pl.next_power_of_2(max(memory.keys.shape[-1], value_dim))
-    tiling = tiling or tiling_of(time * group, memory.length, width)
+    value_dim = kv.values.shape[-1]
+    width = pl.next_power_of_2(max(kv.keys.shape[-1], value_dim))
+    tiling = tiling or tiling_of(time * group, kv.length, width)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
     of_one = sinks if tiling.splits == 1 else None
     # Of more rows, unpacking is a small part of the work.
-    read = in_pairs(memory) if tiling.rows <= FEW else memory
+    read = in_pairs(kv) if tiling.rows <= FEW else kv
     inputs = (queries, read, positions, key_positions, of_one, slots)
     leaves, structure = jax.tree.flatten(inputs)
     shape = (batch, time, kv_heads, group)
@@ -124,76 +130,57 @@ def attend(
             tiling=tiling,
             config=config,
             scale=scale,
-            launch=launch,
         ),
         grid=(pl.cdiv(time * group, tiling.rows) * tiling.splits, kv_heads, batch),
         out_shape=[out] if tiling.splits == 1 else sums,
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=launch.interpret,
-        name="attend",
+        interpret=interpreted(),
+        name="flash_attention",
     )(*leaves)
     if tiling.splits == 1:
-        return results[0].reshape(batch, time, -1)
-    return _Splits(*results, sinks, queries.dtype, launch)
+        return Activations(results[0].reshape(batch, time, -1))
+    return _combine(results, sinks, queries.dtype, layouts)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Splits(Late):
-    """What the splits have, not joined yet.
+def _combine(
+    splits: Sequence[Array],
+    sinks: Array | None,
+    dtype: jnp.dtype,
+    layouts: Sequence[ActivationLayout],
+) -> Activations:
+    """Combines splits of the keys, in a kernel that stores the rows in layouts if a head consists
+    of whole blocks.
 
-    Attributes:
-      values: weighted values, float32 `[splits, batch, time, kv_heads, group, value_dim]`.
-      largest: the largest scores, likewise without `value_dim`.
-      total: sums of weights, likewise.
-      sinks: as in `attend`.
+    Args:
+      splits: weighted values, float32 `[splits, batch, time, kv_heads, group, value_dim]`; the
+        largest scores and the sums of weights, `[splits, batch, time, kv_heads, group]` each.
+      sinks: float32 `[kv_heads * group]`, or None.
       dtype: of the rows.
-      launch: of the kernel.
+      layouts: of the rows; none: an array.
     """
-
-    values: Array
-    largest: Array
-    total: Array
-    sinks: Array | None
-    dtype: jnp.dtype
-    launch: KernelLaunch
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`[batch, time, heads * value_dim]`."""
-        return *self.values.shape[1:3], math.prod(self.values.shape[3:])
-
-    @cached_property
-    def array(self) -> Array:
-        """The rows `[batch, time, heads * value_dim]`."""
-        *rows, columns = self.shape
-        shape = jax.ShapeDtypeStruct((math.prod(rows), columns), self.dtype)
-        [y] = self._join([shape], None, self.launch)
-        return y.reshape(self.shape)
-
-    def prepared(self, reader: Reader, launch: KernelLaunch) -> Any:
-        """Joined and stored in one kernel where a head is made of whole blocks."""
-        if self.values.shape[-1] % BLOCK:
-            return as_late(self.array).prepared(reader, launch)
-        *rows, columns = self.shape
-        shapes = reader.shapes(math.prod(rows), columns)
-        return reader.of(self._join(shapes, reader, launch), None)
-
-    def _join(
-        self, shapes: list[jax.ShapeDtypeStruct], reader: Reader | None, launch: KernelLaunch
-    ) -> list[Array]:
-        splits, batch, time, kv_heads, group, _ = self.values.shape
-        of_splits = (self.values, self.largest, self.total)
-        of_splits = [
-            x.reshape(splits, batch * time, kv_heads * group, *x.shape[5:]) for x in of_splits
-        ]
-        return pl.pallas_call(
-            partial(_join, results=len(shapes), reader=reader, launch=launch),
-            grid=(batch * time, kv_heads * group),
-            out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
-            interpret=launch.interpret,
-            name="attend_join",
-        )(*of_splits, *(() if self.sinks is None else (self.sinks,)))
+    count, batch, time, kv_heads, group, value_dim = splits[0].shape
+    rows, heads = batch * time, kv_heads * group
+    shape = (batch, time, heads * value_dim)
+    if value_dim % BLOCK:
+        layouts = ()
+    outs = [jax.ShapeDtypeStruct((rows, shape[-1]), dtype)]
+    if layouts:
+        outs = [out for layout in layouts for out in layout.shapes(rows, shape[-1])]
+    arrays = pl.pallas_call(
+        partial(_combine_kernel, results=len(outs), layouts=layouts),
+        grid=(rows, heads),
+        out_shape=outs,
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        interpret=interpreted(),
+        name="combine_splits",
+    )(
+        *(x.reshape(count, rows, heads, *x.shape[5:]) for x in splits),
+        *(() if sinks is None else (sinks,)),
+    )
+    if not layouts:
+        return Activations(arrays[0].reshape(shape))
+    stored = wrap_layouts(layouts, arrays, rows, shape[-1])
+    return Activations(None, tuple(layouts), stored, like=jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _kernel(
@@ -202,7 +189,6 @@ def _kernel(
     tiling: Tiling,
     config: AttentionConfig,
     scale: float,
-    launch: KernelLaunch,
 ) -> None:
     """Some rows of queries of one head of keys, with all keys that they see or a split of them."""
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
@@ -218,7 +204,7 @@ def _kernel(
     slot = sequence if slots is None else slots[sequence]
 
     if tiling.splits > 1:
-        tile = launch_dependents(tile, launch)
+        tile = launch_dependents(tile)
     rows = tile * tiling.rows + jnp.arange(tiling.rows)
     inside = rows < time * group
     position = plgpu.load(positions.at[sequence, jnp.minimum(rows // group, time - 1)])
@@ -248,7 +234,7 @@ def _kernel(
         place = start + i * tiling.keys + jnp.arange(tiling.keys)
         at = slot, head, place
         if whole:
-            return more_keys(carry, qs, read(memory, at, None), None, score, launch)
+            return more_keys(carry, qs, read(memory, at, None), None, score)
         exists = place < stop
         key_position = place
         if not places_are_positions:
@@ -257,7 +243,7 @@ def _kernel(
         seen = (distance >= 0) & (exists & (key_position >= 0))[None]
         if config.window is not None:
             seen &= distance < config.window
-        return more_keys(carry, qs, read(memory, at, exists), seen, score, launch)
+        return more_keys(carry, qs, read(memory, at, exists), seen, score)
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
     out_shape = (tiling.rows, padded(value_dim, parts))
@@ -296,14 +282,14 @@ def _kernel(
     store(out_refs[0], values / jnp.maximum(total, 1e-30)[:, None])
 
 
-def _join(*refs: jax.Ref, results: int, reader: Reader | None, launch: KernelLaunch) -> None:
-    """What the splits have for one head of one query, put together, for a reader or as it is."""
+def _combine_kernel(*refs: jax.Ref, results: int, layouts: Sequence[ActivationLayout]) -> None:
+    """One head of one query."""
     values_ref, largest_ref, total_ref, *rest = refs
     sinks, outs = rest[:-results], rest[-results:]
     splits, _, _, value_dim = values_ref.shape
     row, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(splits)
-    if reader is not None:
-        row = launch_dependents(row, launch)
+    if layouts:
+        row = launch_dependents(row)
     largest = plgpu.load(largest_ref.at[split, row, head])
     total = plgpu.load(total_ref.at[split, row, head])
     final = jnp.max(largest)
@@ -314,7 +300,7 @@ def _join(*refs: jax.Ref, results: int, reader: Reader | None, launch: KernelLau
     total = jnp.sum(total * fade)
     if sinks:
         total += jnp.exp2(sink - final)
-    if reader is not None:
+    if layouts:
         block = jnp.arange(pl.next_power_of_2(value_dim // BLOCK))
         column = block_elements(block)
     else:
@@ -325,9 +311,9 @@ def _join(*refs: jax.Ref, results: int, reader: Reader | None, launch: KernelLau
         values_ref.at[wide(split, shape, 0), row, head, at], mask=at < value_dim, other=0.0
     )
     y = jnp.sum(values * wide(fade, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
-    if reader is not None:
+    if layouts:
         first = head * (value_dim // BLOCK)
-        reader.store(outs, row, first + block, block < value_dim // BLOCK, y)
+        store_layouts(layouts, outs, row, first + block, block < value_dim // BLOCK, y)
     else:
         at = (row, head * value_dim + column)
         plgpu.store(outs[0].at[at], y.astype(outs[0].dtype), mask=column < value_dim)

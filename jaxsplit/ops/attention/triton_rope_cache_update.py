@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
 from jaxsplit.ops.attention.rope import RopeConfig, rope_factors
-from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.pallas import pl, plgpu
 
@@ -25,7 +26,7 @@ _FEW = 32
 def supports(
     config: AttentionConfig, batch: Batch, cache: AttentionCache | None, dtype: jnp.dtype
 ) -> bool:
-    """Whether `place` can do what a layer needs."""
+    """Whether `rope_cache_update` can do what a layer needs."""
     c = config
 
     def simple(norm: NormConfig | None) -> bool:
@@ -49,16 +50,15 @@ def supports(
     )
 
 
-def place(
+def rope_cache_update(
     query: Array,
     key: Array,
     value: Array,
     batch: Batch,
     cache: AttentionCache,
-    config: AttentionConfig,
-    scales: tuple[Array | None, Array | None],
     *,
-    interpret: bool = False,
+    config: AttentionConfig,
+    params: AttentionParams,
 ) -> tuple[Array, AttentionCache]:
     """Queries as attention reads them, and the cache with the new tokens.
 
@@ -67,8 +67,7 @@ def place(
       batch: where the tokens belong; nothing is written for padding.
       cache: of earlier tokens.
       config: one that is supported.
-      scales: of the norms of queries and of keys, `[head_dim]`; None: there are none.
-      interpret: run it without a GPU, to test it.
+      params: parameters of norms.
 
     Returns:
       `[batch, time, heads, head_dim]` in the dtype of `query`, and the cache.
@@ -84,7 +83,7 @@ def place(
         batch.slots,
         cos.reshape(tokens, -1),
         sin.reshape(tokens, -1),
-        scales,
+        params.norm_scales,
     )
     leaves, structure = jax.tree.flatten(inputs)
     width = pl.next_power_of_2(max(c.head_dim, value.shape[-1] // kv_heads))
@@ -107,8 +106,8 @@ def place(
         compiler_params=plgpu.CompilerParams(
             num_warps=1 if tokens <= _FEW else _WARPS, num_stages=1
         ),
-        interpret=interpret,
-        name="place_heads",
+        interpret=interpreted(),
+        name="rope_cache_update",
     )(*leaves, *kept)
     return queries.reshape(*batch.positions.shape, heads, -1), jax.tree.unflatten(
         cache_structure, kept

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.cache.contiguous import AttentionCache
-from jaxsplit.context import KernelLaunch
+from jaxsplit.context import interpreted
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.pallas import pl, plgpu
 
@@ -69,9 +69,9 @@ def joined(parts: list[Array]) -> Array:
     return jnp.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
 
 
-def unpaired(pairs: Array, dtype: jnp.dtype, launch: KernelLaunch) -> list[Array]:
+def unpaired(pairs: Array, dtype: jnp.dtype) -> list[Array]:
     """The first and the second int8 of each int16, in a floating-point dtype of 16 bits."""
-    if launch.interpret:
+    if interpreted():
         return [x.astype(dtype) for x in ((pairs & 0x7F) - (pairs & 0x80), pairs >> 8)]
 
     def twice(x: float) -> int:
@@ -166,7 +166,6 @@ def more_keys(
     some: AttentionCache,
     seen: Array | None,
     score: Callable[[Array], Array],
-    launch: KernelLaunch,
 ) -> Sums:
     """Some more keys, in a kernel.
 
@@ -176,13 +175,12 @@ def more_keys(
       some: keys and values, as they were read.
       seen: bool `[rows, keys]` or `[1, keys]`; None: all.
       score: of products.
-      launch: of the kernel.
     """
     largest, total, values = sums
     dtype = queries[0].dtype
 
     def in_dtype(x: Array) -> list[Array]:
-        return [x.astype(dtype)] if len(queries) == 1 else unpaired(x, dtype, launch)
+        return [x.astype(dtype)] if len(queries) == 1 else unpaired(x, dtype)
 
     contract_columns = (((1,), (1,)), ((), ()))
     products = sum(

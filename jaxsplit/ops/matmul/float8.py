@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.context import compute_capability
-from jaxsplit.ops.matmul.triton_dequantize import LEAST_BOUND
 from jaxsplit.quant.qtensor import QTensor, dequantize
 
 DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 LARGEST = float(jnp.finfo(DTYPE).max)
+
+LEAST_BOUND = 1e-30
+"""Rows whose bound is less become zeros: its inverse might overflow."""
 
 
 def supported_by(device: jax.Device) -> bool:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsplit.ops.matmul.triton_gemv_int8 import GROUPS, split
+from jaxsplit.context import interpreted
+from jaxsplit.ops.launch import divmod_pow2
+from jaxsplit.ops.matmul.float8 import LEAST_BOUND
+from jaxsplit.ops.matmul.triton_gemv_int8 import GROUPS
 from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, value_of, with_words
 
-LEAST_BOUND = 1e-30
-"""Rows whose bound is less become zeros: its inverse might overflow."""
 _WIDTH = 8  # neighbouring weights of a thread
 _UNITS = 256  # of so many weights, in each program
 _WARPS = 4
@@ -33,7 +34,6 @@ def dequantize(
     *,
     bounds: Sequence[Array] | None = None,
     after: Array | None = None,
-    interpret: bool = False,
 ) -> Array:
     """The rows of matrices `[out, in]`, one after another, computed in float32: `[sum of out, in]`.
 
@@ -43,7 +43,6 @@ def dequantize(
       bounds: float32 `[out]` for each matrix: rows are scaled so that these become the largest
         number of the result's dtype; None: they are not.
       after: computed first, whatever it is.
-      interpret: run it without a GPU, to test it.
     """
     columns = weights[0].shape[1]
     sizes = [math.prod(w.shape) for w in weights]
@@ -55,7 +54,7 @@ def dequantize(
         grid=(sum(pl.cdiv(size, _UNITS * _WIDTH) for size in sizes),),
         out_shape=jax.ShapeDtypeStruct((sum(sizes),), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
-        interpret=interpret,
+        interpret=interpreted(),
         name="dequantize",
     )(*inputs)
     return y.reshape(-1, columns)
@@ -126,8 +125,8 @@ def _dequantize(
 
         def word(weight: Array) -> Array:
             """With the codes of this and the next three weights in front in its bytes."""
-            chunk, of_chunk = split(weight, form.chunk)
-            piece, byte = split(of_chunk, form.chunk * bits // 8)
+            chunk, of_chunk = divmod_pow2(weight, form.chunk)
+            piece, byte = divmod_pow2(of_chunk, form.chunk * bits // 8)
             word = load(plane, chunk * (form.chunk * bits // 32) + (byte >> 2))
             return (word >> (piece * bits).astype(jnp.uint32))[:, None]
 
@@ -146,8 +145,8 @@ def _dequantize(
     for name in GROUPS:
         if (ref := getattr(w, name)) is not None:
             shared = 8 // form.scale_bits if name in ("scale", "minimum") else 1
-            group = split(weight, size // (ref.shape[0] * shared))[0]
-            byte, place = split(group, shared)
+            group = divmod_pow2(weight, size // (ref.shape[0] * shared))[0]
+            byte, place = divmod_pow2(group, shared)
             value = load(ref, byte)
             if shared > 1:
                 value = (value >> (place * form.scale_bits).astype(value.dtype)) & 15

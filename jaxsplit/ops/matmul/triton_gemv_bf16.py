@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.activations.deferred import BLOCK, Stored
+from jaxsplit.context import interpreted
+from jaxsplit.ops.activations.layout import BLOCK, PlainRows
 from jaxsplit.ops.launch import dispatch_programs
 from jaxsplit.pallas import pl, plgpu
 
@@ -31,13 +32,12 @@ def supports(w: Array, dtype: jnp.dtype) -> bool:
 
 
 def products(
-    x: Stored,
+    x: PlainRows,
     weights: Sequence[Array],
     dtype: jnp.dtype = jnp.float32,
     *,
     peers: one_shot.Peers | None = None,
     tiling: Tiling | None = None,
-    interpret: bool = False,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[1, out]`, accumulated in float32.
 
@@ -48,7 +48,6 @@ def products(
       peers: devices to which the results are sent, of one matrix, ahead of an exchange: its counts
         follow, int32 likewise.
       tiling: of the work; None: a usual one.
-      interpret: run it without a GPU, to test it.
     """
     tiling = tiling or Tiling()
     programs = [pl.cdiv(w.shape[0], tiling.rows) for w in weights]
@@ -59,19 +58,16 @@ def products(
             structure=structure,
             programs=programs,
             tiling=tiling,
-            interpret=interpret,
         ),
         grid=(sum(programs),),
         out_shape=one_shot.results([(1, len(w)) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
-        interpret=interpret,
-        name="plain_products",
+        interpret=interpreted(),
+        name="gemv_bf16",
     )(*inputs)
 
 
-def _kernel(
-    *refs: jax.Ref, structure: Any, programs: Sequence[int], tiling: Tiling, interpret: bool
-) -> None:
+def _kernel(*refs: jax.Ref, structure: Any, programs: Sequence[int], tiling: Tiling) -> None:
     """Some rows of one matrix.
 
     Args:
@@ -79,47 +75,45 @@ def _kernel(
       structure: of activations, matrices and peers.
       programs: for each matrix.
       tiling: of the work.
-      interpret: as in `products`.
     """
     x, weights, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs = refs[structure.num_leaves :]
 
     def some_rows(i: int, program: Array) -> None:
-        _multiply(x, weights[i], outs[i :: len(weights)], program, peers, tiling, interpret)
+        _multiply(x, weights[i], outs[i :: len(weights)], program, peers, tiling)
 
     tasks = [partial(some_rows, i) for i in range(len(weights))]
     dispatch_programs(pl.program_id(0), list(zip(programs, tasks, strict=True)))
 
 
 def _multiply(
-    x: Stored,
+    x: PlainRows,
     w: jax.Ref,
     outs: Sequence[jax.Ref],
     program: Array,
     peers: one_shot.Peers | None,
     tiling: Tiling,
-    interpret: bool,
 ) -> None:
     """A program's rows, all steps; results are stored, and sent to peers, with counts."""
     height, columns = w.shape
     at = program * tiling.rows + jnp.arange(tiling.rows)
     row = jnp.minimum(at, height - 1)
-    outbox = None if peers is None or interpret else one_shot.outbox(peers, at)
+    outbox = None if peers is None or interpreted() else one_shot.outbox(peers, at)
     zero = jnp.zeros(tiling.rows, jnp.float32) if outbox is None else outbox.zero
     width = min(tiling.columns, pl.next_power_of_2(columns))
     shape = (tiling.rows, width)
     total = jnp.broadcast_to(zero[:, None], shape)
-    factor = None if x.mean is None else x.mean.inverse_of(jnp.asarray(0))
+    factor = None if x.rms is None else x.rms.inverse_of(jnp.asarray(0))
 
     def step(i: Array | int, total: Array, *, whole: bool = True) -> Array:
         column = i * width + jnp.arange(width)
         index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(column[None], shape)
         if whole:
-            of_w, of_x = plgpu.load(w.at[index]), plgpu.load(x.rows.at[0, column])
+            of_w, of_x = plgpu.load(w.at[index]), plgpu.load(x.array.at[0, column])
         else:
             inside, zero = column < columns, jnp.zeros((), w.dtype)
             of_w = plgpu.load(w.at[index], mask=jnp.broadcast_to(inside[None], shape), other=zero)
-            of_x = plgpu.load(x.rows.at[0, column], mask=inside, other=zero)
+            of_x = plgpu.load(x.array.at[0, column], mask=inside, other=zero)
         return total + of_w.astype(jnp.float32) * of_x.astype(jnp.float32)[None]
 
     steps = columns // width

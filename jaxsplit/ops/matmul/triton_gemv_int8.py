@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.activations.deferred import BLOCK
-from jaxsplit.ops.activations.int8 import SLICE, Rounded, place_of
-from jaxsplit.ops.launch import dispatch_programs
+from jaxsplit.context import interpreted
+from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
+from jaxsplit.ops.activations.layout import BLOCK
+from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, with_words
 
@@ -69,14 +70,13 @@ class _Tiling:
 
 
 def products(
-    x: Rounded,
+    x: Int8Rows,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
     experts: Array | None = None,
     peers: one_shot.Peers | None = None,
     tiling: _Tiling | None = None,
-    interpret: bool = False,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
 
@@ -89,7 +89,6 @@ def products(
       peers: devices to which the results are sent, of one matrix, ahead of an exchange: its counts
         follow, int32 likewise.
       tiling: of the work; None: a usual one.
-      interpret: run it without a GPU, to test it.
     """
     rows = len(x.words) if experts is None else len(experts)
     tilings = [tiling or _Tiling.of(w) for w in weights]
@@ -101,15 +100,14 @@ def products(
         structure=structure,
         programs=programs,
         tilings=tilings,
-        interpret=interpret,
     )
     return pl.pallas_call(
         kernel,
         grid=(1 if experts is None else rows, sum(programs)),
         out_shape=one_shot.results([(rows, w.shape[-2]) for w in weights], dtype, peers),
         compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
-        interpret=interpret,
-        name="quantized_products",
+        interpret=interpreted(),
+        name="gemv_int8",
     )(*inputs)
 
 
@@ -118,7 +116,6 @@ def _kernel(
     structure: Any,
     programs: Sequence[int],
     tilings: Sequence[_Tiling],
-    interpret: bool,
 ) -> None:
     """Some rows of one matrix, with all rows of activations.
 
@@ -127,14 +124,13 @@ def _kernel(
       structure: of activations and matrices.
       programs: for each matrix.
       tilings: of the work with each.
-      interpret: as in `products`.
     """
     x, weights, experts, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs, pair = refs[structure.num_leaves :], pl.program_id(0)
 
     def some_rows(i: int, program: Array) -> None:
         row = program * tilings[i].height
-        rows = _Rows(x, weights[i], experts, row, pair, tilings[i], interpret)
+        rows = _Rows(x, weights[i], experts, row, pair, tilings[i])
         rows.multiply(outs[i :: len(weights)], peers)
 
     tasks = [partial(some_rows, i) for i in range(len(weights))]
@@ -195,7 +191,7 @@ class _Steps:
         """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
         unit = step * self.units + jnp.arange(self.units)
         whole = not isinstance(step, int) or (step + 1) * self.units <= self._all
-        return *split(unit, self.per_chunk), None if whole else unit < self._all
+        return *divmod_pow2(unit, self.per_chunk), None if whole else unit < self._all
 
     def first_slices(self, step: Array | int) -> Array:
         """Of a step's units, each the first."""
@@ -208,10 +204,10 @@ class _Steps:
         plane_size = self.form.chunk * bits // 8
         if plane_size < SLICE:
             at = (of_chunk * SLICE)[:, None] + weight + 4 * jnp.arange(SLICE // 4)
-            piece, place = split(at, plane_size)
+            piece, place = divmod_pow2(at, plane_size)
         else:
             at = weight // SLICE if self.per_chunk == 1 else of_chunk + weight // SLICE
-            piece, place = split(at, plane_size // SLICE)
+            piece, place = divmod_pow2(at, plane_size // SLICE)
         return piece * bits, place
 
     def key_of_codes(
@@ -231,20 +227,18 @@ class _Rows:
       first: of the rows.
       pair: of activations and expert.
       tiling: of the work.
-      interpret: as in `products`.
     """
 
     def __init__(
         self,
-        x: Rounded,
+        x: Int8Rows,
         w: QTensor,
         experts: jax.Ref | None,
         first: Array,
         pair: Array,
         tiling: _Tiling,
-        interpret: bool,
     ):
-        self.x, self.w, self.interpret = x, w, interpret
+        self.x, self.w = x, w
         self.steps, self.height, self.out = _Steps(w, tiling), tiling.height, w.shape[-2]
         self.first = first
         self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
@@ -260,13 +254,13 @@ class _Rows:
         """All steps; results are stored, and sent to peers, with counts."""
         steps = self.steps
         outboxes: list[one_shot.Outbox | None] = [None] * len(self.batch)
-        if peers is not None and not self.interpret:
+        if peers is not None and not interpreted():
             outboxes = [one_shot.outbox(peers, m * self.out + self.row) for m, _ in self.batch]
         zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in outboxes]
         shape = (self.height, steps.units)
         totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
-        mean = self.x.mean
-        factors = [None if mean is None else mean.inverse_of(m) for m, _ in self.batch]
+        rms = self.x.rms
+        factors = [None if rms is None else rms.inverse_of(m) for m, _ in self.batch]
 
         def one_round(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             return self._together([i * steps.depth + d for d in range(steps.depth)], totals)
@@ -304,7 +298,7 @@ class _Rows:
 
     def _keep_in_order(self) -> None:
         """Loads stay before this or after it."""
-        if not self.interpret:
+        if not interpreted():
             plgpu.debug_barrier()
 
     def _load(self, ref: jax.Ref, row: Array, index: Array, inside: Array | None) -> Array:
@@ -368,10 +362,10 @@ class _Rows:
         first = steps.first_slices(step) * SLICE
         length = steps.columns // ref.shape[-1]
         if steps.per_chunk > 1:
-            at = [split(first + start, length)[0] for start in starts]
+            at = [divmod_pow2(first + start, length)[0] for start in starts]
             return [self._load(ref, row, index, inside) for index in at]
         if length >= steps.form.chunk:
-            return [self._load(ref, row, split(first, length)[0], inside)] * len(starts)
+            return [self._load(ref, row, divmod_pow2(first, length)[0], inside)] * len(starts)
         # Those of a unit are neighbours, which are read at once.
         group = jnp.arange(steps.form.chunk // length)
         found = self._load(ref, row, (chunk * group.size)[:, None] + group, inside)
@@ -391,7 +385,7 @@ class _Rows:
         _, of_chunk, inside = steps.places(step)
         first = steps.first_slices(step)
         signed = steps.form.bits == (8,) or steps.lifted > 0
-        dot4 = partial(_dot4, signed=signed, interpret=self.interpret)
+        dot4 = partial(_dot4, signed=signed)
         words = [[self._codes(s, of_chunk, codes) for s in part] for part in steps.parts]
         # Scales that are integers multiply integers, whose sums stay below 2^31.
         kind = jnp.int32 if "super_scale" in groups else jnp.float32
@@ -403,7 +397,7 @@ class _Rows:
         def dots(m: Array, part: int) -> Array:
             total = jnp.zeros((self.height, steps.units, SLICE // 4), jnp.int32)
             for (weight, _), word in zip(steps.parts[part], words[part], strict=True):
-                at = _words(place_of(first + weight // SLICE))
+                at = _words(bank_swizzle(first + weight // SLICE))
                 x = self._load(self.x.words, jnp.broadcast_to(m, self.row.shape), at, inside)
                 total = dot4(word, x, total)
             return jnp.sum(total, axis=-1)
@@ -424,11 +418,10 @@ class _Rows:
         self, total: Array, some: list[Array], others: list[Array], shared: list[Array] | None
     ) -> Array:
         """`total` and the products of some and others, each of them times what they share."""
-        fma = partial(_fma, interpret=self.interpret)
         y = total if shared is None else jnp.zeros_like(total)
         for a, b in zip(some, others, strict=True):
-            y = fma(a.astype(jnp.float32), jnp.broadcast_to(b, total.shape), y)
-        return y if shared is None else fma(y, shared[0].astype(jnp.float32), total)
+            y = _fma(a.astype(jnp.float32), jnp.broadcast_to(b, total.shape), y)
+        return y if shared is None else _fma(y, shared[0].astype(jnp.float32), total)
 
     def _codes(self, slice_: tuple[int, int], of_chunk: Array, found: _Codes) -> Array:
         """Words of codes of a slice, `[height, units, 4]`: signed bytes where they are lifted."""
@@ -455,23 +448,18 @@ def _words(slice_: Array) -> Array:
     return (slice_ * (SLICE // 4))[:, None] + jnp.arange(SLICE // 4)
 
 
-def split(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
-    """Quotient and remainder by a power of two of numbers that are not negative."""
-    return x >> (by.bit_length() - 1), x & (by - 1)
-
-
-def _dot4(a: Array, b: Array, c: Array, *, signed: bool, interpret: bool) -> Array:
+def _dot4(a: Array, b: Array, c: Array, *, signed: bool) -> Array:
     """`c`, to which four products of bytes each are added: words of codes, and of int8."""
-    if interpret:
+    if interpreted():
         a = lax.bitcast_convert_type(a, jnp.int8 if signed else jnp.uint8).astype(jnp.int32)
         b = lax.bitcast_convert_type(b, jnp.int8).astype(jnp.int32)
         return c + (a * b).sum(axis=-1)
     return _instruction(f"dp4a.{'s32' if signed else 'u32'}.s32", "r", a, b, c)
 
 
-def _fma(a: Array, b: Array, c: Array, *, interpret: bool) -> Array:
+def _fma(a: Array, b: Array, c: Array) -> Array:
     """`a * b + c`, float32."""
-    return a * b + c if interpret else _instruction("fma.rn.f32", "f", a, b, c)
+    return a * b + c if interpreted() else _instruction("fma.rn.f32", "f", a, b, c)
 
 
 def _instruction(name: str, kind: str, *operands: Array) -> Array:

@@ -5,7 +5,6 @@ stored.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.context import KernelLaunch
-from jaxsplit.ops.activations.deferred import Late, as_late
-from jaxsplit.ops.activations.packed import SUMMED, Ordered, Ordering, group_length, pieces_of
-from jaxsplit.ops.launch import dispatch_programs
+from jaxsplit.context import interpreted
+from jaxsplit.ops.activations.packed import SUMMED, PackedRows, group_length, pieces_of
+from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
-from jaxsplit.ops.matmul.triton_gemv_int8 import split
 from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import Form, QTensor
 
@@ -74,15 +71,16 @@ def _with_shorter_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Groups:
-    """Rows that are multiplied with one of a stack of matrices, some at a time.
+class GroupedGemmInfo:
+    """Groups of rows, each multiplied with one matrix of a stack.
 
     Attributes:
-      matrix: int32 `[groups]`: which of the stack.
-      first: likewise: the row of the results that a group begins with.
-      stop: likewise: the row before which it ends.
-      read: int32 `[groups, rows]`: the rows that it multiplies, the ones from `stop` on in vain.
-      count: groups that there are.
+      matrix: int32 `[groups]`: index into the stack.
+      first: int32 `[groups]`: first row of the results of a group.
+      stop: int32 `[groups]`: end of its rows.
+      read: int32 `[groups, rows]`: rows of activations that it multiplies; those past `stop` are
+        padding.
+      count: int32: groups that exist.
     """
 
     matrix: Array
@@ -100,16 +98,15 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
 
 
 def products(
-    x: Array | Late,
+    x: PackedRows,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
-    groups: Groups | None = None,
+    groups: GroupedGemmInfo | None = None,
     results: int = 0,
     tiling: _Tiling | None = None,
     parts: int | None = None,
     joined: bool = True,
-    launch: KernelLaunch = KernelLaunch(),  # noqa: B008
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
 
@@ -117,7 +114,7 @@ def products(
     sum of its group's activations, both rounded likewise.
 
     Args:
-      x: bfloat16 `[..., in]`, of which all but the last are rows.
+      x: `[rows, in]` in the order of the weights.
       weights: `[out, in]` each, ones that are supported; planes of bytes are turned into words.
       dtype: of the results.
       groups: weights are stacks `[matrices, out, in]`, which these are multiplied with.
@@ -126,9 +123,8 @@ def products(
       parts: of the inner dimension, which are multiplied by programs of their own and added up by
         another kernel; None: as many as keep a GPU busy, but one for several that are to be joined.
       joined: the parts are added up; else results are float32 `[parts, rows, out]`.
-      launch: of kernels.
     """
-    read, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    (read, columns) = x.pairs[0].shape[1], weights[0].shape[-1]
     width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
     weights = [_as_read(w) for w in weights]
     usual, tiling = tiling is None, tiling or _tiling(width)
@@ -145,15 +141,13 @@ def products(
     few_steps = steps < _LONG * parts
     if usual and width <= _FEW_ROWS and (few_steps or count * warps > _AT_ONCE):
         tiling = _with_shorter_steps(tiling, weights)
-    ordered = as_late(x).prepared(Ordering.for_matrices(weights), launch)
-    inputs, structure = jax.tree.flatten((ordered, weights, groups))
+    inputs, structure = jax.tree.flatten((x, weights, groups))
     kernel = partial(
         _kernel,
         structure=structure,
         programs=programs,
         width=width,
         tiling=tiling,
-        interpret=launch.interpret,
     )
     shape = (rows,) if joined and parts == 1 else (parts, rows)
     of_part = dtype if joined and parts == 1 else jnp.float32
@@ -162,8 +156,8 @@ def products(
         grid=(count, sum(programs)),
         out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), of_part) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=launch.interpret,
-        name="quantized_tiles",
+        interpret=interpreted(),
+        name="small_m_gemm",
     )(*inputs)
     return [jnp.sum(y, axis=0).astype(dtype) if joined and parts > 1 else y for y in ys]
 
@@ -191,7 +185,6 @@ def _kernel(
     programs: Sequence[int],
     width: int,
     tiling: _Tiling,
-    interpret: bool,
 ) -> None:
     """Some rows of one matrix, with all rows of activations, or those of a group.
 
@@ -201,14 +194,13 @@ def _kernel(
       programs: for each matrix.
       width: rows of activations.
       tiling: of the work.
-      interpret: as in `products`.
     """
     x, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs, number = refs[structure.num_leaves :], pl.program_id(0)
 
     def some_rows(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
         first = program * tiling.height
-        _Tile(x, w, groups, out_ref, first, number, width, tiling, interpret).multiply()
+        _Tile(x, w, groups, out_ref, first, number, width, tiling).multiply()
 
     tasks = [partial(some_rows, *task) for task in zip(weights, outs, strict=True)]
     run = partial(dispatch_programs, pl.program_id(1), list(zip(programs, tasks, strict=True)))
@@ -234,22 +226,20 @@ class _Tile:
       number: of the group, or of the part.
       width: rows of activations.
       tiling: of the work.
-      interpret: as in `products`.
     """
 
     def __init__(
         self,
-        x: Ordered,
+        x: PackedRows,
         w: QTensor,
-        groups: Groups | None,
+        groups: GroupedGemmInfo | None,
         out_ref: jax.Ref,
         first: Array,
         number: Array,
         width: int,
         tiling: _Tiling,
-        interpret: bool,
     ):
-        self.mean, self.w, self.out_ref, self.interpret = x.mean, w, out_ref, interpret
+        self.rms, self.w, self.out_ref = x.rms, w, out_ref
         self.x_pairs, self.x_sums = x.for_matrix(w)
         *_, self.out, self.columns = w.shape
         self.pieces, self.per_chunk = pieces_of(w.form)
@@ -285,7 +275,7 @@ class _Tile:
     def multiply(self) -> None:
         """All steps; results are stored."""
         result = jnp.zeros((self.height, len(self.read_row)), jnp.float32)
-        factor = None if self.mean is None else self.mean.inverse_of(self.read_row)
+        factor = None if self.rms is None else self.rms.inverse_of(self.read_row)
         carry = (result, self._read_outer(self.start))
         result, _ = lax.fori_loop(self.start, self.stop, self._step, carry)
         result *= 2.0**-_OF_WEIGHTS
@@ -325,7 +315,7 @@ class _Tile:
         count = max(1, self.of_step // length)
         if self.of_step >= length:
             return step * count, count
-        return split(step * self.of_step, length)[0], count
+        return divmod_pow2(step * self.of_step, length)[0], count
 
     def _of_groups(self, length: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
         """Where the groups of a step are, at least so many places, and which of these have any."""
@@ -352,10 +342,10 @@ class _Tile:
             return [self._load(ref, *self._of_groups(length, step))]
         shared = min(length // 2, per_chunk)
         at = step * self.pairs + shared * jnp.arange(self.pairs // shared)
-        chunk, pair = split(at, per_chunk)
+        chunk, pair = divmod_pow2(at, per_chunk)
         weight = 2 * (chunk * self.pieces * per_chunk + pair)
         begins = range(0, of_chunk, max(length, 2 * per_chunk))
-        of_pieces = [split(weight + begin, length)[0] for begin in begins]
+        of_pieces = [divmod_pow2(weight + begin, length)[0] for begin in begins]
         return [self._load(ref, at, self._below(at, ref.shape[-1])) for at in of_pieces]
 
     def _read_outer(self, step: Array) -> dict[str, list[Array]]:
@@ -427,7 +417,7 @@ class _Tile:
                 expanded[group] = _spread(scales[group], self.pairs)
             for byte in range(2):
                 x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
-                scaled = _scaled(parts, shifts, byte, form, expanded[group], self.interpret)
+                scaled = _scaled(parts, shifts, byte, form, expanded[group])
                 sums[byte % self.sums] += _dot(scaled, x)
         return sum(sums[1:], sums[0]), ahead
 
@@ -449,7 +439,6 @@ def _scaled(
     byte: int,
     form: Form,
     scale: Array,
-    interpret: bool,
 ) -> Array:
     """Weights without their minima as bfloat16, one of each pair of bytes, `2**_OF_WEIGHTS` times
     what they are; those of a single plane also `2**shifts[0]` times, by where they are in a byte.
@@ -460,12 +449,11 @@ def _scaled(
       byte: which byte of the pairs.
       form: of the matrix.
       scale: bfloat16, like the pairs, times `2**(_OF_WEIGHTS - _OF_BITS)`.
-      interpret: as in `products`.
     """
     front = shifts[0] if len(planes) == 1 else 0  # bits before the code that stay
     shifts = [8 * byte + shift - front for shift in shifts]
     offset = (128 if form.bits == (8,) else form.offset) * 2**front
-    if interpret:
+    if interpreted():
         code, done = jnp.uint16(0), front
         for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
             part = (plane >> jnp.uint16(by)) << jnp.uint16(done - front)

@@ -1,14 +1,96 @@
-"""Products that XLA computes: of one row in a fused loop, of more on the matrix unit."""
+"""Matmuls that XLA computes.
 
+One row is multiplied and summed in one fused loop, so that weights are read as they are stored and
+their dequantized form never reaches memory. For more rows, matrices are dequantized to the dtype of
+the activations, by a kernel where there is one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.quant.qtensor import QTensor, Weight, as_bytes, combine, minima, scales, value_of
+from jaxsplit.context import current_context
+from jaxsplit.ops.matmul import float8, triton_dequantize
+from jaxsplit.quant.qtensor import (
+    QTensor,
+    Weight,
+    as_bytes,
+    combine,
+    dequantize,
+    minima,
+    row_bounds,
+    scales,
+    value_of,
+)
+
+TOGETHER = 2**28
+"""Bytes up to which the matrices of the same activations are dequantized into one."""
 
 _HIGHEST = lax.Precision.HIGHEST
+
+
+def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
+    """`x @ w.T` for `[..., in]` and each matrix `[out, in]`: `[..., out]` of a dtype."""
+    if math.prod(x.shape[:-1]) == 1:
+        return [one_row(x, w, dtype) for w in weights]
+    results = []
+    for group in _together(weights, x.dtype):
+        if _has_dequantize_kernel(group[0]):
+            w = triton_dequantize.dequantize(group, x.dtype, after=x)
+        else:
+            w = dequantize(_after(x, group[0]), x.dtype)
+        results += _split_rows(dot(x, w, dtype), group)
+    return results
+
+
+def float8_matmuls(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
+    """`matmuls` in 8-bit floating point."""
+    (x, largest), results = float8.round_rows(x), []
+    for group in _together(weights, x.dtype):
+        bounds = [row_bounds(w) for w in group]
+        if _has_dequantize_kernel(group[0]):
+            w = triton_dequantize.dequantize(group, x.dtype, bounds=bounds, after=x)
+        else:
+            w = float8.round_matrix(_after(x, group[0]), bounds[0])
+        # Sums of such numbers are too large for float16.
+        y = dot(x, w, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+        y = float8.scaled(y, largest, jnp.concatenate(bounds)).astype(dtype)
+        results += _split_rows(y, group)
+    return results
+
+
+def _has_dequantize_kernel(w: Weight) -> bool:
+    kernels = current_context().policy.kernels
+    return kernels and isinstance(w, QTensor) and triton_dequantize.supports(w)
+
+
+def _together(weights: Sequence[Weight], dtype: jnp.dtype) -> list[Sequence[Weight]]:
+    """Groups of matrices to dequantize into one: all if they are small, else each by itself."""
+    size = sum(math.prod(w.shape) for w in weights) * dtype.itemsize
+    if weights and size <= TOGETHER and all(map(_has_dequantize_kernel, weights)):
+        return [weights]
+    return [[w] for w in weights]
+
+
+def _split_rows(y: Array, weights: Sequence[Weight]) -> list[Array]:
+    """The results `[..., out]` of matrices that were multiplied as one."""
+    return jnp.split(y, np.cumsum([w.shape[0] for w in weights[:-1]]), axis=-1)
+
+
+def _after(x: Array, w: Weight) -> Weight:
+    """Makes a matrix depend on `x`: else XLA may dequantize many ahead of time and keep them.
+
+    Some backends drop an optimization barrier too early to serve.
+    """
+    if not isinstance(w, QTensor):
+        return w
+    poisoned = jnp.isnan(x[(0,) * x.ndim])
+    return dataclasses.replace(w, scale=jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale))
 
 
 def one_row(x: Array, w: Weight, dtype: jnp.dtype) -> Array:

@@ -1,0 +1,69 @@
+"""Matmul outputs before their all-reduce."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsplit.comm import one_shot
+from jaxsplit.comm.api import all_gather, all_reduce, mesh_axes, peers_over
+from jaxsplit.sharding.axes import Axis
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unreduced:
+    """A matmul output that is not summed yet: over split-K parts, or over devices.
+
+    Attributes:
+      parts: `[parts, ..., out]`.
+      epochs: int32 `[..., out]`: the matmul kernel has sent its only part to the peers, under these
+        epochs; None: nothing is sent yet.
+      bias: float32 `[out]` or `[..., out]`, added once after the sum; None: no bias.
+      reduce_over: logical axes whose shards hold partial sums.
+      axis: logical axis of the last dimension, gathered after the sum if it is split; None: each
+        device keeps its shard.
+    """
+
+    parts: Array
+    epochs: Array | None = None
+    bias: Array | None = None
+    reduce_over: tuple[Axis, ...] = dataclasses.field(default=(), metadata={"static": True})
+    axis: Axis | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @staticmethod
+    def of(y: Array) -> "Unreduced":
+        """An array `[..., out]` that is a whole sum already."""
+        return Unreduced(y[None])
+
+    @property
+    def local_sum(self) -> Array:
+        """The sum of this device's parts: `[..., out]`."""
+        return self.parts[0] if len(self.parts) == 1 else self.parts.sum(0)
+
+    def all_reduce(self, dtype: jnp.dtype) -> Array:
+        """The whole sum with the bias, the same on every device: `[..., out]` of a dtype."""
+        y = self.local_sum
+        if self.epochs is not None:
+            peers = peers_over(y.size, *self.reduce_over)
+            y = one_shot.total(y, peers, counts=self.epochs).astype(dtype)
+        else:
+            y = all_reduce(y, *self.reduce_over, addend_of=dtype).astype(dtype)
+        if self.axis is not None:
+            y = all_gather(y, self.axis, self.axis.units)
+        return y if self.bias is None else (y + self.bias).astype(dtype)
+
+    def __add__(self, other: "Unreduced") -> "Unreduced":
+        """The sum of both, with one all-reduce if the same devices take part in theirs."""
+        if self._devices != other._devices:
+            return Unreduced.of(self.all_reduce(jnp.float32) + other.all_reduce(jnp.float32))
+        biases = [b for b in (self.bias, other.bias) if b is not None]
+        bias = sum(biases[1:], biases[0]) if biases else None
+        y = self.local_sum + other.local_sum
+        return dataclasses.replace(self, parts=y[None], bias=bias)
+
+    @property
+    def _devices(self) -> tuple[tuple[str, ...], ...]:
+        """Mesh axes of the all-reduce and of the gather."""
+        return mesh_axes(*self.reduce_over), () if self.axis is None else mesh_axes(self.axis)

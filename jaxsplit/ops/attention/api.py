@@ -1,0 +1,263 @@
+"""Softmax attention: from the projections of new tokens to what they have read.
+
+Each table lists implementations, best first: whether one supports the arguments, and the function.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.comm.unreduced import Unreduced
+from jaxsplit.context import current_context
+from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
+from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update, xla
+from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
+from jaxsplit.ops.attention.xla import apply_temperature, update_cache
+
+__all__ = ["KV", "apply_temperature", "attend", "self_attention", "update_cache"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KV:
+    """Keys and values that queries attend to.
+
+    Attributes:
+      memory: `[sequences, kv_heads, keys, width]` each. Scales of 8-bit ones multiply the scores
+        and the weights, so that keys and values are used as they are stored.
+      positions: of the keys, int32 `[batch or 1, keys]`, negative where there is no key; None: a
+        key's position is its index.
+      slots: int32 `[batch]`: which sequence of the memory each one is; None: all in order.
+    """
+
+    memory: AttentionCache
+    positions: Array | None = None
+    slots: Array | None = None
+
+
+def self_attention(
+    query: Unreduced,
+    key: Unreduced | None,
+    value: Unreduced | None,
+    batch: Batch,
+    cache: AttentionCache | None,
+    *,
+    config: AttentionConfig,
+    params: AttentionParams,
+    dtype: jnp.dtype,
+    readers: Readers = XLA_ONLY,
+) -> tuple[Activations, AttentionCache | None]:
+    """Causal attention of new tokens to earlier ones and themselves.
+
+    Args:
+      query, key, value: projections, `[batch, time, heads * width]`; key and value are None where
+        the config borrows those of an earlier layer.
+      batch: where the tokens belong.
+      cache: keys and values of earlier tokens; None: there are none.
+      config: heads, rotation, window and so on.
+      params: parameters of norms, and sinks.
+      dtype: of the result.
+      readers: of the result.
+
+    Returns:
+      `[batch, time, heads * value_dim]`, and the cache with the new tokens.
+    """
+    like = jax.ShapeDtypeStruct(query.parts.shape[1:], dtype)
+    for supports, run in _SELF_ATTENTION:
+        if supports(config, batch, cache, like):
+            options = {"config": config, "params": params, "dtype": dtype, "readers": readers}
+            return run(query, key, value, batch, cache, **options)
+    raise AssertionError("the last implementation supports everything")
+
+
+def attend(
+    queries: Array,
+    kv: KV,
+    batch: Batch,
+    *,
+    config: AttentionConfig,
+    sinks: Array | None = None,
+    readers: Readers = XLA_ONLY,
+) -> Activations:
+    """Softmax attention to the keys at and before each query's position.
+
+    Args:
+      queries: `[batch, time, kv_heads, group, head_dim]`.
+      kv: keys and values.
+      batch: where the queries belong.
+      config: scale, window, soft-cap and biases of the scores.
+      sinks: float32 `[kv_heads * group]`, or None.
+      readers: of the result.
+
+    Returns:
+      `[batch, time, kv_heads * group * value_dim]` in the dtype of `queries`; scores and softmax
+      are float32.
+    """
+    for supports, run in _ATTEND:
+        if supports(queries, kv.memory, config):
+            return run(queries, kv, batch, config=config, sinks=sinks, readers=readers)
+    raise AssertionError("the last implementation supports everything")
+
+
+def _kernels_support_decode(
+    config: AttentionConfig,
+    batch: Batch,
+    cache: AttentionCache | None,
+    query: jax.ShapeDtypeStruct,
+) -> bool:
+    kernels = current_context().policy.kernels
+    return kernels and triton_decode.supports(config, batch, cache, query)
+
+
+def _decode(
+    query: Unreduced,
+    key: Unreduced,
+    value: Unreduced,
+    batch: Batch,
+    cache: AttentionCache,
+    *,
+    readers: Readers,
+    **options: Any,
+) -> tuple[Activations, AttentionCache]:
+    """All in one kernel, split-K parts of the projections summed in it too."""
+    layouts = () if readers.xla else readers.layouts
+    return triton_decode.decode_attention(
+        query.parts,
+        key.parts,
+        value.parts,
+        batch,
+        cache,
+        layouts=layouts,
+        **options,
+    )
+
+
+def _in_steps(
+    query: Unreduced,
+    key: Unreduced | None,
+    value: Unreduced | None,
+    batch: Batch,
+    cache: AttentionCache | None,
+    *,
+    config: AttentionConfig,
+    params: AttentionParams,
+    dtype: jnp.dtype,
+    readers: Readers,
+) -> tuple[Activations, AttentionCache | None]:
+    """Rotation and cache update, then attention."""
+    projections = (None if x is None else x.local_sum.astype(dtype) for x in (query, key, value))
+    query, key, value = projections
+    options = {"config": config, "params": params}
+    if config.borrows is not None:
+        queries, kv = xla.rotate_queries(query, batch, **options), KV(*batch.lent[config.borrows])
+    else:
+        update = next(run for supports, run in _UPDATE if supports(config, batch, cache, dtype))
+        queries, kv, cache = update(query, key, value, batch, cache, **options)
+    if config.lends is not None:
+        batch.lent[config.lends] = kv.memory, kv.positions
+    queries = queries.reshape(*batch.positions.shape, kv.memory.keys.shape[1], -1, config.head_dim)
+    sinks = params.sinks
+    return attend(queries, kv, batch, config=config, sinks=sinks, readers=readers), cache
+
+
+def _kernel_supports_update(
+    config: AttentionConfig, batch: Batch, cache: AttentionCache | None, dtype: jnp.dtype
+) -> bool:
+    kernels = current_context().policy.kernels
+    return kernels and triton_rope_cache_update.supports(config, batch, cache, dtype)
+
+
+def _update_by_kernel(
+    query: Array,
+    key: Array,
+    value: Array,
+    batch: Batch,
+    cache: AttentionCache,
+    *,
+    config: AttentionConfig,
+    params: AttentionParams,
+) -> tuple[Array, KV, AttentionCache]:
+    queries, cache = triton_rope_cache_update.rope_cache_update(
+        query,
+        key,
+        value,
+        batch,
+        cache,
+        config=config,
+        params=params,
+    )
+    positions = None if config.window is None else cache.positions(batch.positions[:, 0])
+    if config.lends is not None:
+        return queries, KV(cache.read(batch), positions), cache
+    return queries, KV(cache, positions, batch.slots), cache
+
+
+def _update_by_xla(*projections: Any, **options: Any) -> tuple[Array, KV, AttentionCache | None]:
+    queries, memory, positions, cache = xla.rope_cache_update(*projections, **options)
+    return queries, KV(memory, positions), cache
+
+
+def _kernel_supports_attend(
+    queries: Array, memory: AttentionCache, config: AttentionConfig
+) -> bool:
+    kernels = current_context().policy.kernels
+    return kernels and triton_flash.supports(queries, memory, config)
+
+
+def _flash(
+    queries: Array,
+    kv: KV,
+    batch: Batch,
+    *,
+    config: AttentionConfig,
+    sinks: Array | None,
+    readers: Readers,
+) -> Activations:
+    return triton_flash.flash_attention(
+        queries,
+        kv.memory,
+        batch.positions,
+        config=config,
+        key_positions=kv.positions,
+        sinks=sinks,
+        slots=kv.slots,
+        layouts=() if readers.xla else readers.layouts,
+    )
+
+
+def _attend_by_xla(
+    queries: Array,
+    kv: KV,
+    batch: Batch,
+    *,
+    config: AttentionConfig,
+    sinks: Array | None,
+    readers: Readers,
+) -> Activations:
+    y = xla.attend(
+        queries,
+        kv.memory,
+        batch.positions,
+        config=config,
+        key_positions=kv.positions,
+        sinks=sinks,
+        slots=kv.slots,
+    )
+    return Activations(y)
+
+
+_SELF_ATTENTION = (
+    (_kernels_support_decode, _decode),
+    (lambda *_: True, _in_steps),
+)
+_UPDATE = (
+    (_kernel_supports_update, _update_by_kernel),
+    (lambda *_: True, _update_by_xla),
+)
+_ATTEND = (
+    (_kernel_supports_attend, _flash),
+    (lambda *_: True, _attend_by_xla),
+)

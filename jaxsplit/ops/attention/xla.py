@@ -1,0 +1,220 @@
+"""Softmax attention computed by XLA: the reference of the kernels, and their fallback."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.comm.api import local_units
+from jaxsplit.ops.attention.rope import rope
+from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
+from jaxsplit.ops.norm.spec import NormParams
+from jaxsplit.ops.norm.xla import normalize
+
+SCORES = 2**21
+"""Scores of a head that are computed at a time: more would take too much memory."""
+
+
+def rope_cache_update(
+    query: Array,
+    key: Array,
+    value: Array,
+    batch: Batch,
+    cache: AttentionCache | None,
+    *,
+    config: AttentionConfig,
+    params: AttentionParams,
+) -> tuple[Array, AttentionCache, Array | None, AttentionCache | None]:
+    """Normalizes and rotates queries and keys, and writes keys and values to the cache.
+
+    Args:
+      query, key, value: projections, `[batch, time, heads * width]`.
+      batch: where the tokens belong.
+      cache: of earlier tokens; None: there are none.
+      config, params: of the attention.
+
+    Returns:
+      queries `[batch, time, heads, head_dim]`, then as `update_cache`.
+    """
+    queries = rotate_queries(query, batch, config=config, params=params)
+    keys = _heads(key, config.head_dim, params.key_norm, config, batch)
+    values = _heads(value, config.value_dim, params.value_norm, config)
+    return queries, *update_cache(keys, values, batch, cache, config.window)
+
+
+def rotate_queries(
+    query: Array, batch: Batch, *, config: AttentionConfig, params: AttentionParams
+) -> Array:
+    """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`, normalized, rotated
+    and scaled by temperature."""
+    queries = _heads(query, config.head_dim, params.query_norm, config, batch)
+    return apply_temperature(queries, batch.positions, config.temperature)
+
+
+def _heads(
+    x: Array,
+    width: int,
+    norm: NormParams | None,
+    config: AttentionConfig,
+    batch: Batch | None = None,
+) -> Array:
+    """`[batch, time, heads * width]` to `[batch, time, heads, width]`, clipped, normalized and,
+    with a batch, rotated."""
+    c = config
+
+    def normalized(x: Array) -> Array:
+        if norm is None:
+            return x
+        if c.norm_over == "head":
+            return normalize(x, norm)
+        return normalize(x.reshape(*x.shape[:-2], -1), norm).reshape(x.shape)
+
+    if c.clamp is not None:
+        x = jnp.clip(x, -c.clamp, c.clamp)
+    x = x.reshape(*x.shape[:-1], -1, width)
+    if c.norm_first:
+        x = normalized(x)
+    if c.rope is not None and batch is not None:
+        x = rope(x, batch.positions, c.rope, batch.rope_factors.get(c.rope.factors))
+    return x if c.norm_first else normalized(x)
+
+
+def apply_temperature(
+    queries: Array, positions: Array, temperature: tuple[float, int, int] | None
+) -> Array:
+    """Queries `[batch, time, heads, width]` times the temperature of their positions, int32
+    `[batch, time]`; as in `AttentionConfig`."""
+    if temperature is None:
+        return queries
+    scale, floor, offset = temperature
+    steps = jnp.floor((positions + offset).astype(jnp.float32) / floor)
+    factor = 1 + scale * jnp.log1p(steps)
+    return (queries * factor[..., None, None]).astype(queries.dtype)
+
+
+def update_cache(
+    keys: Array,
+    values: Array | None,
+    batch: Batch,
+    cache: AttentionCache | None,
+    window: int | None,
+) -> tuple[AttentionCache, Array | None, AttentionCache | None]:
+    """Writes new tokens to the cache, and returns what they attend to: earlier ones and themselves.
+
+    Args:
+      keys, values: of the new tokens, `[batch, time, kv_heads, width]`; without values they are
+        parts of the keys.
+      batch: where the tokens belong.
+      cache: of earlier tokens; None: there are none.
+      window: how many positions the cache keeps; None: all.
+
+    Returns:
+      keys and values, `[batch, kv_heads, keys, width]` each; the keys' positions, int32
+      `[batch, keys]`, negative where there is none, or None: each is at its place; and the cache
+      with the new tokens.
+    """
+    if cache is None:
+        return AttentionCache.of(keys, values, keys.dtype), batch.positions, None
+    new = AttentionCache.of(keys, values, cache.keys.dtype)
+    if window is None:
+        cache = cache.write(new, batch)
+        return cache.read(batch), None, cache
+    if keys.shape[1] == 1:
+        cache = cache.write(new, batch)
+        return cache.read(batch), cache.positions(batch.positions[:, 0]), cache
+    # The last of many tokens take the places of keys that the first still look at.
+    kv = cache.read(batch).followed_by(new)
+    earlier = cache.positions(batch.positions[:, 0] - 1)
+    positions = jnp.concatenate([earlier, batch.positions], axis=1)
+    return kv, positions, cache.write(new, batch)
+
+
+def alibi_slopes(heads: int, largest: float) -> np.ndarray:
+    """How much each head's scores fall with distance: float32 `[heads]`.
+
+    Press et al. 2021, arXiv:2108.12409, with the slopes for head counts that are no power of two.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    even = 2.0 ** (-largest / power * np.arange(1, power + 1))
+    odd = 2.0 ** (-largest / (2 * power) * np.arange(1, 2 * power, 2))
+    return np.concatenate([even, odd])[:heads].astype(np.float32)
+
+
+def attend(
+    queries: Array,
+    kv: AttentionCache,
+    positions: Array,
+    *,
+    config: AttentionConfig,
+    key_positions: Array | None = None,
+    sinks: Array | None = None,
+    slots: Array | None = None,
+) -> Array:
+    """As `jaxsplit.ops.attention.api.attend`; the result is an array."""
+    if slots is not None:
+        kv = jax.tree.map(lambda x: x[slots], kv)
+    if key_positions is None:
+        key_positions = jnp.arange(kv.length)[None]
+    at_once = max(1, SCORES // kv.length)
+    if queries.shape[1] > at_once:
+
+        def attend_one(query: tuple[Array, Array]) -> Array:
+            one, position = (x[:, None] for x in query)
+            return attend(
+                one,
+                kv,
+                position,
+                config=config,
+                key_positions=key_positions,
+                sinks=sinks,
+            )[:, 0]
+
+        by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (queries, positions))
+        return jnp.moveaxis(lax.map(attend_one, by_time, batch_size=at_once), 0, 1)
+    c, dtype = config, queries.dtype
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    values, value_scale = kv.values, kv.value_scale
+    if values is None:
+        values, value_scale = kv.keys[..., : c.value_dim], kv.key_scale
+    scores = jnp.einsum(
+        "btkgd,bksd->bkgts",
+        queries,
+        kv.keys.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    if kv.key_scale is not None:
+        scores = scores * kv.key_scale[:, :, None, None]
+    scores = scores * (queries.shape[-1] ** -0.5 if c.scale is None else c.scale)
+    if c.softcap is not None:
+        scores = c.softcap * jnp.tanh(scores / c.softcap)
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    per_head = (*queries.shape[2:4], 1, 1)
+    if c.alibi is not None:
+        slopes = jnp.asarray(alibi_slopes(c.heads, c.alibi))[local_units(c.axes[0])]
+        scores = scores - slopes.reshape(per_head) * distance[:, None, None]
+    seen = (distance >= 0) & (key_positions[:, None, :] >= 0)
+    if c.window is not None:
+        reach = positions[:, :, None] % c.window + 1 if c.chunked else c.window
+        seen &= distance < reach
+    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = sinks.reshape(per_head)
+        largest = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
+        weights = jnp.exp(scores - largest)
+        weights /= weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest)
+    if value_scale is not None:
+        weights = weights * value_scale[:, :, None, None]
+    y = jnp.einsum(
+        "bkgts,bksd->btkgd",
+        weights.astype(dtype),
+        values.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(dtype).reshape(*y.shape[:2], -1)

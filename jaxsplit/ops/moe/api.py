@@ -1,0 +1,128 @@
+"""Mixtures of experts: routing, and the experts' MLPs.
+
+Each table lists implementations, best first: whether one supports the arguments, and the function.
+"""
+
+import dataclasses
+from functools import partial
+
+from jax import Array
+
+from jaxsplit.comm.api import is_split
+from jaxsplit.context import current_context
+from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.activations.layout import (
+    XLA_ONLY,
+    Activations,
+    Readers,
+    RMSStatistics,
+    rows_of,
+)
+from jaxsplit.ops.matmul.api import Like, has_int8_kernel, has_small_m_kernel, int8_rows
+from jaxsplit.ops.moe import router, triton_router
+from jaxsplit.ops.moe.experts import (
+    ExpertMatrices,
+    ExpertParams,
+    by_gemv,
+    by_grouped_gemm,
+    by_tiles,
+    by_vmap,
+)
+from jaxsplit.ops.moe.spec import MoEConfig
+from jaxsplit.quant import QTensor
+
+__all__ = ["ExpertMatrices", "ExpertParams", "experts", "readers_of", "topk_experts"]
+
+_FEW_PAIRS = 64  # whose products with quantized experts by XLA need little memory
+
+
+def topk_experts(
+    logits: Array,
+    config: MoEConfig,
+    bias: Array | None = None,
+    scale: Array | None = None,
+    *,
+    rms: RMSStatistics | None = None,
+) -> tuple[Array, Array]:
+    """The experts of each token, and their weights.
+
+    Groups of experts: DeepSeek-AI 2024, arXiv:2412.19437, scored as in llama.cpp.
+
+    Args:
+      logits: float32 `[..., experts]`.
+      config: of the mixture.
+      bias: float32 `[experts]`, added to scores for the selection only; None: no bias.
+      scale: float32 `[experts]` that multiplies weights; None: no scale.
+      rms: statistics of the rows that logits come from, whose division is still to be done; None:
+        there are none.
+
+    Returns:
+      int32 and float32 `[..., top_k]`.
+    """
+    if current_context().policy.kernels and triton_router.supports(config, rows_of(logits)):
+        return triton_router.topk_experts(logits, config, bias, scale, rms=rms)
+    if rms is not None:
+        logits = logits * rms.inverse.reshape(*logits.shape[:-1], 1)
+    return router.topk_experts(logits, config, bias, scale)
+
+
+def readers_of(x: Like, top_k: int, params: ExpertParams) -> Readers:
+    """Who reads tokens like `x` `[..., time, embed]` that are given to `top_k` experts."""
+    if _supports_gemv(x, top_k, params):
+        return Readers((Int8Layout(),), xla=False)
+    return XLA_ONLY
+
+
+def experts(x: Activations, topk_ids: Array, weights: Array, params: ExpertParams) -> Array:
+    """The weighted sum of the experts' outputs for each token.
+
+    Args:
+      x: `[..., time, embed]`.
+      topk_ids: int32 `[..., time, top_k]`, all different.
+      weights: float32 `[..., time, top_k]`.
+      params: of the experts.
+
+    Returns:
+      float32 `[parts, ..., time, out]`, to be summed over the parts, and over the devices that hold
+      other experts or hidden units.
+    """
+    shape, step = x.shape, x.shape[-2] == 1
+    run = next(run for supports, run in _EXPERTS if supports(x, topk_ids.shape[-1], params))
+    if run is by_tiles:
+        run = partial(by_tiles, step=step)
+    topk_ids, weights = (a.reshape(-1, a.shape[-1]) for a in (topk_ids, weights))
+    y = run(_as_rows(x), topk_ids, weights, params)
+    return y.reshape(len(y), *shape[:-1], -1)
+
+
+def _as_rows(x: Activations) -> Activations:
+    """`[..., embed]` as `[tokens, embed]`."""
+    return dataclasses.replace(x, array=x.array.reshape(-1, x.shape[-1]))
+
+
+def _few_pairs(x: Like, top_k: int, params: ExpertParams) -> bool:
+    """Whether a decode step has few pairs of tokens and experts, all on this device."""
+    few = rows_of(x) * top_k <= _FEW_PAIRS and x.shape[-2] == 1
+    quantized = all(isinstance(stack, QTensor) for stack in params.stacks)
+    return few and quantized and not is_split(params.axis)
+
+
+def _supports_gemv(x: Like, top_k: int, params: ExpertParams) -> bool:
+    few = _few_pairs(x, top_k, params) and int8_rows(rows_of(x))
+    return few and not params.weight_on_input and all(map(has_int8_kernel, params.stacks))
+
+
+def _supports_grouped_gemm(x: Like, top_k: int, params: ExpertParams) -> bool:
+    if params.weight_on_input or params.up.bias is not None:
+        return False
+    if _few_pairs(x, top_k, params) and int8_rows(rows_of(x)):
+        return False
+    return all(has_small_m_kernel(stack, x.dtype) for stack in params.stacks)
+
+
+_EXPERTS = (
+    (_supports_gemv, by_gemv),
+    (_supports_grouped_gemm, by_grouped_gemm),
+    (_few_pairs, by_vmap),
+    (lambda *_: True, by_tiles),
+)

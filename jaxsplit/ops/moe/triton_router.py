@@ -1,0 +1,86 @@
+"""Top-k routing in a kernel for GPUs: one launch instead of six."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsplit.context import interpreted
+from jaxsplit.ops.activations.layout import RMSStatistics
+from jaxsplit.ops.moe.router import scores_of, weights_of
+from jaxsplit.ops.moe.spec import MoEConfig
+from jaxsplit.pallas import pl, plgpu
+
+_MOST_TOKENS = 64
+"""With more, XLA's operations are no slower."""
+
+
+def supports(config: MoEConfig, tokens: int) -> bool:
+    """Whether the kernel can route this number of tokens."""
+    return config.groups == 1 and tokens <= _MOST_TOKENS
+
+
+def topk_experts(
+    logits: Array,
+    config: MoEConfig,
+    bias: Array | None = None,
+    scale: Array | None = None,
+    *,
+    rms: RMSStatistics | None = None,
+) -> tuple[Array, Array]:
+    """As `jaxsplit.ops.moe.api.topk_experts`, for experts in one group."""
+    tokens, shape = logits.reshape(-1, config.experts), (*logits.shape[:-1], config.top_k)
+    inputs, structure = jax.tree.flatten((tokens, bias, scale, rms))
+    topk_ids, weights = pl.pallas_call(
+        partial(_kernel, structure=structure, config=config),
+        grid=(len(tokens),),
+        out_shape=[
+            jax.ShapeDtypeStruct((len(tokens), config.top_k), dtype)
+            for dtype in (jnp.int32, jnp.float32)
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpreted(),
+        name="topk_experts",
+    )(*inputs)
+    return topk_ids.reshape(shape), weights.reshape(shape)
+
+
+def _kernel(*refs: jax.Ref, structure: jax.tree_util.PyTreeDef, config: MoEConfig) -> None:
+    """The experts of one token.
+
+    Args:
+      *refs: the inputs; experts and weights.
+      structure: of the inputs.
+      config: of the mixture.
+    """
+    logits, bias, scale, rms = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    ids_ref, weights_ref = refs[structure.num_leaves :]
+    token, expert = pl.program_id(0), jnp.arange(pl.next_power_of_2(config.experts))
+    exists = expert < config.experts
+    x = plgpu.load(logits.at[token, expert], mask=exists, other=-jnp.inf)
+    if rms is not None:
+        x *= rms.inverse_of(token)
+    scores = scores_of(x, config)
+    order = scores
+    if bias is not None:
+        order = order + plgpu.load(bias.at[expert], mask=exists, other=0.0)
+    order = jnp.where(exists, order, -jnp.inf)
+    place = jnp.arange(pl.next_power_of_2(config.top_k))
+
+    def next_best(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        order, topk_ids, topk_scores = carry
+        best = jnp.argmax(order).astype(jnp.int32)
+        is_best = expert == best
+        score = jnp.sum(jnp.where(is_best, scores, 0.0))
+        topk_ids = jnp.where(place == i, best, topk_ids)
+        topk_scores = jnp.where(place == i, score, topk_scores)
+        return jnp.where(is_best, -jnp.inf, order), topk_ids, topk_scores
+
+    nothing = jnp.zeros(place.size, jnp.int32), jnp.full(place.size, -jnp.inf)
+    _, topk_ids, topk_scores = lax.fori_loop(0, config.top_k, next_best, (order, *nothing))
+    weights, exists = weights_of(topk_scores, config), place < config.top_k
+    if scale is not None:
+        weights = weights * plgpu.load(scale.at[topk_ids], mask=exists, other=0.0)
+    plgpu.store(ids_ref.at[token, place], topk_ids, mask=exists)
+    plgpu.store(weights_ref.at[token, place], weights * config.scale, mask=exists)
