@@ -21,18 +21,23 @@ from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.one_shot import Peers
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.symmetric_memory import make_mailboxes, make_ring
-from jaxsplit.context import KernelLaunch, MatmulPolicy, forward_context
+from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import SamplingConfig, compiler_options, runner
 from jaxsplit.engine.runner import StageRunner
 from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
 from jaxsplit.formats import ModelFile
-from jaxsplit.models import AttentionConfig, MoEConfig, NormConfig, RopeConfig
-from jaxsplit.models.router import choose_in_kernel
-from jaxsplit.ops.activations.deferred import Sum, as_late
-from jaxsplit.ops.activations.int8 import Rounding
+from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update
+from jaxsplit.ops.attention.rope import RopeConfig
+from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.matmul import api, float8
+from jaxsplit.ops.moe import triton_router
+from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
+from jaxsplit.ops.norm.api import add_norm
+from jaxsplit.ops.norm.spec import NormConfig, NormParams
 from jaxsplit.quant import TYPES, QTensor, unpack, with_words
+from jaxsplit.sharding.axes import Axis, AxisRules
 
 INTERPRET = "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ
 AXIS = "tensor"
@@ -43,6 +48,11 @@ def policy(**changes: bool) -> MatmulPolicy:
     kernels = "interpret" if INTERPRET else "triton"
     found = MatmulPolicy.for_device(jax.devices()[0], kernels)
     return dataclasses.replace(found, **changes)
+
+
+def _kernels(peers: Peers | None = None, rules: AxisRules = AxisRules(), **changes: bool):  # noqa: B008
+    """A context in which kernels run; `changes`: of the policy."""
+    return forward_context(policy=policy(**changes), peers=peers, rules=rules)
 
 
 def kernels_run(device: jax.Device) -> bool:
@@ -92,41 +102,42 @@ def peers(table: Array, largest: int = 0) -> Peers:
 
 def one_shot_all_reduce(x: Array, peers: Peers) -> Array:
     """The sum over the devices in their order, in float32."""
-    return one_shot.total(x, peers, interpret=INTERPRET)
+    with _kernels():
+        return one_shot.total(x, peers)
 
 
 def one_shot_all_gather(x: Array, peers: Peers) -> Array:
     """`[devices, *x.shape]`."""
-    return one_shot.gather(x, peers, interpret=INTERPRET)
+    with _kernels():
+        return one_shot.gather(x, peers)
 
 
 def two_shot_all_reduce(x: Array, peers: Peers) -> Array:
     """The sum over the devices, of bfloat16 or float16."""
     assert two_shot.supports(x.size, x.dtype, peers)
-    return two_shot.total(x, peers, interpret=INTERPRET)
+    with _kernels():
+        return two_shot.total(x, peers)
 
 
-def matmul_here(x: Array, w: QTensor | Array) -> Array:
+def matmul_here(x: Array, w: QTensor | Array, peers: Peers) -> Array:
     """`x @ w.T` as `matmul_all_reduce` computes it on each device: float32 `[rows, out]`."""
-    with forward_context(policy=policy(int8_activations=True, fuse_all_reduce=True)):
+    with _kernels(int8_activations=True, peers=peers):
         return api.matmul(x, w)
 
 
 def matmul_all_reduce(x: Array, w: QTensor | Array, peers: Peers, *, fused: bool) -> Array:
     """`x @ w.T`, sent to the peers by the kernel that computes it, and the sum over the devices:
-    float32 `[rows, out]`. `fused`: a kernel that also prepares activations receives it."""
-    context = policy(int8_activations=True, fuse_all_reduce=True)
-    with forward_context(policy=context, peers=peers):
-        product = api.Product(x, w)
-        assert product.sends
-        y, counts = product.sent_to(peers)
+    float32 `[rows, out]`. `fused`: a kernel that also stores activations receives it."""
+    axis = Axis("mlp_in", 2)
+    group = {"peers": peers, "rules": AxisRules({axis.name: (AXIS,)})}
+    with _kernels(int8_activations=True, **group):
+        y = api.unreduced_matmul(x, w, reduce_over=(axis,))
+        assert y.epochs is not None
         if not fused:
-            return one_shot.total(y, peers, counts=counts, interpret=INTERPRET)
-        total = Sum(jnp.zeros_like(y), y[None], peers, counts, INTERPRET)
-        # XLA, which reads the sum here, must not begin early.
-        launch = dataclasses.replace(context.launch, pdl=False)
-        as_late(total).prepared(Rounding(), launch)
-        return total.array
+            return y.all_reduce(jnp.float32)
+    with _kernels(pdl=False, **group):  # XLA, which reads the sum here, must not begin early
+        zeros = jnp.zeros(y.parts.shape[1:], jnp.float32)
+        return add_norm(y, zeros, None, Readers((Int8Layout(),)))[1]
 
 
 # Stages.
@@ -175,22 +186,21 @@ def quant_types() -> list[str]:
 
 def rounds_activations(w: QTensor | Array) -> bool:
     """Whether one or two rows of activations are rounded to 8 bits for a matrix."""
-    return api.has_kernel(w)
+    return api.has_int8_kernel(w)
 
 
 def products(x: Array, weights: Sequence, *, int8: bool, float8: bool = False) -> list[Array]:
     """`x @ w.T` with each matrix, by whatever kernel suits: float32 `[rows, out]`."""
-    fused = not int8  # plain rows are then multiplied by a kernel too
-    with forward_context(
-        policy=policy(int8_activations=int8, float8=float8, fuse_all_reduce=fused)
-    ):
+    # With peers, single rows are multiplied with plain matrices by a kernel too.
+    some = Peers(jnp.zeros(5, jnp.uint32), (AXIS,))
+    with _kernels(some, int8_activations=int8, float8=float8):
         return api.matmuls(x, weights)
 
 
 def expert_products(x: Array, stacks: Sequence[QTensor], experts: Array) -> list[Array]:
     """Rows with matrices of the experts chosen for each: float32 `[pairs, out]`."""
-    with forward_context(policy=policy(int8_activations=True)):
-        return api.expert_products(x, stacks, experts)
+    with _kernels(int8_activations=True):
+        return api.expert_matmuls(x, stacks, experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +241,14 @@ class Attention:
             sinks=self.sinks,
         )
 
+    def params(self, scales: Sequence, sinks: object) -> AttentionParams:
+        """Scales `[width]` of the norms of queries and of keys, or None each, and sinks."""
+        axis = Axis("head_dim", self.width)
+        norms = (
+            s if s is None else NormParams(s, None, NormConfig(), self.width, axis) for s in scales
+        )
+        return AttentionParams(*norms, sinks=sinks)
+
 
 NORM_EPSILON = NormConfig().epsilon
 
@@ -268,13 +286,14 @@ def decode_attention(
     """
     batch = Batch(positions, slots)
     assert triton_decode.supports(layer.config, batch, cache, query[0])
-    # XLA, which reads the results here, must not begin early.
-    launch = dataclasses.replace(policy().launch, pdl=False)
-    return triton_decode.attend(
-        *(query, key, value, batch, cache, layer.config, scales, sinks),
-        dtype=jnp.bfloat16,
-        launch=launch,
-    )
+    with _kernels(pdl=False):  # XLA reads the results here
+        y, cache = triton_decode.decode_attention(
+            *(query, key, value, batch, cache),
+            config=layer.config,
+            params=layer.params(scales, sinks),
+            dtype=jnp.bfloat16,
+        )
+    return y.array, cache
 
 
 def rope_cache_update(
@@ -284,9 +303,12 @@ def rope_cache_update(
     heads, width]`, and the cache with the keys and values."""
     batch = Batch(positions, slots)
     assert triton_rope_cache_update.supports(layer.config, batch, cache, query.dtype)
-    return triton_rope_cache_update.place(
-        *(query, key, value, batch, cache, layer.config, scales), interpret=INTERPRET
-    )
+    with _kernels():
+        return triton_rope_cache_update.rope_cache_update(
+            *(query, key, value, batch, cache),
+            config=layer.config,
+            params=layer.params(scales, None),
+        )
 
 
 def flash_attention(
@@ -295,17 +317,18 @@ def flash_attention(
     """Queries `[batch, time, kv_heads, group, width]`, already turned, and the cache that they
     read: `[batch, time, heads * width]` bfloat16."""
     assert triton_flash.supports(queries, cache, layer.config)
-    launch = dataclasses.replace(policy().launch, pdl=False)
-    y = triton_flash.attend(
-        *(queries, cache, positions, key_positions, layer.config, sinks, slots), launch=launch
-    )
-    return api.computed(y)
+    options = {"key_positions": key_positions, "sinks": sinks, "slots": slots}
+    with _kernels(pdl=False):  # XLA reads the results here
+        y = triton_flash.flash_attention(queries, cache, positions, config=layer.config, **options)
+    return y.array
 
 
 def route(logits: Array, used: int, routing: str, bias: Array | None) -> tuple[Array, Array]:
     """The experts chosen for each token and their weights, `[tokens, used]`."""
-    config = MoEConfig(logits.shape[-1], used, 32, routing=routing)
-    return choose_in_kernel(logits, config, bias, launch=policy().launch)
+    config = MoEConfig(logits.shape[-1], used, MLPConfig(32), routing=routing)
+    assert triton_router.supports(config, len(logits))
+    with _kernels():
+        return triton_router.topk_experts(logits, config, bias)
 
 
 def multiplies_float8() -> bool:
@@ -333,7 +356,7 @@ def trace_for(
       prefill: tokens of a prompt's chunk; None: a decode step.
       nccl: GPUs cannot write to one another's memory.
     """
-    kernels = MatmulPolicy(kernels=True, launch=KernelLaunch(pdl=capability >= 9))
+    kernels = MatmulPolicy(kernels=True, pdl=capability >= 9)
 
     def tables(mesh: Mesh, axes: Sequence[str], size: object, owner: object) -> Array:
         count = int(np.prod([mesh.shape[axis] for axis in axes]))

@@ -149,7 +149,7 @@ def test_products_with_matrices_of_experts(rng, bounded, used):
     assert all(ok)
 
 
-@pytest.mark.parametrize("routing", ["softmax", "sigmoid", "chosen_softmax"])
+@pytest.mark.parametrize("routing", ["softmax", "sigmoid", "softmax_after_topk"])
 @pytest.mark.parametrize("experts", [8, 60, 128])
 def test_the_router_chooses_the_best_experts(rng, routing, experts):
     used, tokens = 6, 33
@@ -161,11 +161,11 @@ def test_the_router_chooses_the_best_experts(rng, routing, experts):
     scores = {
         "softmax": exact / exact.sum(axis=-1, keepdims=True),
         "sigmoid": exact / (1 + exact),
-        "chosen_softmax": np.float64(logits),
+        "softmax_after_topk": np.float64(logits),
     }[routing]
     expected = np.argsort(-(scores + bias), axis=-1)[:, :used]
     assert (np.sort(chosen) == np.sort(expected)).all()
     scores = np.take_along_axis(scores, chosen, axis=-1)
-    if routing == "chosen_softmax":
+    if routing == "softmax_after_topk":
         scores = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     assert nmse(weights, scores) <= 1e-10

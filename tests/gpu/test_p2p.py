@@ -140,7 +140,7 @@ def matmul(kind: str, rows: int, *, fused: bool) -> Exchange:
         x = values(arrived, index, me, (rows, columns), dtype)
         y = internals.matmul_all_reduce(x, w, peers, fused=fused)
         parts = [values(seed, index, d, (rows, columns), dtype) for d in range(peers.count)]
-        total = sum_in_order([internals.matmul_here(part, w) for part in parts])
+        total = sum_in_order([internals.matmul_here(part, w, peers) for part in parts])
         return [(y, equal(y, total))]
 
     return exchange
