@@ -1,10 +1,10 @@
-"""What devices take to add up arrays, by XLA and by kernels of this package.
+"""Time of all-reduces through XLA and through kernels of this package.
 
   python benchmarks/all_reduce.py --json=FILE
   JAX_NUM_CPU_DEVICES=4 python benchmarks/all_reduce.py --counts=2,4
 
-One sum after another in a program that is launched as decode steps are. Rates are those at which
-each device sends, were they in a ring: `2 (n - 1) / n` of the bytes.
+A program of consecutive all-reduces, compiled and launched like decode steps. Rates are bus
+bandwidth: each device sends `2 (n - 1) / n` of the bytes.
 """
 
 import json
@@ -33,7 +33,7 @@ _COLUMNS = {
 
 
 def _rows(count: int) -> list[dict[str, Any]]:
-    """On so many devices."""
+    """A row for each size on `count` devices."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), "tensor")
     rows = []
     for size in _SIZES:

@@ -5,9 +5,9 @@
 
 `ppN` reads a prompt of N tokens, `tgN` generates N; `@ dN` is after N tokens of context. The limits
 come from the bandwidth of a copy and the rate of a matrix product, measured first. Decoding: each
-device reads its weights and the filled part of its cache once. Prefill: all devices work on the
-products all the time. Meeting is free in both; what a sum of one token takes alone is printed.
-`plan` is what `jaxsplit.plan` predicts.
+device reads its weights and the filled part of its cache once. Prefill: matmuls keep all devices
+busy. Both ignore collectives; the time of one token's all-reduce is printed. `plan` is the
+prediction of `jaxsplit.plan`.
 """
 
 import functools
@@ -36,7 +36,7 @@ from jaxsplit.formats import ModelFile
 from jaxsplit.llm import named_dtype
 from jaxsplit.models import ModelConfig
 from jaxsplit.ops.matmul import float8
-from jaxsplit.plan import kind_of, make_plan, weight_bits
+from jaxsplit.plan import Plan, kind_of, make_plan, weight_bits
 from jaxsplit.weights import Sources, parameter_sources
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint")
@@ -94,7 +94,7 @@ def _active_weights(sources: Sources, config: ModelConfig) -> float:
 
 
 def _prefill_flops(sources: Sources, config: ModelConfig, length: int, depth: int) -> float:
-    """What a prompt needs: products with the weights, attention to what is before each token."""
+    """FLOPs of a prompt: matmuls with the weights, and causal attention."""
     pairs = length * depth + length**2 / 2
     heads = sum(
         block.mixer.heads * (block.mixer.head_dim + block.mixer.value_dim)
@@ -105,7 +105,7 @@ def _prefill_flops(sources: Sources, config: ModelConfig, length: int, depth: in
 
 
 class _Limits:
-    """What the devices can do."""
+    """Measured limits of the devices."""
 
     def __init__(
         self,
@@ -120,13 +120,13 @@ class _Limits:
         same = prompt_dtype == dtype
         self.prompt_flops = self.flops if same else matmul_rate(device, prompt_dtype)
         sums = [all_reduce_seconds(mesh, 4 * embed, kernels=kernels) for kernels in (False, True)]
-        self.meet = min(took for took in sums if took is not None)
+        self.all_reduce = min(took for took in sums if took is not None)
 
     def __str__(self) -> str:
-        met = f", all-reduce {self.meet * 1e6:.1f} µs" if self.meet else ""
+        reduced = f", all-reduce {self.all_reduce * 1e6:.1f} µs" if self.all_reduce else ""
         return (
             f"copy {self.bandwidth / 1e9:.1f} GB/s, products {self.flops / 1e12:.2f} TFLOP/s, "
-            f"of prompts {self.prompt_flops / 1e12:.2f} TFLOP/s{met}"
+            f"of prompts {self.prompt_flops / 1e12:.2f} TFLOP/s{reduced}"
         )
 
 
@@ -145,7 +145,7 @@ def _read(lm: jaxsplit.LM, batch: int, length: int) -> float:
 
 
 def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[float]]]:
-    """Each test: its kind, tokens, depth and the seconds that it took each time."""
+    """Each test: its kind, tokens, depth and times in seconds."""
     read = functools.partial(_read, lm, batch)
 
     def decode(count: int, depth: int) -> float:
@@ -166,10 +166,23 @@ def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[fl
             yield "tg", count, depth, repeated(decode, count, depth)
 
 
+def _decode_limit(plan: Plan, limits: "_Limits", batch: int, filled: float) -> float:
+    """Tokens/s of all sequences at the devices' limits, with a fraction of the cache filled."""
+    micro_batches = min(batch, len(plan.stages))
+    stages = [
+        max(
+            (s.read - s.cache / micro_batches * (1 - filled)) / limits.bandwidth,
+            s.decode.flops / limits.flops,
+        )
+        for s in plan.stages
+    ]
+    return batch / max(sum(stages), micro_batches * max(stages))
+
+
 def measure(
     file: ModelFile, mode: str, mesh: str | None, batch: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a split, beside limits and the plan: a model is loaded once for all tests."""
+    """The rows of a split, beside limits and plan; loads the model once for all tests."""
     longest = max(_numbers(_DEPTH)) + max(*_numbers(_PROMPT), *_numbers(_GENERATE)) + 1
     loading, compiling = time.perf_counter(), compile_seconds()
     lm = jaxsplit.load(
@@ -203,18 +216,6 @@ def measure(
         context=engine.context,
         slots=batch,
     )
-    groups = min(batch, len(plan.stages))
-
-    def decode_limit(filled: float) -> float:
-        stages = [
-            max(
-                (s.read - s.cache / groups * (1 - filled / engine.context)) / limits.bandwidth,
-                s.decode.flops / limits.flops,
-            )
-            for s in plan.stages
-        ]
-        return batch / max(sum(stages), groups * max(stages))
-
     print(f"\n{plan.name}, batch {batch}: {limits}")
     compiled = compile_seconds() - compiling
     print(
@@ -225,7 +226,8 @@ def measure(
     for kind, count, depth, times in _tests(lm, batch):
         rates = [batch * count / t for t in times]
         if kind == "tg":
-            limit, planned = decode_limit(max(depth, 1) + count / 2), plan.decode_rate
+            filled = (max(depth, 1) + count / 2) / engine.context
+            limit, planned = _decode_limit(plan, limits, batch, filled), plan.decode_rate
         else:
             needed = _prefill_flops(sources, config, count, depth)
             limit = count * lm.mesh.size * limits.prompt_flops / needed
@@ -244,7 +246,7 @@ def measure(
             "bandwidth": limits.bandwidth,
             "flops": limits.flops,
             "prompt_flops": limits.prompt_flops,
-            "all_reduce_seconds": limits.meet,
+            "all_reduce_seconds": limits.all_reduce,
             "weight_bytes": lm.weight_bytes,
             "load_seconds": loading,
             "first_token_seconds": first_token,

@@ -1,9 +1,9 @@
-"""How fast a file gets onto the devices, beside what its storage and the bus allow.
+"""Load time of a file, beside the limits of its storage and the bus.
 
   python benchmarks/load.py --model=FILE.gguf [--devices=N] [--weights=quantized]
 
-Prints the time of a plain read of the file (which leaves it in the page cache), the time to copy as
-many bytes from host memory to the devices, and the time to load, with the host memory that it took.
+Prints the time to read the file (which leaves it in the page cache), the rate of a copy from host
+memory to a device, and the time and host memory of a load.
 """
 
 import time
@@ -17,13 +17,13 @@ import jaxsplit
 from jaxsplit.cli.program import run
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
-_DEVICES = flags.DEFINE_integer("devices", None, "use only the first so many devices")
+_DEVICES = flags.DEFINE_integer("devices", None, "use only the first N devices")
 _WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
 _REPEAT = flags.DEFINE_integer("repeat", 2, "how often to load; programs are compiled in the first")
 
 
 def _host_memory() -> float:
-    """Memory of this process that is not a view of a file, in MB."""
+    """Memory of this process without mapped files, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = ("RssAnon", "RssShmem")
     return sum(int(line.split()[1]) for line in lines if line.startswith(fields)) / 1e3

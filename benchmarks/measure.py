@@ -1,4 +1,4 @@
-"""What benchmarks share: what the devices can do, measured; tables."""
+"""Shared by the benchmarks: measured rates of the devices, and tables."""
 
 import functools
 import time
@@ -12,14 +12,14 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxsplit.comm import one_shot, two_shot
-from jaxsplit.comm.one_shot import Peers
-from jaxsplit.comm.symmetric_memory import make_mailboxes
+from jaxsplit.comm.peers import PeerGroup
+from jaxsplit.comm.symmetric_memory import allocate_peer_buffers
 from jaxsplit.context import MatmulPolicy
 from jaxsplit.engine import compiler_options
 from jaxsplit.errors import JaxsplitError
 
 WARM_UP = 2
-"""Runs that do not count: the first compiles, and XLA makes a CUDA graph of the second."""
+"""Runs that do not count: the first compiles, and XLA captures the second into a CUDA graph."""
 
 
 def seconds(run: Callable[[], Any], repeat: int = 3) -> float:
@@ -60,16 +60,15 @@ def matmul_rate(device: jax.Device, dtype: jnp.dtype) -> float:
 
 
 def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float | None:
-    """How long the devices of a mesh take to add up so many bytes, one sum after another.
+    """Time of an all-reduce over all devices of a mesh, one of several in a row.
 
     Args:
       mesh: of any axes.
-      size: in bytes: float32 numbers; where kernels add up many, bfloat16 numbers.
-      kernels: devices exchange the numbers in kernels (`jaxsplit.comm.one_shot`); else XLA adds
-        them up.
+      size: bytes: float32 elements; bfloat16 for large all-reduces in kernels.
+      kernels: use peer-to-peer kernels (`jaxsplit.comm`) instead of XLA.
 
     Returns:
-      seconds; None: the devices have no such kernels, or too little room.
+      seconds; None: the devices do not support the kernels.
     """
     if mesh.size == 1:
         return 0.0
@@ -81,8 +80,8 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
     owner, table = _Owner(), None
     if kernels:
         if MatmulPolicy.for_device(mesh.devices.flat[0]).kernels:
-            room = functools.partial(two_shot.mailbox_bytes, most=0 if few else numbers)
-            table = make_mailboxes(mesh, axes, room, owner)
+            size_of = functools.partial(two_shot.buffer_bytes, max_elements=0 if few else numbers)
+            table = allocate_peer_buffers(mesh, axes, size_of, owner)
         if table is None:
             return None
 
@@ -91,8 +90,8 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
             if table is None:
                 x = lax.psum(x, axes)
             else:
-                peers = Peers(table.reshape(-1), axes, 0 if few else numbers)
-                x = (one_shot.total if few else two_shot.total)(x, peers)
+                peers = PeerGroup(table.reshape(-1), axes, 0 if few else numbers)
+                x = (one_shot.all_reduce if few else two_shot.all_reduce)(x, peers)
             x = x * jnp.asarray(1 / mesh.size, dtype)
         return x
 
@@ -106,7 +105,7 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
 
 
 class _Owner:
-    """Of memory that is freed with it."""
+    """Frees the peer buffers when it is collected."""
 
 
 def counts_up_to(devices: int, values: Sequence[str] | None) -> list[int]:

@@ -3,7 +3,7 @@
   JAX_NUM_CPU_DEVICES=4 python benchmarks/mesh_shapes.py --model=FILE.gguf --out=DIR
   python benchmarks/mesh_shapes.py --model=FILE.gguf --out=DIR --split=none --split=graph@tensor:2
 
-Runs on whatever devices there are; without --split on all of them in every split mode. Writes
+Runs on the devices present; without --split, on all of them in every split mode. Writes
 mesh_shapes.md, mesh_shapes.json and mesh_shapes.png to the directory.
 """
 
@@ -88,9 +88,9 @@ def _measure(file: ModelFile, mode: str, mesh: str | None) -> dict[str, Any]:
     scratch: Counter = Counter()
     for stage, program in zip(engine.partition.stages, engine.trace_prefill(chunk), strict=True):
         compiled = program.lower().compile()
-        for place in stage.places.flat:
+        for rank in stage.ranks.flat:
             size = compiled.memory_analysis().temp_size_in_bytes
-            scratch[place] = max(scratch[place], size)
+            scratch[rank] = max(scratch[rank], size)
     found = [collectives(step.lower().compile().as_text()) for step in engine.trace_step(greedy)]
     counts = sum((count for count, _ in found), Counter())
     carried = sum(sum(size.values()) for _, size in found)

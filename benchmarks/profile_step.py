@@ -1,10 +1,11 @@
-"""Where the time of a decode step goes: what each GPU's kernels take, by the profiler.
+"""Profile of a decode step: the time of each kernel on each GPU.
 
   python benchmarks/profile_step.py --random=llama-8b:Q4_K_M -b 8
   python benchmarks/profile_step.py --model=FILE.gguf --split=graph@tensor:2 --sequence
 
-Steps are launched by the host one by one, since kernels inside of a loop on the device are not
-seen. A kernel that the one before lets begin early counts from there, and its wait with it.
+The host launches the steps one by one, since the profiler does not see kernels in a loop on the
+device. A kernel launched early (programmatic dependent launch) counts with its wait for the
+previous one.
 """
 
 import collections
@@ -51,7 +52,7 @@ class _Event(NamedTuple):
 
 
 def _profiled(lm: jaxsplit.LM) -> dict[str, list[_Event]]:
-    """What each GPU did in some steps, in order."""
+    """Events of each GPU in some steps, in order."""
     engine, rng = lm.engine, np.random.default_rng(0)
     prompts = {
         slot: rng.integers(0, lm.config.vocab, _DEPTH.value).tolist()
@@ -83,7 +84,7 @@ def _profiled(lm: jaxsplit.LM) -> dict[str, list[_Event]]:
 
 
 def _rows(events: list[_Event]) -> Iterator[dict[str, str]]:
-    """Kernels by what they take of a step."""
+    """Kernels by their share of a step."""
     by_name = collections.defaultdict(list)
     for event in events:
         by_name[event.name].append(event.duration / 1e3)

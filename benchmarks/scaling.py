@@ -1,12 +1,12 @@
-"""How decode and prefill scale with the devices: split modes over device counts, beside the plan.
+"""Scaling of decode and prefill: split modes over device counts, beside the plan.
 
   python benchmarks/scaling.py --out=DIR -- --random=llama-70b:Q4_K_M -p 2048 -n 64
   JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --out=DIR -- --model=FILE.gguf -p 64 -n 8
 
-What follows `--` are flags of bench.py, which measures each count of devices in a process of its
-own: side by side on several GPUs, as long as there are free ones. What the devices take to add up
-arrays is measured first. All that was measured is kept in the directory, with a table and a plot:
-once --seconds are over nothing else is begun, and the same command goes on where it stopped.
+Flags after `--` are passed to bench.py, which runs in its own process for each device count, in
+parallel while GPUs are free. all_reduce.py runs first. Results are kept in the directory, with a
+table and a plot: after --seconds no new process starts, and the same command resumes where it
+stopped.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from jaxsplit.sharding import SPLIT_MODES
 _OUT = flags.DEFINE_string("out", None, "directory for the results", required=True)
 _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")
 _MODES = flags.DEFINE_list("modes", "graph,layer,row", "split modes on more than one device")
-_SECONDS = flags.DEFINE_float("seconds", 540.0, "when to begin nothing new")
+_SECONDS = flags.DEFINE_float("seconds", 540.0, "time after which no new process starts")
 
 _COLUMNS = {
     "devices": "devices",
@@ -53,31 +53,31 @@ _COLORS = {"layer": "#9a9a9a", "row": "#d08a2c", "graph": "#24609b"}
 
 @dataclasses.dataclass
 class _Job:
-    """The splits of one count of devices.
+    """The splits of one device count.
 
     Attributes:
-      count: of devices.
-      modes: what is still to be measured.
-      places: of the devices that it has got.
-      process: that measures.
+      count: number of devices.
+      modes: split modes still to be measured.
+      devices: ids of its devices.
+      process: the running bench.py.
     """
 
     count: int
     modes: Sequence[str]
-    places: Sequence[str] = ()
+    devices: Sequence[str] = ()
     process: subprocess.Popen | None = None
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Stem of its files."""
         return f"{self.count}-{'-'.join(self.modes)}"
 
     def growing(self, out: Path) -> Path:
-        """The results, whose last split may lack some tests."""
+        """File of the results so far; tests of the last split may be missing."""
         return out / f"{self.name}.growing"
 
     def end(self, out: Path) -> None:
-        """Keeps the results; of a process that was stopped those of the splits before the last."""
+        """Keeps the results, except the last split's if the process was stopped."""
         file, stopped = self.growing(out), self.process.returncode != 0
         if file.exists():
             tests = json.loads(file.read_text())
@@ -104,7 +104,7 @@ def _split(mode: str, count: int) -> str:
 
 
 def _host(out: Path) -> dict[str, Any]:
-    """The devices, and what they take to add up arrays."""
+    """The devices, and their all-reduce times."""
     file = out / "all_reduce.json"
     if not file.exists():
         counts = [] if _COUNTS.value is None else [f"--counts={','.join(_COUNTS.value)}"]
@@ -115,7 +115,7 @@ def _host(out: Path) -> dict[str, Any]:
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
-    """What was measured: a row for each split, with its ratios."""
+    """Results: a row for each split, with its ratios."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for file in sorted(out.glob("[0-9]*.json")):
         for test in json.loads(file.read_text()):
@@ -188,14 +188,14 @@ def _measure(
                     print(f"out of time: {', '.join(job.modes)} on {job.count} not measured")
                     waiting.remove(job)
                 elif job.count <= len(free) and not (on_cpu and running):
-                    job.places, free = free[: job.count], free[job.count :]
-                    gpus = {"CUDA_VISIBLE_DEVICES": ",".join(job.places)}
+                    job.devices, free = free[: job.count], free[job.count :]
+                    gpus = {"CUDA_VISIBLE_DEVICES": ",".join(job.devices)}
                     cpus = {"JAX_NUM_CPU_DEVICES": str(job.count)}
                     job.start(out, arguments, cpus if on_cpu else gpus)
                     waiting.remove(job)
                     running.append(job)
             for job in [job for job in running if job.process.poll() is not None]:
-                free = sorted([*free, *job.places], key=visible.split(",").index)
+                free = sorted([*free, *job.devices], key=visible.split(",").index)
                 running.remove(job)
                 job.end(out)
                 log = out / f"{job.name}.log"
@@ -211,7 +211,7 @@ def _measure(
 
 
 def main(arguments: list[str]) -> None:
-    """Measures what is not measured yet, and writes after each count."""
+    """Runs missing measurements, and writes the results after each device count."""
     out = Path(_OUT.value)
     unknown = set(_MODES.value) - {mode for mode, split in SPLIT_MODES.items() if split.axis}
     if unknown:

@@ -13,7 +13,7 @@ from jaxsplit.pallas import has_triton
 from jaxsplit.sharding.axes import AxisRules
 
 if TYPE_CHECKING:
-    from jaxsplit.comm.one_shot import Peers
+    from jaxsplit.comm.peers import PeerGroup
 
 
 def compute_capability(device: jax.Device) -> float:
@@ -85,7 +85,7 @@ class ForwardContext:
 
     rules: AxisRules = dataclasses.field(default=AxisRules(), metadata={"static": True})
     policy: MatmulPolicy = dataclasses.field(default=DEFAULT_POLICY, metadata={"static": True})
-    peers: "Peers | None" = None
+    peers: "PeerGroup | None" = None
     fuse_all_reduce: bool = dataclasses.field(default=True, metadata={"static": True})
 
 

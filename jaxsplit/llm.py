@@ -1,4 +1,4 @@
-"""A language model on a mesh: text in, text out."""
+"""A language model on a mesh: from text to text."""
 
 import dataclasses
 import importlib.util
@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ from jaxsplit.ops.matmul import float8
 from jaxsplit.pallas import has_triton
 from jaxsplit.paths import user_path
 from jaxsplit.plan import best_split
-from jaxsplit.sharding import SPLIT_MODES, choose_devices, parse_shares
+from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
-from jaxsplit.weights import describe_split, parameter_sources, split_model
+from jaxsplit.weights import Sources, describe_split, parameter_sources, split_model
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.weights.loader import Progress, load_decoders
 
@@ -44,120 +44,179 @@ def load(
     """Loads a GGUF file onto devices.
 
     Args:
-      path: the file, any one of a model in several files, or one that is open; None: the demo
-        model, if installed.
+      path: the file, any file of a split model, or an open one; None: the demo model, if installed.
       config: how to load it; None: a `LoadConfig()`.
       progress: called with the bytes loaded and the bytes in all.
       **options: fields of `LoadConfig` to change: `split_mode`, `devices`, `mesh`, `weights`,
         `dtype`, `ctx_size`, ...
 
     Raises:
-      JaxsplitError: something the user can mend, in one line.
+      JaxsplitError: something the user can fix, in one line.
     """
     started = time.perf_counter()
     c: LoadConfig = LoadConfig.of(options, config)
-    stored, compute_in, reduce_in, cache_in = map(
-        named_dtype, (c.weights, c.dtype, c.all_reduce_dtype, c.cache_dtype)
-    )
-    in_float8 = c.prefill_dtype == "float8"
-    context = DEFAULT_CONTEXT if c.ctx_size is None else c.ctx_size
-    automatic = c.split_mode == "auto"
-    if automatic and (c.mesh is not None or c.tensor_split is not None):
-        raise JaxsplitError("split_mode=auto chooses the mesh; leave mesh and tensor_split out")
-    if not automatic and c.split_mode not in SPLIT_MODES:
-        known = ", ".join([*SPLIT_MODES, "auto"])
-        raise JaxsplitError(f"split_mode={c.split_mode} is not supported; supported are {known}")
-    split_mode = "graph" if automatic else c.split_mode
-    shape, mesh_devices = choose_devices(split_mode, c.devices, c.mesh, c.main_device)
-    unable = [device for device in mesh_devices if not float8.supported_by(device)]
-    if in_float8 and unable:
-        raise JaxsplitError(
-            f"prefill_dtype=float8 does not suit {unable[0].device_kind}: it needs GPUs of "
-            "compute capability 8.9 or later; try prefill_dtype=auto"
-        )
-    shares = None if c.tensor_split is None else parse_shares(c.tensor_split)
-    compute_in = compute_in or jnp.dtype(_auto_dtype(mesh_devices[0]))
+    mesh = _choose_mesh(c)
     file = path
     if not isinstance(file, ModelFile):
         file = open_model(demo_model() if path is None else path)
+    context = DEFAULT_CONTEXT if c.ctx_size is None else c.ctx_size
     model = model_config(file, context)
     sources = parameter_sources(file, model)
     context = min(context or model.context, model.context)
-    if automatic:
-        split_mode, shape = best_split(
-            sources,
-            model,
-            mesh_devices,
-            weights=stored,
-            dtype=compute_in,
-            cache_dtype=cache_in,
-            reduce_dtype=reduce_in,
-            context=context,
-            slots=c.slots,
-        )
-        mesh_devices = mesh_devices[: math.prod(shape.values())]
-    partition = split_model(
-        sources,
-        model,
-        split_mode,
-        shape,
-        mesh_devices,
-        shares=shares,
-        weights=stored,
-        cache_row=context * (cache_in or compute_in).itemsize,
-        reduce_dtype=reduce_in,
+    weights, dtype = named_dtype(c.weights), named_dtype(c.dtype)
+    dtype = dtype or jnp.dtype(_auto_dtype(mesh.devices[0]))
+    cache_dtype = named_dtype(c.cache_dtype) or dtype
+    partition = _partition(
+        c, mesh, sources, model, dtype=dtype, cache_dtype=cache_dtype, context=context
     )
-    try:
-        tokenizer = Tokenizer.from_metadata(file.metadata)
-    except JaxsplitError as error:
-        tokenizer = error  # token ids still work: `LM.tokenizer` raises it when it is needed
-    tokens = model.vocab if isinstance(tokenizer, JaxsplitError) else tokenizer.vocab_size
-    if tokens > model.vocab:
-        raise JaxsplitError(
-            f"{file.path}: the tokenizer has {tokens} tokens, the embedding (token_embd.weight) "
-            f"only {model.vocab} rows; convert the model again"
-        )
-    policy = MatmulPolicy.for_device(mesh_devices[0], c.kernels)
-    suits = policy.kernels and compute_in.itemsize == 2
-    rounded = c.activations == "int8" or (c.activations == "auto" and suits)
-    policy = dataclasses.replace(policy, int8_activations=rounded, float8=in_float8)
+    tokenizer, vocab = _tokenizer(file, model)
+    policy, words = _policy(c, mesh.devices[0], dtype)
     models = load_decoders(
-        sources,
-        model,
-        partition,
-        weights=stored,
-        dtype=compute_in,
-        words=suits,
-        progress=progress,
+        sources, model, partition, weights=weights, dtype=dtype, words=words, progress=progress
     )
     engine = Engine(
         models,
         partition,
         slots=c.slots,
         context=context,
-        cache_dtype=cache_in or compute_in,
-        vocab=tokens,
+        cache_dtype=cache_dtype,
+        vocab=vocab,
         policy=policy,
         peer_access=c.collectives != "nccl",
-        ends=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
+        stop_ids=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
-    if c.collectives == "p2p" and not all("peer access" in way for way in engine.meetings or [""]):
+    if c.collectives == "p2p":
+        _check_peer_access(engine)
+    return LM(
+        models,
+        engine,
+        tokenizer,
+        file.metadata,
+        split=describe_split(sources, model, partition, weights),
+        load_seconds=time.perf_counter() - started,
+        asked_context=c.ctx_size or 0,
+    )
+
+
+class _MeshChoice(NamedTuple):
+    """What the options say about the mesh; for split_mode=auto, only the devices matter."""
+
+    mode: str
+    shape: dict[str, int]
+    devices: list[jax.Device]
+    shares: list[float] | None
+
+
+def _choose_mesh(c: LoadConfig) -> _MeshChoice:
+    """Checks the options of the mesh, before any file is read.
+
+    Raises:
+      JaxsplitError: options contradict one another, or the devices do not support them.
+    """
+    automatic = c.split_mode == "auto"
+    if automatic and (c.mesh is not None or c.tensor_split is not None):
+        raise JaxsplitError("split_mode=auto chooses the mesh; leave mesh and tensor_split out")
+    if not automatic and c.split_mode not in SPLIT_MODES:
+        known = ", ".join([*SPLIT_MODES, "auto"])
+        raise JaxsplitError(f"split_mode={c.split_mode} is not supported; supported are {known}")
+    mode = "graph" if automatic else c.split_mode
+    shape, devices = choose_devices(mode, c.devices, c.mesh, c.main_device)
+    unable = [device for device in devices if not float8.supported_by(device)]
+    if c.prefill_dtype == "float8" and unable:
+        raise JaxsplitError(
+            f"prefill_dtype=float8 does not suit {unable[0].device_kind}: it needs GPUs of "
+            "compute capability 8.9 or later; try prefill_dtype=auto"
+        )
+    shares = None if c.tensor_split is None else parse_shares(c.tensor_split)
+    return _MeshChoice(mode, shape, devices, shares)
+
+
+def _partition(
+    c: LoadConfig,
+    mesh: _MeshChoice,
+    sources: Sources,
+    model: ModelConfig,
+    *,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+    context: int,
+) -> Partition:
+    """Splits the model over the mesh, which split_mode=auto chooses here."""
+    weights, reduce_dtype = named_dtype(c.weights), named_dtype(c.all_reduce_dtype)
+    mode, shape, devices, shares = mesh
+    if c.split_mode == "auto":
+        mode, shape = best_split(
+            sources,
+            model,
+            devices,
+            weights=weights,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            reduce_dtype=reduce_dtype,
+            context=context,
+            slots=c.slots,
+        )
+    return split_model(
+        sources,
+        model,
+        mode,
+        shape,
+        devices[: math.prod(shape.values())],
+        shares=shares,
+        weights=weights,
+        cache_row=context * cache_dtype.itemsize,
+        reduce_dtype=reduce_dtype,
+    )
+
+
+def _tokenizer(file: ModelFile, model: ModelConfig) -> tuple[Tokenizer | JaxsplitError, int]:
+    """The tokenizer and its vocabulary's size. Without one, token ids still work: its error is
+    kept, for `LM.tokenizer` to raise.
+
+    Raises:
+      JaxsplitError: the vocabulary is larger than the embedding.
+    """
+    try:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    except JaxsplitError as error:
+        return error, model.vocab
+    if tokenizer.vocab_size > model.vocab:
+        raise JaxsplitError(
+            f"{file.path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
+            f"(token_embd.weight) only {model.vocab} rows; convert the model again"
+        )
+    return tokenizer, tokenizer.vocab_size
+
+
+def _check_peer_access(engine: Engine) -> None:
+    """Checks that all communication goes over peer access.
+
+    Raises:
+      JaxsplitError: it does not, or there is none.
+    """
+    if not all("peer access" in way for way in engine.communication or [""]):
         raise JaxsplitError(
             "collectives=p2p is not possible: no GPUs of one process that can write to one "
             "another's memory exchange anything here; try collectives=auto"
         )
-    split = describe_split(sources, model, partition, stored)
-    took = time.perf_counter() - started
-    return LM(models, engine, tokenizer, file.metadata, split, took, asked_context=c.ctx_size or 0)
+
+
+def _policy(c: LoadConfig, device: jax.Device, dtype: jnp.dtype) -> tuple[MatmulPolicy, bool]:
+    """The matmul policy, and whether quantized matrices are stored as the kernels read them."""
+    policy = MatmulPolicy.for_device(device, c.kernels)
+    words = policy.kernels and dtype.itemsize == 2
+    rounded = c.activations == "int8" or (c.activations == "auto" and words)
+    in_float8 = c.prefill_dtype == "float8"
+    return dataclasses.replace(policy, int8_activations=rounded, float8=in_float8), words
 
 
 def named_dtype(name: str) -> jnp.dtype | None:
-    """The dtype of an option's value; None if it names none."""
+    """The dtype of an option's value; None for `auto` and `quantized`."""
     return None if name in ("auto", "quantized") else jnp.dtype(name)
 
 
 def open_model(path: str | Path) -> ModelFile:
-    """The header of a GGUF file or of a checkpoint directory.
+    """Opens a GGUF file or a checkpoint directory, and reads its header.
 
     Raises:
       JaxsplitError: it is neither, or damaged.
@@ -204,13 +263,13 @@ def _auto_dtype(device: jax.Device) -> str:
 class LM:
     """A loaded model. Made by `load`.
 
-    Any number of threads may call it: calls wait for one another. After an exception, such as
-    `KeyboardInterrupt`, the next call works.
+    Thread-safe: calls run one at a time. After an exception, such as `KeyboardInterrupt`, the next
+    call works.
 
     Attributes:
       models: the Flax module of each stage, its parameters sharded over the stage's devices.
-      engine: the compiled programs and the cache, which the calls of this class share.
-      load_seconds: how long loading took.
+      engine: the compiled programs and the cache, shared by all calls.
+      load_seconds: time that loading took.
     """
 
     def __init__(
@@ -219,9 +278,9 @@ class LM:
         engine: Engine,
         tokenizer: Tokenizer | JaxsplitError,
         metadata: Mapping[str, Any],
+        *,
         split: str,
         load_seconds: float,
-        *,
         asked_context: int = 0,
     ):
         self.models = tuple(models)
@@ -238,7 +297,7 @@ class LM:
         """The Flax module of the whole model.
 
         Raises:
-          JaxsplitError: its layers lie in several stages.
+          JaxsplitError: its layers are split into stages.
         """
         if len(self.models) > 1:
             raise JaxsplitError(f"the model is in {len(self.models)} stages; use lm.models")
@@ -251,7 +310,7 @@ class LM:
 
     @property
     def mesh(self) -> Mesh:
-        """All devices, by the axes of the mesh."""
+        """All devices."""
         return self.engine.partition.mesh
 
     @property
@@ -259,14 +318,14 @@ class LM:
         """The file's tokenizer.
 
         Raises:
-          JaxsplitError: the file has none, or one that is not supported.
+          JaxsplitError: the file has none, or an unsupported one.
         """
         if isinstance(self._tokenizer, JaxsplitError):
             raise self._tokenizer
         return self._tokenizer
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> list[int]:
-        """A conversation as a prompt, ending where the assistant's answer begins.
+        """Encodes a conversation as a prompt that ends where the assistant's answer begins.
 
         Args:
           messages: `{"role": "system" | "user" | "assistant", "content": ...}`, in order.
@@ -285,7 +344,7 @@ class LM:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values on each device."""
+        """Bytes of keys and values on the fullest device of this process."""
         return self.engine.cache_bytes
 
     def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
@@ -293,7 +352,7 @@ class LM:
 
         Args:
           tokens: ids, at most the context's length.
-          one_by_one: feed a token at a time through the cache, as decoding does.
+          one_by_one: one token at a time through the cache, as in decoding.
 
         Raises:
           JaxsplitError: too many tokens, or an id outside the vocabulary.
@@ -301,7 +360,7 @@ class LM:
         return self._thread.logits(self._checked(tokens), one_by_one=one_by_one)
 
     def generate(self, prompt: str | Sequence[int], n_predict: int = -1, **options: Any) -> str:
-        """The text that follows a prompt, decoded without returning to the host for each token.
+        """Generates the text that follows a prompt, in blocks of 32 tokens on the devices.
 
         Arguments and errors are those of `stream`.
         """
@@ -321,22 +380,22 @@ class LM:
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> Stream:
-        """The text that follows a prompt, as it comes.
+        """Streams the text that follows a prompt.
 
         Args:
           prompt: text, or token ids.
-          n_predict: tokens to generate; -1 goes on until the text or the context ends.
-          stop: the text ends before this string, or the first of these strings.
-          parse_special: special tokens may be written out in the prompt.
-          show_special: special tokens that the text shows: `template`, those with which the model's
-            chat template marks thinking and tool calls; `all`; or `none`.
-          block: tokens that are decoded before the host looks at them; None: as many as take a
-            tenth of a second, at most 32.
-          sampling: how tokens are chosen.
+          n_predict: tokens to generate; -1: until the text or the context ends.
+          stop: one or more strings; the text ends before the first one found.
+          parse_special: recognize special tokens in the prompt's text.
+          show_special: special tokens to show: `template`, the chat template's marks of thinking
+            and tool calls; `all`; or `none`.
+          block: tokens decoded before the host reads them; None: a tenth of a second's worth, at
+            most 32.
+          sampling: config of the sampler.
           **options: fields of `SamplingConfig` to change: `temperature`, `top_k`, `seed`, ...
 
         Returns:
-          an iterator of strings that also tells why it stopped and how long it took.
+          an iterator of strings, with stop reason and timings.
 
         Raises:
           JaxsplitError: the prompt is empty or longer than the context, or a value is out of
@@ -360,15 +419,15 @@ class LM:
             self._thread,
             self.tokenizer,
             tokens,
-            n_predict,
-            stops,
-            block,
-            config,
-            show_special,
+            n_predict=n_predict,
+            stop=stops,
+            block=block,
+            sampling=config,
+            show_special=show_special,
         )
 
     def describe(self) -> str:
-        """The model, how it is split, and through what GPUs meet, in one line."""
+        """The model, its split, and how devices communicate, in one line."""
         c, a, context = self.config, self.config.attention, self.engine.context
         model = (
             f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
@@ -379,13 +438,13 @@ class LM:
         device = self.mesh.devices.flat[0]
         without = compute_capability(device) >= 8 and not has_triton()
         notes = ["XLA runs everything: this JAX has no Pallas-Triton"] if without else []
-        return " | ".join([model, self._split, *self.engine.meetings, *notes])
+        return " | ".join([model, self._split, *self.engine.communication, *notes])
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         """Token ids as a list.
 
         Raises:
-          JaxsplitError: too many for the context, or not ids of the model's.
+          JaxsplitError: too many for the context, or ids outside the vocabulary.
         """
         try:
             if isinstance(tokens, str | bytes | bytearray | memoryview | Mapping | Set):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
     scope="module", params=[("graph", False), ("layer", False), ("layer", True)], ids=str
 )
 def lm(request, load, recipe_gguf):
-    """In one stage, and in two, which the host or kernels hand over to."""
+    """One stage, and two, with transfers by the host or in kernels."""
     mode, kernels = request.param
     return load(recipe_gguf("llama"), split_mode=mode, devices=2, kernels=kernels)
 
@@ -61,9 +61,9 @@ def test_several_stages_read_chunks_at_the_same_time(stages):
         assert taken[lengths[0]] == min(taken.values())
 
 
-def test_prompts_in_turn_keep_stages_at_work_too():
+def test_queued_prompts_fill_the_pipeline_too():
     assert chunk_lengths(2048, stages=4) == [512] * 4
-    assert chunk_lengths(2048, stages=4, in_turn=16) == [2048]
+    assert chunk_lengths(2048, stages=4, queued=16) == [2048]
 
 
 def test_prompt_lengths_share_compiled_programs(lm):
@@ -82,7 +82,7 @@ def test_prompt_lengths_share_compiled_programs(lm):
 def loops(request, lm):
     """Whether devices decode several tokens by themselves."""
     if request.param and len(lm.models) > 1 and not lm.engine.loops:
-        pytest.skip("stages that the host hands over to take steps")
+        pytest.skip("stages without peer access decode step by step")
     return request.param
 
 
@@ -151,7 +151,7 @@ def test_loop_ends_at_an_end_token_and_at_the_context(lm, tokens, loops):
         if len(earlier) > 3 and end not in earlier:
             break
         earlier.append(end)
-    engine = engine_with(ends=[end])
+    engine = engine_with(stop_ids=[end])
     engine.start(tokens[:10], sampling)
     ended = engine.loop(30, 30)[0].tolist()
     at = chosen.index(end)
@@ -177,25 +177,26 @@ def test_steps_end_with_the_last_text(lm, tokens):
     assert (engine.loop(30, 30)[0] >= 0).sum() == count == 6
 
 
-def test_loops_write_where_they_have_read(lm, tokens):
-    """A CUDA graph is made again where an address has changed."""
+def test_loops_donate_their_buffers(lm, tokens):
+    """New addresses would force XLA to re-instantiate the CUDA graph."""
     if len(lm.models) > 1 and not lm.engine.loops:
-        pytest.skip("stages that the host hands over to take steps")
+        pytest.skip("stages without peer access decode step by step")
     engine = engine_like(lm)
     engine.loops = True
     engine.start(tokens[:4], GREEDY)
     engine.loop(5, 8)
-    [group] = engine._groups
-    before, values = jax.tree.leaves((group.caches, group.state, group.texts)), group.values
+    [micro_batch] = engine._micro_batches
+    donated = micro_batch.caches, micro_batch.state, micro_batch.output_tokens
+    before, sampler = jax.tree.leaves(donated), micro_batch.sampler
     engine.loop(8, 8)
     assert all(array.is_deleted() for array in before)
-    assert group.values is values
+    assert micro_batch.sampler is sampler
 
 
 def test_the_cache_is_donated(lm, tokens):
     engine = engine_like(lm)
     engine.start(tokens[:4], GREEDY)
-    before = [cache[0].keys for group in engine._groups for cache in group.caches]
+    before = [cache[0].keys for one in engine._micro_batches for cache in one.caches]
     engine.step()
     assert all(keys.is_deleted() for keys in before)
 

@@ -11,7 +11,7 @@ from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.comm import one_shot, two_shot
-from jaxsplit.comm.one_shot import Peers
+from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import forward_context
 from jaxsplit.engine import SamplingConfig
@@ -33,7 +33,7 @@ def on_devices(count, function, x):
     spec = PartitionSpec(*AXIS)
 
     def local(x, table):
-        return function(x[0], Peers(table[0], AXIS))[None]
+        return function(x[0], PeerGroup(table[0], AXIS))[None]
 
     run = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
     return np.asarray(jax.jit(run)(x, np.zeros((count, 1 + 2 * count), np.uint32)))
@@ -43,7 +43,7 @@ def on_devices(count, function, x):
 @pytest.mark.parametrize("shape", [(1,), (3, 200), (2, 2, 512)])
 def test_sums_are_the_same_on_all_devices(devices, shape):
     x = fresh_rng().normal(size=(devices, *shape)).astype(np.float32)
-    found = on_devices(devices, lambda x, peers: one_shot.total(x, peers), x)
+    found = on_devices(devices, lambda x, peers: one_shot.all_reduce(x, peers), x)
     assert found.shape == x.shape
     assert (found == found[0]).all()
     assert nmse(found[0], x.astype(np.float64).sum(axis=0)) <= 1e-12
@@ -54,8 +54,8 @@ def test_sums_are_the_same_on_all_devices(devices, shape):
 def test_sums_of_many_are_the_same_on_all_devices(devices, size):
     x = jnp.asarray(fresh_rng().normal(size=(devices, 3, size)), jnp.bfloat16)
     most = 3 * size
-    assert two_shot.supports(most, x.dtype, Peers(np.zeros(1 + 2 * devices), AXIS, most))
-    found = on_devices(devices, lambda x, peers: two_shot.total(x, peers), x)
+    assert two_shot.supports(most, x.dtype, PeerGroup(np.zeros(1 + 2 * devices), AXIS, most))
+    found = on_devices(devices, lambda x, peers: two_shot.all_reduce(x, peers), x)
     assert (found == found[0]).all()
     exact = np.asarray(x.astype(jnp.float32)).sum(axis=0, dtype=np.float64)
     assert nmse(found[0].astype(np.float32), exact) <= 1e-5
@@ -64,7 +64,7 @@ def test_sums_of_many_are_the_same_on_all_devices(devices, size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
 def test_all_devices_have_the_numbers_of_all(dtype):
     x = jnp.asarray(fresh_rng().normal(size=(3, 2, 300)) * 100, dtype)
-    found = on_devices(3, lambda x, peers: one_shot.gather(x, peers), x)
+    found = on_devices(3, lambda x, peers: one_shot.all_gather(x, peers), x)
     for device in range(3):
         assert (found[device] == np.asarray(x)).all()
 
@@ -114,9 +114,9 @@ def primitives(jaxpr):
 def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh, recipe):
     path, tokens = recipe_gguf(recipe, Q8_0), fresh_rng().integers(0, 160, 6).tolist()
     options = {"ctx_size": 64, "activations": "int8", "kernels": "interpret"}
-    sending, outbox = [], one_shot.results
+    sending, outbox = [], one_shot.out_shapes
     monkeypatch.setattr(
-        one_shot, "results", lambda *a: sending.append(a[-1] is not None) or outbox(*a)
+        one_shot, "out_shapes", lambda *a: sending.append(a[-1] is not None) or outbox(*a)
     )
     one = jaxsplit.load(path, split_mode="none", dtype="bfloat16", **options)
     split = jaxsplit.load(path, split_mode=mode, mesh=mesh, dtype="bfloat16", **options)

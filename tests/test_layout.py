@@ -50,18 +50,18 @@ def check_elements(layout):
     assert set(elements[elements >= 0]) == set(range(layout.original))
 
 
-def check_granules(layout, block):
+def check_sub_blocks(layout, block):
     """The axis put together from pieces of blocks is the axis of `elements`."""
-    granule, source, part = layout.granules(block)
-    assert block % granule == 0
-    assert (layout.size // layout.devices) % granule == 0, "a granule on two devices"
-    assert len(source) == len(part) == layout.size // granule
-    assert ((part >= 0) & (part < block // granule)).all()
-    start = source * block + part * granule
-    elements = np.where(source[:, None] < 0, -1, start[:, None] + np.arange(granule))
+    sub_block, source, index = layout.sub_blocks(block)
+    assert block % sub_block == 0
+    assert (layout.size // layout.devices) % sub_block == 0, "a sub-block on two devices"
+    assert len(source) == len(index) == layout.size // sub_block
+    assert ((index >= 0) & (index < block // sub_block)).all()
+    start = source * block + index * sub_block
+    elements = np.where(source[:, None] < 0, -1, start[:, None] + np.arange(sub_block))
     assert np.array_equal(elements.reshape(-1), layout.elements())
     if layout.unit % block == 0:
-        assert granule == block, "whole blocks would do"
+        assert sub_block == block, "whole blocks would do"
 
 
 # Layouts
@@ -80,7 +80,7 @@ def test_units_are_shared_out_evenly(devices):
         check_elements(layout)
         for block in BLOCKS:
             if layout.original % block == 0:
-                check_granules(layout, block)
+                check_sub_blocks(layout, block)
 
 
 def test_every_head_has_a_place_beside_its_key_and_value_head():
@@ -123,33 +123,33 @@ def test_heads_that_all_devices_can_share_leave_none_idle():
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 100, 128, 256])
-def test_elements_and_granules_of_heads_put_the_axis_together(head_dim):
+def test_elements_and_sub_blocks_of_heads_put_the_axis_together(head_dim):
     for heads, kv_heads, devices in HEADS[::7]:
         for layout in grouped_heads(heads, kv_heads, head_dim, devices):
             check_elements(layout)
             for block in BLOCKS:
                 if layout.original % block == 0:
-                    check_granules(layout, block)
+                    check_sub_blocks(layout, block)
 
 
 def test_blocks_stay_whole_where_heads_that_stay_together_allow_it():
     """Of 8 heads of 64, four make up a block of 256: on two devices no block is cut."""
     query, _ = grouped_heads(8, 8, 64, 2)
-    granule, source, part = query.granules(256)
-    assert (granule, source.tolist(), part.tolist()) == (256, [0, 1], [0, 0])
+    sub_block, source, index = query.sub_blocks(256)
+    assert (sub_block, source.tolist(), index.tolist()) == (256, [0, 1], [0, 0])
     query, _ = grouped_heads(8, 8, 64, 8)
-    granule, source, part = query.granules(256)
-    assert (granule, source.tolist()) == (64, [0, 0, 0, 0, 1, 1, 1, 1])
-    assert part.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    sub_block, source, index = query.sub_blocks(256)
+    assert (sub_block, source.tolist()) == (64, [0, 0, 0, 0, 1, 1, 1, 1])
+    assert index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_an_axis_in_any_order_is_put_together_from_granules():
+def test_an_axis_in_any_order_is_put_together_from_sub_blocks():
     rng = np.random.default_rng(0)
     for unit, block in itertools.product((1, 16, 48, 64, 256), BLOCKS):
         for _ in range(20):
             units = int(rng.integers(1, 5)) * block // math.gcd(block, unit)
             slots = rng.permutation(np.append(np.arange(units), np.full(units % 4, -1)))
-            check_granules(AxisLayout(unit, slots, 1), block)
+            check_sub_blocks(AxisLayout(unit, slots, 1), block)
 
 
 # Meshes
@@ -275,7 +275,7 @@ def stage_in_mode(mode, devices=4, **options):
 
 @pytest.mark.parametrize("devices", range(1, 9))
 def test_a_partition_lays_out_all_axes(devices):
-    stage = stage_in_mode("graph", devices, pieces={MLP_AXIS: 32})
+    stage = stage_in_mode("graph", devices, block_multiple={MLP_AXIS: 32})
     assert stage.mesh.shape == {"data": 1, "expert": 1, "tensor": devices}
     assert stage.mesh.devices.ravel().tolist() == jax.devices()[:devices]
     for axis, size in SIZES.items():

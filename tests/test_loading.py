@@ -13,7 +13,7 @@ from jaxsplit.models import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
 from jaxsplit.quant import TYPES, dequantize, take_rows
 from jaxsplit.sharding import make_partition
 from jaxsplit.sharding.axes import EMBED, Axis
-from jaxsplit.weights import Source, place
+from jaxsplit.weights import Source, parameter_placement
 from jaxsplit.weights.loader import _unpack, _upload
 
 BLOCK = BlockConfig(AttentionConfig(6, 2, 64, 64), MLPConfig(512))
@@ -37,10 +37,14 @@ def test_stacks_of_experts_are_split(kind, devices, shape, axes, mesh):
     bits = fresh_rng().integers(0, 256, (*shape[:-1], shape[-1] // entry.block, entry.block_bytes))
     blocks = bits.astype(np.uint8)
     partition = make_partition(
-        CONFIG, "graph", {mesh: devices}, jax.devices()[:devices], pieces={MLP: entry.block}
+        CONFIG,
+        "graph",
+        {mesh: devices},
+        jax.devices()[:devices],
+        block_multiple={MLP: entry.block},
     )
     source = Source(GGUFTensor("experts", kind, shape, blocks), shape)
-    placement = place(partition.stages[0], source, axes)
+    placement = parameter_placement(partition.stages[0], source, axes)
     weights = _unpack(source, _upload([source], [placement])[0], placement, None)
     shard = jax.tree.leaves(weights)[0].addressable_shards[-1].data
     assert shard.nbytes * devices >= jax.tree.leaves(weights)[0].nbytes
@@ -70,10 +74,12 @@ def test_vectors_of_any_type_become_float32(kind, axis):
             expected = gguf.quants.dequantize(flat, gguf.GGMLQuantizationType[kind]).reshape(-1)
     except (NotImplementedError, KeyError):
         pytest.skip(f"the gguf package does not dequantize {kind}")
-    partition = make_partition(CONFIG, "graph", {"tensor": 2}, jax.devices()[:2], pieces={MLP: 1})
+    partition = make_partition(
+        CONFIG, "graph", {"tensor": 2}, jax.devices()[:2], block_multiple={MLP: 1}
+    )
     for rows in (None, rng.permutation(512)):
         source = Source(GGUFTensor("norm", kind, shape, blocks), shape, rows)
-        placement = place(partition.stages[0], source, (axis,))
+        placement = parameter_placement(partition.stages[0], source, (axis,))
         values = _unpack(source, _upload([source], [placement])[0], placement, None)
         assert values.dtype == np.float32
         order = slice(None) if rows is None else rows

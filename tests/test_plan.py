@@ -62,27 +62,26 @@ def plan_of(path, split, kind="CPU", **options):
         *(("hybrid", "row@tensor:3"), ("hybrid", "graph@stage:2,tensor:2")),
     ],
 )
-def test_what_is_planned_is_what_devices_hold_and_exchange(models, name, split):
+def test_plans_match_the_devices_memory_and_collectives(models, name, split):
     mode, _, mesh = split.partition("@")
     lm = jaxsplit.load(
         models[name], split_mode=mode, mesh=mesh or None, dtype="float32", ctx_size=64
     )
     plan = plan_of(models[name], split)
     held: Counter = Counter()
-    arrays = [*[r.params for r in lm.engine.runners], *[g.caches for g in lm.engine._groups]]
+    arrays = [*[r.params for r in lm.engine.runners], *[m.caches for m in lm.engine._micro_batches]]
     for leaf in jax.tree.leaves(arrays):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    places = lm.mesh.devices.flatten().tolist()
-    for place, device in enumerate(places):
-        planned = plan.on_device(place)
+    for rank, device in enumerate(lm.mesh.devices.flat):
+        planned = plan.on_device(rank)
         assert planned["weights"] + planned["cache"] == held[device]
     texts = [step.lower().compile().as_text() for step in lm.engine.trace_step(SamplingConfig(0.0))]
     for stage, text in zip(plan.stages, texts, strict=True):
         count, size = collectives(text)
         assert stage.decode.collectives == count
         assert stage.decode.collective_bytes == size
-    assert plan.hand_overs[0] == len(texts) - 1
+    assert plan.transfers[0] == len(texts) - 1
 
 
 def test_work_of_many_layers_is_extrapolated_exactly(recipe_gguf):
@@ -140,23 +139,23 @@ def test_more_rows_than_tiles_take_dequantize_the_weights(models):
     assert many < few
 
 
-@pytest.mark.parametrize(("exchanges", "gather"), [(True, 2 * (26 / 24) / (25 / 24)), (False, 1)])
-def test_a_gather_takes_longer_than_two_sums_where_devices_exchange(models, exchanges, gather):
-    """The step's time is nearly all meetings here."""
-    kind = dataclasses.replace(device_kind("H100"), exchanges=exchanges, meet_seconds=100)
+@pytest.mark.parametrize(("peer_access", "gather"), [(True, 2 * (26 / 24) / (25 / 24)), (False, 1)])
+def test_a_gather_takes_longer_than_two_sums_over_peer_access(models, peer_access, gather):
+    """The step's time is nearly all latency of collectives here."""
+    kind = dataclasses.replace(device_kind("H100"), peer_access=peer_access, collective_seconds=100)
     times = []
     for split in ("graph@tensor:2", "row@tensor:2"):
         plan = plan_of(models["Q8_0"], split, kind=kind)
-        meetings = plan.collectives["all-reduce"] + gather * plan.collectives["all-gather"]
-        times.append(1 / plan.decode_rate / meetings)
+        latencies = plan.collectives["all-reduce"] + gather * plan.collectives["all-gather"]
+        times.append(1 / plan.decode_rate / latencies)
     assert times[0] == pytest.approx(times[1], rel=1e-4)
 
 
-def test_few_numbers_go_to_every_other_device_where_devices_exchange(models):
+def test_small_all_reduces_go_to_every_peer_over_peer_access(models):
     """The step's time is nearly all bytes over the link here."""
     times = []
-    for exchanges in (True, False):
-        kind = dataclasses.replace(device_kind("H100"), exchanges=exchanges, link=1.0)
+    for peer_access in (True, False):
+        kind = dataclasses.replace(device_kind("H100"), peer_access=peer_access, link=1.0)
         plan = plan_of(models["Q8_0"], "graph@tensor:3", kind=kind)
         times.append(1 / plan.decode_rate)
     [stage] = plan.stages

@@ -14,6 +14,7 @@ from tiny import fresh_rng
 
 from jaxsplit.cache.contiguous import Batch, init_cache
 from jaxsplit.engine.runner import StageRunner
+from jaxsplit.engine.steps import PrefillChunk
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
@@ -252,8 +253,8 @@ def logits(config, values, mode, devices, tokens):
     cache, found, start = runner.empty_cache(1), [], 0
     for length in (9, *[1] * (len(tokens) - 9)):
         inputs = np.asarray([tokens[start : start + length]], np.int32)
-        numbers = [np.asarray([n], np.int32) for n in (start, length, 0)]
-        cache, y = runner.prefill(length, all_logits=True)(runner.params, cache, inputs, *numbers)
+        chunk = PrefillChunk(*(np.asarray([n], np.int32) for n in (start, length, 0)))
+        cache, y = runner.prefill(length, all_logits=True)(runner.params, cache, inputs, chunk)
         found.append(np.asarray(y)[0, :, : config.vocab])
         start += length
     return np.concatenate(found)
@@ -302,9 +303,9 @@ def test_tiled_heads_lie_beside_what_they_share():
         served = np.repeat(kv.slots, len(query.slots) // len(kv.slots))
         used = query.slots >= 0
         assert np.array_equal(query.slots[used] % kv_heads, served[used])
-        granule, block, part = query.granules(256)
-        assert granule == 128
-        assert np.array_equal(block[used] * 2 + part[used], query.slots[used])
+        sub_block, block, index = query.sub_blocks(256)
+        assert sub_block == 128
+        assert np.array_equal(block[used] * 2 + index[used], query.slots[used])
 
 
 def test_collectives_of_a_decode_step():

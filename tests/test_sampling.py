@@ -13,7 +13,7 @@ from tiny import fresh_rng
 
 from jaxsplit.context import forward_context
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.engine.sampling import NOT_FINITE, SamplingPlan, SamplingValues, penalize, sample
+from jaxsplit.engine.sampling import NOT_FINITE, SamplerParams, SamplerSpec, penalize, sample
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.sharding import even
 from jaxsplit.sharding.axes import AxisRules
@@ -24,7 +24,7 @@ PENALTIES = {"repeat_penalty": 1.7, "frequency_penalty": 0.6, "presence_penalty"
 
 # Compiling takes far longer here than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-sample_jit = jit(sample, static_argnums=(4, 5))
+sample_jit = jit(sample, static_argnums=4, static_argnames="vocab")
 
 
 @pytest.fixture
@@ -85,17 +85,17 @@ def clear_logits(rng, config, recent=(), spread=3.0, vocab=VOCAB):
 def draw(logits, config, *, recent=(), vocab=None):
     """Choices from the same logits, at positions 0, 1, 2, ..."""
     # One window for all: without penalties it changes nothing.
-    plan = dataclasses.replace(SamplingPlan.of(config, 4096), window=WINDOW)
+    spec = dataclasses.replace(SamplerSpec.of(config, 4096), window=WINDOW)
     window = np.full(WINDOW, -1, np.int32)
-    if SamplingPlan.of(config, 4096).window and len(recent):
+    if SamplerSpec.of(config, 4096).window and len(recent):
         window[-len(recent) :] = recent
     tokens = sample_jit(
         np.broadcast_to(logits, (DRAWS, len(logits))),
         np.arange(DRAWS, dtype=np.int32),
         np.broadcast_to(window, (DRAWS, WINDOW)),
-        jax.tree.map(lambda v: np.repeat(v, DRAWS), SamplingValues.of([config])),
-        plan,
-        vocab or len(logits),
+        jax.tree.map(lambda v: np.repeat(v, DRAWS), SamplerParams.of([config])),
+        spec,
+        vocab=vocab or len(logits),
     )
     assert (tokens.shape, tokens.dtype) == ((DRAWS,), jnp.int32)
     return np.asarray(tokens)
@@ -146,11 +146,11 @@ def test_tokens_are_drawn_as_often_as_in_the_chain(rng, case):
 def test_seeds_are_as_good_as_positions(rng):
     """Draws at one position with many seeds follow the same distribution."""
     logits, expected = clear_logits(rng, ALL)
-    values = SamplingValues.of([dataclasses.replace(ALL, seed=s) for s in range(DRAWS)])
+    params = SamplerParams.of([dataclasses.replace(ALL, seed=s) for s in range(DRAWS)])
     window = np.full((DRAWS, WINDOW), -1, np.int32)
     rows = np.broadcast_to(logits, (DRAWS, VOCAB))
     positions = np.full(DRAWS, 7, np.int32)
-    tokens = sample_jit(rows, positions, window, values, SamplingPlan(0, WINDOW), VOCAB)
+    tokens = sample_jit(rows, positions, window, params, SamplerSpec(0, WINDOW), vocab=VOCAB)
     check_frequencies(np.bincount(tokens, minlength=VOCAB), expected)
 
 
@@ -216,7 +216,7 @@ def test_without_temperature_the_likeliest_token_is_chosen(rng):
     logits = rng.normal(size=VOCAB).astype(np.float32)
     for others in ({}, {"top_k": 0}, {"top_k": 5, "top_p": 0.1, "min_p": 0.5}):
         config = SamplingConfig(temperature=0.0, **others)
-        assert SamplingPlan.of(config, 4096).candidates == 1
+        assert SamplerSpec.of(config, 4096).candidates == 1
         assert set(draw(logits, config)) == {int(logits.argmax())}
     config = SamplingConfig(temperature=1.0, top_k=1)
     assert set(draw(logits, config)) == {int(logits.argmax())}
@@ -268,7 +268,7 @@ def test_penalties_are_those_of_llama_cpp(rng, offset):
     recent[0] = -1
     recent[1] = 21
     part = logits[:, offset : offset + 30]
-    actual = jax.jit(penalize)(part, recent, SamplingValues.of(configs), offset)
+    actual = jax.jit(penalize)(part, recent, SamplerParams.of(configs), offset)
     for slot, config in enumerate(configs):
         expected = penalized(logits[slot], recent[slot], config)[offset : offset + 30]
         np.testing.assert_allclose(actual[slot], expected, rtol=1e-5, atol=1e-6)
@@ -288,12 +288,12 @@ def test_a_choice_depends_on_seed_and_position_only(rng):
     logits = rng.normal(size=(count, VOCAB)).astype(np.float32)
     positions = rng.integers(0, 1000, count).astype(np.int32)
     window = np.zeros((count, 0), np.int32)
-    plan = SamplingPlan.of(configs[0], 4096)
+    spec = SamplerSpec.of(configs[0], 4096)
 
     def choose(order):
-        values = SamplingValues.of([configs[i] for i in order])
+        params = SamplerParams.of([configs[i] for i in order])
         return np.asarray(
-            sample_jit(logits[order], positions[order], window[order], values, plan, VOCAB)
+            sample_jit(logits[order], positions[order], window[order], params, spec, vocab=VOCAB)
         )
 
     tokens, order = choose(np.arange(count)), rng.permutation(count)
@@ -321,20 +321,20 @@ def test_any_integer_is_a_seed():
 
 # Vocabularies that are split over devices
 
-PLANS = [(0, WINDOW), (5, 0), (1, 0), (1, WINDOW)]
+SPECS = [(0, WINDOW), (5, 0), (1, 0), (1, WINDOW)]
 
 
 @functools.cache
 def sampler(devices, vocab):
-    """Samples by each plan from `[slots, padded vocab]`, split over so many devices."""
+    """Samples by each spec from `[slots, padded vocab]`, split over so many devices."""
     mesh = jax.make_mesh((devices,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:devices])
     rules = AxisRules({"vocab": ("tensor",)} if devices > 1 else {})
 
-    def local(logits, positions, recent, values):
+    def local(logits, positions, recent, params):
         with forward_context(rules=rules):
             return [
-                sample(logits, positions, recent[:, :w], values, SamplingPlan(k, w), vocab)
-                for k, w in PLANS
+                sample(logits, positions, recent[:, :w], params, SamplerSpec(k, w), vocab=vocab)
+                for k, w in SPECS
             ]
 
     specs = (PartitionSpec(None, "tensor"), *[PartitionSpec()] * 3)
@@ -348,7 +348,7 @@ def sampler(devices, vocab):
 def test_a_split_vocabulary_gives_the_same_tokens(rng, devices, vocab):
     slots = 256
     config = SamplingConfig(temperature=5.0, top_p=0.98, min_p=0.01, **PENALTIES)
-    values = SamplingValues.of(
+    params = SamplerParams.of(
         [dataclasses.replace(config, seed=int(s)) for s in rng.integers(0, 2**32, slots)]
     )
     # Halves, so that many tokens are equally likely.
@@ -360,14 +360,14 @@ def test_a_split_vocabulary_gives_the_same_tokens(rng, devices, vocab):
         # Padding that would win, were it a token.
         padding = even(vocab, 1, devices).size - vocab
         padded = np.pad(logits, ((0, 0), (0, padding)), constant_values=100)
-        return sampler(devices, vocab)(padded, positions, recent, values)
+        return sampler(devices, vocab)(padded, positions, recent, params)
 
-    for plan, split, whole in zip(PLANS, tokens(devices), tokens(1), strict=True):
-        assert np.array_equal(split, whole), plan
-        assert (np.asarray(split) < vocab).all(), plan
+    for spec, split, whole in zip(SPECS, tokens(devices), tokens(1), strict=True):
+        assert np.array_equal(split, whole), spec
+        assert (np.asarray(split) < vocab).all(), spec
         for shard in split.addressable_shards:
             assert np.array_equal(shard.data, split), "devices disagree"
-    greedy = np.asarray(tokens(devices)[PLANS.index((1, 0))])
+    greedy = np.asarray(tokens(devices)[SPECS.index((1, 0))])
     assert np.array_equal(greedy, logits.argmax(axis=1))
 
 
@@ -397,8 +397,8 @@ def test_slots_whose_logits_are_not_finite_choose_no_token(rng, devices):
     padded = np.pad(logits, ((0, 0), (0, padding)), constant_values=np.nan)
     config = dataclasses.replace(ALL, temperature=5.0, **PENALTIES)
     recent = rng.integers(-1, vocab, (slots, WINDOW)).astype(np.int32)
-    positions, values = np.arange(slots, dtype=np.int32), SamplingValues.of([config] * slots)
-    for tokens in sampler(devices, vocab)(padded, positions, recent, values):
+    positions, params = np.arange(slots, dtype=np.int32), SamplerParams.of([config] * slots)
+    for tokens in sampler(devices, vocab)(padded, positions, recent, params):
         assert np.asarray(tokens)[:5].tolist() == [NOT_FINITE] * 5
         assert tokens[6] == only
         assert ((tokens[5:] >= 0) & (tokens[5:] < vocab)).all()
@@ -440,9 +440,9 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_a_plan_compiles_penalties_only_where_there_are_some():
-    assert SamplingPlan.of(SamplingConfig(repeat_last_n=64), 4096).window == 0
+    assert SamplerSpec.of(SamplingConfig(repeat_last_n=64), 4096).window == 0
     for penalty in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
         config = SamplingConfig(repeat_last_n=64, **{penalty: 0.5})
-        assert [SamplingPlan.of(config, size).window for size in (4096, 32)] == [64, 32]
+        assert [SamplerSpec.of(config, size).window for size in (4096, 32)] == [64, 32]
         every = dataclasses.replace(config, repeat_last_n=-1)
-        assert SamplingPlan.of(every, 32).window == 32
+        assert SamplerSpec.of(every, 32).window == 32

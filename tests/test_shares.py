@@ -248,10 +248,10 @@ def test_text_that_is_no_list_of_shares_is_refused(text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 3}, r"tensor_split has 2 shares, but the mesh has 3 tensor places"),
-        ({"mesh": "stage:3,tensor:2"}, r"tensor_split has 2 shares.*3 stage places"),
-        ({"split_mode": "layer", "devices": 4}, r"tensor_split has 2 shares.*4 stage places"),
-        ({"split_mode": "none"}, r"tensor_split has 2 shares.*1 tensor place;"),
+        ({"devices": 3}, r"tensor_split has 2 shares, but the mesh has tensor:3"),
+        ({"mesh": "stage:3,tensor:2"}, r"tensor_split has 2 shares.*stage:3"),
+        ({"split_mode": "layer", "devices": 4}, r"tensor_split has 2 shares.*stage:4"),
+        ({"split_mode": "none"}, r"tensor_split has 2 shares.*tensor:1;"),
     ],
 )
 def test_a_wrong_number_of_shares_is_refused(recipe_gguf, options, message):

@@ -1,4 +1,4 @@
-"""Several sequences at once: slots over the `data` axis and in groups over the stages."""
+"""Several sequences at once: slots over the `data` axis, and micro-batches over the stages."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def one(load, recipe_gguf):
 
 
 MESHES = ["stage:2", "stage:3", "data:2", "data:2,stage:2", "data:2,tensor:2"]
-# Of stages that hand over in kernels, interpreted ones have one device each.
+# Interpreted kernels transfer only between stages of one device.
 BY_KERNELS = ["stage:2", "stage:3"]
 
 
@@ -47,7 +47,7 @@ def lm(request, load, recipe_gguf):
     return found
 
 
-def test_the_host_hands_over_without_peer_access(load, recipe_gguf, one, prompts):
+def test_the_host_transfers_without_peer_access(load, recipe_gguf, one, prompts):
     options = {"mesh": "stage:2", "slots": SLOTS, "kernels": True}
     through_kernels = load(recipe_gguf(MODEL), **options)
     assert through_kernels.describe().endswith("| stages hand over through peer access")

@@ -1,1 +1,1 @@
-"""What layers keep of the tokens they have seen."""
+"""The decoder's cache: keys, values and recurrent states."""

@@ -1,7 +1,7 @@
-"""The memory of a decoder: what its layers keep of the tokens so far.
+"""A decoder's cache: keys, values and recurrent states of the tokens so far, one slot a sequence.
 
-Each layer has one cache: a dataclass of arrays that begin with the dimension `slots`. `CacheArray`
-says what such an array looks like before it is made: a mixer's config gives a cache of them.
+Each layer has its own cache, a dataclass of arrays whose first dimension is `slots`. `CacheArray`
+describes such an array before allocation: a mixer's config returns a cache of them.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from jaxsplit.sharding.axes import SLOTS, Axis
 
 @dataclasses.dataclass(frozen=True)
 class CacheArray:
-    """An array of a cache.
+    """Shape, axes and dtype of an array of a cache.
 
     Attributes:
       shape: of one slot, unpadded.
-      axes: logical axes of the dimensions of `shape`; None: not split.
+      axes: logical axes of the dimensions of `shape`; None: replicated.
       dtype: of the elements.
     """
 
@@ -32,21 +32,21 @@ class CacheArray:
 
     @property
     def all_axes(self) -> tuple[Axis | None, ...]:
-        """The axes with that of the slots."""
+        """The axes, with `slots` first."""
         return (SLOTS, *self.axes)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What all layers need to know of the tokens that they are given.
+    """Inputs of a forward pass that all layers share.
 
     Attributes:
-      positions: int32 `[batch, time]`, consecutive in each sequence; tokens at negative positions
-        are padding, which comes last.
+      positions: int32 `[batch, time]`, consecutive in each sequence; negative for padding, which
+        comes last.
       slots: int32 `[batch]`: the slot of each sequence; None: all slots in order.
-      rope_factors: what divides rotary frequencies, float32 `[dim / 2]`, by name.
-      lent: keys and values that layers leave for later ones, by name, with the keys' positions.
+      rope_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
+      lent: keys and values that layers share with later ones, by name, with the keys' positions.
     """
 
     positions: Array
@@ -63,12 +63,11 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache:
-    """Keys and values of one layer: position p at place `p % length`.
+    """Keys and values of one layer, a ring buffer: position p is at index `p % length`.
 
     Attributes:
       keys: `[slots, kv_heads, length, head_dim]`.
-      values: `[slots, kv_heads, length, value_dim]`; None: they are the first dimensions of the
-        keys.
+      values: `[slots, kv_heads, length, value_dim]`; None: the keys' first dimensions.
       key_scale, value_scale: float32 `[slots, kv_heads, length]` that multiply int8 keys and
         values; None for other dtypes.
     """
@@ -80,13 +79,13 @@ class AttentionCache:
 
     @staticmethod
     def of(keys: Array, values: Array | None, dtype: jnp.dtype) -> "AttentionCache":
-        """Keys and values of new tokens, each `[batch, time, kv_heads, width]`, as they are kept:
-        `[batch, kv_heads, time, width]`."""
-        parts = [None if x is None else x.swapaxes(1, 2) for x in (keys, values)]
+        """Converts keys and values of new tokens, each `[batch, time, kv_heads, width]`, to the
+        layout and dtype of a cache, `[batch, kv_heads, time, width]`."""
+        arrays = [None if x is None else x.swapaxes(1, 2) for x in (keys, values)]
         if jnp.dtype(dtype) != jnp.int8:
-            return AttentionCache(*(None if x is None else x.astype(dtype) for x in parts))
+            return AttentionCache(*(None if x is None else x.astype(dtype) for x in arrays))
         (keys, key_scale), (values, value_scale) = (
-            (None, None) if x is None else _to_int8(x) for x in parts
+            (None, None) if x is None else _to_int8(x) for x in arrays
         )
         return AttentionCache(keys, values, key_scale, value_scale)
 
@@ -98,36 +97,37 @@ class AttentionCache:
 
     @property
     def length(self) -> int:
-        """Positions that are kept."""
+        """Number of positions kept."""
         return self.keys.shape[2]
 
     def write(self, new: "AttentionCache", batch: Batch) -> "AttentionCache":
-        """The cache with new tokens written, the last of them if there are too many."""
+        """Writes new tokens; if there are more than fit, the last of them."""
         positions = batch.positions
         last = positions.max(axis=1, keepdims=True)
         kept = (positions >= 0) & (positions > last - self.length)
-        places = jnp.where(kept, positions % self.length, self.length)
-        index = (batch.rows[:, None], slice(None), places)
+        target = jnp.where(kept, positions % self.length, self.length)
+        index = (batch.rows[:, None], slice(None), target)
         return jax.tree.map(
             lambda old, add: old.at[index].set(add.swapaxes(1, 2), mode="drop"), self, new
         )
 
     def read(self, batch: Batch) -> "AttentionCache":
-        """The keys and values of the sequences."""
+        """Gathers the keys and values of the batch's slots."""
         return self if batch.slots is None else jax.tree.map(lambda x: x[batch.slots], self)
 
     def positions(self, last: Array) -> Array:
-        """The position in each place after `last` was written, int32 `[batch]`: int32
-        `[batch, length]`, negative where there is none."""
+        """Position at each index once `last`, int32 `[batch]`, is written: int32 `[batch, length]`,
+        negative where there is none."""
         return last[:, None] - (last[:, None] - jnp.arange(self.length)) % self.length
 
     def followed_by(self, new: "AttentionCache") -> "AttentionCache":
-        """Both, one after the other."""
+        """Concatenates two caches along the positions."""
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self, new)
 
 
 def _to_int8(x: Array) -> tuple[Array, Array]:
-    """`[..., head_dim]` to int8 and a scale `[...]`: the largest magnitude becomes 127."""
+    """Quantizes `[..., head_dim]` to int8, with a scale `[...]` that maps the largest magnitude to
+    127."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     codes = jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None])
@@ -137,12 +137,12 @@ def _to_int8(x: Array) -> tuple[Array, Array]:
 def attention_cache(
     kv_heads: Axis, length: int, head_dim: int, value_dim: int | None, dtype: jnp.dtype
 ) -> AttentionCache:
-    """`AttentionCache` of `CacheArray`s; int8 keeps a scale for each head and position.
+    """`AttentionCache` of `CacheArray`s; int8 has a scale for each head and position.
 
     Args:
-      kv_heads: the heads' axis; one without units is a single head that every device has.
-      length: positions that are kept.
-      head_dim, value_dim: widths; no `value_dim`: values are parts of the keys.
+      kv_heads: axis of the heads; without units: a single, replicated head.
+      length: number of positions kept.
+      head_dim, value_dim: widths; `value_dim` None: values are the keys' first dimensions.
       dtype: of keys and values.
     """
     heads = max(kv_heads.units, 1)
@@ -160,18 +160,18 @@ def attention_cache(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RecurrentCache:
-    """What a recurrent layer keeps of a sequence, float32.
+    """State of a recurrent layer, float32.
 
     Attributes:
-      inputs: of each convolution, its last inputs: `[slots, width - 1, channels]`.
-      state: `[slots, heads, key_dim, value_dim]`; None: only convolutions remember.
+      inputs: last inputs of each convolution: `[slots, width - 1, channels]`.
+      state: `[slots, heads, key_dim, value_dim]`; None: only convolutions have state.
     """
 
     inputs: tuple[Array, ...]
     state: Array | None = None
 
     def read(self, batch: Batch) -> "RecurrentCache":
-        """Those of the sequences, zeros where one begins."""
+        """Gathers the state of the batch's slots, zeros where a sequence starts."""
         begins = batch.positions[:, 0] == 0
 
         def of(x: Array) -> Array:
@@ -181,7 +181,7 @@ class RecurrentCache:
         return jax.tree.map(of, self)
 
     def write(self, new: "RecurrentCache", batch: Batch) -> "RecurrentCache":
-        """The cache with those of the sequences replaced."""
+        """Replaces the state of the batch's slots."""
         if batch.slots is None:
             return new
         return jax.tree.map(lambda old, x: old.at[batch.slots].set(x), self, new)
@@ -193,9 +193,9 @@ def recurrent_cache(
     """`RecurrentCache` of `CacheArray`s.
 
     Args:
-      width: of the convolutions, in tokens.
-      channels: the axis and the size of each convolution's.
-      state: the axis of the heads, `key_dim` and `value_dim`; None: there is no state.
+      width: kernel size of the convolutions.
+      channels: axis and size of each convolution's channels.
+      state: axis of the heads, `key_dim` and `value_dim`; None: no state.
     """
     inputs = [CacheArray((width - 1, size), (None, axis), jnp.float32) for axis, size in channels]
     if state is None:
@@ -206,7 +206,7 @@ def recurrent_cache(
 
 
 Cache = list[Any]
-"""The layers' caches; None for a layer that keeps nothing."""
+"""The cache of each layer; None for a stateless one."""
 
 
 def init_cache(
@@ -214,16 +214,16 @@ def init_cache(
     slots: int,
     padded: Callable[[CacheArray], Sequence[int]] = lambda array: array.shape,
 ) -> Cache:
-    """An empty cache.
+    """Allocates a cache, filled with zeros.
 
     Args:
-      layers: the caches of `CacheArray`s, as `ModelConfig.cache` gives them.
-      slots: sequences.
-      padded: the shape of an array where devices share it.
+      layers: caches of `CacheArray`s, as from `ModelConfig.cache`.
+      slots: number of sequences.
+      padded: global shape of an array, padded for its sharding.
     """
     return jax.tree.map(lambda a: jnp.zeros((slots, *padded(a)), a.dtype), list(layers))
 
 
 def cache_bytes(layers: Sequence[Any]) -> int:
-    """Bytes of one slot's caches, unpadded."""
+    """Bytes of one slot, unpadded."""
     return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(layers))

@@ -117,7 +117,7 @@ def _note(message: str) -> None:
 
 def _agree(prompt: str | None) -> str:
     """Makes process 0's flags hold in all, but for those about its machine; returns its prompt."""
-    from jaxsplit.sharding import from_first
+    from jaxsplit.sharding import broadcast_from_process_0
 
     own = {_MODEL.name, _PROMPT_FILE.name, _COMPILE_CACHE.name, _PROCESS_ID.name, _QUIET.name}
     values = {
@@ -125,7 +125,7 @@ def _agree(prompt: str | None) -> str:
         for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
         if flag.name not in own
     }
-    values, prompt = from_first((values, prompt))
+    values, prompt = broadcast_from_process_0((values, prompt))
     for name, value in values.items():
         flags.FLAGS[name].value = value
     return prompt
@@ -137,18 +137,18 @@ def main(_: list[str]) -> None:
     import jax
 
     import jaxsplit
-    from jaxsplit.sharding import launcher, start_processes
+    from jaxsplit.sharding import detected_launcher, start_processes
 
-    if _PROCESS_ID.value is not None or launcher():
+    if _PROCESS_ID.value is not None or detected_launcher():
         text_alone_on_stdout()
     several = start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    leads = not several or jax.process_index() == 0
-    prompt = _prompt() if leads else None
+    is_coordinator = not several or jax.process_index() == 0
+    prompt = _prompt() if is_coordinator else None
     if _SAMPLING["seed"].value == -1:
         flags.FLAGS["seed"].value = int.from_bytes(os.urandom(4), "little")
     if several:
         prompt = _agree(prompt)
-    if not leads:
+    if not is_coordinator:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
         flags.FLAGS[_QUIET.name].value = True
     sys.stdout.reconfigure(errors="replace")

@@ -154,19 +154,19 @@ def _table(title: str, *columns: str) -> Table:
 def _comparison(plans: list[Plan], prompt: int) -> Table:
     """A line for each plan: the fullest device, a decode step, predicted speed."""
     table = _table(
-        f"{Path(_MODEL.value).name}: the fullest device; what meets in a decode step; predictions",
+        f"{Path(_MODEL.value).name}: the fullest device; collectives of a decode step; predictions",
         *("split", "fits", "weights", "cache", "scratch", "padding"),
-        *("reduce", "gather", "hand over", "bytes", "decode/s", "prefill/s"),
+        *("reduce", "gather", "transfer", "bytes", "decode/s", "prefill/s"),
     )
     for plan in plans:
-        full, meets = plan.fullest, plan.collectives
+        full, collectives = plan.fullest, plan.collectives
         table.add_row(
             plan.name,
             "yes" if plan.fits else "no",
             *(_bytes(full[key]) for key in ("weights", "cache", "scratch", "padding")),
-            *(str(meets[kind]) for kind in ("all-reduce", "all-gather")),
-            str(plan.hand_overs[0]),
-            _bytes(plan.collective_bytes + plan.hand_overs[0] * plan.hand_overs[1]),
+            *(str(collectives[kind]) for kind in ("all-reduce", "all-gather")),
+            str(plan.transfers[0]),
+            _bytes(plan.collective_bytes + plan.transfers[0] * plan.transfers[1]),
             f"{plan.decode_rate:.1f}",
             f"{plan.prefill_rate(prompt):.0f}",
         )
@@ -180,13 +180,13 @@ def _details(plan: Plan) -> Table:
         *("device", "kind", "layers", "weights", "cache", "scratch", "memory"),
         *("read/step", "GFLOP/step", "limit/s"),
     )
-    for place, kind in enumerate(plan.kinds):
-        held = plan.on_device(place)
-        mine = [s for s in plan.stages if place in s.stage.places]
+    for rank, kind in enumerate(plan.kinds):
+        held = plan.on_device(rank)
+        mine = [s for s in plan.stages if rank in s.stage.ranks]
         read = sum(s.read for s in mine)
         used = held["weights"] + held["cache"] + held["scratch"]
         table.add_row(
-            str(place),
+            str(rank),
             kind.name,
             ", ".join(f"{s.stage.layers.start}-{s.stage.layers.stop - 1}" for s in mine) or "none",
             *(_bytes(held[key]) for key in ("weights", "cache", "scratch")),

@@ -9,19 +9,19 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.comm import one_shot, two_shot
-from jaxsplit.comm.one_shot import Peers
+from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.context import current_context
 from jaxsplit.sharding.axes import Axis
 
 
-def peers_over(size: int, *axes: Axis) -> Peers | None:
+def peers_over(size: int, *axes: Axis) -> PeerGroup | None:
     """The peers whose kernels can all-reduce `size` elements over logical axes; None: there are
     none, or they are not the devices that split these axes."""
     peers = _peers_over(*axes)
     return peers if one_shot.supports(size) else None
 
 
-def _peers_over(*axes: Axis) -> Peers | None:
+def _peers_over(*axes: Axis) -> PeerGroup | None:
     peers = current_context().peers
     return peers if peers is not None and mesh_axes(*axes) == peers.axes else None
 
@@ -45,13 +45,13 @@ def all_reduce(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Arr
     if not mesh_axes:
         return x
     if (peers := peers_over(x.size, *axes)) is not None:
-        return one_shot.total(x, peers)
+        return one_shot.all_reduce(x, peers)
     large = not one_shot.supports(x.size)
     automatic = jnp.bfloat16 if large and addend_of == jnp.bfloat16 else jnp.float32
     sent = x.astype(rules.reduce_dtype or automatic)
     peers = _peers_over(*axes)
     if peers is not None and two_shot.supports(sent.size, sent.dtype, peers):
-        return two_shot.total(sent, peers).astype(x.dtype)
+        return two_shot.all_reduce(sent, peers).astype(x.dtype)
     return lax.psum(sent, mesh_axes).astype(x.dtype)
 
 
@@ -77,7 +77,7 @@ def all_gather(x: Array, axis: Axis, size: int | None = None) -> Array:
     if not mesh_axes:
         return x
     if (peers := peers_over(x.size, axis)) is not None:
-        shards = one_shot.gather(x, peers)
+        shards = one_shot.all_gather(x, peers)
         return jnp.concatenate(list(shards), axis=-1)[..., :size]
     return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]
 

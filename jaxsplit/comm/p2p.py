@@ -1,9 +1,10 @@
-"""Messages between programs of different devices, inside kernels: from each stage of a model to the
-next, and from the last to the first.
+"""Point-to-point messages between pipeline stages, inside kernels: from each stage to the next, and
+from the last to the first.
 
-As in `exchange`, a word travels with a count in one access of 8 bytes, and the reader looks until
-the count is there. A channel holds one message: the next one is sent when the answer to this one,
-which went around the ring, has come.
+LL protocol, as in `peers`: each 8-byte store carries a 4-byte payload and a 4-byte epoch. The
+receiver polls until the epoch matches, so no separate flag or fence is needed. A channel buffers
+one message: a device sends the next one only after the answer to this one, which went around the
+ring, has arrived.
 """
 
 import dataclasses
@@ -17,41 +18,41 @@ import numpy as np
 from jax import Array
 from jax.experimental import io_callback
 
-from jaxsplit.comm.one_shot import (
+from jaxsplit.comm.peers import (
     SEND,
     WARPS,
     WIDTH,
     address_of,
-    packed,
+    inline_asm,
+    interleaved,
     padded,
-    side_by_side,
-    until_found,
+    spin_until_ready,
 )
 from jaxsplit.pallas import pl, plgpu
 
 
-def mailbox_bytes(channels: int, words: int) -> int:
-    """Of one device, for messages of so many words."""
+def buffer_bytes(channels: int, words: int) -> int:
+    """Bytes of a device's receive buffer for messages of `words` 4-byte words."""
     return 8 * channels * padded(words)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """A device's place between the one that sends to it and the one that it sends to.
+    """A device's links to the previous and the next device of a ring.
 
-    Each of its methods returns the ring as it is then, which keeps messages in order.
+    Each method returns the ring's new state; passing it on keeps messages in order.
 
     Attributes:
-      table: the device's place among all, then the addresses of its own mailbox and of those of the
-        devices after it, in turn, two words each with the lower first: uint32 `[1 + 2 * devices]`.
-      count: of the message that comes next in every channel, int32 `[1]`, from 1: empty mailboxes
-        have 0.
-      interpret: messages go through the host, to test programs without GPUs.
+      buffer_pointers: the device's rank, then the addresses of its own receive buffer and of those
+        of the next devices in ring order, each as two words, low word first: uint32
+        `[1 + 2 * devices]`.
+      epoch: of the next message of every channel, int32 `[1]`, from 1; empty buffers hold 0.
+      interpret: send messages through the host, for tests without GPUs.
     """
 
-    table: Array
-    count: Array
+    buffer_pointers: Array
+    epoch: Array
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def send(
@@ -61,56 +62,56 @@ class Ring:
 
         Args:
           words: the message.
-          channel: which; all messages of a channel have as many words.
-          ahead: messages of this channel that the receiver takes before this one.
-          wanted: bool: else nothing is sent.
+          channel: channel index; all messages of a channel have the same size.
+          ahead: messages of this channel that the receiver reads before this one.
+          wanted: bool: whether to send at all.
         """
         wanted = jnp.asarray(wanted, jnp.int32).reshape(1)
         if self.interpret:
-            put = partial(_post, channel=channel, ahead=ahead)
+            post = partial(_host_send, channel=channel, ahead=ahead)
             shape = jax.ShapeDtypeStruct((1,), jnp.int32)
-            count = io_callback(put, shape, self.table, self.count, wanted, words)
+            epoch = io_callback(post, shape, self.buffer_pointers, self.epoch, wanted, words)
         else:
-            count = pl.pallas_call(
+            epoch = pl.pallas_call(
                 partial(_send, first=channel * padded(words.size), ahead=ahead),
                 grid=(pl.cdiv(words.size, WIDTH),),
                 out_shape=jax.ShapeDtypeStruct((1,), jnp.int32),
                 compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
                 name="send_to_next",
-            )(self.table, self.count, wanted, words)
-        return dataclasses.replace(self, count=count)
+            )(self.buffer_pointers, self.epoch, wanted, words)
+        return dataclasses.replace(self, epoch=epoch)
 
     def receive(self, size: int, channel: int) -> tuple[Array, "Ring"]:
-        """The message of so many words that comes next in a channel: uint32 `[size]`."""
-        count = jax.ShapeDtypeStruct((1,), jnp.int32)
+        """Waits for the next message of a channel: uint32 `[size]`."""
+        epoch = jax.ShapeDtypeStruct((1,), jnp.int32)
         words = jax.ShapeDtypeStruct((size,), jnp.uint32)
         if self.interpret:
-            collect = partial(_collect, size=size, channel=channel)
-            words, count = io_callback(collect, (words, count), self.table, self.count)
+            wait = partial(_host_receive, size=size, channel=channel)
+            words, epoch = io_callback(wait, (words, epoch), self.buffer_pointers, self.epoch)
         else:
-            words, count = pl.pallas_call(
+            words, epoch = pl.pallas_call(
                 partial(_receive, first=channel * padded(size)),
                 grid=(pl.cdiv(size, WIDTH),),
-                out_shape=(words, count),
+                out_shape=(words, epoch),
                 compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
                 name="receive",
-            )(self.table, self.count)
-        return words, dataclasses.replace(self, count=count)
+            )(self.buffer_pointers, self.epoch)
+        return words, dataclasses.replace(self, epoch=epoch)
 
     def next_round(self) -> "Ring":
-        """The ring when a message of each channel has been received."""
-        return dataclasses.replace(self, count=self.count + 1)
+        """The ring after a message of every channel has been received."""
+        return dataclasses.replace(self, epoch=self.epoch + 1)
 
 
-def _places() -> tuple[Array, Array]:
-    """Of the words of a program: where they are in the message, and in the mailbox."""
-    place, first = jnp.arange(WIDTH), pl.program_id(0) * WIDTH
-    return first + place, first + side_by_side(place)
+def _offsets() -> tuple[Array, Array]:
+    """Offsets of this program's words: in the message, and in the channel's buffer."""
+    lane, first = jnp.arange(WIDTH), pl.program_id(0) * WIDTH
+    return first + lane, first + interleaved(lane)
 
 
 def _send(
-    table: jax.Ref,
-    count_ref: jax.Ref,
+    pointers: jax.Ref,
+    epoch_ref: jax.Ref,
     wanted_ref: jax.Ref,
     words_ref: jax.Ref,
     out_ref: jax.Ref,
@@ -118,33 +119,36 @@ def _send(
     first: int,
     ahead: int,
 ) -> None:
-    at, place = _places()
+    at, offset = _offsets()
     words = plgpu.load(words_ref.at[at], mask=at < words_ref.shape[0], other=jnp.uint32(0))
-    count = count_ref[0]
+    epoch = epoch_ref[0]
     wanted = wanted_ref[0].astype(jnp.uint32)
-    # To the address 0, nothing is sent.
-    address = [word * wanted for word in address_of(table, 1, at.shape)]
-    sent = packed(_SENT, *address, 8 * (first + place), words, jnp.full(at.shape, count + ahead))
-    out_ref[0] = jnp.max(sent) - ahead  # all are the same
+    # A null pointer disables the store.
+    address = [word * wanted for word in address_of(pointers, 1, at.shape)]
+    sent = inline_asm(
+        _SEND, *address, 8 * (first + offset), words, jnp.full(at.shape, epoch + ahead)
+    )
+    out_ref[0] = jnp.max(sent) - ahead  # all are equal
 
 
 def _receive(
-    table: jax.Ref, count_ref: jax.Ref, words_ref: jax.Ref, out_ref: jax.Ref, *, first: int
+    pointers: jax.Ref, epoch_ref: jax.Ref, words_ref: jax.Ref, out_ref: jax.Ref, *, first: int
 ) -> None:
-    at, place = _places()
-    count = count_ref[0]
-    mine = address_of(table, 0, at.shape)
-    words = packed(_AWAIT, *mine, 8 * (first + place), jnp.full(at.shape, count))
+    at, offset = _offsets()
+    epoch = epoch_ref[0]
+    own = address_of(pointers, 0, at.shape)
+    words = inline_asm(_POLL, *own, 8 * (first + offset), jnp.full(at.shape, epoch))
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)
     plgpu.store(words_ref.at[at], words, mask=at < words_ref.shape[0])
-    out_ref[0] = count
+    out_ref[0] = epoch
 
 
-_SENT = (*SEND[:-1], "mov.b32 %z, %y;")  # the count, so that what reads it comes after
-_AWAIT = (
+# Returns the epoch: the data dependency orders later reads after the stores.
+_SEND = (*SEND[:-1], "mov.b32 %z, %y;")
+_POLL = (
     ".reg .b64 r#;",
     ".reg .b32 s#, c#;",
-    *until_found(
+    *spin_until_ready(
         [
             "ld.relaxed.sys.global.b64 r#, [a#];",
             "mov.b64 {s#, c#}, r#;",
@@ -155,38 +159,46 @@ _AWAIT = (
 )
 
 
-# Without GPUs: mailboxes of programs that run at the same time in this process.
+# `interpret`: buffers in host memory, for programs that run at the same time in one process.
 
-_PATIENCE = 60.0  # seconds
+_TIMEOUT_SECONDS = 60.0
 _arrival = threading.Condition()
-_mailboxes: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}  # of each channel
+_buffers: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}  # channel to epoch and words
 _rings = itertools.count()
 
 
-def host_tables(stages: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Tables for `interpret` of a new ring, given how the devices of a stage lie: which ring it is,
-    the stage, how many there are, and the device's place in it, uint32 `[stages, *shape, 4]`."""
-    stage, *place = np.indices((stages, *shape))
-    place = np.ravel_multi_index(tuple(place), shape)
+def host_buffer_pointers(stages: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Buffer pointers of a new ring for `interpret`.
+
+    Args:
+      stages: number of stages.
+      shape: mesh shape of each stage.
+
+    Returns:
+      the ring's id, the stage, the number of stages and the device's rank in its stage: uint32
+      `[stages, *shape, 4]`.
+    """
+    stage, *index = np.indices((stages, *shape))
+    rank = np.ravel_multi_index(tuple(index), shape)
     ring = np.full_like(stage, next(_rings))
-    return np.stack([ring, stage, np.full_like(stage, stages), place], -1).astype(np.uint32)
+    return np.stack([ring, stage, np.full_like(stage, stages), rank], -1).astype(np.uint32)
 
 
-def _post(table, count, wanted, words, *, channel: int, ahead: int) -> np.ndarray:
-    ring, stage, stages, place = map(int, table)
+def _host_send(pointers, epoch, wanted, words, *, channel: int, ahead: int) -> np.ndarray:
+    ring, stage, stages, rank = map(int, pointers)
     if wanted[0]:
         with _arrival:
-            to = (ring, (stage + 1) % stages, place, channel)
-            _mailboxes[to] = int(count[0]) + ahead, np.array(words)
+            target = (ring, (stage + 1) % stages, rank, channel)
+            _buffers[target] = int(epoch[0]) + ahead, np.array(words)
             _arrival.notify_all()
-    return np.array(count)
+    return np.array(epoch)
 
 
-def _collect(table, count, *, size: int, channel: int) -> tuple[np.ndarray, np.ndarray]:
-    ring, stage, _, place = map(int, table)
-    mine, empty = (ring, stage, place, channel), (0, np.zeros(size, np.uint32))
+def _host_receive(pointers, epoch, *, size: int, channel: int) -> tuple[np.ndarray, np.ndarray]:
+    ring, stage, _, rank = map(int, pointers)
+    own, empty = (ring, stage, rank, channel), (0, np.zeros(size, np.uint32))
     with _arrival:
-        here = partial(_mailboxes.get, mine, empty)
-        if not _arrival.wait_for(lambda: here()[0] == count[0], _PATIENCE):
-            raise TimeoutError(f"no message {count[0]} to {mine}")
-        return here()[1], np.array(count)
+        received = partial(_buffers.get, own, empty)
+        if not _arrival.wait_for(lambda: received()[0] == epoch[0], _TIMEOUT_SECONDS):
+            raise TimeoutError(f"no message {epoch[0]} to {own}")
+        return received()[1], np.array(epoch)

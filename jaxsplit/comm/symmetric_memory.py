@@ -1,4 +1,4 @@
-"""Memory of GPUs that the other GPUs of a mesh can write to, through the CUDA driver."""
+"""Symmetric memory: GPU buffers that peers can write to, allocated through the CUDA driver."""
 
 import ctypes
 import functools
@@ -15,7 +15,7 @@ _ALREADY_ENABLED = 704  # CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
 
 
 class _CudaError(Exception):
-    """A call of the driver that failed."""
+    """A failed driver call."""
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def _driver() -> Callable[..., None]:
     """`call(name, *arguments)` of the CUDA driver API.
 
     Raises:
-      _CudaError: there is no driver.
+      _CudaError: no driver is installed.
     """
     try:
         library = ctypes.CDLL("libcuda.so.1")
@@ -43,7 +43,7 @@ _pointer = ctypes.c_uint64
 
 
 class _Context:
-    """What the process has on a device; entered, it is where calls of the driver work."""
+    """A device's primary context; a context manager that makes it current."""
 
     def __init__(self, device: jax.Device):
         self.device, self.handle = ctypes.c_int(), ctypes.c_void_p()
@@ -57,8 +57,8 @@ class _Context:
     def __exit__(self, *_: object) -> None:
         _driver()("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
-    def may_reach(self, other: "_Context") -> bool:
-        """Whether this device can write to another's memory; after that it may."""
+    def enable_peer_access(self, other: "_Context") -> bool:
+        """Enables access to a peer's memory; returns whether the hardware supports it."""
         can = ctypes.c_int()
         _driver()("cuDeviceCanAccessPeer", ctypes.byref(can), self.device, other.device)
         if can.value:
@@ -67,26 +67,26 @@ class _Context:
         return bool(can.value)
 
     def allocate(self, size: int) -> int:
-        """The address of so many bytes."""
+        """Address of `size` new bytes."""
         address = ctypes.c_uint64()
         with self as call:
             call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
         return address.value
 
     def fill(self, address: int, byte: int, size: int) -> None:
-        """Writes to this device's memory."""
+        """Sets `size` bytes of this device's memory."""
         with self as call:
             call("cuMemsetD8_v2", _pointer(address), ctypes.c_ubyte(byte), ctypes.c_size_t(size))
             call("cuCtxSynchronize")
 
     def send(self, address: int, other: int) -> None:
-        """Copies a byte of this device's memory to that of another."""
+        """Copies a byte from this device's memory to a peer's."""
         with self as call:
             call("cuMemcpyDtoD_v2", _pointer(other), _pointer(address), ctypes.c_size_t(1))
             call("cuCtxSynchronize")
 
     def read(self, address: int) -> int:
-        """A byte of this device's memory."""
+        """Reads a byte of this device's memory."""
         byte = ctypes.c_ubyte()
         with self as call:
             call("cuMemcpyDtoH_v2", ctypes.byref(byte), _pointer(address), ctypes.c_size_t(1))
@@ -97,71 +97,81 @@ class _Context:
             call("cuMemFree_v2", _pointer(address))
 
 
-def make_mailboxes(
+def allocate_peer_buffers(
     mesh: Mesh, axes: Sequence[str], size: Callable[[int], int], owner: object
 ) -> jax.Array | None:
-    """Memory for the devices along some axes of a mesh, which those can write to.
+    """Allocates a buffer on each GPU of a mesh that its peers can write to.
 
     Args:
       mesh: of GPUs.
-      axes: along which the devices lie that write to one another.
-      size: bytes for each, given how many these are.
-      owner: the memory is freed when it is.
+      axes: mesh axes; devices along them are peers.
+      size: bytes of each buffer, given the number of peers, the device included.
+      owner: its finalization frees the buffers.
 
     Returns:
-      for each device its place among them, and the addresses of its own memory and that of those
-      after it, in turn, two words each with the lower first: uint32 `[*mesh, 1 + 2 * devices]`,
-      split over the mesh. None if some device cannot write to another's memory, or belongs to
-      another process.
+      for each device its rank among its peers, then the addresses of its own buffer and of those of
+      the next ranks, cyclically, each as two words, low word first: uint32
+      `[*mesh, 1 + 2 * peers]`, sharded over the mesh. None if some devices have no peer access or
+      belong to another process.
     """
     if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
         return None
     others = [axis for axis in mesh.axis_names if axis not in axes]
     order = [mesh.axis_names.index(axis) for axis in (*others, *axes)]
     count = int(np.prod([mesh.shape[axis] for axis in axes]))
-    groups = mesh.devices.transpose(order).reshape(-1, count)
     allocated: list[tuple[_Context, int]] = []
-    rows = []
+    pointers = []
     try:
-        for group in groups:
-            contexts = [_Context(device) for device in group]
-            if not all(a.may_reach(b) for a, b in itertools.permutations(contexts, 2)):
+        for peers in mesh.devices.transpose(order).reshape(-1, count):
+            addresses = _allocate([_Context(device) for device in peers], size(count), allocated)
+            if addresses is None:
                 return None
-            addresses = []
-            for context in contexts:
-                addresses.append(context.allocate(size(count)))
-                allocated.append((context, addresses[-1]))
-            if not _arrives(contexts, addresses):
-                return None
-            for context, address in zip(contexts, addresses, strict=True):
-                context.fill(address, 0, size(count))
             words = np.asarray([[a & 0xFFFFFFFF, a >> 32] for a in addresses])
-            rows += [[i, *np.roll(words, -i, axis=0).reshape(-1)] for i in range(count)]
+            pointers += [[i, *np.roll(words, -i, axis=0).reshape(-1)] for i in range(count)]
     except _CudaError:
         return None
     finally:
         weakref.finalize(owner, _free, allocated).atexit = False
     shape = [mesh.devices.shape[i] for i in order]
-    table = np.asarray(rows, np.uint32).reshape(*shape, -1)
+    table = np.asarray(pointers, np.uint32).reshape(*shape, -1)
     table = table.transpose([*np.argsort(order), len(order)])
     return jax.device_put(table, NamedSharding(mesh, PartitionSpec(*mesh.axis_names)))
 
 
-def make_ring(meshes: Sequence[Mesh], size: int, owner: object) -> list[jax.Array] | None:
-    """Memory for the devices at the same place of several meshes, as `make_mailboxes`.
+def _allocate(
+    contexts: Sequence[_Context], size: int, allocated: list[tuple[_Context, int]]
+) -> list[int] | None:
+    """Allocates zeroed buffers of peers, noted in `allocated`; None without peer access."""
+    if not all(a.enable_peer_access(b) for a, b in itertools.permutations(contexts, 2)):
+        return None
+    addresses = []
+    for context in contexts:
+        addresses.append(context.allocate(size))
+        allocated.append((context, addresses[-1]))
+    if not _peer_writes_work(contexts, addresses):
+        return None
+    for context, address in zip(contexts, addresses, strict=True):
+        context.fill(address, 0, size)
+    return addresses
+
+
+def allocate_ring_buffers(
+    meshes: Sequence[Mesh], size: int, owner: object
+) -> list[jax.Array] | None:
+    """Allocates buffers for rings across stages, each of the devices with the same mesh index.
 
     Args:
-      meshes: of as many GPUs each.
-      size: bytes for each device.
-      owner: the memory is freed when it is.
+      meshes: of GPUs, all of the same shape.
+      size: bytes of each buffer.
+      owner: its finalization frees the buffers.
 
     Returns:
-      a table for each mesh, as there, of the devices at the same place: uint32 `[*mesh, 1 + 2 *
-      meshes]`, split over the mesh. None likewise.
+      buffer pointers for each mesh, as from `allocate_peer_buffers`: uint32
+      `[*mesh, 1 + 2 * meshes]`, sharded over the mesh; or None.
     """
     axes = meshes[0].axis_names
     devices = np.stack([mesh.devices for mesh in meshes])
-    whole = make_mailboxes(Mesh(devices, ("stage", *axes)), ["stage"], lambda _: size, owner)
+    whole = allocate_peer_buffers(Mesh(devices, ("stage", *axes)), ["stage"], lambda _: size, owner)
     if whole is None:
         return None
     tables = zip(meshes, np.asarray(whole), strict=True)
@@ -170,13 +180,13 @@ def make_ring(meshes: Sequence[Mesh], size: int, owner: object) -> list[jax.Arra
     ]
 
 
-def _arrives(contexts: Sequence[_Context], addresses: Sequence[int]) -> bool:
-    """Whether what each device writes to the others is there; not all machines keep the promise."""
-    for i, (writer, mine) in enumerate(zip(contexts, addresses, strict=True)):
+def _peer_writes_work(contexts: Sequence[_Context], addresses: Sequence[int]) -> bool:
+    """Whether writes to peers arrive; some machines report peer access but lose them."""
+    for i, (writer, own) in enumerate(zip(contexts, addresses, strict=True)):
         for reader, other in zip(contexts, addresses, strict=True):
             reader.fill(other + 1, 0, 1)
-            writer.fill(mine, i + 1, 1)
-            writer.send(mine, other + 1)
+            writer.fill(own, i + 1, 1)
+            writer.send(own, other + 1)
             if reader.read(other + 1) != i + 1:
                 return False
     return True

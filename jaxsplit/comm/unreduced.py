@@ -47,7 +47,7 @@ class Unreduced:
         y = self.local_sum
         if self.epochs is not None:
             peers = peers_over(y.size, *self.reduce_over)
-            y = one_shot.total(y, peers, counts=self.epochs).astype(dtype)
+            y = one_shot.all_reduce(y, peers, epochs=self.epochs).astype(dtype)
         else:
             y = all_reduce(y, *self.reduce_over, addend_of=dtype).astype(dtype)
         if self.axis is not None:

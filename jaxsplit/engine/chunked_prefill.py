@@ -1,40 +1,40 @@
-"""How prompts are cut into the chunks that are read at a time."""
+"""How prompts are cut into chunks."""
 
 from collections.abc import Sequence
 
 CHUNKS = (32, 128, 512, 2048)
-"""Lengths for which prefill is compiled."""
+"""Chunk lengths for which prefill is compiled."""
 
-_FIXED = 500
-"""Tokens that take as long as what a chunk takes whatever its length: weights are read and
-dequantized, kernels launched. On H100s between 270 (70B) and 950 (8B); benchmarks/RESULTS.md."""
+_OVERHEAD = 500
+"""Fixed cost of a chunk in equivalent tokens: reading and dequantizing weights, kernel launches.
+On H100s between 270 (70B) and 950 (8B); benchmarks/RESULTS.md."""
 
 
 def chunk_lengths(
-    prompt: int, chunks: Sequence[int] = CHUNKS, stages: int = 1, in_turn: int = 1
+    prompt: int, chunks: Sequence[int] = CHUNKS, stages: int = 1, queued: int = 1
 ) -> list[int]:
-    """The lengths of the chunks of a prompt, which stages read one after the other: more and
-    shorter ones keep all stages at work, and each costs something.
+    """Chunk lengths of a prompt. In a pipeline, more and shorter chunks keep all stages busy, but
+    each has a fixed cost.
 
     Args:
-      prompt: tokens; the last chunk may be longer than what is left of them.
-      chunks: lengths that there are.
-      stages: through which the chunks pass.
-      in_turn: prompts like this one that they read in turn, which keep them at work too.
+      prompt: tokens; the last chunk may be longer than the rest of them.
+      chunks: compiled chunk lengths.
+      stages: number of pipeline stages.
+      queued: prompts of this length read one after the other, which fill the pipeline too.
     """
 
-    def cut(most: int) -> list[int]:
-        fitting, left, lengths = sorted(c for c in chunks if c <= most), prompt, []
+    def cut(longest: int) -> list[int]:
+        fitting, left, lengths = sorted(c for c in chunks if c <= longest), prompt, []
         while left > 0:
             length = next((c for c in fitting if c >= left), fitting[-1])
-            if length > 2 * left:  # rather several shorter ones than mostly padding
+            if length > 2 * left:  # several shorter chunks rather than mostly padding
                 length = max((c for c in fitting if c <= left), default=length)
             lengths.append(length)
             left -= length
         return lengths
 
     def time(lengths: list[int]) -> int:
-        each = [length + _FIXED for length in lengths]
-        return in_turn * sum(each) + (stages - 1) * max(each, default=0)
+        each = [length + _OVERHEAD for length in lengths]
+        return queued * sum(each) + (stages - 1) * max(each, default=0)
 
-    return min((cut(most) for most in sorted(chunks, reverse=True)), key=time)
+    return min((cut(longest) for longest in sorted(chunks, reverse=True)), key=time)

@@ -1,4 +1,4 @@
-"""How long this process has spent compiling."""
+"""Wall-clock time that this process has spent compiling."""
 
 import threading
 import time
@@ -6,12 +6,13 @@ import time
 from jax import monitoring
 
 _lock = threading.Lock()
-_spans: list[tuple[float, float]] = []  # one after the other, none touching the next
+_spans: list[tuple[float, float]] = []  # disjoint, in order
 _seconds = 0.0
 
 
 def _listen(event: str, seconds: float, **_: object) -> None:
-    """Adds what has just ended: threads compile at the same time, and tracing contains tracing."""
+    """Records an event, merged with the ones it overlaps: threads compile in parallel, and events
+    nest."""
     global _seconds
     if not event.startswith("/jax/core/compile/"):
         return
@@ -30,5 +31,5 @@ monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """Seconds in which something was traced, lowered or compiled so far."""
+    """Seconds so far in which any thread was tracing, lowering or compiling."""
     return _seconds

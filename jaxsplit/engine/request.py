@@ -1,4 +1,4 @@
-"""Requests from any thread, served one after the other on the thread that runs the engine."""
+"""Requests from any thread, served one at a time on the thread that runs the engine."""
 
 import dataclasses
 import threading
@@ -20,9 +20,9 @@ class Request:
 
     Attributes:
       prompt: ids, 1 to the context's length.
-      sampling: how tokens are chosen.
-      limit: how many tokens to decode at most; infinity: as many as the context holds.
-      tokens: ids decoded so far, an end-of-text token included.
+      sampling: config of the sampler.
+      limit: maximum number of tokens; infinity: until the context is full.
+      tokens: ids decoded so far, the stop token included.
     """
 
     prompt: Sequence[int]
@@ -31,44 +31,44 @@ class Request:
     tokens: list[int] = dataclasses.field(default_factory=list)
 
 
-_AHEAD = 32
-"""Tokens that a request decodes at least when it is its turn again."""
+_MIN_TURN = 32
+"""Tokens that a request decodes at least when its turn comes again."""
 
 
 class EngineThread:
-    """Runs an engine on a thread of its own, for callers on any thread.
+    """Runs an engine on its own thread, for callers on any thread.
 
-    Calls wait for one another. An exception that a signal raises in a caller, such as
-    `KeyboardInterrupt`, never reaches the code that holds the cache: the caller stops waiting, and
-    the engine's thread drops the call before its next chunk or step.
+    Calls run one at a time. An exception that a signal raises in a caller, such as
+    `KeyboardInterrupt`, never interrupts the engine: the caller stops waiting, and the engine's
+    thread cancels the call before its next chunk or step.
 
     Attributes:
-      turn: held by a caller for as long as no other call may come between its own.
+      turn: a lock; a caller holds it to make several calls without others in between.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="jaxsplit-engine")
-        self._current: Request | None = None  # whose tokens the cache holds
+        self._current: Request | None = None  # the cache holds its tokens
         self.turn = threading.RLock()
         self._call(lambda: None)  # starts the thread
 
     def _call(self, function: Callable, *arguments: Any) -> Any:
-        """Runs a function on the engine's thread, until the caller no longer waits for it."""
-        dropped = threading.Event()
+        """Runs a function on the engine's thread; cancels it if the caller stops waiting."""
+        cancelled = threading.Event()
 
         def run() -> Any:
-            self._engine.dropped = dropped.is_set
+            self._engine.is_cancelled = cancelled.is_set
             try:
                 return function(*arguments)
             finally:
-                self._engine.dropped = never
+                self._engine.is_cancelled = never
 
         with self.turn:
             try:
                 return self._executor.submit(run).result()
             except BaseException:
-                dropped.set()
+                cancelled.set()
                 raise
 
     def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
@@ -83,19 +83,19 @@ class EngineThread:
         """Decodes the next tokens of a request.
 
         If another call has used the cache since, the request is decoded again from its prompt,
-        which gives the same tokens, and then a block ahead, so that requests that take turns do not
-        start anew for each token.
+        which gives the same tokens, and then at least `_MIN_TURN` tokens further, so that
+        alternating requests do not restart for each token.
 
         Args:
-          request: to whose `tokens` they are added.
-          count: how many, at least 1.
-          length: tokens that are decoded without returning to the host.
+          request: its `tokens` are extended.
+          count: tokens to decode, at least 1.
+          length: steps of a loop on the device.
 
         Returns:
-          whether the request goes on.
+          whether the request is unfinished.
 
         Raises:
-          JaxsplitError: logits are not finite, or the tokens decoded again are others.
+          JaxsplitError: logits are not finite, or decoding again gave other tokens.
         """
         return self._call(self._advance, request, count, length)
 
@@ -105,11 +105,11 @@ class EngineThread:
         goal = len(before) + count
         tokens = [*before]
         if self._current is not request:
-            goal = max(goal, len(before) + _AHEAD) if before else goal
+            goal = max(goal, len(before) + _MIN_TURN) if before else goal
             tokens = []
-        self._current = None  # unless all goes well
+        self._current = None  # until all tokens are there
         goal = min(goal, most)
-        while len(tokens) < goal and not (tokens and tokens[-1] in engine.end_ids):
+        while len(tokens) < goal and not (tokens and tokens[-1] in engine.stop_ids):
             if tokens:
                 row = engine.loop(min(length, goal - len(tokens)), length)[0]
                 new = row[row != -1].tolist()
@@ -133,4 +133,4 @@ class EngineThread:
             )
         request.tokens = tokens
         self._current = request
-        return len(tokens) == goal < most and tokens[-1] not in engine.end_ids
+        return len(tokens) == goal < most and tokens[-1] not in engine.stop_ids

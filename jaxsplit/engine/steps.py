@@ -1,4 +1,4 @@
-"""The pure functions that a device runs: prefill a chunk, decode a step, choose a token."""
+"""The pure functions that each device runs: prefill a chunk, decode a step, sample a token."""
 
 import dataclasses
 import math
@@ -10,21 +10,82 @@ from jax import Array, lax
 
 from jaxsplit.cache.contiguous import Cache
 from jaxsplit.comm.p2p import Ring
-from jaxsplit.engine.sampling import NOT_FINITE, SamplingPlan, SamplingValues, sample
+from jaxsplit.engine.sampling import NOT_FINITE, SamplerParams, SamplerSpec, sample
 from jaxsplit.models import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Static values of a step: each spec compiles its own program.
+
+    Attributes:
+      sampler: the static half of the sampler.
+      vocab: rows of the head that are tokens; the others are padding.
+      context: length of the cache in tokens. A slot stops when its next token would not fit.
+    """
+
+    sampler: SamplerSpec
+    vocab: int
+    context: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillChunk:
+    """Which tokens of a prompt a prefill call reads, and into which slot, int32 `[1]` each.
+
+    Attributes:
+      start: position of the first token.
+      count: tokens to read; the rest of the input is padding.
+      slot: slot of the cache.
+    """
+
+    start: Array
+    count: Array
+    slot: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptEnd:
+    """A prompt that has been read, as the sampler of its first token needs it.
+
+    Attributes:
+      recent: int32 `[1, window]`: the prompt's last tokens.
+      position: int32 `[1]`: the prompt's length.
+      slot: int32 `[1]`: slot of the prompt; negative: none, the state stays as it is.
+    """
+
+    recent: Array
+    position: Array
+    slot: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplerInputs:
+    """Arrays that the sampler reads and never changes.
+
+    Attributes:
+      stop_ids: int32 `[stop_ids]`: tokens that stop a slot.
+      params: temperature, thresholds, penalties and seed of each slot.
+    """
+
+    stop_ids: Array
+    params: SamplerParams
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What decoding carries from token to token, beside the cache.
+    """The state of decoding besides the cache.
 
     Attributes:
-      token: int32 `[slots]`: the last token, not in the cache yet; `NOT_FINITE`: none could be
-        chosen.
-      position: int32 `[slots]`: where it belongs.
-      active: bool `[slots]`: slots that go on.
-      recent: int32 `[slots, window]`: the last tokens, the newest last, -1 where there are none.
+      token: int32 `[slots]`: the last token, not in the cache yet; `NOT_FINITE` if the logits were
+        not finite.
+      position: int32 `[slots]`: position of that token.
+      active: bool `[slots]`: whether the slot is still decoding.
+      recent: int32 `[slots, window]`: the last tokens, the newest last, padded with -1.
     """
 
     token: Array
@@ -33,224 +94,263 @@ class DecodeState:
     recent: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoopState:
+    """The carry of `decode_loop` on one device of a stage.
+
+    Attributes:
+      step: int32: steps done.
+      caches: the stage's cache for each micro-batch.
+      states: decode state of each micro-batch; empty unless this is the last stage.
+      output_tokens: int32 `[slots, length]` of each micro-batch, -1 where there is no token,
+        `NOT_FINITE` where the logits were not finite; empty unless this is the last stage.
+      ring: link to the neighboring stages; None with a single stage.
+    """
+
+    step: Array
+    caches: Sequence[Cache]
+    states: Sequence[DecodeState]
+    output_tokens: Sequence[Array]
+    ring: Ring | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoopInputs:
+    """Arrays that `decode_loop` reads and never changes.
+
+    Attributes:
+      limit: int32: steps to run, at most the length of `LoopState.output_tokens`.
+      stop_ids: int32 `[stop_ids]`: tokens that stop a slot; None unless this is the last stage.
+      params: sampler parameters of each micro-batch; empty unless this is the last stage.
+    """
+
+    limit: Array
+    stop_ids: Array | None
+    params: Sequence[SamplerParams]
+
+
 def prefill(
-    model: Decoder, cache: Cache, inputs: Array, start: Array, count: Array, slot: Array
+    model: Decoder, cache: Cache, inputs: Array, chunk: PrefillChunk
 ) -> tuple[Cache, Array]:
     """Reads a chunk of a prompt into a slot of the cache.
 
     Args:
-      model: the decoder, of this stage and device.
-      cache: its keys and values.
-      inputs: tokens, int32 `[1, length]`, of which the first `count` are read, or the output of the
-        stage before.
-      start: int32 `[1]`: the first token's position.
-      count: int32 `[1]`.
-      slot: int32 `[1]`.
+      model: decoder of this stage.
+      cache: its cache.
+      inputs: tokens, int32 `[1, length]`, or the previous stage's output `[1, length, embed]`.
+      chunk: which of them to read, and the slot.
 
     Returns:
       the cache and the last layer's output, `[1, length, embed]`.
     """
     steps = jnp.arange(inputs.shape[1])
-    positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
-    x, cache = model.hidden(inputs, positions, cache, slot)
+    positions = jnp.where(steps < chunk.count[:, None], chunk.start[:, None] + steps, -1)
+    x, cache = model.hidden(inputs, positions, cache, chunk.slot)
     return cache, x
 
 
-def begin(
-    logits: Array,
-    state: DecodeState,
-    recent: Array,
-    position: Array,
-    slot: Array,
-    ends: Array,
-    values: SamplingValues,
-    plan: SamplingPlan,
-    vocab: int,
-    context: int,
+def sample_first(
+    logits: Array, state: DecodeState, prompt: PromptEnd, inputs: SamplerInputs, spec: StepSpec
 ) -> DecodeState:
-    """Chooses the first token after a prompt.
+    """Samples the first token after a prompt.
 
     Args:
       logits: float32 `[1, vocab / devices]` of the prompt's last token.
-      state: the slots' state.
-      recent: int32 `[1, window]`: the prompt's last tokens.
-      position: int32 `[1]`: the prompt's length.
-      slot: int32 `[1]`: which slot; negative: none, nothing changes.
-      ends, values, plan, vocab: as in `choose`.
+      state: state of all slots.
+      prompt: the prompt's end and its slot.
+      inputs: arrays of the sampler.
+      spec: static values.
+
+    Returns:
+      the state with the prompt's slot set.
     """
-    one = jax.tree.map(lambda value: value[slot], values)
-    token = sample(logits, position, recent, one, plan, vocab)
-    active = (token != NOT_FINITE) & ~jnp.isin(token, ends) & (position < context)
-    chosen = DecodeState(token, position, active, _append(recent, token))
+    slot, position = prompt.slot, prompt.position
+    params = jax.tree.map(lambda value: value[slot], inputs.params)
+    token = sample(logits, position, prompt.recent, params, spec.sampler, vocab=spec.vocab)
+    active = _continues(token, position, inputs.stop_ids, spec)
+    first = DecodeState(token, position, active, _append(prompt.recent, token))
     index = jnp.where(slot < 0, state.token.shape[0], slot)
-    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), state, chosen)
+    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), state, first)
+
+
+def _continues(token: Array, position: Array, stop_ids: Array, spec: StepSpec) -> Array:
+    """Whether decoding goes on after a token: bool `[slots]`."""
+    return (token != NOT_FINITE) & ~jnp.isin(token, stop_ids) & (position < spec.context)
 
 
 def _append(recent: Array, token: Array) -> Array:
     return jnp.concatenate([recent, token[:, None]], axis=1)[:, 1:]
 
 
-def feed(state: DecodeState) -> Array:
-    """What the stages need to know of the slots: int32 `[slots, 2]`, each slot's last token and the
-    position where it belongs, -1 where the slot has stopped."""
+def step_inputs(state: DecodeState) -> Array:
+    """Inputs of the next step: int32 `[slots, 2]`, each slot's last token and its position, -1
+    where the slot has stopped."""
     return jnp.stack([state.token, jnp.where(state.active, state.position, -1)], axis=1)
 
 
-def decode_layers(model: Decoder, cache: Cache, x: Array | None, fed: Array) -> tuple[Cache, Array]:
-    """Writes each slot's token to the cache of a stage.
+def decode_layers(
+    model: Decoder, cache: Cache, x: Array | None, inputs: Array
+) -> tuple[Cache, Array]:
+    """A decode step of a stage that is not the last.
 
     Args:
-      model: the decoder, of this stage and device.
-      cache: its keys and values.
-      x: `[slots, 1, embed]`, the output of the stage before; None in the first.
-      fed: from `feed`.
+      model: decoder of this stage.
+      cache: its cache.
+      x: `[slots, 1, embed]`, the previous stage's output; None in the first stage.
+      inputs: int32 `[slots, 2]` from `step_inputs`.
 
     Returns:
       the cache and the output `[slots, 1, embed]`.
     """
-    x, cache = model.hidden(fed[:, :1] if x is None else x, fed[:, 1:], cache)
+    x, cache = model.hidden(inputs[:, :1] if x is None else x, inputs[:, 1:], cache)
     return cache, x
 
 
-def choose(
-    logits: Array,
-    state: DecodeState,
-    ends: Array,
-    values: SamplingValues,
-    plan: SamplingPlan,
-    vocab: int,
-    context: int,
+def sample_next(
+    logits: Array, state: DecodeState, inputs: SamplerInputs, spec: StepSpec
 ) -> DecodeState:
-    """Chooses the next token of each slot.
+    """Samples the next token of each slot.
 
     Args:
-      logits: float32 `[slots, vocab / devices]` after the slots' last tokens.
-      state: the slots' tokens and positions.
-      ends: int32 `[ends]`: tokens that end a text.
-      values, plan: how to choose.
-      vocab: how many rows of the head are tokens.
-      context: the cache's length; a slot whose next token has no place in it stops.
+      logits: float32 `[slots, vocab / devices]` of the slots' last tokens.
+      state: state of the slots.
+      inputs: arrays of the sampler.
+      spec: static values.
 
     Returns:
       the state with the new tokens.
     """
-    token = sample(logits, state.position + 1, state.recent, values, plan, vocab)
+    position = state.position + 1
+    token = sample(logits, position, state.recent, inputs.params, spec.sampler, vocab=spec.vocab)
     token = jnp.where(state.active, token, state.token)
     position = state.position + state.active
-    goes_on = (token != NOT_FINITE) & ~jnp.isin(token, ends) & (position < context)
+    continues = _continues(token, position, inputs.stop_ids, spec)
     return DecodeState(
         token=token,
         position=position,
-        active=state.active & goes_on,
+        active=state.active & continues,
         recent=jnp.where(state.active[:, None], _append(state.recent, token), state.recent),
     )
 
 
-def decode_step(
+def decode_and_sample(
     model: Decoder,
     cache: Cache,
     x: Array | None,
     state: DecodeState,
-    ends: Array,
-    values: SamplingValues,
-    plan: SamplingPlan,
-    vocab: int,
-    context: int,
+    inputs: SamplerInputs,
+    *,
+    spec: StepSpec,
 ) -> tuple[Cache, DecodeState]:
-    """The last stage of a step: its layers, then the next token of each slot.
+    """A decode step of the last stage: its layers, then the next token of each slot.
 
-    Arguments are those of `decode_layers` and `choose`.
+    Arguments are those of `decode_layers` and `sample_next`.
     """
-    fed = feed(state)
-    logits, cache = model(fed[:, :1] if x is None else x, fed[:, 1:], cache)
-    return cache, choose(logits[:, 0], state, ends, values, plan, vocab, context)
+    tokens = step_inputs(state)
+    logits, cache = model(tokens[:, :1] if x is None else x, tokens[:, 1:], cache)
+    return cache, sample_next(logits[:, 0], state, inputs, spec)
 
 
 def decode_loop(
     model: Decoder,
-    caches: Sequence[Cache],
-    states: Sequence[DecodeState],
-    texts: Sequence[Array],
-    ring: Ring | None,
-    limit: Array,
-    ends: Array,
-    values: Sequence[SamplingValues],
+    state: LoopState,
+    inputs: LoopInputs,
+    spec: StepSpec,
     incoming: Sequence[jax.ShapeDtypeStruct],
-    plan: SamplingPlan,
-    vocab: int,
-    context: int,
-) -> tuple[Sequence[Cache], Sequence[DecodeState], Sequence[Array], Ring | None]:
-    """Several steps of a stage, without returning to the host.
+) -> LoopState:
+    """Several decode steps of a stage without returning to the host.
 
     Args:
-      caches: of the stage, one for each group of slots.
-      states: of the groups, if the stage is the last; else none, as of `texts` and `values`.
-      texts: int32 `[slots, length]` each, to be overwritten.
-      ring: what the stages hand to one another goes through it; None: there is only this stage,
-        and one group.
-      limit: int32: how many steps, at most `length`; one stage alone ends sooner when none of a
-        place's slots is active.
-      incoming: what the stage before hands over: `x`, unless the stage is the first, and `fed`.
-      model, ends, values, plan, vocab, context: as in `decode_step`.
+      model: decoder of this stage.
+      state: initial carry; the contents of `output_tokens` are overwritten.
+      inputs: limit and sampler arrays. A single stage stops early once none of this data replica's
+        slots is active.
+      spec: static values.
+      incoming: arrays that the previous stage sends: its output, unless this is the first stage,
+        and the `step_inputs`.
 
     Returns:
-      the caches, the states, the new tokens, int32 `[slots, length]` each, -1 where there are none
-      and `NOT_FINITE` where none could be chosen, and the ring.
+      the final carry.
     """
-    # All -1, but from what was there: an argument that nothing reads has no place.
-    texts = [jnp.where(text < -1, -1, jnp.minimum(text, -1)) for text in texts]
+    # Filled with -1 by reading the old tokens: `jax.jit` drops unread arguments, donated ones too.
+    output_tokens = [jnp.where(x < -1, -1, jnp.minimum(x, -1)) for x in state.output_tokens]
+    ring = state.ring
     if ring is not None:
-        for group, state in enumerate(states):
-            ring = ring.send(_as_words([feed(state)]), group, wanted=limit > 0)
+        for channel, one in enumerate(state.states):
+            ring = ring.send(_to_words([step_inputs(one)]), channel, wanted=inputs.limit > 0)
 
-    def unfinished(carry: tuple) -> Array:
-        step, _, states, *_ = carry
-        # Places of the `data` axis meet nowhere in a step, and each of them ends on its own.
-        return step < limit if ring is not None else (step < limit) & states[0].active.any()
+    def unfinished(state: LoopState) -> Array:
+        if state.ring is not None:
+            return state.step < inputs.limit
+        # No collective crosses the `data` axis in a step, so each replica may stop on its own.
+        return (state.step < inputs.limit) & state.states[0].active.any()
 
-    def advance(carry: tuple) -> tuple:
-        step, caches, states, texts, ring = carry
-        caches, states, texts = list(caches), list(states), list(texts)
-        for group in range(len(caches)):
-            x = fed = None
-            if ring is not None:
-                words, ring = ring.receive(word_count(incoming), group)
-                *before, fed = _of_words(words, incoming)
-                x = before[0] if before else None
-            if model.last:
-                was_active = states[group].active
-                caches[group], states[group] = decode_step(
-                    model,
-                    caches[group],
-                    x,
-                    states[group],
-                    ends,
-                    values[group],
-                    plan,
-                    vocab,
-                    context,
-                )
-                column = jnp.where(was_active, states[group].token, -1)
-                texts[group] = lax.dynamic_update_index_in_dim(texts[group], column, step, 1)
-                outgoing, ahead, wanted = [feed(states[group])], 1, step + 1 < limit
-            else:
-                caches[group], x = decode_layers(model, caches[group], x, fed)
-                outgoing, ahead, wanted = [x, fed], 0, True
-            if ring is not None:
-                ring = ring.send(_as_words(outgoing), group, ahead=ahead, wanted=wanted)
-        return step + 1, caches, states, texts, ring and ring.next_round()
+    def advance(state: LoopState) -> LoopState:
+        for i in range(len(state.caches)):
+            state = advance_micro_batch(state, i)
+        step, ring = state.step + 1, state.ring and state.ring.next_round()
+        return dataclasses.replace(state, step=step, ring=ring)
 
-    carry = jnp.zeros((), jnp.int32), list(caches), list(states), texts, ring
-    return lax.while_loop(unfinished, advance, carry)[1:]
+    def advance_micro_batch(state: LoopState, i: int) -> LoopState:
+        ring, x, tokens = state.ring, None, None
+        if ring is not None:
+            words, ring = ring.receive(word_count(incoming), i)
+            *before, tokens = _from_words(words, incoming)
+            x = before[0] if before else None
+        if model.last:
+            sampler = SamplerInputs(inputs.stop_ids, inputs.params[i])
+            state, outgoing = _decode_last(model, x, state, i, sampler, spec=spec)
+            # The tokens that the first stage receives belong to the next step.
+            ahead, wanted = 1, state.step + 1 < inputs.limit
+        else:
+            cache, x = decode_layers(model, state.caches[i], x, tokens)
+            state = dataclasses.replace(state, caches=_replaced(state.caches, i, cache))
+            outgoing, ahead, wanted = [x, tokens], 0, True
+        if ring is not None:
+            ring = ring.send(_to_words(outgoing), i, ahead=ahead, wanted=wanted)
+        return dataclasses.replace(state, ring=ring)
+
+    state = dataclasses.replace(state, output_tokens=output_tokens, ring=ring)
+    return lax.while_loop(unfinished, advance, state)
+
+
+def _decode_last(
+    model: Decoder,
+    x: Array | None,
+    state: LoopState,
+    i: int,
+    inputs: SamplerInputs,
+    *,
+    spec: StepSpec,
+) -> tuple[LoopState, list[Array]]:
+    """The last stage's step of micro-batch `i`: the new carry, and the arrays to send."""
+    old = state.states[i]
+    cache, new = decode_and_sample(model, state.caches[i], x, old, inputs, spec=spec)
+    column = jnp.where(old.active, new.token, -1)
+    tokens = lax.dynamic_update_index_in_dim(state.output_tokens[i], column, state.step, 1)
+    state = dataclasses.replace(
+        state,
+        caches=_replaced(state.caches, i, cache),
+        states=_replaced(state.states, i, new),
+        output_tokens=_replaced(state.output_tokens, i, tokens),
+    )
+    return state, [step_inputs(new)]
+
+
+def _replaced(items: Sequence, i: int, item: object) -> list:
+    """A list with one item replaced."""
+    return [*items[:i], item, *items[i + 1 :]]
 
 
 def word_count(arrays: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
-    """Words that arrays fill, each whole ones."""
+    """Number of 4-byte words that arrays take, each padded to whole words."""
     return sum(math.ceil(a.size * a.dtype.itemsize / 4) for a in arrays)
 
 
-def _as_words(arrays: Sequence[Array]) -> Array:
-    """Arrays of elements of 2 or 4 bytes as uint32 `[words]`."""
+def _to_words(arrays: Sequence[Array]) -> Array:
+    """Packs arrays of 2-byte or 4-byte elements into uint32 `[words]`."""
     words = []
     for array in arrays:
         flat = array.reshape(-1)
@@ -260,8 +360,8 @@ def _as_words(arrays: Sequence[Array]) -> Array:
     return jnp.concatenate(words)
 
 
-def _of_words(words: Array, like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
-    """The arrays that `_as_words` has made words of."""
+def _from_words(words: Array, like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """The inverse of `_to_words`."""
     arrays = []
     for one in like:
         count = word_count([one])

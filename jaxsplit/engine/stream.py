@@ -1,4 +1,4 @@
-"""Text as it is generated."""
+"""Streams of generated text."""
 
 import math
 import threading
@@ -10,24 +10,27 @@ import jax
 from jaxsplit.engine import Engine, EngineThread, Request, SamplingConfig, compile_seconds
 from jaxsplit.text import Tokenizer
 
-MOST_IN_BLOCK = 32
+MAX_BLOCK = 32
+"""Tokens of a decode loop at most."""
+
 BLOCK_SECONDS = 0.1
+"""Time between two pieces of text, unless the caller chooses the block size."""
 
 
 class Stream(Iterator[str]):
-    """Text as it comes. Made by `LM.stream`.
+    """An iterator over generated text. Made by `LM.stream`.
 
-    Other calls may use the model between two pieces: the stream then reads its prompt and decodes
-    its tokens again, which takes time but does not change the text.
+    If other calls use the model between two pieces, the stream reads its prompt and decodes its
+    tokens again, which takes time but does not change the text.
 
     Attributes:
       prompt_tokens: ids of the prompt.
-      tokens: ids generated so far, an end-of-text token included.
-      stop_reason: why it ended: `end of text`, `stop string`, `n_predict`, `context full`, or
-        `interrupted` by an exception; None while it goes on.
+      tokens: ids generated so far, the stop token included.
+      stop_reason: `end of text`, `stop string`, `n_predict`, `context full`, or `interrupted` by an
+        exception; None while unfinished.
       first_token_seconds: from the start to the first token, with compilation.
       decode_seconds: from the first token to the last, without compilation.
-      compile_seconds: spent on compiling programs that were not in the cache of compiled programs.
+      compile_seconds: spent on compiling programs missing from the compilation cache.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Stream(Iterator[str]):
         thread: EngineThread,
         tokenizer: Tokenizer,
         prompt_tokens: list[int],
+        *,
         n_predict: int,
         stop: tuple[str, ...],
         block: int | None,
@@ -68,7 +72,7 @@ class Stream(Iterator[str]):
                 raise
 
     def timings(self) -> str:
-        """Times, rates and memory, in one line."""
+        """Times, rates and memory in one line."""
         engine, prompt, generated = self._engine, len(self.prompt_tokens), len(self.tokens)
         prompt_rate = prompt / self._prompt_seconds if self._prompt_seconds else 0.0
         rate = (generated - 1) / self.decode_seconds if self.decode_seconds else 0.0
@@ -85,7 +89,7 @@ class Stream(Iterator[str]):
             self.stop_reason = "n_predict"
             return
         text = self._tokenizer.stream(show_special=self._show_special, continuation=True)
-        held = ""  # text that may be the start of a stop string
+        held = ""  # possible start of a stop string
         started, compiled = time.perf_counter(), compile_seconds()
         for token in self._ids(request):
             elapsed = time.perf_counter() - started
@@ -115,20 +119,20 @@ class Stream(Iterator[str]):
             yield ready + held
 
     def _ids(self, request: Request) -> Iterator[int]:
-        """Generated tokens; ends when the context is full."""
-        length = min(self._block or MOST_IN_BLOCK, self._engine.context)
+        """Generated ids, until the context is full."""
+        length = min(self._block or MAX_BLOCK, self._engine.context)
         taken = 0
-        count, goes_on = 1, True  # the first token comes with the prompt
-        while goes_on:
+        count, unfinished = 1, True  # prefill samples the first token
+        while unfinished:
             started, compiled = time.perf_counter(), compile_seconds()
-            goes_on = self._thread.advance(request, count, length)
+            unfinished = self._thread.advance(request, count, length)
             took = time.perf_counter() - started - (compile_seconds() - compiled)
             new = request.tokens[taken:]
             if self._block is not None:
                 count = length
             elif taken == 0:
                 count = 1
-            elif jax.process_count() > 1:  # which have to agree
+            elif jax.process_count() > 1:  # all must choose the same count
                 count = length // 4
             else:
                 count = min(max(1, int(len(new) * BLOCK_SECONDS / max(took, 1e-6))), length)
@@ -137,10 +141,11 @@ class Stream(Iterator[str]):
 
 
 def _split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
-    """Text that can be shown, text that may be the start of a stop string, whether one was met."""
-    ends = [text.find(stop) for stop in stops if stop and stop in text]
-    if ends:
-        return text[: min(ends)], "", True
+    """Splits text into the part to show and a possible start of a stop string; tells whether a stop
+    string was found."""
+    found = [text.find(stop) for stop in stops if stop and stop in text]
+    if found:
+        return text[: min(found)], "", True
     keep = max(
         (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
     )

@@ -1,4 +1,4 @@
-"""Plans: what a model takes and does on a mesh, and how fast it should be, without loading it."""
+"""Plans: memory, cost and predicted speed of a model on a mesh, without loading it."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ from jaxsplit.lazy import importer
 
 if TYPE_CHECKING:
     from jaxsplit.plan.compiled import collectives
-    from jaxsplit.plan.cost import Work, trace_decode, trace_prefill
+    from jaxsplit.plan.cost import ProgramCost, trace_decode, trace_prefill
     from jaxsplit.plan.devices import DEVICE_KINDS, DeviceKind, device_kind, kind_of
     from jaxsplit.plan.plan import Plan, StagePlan, best_plans, best_split, candidates, make_plan
     from jaxsplit.plan.roofline import weight_bits
@@ -16,7 +16,7 @@ __all__ = [
     "DeviceKind",
     "Plan",
     "StagePlan",
-    "Work",
+    "ProgramCost",
     "best_plans",
     "best_split",
     "candidates",
@@ -35,7 +35,7 @@ __getattr__ = importer(
     devices=["DEVICE_KINDS", "DeviceKind", "device_kind", "kind_of"],
     plan=["Plan", "StagePlan", "best_plans", "best_split", "candidates", "make_plan"],
     roofline=["weight_bits"],
-    cost=["Work", "trace_decode", "trace_prefill"],
+    cost=["ProgramCost", "trace_decode", "trace_prefill"],
 )
 
 

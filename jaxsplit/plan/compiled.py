@@ -1,4 +1,4 @@
-"""What a compiled program says about itself: its collectives, and the bytes that they carry."""
+"""Collectives of a compiled program, and their bytes."""
 
 import math
 import re
@@ -10,13 +10,13 @@ _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
 def collectives(text: str) -> tuple[Counter, Counter]:
-    """The collectives in the text of an optimized XLA program.
+    """Counts the collectives in the text of an optimized XLA program.
 
     Args:
       text: from `compiled.as_text()`.
 
     Returns:
-      how many there are of each kind, and the bytes that they give to every device.
+      the number of each kind, and the bytes of their results on every device.
     """
     count, size = Counter(), Counter()
     for shape, kind, started in _COLLECTIVE.findall(text):

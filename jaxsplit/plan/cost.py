@@ -1,4 +1,4 @@
-"""What a stage's programs do, counted in the programs themselves, traced for a mesh that need not
+"""Cost of a stage's programs, counted in their jaxprs, which are traced for a mesh that need not
 exist."""
 
 import dataclasses
@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.engine.runner import StageRunner, stage_cache
-from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
-from jaxsplit.engine.steps import DecodeState
+from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
+from jaxsplit.engine.steps import DecodeState, PrefillChunk, SamplerInputs
 from jaxsplit.models import BlockConfig, ModelConfig, MoEConfig
 from jaxsplit.ops.moe.tiles import tile_rows
 from jaxsplit.sharding import Stage
@@ -25,26 +25,26 @@ _COLLECTIVES = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gathe
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What one device does in a program.
+class ProgramCost:
+    """Cost of a program on one device.
 
     Attributes:
-      flops: of matrix products, two for each multiplication.
-      collectives: how many of each kind: `all-reduce`, `all-gather`.
-      collective_bytes: bytes of what each kind gives to every device.
+      flops: of matmuls, two for each multiply-add.
+      collectives: number of each kind: `all-reduce`, `all-gather`.
+      collective_bytes: bytes of each kind's results on every device.
     """
 
     flops: int = 0
     collectives: Counter = dataclasses.field(default_factory=Counter)
     collective_bytes: Counter = dataclasses.field(default_factory=Counter)
 
-    def plus(self, other: "Work", times: int = 1) -> "Work":
-        """This and so many times the other; the times may be negative."""
+    def plus(self, other: "ProgramCost", times: int = 1) -> "ProgramCost":
+        """This cost plus `times` the other; `times` may be negative."""
 
         def add(a: Counter, b: Counter) -> Counter:
             return Counter({kind: n for kind in {*a, *b} if (n := a[kind] + times * b[kind])})
 
-        return Work(
+        return ProgramCost(
             self.flops + times * other.flops,
             add(self.collectives, other.collectives),
             add(self.collective_bytes, other.collective_bytes),
@@ -53,16 +53,16 @@ class Work:
 
 def trace_decode(
     config: ModelConfig, stage: Stage, dtype: jnp.dtype, context: int, slots: int
-) -> Work:
-    """The work of a decode step; `slots` is how many are in the stage at a time."""
-    return _trace(config, stage, dtype, context, slots, None)
+) -> ProgramCost:
+    """Cost of a decode step of `slots` sequences."""
+    return _trace(config, stage, dtype, context, slots=slots)
 
 
 def trace_prefill(
     config: ModelConfig, stage: Stage, dtype: jnp.dtype, context: int, length: int
-) -> Work:
-    """The work of reading a chunk of a prompt."""
-    return _trace(config, stage, dtype, context, stage.mesh.shape["data"], length)
+) -> ProgramCost:
+    """Cost of reading a chunk of a prompt of `length` tokens on each data replica."""
+    return _trace(config, stage, dtype, context, slots=stage.mesh.shape["data"], length=length)
 
 
 def _trace(
@@ -70,33 +70,35 @@ def _trace(
     stage: Stage,
     dtype: jnp.dtype,
     context: int,
+    *,
     slots: int,
-    length: int | None,
-) -> Work:
-    """Layers that are alike do the same work: one of each kind is traced, not all."""
+    length: int | None = None,
+) -> ProgramCost:
+    """Traces one or two layers of each config and extrapolates to all of the stage."""
 
-    def work_of(kinds: Sequence[int]) -> Work:
-        """Of a model with these of the stage's layers, the first and the last of the model."""
+    def cost_of(indices: Sequence[int]) -> ProgramCost:
+        """Cost of some of the stage's layers, in a model with its first and last layers."""
         layers = stage.layers
-        blocks = [config.blocks[i] for i in kinds]
+        blocks = [config.blocks[i] for i in indices]
         before = config.blocks[:1] if layers.start > 0 else ()
         after = config.blocks[-1:] if layers.stop < config.layers else ()
-        part = dataclasses.replace(stage, layers=range(len(before), len(before) + len(blocks)))
         some = dataclasses.replace(config, blocks=(*before, *blocks, *after))
-        return _trace_layers(some, part, dtype, context, slots, length)
+        run = range(len(before), len(before) + len(blocks))
+        some_stage = dataclasses.replace(stage, layers=run)
+        return _trace_layers(some, some_stage, dtype, context, slots=slots, length=length)
 
-    groups: dict[BlockConfig, list[int]] = {}
+    layers_of: dict[BlockConfig, list[int]] = {}
     for i in stage.layers:
-        groups.setdefault(config.blocks[i], []).append(i)
-    if len(stage.layers) <= len(groups) + 1 or any(config.together):
-        return work_of(stage.layers)
-    once = [members[0] for members in groups.values()]
-    work = base = work_of(once)
-    for members in groups.values():
-        if len(members) > 1:
-            twice = work_of([*once, members[1]])
-            work = work.plus(twice.plus(base, -1), len(members) - 1)
-    return work
+        layers_of.setdefault(config.blocks[i], []).append(i)
+    if len(stage.layers) <= len(layers_of) + 1 or any(config.together):
+        return cost_of(stage.layers)
+    once = [layers[0] for layers in layers_of.values()]
+    cost = base = cost_of(once)
+    for layers in layers_of.values():
+        if len(layers) > 1:
+            twice = cost_of([*once, layers[1]])
+            cost = cost.plus(twice.plus(base, -1), len(layers) - 1)
+    return cost
 
 
 def _trace_layers(
@@ -104,9 +106,11 @@ def _trace_layers(
     stage: Stage,
     dtype: jnp.dtype,
     context: int,
+    *,
     slots: int,
     length: int | None,
-) -> Work:
+) -> ProgramCost:
+    """Traces a decode step, or with a `length` the prefill of a chunk."""
     model = abstract_decoder(config, dtype, stage.layers)
     for param in parameters(model).values():
         shape = stage.padded(param.shape, param.axes)
@@ -116,34 +120,34 @@ def _trace_layers(
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.dtype(np.int32))
     if length is not None:
         data = stage.mesh.shape["data"]
-        x = ints((data, length)) if runner.first else runner.input(data, length)
+        x = ints((data, length)) if runner.first else runner.input_shape(data, length)
         program = runner.prefill(length, all_logits=False)
-        arguments = (runner.params, cache, x, *[ints((data,))] * 3)
+        arguments = (runner.params, cache, x, PrefillChunk(*[ints((data,))] * 3))
     elif runner.last:
         sampling = SamplingConfig(temperature=0.0)
         state = DecodeState(
             ints((slots,)), ints((slots,)), jax.ShapeDtypeStruct((slots,), bool), ints((slots, 1))
         )
-        x = None if runner.first else runner.input(slots, 1)
-        values = SamplingValues.of([sampling] * slots)
-        program = runner.finish(SamplingPlan.of(sampling, context))
-        arguments = (runner.params, cache, x, state, np.zeros(1, np.int32), values)
+        x = None if runner.first else runner.input_shape(slots, 1)
+        inputs = SamplerInputs(np.zeros(1, np.int32), SamplerParams.of([sampling] * slots))
+        program = runner.decode_and_sample(SamplerSpec.of(sampling, context))
+        arguments = (runner.params, cache, x, state, inputs)
     else:
-        x = None if runner.first else runner.input(slots, 1)
-        program, arguments = runner.relay(), (runner.params, cache, x, ints((slots, 2)))
-    work = Work()
+        x = None if runner.first else runner.input_shape(slots, 1)
+        program, arguments = runner.decode_layers(), (runner.params, cache, x, ints((slots, 2)))
+    cost = ProgramCost()
     for equation, times in _equations(jax.make_jaxpr(program)(*arguments).jaxpr):
-        work = work.plus(_work_of(equation), times)
+        cost = cost.plus(_equation_cost(equation), times)
     tokens = slots // stage.mesh.shape["data"] if length is None else length
-    return work.plus(_work_of_experts(config, stage, tokens, step=length is None))
+    return cost.plus(_expert_cost(config, stage, tokens, step=length is None))
 
 
 def _equations(
     jaxpr: jax.extend.core.Jaxpr, times: int = 1
 ) -> Iterator[tuple[jax.extend.core.JaxprEqn, int]]:
-    """All equations and how often they run, those of inner programs too.
+    """All equations with their trip counts, inner jaxprs included.
 
-    Of a choice between programs the first counts; a loop whose end is not known does not.
+    Of a `cond`, the first branch counts; `while` loops are skipped, as their trip count is unknown.
     """
     for equation in jaxpr.eqns:
         yield equation, times
@@ -156,8 +160,8 @@ def _equations(
                 yield from _equations(value, times * equation.params.get("length", 1))
 
 
-def _work_of_experts(config: ModelConfig, stage: Stage, tokens: int, *, step: bool) -> Work:
-    """What experts do in loops that run as often as tokens choose them, if they choose evenly."""
+def _expert_cost(config: ModelConfig, stage: Stage, tokens: int, *, step: bool) -> ProgramCost:
+    """Cost of the experts' `while` loops, if the router spreads tokens evenly."""
     flops = 0.0
     for layer in stage.layers:
         mlp = config.blocks[layer].mlp
@@ -167,24 +171,24 @@ def _work_of_experts(config: ModelConfig, stage: Stage, tokens: int, *, step: bo
         experts = Axis("experts", moe.experts)
         pairs = tokens * moe.top_k
         if tile_rows(pairs, moe.experts, step=step) == 1 and stage.shards(experts) == 1:
-            continue  # a loop of known length
+            continue  # a loop with a known trip count
         layout = stage.layout(Axis("expert_mlp", moe.expert.intermediate_size))
         hidden = layout.size // layout.devices
         matrices = 3 if moe.expert.gated else 2
         flops += 2 * pairs / stage.shards(experts) * matrices * config.embed * hidden
-    return Work(round(flops))
+    return ProgramCost(round(flops))
 
 
-def _work_of(equation: jax.extend.core.JaxprEqn) -> Work:
+def _equation_cost(equation: jax.extend.core.JaxprEqn) -> ProgramCost:
     name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         depth = math.prod(left[axis] for axis in contracted)
-        return Work(2 * depth * math.prod(equation.outvars[0].aval.shape))
+        return ProgramCost(2 * depth * math.prod(equation.outvars[0].aval.shape))
     if name in _COLLECTIVES:
         avals = [variable.aval for variable in equation.outvars]
         size = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
         kind = _COLLECTIVES[name]
-        return Work(0, Counter({kind: len(avals)}), Counter({kind: size}))
-    return Work()
+        return ProgramCost(0, Counter({kind: len(avals)}), Counter({kind: size}))
+    return ProgramCost()

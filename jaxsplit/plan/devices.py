@@ -1,4 +1,4 @@
-"""What devices can do, from their makers' data sheets."""
+"""Data sheets of devices."""
 
 import dataclasses
 import math
@@ -15,15 +15,16 @@ class DeviceKind:
     """A kind of device.
 
     Attributes:
-      name: as people say it; found in JAX's `device_kind`.
+      name: common name; JAX's `device_kind` contains it.
       memory: bytes.
       bandwidth: of the memory, bytes/s.
-      flops: of dense products with 16-bit inputs and 32-bit sums, FLOP/s.
+      flops: of dense matmuls with 16-bit inputs and 32-bit accumulation, FLOP/s.
       link: to another device of the same host, bytes/s in each direction.
-      layer_seconds: what a layer takes beside reading its weights: launching small kernels.
-      meet_seconds: the least that a collective or a hand-over takes.
-      exchanges: kernels of devices write to one another's memory instead, which takes a 24th of
-        `meet_seconds` more for each other device, and a gather twice as long, and a twelfth more.
+      layer_seconds: time of a layer besides reading its weights: launching small kernels.
+      collective_seconds: latency of a collective or a stage transfer.
+      peer_access: all-reduces and transfers run in kernels over peer access. Each further device
+        then adds a 24th of `collective_seconds` to an all-reduce; an all-gather takes twice as long
+        as an all-reduce, and a 12th more for each further device.
       kernels: whether the kernels of this package run on it.
       float8: whether it multiplies 8-bit floating point, at twice the rate.
     """
@@ -34,8 +35,8 @@ class DeviceKind:
     flops: float
     link: float
     layer_seconds: float = 13.5e-6
-    meet_seconds: float = 10e-6
-    exchanges: bool = False
+    collective_seconds: float = 10e-6
+    peer_access: bool = False
     kernels: bool = True
     float8: bool = True
 
@@ -56,13 +57,13 @@ def _gpu(
         return dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
     if link <= _PCIE:
         return kind
-    return dataclasses.replace(kind, meet_seconds=2.6e-6, exchanges=True)  # over NVLink
+    return dataclasses.replace(kind, collective_seconds=2.6e-6, peer_access=True)  # over NVLink
 
 
 _PCIE = 48
-"""GB/s that PCIe 5.0 x16 carries; 4.0 carries 24, 3.0 12."""
+"""GB/s of PCIe 5.0 x16; 4.0 has 24, 3.0 has 12."""
 
-# NVLink counts where every board of the kind has it.
+# NVLink only for kinds of which every board has it.
 DEVICE_KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
@@ -84,32 +85,32 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
 
 
 def device_kind(name: str) -> DeviceKind:
-    """The kind that a name such as `3090`, `rtx 3090` or `NVIDIA H200` means.
+    """The kind named, for instance, `3090`, `rtx 3090` or `NVIDIA H200`.
 
     Raises:
-      JaxsplitError: none does; the message lists them.
+      JaxsplitError: the name is unknown; the message lists the known ones.
     """
     words = set(name.lower().replace("-", " ").split())
-    fitting = [
+    matches = [
         kind
         for kind in DEVICE_KINDS.values()
         if {kind.name.lower().split()[-1]} <= words or name.lower() == kind.name.lower()
     ]
-    if not fitting:
+    if not matches:
         raise JaxsplitError(
             f"unknown device {name!r}; known are {', '.join(DEVICE_KINDS)}; for another give "
             "memory, bandwidth, tflops and link"
         )
-    return fitting[0]
+    return matches[0]
 
 
 def kind_of(device: jax.Device) -> DeviceKind:
-    """The kind of a device of this machine, with the memory that is free on it.
+    """The kind of a device of this machine, with its free memory.
 
-    A kind that is not in the table counts as the one nearest in memory.
+    An unknown kind is treated as the one closest in memory.
     """
     if device.platform == "cpu":
-        # Devices that the CPU stands in for share it.
+        # Simulated devices share the CPU.
         count = len([d for d in jax.devices() if d.process_index == device.process_index])
         cpu = DEVICE_KINDS["CPU"]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Memory, work and predicted speed of a model on a mesh."""
+"""Memory, cost and predicted speed of a model on a mesh."""
 
 import dataclasses
 import math
@@ -11,35 +11,34 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
-from jaxsplit.engine.runner import cache_specs, mailbox_bytes, stage_cache
+from jaxsplit.engine.runner import cache_specs, peer_buffer_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.ops.attention.xla import SCORES
 from jaxsplit.ops.matmul.xla import TOGETHER
-from jaxsplit.plan.cost import Work, trace_decode, trace_prefill
+from jaxsplit.plan.cost import ProgramCost, trace_decode, trace_prefill
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.roofline import decode_seconds, prefill_seconds, weight_bits
 from jaxsplit.sharding import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.weights import Sources, abstract_parameters, parameter_bytes, split_model, stage_bytes
 
 _RESERVED = 0.08
-"""Of a device's memory, for its runtime."""
+"""Fraction of a device's memory that its runtime needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """A run of layers, on each of its devices.
+    """A stage, on each of its devices.
 
     Attributes:
       stage: the layers and the mesh.
       weights, cache, scratch: bytes.
-      padding: bytes of weights that are padding or copies.
-      read: bytes read for each decode step.
-      decode: the work of a decode step.
-      prefill: the work of reading a chunk.
-      decode_seconds: predicted for a decode step.
-      prefill_seconds: predicted for reading a piece of a prompt: whatever its length, and for each
-        of its tokens.
+      padding: bytes of weights that are padding or replicas.
+      read: bytes read in each decode step.
+      decode: cost of a decode step.
+      prefill: cost of a prefill chunk.
+      decode_seconds: predicted time of a decode step.
+      prefill_seconds: predicted time of a prefill chunk: fixed, and for each of its tokens.
     """
 
     stage: Stage
@@ -48,8 +47,8 @@ class StagePlan:
     scratch: int
     padding: int
     read: int
-    decode: Work
-    prefill: Work
+    decode: ProgramCost
+    prefill: ProgramCost
     decode_seconds: float
     prefill_seconds: tuple[float, float]
 
@@ -60,84 +59,84 @@ class Plan:
 
     Attributes:
       partition: how it is split.
-      stages: what each stage takes and does.
-      chunk: tokens in the longest chunk of a prompt.
+      stages: a plan for each stage.
+      chunk: tokens in the longest prefill chunk.
       slots: sequences that are decoded together.
-      hand_overs: how often a device hands activations on in a decode step, once for each border
-        of stages, and the bytes: with each slot's token and position.
-      kinds: of the devices, in the mesh's order.
+      transfers: stage transfers in a decode step, one for each stage boundary, and their bytes:
+        activations, and each slot's token and position.
+      kinds: of the devices, by rank.
     """
 
     partition: Partition
     stages: tuple[StagePlan, ...]
     chunk: int
     slots: int
-    hand_overs: tuple[int, int]
+    transfers: tuple[int, int]
     kinds: tuple[DeviceKind, ...]
 
     @property
     def name(self) -> str:
-        """The flags that ask for it."""
+        """Split mode and mesh shape."""
         shape = ",".join(f"{axis}:{size}" for axis, size in self.partition.mesh.shape.items())
         return f"{self.partition.mode} {shape}"
 
-    def on_device(self, place: int) -> dict[str, int]:
-        """Bytes of weights, cache, scratch and padding on one device, by its place in the mesh."""
-        mine = [s for s in self.stages if place in s.stage.places]
+    def on_device(self, rank: int) -> dict[str, int]:
+        """Bytes of weights, cache, scratch and padding on the device of a rank."""
+        mine = [s for s in self.stages if rank in s.stage.ranks]
         sums = {k: sum(getattr(s, k) for s in mine) for k in ("weights", "cache", "padding")}
         return sums | {"scratch": max((s.scratch for s in mine), default=0)}
 
     @property
     def fullest(self) -> dict[str, int]:
         """`on_device` of the device that holds most."""
-        devices = [self.on_device(place) for place in range(self.partition.mesh.size)]
+        devices = [self.on_device(rank) for rank in range(self.partition.mesh.size)]
         return max(devices, key=lambda d: d["weights"] + d["cache"] + d["scratch"])
 
     @property
     def fits(self) -> bool:
-        """Whether every device has the memory, less what its runtime needs."""
+        """Whether every device has enough memory besides what its runtime needs."""
         return all(
             sum(held.values()) - held["padding"] <= kind.memory * (1 - _RESERVED)
-            for place, kind in enumerate(self.kinds)
-            for held in [self.on_device(place)]
+            for rank, kind in enumerate(self.kinds)
+            for held in [self.on_device(rank)]
         )
 
     @property
     def collectives(self) -> Counter:
-        """Of a decode step, all stages together."""
+        """Collectives of a decode step, over all stages."""
         return sum((s.decode.collectives for s in self.stages), Counter())
 
     @property
     def collective_bytes(self) -> int:
-        """Of a decode step, on each device, all stages together."""
+        """Bytes of a decode step's collectives on each device, over all stages."""
         return sum(sum(s.decode.collective_bytes.values()) for s in self.stages)
 
     @property
     def decode_rate(self) -> float:
-        """Predicted tokens/s of all sequences together."""
+        """Predicted tokens/s, over all sequences."""
         seconds = [s.decode_seconds for s in self.stages]
-        latency = sum(seconds) + (len(seconds) - 1) * 2 * max(k.meet_seconds for k in self.kinds)
-        groups = min(self.slots, len(seconds))
-        return self.slots / max(latency, groups * max(seconds))
+        transfer = 2 * max(kind.collective_seconds for kind in self.kinds)
+        latency = sum(seconds) + (len(seconds) - 1) * transfer
+        micro_batches = min(self.slots, len(seconds))
+        return self.slots / max(latency, micro_batches * max(seconds))
 
     def summary(self, prompt_tokens: int) -> dict[str, Any]:
-        """Everything as plain numbers, for JSON.
+        """The plan as plain values, for JSON.
 
         Args:
-          prompt_tokens: length of the prompt whose rate is predicted.
+          prompt_tokens: length of the prompt whose prefill rate is predicted.
         """
         return {
             "split_mode": self.partition.mode,
             "mesh": dict(self.partition.mesh.shape),
             "fits": self.fits,
             "devices": [
-                {"kind": kind.name, **self.on_device(place)}
-                for place, kind in enumerate(self.kinds)
+                {"kind": kind.name, **self.on_device(rank)} for rank, kind in enumerate(self.kinds)
             ],
             "stages": [
                 {
                     "layers": [s.stage.layers.start, s.stage.layers.stop],
-                    "devices": s.stage.places.reshape(-1).tolist(),
+                    "devices": s.stage.ranks.reshape(-1).tolist(),
                     "read_bytes": s.read,
                     "flops": s.decode.flops,
                     "collectives": dict(s.decode.collectives),
@@ -145,22 +144,46 @@ class Plan:
                 }
                 for s in self.stages
             ],
-            "hand_overs": self.hand_overs[0],
-            "hand_over_bytes": self.hand_overs[1],
+            "transfers": self.transfers[0],
+            "transfer_bytes": self.transfers[1],
             "decode_tokens_per_s": self.decode_rate,
             "prefill_tokens_per_s": self.prefill_rate(prompt_tokens),
         }
 
     def prefill_rate(self, length: int) -> float:
-        """Predicted tokens/s of a prompt, whose chunks overlap in several stages."""
+        """Predicted tokens/s of a prompt, whose chunks are pipelined over the stages."""
         first, *others = chunk_lengths(length, stages=len(self.stages))
 
-        def of_stages(tokens: int) -> list[float]:
-            return [
-                fixed + each * tokens for fixed, each in (s.prefill_seconds for s in self.stages)
-            ]
+        def seconds(tokens: int) -> list[float]:
+            each_stage = (s.prefill_seconds for s in self.stages)
+            return [fixed + token * tokens for fixed, token in each_stage]
 
-        return length / (sum(of_stages(first)) + sum(max(of_stages(c)) for c in others))
+        return length / (sum(seconds(first)) + sum(max(seconds(c)) for c in others))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Workload:
+    """How a model is run on the devices of a stage.
+
+    Attributes:
+      weights: matrices are dequantized to this dtype; None: as in the file.
+      dtype: dtype of activations.
+      float8: prompts are multiplied with quantized matrices in 8-bit floating point.
+      cache_dtype: dtype of keys and values.
+      context: tokens of each slot.
+      chunk: tokens in the longest prefill chunk.
+      slots: sequences of a micro-batch.
+      micro_batches: how many there are.
+    """
+
+    weights: jnp.dtype | None
+    dtype: jnp.dtype
+    float8: bool
+    cache_dtype: jnp.dtype
+    context: int
+    chunk: int
+    slots: int
+    micro_batches: int
 
 
 def make_plan(
@@ -186,18 +209,18 @@ def make_plan(
       sources: the tensors of its parameters.
       config: the model.
       mode, shape, shares, reduce_dtype: as in `split_model`.
-      kinds: of the devices, in the mesh's order.
-      weights: dequantized to this dtype; None: as in the file.
-      dtype: of activations.
+      kinds: of the devices, by rank.
+      weights: dequantize matrices to this dtype; None: as in the file.
+      dtype: dtype of activations.
       float8: prompts are multiplied with quantized matrices in 8-bit floating point.
-      cache_dtype: of keys and values; None: as the activations.
+      cache_dtype: dtype of keys and values; None: as the activations.
       context: tokens of each slot.
       slots: sequences that are decoded together.
-      chunk: tokens of a prompt that are read together at most.
+      chunk: tokens in the longest prefill chunk.
     """
     if shares is None and shape.get("stage", 1) > 1:
         shares = stage_memory(shape, [kind.memory for kind in kinds])
-    context = min(context, config.context)
+    context, dtype = min(context, config.context), jnp.dtype(dtype)
     cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
     partition = split_model(
         sources,
@@ -210,55 +233,85 @@ def make_plan(
         cache_row=context * cache_dtype.itemsize,
         reduce_dtype=reduce_dtype,
     )
-    chunk = min(chunk, context)
-    groups = min(slots, len(partition.stages))
-    group_slots = math.ceil(slots / (groups * partition.data)) * partition.data
-    groups, rows = math.ceil(slots / group_slots), group_slots // partition.data
-    bits = weight_bits(sources, weights)
-    plans = []
-    for stage in partition.stages:
-        kind = _slowest([kinds[place] for place in stage.places.flat])
-        held, padding = stage_bytes(sources, config, stage, weights)
-        cache = _cache_bytes(config, stage, group_slots, context, cache_dtype)
-        decode = trace_decode(config, stage, dtype, context, group_slots)
-        prefill = trace_prefill(config, stage, dtype, context, chunk)
-        read = held - _unread(sources, config, stage, weights, group_slots) + cache
-        pairs = chunk * context
-        scores = 0 if kind.kernels else 4 * _widest(config, stage, "heads")
-        scratch = _scratch(config, stage, dtype, chunk, scores * min(pairs, SCORES))
-        meeting = stage.mesh.size // stage.mesh.shape["data"]
-        if kind.kernels and meeting > 1:
-            scratch += mailbox_bytes(config, context, meeting)
-        plans.append(
-            StagePlan(
-                stage,
-                held,
-                cache * groups,
-                scratch,
-                padding,
-                read,
-                decode,
-                prefill,
-                decode_seconds(
-                    kind, stage, decode, read, read - cache, bits, rows, jnp.dtype(dtype)
-                ),
-                prefill_seconds(
-                    kind, stage, prefill, held, bits, scores * pairs, chunk, float8=float8
-                ),
-            )
-        )
-    borders = len(partition.stages) - 1
-    itemsize = jnp.dtype(dtype).itemsize
+    micro_batches = min(slots, len(partition.stages))
+    batch_slots = math.ceil(slots / (micro_batches * partition.data)) * partition.data
+    workload = _Workload(
+        weights=weights,
+        dtype=dtype,
+        float8=float8,
+        cache_dtype=cache_dtype,
+        context=context,
+        chunk=min(chunk, context),
+        slots=batch_slots,
+        micro_batches=math.ceil(slots / batch_slots),
+    )
+    stages = [
+        _plan_stage(sources, config, stage, [kinds[rank] for rank in stage.ranks.flat], workload)
+        for stage in partition.stages
+    ]
+    boundaries = len(partition.stages) - 1
     widths = [config.stream_width(stage.layers.start) for stage in partition.stages[1:]]
-    size = group_slots // partition.data * sum(width * itemsize + 8 for width in widths)
-    return Plan(partition, tuple(plans), chunk, slots, (borders, size), tuple(kinds))
+    size = batch_slots // partition.data * sum(width * dtype.itemsize + 8 for width in widths)
+    transfers = (boundaries, size)
+    return Plan(partition, tuple(stages), workload.chunk, slots, transfers, tuple(kinds))
+
+
+def _plan_stage(
+    sources: Sources,
+    config: ModelConfig,
+    stage: Stage,
+    kinds: Sequence[DeviceKind],
+    w: _Workload,
+) -> StagePlan:
+    kind, devices = _slowest(kinds), stage.mesh.size // stage.mesh.shape["data"]
+    weights, padding = stage_bytes(sources, config, stage, w.weights)
+    cache = _cache_bytes(config, stage, w.slots, w.context, w.cache_dtype)
+    decode = trace_decode(config, stage, w.dtype, w.context, w.slots)
+    prefill = trace_prefill(config, stage, w.dtype, w.context, w.chunk)
+    read_weights = weights - _unread(sources, config, stage, w.weights, w.slots)
+    pairs = w.chunk * w.context
+    score_bytes = 0 if kind.kernels else 4 * _widest(config, stage, "heads")
+    scratch = _scratch(config, stage, w.dtype, w.chunk, score_bytes * min(pairs, SCORES))
+    if kind.kernels and devices > 1:
+        scratch += peer_buffer_bytes(config, w.context, devices)
+    bits = weight_bits(sources, w.weights)
+    return StagePlan(
+        stage=stage,
+        weights=weights,
+        cache=cache * w.micro_batches,
+        scratch=scratch,
+        padding=padding,
+        read=read_weights + cache,
+        decode=decode,
+        prefill=prefill,
+        decode_seconds=decode_seconds(
+            kind,
+            stage,
+            decode,
+            read=read_weights + cache,
+            weights=read_weights,
+            bits=bits,
+            rows=w.slots // stage.mesh.shape["data"],
+            dtype=w.dtype,
+        ),
+        prefill_seconds=prefill_seconds(
+            kind,
+            stage,
+            prefill,
+            held=weights,
+            bits=bits,
+            scores=score_bytes * pairs,
+            chunk=w.chunk,
+            float8=w.float8,
+        ),
+    )
 
 
 def _unread(
     sources: Sources, config: ModelConfig, stage: Stage, weights: jnp.dtype | None, tokens: int
 ) -> int:
-    """Bytes of a stage's parameters on each device that a decode step does not need: embeddings of
-    other tokens, and experts that are not chosen, if tokens choose evenly."""
+    """Bytes of a stage's parameters on each device that a decode step does not read: embeddings of
+    other tokens, and experts that no token is routed to, if the router spreads them evenly."""
     params = abstract_parameters(config, stage.layers)
     unread = 0.0
     for path, param in params.items():
@@ -292,7 +345,7 @@ def _cache_bytes(
 
 
 def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
-    """Units of an axis on each device, in the stage's layer that has most of them."""
+    """Elements of an axis on each device, in the stage's widest layer."""
     axes = {
         axis
         for param in abstract_parameters(config, stage.layers).values()
@@ -304,9 +357,9 @@ def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
 
 
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
-    """Devices that work together are as fast as the slowest of them at each task."""
-    worst = {"layer_seconds": max, "meet_seconds": max}
-    worst |= dict.fromkeys(("kernels", "float8", "exchanges"), all)
+    """A stage's devices wait for one another: each rate is the slowest device's."""
+    worst = {"layer_seconds": max, "collective_seconds": max}
+    worst |= dict.fromkeys(("kernels", "float8", "peer_access"), all)
     return DeviceKind(
         "+".join(dict.fromkeys(kind.name for kind in kinds)),
         **{
@@ -318,10 +371,10 @@ def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
 
 
 def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, scores: int) -> int:
-    """Bytes of the largest temporaries while a chunk of a prompt is read.
+    """Bytes of the largest temporaries in prefill.
 
-    In attention: scores and weights. In the MLP: a dequantized matrix, or two small ones, beside
-    the hidden units.
+    In attention: scores and weights. In the MLP: hidden units, and a dequantized matrix, or two
+    small ones.
     """
     size = jnp.dtype(dtype).itemsize
     units = _widest(config, stage, "mlp")
@@ -333,8 +386,8 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
 
 
 def candidates(devices: int, *, experts: bool = False) -> list[tuple[str, dict[str, int]]]:
-    """Every split mode on so many devices, and every mesh of stages and parts of layers; with
-    experts, a mesh of them."""
+    """All split modes on `devices` devices, and all meshes of `stage` and `tensor`; with experts,
+    also a mesh of `expert`."""
     found: list[tuple[str, dict[str, int]]] = [("none", {"tensor": 1})]
     if devices > 1:
         found += [(mode, {s.axis: devices}) for mode, s in SPLIT_MODES.items() if s.axis]
@@ -350,15 +403,15 @@ def candidates(devices: int, *, experts: bool = False) -> list[tuple[str, dict[s
 def best_split(
     sources: Sources, config: ModelConfig, devices: Sequence[jax.Device], **options: object
 ) -> tuple[str, dict[str, int]]:
-    """The split mode and mesh shape that fit these devices and should decode fastest.
+    """The split mode and mesh shape with the fastest predicted decode of those that fit.
 
     Args:
       sources, config: the model.
-      devices: that there are.
+      devices: the devices to use.
       **options: as in `make_plan`.
 
     Raises:
-      JaxsplitError: nothing fits; the message says what comes nearest.
+      JaxsplitError: none fits; the message tells which comes closest.
     """
     plans = best_plans(sources, config, [kind_of(device) for device in devices], **options)
     best = plans[0]
@@ -367,7 +420,7 @@ def best_split(
         need = sum(near.fullest.values()) - near.fullest["padding"]
         have = min(kind.memory for kind in near.kinds)
         raise JaxsplitError(
-            f"the model does not fit: {near.name}, which comes nearest, needs {need / 1e9:.1f} GB "
+            f"the model does not fit: {near.name}, which comes closest, needs {need / 1e9:.1f} GB "
             f"on a device of {have / 1e9:.1f} GB; try a shorter ctx_size"
         )
     return best.partition.mode, dict(best.partition.mesh.shape)
@@ -376,7 +429,7 @@ def best_split(
 def best_plans(
     sources: Sources, config: ModelConfig, kinds: Sequence[DeviceKind], **options: object
 ) -> list[Plan]:
-    """Plans of all split modes on so many devices: those that fit first, the fastest decode first.
+    """Plans of all split modes on the devices: fitting ones first, then sorted by decode rate.
 
     Args:
       sources, config: the model.

@@ -1,4 +1,4 @@
-"""Quantized weights: one table of GGML types, one form on the device."""
+"""Quantized weights: the table of GGML types, and their form on the device."""
 
 from jaxsplit.quant.qtensor import (
     Form,

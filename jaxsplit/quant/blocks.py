@@ -1,8 +1,8 @@
-"""Raw GGML blocks taken apart: codes, scales and minima, one function for each block layout.
+"""Parsers of raw GGML blocks: codes, scales and minima, one function for each block layout.
 
 Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h and `gguf/quants.py`, whose
-codebooks ("grids" of 4 or 8 neighbouring weights) are used as they are. A codebook is looked up
-here, once, at load: what stays on the device is the code of each weight by itself.
+codebooks ("grids" of 4 or 8 neighboring weights) are used as they are. Codebooks are looked up
+here, once, at load time: the device keeps an individual code for each weight.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from jax import Array, lax
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """Blocks taken apart: codes `[..., block]`, the rest `[..., groups in a block]`.
+class BlockFields:
+    """Fields of parsed blocks: codes `[..., block]`, the others `[..., groups in a block]`.
 
-    The fields are those of `QTensor`, with nothing packed: codes are uint8, or int8 for 8 bits.
+    They are the fields of `QTensor`, unpacked: codes are uint8, or int8 for 8 bits.
     """
 
     codes: Array
@@ -29,7 +29,7 @@ class Parts:
 
 
 def _view(raw: Array, dtype: jnp.dtype) -> Array:
-    """Little-endian bytes `[..., n * itemsize]` as numbers `[..., n]`."""
+    """Reinterprets little-endian bytes `[..., n * itemsize]` as elements `[..., n]`."""
     size = jnp.dtype(dtype).itemsize
     if size == 1:
         return lax.bitcast_convert_type(raw, dtype)
@@ -37,12 +37,12 @@ def _view(raw: Array, dtype: jnp.dtype) -> Array:
 
 
 def _half(raw: Array) -> Array:
-    """Bytes `[..., 2 * n]` as float16 `[..., n]`."""
+    """Reinterprets bytes `[..., 2 * n]` as float16 `[..., n]`."""
     return _view(raw, jnp.float16)
 
 
 def _fields(raw: Array, *sizes: int) -> list[Array]:
-    """The bytes of a block cut into consecutive fields."""
+    """Splits the bytes of a block into consecutive fields."""
     fields, start = [], 0
     for size in sizes:
         fields.append(raw[..., start : start + size])
@@ -50,9 +50,9 @@ def _fields(raw: Array, *sizes: int) -> list[Array]:
     return fields
 
 
-def _pieces(raw: Array, bits: int, run: int) -> Array:
-    """Codes `[..., n * 8 / bits]` of bytes `[..., n]`; piece `i` of byte `j` of each run of bytes
-    is code `i * run + j` of that run's codes."""
+def _codes(raw: Array, bits: int, run: int) -> Array:
+    """Unpacks bytes `[..., n]` into codes `[..., n * 8 / bits]`: the bits `i * bits` and up of byte
+    `j` of each run of bytes are code `i * run + j` of the run."""
     packed = raw.reshape(*raw.shape[:-1], -1, 1, run)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
     codes = (packed >> shifts) & jnp.uint8(2**bits - 1)
@@ -60,56 +60,56 @@ def _pieces(raw: Array, bits: int, run: int) -> Array:
 
 
 def _flat(values: Array, raw: Array) -> Array:
-    """Values with as many leading dimensions as the blocks, and one more."""
+    """Flattens values to the leading dimensions of the blocks and one more."""
     return values.reshape(*raw.shape[:-1], -1)
 
 
 # Blocks of 32, and NVFP4's of 64
 
 
-def q4_0(raw: Array) -> Parts:
+def q4_0(raw: Array) -> BlockFields:
     scale, codes = _fields(raw, 2, 16)
-    return Parts(_pieces(codes, 4, 16), _half(scale))
+    return BlockFields(_codes(codes, 4, 16), _half(scale))
 
 
-def q4_1(raw: Array) -> Parts:
+def q4_1(raw: Array) -> BlockFields:
     scale, minimum, codes = _fields(raw, 2, 2, 16)
-    return Parts(_pieces(codes, 4, 16), _half(scale), minimum=_half(minimum))
+    return BlockFields(_codes(codes, 4, 16), _half(scale), minimum=_half(minimum))
 
 
-def q5_0(raw: Array) -> Parts:
+def q5_0(raw: Array) -> BlockFields:
     scale, high, low = _fields(raw, 2, 4, 16)
-    return Parts(_pieces(low, 4, 16) | (_pieces(high, 1, 1) << 4), _half(scale))
+    return BlockFields(_codes(low, 4, 16) | (_codes(high, 1, 1) << 4), _half(scale))
 
 
-def q5_1(raw: Array) -> Parts:
+def q5_1(raw: Array) -> BlockFields:
     scale, minimum, high, low = _fields(raw, 2, 2, 4, 16)
-    codes = _pieces(low, 4, 16) | (_pieces(high, 1, 1) << 4)
-    return Parts(codes, _half(scale), minimum=_half(minimum))
+    codes = _codes(low, 4, 16) | (_codes(high, 1, 1) << 4)
+    return BlockFields(codes, _half(scale), minimum=_half(minimum))
 
 
-def q8_0(raw: Array) -> Parts:
+def q8_0(raw: Array) -> BlockFields:
     scale, codes = _fields(raw, 2, 32)
-    return Parts(_view(codes, jnp.int8), _half(scale))
+    return BlockFields(_view(codes, jnp.int8), _half(scale))
 
 
-def mxfp4(raw: Array) -> Parts:
+def mxfp4(raw: Array) -> BlockFields:
     scale, codes = _fields(raw, 1, 16)
-    return Parts(_pieces(codes, 4, 16), scale)
+    return BlockFields(_codes(codes, 4, 16), scale)
 
 
-def nvfp4(raw: Array) -> Parts:
+def nvfp4(raw: Array) -> BlockFields:
     scale, codes = _fields(raw, 4, 32)
-    return Parts(_pieces(codes, 4, 8), scale)
+    return BlockFields(_codes(codes, 4, 8), scale)
 
 
 # Blocks of 256 with two levels of scales
 
 
-def q2_k(raw: Array) -> Parts:
+def q2_k(raw: Array) -> BlockFields:
     scales, codes, scale, minimum = _fields(raw, 16, 64, 2, 2)
-    return Parts(
-        _pieces(codes, 2, 32),
+    return BlockFields(
+        _codes(codes, 2, 32),
         scales & 15,
         minimum=scales >> 4,
         super_scale=_half(scale),
@@ -117,27 +117,27 @@ def q2_k(raw: Array) -> Parts:
     )
 
 
-def q3_k(raw: Array) -> Parts:
+def q3_k(raw: Array) -> BlockFields:
     high, low, scales, scale = _fields(raw, 32, 64, 12, 2)
-    codes = _pieces(low, 2, 32) | (_pieces(high, 1, 32) << 2)
+    codes = _codes(low, 2, 32) | (_codes(high, 1, 32) << 2)
     low, high = _fields(scales, 8, 4)
-    scales = _pieces(low, 4, 8) | (_pieces(high, 2, 4) << 4)
-    return Parts(codes, scales.astype(jnp.int8) - 32, super_scale=_half(scale))
+    scales = _codes(low, 4, 8) | (_codes(high, 2, 4) << 4)
+    return BlockFields(codes, scales.astype(jnp.int8) - 32, super_scale=_half(scale))
 
 
 def _scales_k4(packed: Array) -> tuple[Array, Array]:
-    """The 8 scales and 8 minima of 6 bits that Q4_K and Q5_K keep in 12 bytes."""
+    """Unpacks the 8 scales and 8 minima of 6 bits that Q4_K and Q5_K store in 12 bytes."""
     low, high, mixed = _fields(packed, 4, 4, 4)
     scale = jnp.concatenate([low & 63, (mixed & 15) | ((low >> 6) << 4)], axis=-1)
     minimum = jnp.concatenate([high & 63, (mixed >> 4) | ((high >> 6) << 4)], axis=-1)
     return scale, minimum
 
 
-def q4_k(raw: Array) -> Parts:
+def q4_k(raw: Array) -> BlockFields:
     scale, minimum, packed, codes = _fields(raw, 2, 2, 12, 128)
     scales, minima = _scales_k4(packed)
-    return Parts(
-        _pieces(codes, 4, 32),
+    return BlockFields(
+        _codes(codes, 4, 32),
         scales,
         minimum=minima,
         super_scale=_half(scale),
@@ -145,11 +145,11 @@ def q4_k(raw: Array) -> Parts:
     )
 
 
-def q5_k(raw: Array) -> Parts:
+def q5_k(raw: Array) -> BlockFields:
     scale, minimum, packed, high, low = _fields(raw, 2, 2, 12, 32, 128)
     scales, minima = _scales_k4(packed)
-    return Parts(
-        _pieces(low, 4, 32) | (_pieces(high, 1, 32) << 4),
+    return BlockFields(
+        _codes(low, 4, 32) | (_codes(high, 1, 32) << 4),
         scales,
         minimum=minima,
         super_scale=_half(scale),
@@ -157,146 +157,146 @@ def q5_k(raw: Array) -> Parts:
     )
 
 
-def q6_k(raw: Array) -> Parts:
+def q6_k(raw: Array) -> BlockFields:
     low, high, scales, scale = _fields(raw, 128, 64, 16, 2)
-    codes = _pieces(low, 4, 64) | (_pieces(high, 2, 32) << 4)
-    return Parts(codes, _view(scales, jnp.int8), super_scale=_half(scale))
+    codes = _codes(low, 4, 64) | (_codes(high, 2, 32) << 4)
+    return BlockFields(codes, _view(scales, jnp.int8), super_scale=_half(scale))
 
 
-def iq4_xs(raw: Array) -> Parts:
+def iq4_xs(raw: Array) -> BlockFields:
     scale, high, low, codes = _fields(raw, 2, 2, 4, 128)
-    scales = _pieces(low, 4, 1) | (_pieces(high, 2, 1) << 4)
-    return Parts(_pieces(codes, 4, 16), scales.astype(jnp.int8) - 32, super_scale=_half(scale))
+    scales = _codes(low, 4, 1) | (_codes(high, 2, 1) << 4)
+    return BlockFields(_codes(codes, 4, 16), scales.astype(jnp.int8) - 32, super_scale=_half(scale))
 
 
 # One and two bits
 
 
-def q1_0(raw: Array) -> Parts:
+def q1_0(raw: Array) -> BlockFields:
     scale, codes = _fields(raw, 2, 16)
-    return Parts(_pieces(codes, 1, 1), _half(scale))
+    return BlockFields(_codes(codes, 1, 1), _half(scale))
 
 
-def tq1_0(raw: Array) -> Parts:
-    """Bytes of 5 (the last 4: of 4) base-3 digits, the bytes being fractions of 256."""
+def tq1_0(raw: Array) -> BlockFields:
+    """Each byte holds 5 base-3 digits (the last four bytes: 4), as a fraction of 256."""
     scale, digits = raw[..., 52:], []
     for start, end, count in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         powers = jnp.uint8([[1], [3], [9], [27], [81]][:count])
         digits.append(_flat(raw[..., None, start:end] * powers, raw))
     digits = jnp.concatenate(digits, axis=-1).astype(jnp.uint16) * 3 >> 8
-    return Parts(digits.astype(jnp.uint8), _half(scale))
+    return BlockFields(digits.astype(jnp.uint8), _half(scale))
 
 
-def tq2_0(raw: Array) -> Parts:
+def tq2_0(raw: Array) -> BlockFields:
     codes, scale = _fields(raw, 64, 2)
-    return Parts(_pieces(codes, 2, 32), _half(scale))
+    return BlockFields(_codes(codes, 2, 32), _half(scale))
 
 
 # Codebooks
 
 
 @functools.cache
-def _grid(kind: type) -> np.ndarray:
-    """A codebook of the gguf package, uint8 `[entries, weights]`: the weights' positions in the
-    list of the codebook's different weights."""
-    kind.init_grid()
-    return np.searchsorted(kind.grid_map, kind.grid[0, 0]).astype(np.uint8)
+def _grid(codebook: type) -> np.ndarray:
+    """A codebook of the gguf package, uint8 `[entries, weights]`: indices into the list of the
+    codebook's distinct weights."""
+    codebook.init_grid()
+    return np.searchsorted(codebook.grid_map, codebook.grid[0, 0]).astype(np.uint8)
 
 
-def _look_up(kind: type, index: Array, raw: Array) -> Array:
-    """Positions `[..., block]` of the entries at `index`."""
-    return _flat(jnp.asarray(_grid(kind))[index], raw)
+def _look_up(codebook: type, index: Array, raw: Array) -> Array:
+    """Looks up codebook entries: `[..., block]`."""
+    return _flat(jnp.asarray(_grid(codebook))[index], raw)
 
 
 def _signs(packed: Array) -> Array:
-    """32 sign bits `[..., n, 32]` of words `[..., n]` with 4 x 7 of them; the eighth of each 7
+    """Unpacks words `[..., n]` of 4 x 7 sign bits into `[..., n, 32]`; the eighth bit of each group
     makes the number of negative signs even."""
     signs = (packed[..., None] >> jnp.arange(0, 28, 7, dtype=jnp.uint32)) & 127
     signs = signs | ((lax.population_count(signs) & 1) << 7)
-    return _pieces(signs.astype(jnp.uint8), 1, 1)
+    return _codes(signs.astype(jnp.uint8), 1, 1)
 
 
-def iq2_xxs(raw: Array) -> Parts:
-    """Codes: position in the list of magnitudes, and 4 for a negative weight."""
+def iq2_xxs(raw: Array) -> BlockFields:
+    """Codes: index in the list of magnitudes, plus 4 for a negative weight."""
     scale, rest = _fields(raw, 2, 64)
     rest = rest.reshape(*raw.shape[:-1], 8, 8)
     words = _view(rest[..., 4:], jnp.uint32)[..., 0]
     codes = _look_up(gguf.quants.IQ2_XXS, rest[..., :4], raw)
-    return Parts(
+    return BlockFields(
         codes | (_flat(_signs(words), raw) << 2),
         (words >> 28).astype(jnp.uint8),
         super_scale=_half(scale),
     )
 
 
-def iq2_xs(raw: Array) -> Parts:
-    """Codes as of `iq2_xxs`."""
+def iq2_xs(raw: Array) -> BlockFields:
+    """Codes as in `iq2_xxs`."""
     scale, entries, scales = _fields(raw, 2, 64, 8)
     entries = _view(entries, jnp.uint16)
     signs = (entries >> 9).astype(jnp.uint8)
-    signs = _pieces(signs | ((lax.population_count(signs) & 1) << 7), 1, 1)
-    return Parts(
+    signs = _codes(signs | ((lax.population_count(signs) & 1) << 7), 1, 1)
+    return BlockFields(
         _look_up(gguf.quants.IQ2_XS, entries & 511, raw) | (signs << 2),
-        _pieces(scales, 4, 1),
+        _codes(scales, 4, 1),
         super_scale=_half(scale),
     )
 
 
-def iq2_s(raw: Array) -> Parts:
-    """Codes as of `iq2_xxs`."""
+def iq2_s(raw: Array) -> BlockFields:
+    """Codes as in `iq2_xxs`."""
     scale, low, signs, high, scales = _fields(raw, 2, 32, 32, 8, 8)
-    entries = low.astype(jnp.uint16) | (_pieces(high, 2, 1).astype(jnp.uint16) << 8)
-    return Parts(
-        _look_up(gguf.quants.IQ2_S, entries, raw) | (_pieces(signs, 1, 1) << 2),
-        _pieces(scales, 4, 1),
+    entries = low.astype(jnp.uint16) | (_codes(high, 2, 1).astype(jnp.uint16) << 8)
+    return BlockFields(
+        _look_up(gguf.quants.IQ2_S, entries, raw) | (_codes(signs, 1, 1) << 2),
+        _codes(scales, 4, 1),
         super_scale=_half(scale),
     )
 
 
-def iq3_xxs(raw: Array) -> Parts:
-    """Codes: 8 + the position in the list of magnitudes, or 7 - it for a negative weight."""
+def iq3_xxs(raw: Array) -> BlockFields:
+    """Codes: 8 + index in the list of magnitudes, or 7 - index for a negative weight."""
     scale, entries, words = _fields(raw, 2, 64, 32)
     words = _view(words, jnp.uint32)
     positions = _look_up(gguf.quants.IQ3_XXS, entries, raw)
-    return Parts(
+    return BlockFields(
         jnp.where(_flat(_signs(words), raw) == 1, 7 - positions, 8 + positions),
         (words >> 28).astype(jnp.uint8),
         super_scale=_half(scale),
     )
 
 
-def iq3_s(raw: Array) -> Parts:
-    """Codes as of `iq3_xxs`."""
+def iq3_s(raw: Array) -> BlockFields:
+    """Codes as in `iq3_xxs`."""
     scale, low, high, signs, scales = _fields(raw, 2, 64, 8, 32, 4)
-    entries = low.astype(jnp.uint16) | (_pieces(high, 1, 1).astype(jnp.uint16) << 8)
+    entries = low.astype(jnp.uint16) | (_codes(high, 1, 1).astype(jnp.uint16) << 8)
     positions = _look_up(gguf.quants.IQ3_S, entries, raw)
-    return Parts(
-        jnp.where(_pieces(signs, 1, 1) == 1, 7 - positions, 8 + positions),
-        _pieces(scales, 4, 1),
+    return BlockFields(
+        jnp.where(_codes(signs, 1, 1) == 1, 7 - positions, 8 + positions),
+        _codes(scales, 4, 1),
         super_scale=_half(scale),
     )
 
 
-def _ternary(entries: Array, negative: Array, scales: Array, scale: Array) -> Parts:
-    """IQ1: weights -1, 0, 1 to which each group adds 1/8 or subtracts it. A group that subtracts is
+def _ternary(entries: Array, negative: Array, scales: Array, scale: Array) -> BlockFields:
+    """IQ1: weights -1, 0, 1, to which each group adds or subtracts 1/8. A group that subtracts is
     the negative of one that adds.
 
     Args:
-      entries: of the codebook, `[..., block / 8]`.
+      entries: codebook indices, `[..., block / 8]`.
       negative: 1 for groups that subtract, uint8 `[..., groups]`.
       scales: 3 bits, uint8 `[..., groups]`.
       scale: float16 `[..., 1]`.
 
     Returns:
-      codes 0, 1, 2; scales in whose 4 bits the highest is the sign.
+      fields with codes 0, 1, 2 and 4-bit scales whose highest bit is the sign.
     """
     positions = _look_up(gguf.quants.IQ1_S, entries, scale)
     flip = jnp.repeat(negative, positions.shape[-1] // negative.shape[-1], axis=-1) == 1
     codes = jnp.where(flip, 2 - positions, positions)
-    return Parts(codes, scales | (negative << 3), super_scale=scale)
+    return BlockFields(codes, scales | (negative << 3), super_scale=scale)
 
 
-def iq1_s(raw: Array) -> Parts:
+def iq1_s(raw: Array) -> BlockFields:
     scale, low, high = _fields(raw, 2, 32, 16)
     high = _view(high, jnp.uint16)
     entries = (high[..., None] >> jnp.arange(0, 12, 3, dtype=jnp.uint16)) & 7
@@ -305,13 +305,13 @@ def iq1_s(raw: Array) -> Parts:
     return _ternary(entries, scales >> 3, scales & 7, _half(scale))
 
 
-def iq1_m(raw: Array) -> Parts:
-    """Groups of 8, pairs of which share a scale; 4 bits of the float16 in each word of scales."""
+def iq1_m(raw: Array) -> BlockFields:
+    """Groups of 8, two of which share a scale; each word of scales has 4 bits of the float16."""
     low, high, words = _fields(raw, 32, 16, 8)
     words = _view(words, jnp.uint16)
     scale = jnp.sum((words >> 12) << jnp.arange(0, 16, 4, dtype=jnp.uint16), -1, dtype=jnp.uint16)
     scales = (words[..., None] >> jnp.arange(0, 12, 3, dtype=jnp.uint16)) & 7
-    high = _pieces(high, 4, 1)
+    high = _codes(high, 4, 1)
     entries = low.astype(jnp.uint16) | ((high & 7).astype(jnp.uint16) << 8)
     return _ternary(
         entries,

@@ -1,15 +1,15 @@
 """Quantized matrices on the device: integer codes in bit planes, and scales.
 
-Every GGML type becomes one of a few forms. A weight is
+Every GGML type takes one of a few forms. A weight is
 
     w = scale * value(code) + minimum
 
-where `value` subtracts an offset or looks up a table, and the scale and the minimum belong to a
-group of neighbouring weights of a row. K-quants keep their two levels: a small integer per group
-times a float16 per super-group.
+where `value` subtracts an offset or looks up a table, and scale and minimum belong to a group of
+neighboring weights of a row. K-quants keep their two levels of scales: a small integer for each
+group times a float16 for each super-group.
 
-All planes of an `[out, in]` matrix have the shape `[out, something proportional to in]`, so that
-one partition spec shards them all, and a slice of a matrix is made of the slices of its planes.
+All planes of an `[out, in]` matrix have a shape `[out, n]` with `n` proportional to `in`, so that
+one partition spec shards them all, and a slice of the matrix consists of slices of its planes.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from jax import Array, lax
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How planes become weights: the static half of a `QTensor`.
+    """How planes encode weights: the static half of a `QTensor`.
 
     Attributes:
-      bits: widths of the code planes, lowest bits first: `(4, 2)` is a plane of 4-bit pieces and
-        one of the 2 bits above them. `(8,)` is one plane of signed bytes.
-      offset: subtracted from a code.
-      table: or else, the value of each code, an integer of 8 bits.
-      decode_scale: the scales as stored to float32, where they are not plain numbers.
-      scale_bits: width of the scales and the minima: two neighbouring ones of 4 bits share a byte,
-        the first in its low half.
-      chunk: weights whose codes are packed together: piece `i` of byte `j` of a chunk is weight
-        `i * bytes + j` of the chunk. As many slices as a byte has pieces make up a chunk, and no
-        slice may be longer than a group.
+      bits: widths of the code planes, lowest bits first: `(4, 2)` is a plane of the low 4 bits and
+        one of the 2 bits above. `(8,)` is one plane of signed bytes.
+      offset: subtracted from a code, without a table.
+      table: value of each code, an 8-bit integer.
+      decode_scale: decodes stored scales to float32; None: they are plain numbers.
+      scale_bits: width of scales and minima. With 4 bits, two neighbors share a byte, the first in
+        its low half.
+      chunk: weights whose codes are packed together. Byte `j` of a chunk's plane holds the codes of
+        weights `i * bytes + j`, lowest bits first. The run of weights of one `i` must not be longer
+        than a group.
     """
 
     bits: tuple[int, ...]
@@ -55,12 +55,12 @@ class QTensor:
     Attributes:
       codes: a plane for each of `form.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8 bits);
         or the same bytes as little-endian uint32 `[..., out, in * bits / 32]`.
-      scale: `[..., out, in / group]` (half as many bytes for 4 bits): float16, integers to be
-        multiplied with `super_scale`, or bytes for `form.decode_scale`.
+      scale: `[..., out, in / group]` (half as many bytes for 4 bits): float16, integer factors of
+        `super_scale`, or bytes for `form.decode_scale`.
       minimum: like `scale`, or None.
       super_scale: float16 `[..., out, in / super_group]`, or None.
       super_minimum: like `super_scale`, or None.
-      form: how to read them.
+      form: how the planes encode weights.
     """
 
     codes: tuple[Array, ...]
@@ -87,15 +87,15 @@ Weight = Array | QTensor
 
 
 def with_words(w: QTensor) -> QTensor:
-    """The same matrix with planes of words."""
+    """Converts code planes to uint32."""
     planes = [plane.reshape(*plane.shape[:-1], -1, 4) for plane in w.codes]
     words = [lax.bitcast_convert_type(plane, jnp.uint32) for plane in planes]
     return dataclasses.replace(w, codes=tuple(words))
 
 
 def with_bytes(w: QTensor) -> QTensor:
-    """The inverse of `with_words`, by shifts: a bitcast would keep a GPU from reading a slice of a
-    stack of matrices where it lies."""
+    """The inverse of `with_words`, by shifts: a bitcast would make XLA:GPU copy a slice of a stack
+    of matrices instead of reading it in place."""
 
     def as_bytes(plane: Array) -> Array:
         if plane.dtype != jnp.uint32:
@@ -109,17 +109,17 @@ def with_bytes(w: QTensor) -> QTensor:
 
 
 def as_bytes(codes: Array, form: Form) -> Array:
-    """Words, or bytes, of codes `[..., n]` as bytes `[..., 4 * n]`; int8 for 8 bits."""
+    """Reinterprets words or bytes of codes as bytes `[..., bytes]`, int8 for 8 bits."""
     dtype = jnp.int8 if form.bits == (8,) else jnp.uint8
     return lax.bitcast_convert_type(codes, dtype).reshape(*codes.shape[:-1], -1)
 
 
 def unpack_bits(plane: Array, bits: int, chunk: int) -> Array:
-    """Codes of one plane: uint8 `[..., in * bits / 8]` to `[..., in]`."""
+    """Unpacks the codes of one plane: uint8 `[..., in * bits / 8]` to `[..., in]`."""
     if bits == 8:
         return plane
-    pieces = 8 // bits
-    packed = plane.reshape(*plane.shape[:-1], -1, 1, chunk // pieces)
+    per_byte = 8 // bits
+    packed = plane.reshape(*plane.shape[:-1], -1, 1, chunk // per_byte)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
     codes = (packed >> shifts) & jnp.uint8(2**bits - 1)
     return codes.reshape(*plane.shape[:-1], -1)
@@ -129,15 +129,16 @@ def pack_bits(codes: Array, bits: int, chunk: int) -> Array:
     """The inverse of `unpack_bits`: the low `bits` of uint8 `[..., in]`."""
     if bits == 8:
         return codes
-    pieces = 8 // bits
-    split = (codes & jnp.uint8(2**bits - 1)).reshape(*codes.shape[:-1], -1, pieces, chunk // pieces)
+    per_byte = 8 // bits
+    low = codes & jnp.uint8(2**bits - 1)
+    split = low.reshape(*codes.shape[:-1], -1, per_byte, chunk // per_byte)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
     packed = jnp.sum(split << shifts, axis=-2, dtype=jnp.uint8)
     return packed.reshape(*codes.shape[:-1], -1)
 
 
 def pack_codes(codes: Array, form: Form) -> tuple[Array, ...]:
-    """All planes of the codes `[..., in]`, uint8 (int8 for 8 bits)."""
+    """Packs codes `[..., in]` into planes, uint8 (int8 for 8 bits)."""
     planes, shift = [], 0
     for bits in form.bits:
         planes.append(pack_bits(codes >> shift if shift else codes, bits, form.chunk))
@@ -146,15 +147,15 @@ def pack_codes(codes: Array, form: Form) -> tuple[Array, ...]:
 
 
 def value_of(codes: Array, form: Form) -> Array:
-    """Codes to float32 values, before scaling."""
+    """Decodes codes to unscaled float32 values."""
     if form.table is not None:
         return _look_up(codes, form.table)
     return codes.astype(jnp.float32) - form.offset if form.offset else codes.astype(jnp.float32)
 
 
 def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
-    """Entries of a table of bytes, float32: each byte is shifted out of a word of four entries, the
-    word chosen by the upper bits. Faster inside a loop than reads from memory."""
+    """Looks up a table of bytes, as float32: the code's upper bits select a word of four entries,
+    its lower bits shift out a byte. Inside a fused loop this is faster than a gather."""
     packed = np.pad(np.asarray(table, np.int8), (0, -len(table) % 4)).view("<u4")
     words = [jnp.uint32(word) for word in packed]
     bit = 4
@@ -167,7 +168,7 @@ def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
 
 
 def combine(planes: Iterable[Array], form: Form) -> Array:
-    """Codes of all planes put together, in order from the lowest bits."""
+    """Combines the codes of all planes, lowest bits first."""
     codes, shift = None, 0
     for plane, bits in zip(planes, form.bits, strict=True):
         codes = plane if codes is None else codes | (plane << shift)
@@ -176,7 +177,7 @@ def combine(planes: Iterable[Array], form: Form) -> Array:
 
 
 def pack_scales(values: Array | None, form: Form) -> Array | None:
-    """Scales (or minima) `[..., groups]` as the form keeps them."""
+    """Packs scales (or minima) `[..., groups]` to the form's width."""
     return None if values is None else pack_bits(values, form.scale_bits, 8 // form.scale_bits)
 
 
@@ -191,10 +192,10 @@ def minima(w: QTensor) -> Array | None:
 
 
 def row_bounds(w: QTensor) -> Array:
-    """What no weight of a row exceeds in magnitude, by the outermost scales: float32 `[..., out]`.
+    """Upper bound of the magnitudes of each row's weights: float32 `[..., out]`.
 
-    Those inside super-groups count as the largest that there may be: reading less is worth more
-    than a bound that is a few times closer.
+    Scales inside super-groups count as their largest possible value: reading only the super-scales
+    is worth a bound that is a few times looser.
     """
     form, code = w.form, 2 ** sum(w.form.bits) - 1
     if form.table is not None:
@@ -226,7 +227,7 @@ def _per_group(
 
 
 def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
-    """The weights as a plain array `[..., out, in]`, computed in float32."""
+    """Dequantizes to a plain array `[..., out, in]`, computed in float32."""
     if not isinstance(w, QTensor):
         return w.astype(dtype)
     form = w.form
@@ -240,5 +241,5 @@ def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
 
 
 def take_rows(w: Weight, rows: Array, dtype: jnp.dtype) -> Array:
-    """Rows of a matrix, dequantized: `[out, in]` and int `[...]` to `[..., in]`."""
+    """Gathers and dequantizes rows of a matrix: `[out, in]` and int `[...]` to `[..., in]`."""
     return dequantize(jax.tree.map(lambda plane: plane[rows], w), dtype)

@@ -1,4 +1,4 @@
-"""One entry per GGML type, and how its blocks become planes on the device."""
+"""The table of GGML types, and unpacking their blocks into planes on the device."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.quant import blocks
-from jaxsplit.quant.blocks import Parts
+from jaxsplit.quant.blocks import BlockFields
 from jaxsplit.quant.qtensor import Form, QTensor, Weight, dequantize, pack_codes, pack_scales
 
 
@@ -22,15 +22,15 @@ class QuantType:
     Attributes:
       block: weights in a block.
       block_bytes: bytes of a block.
-      form: the planes that the blocks become; None for a plain floating-point type.
-      split: takes raw blocks, uint8 `[..., block_bytes]`, apart.
-      dtype: of a plain floating-point type.
+      form: planes of the unpacked blocks; None for a floating-point type.
+      parse: parses raw blocks, uint8 `[..., block_bytes]`; None for a floating-point type.
+      dtype: of a floating-point type.
     """
 
     block: int
     block_bytes: int
     form: Form | None = None
-    split: Callable[[Array], Parts] | None = None
+    parse: Callable[[Array], BlockFields] | None = None
     dtype: jnp.dtype | None = None
 
 
@@ -40,22 +40,23 @@ def _half_steps(scales: Array, step: float) -> Array:
 
 
 def _signed(scales: Array) -> Array:
-    """1, 3, ..., 15 by the low 3 bits, negative where the fourth is set."""
+    """1, 3, ..., 15 by the low 3 bits, negative if the fourth is set."""
     magnitude = _half_steps(scales & 7, 2)
     return jnp.where(scales > 7, -magnitude, magnitude)
 
 
 def _e8m0(scales: Array) -> Array:
-    """Exponents to half their power of two, `2**(e - 128)`: the smallest two are subnormal, which
-    XLA's CPU backend takes for zero."""
+    """Exponents to half their power of two, `2**(e - 128)`. The smallest two are subnormal, which
+    XLA's CPU backend flushes to zero."""
     bits = scales.astype(jnp.uint32)
     bits = jnp.where(bits < 2, jnp.uint32(0x00200000) << bits, (bits - 1) << 23)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _ue4m3(scales: Array) -> Array:
-    """Half of numbers with 4 bits of exponent and 3 of mantissa, of which the last means zero; as
-    float16, which has another bias, they are too small by 2**8. The highest bit is unused."""
+    """Half of each number of 4 exponent and 3 mantissa bits, of which the last encodes zero.
+    Reinterpreted as float16, which has another bias, they are too small by 2**8. The highest bit is
+    unused."""
     small = lax.bitcast_convert_type((scales & 127).astype(jnp.uint16) << 7, jnp.float16)
     return jnp.where(scales == 127, 0, small.astype(jnp.float32) * 2.0**7)
 
@@ -63,8 +64,8 @@ def _ue4m3(scales: Array) -> Array:
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _IQ4 = gguf.quants.IQ4_NL.kvalues
 
-# Codebook types: the code of a weight alone, with scales of 4 bits. IQ3_S's weights, the odd
-# numbers from -15 to 15, and IQ1's, which are -1, 0 and 1 plus 1/8, need no table.
+# Codebook types: an individual code for each weight, with 4-bit scales. IQ3_S (odd numbers from -15
+# to 15) and IQ1 (-1, 0 and 1, plus 1/8) need no table.
 _IQ1 = Form((2,), offset=0.875, decode_scale=_signed, scale_bits=4)
 _IQ2 = Form(
     (2, 1),
@@ -117,7 +118,7 @@ def quant_type(name: str) -> QuantType:
     """The entry of a GGML type.
 
     Raises:
-      JaxsplitError: the type is not supported; the message lists those that are.
+      JaxsplitError: the type is unsupported; the message lists the supported ones.
     """
     if name not in TYPES:
         raise JaxsplitError(
@@ -134,41 +135,41 @@ def unpack(
     part: Array | None = None,
     dtype: jnp.dtype | None = None,
 ) -> Weight:
-    """Raw blocks of a matrix to its form on the device.
+    """Unpacks the raw blocks of a matrix into planes.
 
-    A matrix may be cut along `in` inside its blocks: then `granule` weights of each given block
-    are kept, and the scales of a group or super-group that is cut are repeated.
+    A matrix may be split along `in` inside its blocks: then only one sub-block of each block is
+    kept, and scales of groups or super-groups that span several sub-blocks are replicated.
 
     Args:
       name: the GGML type.
       raw: uint8 `[..., out, blocks, block_bytes]`.
-      granule: weights kept of each block, a divisor of the block's size; None keeps all.
-      part: int32 `[blocks]`: which granule of each block is kept.
+      granule: weights of a sub-block, a divisor of the block size; None keeps whole blocks.
+      part: int32 `[blocks]`: index of the sub-block to keep of each block.
       dtype: dequantize to this dtype; None keeps the weights quantized.
 
     Returns:
       `[..., out, blocks * granule]`, a `QTensor` or a plain array.
     """
-    kind = quant_type(name)
-    if kind.split is None:
-        weights = lax.bitcast_convert_type(raw, kind.dtype)
-        return weights.astype(dtype or kind.dtype)
-    parts = kind.split(raw)
-    form = kind.form
-    if granule is not None and granule != kind.block:
-        parts = Parts(
+    entry = quant_type(name)
+    if entry.parse is None:
+        weights = lax.bitcast_convert_type(raw, entry.dtype)
+        return weights.astype(dtype or entry.dtype)
+    fields, form = entry.parse(raw), entry.form
+    if granule is not None and granule != entry.block:
+        count = entry.block // granule
+        fields = BlockFields(
             **{
-                field.name: _cut(getattr(parts, field.name), kind.block // granule, part)
-                for field in dataclasses.fields(Parts)
+                field.name: _take_sub_block(getattr(fields, field.name), count, part)
+                for field in dataclasses.fields(BlockFields)
             }
         )
-        form = _fit(form, granule, parts.scale.shape[-1])
+        form = _sub_block_form(form, granule, fields.scale.shape[-1])
     tensor = QTensor(
-        codes=pack_codes(_join(parts.codes), form),
-        scale=_join(pack_scales(parts.scale, form)),
-        minimum=_join(pack_scales(parts.minimum, form)),
-        super_scale=_join(parts.super_scale),
-        super_minimum=_join(parts.super_minimum),
+        codes=pack_codes(_join(fields.codes), form),
+        scale=_join(pack_scales(fields.scale, form)),
+        minimum=_join(pack_scales(fields.minimum, form)),
+        super_scale=_join(fields.super_scale),
+        super_minimum=_join(fields.super_minimum),
         form=form,
     )
     return tensor if dtype is None else dequantize(tensor, dtype)
@@ -176,7 +177,7 @@ def unpack(
 
 @partial(jax.jit, static_argnums=0)
 def float32_blocks(name: str, raw: Array) -> Array:
-    """Raw blocks of any type as blocks of the type F32.
+    """Converts raw blocks of any type to blocks of the type F32.
 
     Args:
       name: the GGML type.
@@ -189,10 +190,10 @@ def float32_blocks(name: str, raw: Array) -> Array:
     return lax.bitcast_convert_type(weights, jnp.uint8)
 
 
-def _fit(form: Form, granule: int, groups: int) -> Form:
-    """The form of blocks of which a granule with so many groups is left: codes and scales of
-    different granules share no byte."""
-    chunk = min(form.chunk, granule)
+def _sub_block_form(form: Form, sub_block: int, groups: int) -> Form:
+    """The form of sub-blocks with `groups` groups: codes and scales of different sub-blocks must
+    not share a byte."""
+    chunk = min(form.chunk, sub_block)
     return dataclasses.replace(
         form,
         chunk=chunk,
@@ -201,16 +202,16 @@ def _fit(form: Form, granule: int, groups: int) -> Form:
     )
 
 
-def _cut(values: Array | None, count: int, part: Array) -> Array | None:
-    """Of each block's values `[..., blocks, n]` those of one granule in `count`."""
+def _take_sub_block(values: Array | None, count: int, index: Array) -> Array | None:
+    """Of each block's values `[..., blocks, n]`, keeps one of `count` sub-blocks."""
     if values is None:
         return None
     n = values.shape[-1]
-    if n < count:  # a group spans several granules: each gets a copy of its scale
+    if n < count:  # a group spans several sub-blocks: each gets a copy of its scale
         values, n = jnp.repeat(values, count // n, axis=-1), count
-    granules = values.reshape(*values.shape[:-1], count, n // count)
-    index = part.reshape(*[1] * (granules.ndim - 3), -1, 1, 1)
-    return jnp.take_along_axis(granules, index, axis=-2, mode="clip")[..., 0, :]
+    split = values.reshape(*values.shape[:-1], count, n // count)
+    index = index.reshape(*[1] * (split.ndim - 3), -1, 1, 1)
+    return jnp.take_along_axis(split, index, axis=-2, mode="clip")[..., 0, :]
 
 
 def _join(values: Array | None) -> Array | None:

@@ -1,6 +1,10 @@
-"""How a model lies on a mesh of devices: split modes, logical axes, stages, processes."""
+"""How a model is laid out on a mesh: split modes, logical axes, stages, processes."""
 
-from jaxsplit.sharding.distributed import from_first, launcher, start_processes
+from jaxsplit.sharding.distributed import (
+    broadcast_from_process_0,
+    detected_launcher,
+    start_processes,
+)
 from jaxsplit.sharding.layout import AxisLayout, even, grouped_heads
 from jaxsplit.sharding.partition import (
     Partition,
@@ -32,9 +36,9 @@ __all__ = [
     "choose_devices",
     "even",
     "free_memory",
-    "from_first",
+    "broadcast_from_process_0",
     "grouped_heads",
-    "launcher",
+    "detected_launcher",
     "make_partition",
     "parse_mesh",
     "parse_shares",

@@ -1,24 +1,24 @@
-"""Logical axes: the names that parameters give to their dimensions.
+"""Logical axes: the names of parameter and cache dimensions.
 
-The model runs as one program per device over that device's shards (`jax.shard_map`). A table from
-logical axis to mesh axes, part of the `ForwardContext` while the program is traced, says over which
-axes it has to communicate (`jaxsplit.comm.api`).
+The model runs as one SPMD program over each device's shards (`jax.shard_map`). A table from logical
+axis to mesh axes, part of the `ForwardContext` during tracing, tells over which mesh axes it
+communicates (`jaxsplit.comm.api`).
 
-`embed`      the residual stream; whole on every device
+`embed`      the residual stream; replicated
 `heads`      query heads times their width
-`kv_heads`   key and value heads times their width
+`kv_heads`   KV heads times their width
 `mlp`        hidden units of the MLP
-`experts`    the experts of a mixture
+`experts`    experts of a mixture
 `expert_mlp` hidden units of each expert
 `vocab`      rows of the embedding and of the output head
-`…_in`       the same as columns of the matrix that reads them
+`…_in`       the same axis as columns of the matrix that reads it
 `embed_out`  rows of the matrices that write to the residual stream
-`expert_out` rows of those of the experts
+`expert_out` the same for those of the experts
 `slots`      sequences in the cache
 
-What is split along columns is added up (`heads_in`, `mlp_in`); what is split along rows only, or
-read whole though its parts lie on several devices, is gathered (`embed_out`, `heads`, `mlp`).
-Experts are added up too, since each writes for some of the tokens.
+Splitting columns (`heads_in`, `mlp_in`) needs an all-reduce. Splitting rows only, or reading a
+sharded axis whole (`embed_out`, `heads`, `mlp`), needs an all-gather. Experts need an all-reduce
+too, since each writes for some of the tokens.
 """
 
 import dataclasses
@@ -34,20 +34,19 @@ class Axis:
 
     Attributes:
       name: the logical axis.
-      units: how many pieces that stay whole it consists of, such as heads; 0: it is never cut.
-      partner: of `heads`, how many key and value heads they share; of `kv_heads`, how many query
-        heads share them.
-      tiled: of `heads`, head h shares key and value head `h % kv_heads`; else neighbours share one.
+      units: number of indivisible units, such as heads; 0: the axis is never sharded.
+      group_count: of `heads`, the number of KV heads; of `kv_heads`, the number of query heads.
+      tiled: of `heads`, query head h uses KV head `h % kv_heads`; else neighboring heads share one.
     """
 
     name: str
     units: int = 0
-    partner: int = 0
+    group_count: int = 0
     tiled: bool = False
 
     @property
     def columns(self) -> "Axis":
-        """The same axis where a matrix reads it."""
+        """The same axis as columns of the matrix that reads it."""
         return dataclasses.replace(self, name=f"{self.name}_in") if self.units else self
 
 
@@ -59,9 +58,9 @@ SLOTS = Axis("slots")
 
 
 def head_axes(heads: int, kv_heads: int, *, tiled: bool = False) -> tuple[Axis, Axis]:
-    """The axes of query heads and of the key and value heads that they share.
+    """The axes of query heads and of the KV heads that they share.
 
-    Heads that share one lie beside one another on the device, whatever their order in the file.
+    Heads that share a KV head are adjacent on the device, whatever their order in the file.
     """
     return Axis("heads", heads, kv_heads, tiled), Axis("kv_heads", kv_heads, heads)
 
@@ -72,13 +71,13 @@ def _in_order(axis: Axis) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AxisRules:
-    """Which mesh axes split which logical axis. Each is equal to itself only.
+    """Which mesh axes split which logical axis. Compared by identity.
 
     Attributes:
-      table: logical axis to mesh axes; a logical axis that is not in it is not split.
-      reduce_dtype: partial sums are exchanged in this dtype; None: in float32, but as bfloat16 if
-        they are many and added to bfloat16.
-      units: the unit in each place of an axis over all devices, -1 for padding: int array.
+      table: logical axis to mesh axes; other logical axes are replicated.
+      reduce_dtype: dtype of all-reduces; None: float32, but bfloat16 for large ones whose result is
+        added to bfloat16.
+      units: the unit in each slot of an axis over all devices, -1 for padding: int array.
     """
 
     table: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

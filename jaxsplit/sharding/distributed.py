@@ -11,9 +11,9 @@ import numpy as np
 from jaxsplit.errors import JaxsplitError
 
 HEARTBEAT_SECONDS = 20
-"""A process that has not been heard of for so long is given up, and all others end."""
+"""A process without a heartbeat for this long counts as lost, which ends all others."""
 
-# Launchers and where they say how many processes there are, and which this one is.
+# Launchers, and the environment variables by which they are recognized, the process count first.
 _LAUNCHERS: Mapping[str, tuple[str, ...]] = {
     "Slurm": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -21,8 +21,8 @@ _LAUNCHERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def launcher() -> str | None:
-    """The launcher that has started several processes, if there is one."""
+def detected_launcher() -> str | None:
+    """The launcher that has started several processes, or None."""
     for name, (count, *others) in _LAUNCHERS.items():
         started = all(variable in os.environ for variable in (count, *others))
         if started and (name == "Kubernetes" or int(os.environ[count]) > 1):
@@ -33,16 +33,16 @@ def launcher() -> str | None:
 def start_processes(
     coordinator: str | None = None, count: int | None = None, index: int | None = None
 ) -> bool:
-    """Joins the processes that run this program, before JAX is used for anything else.
+    """Initializes `jax.distributed`, before any other use of JAX.
 
     Args:
-      coordinator: host and port at which process 0 can be reached, such as `10.0.0.1:1234`.
-      count: how many processes there are.
-      index: which this one is. Without all three, Slurm, Open MPI and Kubernetes are asked; a
-        process that none of them has started runs alone.
+      coordinator: host and port of process 0, such as `10.0.0.1:1234`.
+      count: number of processes.
+      index: this process's index. Without all three, the launcher is detected; a process that none
+        has started runs alone.
 
     Returns:
-      whether there are several.
+      whether there are several processes.
 
     Raises:
       JaxsplitError: the processes do not find one another, or only some of the three are given.
@@ -50,7 +50,7 @@ def start_processes(
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == len(given):
-        if (found := launcher()) is None:
+        if (found := detected_launcher()) is None:
             return False
     elif missing:
         raise JaxsplitError(
@@ -80,8 +80,8 @@ def start_processes(
     return True
 
 
-def from_first(value: Any) -> Any:
-    """What process 0 gives, in all processes; anything that JSON can hold."""
+def broadcast_from_process_0(value: Any) -> Any:
+    """Broadcasts process 0's value, anything that JSON can hold."""
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import broadcast_one_to_all

@@ -1,8 +1,7 @@
-"""Where the units of a logical axis lie on the devices that split it.
+"""How the units of a logical axis are laid out on the devices that shard it.
 
-A unit is what cannot be taken apart: a head, a block of quantized weights, a row. Units that do
-not divide evenly are padded with zeros, which change no result; key and value heads that are fewer
-than the devices are given to several of them.
+A unit is indivisible: a head, a block of quantized weights, a row. Units that do not divide evenly
+are padded with zeros, which change no result; KV heads fewer than the devices are replicated.
 """
 
 import dataclasses
@@ -13,12 +12,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class AxisLayout:
-    """The slots of all devices along one logical axis, in the devices' order.
+    """The slots of all devices along one logical axis, in device order.
 
     Attributes:
       unit: elements in a unit.
-      slots: int array: the unit in each slot, or -1 for padding; every device has as many slots.
-      devices: how many devices split the axis.
+      slots: int array: the unit in each slot, or -1 for padding; all devices have equally many.
+      devices: number of shards.
     """
 
     unit: int
@@ -36,36 +35,34 @@ class AxisLayout:
         return self.unit * (int(self.slots.max()) + 1)
 
     def elements(self) -> np.ndarray:
-        """The original element at each padded position, or -1: int `[size]`."""
+        """The original element at each padded index, or -1: int `[size]`."""
         start = np.where(self.slots < 0, -self.unit, self.slots * self.unit)
         return np.maximum(start[:, None] + np.arange(self.unit), -1).reshape(-1)
 
-    def granules(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The axis in pieces of blocks of `block` elements.
+    def sub_blocks(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The axis in sub-blocks of blocks of `block` elements.
 
         Returns:
-          the elements of a granule (the whole block where the units allow it), the block of each
-          granule (-1 for padding), and which granule of that block it is.
+          the elements of a sub-block (the whole block where the units allow it), the block of each
+          sub-block (-1 for padding), and the sub-block's index in it.
         """
         size = len(self.slots) // self.devices * self.unit
-        for granule in (block, math.gcd(block, self.unit)):
-            if size % granule:
+        for sub_block in (block, math.gcd(block, self.unit)):
+            if size % sub_block:
                 continue
-            pieces = self.elements().reshape(-1, granule)
-            first = pieces[:, :1]
-            whole = (first % granule == 0) | (first < 0)
-            if (
-                np.all(pieces == np.where(first < 0, -1, first + np.arange(granule)))
-                and whole.all()
-            ):
+            elements = self.elements().reshape(-1, sub_block)
+            first = elements[:, :1]
+            aligned = (first % sub_block == 0) | (first < 0)
+            consecutive = np.where(first < 0, -1, first + np.arange(sub_block))
+            if np.all(elements == consecutive) and aligned.all():
                 break
         first = first[:, 0]
         source = np.where(first < 0, -1, first // block)
-        return granule, source, np.where(first < 0, 0, first % block // granule)
+        return sub_block, source, np.where(first < 0, 0, first % block // sub_block)
 
 
 def even(count: int, unit: int, devices: int) -> AxisLayout:
-    """Units shared out evenly, the last devices padded."""
+    """Equally many units on each device, the last devices padded."""
     local = math.ceil(count / devices)
     slots = np.arange(local * devices)
     return AxisLayout(unit, np.where(slots < count, slots, -1), devices)
@@ -80,40 +77,40 @@ def grouped_heads(
     *,
     tiled: bool = False,
 ) -> tuple[AxisLayout, AxisLayout]:
-    """Query heads and the key and value heads that groups of them share.
+    """Layouts of query heads and of the KV heads that groups of them share.
 
-    Every device gets the same number of key and value heads, and each of these the same number of
-    query heads. Where the counts do not divide, some slots are padding, and where it costs less, a
-    key and value head is given to several devices, each with a part of its query heads.
+    Every device gets the same number of KV heads, and each of these the same number of query heads.
+    Where the counts do not divide, some slots are padding, or, where that costs less, a KV head is
+    replicated on several devices, each with some of its query heads.
 
     Args:
-      heads, kv_heads: how many there are.
-      head_dim: the width of each.
-      devices: how many share them.
-      kv_cost: of a key and value head with its cache, a query head costing 1: the bytes that are
-        read for it. Of two layouts the one with fewer bytes decodes faster (benchmarks/RESULTS.md).
-      tiled: head h shares key and value head `h % kv_heads`; else neighbours share one.
+      heads, kv_heads: head counts.
+      head_dim: width of a head.
+      devices: number of shards.
+      kv_cost: bytes read for a KV head and its cache, relative to a query head: the layout that
+        reads fewer bytes decodes faster (benchmarks/RESULTS.md).
+      tiled: query head h uses KV head `h % kv_heads`; else neighboring heads share one.
 
     Returns:
-      the layouts of the query heads and of the key and value heads.
+      the layouts of the query heads and of the KV heads.
     """
     group = heads // kv_heads
 
-    def work(local: int) -> tuple[float, int]:
+    def cost(local: int) -> tuple[float, int]:
         copies = devices * local // kv_heads
         return local * math.ceil(group / copies) + local * kv_cost, local
 
     least = math.ceil(kv_heads / devices)
-    local = min(range(least, kv_heads + 1), key=work)
+    local = min(range(least, kv_heads + 1), key=cost)
     copies = devices * local // kv_heads
-    part = math.ceil(group / copies)
+    share = math.ceil(group / copies)
     kv_slots = np.full(devices * local, -1)
-    slots = np.full((devices * local, part), -1)
+    slots = np.full((devices * local, share), -1)
     for kv in range(kv_heads):
         members = np.arange(heads)[kv::kv_heads] if tiled else np.arange(group) + kv * group
-        for copy in range(math.ceil(group / part)):
+        for copy in range(math.ceil(group / share)):
             slot = kv * copies + copy
-            chosen = members[copy * part : (copy + 1) * part]
+            chosen = members[copy * share : (copy + 1) * share]
             kv_slots[slot] = kv
             slots[slot, : len(chosen)] = chosen
     return (

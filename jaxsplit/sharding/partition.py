@@ -1,4 +1,4 @@
-"""A model on a mesh: which layers each stage holds, and how axes lie on its devices."""
+"""A model on a mesh: the layers of each stage, and how axes are laid out on its devices."""
 
 import dataclasses
 import functools
@@ -23,69 +23,69 @@ class Placement:
 
     Attributes:
       sharding: of the padded array `[..., rows, blocks, block_bytes]`.
-      rows: for each dimension but the last, the parameter's index at each padded place, or -1.
+      rows: for each dimension but the last, the parameter's index at each padded index, or -1.
       columns: the parameter's block at each padded block, or -1: int `[blocks]`.
-      granule: weights that are kept of each block.
-      part: which granule of its block it is: int32 `[blocks]`.
+      sub_block: weights kept of each block.
+      sub_block_index: which sub-block of its block is kept: int32 `[blocks]`.
     """
 
     sharding: NamedSharding
     rows: tuple[np.ndarray, ...]
     columns: np.ndarray
-    granule: int
-    part: np.ndarray
+    sub_block: int
+    sub_block_index: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the padded blocks, `[..., rows, blocks]`."""
+        """Shape of the padded blocks, `[..., rows, blocks]`."""
         return (*map(len, self.rows), len(self.columns))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A run of layers on some of the devices.
+    """A pipeline stage: a run of layers on some of the devices.
 
     Attributes:
-      layers: which; the embedding goes with the first layer of the model, the head with the last.
-      places: where its devices are among those of the whole mesh: int `[data, expert, tensor]`.
+      layers: its layers; the embedding belongs to the model's first layer, the head to its last.
+      ranks: its devices' ranks in the whole mesh: int `[data, expert, tensor]`.
       mesh: its devices, axes `data`, `expert` and `tensor`.
       table: logical axis to mesh axes.
-      pieces: elements of an axis that stay together, where that is more than one: blocks of
+      block_multiple: axes sharded in multiples of more than one element, and how many: blocks of
         quantized weights.
       kv_cost: as in `grouped_heads`.
-      reduce_dtype: dtype in which partial sums are exchanged, as in `AxisRules`.
+      reduce_dtype: dtype of all-reduces, as in `AxisRules`.
     """
 
     layers: range
-    places: np.ndarray
+    ranks: np.ndarray
     mesh: Mesh | AbstractMesh
     table: Mapping[str, tuple[str, ...]]
-    pieces: Mapping[Axis, int]
+    block_multiple: Mapping[Axis, int]
     kv_cost: float
     reduce_dtype: jnp.dtype | None
 
     @property
     def is_local(self) -> bool:
-        """Whether a device of this process takes part; so it is where there are none at all."""
+        """Whether this process has a device of the stage; true for abstract meshes."""
         return not isinstance(self.mesh, Mesh) or bool(self.mesh.local_devices)
 
     @functools.cached_property
     def rules(self) -> AxisRules:
-        """How the devices meet."""
+        """Rules for communication over logical axes."""
         return AxisRules(self.table, self.reduce_dtype, lambda axis: self.layout(axis).slots)
 
     def spec(self, axes: Sequence[Axis | None]) -> PartitionSpec:
-        """The partition of an array with these logical axes."""
+        """Partition spec of an array with these logical axes."""
         names = [self.table.get(axis.name, ()) if axis else () for axis in axes]
         return PartitionSpec(*(mesh_axes or None for mesh_axes in names))
 
     def shards(self, axis: Axis) -> int:
-        """How many devices share an axis; as columns, as many as where it is written."""
+        """Number of shards of an axis; the same for its `_in` form."""
         name = axis.name.removesuffix("_in")
         return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.table.get(name, ()))
 
     def layout(self, axis: Axis | None, size: int = 0) -> AxisLayout | None:
-        """How an axis of so many elements lies on the devices; None: it is never cut."""
+        """Layout of an axis of `size` elements on the devices; None: it is never sharded."""
         if axis is None or not axis.units:
             return None
         width = max(size // axis.units, 1)
@@ -99,40 +99,40 @@ class Stage:
             shards = self.shards(axis)
             options = {"kv_cost": self.kv_cost, "tiled": axis.tiled}
             if axis.name == "heads":
-                return grouped_heads(axis.units, axis.partner, width, shards, **options)[0]
+                return grouped_heads(axis.units, axis.group_count, width, shards, **options)[0]
             if axis.name == "kv_heads":
-                return grouped_heads(axis.partner, axis.units, width, shards, **options)[1]
-            piece = self.pieces.get(axis, 1)
-            return even(math.ceil(axis.units / piece), piece * width, shards)
+                return grouped_heads(axis.group_count, axis.units, width, shards, **options)[1]
+            multiple = self.block_multiple.get(axis, 1)
+            return even(math.ceil(axis.units / multiple), multiple * width, shards)
 
         return layout
 
     def padded(self, shape: Sequence[int], axes: Sequence[Axis | None]) -> tuple[int, ...]:
-        """The shape of an array with these logical axes on all devices together."""
+        """Global padded shape of an array with these logical axes."""
         layouts = [self.layout(axis, size) for axis, size in zip(axes, shape, strict=True)]
         return tuple(
             size if layout is None else layout.size
             for layout, size in zip(layouts, shape, strict=True)
         )
 
-    def place(self, shape: Sequence[int], axes: Sequence[Axis], block: int) -> Placement:
-        """Where the blocks of a vector, a matrix or a stack of matrices go.
+    def placement(self, shape: Sequence[int], axes: Sequence[Axis], block: int) -> Placement:
+        """Placement of the blocks of a vector, a matrix or a stack of matrices.
 
         A vector is a matrix with a single column.
 
         Args:
           shape: of the parameter.
           axes: its logical axes.
-          block: weights in a block, which lie in a row.
+          block: weights in a block, consecutive in a row.
         """
-        granule, columns, part = block, np.zeros(1, np.int64), np.zeros(1, np.int64)
+        sub_block, columns, index = block, np.zeros(1, np.int64), np.zeros(1, np.int64)
         if len(axes) > 1:
             layout = self.layout(axes[-1], shape[-1])
             if layout is not None:
-                granule, columns, part = layout.granules(block)
+                sub_block, columns, index = layout.sub_blocks(block)
             else:
                 columns = np.arange(shape[-1] // block)
-                part = np.zeros_like(columns)
+                index = np.zeros_like(columns)
             shape, axes, last = shape[:-1], axes[:-1], axes[-1:]
         else:
             last = (None,)
@@ -143,7 +143,7 @@ class Stage:
         )
         spec = PartitionSpec(*self.spec((*axes, *last)), None)
         sharding = NamedSharding(self.mesh, spec)
-        return Placement(sharding, rows, columns, granule, part.astype(np.int32))
+        return Placement(sharding, rows, columns, sub_block, index.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +151,10 @@ class Partition:
     """A split mode applied to one model and one set of devices.
 
     Attributes:
-      mode: the split mode's name.
+      mode: name of the split mode.
       mesh: all devices.
-      stages: the runs of layers, in order. Their devices differ, or, for uneven shares of one
-        layer, each has the devices of the one before and more.
+      stages: the stages, in layer order. Their devices are disjoint, except for uneven shares of a
+        `tensor` axis, where each stage has the devices of the previous one and more.
     """
 
     mode: str
@@ -163,23 +163,23 @@ class Partition:
 
     @property
     def data(self) -> int:
-        """Copies of the model."""
+        """Number of data replicas."""
         return self.mesh.shape.get("data", 1)
 
     @property
-    def everyone(self) -> Mesh:
+    def global_mesh(self) -> Mesh:
         """All devices as axes `data`, `expert` and `tensor`."""
-        places = np.arange(self.mesh.size).reshape(tuple(self.mesh.shape.values()))
-        rows = _grid(places, self.mesh.axis_names).reshape(self.data, 1, -1)
-        return _mesh(rows, self.mesh.devices.reshape(-1))
+        ranks = np.arange(self.mesh.size).reshape(tuple(self.mesh.shape.values()))
+        ranks = _grid(ranks, self.mesh.axis_names).reshape(self.data, 1, -1)
+        return _mesh(ranks, self.mesh.devices.reshape(-1))
 
 
 class Layers(Protocol):
-    """What of a model decides where its layers may be cut, such as `ModelConfig`.
+    """The part of a model that decides where it may be split into stages, such as `ModelConfig`.
 
     Attributes:
-      layers: how many there are.
-      together: runs that have to be on the same devices.
+      layers: number of layers.
+      together: runs of layers that must be in the same stage.
     """
 
     layers: int
@@ -194,107 +194,123 @@ def make_partition(
     *,
     shares: Sequence[float] | None = None,
     layer_costs: Sequence[float] | None = None,
-    pieces: Mapping[Axis, int] | None = None,
+    block_multiple: Mapping[Axis, int] | None = None,
     kv_cost: float = 1.0,
     reduce_dtype: jnp.dtype | None = None,
 ) -> Partition:
     """Lays a model out on devices.
 
-    Shares of stages are runs of layers. Shares of a `tensor` axis are met as far as equal shards
-    allow: some layers run on the devices with the largest shares only, the others on more of them,
-    so that each device holds its share of the whole.
+    Shares of stages become runs of layers. Shards of a `tensor` axis are equal; unequal shares are
+    approximated by layers: some run only on the devices with the largest shares, others on more of
+    them, so that each device holds about its share of the whole.
 
     Args:
       model: its layers.
       mode: a name in `SPLIT_MODES`.
       shape: mesh axis sizes, the last varying fastest over the devices.
-      devices: as many as the mesh has places; None for a mesh that is only thought of.
+      devices: as many as the mesh has; None for an abstract mesh.
       shares: of the stages, or of the devices of the `tensor` axis; None: by the free memory of the
-        stages' devices, and alike on the `tensor` axis.
-      layer_costs: of each layer, with embedding and head; None: all alike.
-      pieces, kv_cost: as in `Stage`.
-      reduce_dtype: dtype in which partial sums are exchanged, as in `AxisRules`.
+        stages' devices, and equal on the `tensor` axis.
+      layer_costs: of each layer, embedding and head included; None: all equal.
+      block_multiple, kv_cost: as in `Stage`.
+      reduce_dtype: dtype of all-reduces, as in `AxisRules`.
 
     Raises:
       JaxsplitError: the shares do not fit the mesh.
     """
-    places = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
-    grid = _grid(places, tuple(shape))
-    stages, experts, tensor = grid.shape[1:]
-    if shares is not None and len(shares) != (wanted := stages if stages > 1 else tensor):
-        axis = "stage" if stages > 1 else "tensor"
-        raise JaxsplitError(
-            f"tensor_split has {len(shares)} shares, but the mesh has {wanted} "
-            f"{axis} place{'s' * (wanted != 1)}; give one share for each"
+    ranks = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
+    grid = _grid(ranks, tuple(shape))
+    if shares is not None:
+        _check_shares(shares, *grid.shape[1:])
+    grids, shares = _stage_grids(grid, shape, devices, shares)
+    runs = share_layers(layer_costs or [1.0] * model.layers, shares, model.together)
+    table = split_mode(mode).table
+
+    def stage(run: range, grid: np.ndarray) -> Stage:
+        mesh = _mesh(grid, devices)
+        used = {
+            logical: tuple(axis for axis in axes if mesh.shape[axis] > 1)
+            for logical, axes in table.items()
+        }
+        return Stage(
+            layers=run,
+            ranks=grid,
+            mesh=mesh,
+            table={logical: axes for logical, axes in used.items() if axes},
+            block_multiple=block_multiple or {},
+            kv_cost=kv_cost,
+            reduce_dtype=reduce_dtype,
         )
-    if shares is not None and stages == 1 and experts > 1:
+
+    stages = tuple(stage(run, grid) for run, grid in zip(runs, grids, strict=True) if run)
+    return Partition(mode, _mesh(ranks, devices, tuple(shape)), stages)
+
+
+def _check_shares(shares: Sequence[float], stages: int, experts: int, tensor: int) -> None:
+    """Checks `tensor_split` against the sizes of the mesh axes.
+
+    Raises:
+      JaxsplitError: they do not fit.
+    """
+    axis, wanted = ("stage", stages) if stages > 1 else ("tensor", tensor)
+    if len(shares) != wanted:
+        raise JaxsplitError(
+            f"tensor_split has {len(shares)} shares, but the mesh has {axis}:{wanted}; give one "
+            "share for each"
+        )
+    if stages == 1 and experts > 1:
         raise JaxsplitError(
             "tensor_split gives shares of the stage or tensor axis; leave it out with a mesh of "
             f"expert:{experts}"
         )
-    grids = [grid[:, i] for i in range(stages)]
+
+
+def _stage_grids(
+    grid: np.ndarray,
+    shape: Mapping[str, int],
+    devices: Sequence[jax.Device] | None,
+    shares: Sequence[float] | None,
+) -> tuple[list[np.ndarray], Sequence[float]]:
+    """The ranks of each stage's devices, `[data, expert, tensor]`, and each stage's share."""
+    stages, _, tensor = grid.shape[1:]
     if stages > 1:
-        memory = free_memory(devices) if shares is None and devices is not None else None
         if shares is None:
+            memory = None if devices is None else free_memory(devices)
             shares = stage_memory(shape, memory or [1.0] * grid.size)
-    elif shares is not None:
-        order = np.argsort(-np.asarray(shares), kind="stable")
-        ranked = [*np.asarray(shares)[order], 0.0]
-        grids = [grid[:, 0][..., np.sort(order[: k + 1])] for k in range(tensor)]
-        shares = [(k + 1) * (ranked[k] - ranked[k + 1]) for k in range(tensor)]
-    else:
-        shares = [1.0]
-    runs = share_layers(layer_costs or [1.0] * model.layers, shares, model.together)
-    table = split_mode(mode).table
-    return Partition(
-        mode,
-        _mesh(places, devices, tuple(shape)),
-        tuple(
-            Stage(
-                run,
-                grid,
-                mesh,
-                {
-                    logical: used
-                    for logical, axes in table.items()
-                    if (used := tuple(axis for axis in axes if mesh.shape[axis] > 1))
-                },
-                pieces or {},
-                kv_cost,
-                reduce_dtype,
-            )
-            for run, grid, mesh in zip(
-                runs, grids, (_mesh(grid, devices) for grid in grids), strict=True
-            )
-            if run
-        ),
-    )
+        return [grid[:, i] for i in range(stages)], shares
+    if shares is None:
+        return [grid[:, 0]], [1.0]
+    # Stage k has the k + 1 devices of the largest shares: each share is a sum over its stages.
+    order = np.argsort(-np.asarray(shares), kind="stable")
+    ranked = [*np.asarray(shares)[order], 0.0]
+    grids = [grid[:, 0][..., np.sort(order[: k + 1])] for k in range(tensor)]
+    return grids, [(k + 1) * (ranked[k] - ranked[k + 1]) for k in range(tensor)]
 
 
-def _grid(places: np.ndarray, axes: Sequence[str]) -> np.ndarray:
-    """Places by `[data, stage, expert, tensor]`."""
+def _grid(values: np.ndarray, axes: Sequence[str]) -> np.ndarray:
+    """Values of a mesh with these axes as `[data, stage, expert, tensor]`."""
     present = [axis for axis in MESH_AXES if axis in axes]
-    ordered = places.transpose([axes.index(axis) for axis in present])
+    ordered = values.transpose([axes.index(axis) for axis in present])
     sizes = dict(zip(present, ordered.shape, strict=True))
     return ordered.reshape([sizes.get(axis, 1) for axis in MESH_AXES])
 
 
 def _mesh(
-    places: np.ndarray,
+    ranks: np.ndarray,
     devices: Sequence[jax.Device] | None,
     axes: tuple[str, ...] = ("data", "expert", "tensor"),
 ) -> Mesh | AbstractMesh:
     types = (AxisType.Auto,) * len(axes)
     if devices is None:
-        return AbstractMesh(places.shape, axes, axis_types=types)
+        return AbstractMesh(ranks.shape, axes, axis_types=types)
     present = np.asarray(devices, dtype=object)
-    return Mesh(present[places], axes, axis_types=types)
+    return Mesh(present[ranks], axes, axis_types=types)
 
 
 def free_memory(devices: Sequence[jax.Device]) -> list[float] | None:
-    """Bytes that are free on each device; None where they do not say.
+    """Free bytes on each device; None if unknown.
 
-    Nor do the devices of other processes, and all processes have to agree.
+    With several processes they are unknown: all must agree, and none sees the others' devices.
     """
     if jax.process_count() > 1:
         return None
@@ -305,9 +321,9 @@ def free_memory(devices: Sequence[jax.Device]) -> list[float] | None:
 
 
 def stage_memory(shape: Mapping[str, int], memory: Sequence[float]) -> list[float]:
-    """What the stages of a mesh can hold, given each device's bytes: shares for `make_partition`.
+    """Capacity of each stage of a mesh, given each device's bytes: shares for `make_partition`.
 
-    Parts of a layer are equal, so that the smallest device of a stage counts for each.
+    Shards are equal, so every device of a stage counts as its smallest.
     """
     grid = _grid(np.asarray(memory).reshape(tuple(shape.values())), tuple(shape))
     return [float(stage.min()) * stage.size for stage in grid.swapaxes(0, 1)]
@@ -316,18 +332,18 @@ def stage_memory(shape: Mapping[str, int], memory: Sequence[float]) -> list[floa
 def share_layers(
     costs: Sequence[float], shares: Sequence[float], together: Sequence[range] = ()
 ) -> list[range]:
-    """Runs of layers whose costs are as near to the shares as whole layers allow.
+    """Splits layers into runs whose costs are as close to the shares as whole layers allow.
 
-    The sum over runs of cost squared by share is least; without the limit to whole layers this
-    would be where costs are proportional to shares.
+    Minimizes the sum of `cost**2 / share`, which for divisible layers is where costs are
+    proportional to shares.
 
     Args:
       costs: of each layer.
-      shares: of each run, at least one above 0; runs without a share are empty.
-      together: layers that must be in one run.
+      shares: of each run, at least one above 0; runs with share 0 are empty.
+      together: runs of layers that must not be split.
 
     Returns:
-      as many runs as shares, in order.
+      one run for each share, in order.
     """
     before = np.concatenate([[0.0], np.cumsum(costs)])
     layers = len(costs)
@@ -336,7 +352,7 @@ def share_layers(
     inside = [i for run in together for i in run[1:]]
     starts = []
     for share in shares:
-        # price[i, j]: of the run of layers i ... j - 1
+        # price[i, j]: the run of layers i ... j - 1
         run = before[None, :] - before[:, None]
         price = run**2 / share if share > 0 else np.where(run > 0, math.inf, 0.0)
         price = np.where(run >= 0, price, math.inf)

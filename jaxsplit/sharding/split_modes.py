@@ -1,11 +1,11 @@
-"""Split modes: which logical axis is split by which mesh axis, and the devices of a mesh.
+"""Split modes: which mesh axes split which logical axis, and the devices of a mesh.
 
 The mesh axes:
 
-`data`    copies of the model, each with its own sequences
-`stage`   runs of layers, one after the other
-`expert`  whole experts of a mixture; for all else it is as `tensor`
-`tensor`  parts of every layer, at the same time
+`data`    replicas of the model, each with its own sequences
+`stage`   pipeline stages: runs of layers
+`expert`  whole experts of a mixture; for all else the same as `tensor`
+`tensor`  shards of every layer
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ class SplitMode:
     """One way to split a model.
 
     Attributes:
-      summary: one line for people.
-      axis: the mesh axis that takes all devices when no mesh is given; None: a single device.
-      table: logical axis to mesh axes. Layers go to the `stage` axis in every mode.
+      summary: one line for users.
+      axis: the mesh axis of all devices if no mesh is given; None: a single device.
+      table: logical axis to mesh axes. The `stage` axis splits layers in every mode.
     """
 
     summary: str
@@ -35,15 +35,15 @@ class SplitMode:
     table: Mapping[str, tuple[str, ...]]
 
 
-_PARTS = ("expert", "tensor")
+_SHARDS = ("expert", "tensor")
 _UNITS = {
     "slots": ("data",),
-    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), _PARTS),
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), _SHARDS),
     "experts": ("expert",),
     "expert_mlp": ("tensor",),
 }
-_ROW = {**_UNITS, "embed_out": _PARTS, "expert_out": ("tensor",)}
-_GRAPH = {**_UNITS, "heads_in": _PARTS, "mlp_in": _PARTS, "expert_mlp_in": ("tensor",)}
+_ROW = {**_UNITS, "embed_out": _SHARDS, "expert_out": ("tensor",)}
+_GRAPH = {**_UNITS, "heads_in": _SHARDS, "mlp_in": _SHARDS, "expert_mlp_in": ("tensor",)}
 
 SPLIT_MODES: Mapping[str, SplitMode] = MappingProxyType(
     {
@@ -51,7 +51,7 @@ SPLIT_MODES: Mapping[str, SplitMode] = MappingProxyType(
         "layer": SplitMode("each device runs some of the layers, in turn", "stage", _GRAPH),
         "row": SplitMode("matrices are split by rows; outputs are gathered", "tensor", _ROW),
         "graph": SplitMode(
-            "every device runs a part of each layer; partial sums are added up", "tensor", _GRAPH
+            "each device runs a shard of each layer; partial sums are all-reduced", "tensor", _GRAPH
         ),
     }
 )
@@ -61,7 +61,7 @@ def split_mode(name: str) -> SplitMode:
     """The entry of a split mode.
 
     Raises:
-      JaxsplitError: there is no such mode; the message lists those that are.
+      JaxsplitError: the mode is unknown; the message lists the known ones.
     """
     if not isinstance(name, str) or name not in SPLIT_MODES:
         raise JaxsplitError(
@@ -71,10 +71,10 @@ def split_mode(name: str) -> SplitMode:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`tensor:4` (or several axes, separated by commas) to axis sizes.
+    """Parses `tensor:4` (or several axes, separated by commas) to axis sizes.
 
     Raises:
-      JaxsplitError: not of this form, or an unknown axis.
+      JaxsplitError: malformed, or an unknown axis.
     """
     if not isinstance(text, str) or not text:
         raise JaxsplitError(f"mesh={text!r} is not a shape such as tensor:4 or stage:2,tensor:2")
@@ -97,7 +97,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def parse_shares(text: str | Sequence[float]) -> list[float]:
-    """`3,1`, or a sequence of numbers, to shares.
+    """Parses `3,1`, or a sequence of numbers, to shares.
 
     Raises:
       JaxsplitError: not numbers, or none above 0.
@@ -122,18 +122,18 @@ def choose_devices(
     mesh: str | None = None,
     main_device: int = 0,
 ) -> tuple[dict[str, int], list[jax.Device]]:
-    """The mesh's shape and its devices.
+    """Chooses the mesh shape and the devices.
 
     Args:
       mode: a name in `SPLIT_MODES`.
-      devices: which devices, or how many of the first; None: all, or as many as `mesh` needs.
-      mesh: axis sizes, such as `stage:2,tensor:2`, of which the last varies fastest over the
-        devices; None: all devices on the mode's axis.
-      main_device: for modes on a single device: which one.
+      devices: the devices, or how many of the first; None: all, or as many as `mesh` needs.
+      mesh: axis sizes, such as `stage:2,tensor:2`, the last varying fastest over the devices; None:
+        all devices on the mode's axis.
+      main_device: index of the device for modes that use a single one.
 
     Raises:
-      JaxsplitError: the mode or mesh is unknown, they do not fit together, or there are fewer
-        devices than asked for.
+      JaxsplitError: the mode or mesh is unknown, they do not fit together, or there are too few
+        devices.
     """
     chosen = split_mode(mode)
     present = list(jax.devices())
@@ -179,8 +179,8 @@ def choose_devices(
 
 
 def _with_all_processes(devices: list[jax.Device]) -> list[jax.Device]:
-    taking_part = {device.process_index for device in devices}
-    if left_out := sorted(set(range(jax.process_count())) - taking_part):
+    present = {device.process_index for device in devices}
+    if left_out := sorted(set(range(jax.process_count())) - present):
         raise JaxsplitError(
             f"no device of process {left_out[0]} is in the mesh of {len(devices)}; every process "
             f"needs one: use all {len(jax.devices())} devices, or start fewer processes"

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat messages to text, from a GGUF file's own metadata."""
+"""Tokenizers and chat templates, built from a GGUF file's own metadata."""
 
 from jaxsplit.text.chat import ChatTemplate
 from jaxsplit.text.tokenizer import SHOW_SPECIAL, TextStream, Tokenizer

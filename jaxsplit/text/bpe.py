@@ -1,7 +1,7 @@
-"""Kinds of tokenizers: one class for each supported value of `tokenizer.ggml.model`.
+"""Tokenizer models: one class for each supported value of `tokenizer.ggml.model`.
 
-A kind tokenizes text that holds no special tokens, and says what bytes a token stands for. The
-`tokenizers` library merges by rank; it cannot express merging by score.
+A model tokenizes text without special tokens, and maps tokens to bytes. The `tokenizers` library
+merges by rank; it cannot express merging by score.
 """
 
 import heapq
@@ -17,15 +17,15 @@ _SPACE = "\u2581"  # Stands for a space in SentencePiece vocabularies.
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-class Kind(Protocol):
-    """What a `Tokenizer` needs to know of its kind.
+class TokenizerModel(Protocol):
+    """Interface of a tokenizer model.
 
     Attributes:
-        bos, eos: ids of the special tokens when the file does not name them.
-        add_bos: whether text starts with BOS when the file does not say so.
+        bos, eos: default ids of the special tokens, if the file does not name them.
+        add_bos: whether text starts with BOS by default.
         always_bos: text starts with BOS whatever the file says.
-        space_prefix: text that starts a prompt or follows a special token gets a leading space.
-        clean_spaces: the model's conventional detokenization removes spaces before punctuation.
+        space_prefix: text at the start of a prompt or after a special token gets a leading space.
+        clean_spaces: conventional detokenization removes spaces before punctuation.
     """
 
     bos: int | None
@@ -38,14 +38,14 @@ class Kind(Protocol):
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]): ...
 
     def encode(self, text: bytes) -> list[int]:
-        """Ids of a text without special tokens; invalid UTF-8 is allowed."""
+        """Tokenizes text without special tokens; invalid UTF-8 is allowed."""
 
     def piece(self, token: str) -> bytes:
-        """The bytes that a normal token of the vocabulary stands for."""
+        """The bytes of a normal token."""
 
 
 class ByteLevelBPE:
-    """`gpt2`: merges by rank over bytes, in words cut by the file's pre-tokenizer."""
+    """`gpt2`: merges by rank over bytes, within the pre-tokenizer's words."""
 
     bos = eos = None
     always_bos = space_prefix = False
@@ -79,9 +79,9 @@ class ByteLevelBPE:
 
 
 class SentencePieceBPE:
-    """`llama`: merges by score over characters, with byte tokens for those it does not know.
+    """`llama`: merges by score over characters, with byte tokens for unknown ones.
 
-    It works on bytes, so that tokens and texts that are not UTF-8 need no special treatment.
+    Works on bytes, so that tokens and texts that are not UTF-8 need no special cases.
     """
 
     bos, eos = 1, 2
@@ -114,10 +114,10 @@ _SYMBOLS = re.compile(b"[\xc0-\xdf].?|[\xe0-\xef].{0,2}|[\xf0-\xff].{0,3}|.", re
 
 
 def merge_by_score(symbols: Sequence[bytes], scores: Mapping[bytes, float]) -> list[bytes]:
-    """Merges neighbours into tokens until no two of them make one.
+    """Merges neighboring symbols into tokens until no two of them form one.
 
-    The pair whose token has the best score comes first, and the leftmost of equals. Symbols need
-    not be tokens themselves. This is SentencePiece's BPE:
+    The pair with the best score is merged first, the leftmost of equals. Symbols need not be tokens
+    themselves. This is SentencePiece's BPE:
     https://github.com/google/sentencepiece/blob/master/src/bpe_model.cc
 
     Args:
@@ -125,9 +125,9 @@ def merge_by_score(symbols: Sequence[bytes], scores: Mapping[bytes, float]) -> l
         scores: of each token; higher is better.
 
     Returns:
-        The tokens, and the symbols that became part of none. Takes O(n log n) time.
+        The tokens and unmerged symbols, in O(n log n) time.
     """
-    parts = [*symbols, b""]  # A part that was merged into its left neighbour is empty.
+    merged = [*symbols, b""]  # Empty where a symbol was merged into its left neighbor.
     end = len(symbols)
     following, previous = [*range(1, end + 1), end], [*range(-1, end)]
     pairs = map(bytes.__add__, symbols, symbols[1:])
@@ -136,23 +136,23 @@ def merge_by_score(symbols: Sequence[bytes], scores: Mapping[bytes, float]) -> l
     while heap:
         _, left, token = heapq.heappop(heap)
         right = following[left]
-        if not parts[left] or parts[left] + parts[right] != token:
-            continue  # One of the two has been merged with another since.
-        parts[left], parts[right] = token, b""
+        if not merged[left] or merged[left] + merged[right] != token:
+            continue  # Stale: one of the two has been merged since.
+        merged[left], merged[right] = token, b""
         after, before = following[right], previous[left]
         following[left], previous[after] = after, left
-        if after < end and (pair := token + parts[after]) in scores:
+        if after < end and (pair := token + merged[after]) in scores:
             heapq.heappush(heap, (-scores[pair], left, pair))
-        if before >= 0 and (pair := parts[before] + token) in scores:
+        if before >= 0 and (pair := merged[before] + token) in scores:
             heapq.heappush(heap, (-scores[pair], before, pair))
-    return [part for part in parts if part]
+    return [token for token in merged if token]
 
 
 class Gemma4BPE:
-    """`gemma4`: merges by rank over characters, with byte tokens; lines are cut apart."""
+    """`gemma4`: merges by rank over the characters of a line, with byte tokens."""
 
     bos = eos = None
-    add_bos = always_bos = True  # Files that say otherwise are known to be wrong.
+    add_bos = always_bos = True  # Files that say otherwise are wrong.
     space_prefix = False
     clean_spaces = True
 
@@ -180,15 +180,15 @@ class Gemma4BPE:
         return token_bytes(token.replace(_SPACE, " "))
 
 
-KINDS: dict[str, type[Kind]] = {
+TOKENIZER_MODELS: dict[str, type[TokenizerModel]] = {
     "gpt2": ByteLevelBPE,
     "llama": SentencePieceBPE,
     "gemma4": Gemma4BPE,
 }
 
 
-def find_kind(metadata: Mapping[str, Any]) -> type[Kind]:
-    """The kind that `tokenizer.ggml.model` names.
+def find_model(metadata: Mapping[str, Any]) -> type[TokenizerModel]:
+    """The class for the file's `tokenizer.ggml.model`.
 
     Raises:
         JaxsplitError: the file has no tokenizer, or an unknown one.
@@ -199,18 +199,19 @@ def find_kind(metadata: Mapping[str, Any]) -> type[Kind]:
             f"the file has no tokenizer (tokenizer.ggml.model is {model!r}): "
             "only token ids can be used with it"
         )
-    if model not in KINDS:
+    if model not in TOKENIZER_MODELS:
         raise JaxsplitError(
-            f"tokenizer.ggml.model is {model!r}, which is unknown; supported: {', '.join(KINDS)}"
+            f"tokenizer.ggml.model is {model!r}, which is unknown; supported: "
+            f"{', '.join(TOKENIZER_MODELS)}"
         )
-    return KINDS[model]
+    return TOKENIZER_MODELS[model]
 
 
 class _RankBPE:
-    """The merges of a file in the `tokenizers` library.
+    """A file's merges in the `tokenizers` library.
 
-    The library wants an id for every string that a merge names. Strings that are no tokens get
-    ids after those of the vocabulary, and are spelled with tokens where they are left over.
+    The library requires an id for every string in a merge. Strings that are not tokens get ids
+    after the vocabulary's, and are spelled out with tokens where they remain.
     """
 
     def __init__(
@@ -222,7 +223,7 @@ class _RankBPE:
     ):
         from tokenizers import models
 
-        # No text holds tokens that are not UTF-8, nor does the library.
+        # The library holds only valid UTF-8, and no text contains other tokens.
         vocabulary = {token: id for token, id in ids.items() if not _SURROGATE.search(token)}
         merges = _read_merges(metadata)
         first_free = max(ids.values()) + 1
@@ -235,7 +236,7 @@ class _RankBPE:
         self._model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, **options)
 
     def encoder(self, pre_tokenizer: Any = None) -> Callable[[str], list[int]]:
-        """Text to ids, cut by one of the library's pre-tokenizers first."""
+        """A function from text to ids, with an optional pre-tokenizer of the library."""
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer(self._model)
@@ -253,7 +254,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _read_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`tokenizer.ggml.merges` as pairs, best first; of equal ones the first counts."""
+    """`tokenizer.ggml.merges` as pairs, best first; of duplicates the first counts."""
     merges = {}
     for merge in require(metadata, "tokenizer.ggml.merges", list[str]):
         # The first character of the left part may itself be a space.
@@ -264,12 +265,12 @@ def _read_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _byte_token_ids(ids: Mapping[str, int]) -> list[int]:
-    """The ids of `<0x00>` to `<0xFF>`, for kinds that need all of them."""
+    """The ids of `<0x00>` to `<0xFF>`, for models that need all of them."""
     found = [ids[name] for name in _BYTE_TOKENS if name in ids]
     if len(found) < 256:
         raise JaxsplitError(
             f"the vocabulary has {len(found)} of the 256 tokens <0x00> to <0xFF> "
-            "that a tokenizer of its kind needs"
+            "that its tokenizer needs"
         )
     return found
 
@@ -278,8 +279,8 @@ def _decode_lenient(text: bytes) -> list[tuple[str, bytes]]:
     """Decodes UTF-8 with one U+FFFD for each invalid byte, but accepts overlong sequences.
 
     Returns:
-        Pairs of valid text and the encoded surrogates after it, which no `str` for the
-        `tokenizers` library may hold.
+        Pairs of valid text and the encoded surrogates after it, which the `tokenizers` library
+        does not accept in a `str`.
     """
     decoded = text.decode("utf-8", "surrogateescape")
     parts = re.split("([\ud800-\udfff]+)", _ESCAPED.sub(_decode_escaped, decoded)) + [""]
@@ -294,7 +295,7 @@ _ESCAPED = re.compile(
 
 
 def _decode_escaped(match: re.Match[str]) -> str:
-    """Decodes what a strict decoder has refused: one sequence of lead and trailing bytes."""
+    """Decodes one sequence of lead and trailing bytes that a strict decoder has rejected."""
     lead, *trail = match[0].encode("utf-8", "surrogateescape")
     code_point = lead & (0x3F >> len(trail))
     for byte in trail:
@@ -303,7 +304,7 @@ def _decode_escaped(match: re.Match[str]) -> str:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's character for each byte: printable ones are themselves, the others U+0100 on."""
+    """GPT-2's character for each byte: itself if printable, else from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text that a model was trained on."""
+"""Chat templates: from messages to the text format of a model's training."""
 
 import datetime
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text.bpe import KINDS
+from jaxsplit.text.bpe import TOKENIZER_MODELS
 from jaxsplit.text.metadata import get, get_token_id
 
 _MARKUP_NAME = re.compile(
@@ -19,12 +19,12 @@ _MARKUP_NAME = re.compile(
 class ChatTemplate:
     """A model's own Jinja template. Build one with `ChatTemplate.from_metadata`.
 
-    Templates come with the model file and are not trusted: they run in Jinja's sandbox, without
-    access to Python's internals and without changing what they are given.
+    Templates come with the model file and are untrusted: they run in Jinja's sandbox, without
+    access to Python's internals, and cannot modify their arguments.
 
     Attributes:
-        source: the template as the file has it.
-        bos_token, eos_token: the texts of these tokens, empty if the model has none.
+        source: the template's source.
+        bos_token, eos_token: texts of these tokens, empty if the model has none.
     """
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = ""):
@@ -39,7 +39,7 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # Jinja compiles to Python, whose compiler has limits too.
+        except Exception as error:  # Jinja compiles to Python, whose compiler has limits, too.
             raise _failure("is not valid", error) from error
 
     @classmethod
@@ -47,8 +47,8 @@ class ChatTemplate:
         """Reads `tokenizer.chat_template` of a GGUF file.
 
         Raises:
-            JaxsplitError: the file has no chat template, or one that is not valid, or a key has
-                a value of another type.
+            JaxsplitError: the file has no chat template, or an invalid one, or a key's value has
+                the wrong type.
         """
         source = get(metadata, "tokenizer.chat_template", str)
         if not source:
@@ -57,10 +57,10 @@ class ChatTemplate:
                 "use a plain prompt instead of messages"
             )
         tokens = get(metadata, "tokenizer.ggml.tokens", list[str], ())
-        kind = KINDS.get(get(metadata, "tokenizer.ggml.model", str))
+        model = TOKENIZER_MODELS.get(get(metadata, "tokenizer.ggml.model", str))
 
         def text(name: str) -> str:
-            id = get_token_id(metadata, name, len(tokens), getattr(kind, name, None))
+            id = get_token_id(metadata, name, len(tokens), getattr(model, name, None))
             return "" if id is None else tokens[id]
 
         return cls(source, text("bos"), text("eos"))
@@ -71,7 +71,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """Writes messages as one text.
+        """Renders messages as text.
 
         Encode the text with `parse_special=True`.
 
@@ -81,7 +81,7 @@ class ChatTemplate:
             **variables: more variables of the template, such as `enable_thinking=False`.
 
         Raises:
-            JaxsplitError: the messages are no list of mappings, or the template refuses them.
+            JaxsplitError: the messages are not a list of mappings, or the template rejects them.
         """
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
         if not is_list or not all(isinstance(message, Mapping) for message in messages):
@@ -99,14 +99,14 @@ class ChatTemplate:
         }
         try:
             return self._template.render(values | variables)
-        except Exception as error:  # A template can raise whatever Python's operators raise.
+        except Exception as error:  # Templates can raise any error of Python's operators.
             raise _failure("fails on these messages", error) from error
 
     def find_markup(self, tokens: Iterable[str]) -> set[str]:
-        """Finds the control tokens that mark thoughts and tool calls in an answer, by their names.
+        """Finds the control tokens that mark thoughts and tool calls in an answer, by name.
 
-        They are there if the template spells any: some templates spell `</think>` alone, or the
-        list of tools but not the call. The template is not run.
+        All count if the template contains any of them: some templates contain only `</think>`, or
+        the list of tools but not the call. The template is not run.
 
         Args:
             tokens: texts of control tokens.
@@ -121,14 +121,14 @@ def _failure(what: str, error: Exception) -> JaxsplitError:
 
 
 def _environment() -> Any:
-    """The Jinja environment that templates on the Hugging Face Hub are written for."""
+    """A Jinja environment like that of Hugging Face's transformers."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for training; here it does nothing."""
+        """`{% generation %}` marks the assistant's text for training; a no-op here."""
 
         tags = frozenset({"generation"})
 

@@ -1,4 +1,4 @@
-"""Typed access to the tokenizer's keys of a GGUF file: a value of another type is refused."""
+"""Type-checked access to the tokenizer's keys of a GGUF file."""
 
 import reprlib
 import typing
@@ -16,13 +16,13 @@ def get(metadata: Mapping[str, Any], key: str, kind: Any, default: Any = None) -
     """The value of a key, or the default if the file does not have the key.
 
     Args:
-        metadata: GGUF keys to plain Python values. Strings hold bytes that are not UTF-8 as
-            `surrogateescape` does.
+        metadata: GGUF keys to plain Python values. Strings contain bytes that are not UTF-8 as
+            surrogate escapes.
         kind: `str`, `bool` (0 and 1 are accepted), `int`, `float` (integers are accepted), or a
             list of one of these, such as `list[str]`.
 
     Raises:
-        JaxsplitError: the value is of another type, or NaN.
+        JaxsplitError: the value has the wrong type, or is NaN.
     """
     value = metadata.get(key)
     if value is None:
@@ -41,7 +41,7 @@ def get(metadata: Mapping[str, Any], key: str, kind: Any, default: Any = None) -
 
 
 def require(metadata: Mapping[str, Any], key: str, kind: Any) -> Any:
-    """As `get`, for a key without which there is no tokenizer."""
+    """As `get`, for a key that every tokenizer needs."""
     value = get(metadata, key, kind)
     if value is None:
         raise JaxsplitError(f"{key} is missing from the file: only token ids can be used with it")
@@ -49,7 +49,7 @@ def require(metadata: Mapping[str, Any], key: str, kind: Any) -> Any:
 
 
 def check_length(key: str, values: Sequence[Any], tokens: int) -> None:
-    """Refuses a list that does not have a value for each token of the vocabulary."""
+    """Checks that a list has a value for each token of the vocabulary."""
     if len(values) != tokens:
         raise JaxsplitError(
             f"{key} has {len(values)} values, but the vocabulary has {tokens} tokens: {_DAMAGED}"
@@ -59,12 +59,12 @@ def check_length(key: str, values: Sequence[Any], tokens: int) -> None:
 def get_token_id(
     metadata: Mapping[str, Any], name: str, tokens: int, default: int | None = None
 ) -> int | None:
-    """The id that `tokenizer.ggml.NAME_token_id` gives to a special token.
+    """The id of a special token, from `tokenizer.ggml.NAME_token_id`.
 
-    An id outside the vocabulary, such as -1 or 4294967295, says that there is no such token.
+    An id outside the vocabulary, such as -1 or 4294967295, means that there is no such token.
 
     Raises:
-        JaxsplitError: the value is no integer.
+        JaxsplitError: the value is not an integer.
     """
     id = get(metadata, f"tokenizer.ggml.{name}_token_id", int, default)
     return id if id is not None and 0 <= id < tokens else None
@@ -76,7 +76,7 @@ def token_bytes(text: str) -> bytes:
 
 
 def _are(values: Sequence[Any], kind: type) -> bool:
-    """Whether all values are of one type; each type is looked at once: vocabularies are long."""
+    """Whether all values have a type. Checks each distinct type once, as vocabularies are long."""
     types = set(map(type, values))
     if kind is bool:
         return all(issubclass(t, Integral) for t in types) and {*values} <= {0, 1}
@@ -89,7 +89,7 @@ def _are(values: Sequence[Any], kind: type) -> bool:
 
 
 def _is_text(text: str) -> bool:
-    """False for surrogates that stand for no byte, which no file can hold."""
+    """Whether all surrogates are escaped bytes; no file can contain others."""
     try:
         token_bytes(text)
     except UnicodeEncodeError:

@@ -1,11 +1,11 @@
-r"""Pre-tokenizers: how a byte-level BPE tokenizer cuts text into words before merging.
+r"""Pre-tokenizers: how a byte-level BPE tokenizer splits text into words before merging.
 
-`tokenizer.ggml.pre` of a GGUF file names one. Each is a list of regular expressions, applied one
-after the other to every piece that the one before left; both the matches and the text between
-them become pieces. The syntax is Oniguruma's, as in the `tokenizers` library; contractions spell
-out both cases, because `(?i:s)` would match U+017F as well.
+`tokenizer.ggml.pre` of a GGUF file names one. Each is a list of regular expressions, applied in
+order to every piece left by the previous one; both the matches and the text between them become
+pieces. The syntax is Oniguruma's, as in the `tokenizers` library. Contractions list both cases,
+because `(?i:s)` would match U+017F as well.
 
-No pattern may look ahead over a whole run at every place in it: long runs would take quadratic
+No pattern may look ahead over a whole run at each of its characters: long runs would take quadratic
 time.
 """
 
@@ -19,10 +19,10 @@ class PreTokenizer:
     """One row of the table.
 
     Attributes:
-        patterns: regular expressions, in the order of their application.
-        ignore_merges: a word that is in the vocabulary is one token, whatever the merges say.
-        add_bos: whether text starts with BOS when the file does not say so.
-        clean_spaces: the model's conventional detokenization removes spaces before punctuation.
+        patterns: regular expressions, in order of application.
+        ignore_merges: a word in the vocabulary is one token, whatever the merges say.
+        add_bos: whether text starts with BOS by default.
+        clean_spaces: conventional detokenization removes spaces before punctuation.
     """
 
     patterns: tuple[str, ...]
@@ -37,7 +37,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 def _words(digits: str, *, contraction: str = _CONTRACTION + "|", spaces: str = _SPACES) -> str:
-    """The pattern of GPT-4 (cl100k) and its many descendants, which differ in the digits."""
+    """The pattern of GPT-4 (cl100k) and its descendants, which differ in the digits."""
     return (
         contraction
         + rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{spaces}"
@@ -57,16 +57,16 @@ def _cased_words(digits: str, *, contraction: str = _CONTRACTION + "?", outside:
 
 
 def _threes(digit: str) -> tuple[str, str]:
-    """Cuts pieces of nothing but digits into threes from the right: 1234567 is 1 234 567.
+    """Splits pieces of digits only into threes from the right: 1234567 is 1 234 567.
 
-    The first pattern takes what is left over at the start, so that the second can count from the
+    The first pattern matches the remainder at the start, so that the second can count from the
     left.
     """
     return rf"\A{digit}{{1,2}}(?=(?:{digit}{{3}})++\z)", rf"{digit}{{3}}"
 
 
 def _class(code_points: str) -> str:
-    """One or more of the code points, given in hexadecimal: `"41-5A 5F"` is `[A-Z_]+`."""
+    """A pattern for one or more code points, given in hexadecimal: `"41-5A 5F"` is `[A-Z_]+`."""
     ranges = ("-".join(chr(int(end, 16)) for end in r.split("-")) for r in code_points.split())
     return f"[{''.join(ranges)}]+"
 
@@ -78,7 +78,7 @@ _DEEPSEEK_V3_WORDS = (
 )
 _CJK_KANA = _class("4E00-9FA5 3040-30FF")
 _DEEPSEEK_CJK = _class("800-9FA5 AC00-D7FF")
-# The letters with case that DeepSeek-LLM lists; newer ones of Unicode are not among them.
+# The cased letters that DeepSeek-LLM lists, without those of newer Unicode versions.
 _DEEPSEEK_LETTERS = _class(
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 "
     "388-38A 38C 38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD "
@@ -100,7 +100,7 @@ _UNSPACED_SCRIPTS = _class(
     "AA60-AA7F A9E0-A9FF AC00-D7AF 1100-11FF"
 )
 
-# Keys are the names, separated by spaces, that share a row.
+# Keys: names that share a row, separated by spaces.
 _ROWS = {
     "default": PreTokenizer(
         (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), clean_spaces=True
@@ -172,7 +172,7 @@ _ROWS = {
         (_cased_words(r"\p{N}", contraction=""),), ignore_merges=True, add_bos=True
     ),
     "tiny_aya cohere2moe": PreTokenizer(
-        # Digits before a letter count from the left; the pattern of words cuts all into threes.
+        # Digits before a letter count from the left; the pattern of words splits all into threes.
         (r"(?<!\d)\d++\b", _threes(r"\d")[0], _cased_words(r"\p{N}{1,3}"))
     ),
     "youtu": PreTokenizer(
@@ -231,7 +231,7 @@ def pre_tokenizer(name: str | None) -> PreTokenizer:
 
     Raises:
         JaxsplitError: the name is missing or unknown; a wrong guess would silently change the
-            tokens that a model sees.
+            model's tokens.
     """
     if name is None:
         found = "tokenizer.ggml.pre is missing from the file"

@@ -1,7 +1,7 @@
-"""Which tokens of a vocabulary are special, and which end generation.
+"""Special tokens of a vocabulary, and the ones that end generation.
 
-GGUF files mark a token's type, but often wrongly or not at all; the well-known names below
-complete them in the way of llama.cpp.
+GGUF files have token types, but they are often wrong or missing; as in llama.cpp, well-known names
+correct and complete them.
 """
 
 import enum
@@ -25,7 +25,7 @@ class TokenType(enum.IntEnum):
 
 
 HIDDEN = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
-"""Types that are recognized in text, and written out, only on request."""
+"""Types that are recognized in text, and shown in decoded text, only on request."""
 
 _END_NAMES = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
@@ -33,7 +33,7 @@ _END_NAMES = (
     *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~["),
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-# Fill-in-the-middle tokens: (part of the metadata key, names, whether they end generation).
+# Fill-in-the-middle tokens: (name in the metadata key, token texts, whether they end generation).
 _FILL_IN_THE_MIDDLE = (
     (
         "fim_pre",
@@ -57,7 +57,7 @@ _FILL_IN_THE_MIDDLE = (
     ("fim_rep", ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), True),
     ("fim_sep", ("<|file_sep|>",), True),
 )
-# The channel markers of gpt-oss are text that its users read.
+# Channel markers of gpt-oss, shown to users.
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 
@@ -68,8 +68,8 @@ class SpecialTokens:
     Attributes:
         types: the corrected type of every token, by id.
         end_ids: ids that end generation.
-        strip_left: ids that swallow the white space before them in text.
-        strip_right: ids that swallow the white space after them in text.
+        strip_left: ids that consume the white space before them.
+        strip_right: ids that consume the white space after them.
     """
 
     types: list[int]
@@ -86,11 +86,11 @@ def find_special_tokens(
     Args:
         metadata: the GGUF file's.
         ids: token text to id.
-        types: token types as the file has them, by id.
+        types: the file's token types, by id.
         eos: the end-of-sequence id, if the model has one.
 
     Raises:
-        JaxsplitError: a key has a value of another type.
+        JaxsplitError: a key's value has the wrong type.
     """
     types = list(types)
     end_ids = {ids[name] for name in _END_NAMES if name in ids}
@@ -110,7 +110,7 @@ def find_special_tokens(
     for name in _SHOWN_NAMES:
         if name in ids:
             types[ids[name]] = TokenType.USER_DEFINED
-    # Where a model has tokens of its own to end a turn, the generic one only separates messages.
+    # If a model has its own tokens to end a turn, the generic one only separates messages.
     if ids.keys() >= {"<|return|>", "<|call|>", "<|end|>"} or (
         ids.keys() >= {"<|calls|>", "<|flush|>", "<|end|>"}
     ):

@@ -8,26 +8,26 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text.bpe import Kind, find_kind
+from jaxsplit.text.bpe import TokenizerModel, find_model
 from jaxsplit.text.chat import ChatTemplate
 from jaxsplit.text.metadata import check_length, get, get_token_id, require, token_bytes
 from jaxsplit.text.special import HIDDEN, TokenType, find_special_tokens, is_special
 
 SHOW_SPECIAL = ("template", "none", "all")
-"""Which control tokens are written out when ids are decoded: see `Tokenizer.decode`."""
+"""Which control tokens appear in decoded text: see `Tokenizer.decode`."""
 
 _WHITE_SPACE = b" \t\n\v\f\r"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """Turns text into token ids and back. Build one with `Tokenizer.from_metadata`.
+    """Encodes text to token ids and decodes them. Build one with `Tokenizer.from_metadata`.
 
     Attributes:
         vocab_size: number of tokens.
-        bos_id, eos_id: ids of the begin- and end-of-sequence tokens, None if there is none.
-        add_bos, add_eos: whether the model wants them around a text.
-        end_ids: every token that ends generation: end of sequence, of turn, of message.
+        bos_id, eos_id: ids of the begin- and end-of-sequence tokens, or None.
+        add_bos, add_eos: whether the model expects them around a text.
+        end_ids: tokens that end generation: end of sequence, of turn, of message.
     """
 
     vocab_size: int
@@ -39,7 +39,7 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any]):
         """See `from_metadata`."""
-        kind = find_kind(metadata)
+        model = find_model(metadata)
         # An empty token would match everywhere.
         tokens = [
             token or f"[EMPTY_{id}]"
@@ -56,14 +56,14 @@ class Tokenizer:
         scores = get(metadata, "tokenizer.ggml.scores", list[float])
         if scores is not None:
             check_length("tokenizer.ggml.scores", scores, len(tokens))
-        self._kind: Kind = kind(metadata, ids)
+        self._model: TokenizerModel = model(metadata, ids)
         self._metadata = metadata
         self._tokens = tokens
         self.vocab_size = len(tokens)
-        self.bos_id = get_token_id(metadata, "bos", len(tokens), kind.bos)
-        self.eos_id = get_token_id(metadata, "eos", len(tokens), kind.eos)
-        add_bos = get(metadata, "tokenizer.ggml.add_bos_token", bool, self._kind.add_bos)
-        self.add_bos = bool(add_bos or kind.always_bos) and self.bos_id is not None
+        self.bos_id = get_token_id(metadata, "bos", len(tokens), model.bos)
+        self.eos_id = get_token_id(metadata, "eos", len(tokens), model.eos)
+        add_bos = get(metadata, "tokenizer.ggml.add_bos_token", bool, self._model.add_bos)
+        self.add_bos = bool(add_bos or model.always_bos) and self.bos_id is not None
         add_eos = get(metadata, "tokenizer.ggml.add_eos_token", bool, False)
         self.add_eos = bool(add_eos) and self.eos_id is not None
 
@@ -75,7 +75,7 @@ class Tokenizer:
                     f"tokenizer.ggml.tokens[{id}] is {token!r}, but must be one of <0x00> to "
                     "<0xFF>, because its tokenizer.ggml.token_type says that it is a byte"
                 )
-        # Longer tokens are recognized in text before shorter ones.
+        # Longer tokens are matched first.
         self._matched = sorted(
             (
                 (token_bytes(tokens[id]), id)
@@ -87,14 +87,14 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
-        """Builds the tokenizer that the metadata of a GGUF file describes.
+        """Builds a tokenizer from a GGUF file's metadata.
 
         Args:
             metadata: GGUF keys to plain Python values.
 
         Raises:
-            JaxsplitError: the file has no tokenizer, one of an unknown kind or with an unknown
-                pre-tokenizer, or a key is missing or has a value of another type.
+            JaxsplitError: the file has no tokenizer, an unknown model or pre-tokenizer, or a key is
+                missing or its value has the wrong type.
         """
         return cls(metadata)
 
@@ -106,16 +106,15 @@ class Tokenizer:
         *,
         add_eos: bool = False,
     ) -> list[int]:
-        """Turns text into token ids.
+        """Encodes text to token ids.
 
         Args:
             text: a string, or bytes that need not be valid UTF-8.
-            add_special: begin with BOS where the model wants it. A text whose own first id is BOS
-                gets no other one.
-            parse_special: recognize control tokens that are written in the text. Never use it on
-                text that is not trusted. User-defined tokens are recognized always.
-            add_eos: end with EOS where the model wants it: for complete texts, never for those
-                that a model is to continue. A text whose own last id is EOS gets no other one.
+            add_special: start with BOS if the model expects it, unless the text starts with it.
+            parse_special: recognize control tokens in the text. Never use it on untrusted text.
+                User-defined tokens are always recognized.
+            add_eos: end with EOS if the model expects it, unless the text ends with it: for
+                complete texts, never for a prompt.
 
         Raises:
             JaxsplitError: the text is neither a string nor bytes.
@@ -127,8 +126,8 @@ class Tokenizer:
                 ids.append(fragment)
                 after_special = True
             else:
-                prefix = b" " if after_special and self._kind.space_prefix else b""
-                ids += self._kind.encode(prefix + fragment)
+                prefix = b" " if after_special and self._model.space_prefix else b""
+                ids += self._model.encode(prefix + fragment)
                 after_special = False
         if add_special and self.add_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
@@ -145,16 +144,16 @@ class Tokenizer:
         continuation: bool = False,
         clean_spaces: bool = False,
     ) -> str:
-        """Turns token ids into text; bytes that are not UTF-8 become U+FFFD.
+        """Decodes token ids to text; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids: token ids.
-            skip_special: leave out control tokens; otherwise they are written out.
-            show_special: instead, which control tokens to write out: `none`, `all`, or `template`,
-                which are the markers of thoughts and tool calls (`markup_ids`).
+            skip_special: leave out control tokens.
+            show_special: overrides `skip_special`: the control tokens to show, `none`, `all`, or
+                `template`: the markers of thoughts and tool calls (`markup_ids`).
             continuation: the ids continue a text, as generated ones do. Otherwise, where `encode`
-                puts a space before text, one space at the start of the first token is dropped
-                (none if a special token such as BOS comes first, as in llama.cpp).
+                adds a leading space, one leading space of the first token is dropped (none after a
+                special token such as BOS, as in llama.cpp).
             clean_spaces: remove spaces before punctuation, for models whose conventional
                 detokenization does so. This is not the inverse of `encode`.
 
@@ -163,7 +162,7 @@ class Tokenizer:
         """
         shown = show_special or ("none" if skip_special else "all")
         data = self.decode_bytes(ids, show_special=shown, continuation=continuation)
-        if clean_spaces and self._kind.clean_spaces:
+        if clean_spaces and self._model.clean_spaces:
             data = re.sub(rb" ([?!.,])", rb"\1", data)
             data = re.sub(rb" ' ", rb"'", data)
             data = re.sub(rb" ('(?:s|m|re|ve))", rb"\1", data)
@@ -176,7 +175,7 @@ class Tokenizer:
         show_special: str = "none",
         continuation: bool = False,
     ) -> bytes:
-        """As `decode`, but returns the bytes as the tokens have them."""
+        """As `decode`, but returns the tokens' bytes."""
         return self._join(ids, self._shown(show_special), continuation)
 
     def stream(
@@ -185,20 +184,20 @@ class Tokenizer:
         show_special: str = "none",
         continuation: bool = False,
     ) -> "TextStream":
-        """Decodes ids one at a time; all texts together are those of `decode`."""
+        """Decodes ids incrementally; the concatenated text is that of `decode`."""
         return TextStream(self, self._shown(show_special), continuation)
 
     @functools.cached_property
     def markup_ids(self) -> frozenset[int]:
         """Control tokens that mark thoughts and tool calls in an answer.
 
-        The file's chat template tells them (see `ChatTemplate.find_markup`). End tokens and
-        tokens with a metadata key of their own, such as BOS, are not among them. Without a valid
-        template there are none.
+        They are found in the file's chat template (see `ChatTemplate.find_markup`), without end
+        tokens and tokens with their own metadata key, such as BOS. Without a valid template there
+        are none.
         """
         try:
             template = ChatTemplate.from_metadata(self._metadata)
-        except JaxsplitError:  # A chat reports it.
+        except JaxsplitError:  # `LM.chat_prompt` reports it.
             return frozenset()
         named = {
             value
@@ -214,7 +213,7 @@ class Tokenizer:
         return frozenset(control[token] for token in template.find_markup(control))
 
     def token_text(self, id: int) -> str:
-        """The token as the vocabulary spells it, for messages; invalid UTF-8 as `\\xff`."""
+        """A token's text in the vocabulary, for messages; invalid UTF-8 as `\\xff`."""
         return token_bytes(self._token(id)).decode("utf-8", "backslashreplace")
 
     def _token(self, id: int) -> str:
@@ -225,7 +224,7 @@ class Tokenizer:
         return self._tokens[id]
 
     def _fragments(self, text: bytes, parse_special: bool) -> list[bytes | int]:
-        """Splits text around the special tokens in it, which become ids."""
+        """Splits text at special tokens, which become ids."""
         fragments: list[bytes | int] = [text] if text else []
         for token, id in self._matched:
             if token not in text or (not parse_special and self._special.types[id] in HIDDEN):
@@ -249,7 +248,7 @@ class Tokenizer:
         return fragments
 
     def _shown(self, show_special: str) -> Container[int]:
-        """The control tokens to write out."""
+        """The control tokens to show."""
         match show_special:
             case "template":
                 return self.markup_ids
@@ -263,12 +262,12 @@ class Tokenizer:
 
     def _join(self, ids: Iterable[int], shown: Container[int], continuation: bool) -> bytes:
         pieces = [self._piece(id, shown) for id in ids]
-        if pieces and self._kind.space_prefix and not continuation:
+        if pieces and self._model.space_prefix and not continuation:
             pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces)
 
     def _piece(self, id: int, shown: Container[int]) -> bytes:
-        """The bytes that one token stands for."""
+        """The bytes of one token."""
         token = self._token(id)
         match self._special.types[id]:
             case TokenType.CONTROL | TokenType.UNKNOWN:
@@ -276,14 +275,14 @@ class Tokenizer:
             case TokenType.USER_DEFINED:
                 return token_bytes(token)
             case TokenType.NORMAL:
-                return self._kind.piece(token)
+                return self._model.piece(token)
             case TokenType.BYTE:
                 return bytes([int(token[3:5], 16)])
         return b""
 
 
 class TextStream:
-    """Decodes token ids as they come, and never gives out half a character."""
+    """Decodes token ids incrementally, in whole characters."""
 
     def __init__(self, tokenizer: Tokenizer, shown: Container[int], continuation: bool):
         self._tokenizer = tokenizer
@@ -292,7 +291,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """Takes the next id; returns the text that is complete with it, often empty."""
+        """Decodes the next id; returns the text completed by it, often empty."""
         piece = self._tokenizer._join([id], self._shown, self._continuation)
         self._continuation = True
         return self._decoder.decode(piece)
@@ -303,12 +302,12 @@ class TextStream:
 
 
 def _to_bytes(text: str | bytes) -> bytes:
-    """UTF-8, with the bytes that `surrogateescape` has hidden in a string."""
+    """Encodes as UTF-8, restoring bytes that are surrogate escapes."""
     if isinstance(text, bytes | bytearray | memoryview):
         return bytes(text)
     if not isinstance(text, str):
         raise JaxsplitError(f"text is {reprlib.repr(text)}, but must be a string or bytes")
     try:
         return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # Other surrogates, which no decoder has put there.
+    except UnicodeEncodeError:  # Other surrogates.
         return text.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""A model's weights: the tensors behind its parameters, and how they get to the devices."""
+"""A model's weights: the tensors behind its parameters, and loading them onto the devices."""
 
 from jaxsplit.weights.sources import (
     Source,
@@ -8,9 +8,9 @@ from jaxsplit.weights.sources import (
     describe_split,
     layer_costs,
     parameter_bytes,
+    parameter_placement,
     parameter_sources,
     parameters,
-    place,
     split_model,
     stage_bytes,
 )
@@ -23,9 +23,9 @@ __all__ = [
     "describe_split",
     "layer_costs",
     "parameter_bytes",
+    "parameter_placement",
     "parameter_sources",
     "parameters",
-    "place",
     "split_model",
     "stage_bytes",
 ]

@@ -5,7 +5,7 @@
     DIR/config.json        the model's config, for people
     DIR/tensors/FOLDER/    an Orbax checkpoint of the tensors of one layer, or of the rest
 
-Tensors are stored whole and unpadded, so that any mesh can restore what any other has written.
+Tensors are stored whole and unpadded, so that a checkpoint can be restored onto any mesh.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from jaxsplit.sharding import Placement
 from jaxsplit.weights.sources import Source
 
 _FORMAT = 1
-_CHUNK_BYTES = 2**24  # what is read at least for a slice
+_CHUNK_BYTES = 2**24  # smallest read for a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StoredTensor(TensorInfo):
     """A tensor of a checkpoint.
 
     Attributes:
-      folder: the Orbax checkpoint that it is in.
+      folder: its Orbax checkpoint.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a checkpoint directory, complete or not.
 
     Raises:
-      JaxsplitError: the operating system does not say.
+      JaxsplitError: the operating system reports an error.
     """
     path = user_path(path)
     with os_errors(path):
@@ -108,22 +108,24 @@ def open_checkpoint(path: str | os.PathLike[str]) -> ModelFile:
     return ModelFile(path, metadata, tensors)
 
 
-def _tensor(path: Path, name: str, kind: str, shape: Sequence[int], folder: str) -> StoredTensor:
-    """A row of the table in the header.
+def _tensor(
+    path: Path, name: str, ggml_type: str, shape: Sequence[int], folder: str
+) -> StoredTensor:
+    """Parses a row of the header's tensor table.
 
     Raises:
-      ValueError: it is not of this form.
+      ValueError: malformed.
     """
-    tensor = StoredTensor(name, kind, tuple(shape), path / "tensors" / folder)
-    known = kind in gguf.GGMLQuantizationType.__members__ and tensor.folder.name == folder
+    tensor = StoredTensor(name, ggml_type, tuple(shape), path / "tensors" / folder)
+    known = ggml_type in gguf.GGMLQuantizationType.__members__ and tensor.folder.name == folder
     sized = tensor.shape and all(type(n) is int and n > 0 for n in tensor.shape)
     if not known or not sized or tensor.shape[-1] % tensor.block_size:
-        raise ValueError(f"tensor {name!r} is {[kind, shape, folder]}")
+        raise ValueError(f"tensor {name!r} is {[ggml_type, shape, folder]}")
     return tensor
 
 
 def _checkpointer():
-    import orbax.checkpoint as ocp  # takes a second, and GGUF files do not need it
+    import orbax.checkpoint as ocp  # takes a second to import; GGUF files do not need it
 
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
@@ -136,14 +138,14 @@ def save_checkpoint(
     weights: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a GGUF file as a checkpoint directory, which appears only when it is complete.
+    """Writes a GGUF file as a checkpoint directory, which appears once it is complete.
 
     Args:
       file: the model, from `open_gguf`.
       config: its config.
-      path: the directory, which must not exist; missing ones above it are made.
+      path: the directory, which must not exist; missing parents are created.
       weights: dequantize matrices to `bfloat16`, `float16` or `float32`; None keeps them.
-      progress: told about the bytes of the file that are done, and those in all.
+      progress: called with the bytes of the file done, and the bytes in all.
 
     Raises:
       JaxsplitError: the directory exists or cannot be written.
@@ -170,8 +172,8 @@ def save_checkpoint(
             for folder, tensors in folders.items():
                 tree = {}
                 for tensor in tensors:
-                    kind, tree[tensor.name] = _stored(tensor, weights)
-                    table[tensor.name] = kind, tensor.shape, folder
+                    ggml_type, tree[tensor.name] = _stored(tensor, weights)
+                    table[tensor.name] = ggml_type, tensor.shape, folder
                 _save(tree, partial / "tensors" / folder)
                 for tensor in tensors:
                     tensor.release()
@@ -192,7 +194,7 @@ def save_checkpoint(
 
 
 def partial_directory(path: Path) -> Path:
-    """Where this process writes a checkpoint until it is complete."""
+    """Directory of a checkpoint that this process has not completed."""
     return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
@@ -200,7 +202,7 @@ def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
     """Writes tensors as an Orbax checkpoint.
 
     Raises:
-      OSError: the disk is full, or something else that the operating system says.
+      OSError: the disk is full, or another error of the operating system.
     """
     import orbax.checkpoint as ocp
 
@@ -211,12 +213,12 @@ def _save(tree: dict[str, np.ndarray], folder: Path) -> None:
             _checkpointer().save(folder.resolve(), args=arguments)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # Orbax and TensorStore have no class of their own for it
+    except Exception as error:  # Orbax and TensorStore have no class for it
         raise OSError(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, or else what the error says first; short."""
+    """The operating system's message, or else the error's first line; short."""
     lines = str(error).splitlines() or [type(error).__name__]
     link: BaseException | None = error
     while link:
@@ -228,7 +230,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax logs the traceback of each error that it raises."""
+    """Silences Orbax, which logs the traceback of each error that it raises."""
     logger = logging.getLogger("absl")
 
     def drop(record: logging.LogRecord) -> bool:
@@ -242,7 +244,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below a folder, by its path from there."""
+    """Bytes of each file below a folder, by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -251,13 +253,13 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _folder(name: str) -> str:
-    """Tensors of a layer are stored together, and so are all others."""
+    """Folder of a tensor: one for each layer, and one for the rest."""
     match = re.match(r"blk\.\d+", name)
     return match[0] if match else "model"
 
 
 def _least_bytes(tensor: TensorInfo, weights: str | None) -> int:
-    """Bytes that a tensor takes at least: Orbax compresses, but quantized weights hardly shrink."""
+    """Lower bound of a tensor's bytes: Orbax compresses, but quantized weights hardly shrink."""
     itemsize = jnp.dtype(weights or "float32").itemsize
     return min(tensor.nbytes, math.prod(tensor.shape) * itemsize)
 
@@ -266,21 +268,21 @@ _dequantize = jax.jit(unpack, static_argnums=0, static_argnames="dtype")
 
 
 def _stored(tensor: GGUFTensor, weights: str | None) -> tuple[str, np.ndarray]:
-    """A tensor's type and raw blocks in the checkpoint."""
+    """Type and raw blocks of a tensor as stored."""
     if weights is None or len(tensor.shape) < 2:
         return tensor.type, tensor.blocks
-    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[weights]
+    ggml_type = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[weights]
     dtype = jnp.dtype(weights)
     dequantized = _dequantize(tensor.type, tensor.blocks, dtype=dtype)
-    return kind, np.asarray(dequantized).view(np.uint8).reshape(*tensor.shape, dtype.itemsize)
+    return ggml_type, np.asarray(dequantized).view(np.uint8).reshape(*tensor.shape, dtype.itemsize)
 
 
 def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[jax.Array]:
-    """Raw blocks of parameters whose tensors are in one folder, each slice where it belongs.
+    """Restores the raw blocks of parameters whose tensors are in one folder, sharded.
 
     Args:
       sources: of the parameters.
-      placements: where they go.
+      placements: of the parameters.
 
     Returns:
       uint8 `[..., rows, blocks, block_bytes]` each, padded as the placements say.
@@ -292,37 +294,37 @@ def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
 
     direct = [_is_direct(s, p) for s, p in zip(sources, placements, strict=True)]
     items, arguments = {}, {}
-    for source, place, is_direct in zip(sources, placements, direct, strict=True):
+    for source, placement, is_direct in zip(sources, placements, direct, strict=True):
         tensor = source.tensor
-        shape, spec = tensor.blocks_shape, list(place.sharding.spec)
+        shape, spec = tensor.blocks_shape, list(placement.sharding.spec)
         if not is_direct:
             spec = [None] * len(shape)
         elif source.is_matrix:
-            # Orbax pads with zeros at the end, and each device reads its own slice only.
-            shape = (*place.shape, shape[-1])
+            # Orbax pads with zeros at the end; each device reads only its own slice.
+            shape = (*placement.shape, shape[-1])
         else:
-            shape, spec = (*place.shape[:-1], shape[-1]), [*spec[:-2], None]
-        sharding = NamedSharding(place.sharding.mesh, PartitionSpec(*spec))
+            shape, spec = (*placement.shape[:-1], shape[-1]), [*spec[:-2], None]
+        sharding = NamedSharding(placement.sharding.mesh, PartitionSpec(*spec))
         items[tensor.name] = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
         arguments[tensor.name] = ocp.ArrayRestoreArgs(
             sharding=sharding, global_shape=shape, strict=False
         )
     arrays = _restore(sources[0].tensor.folder, [s.tensor for s in sources], items, arguments)
     restored = []
-    for source, place, is_direct in zip(sources, placements, direct, strict=True):
+    for source, placement, is_direct in zip(sources, placements, direct, strict=True):
         array = arrays[source.tensor.name]
         if source.is_dequantized:
             array = float32_blocks(source.tensor.type, array)
         if not is_direct:
-            array = _arrange(array, source, place)
-        restored.append(array.reshape(*place.shape, array.shape[-1]))
+            array = _arrange(array, source, placement)
+        restored.append(array.reshape(*placement.shape, array.shape[-1]))
     return restored
 
 
 def _restore(
     folder: Path, tensors: Sequence[StoredTensor], items: dict[str, Any], arguments: dict[str, Any]
 ) -> dict[str, jax.Array]:
-    """The arrays of tensors, once the folder says that it holds them in the shapes expected."""
+    """Restores tensors after checking that the folder holds them in the expected shapes."""
     import orbax.checkpoint as ocp
 
     target = folder.resolve()
@@ -348,32 +350,32 @@ def _restore(
         raise JaxsplitError(f"{folder} is damaged ({_reason(error)}); convert again") from error
 
 
-def _is_direct(source: Source, place: Placement) -> bool:
-    """Whether a parameter is a tensor as it is stored, padded at the ends."""
+def _is_direct(source: Source, placement: Placement) -> bool:
+    """Whether a parameter is a stored tensor, only padded at the ends."""
     return (
         source.rows is None
         and not source.is_dequantized
         and source.shape == source.tensor.shape
-        and all(_in_order(index) for index in (*place.rows, place.columns))
+        and all(_in_order(index) for index in (*placement.rows, placement.columns))
     )
 
 
 def _in_order(index: np.ndarray) -> bool:
-    """Whether an index is 0, 1, 2, … and then only padding."""
+    """Whether an index is 0, 1, 2, … followed by padding."""
     count = int((index >= 0).sum())
     return np.array_equal(index[:count], np.arange(count)) and bool((index[count:] < 0).all())
 
 
-def _arrange(raw: jax.Array, source: Source, place: Placement) -> jax.Array:
-    """Blocks that every device has whole, cut and padded as the placement says."""
-    rows = source.tensor_rows(place.rows).astype(np.int32)
-    arranger = _arranger(place.sharding.mesh, place.sharding.spec, source.is_matrix)
-    return arranger(raw, rows, place.columns)
+def _arrange(raw: jax.Array, source: Source, placement: Placement) -> jax.Array:
+    """Slices and pads replicated blocks as the placement says."""
+    rows = source.tensor_rows(placement.rows).astype(np.int32)
+    arranger = _arranger(placement.sharding.mesh, placement.sharding.spec, source.is_matrix)
+    return arranger(raw, rows, placement.columns)
 
 
 @functools.cache
 def _arranger(mesh: Mesh, spec: PartitionSpec, matrix: bool) -> Callable[..., jax.Array]:
-    """The program that does it; compiled once for each shape."""
+    """The program of `_arrange`; compiled once for each shape."""
 
     def local(raw: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         raw = raw.reshape(-1, raw.shape[-2] if matrix else 1, raw.shape[-1])

@@ -1,7 +1,7 @@
-"""From a model file to `Decoder`s whose parameters lie on the stages of a mesh.
+"""Loads a model file into `Decoder`s whose parameters are sharded over the stages of a mesh.
 
-Every device is handed its own slice of the raw blocks, which it unpacks itself; the host never
-holds more than the slices of the tensors that are on their way.
+Each device receives its own slice of the raw blocks and unpacks it; host memory holds only slices
+of tensors in transfer.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsplit.formats import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
@@ -19,7 +19,13 @@ from jaxsplit.ops.matmul import triton_gemv_int8
 from jaxsplit.quant import QTensor, Weight, float32_blocks, unpack, with_words
 from jaxsplit.sharding import Partition, Placement, Stage
 from jaxsplit.weights.checkpoint import StoredTensor, restore
-from jaxsplit.weights.sources import Source, Sources, abstract_decoder, parameters, place
+from jaxsplit.weights.sources import (
+    Source,
+    Sources,
+    abstract_decoder,
+    parameter_placement,
+    parameters,
+)
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -40,15 +46,15 @@ def load_decoders(
     Args:
       sources: the tensors of its parameters.
       config: its config.
-      partition: where its parameters go.
-      weights: dequantize matrices to this dtype; None keeps them as they are in the file.
-      dtype: of the activations.
-      words: quantized matrices are as `jaxsplit.ops.matmul.triton_gemv_int8` read them.
-      progress: told about the bytes loaded.
+      partition: the mesh and its stages.
+      weights: dequantize matrices to this dtype; None keeps them quantized.
+      dtype: dtype of the activations.
+      words: store quantized matrices in the format of `jaxsplit.ops.matmul.triton_gemv_int8`.
+      progress: called with the bytes loaded.
 
     Returns:
-      the decoder of each stage, with shapes in place of the parameters of stages on which this
-      process has no device.
+      the decoder of each stage; shapes in place of parameters where this process has no device of
+      the stage.
     """
     models = [abstract_decoder(config, dtype, stage.layers) for stage in partition.stages]
     local = [
@@ -73,10 +79,10 @@ def load_decoders(
 def _load(
     sources: Sources, model: Decoder, stage: Stage, weights: jnp.dtype | None, words: bool
 ) -> Iterator[tuple[dict[str, Weight], int]]:
-    """A stage's parameters, some at a time, and how many bytes of the file they were."""
+    """A stage's parameters in batches, with each batch's bytes in the file."""
     params = parameters(model)
     for batch in _batches({path: sources[path] for path in params}):
-        placements = {p: place(stage, sources[p], params[p].axes) for p in batch}
+        placements = {p: parameter_placement(stage, sources[p], params[p].axes) for p in batch}
         raw = _upload([sources[p] for p in batch], list(placements.values()))
         loaded = {
             path: _unpack(sources[path], blocks, placements[path], weights, words)
@@ -90,7 +96,7 @@ def _load(
 
 
 def _batches(sources: Sources) -> list[list[str]]:
-    """Parameters that are loaded together: those of one folder of a checkpoint, else each alone."""
+    """Batches of parameters to load together: a checkpoint folder, or a single tensor of a file."""
 
     def key(path: str) -> str:
         tensor = sources[path].tensor
@@ -100,13 +106,14 @@ def _batches(sources: Sources) -> list[list[str]]:
 
 
 def _upload(sources: Sequence[Source], placements: Sequence[Placement]) -> list[jax.Array]:
-    """Raw blocks, uint8 `[..., rows, blocks, block_bytes]`, each slice where it belongs."""
+    """Uploads raw blocks, sharded: uint8 `[..., rows, blocks, block_bytes]` each."""
     if isinstance(sources[0].tensor, StoredTensor):
         return restore(sources, placements)
     return [_upload_mapped(s, p) for s, p in zip(sources, placements, strict=True)]
 
 
-def _upload_mapped(source: Source, place: Placement) -> jax.Array:
+def _upload_mapped(source: Source, placement: Placement) -> jax.Array:
+    """Uploads slices of a memory-mapped tensor."""
     blocks = source.tensor.blocks
     if source.is_dequantized:
         blocks = np.asarray(float32_blocks(source.tensor.type, blocks))
@@ -114,17 +121,19 @@ def _upload_mapped(source: Source, place: Placement) -> jax.Array:
     blocks = blocks.reshape(-1, columns, blocks.shape[-1])
 
     def slices(index: tuple[slice, ...]) -> np.ndarray:
-        rows = source.tensor_rows([r[i] for r, i in zip(place.rows, index[:-2], strict=True)])
-        return _take(blocks, rows, place.columns[index[-2]])
+        rows = source.tensor_rows([r[i] for r, i in zip(placement.rows, index[:-2], strict=True)])
+        return _take(blocks, rows, placement.columns[index[-2]])
 
-    return jax.make_array_from_callback((*place.shape, blocks.shape[-1]), place.sharding, slices)
+    shape = (*placement.shape, blocks.shape[-1])
+    return jax.make_array_from_callback(shape, placement.sharding, slices)
 
 
 def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Rows `[...]` and columns of `[rows, columns, block_bytes]`, zeros where an index is -1:
-    `[..., columns, block_bytes]`.
+    """Takes rows `[...]` and columns of `[rows, columns, block_bytes]`: zeros where an index is -1,
+    views instead of copies where indices are ranges.
 
-    No copy is made where the indices are ranges.
+    Returns:
+      `[..., columns, block_bytes]`.
     """
     shape = (*rows.shape, len(columns), blocks.shape[-1])
     for axis, index in enumerate((rows.reshape(-1), columns)):
@@ -144,42 +153,47 @@ def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarr
 def _unpack(
     source: Source,
     raw: jax.Array,
-    place: Placement,
+    placement: Placement,
     weights: jnp.dtype | None,
     words: bool = False,
 ) -> Weight:
-    """Blocks to weights, on the devices that hold them. Vectors and biases become float32."""
-    matrix = source.is_matrix
-    spec = place.sharding.spec
-    part = jax.make_array_from_callback(
-        place.part.shape,
-        NamedSharding(place.sharding.mesh, PartitionSpec(spec[-2])),
-        lambda index: place.part[index],
+    """Unpacks blocks on their devices. Vectors and biases become float32."""
+    spec = placement.sharding.spec
+    index = jax.make_array_from_callback(
+        placement.sub_block_index.shape,
+        NamedSharding(placement.sharding.mesh, PartitionSpec(spec[-2])),
+        lambda at: placement.sub_block_index[at],
     )
-    dtype = source.dtype(weights)
-    mesh = place.sharding.mesh
-    unpacker = _unpacker(source.type, place.granule, dtype, mesh, spec, matrix, words)
-    return unpacker(raw, part)
+    unpacker = _unpacker(
+        source.type,
+        placement.sharding,
+        sub_block=placement.sub_block,
+        dtype=source.dtype(weights),
+        matrix=source.is_matrix,
+        words=words,
+    )
+    return unpacker(raw, index)
 
 
 @functools.cache
 def _unpacker(
-    kind: str,
-    granule: int,
+    ggml_type: str,
+    sharding: NamedSharding,
+    *,
+    sub_block: int,
     dtype: jnp.dtype | None,
-    mesh: Mesh,
-    spec: PartitionSpec,
     matrix: bool,
     words: bool,
 ) -> Callable[[jax.Array, jax.Array], Weight]:
-    """The program that unpacks blocks where they lie; compiled once for each shape."""
+    """The program that unpacks sharded blocks; compiled once for each shape."""
 
-    def unpack_blocks(raw: jax.Array, part: jax.Array) -> Weight:
-        weight = unpack(kind, raw, granule=granule, part=part, dtype=dtype)
+    def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
+        weight = unpack(ggml_type, raw, granule=sub_block, part=index, dtype=dtype)
         if words and isinstance(weight, QTensor) and triton_gemv_int8.supports(weight):
             return with_words(weight)
         return weight if matrix else weight[:, 0]
 
+    mesh, spec = sharding.mesh, sharding.spec
     out = PartitionSpec(*spec[:-1]) if matrix else PartitionSpec(spec[0])
     specs = (spec, PartitionSpec(spec[-2]))
     return jax.jit(jax.shard_map(unpack_blocks, mesh=mesh, in_specs=specs, out_specs=out))

@@ -1,4 +1,4 @@
-"""The tensors behind a model's parameters, and what they take on the devices of a mesh."""
+"""The tensors behind a model's parameters, and their bytes on the devices of a mesh."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ from jaxsplit.sharding.axes import Axis
 
 
 class _SameKey:
-    """Stands for `nnx.Rngs` where values do not matter: making a new key for each parameter takes
-    longer than all the rest."""
+    """Replaces `nnx.Rngs` for abstract evaluation, where a new key for each parameter would take
+    most of the time."""
 
     def __init__(self) -> None:
         self._key = jax.random.key(0)
@@ -64,14 +64,14 @@ def _path(model: Decoder, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a parameter is made of: a tensor, or some of its rows.
+    """The source of a parameter: a tensor, or some of its rows.
 
     Attributes:
-      tensor: what holds it.
+      tensor: the tensor.
       shape: of the parameter.
-      rows: the tensor's row, all its dimensions but the last taken as one, at each row of the
+      rows: the tensor's row, with all dimensions but the last flattened, for each row of the
         parameter: int `shape[:-1]`, or `shape` of a vector; None: all rows in order.
-      is_bias: whether it is added; matrices are multiplied.
+      is_bias: whether the parameter is a bias.
     """
 
     tensor: TensorInfo
@@ -81,22 +81,22 @@ class Source:
 
     @property
     def type(self) -> str:
-        """The GGML type's name of the blocks that devices are handed."""
+        """GGML type of the blocks that devices receive."""
         return "F32" if self.is_dequantized else self.tensor.type
 
     @property
     def is_matrix(self) -> bool:
-        """Whether its last dimension consists of blocks; else it is a vector of numbers."""
+        """Whether its last dimension is in blocks; otherwise it is a vector of elements."""
         return len(self.shape) > 1
 
     @property
     def is_dequantized(self) -> bool:
         """Whether the host dequantizes it to float32: a vector of a quantized type, which may be
-        cut anywhere."""
+        split inside blocks."""
         return not self.is_matrix and self.tensor.block_size > 1
 
     def dtype(self, weights: jnp.dtype | None) -> jnp.dtype | None:
-        """The dtype to which devices dequantize it, None for none, if matrices become `weights`."""
+        """Dtype to which devices dequantize it, given that of matrices; None keeps it quantized."""
         return weights if self.is_matrix and not self.is_bias else jnp.dtype(jnp.float32)
 
     @property
@@ -106,7 +106,7 @@ class Source:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block that devices are handed."""
+        """Bytes of a block that devices receive."""
         return 4 if self.is_dequantized else self.tensor.blocks_shape[-1]
 
     @property
@@ -115,16 +115,16 @@ class Source:
         return self.tensor.nbytes * math.prod(self.shape) // math.prod(self.tensor.shape)
 
     def tensor_rows(self, index: Sequence[np.ndarray]) -> np.ndarray:
-        """The tensor's row at each of some rows of the parameter, -1 where an index is -1.
+        """The tensor's row for some rows of the parameter, -1 where an index is -1.
 
         Args:
-          index: for each dimension of the rows, which.
+          index: indices along each dimension of the parameter's rows.
         """
         grid = np.ix_(*index)
-        padding = functools.reduce(np.logical_or, [part < 0 for part in grid])
+        padding = functools.reduce(np.logical_or, [i < 0 for i in grid])
         if self.rows is None:
             sizes = self.shape[:-1] if self.is_matrix else self.shape
-            rows = np.ravel_multi_index([np.maximum(part, 0) for part in grid], sizes)
+            rows = np.ravel_multi_index([np.maximum(i, 0) for i in grid], sizes)
         else:
             rows = self.rows[grid]
         return np.where(padding, -1, rows)
@@ -135,7 +135,7 @@ Sources = Mapping[str, Source]
 
 
 def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
-    """Where each parameter comes from.
+    """The source of each parameter.
 
     Raises:
       JaxsplitError: tensors are missing, of an unsupported type, or of an unexpected shape.
@@ -154,7 +154,7 @@ def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
 
 
 def layer_costs(sources: Sources, config: ModelConfig) -> list[int]:
-    """Bytes of each layer in the file; embedding and head count with the layers beside them."""
+    """Bytes of each layer in the file; the first includes the embedding, the last the head."""
     costs = [0] * config.layers
     for path, source in sources.items():
         name, _, rest = path.partition(".")
@@ -167,9 +167,9 @@ def layer_costs(sources: Sources, config: ModelConfig) -> list[int]:
     return costs
 
 
-def place(stage: Stage, source: Source, axes: Sequence[Axis]) -> Placement:
-    """Where the blocks of a parameter with these logical axes go."""
-    return stage.place(source.shape, axes, source.block_size)
+def parameter_placement(stage: Stage, source: Source, axes: Sequence[Axis]) -> Placement:
+    """Placement of the blocks of a parameter with these logical axes."""
+    return stage.placement(source.shape, axes, source.block_size)
 
 
 def stage_bytes(
@@ -180,12 +180,12 @@ def stage_bytes(
     Args:
       sources: of the model's parameters.
       config: the model.
-      stage: which layers and where.
-      weights: dequantized to this dtype; None: as in the file.
+      stage: the layers and the mesh.
+      weights: matrices are dequantized to this dtype; None: as in the file.
 
     Returns:
-      the bytes on each device, and how many of them are more than an equal share of what is split:
-      padding and copies.
+      the bytes on each device, and how many of them are padding and replicas: more than an equal
+      share of the sharded parameters.
     """
     held, extra = 0, 0.0
     for path, param in abstract_parameters(config, stage.layers).items():
@@ -208,23 +208,23 @@ def parameter_bytes(
     """Bytes of a parameter on each device of a stage.
 
     Args:
-      stage: where.
-      source: what it is made of.
+      stage: the mesh.
+      source: of the parameter.
       axes: its logical axes.
-      weights: dequantized to this dtype, if it is a matrix; None: as in the file.
+      weights: matrices are dequantized to this dtype; None: as in the file.
     """
-    blocks = place(stage, source, axes)
-    local = blocks.sharding.shard_shape((*blocks.shape, source.block_bytes))
-    return _unpacked_bytes(source.type, local, blocks.granule, source.dtype(weights))
+    placement = parameter_placement(stage, source, axes)
+    local = placement.sharding.shard_shape((*placement.shape, source.block_bytes))
+    return _unpacked_bytes(source.type, local, placement.sub_block, source.dtype(weights))
 
 
 @functools.cache
 def _unpacked_bytes(
-    kind: str, shape: tuple[int, ...], granule: int | None, dtype: jnp.dtype | None
+    ggml_type: str, shape: tuple[int, ...], sub_block: int | None, dtype: jnp.dtype | None
 ) -> int:
-    """Bytes on the device of blocks `[..., rows, blocks, block_bytes]`."""
+    """Bytes of unpacked blocks `[..., rows, blocks, block_bytes]`."""
     weight = jax.eval_shape(
-        lambda raw, part: unpack(kind, raw, granule=granule, part=part, dtype=dtype),
+        lambda raw, index: unpack(ggml_type, raw, granule=sub_block, part=index, dtype=dtype),
         jax.ShapeDtypeStruct(shape, jnp.uint8),
         jax.ShapeDtypeStruct(shape[-2:-1], jnp.int32),
     )
@@ -243,10 +243,10 @@ def split_model(
     cache_row: int = 0,
     reduce_dtype: jnp.dtype | None = None,
 ) -> Partition:
-    """Lays a model out on devices, so that the fullest of them reads the fewest bytes.
+    """Lays a model out on devices so that the fullest of them reads the fewest bytes.
 
-    Whole blocks of hidden units are cheapest where they divide well. Where they do not, blocks are
-    cut into smaller pieces, which need less padding but each their own scales.
+    Splitting the hidden units at block boundaries is cheapest where blocks divide well. Where they
+    do not, sub-blocks need less padding, but each needs its own scales.
 
     Args:
       sources: the tensors of its parameters.
@@ -258,9 +258,9 @@ def split_model(
     Raises:
       JaxsplitError: the shares do not fit the mesh.
     """
-    weights_in_all = sum(math.prod(source.shape) for source in sources.values())
+    count = sum(math.prod(source.shape) for source in sources.values())
     nbytes = sum(source.nbytes for source in sources.values())
-    width = nbytes / weights_in_all if weights is None else weights.itemsize
+    width = nbytes / count if weights is None else weights.itemsize
     params = abstract_parameters(config)
     blocks: dict[Axis, int] = {}
     for path, param in params.items():
@@ -277,7 +277,9 @@ def split_model(
             devices,
             shares=shares,
             layer_costs=layer_costs(sources, config),
-            pieces={axis: max(block // cut, min(block, 32)) for axis, block in blocks.items()},
+            block_multiple={
+                axis: max(block // cut, min(block, 32)) for axis, block in blocks.items()
+            },
             kv_cost=1 + cache_row / (width * config.embed),
             reduce_dtype=reduce_dtype,
         )
@@ -292,14 +294,14 @@ def split_model(
         return sum(sizes)
 
     best = min(partitions, key=cost)
-    # Larger pieces make faster products: smaller ones have to be worth it.
+    # Larger sub-blocks make matmuls faster: smaller ones must save at least 1 %.
     return next(p for p in partitions if cost(p) <= 1.01 * cost(best))
 
 
 def describe_split(
     sources: Sources, config: ModelConfig, partition: Partition, weights: jnp.dtype | None = None
 ) -> str:
-    """The mesh, the stages, what is padded or copied and what that costs, in one line.
+    """The mesh, the stages, padded or replicated axes and their cost, in one line.
 
     Arguments are those of `stage_bytes`.
     """
@@ -309,11 +311,11 @@ def describe_split(
     if len(stages) > 1:
         runs = [
             f"{stage.layers.start}-{stage.layers.stop - 1} on device "
-            f"{'+'.join(map(str, sorted(stage.places.flat)))}"
+            f"{'+'.join(map(str, sorted(stage.ranks.flat)))}"
             for stage in stages
         ]
         lines.append(f"layers {', '.join(runs)}")
-    used = {place for stage in stages for place in stage.places.flat}
+    used = {rank for stage in stages for rank in stage.ranks.flat}
     if idle := sorted(set(range(mesh.size)) - used):
         lines.append(f"without layers: device {', '.join(map(str, idle))}")
     padded = {

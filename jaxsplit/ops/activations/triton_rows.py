@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.comm import one_shot
+from jaxsplit.comm.peers import WARPS, WIDTH, PeerGroup
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.layout import (
     BLOCK,
@@ -28,7 +29,7 @@ from jaxsplit.ops.activations.layout import (
 from jaxsplit.ops.launch import launch_dependents
 from jaxsplit.pallas import pl, plgpu
 
-_BLOCKS = one_shot.WIDTH // BLOCK  # of a program
+_BLOCKS = WIDTH // BLOCK  # of a program
 
 
 def store_rows(
@@ -36,7 +37,7 @@ def store_rows(
     operands: Sequence[Array],
     readers: Readers,
     *,
-    addend: tuple[Array, Array | None, one_shot.Peers | None] | None = None,
+    addend: tuple[Array, Array | None, PeerGroup | None] | None = None,
     norm: tuple[float, int] | None = None,
 ) -> tuple[tuple[Any, ...], RMSStatistics | None, Array]:
     """Computes rows and stores them in layouts.
@@ -79,7 +80,7 @@ def store_rows(
         ),
         grid=(rows, programs),
         out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpreted(),
         name="store_rows",
     )(*inputs)
@@ -132,11 +133,11 @@ def _kernel(
         stream = load(first)
         y = sum(load(parts, part) for part in range(parts.shape[0]))
         if peers is not None:
-            y = one_shot.add_up(
+            y = one_shot.all_reduce_block(
                 y,
                 peers,
                 row * pl.num_programs(1) + pl.program_id(1),
-                element - pl.program_id(1) * one_shot.WIDTH,
+                element - pl.program_id(1) * WIDTH,
                 None if epochs is None else load(epochs, dtype=jnp.int32),
             )
         total = (stream + y).astype(total_ref.dtype)

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.comm import one_shot
 from jaxsplit.comm.api import peers_over
-from jaxsplit.comm.one_shot import Peers
+from jaxsplit.comm.peers import WIDTH, PeerGroup, padded
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context
 from jaxsplit.ops.activations.api import as_array, in_layout
@@ -74,7 +73,7 @@ def _supports_gemv_int8(x: Like, w: Weight) -> bool:
 
 
 def _gemv_int8(
-    x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype, peers: Peers | None = None
+    x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype, peers: PeerGroup | None = None
 ) -> list[Array]:
     rows = in_layout(x, Int8Layout())
     return triton_gemv_int8.products(rows, weights, dtype, peers=peers)
@@ -107,7 +106,7 @@ def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
 
 
 def _gemv_bf16(
-    x: Rows, weights: Sequence[Array], dtype: jnp.dtype, peers: Peers | None = None
+    x: Rows, weights: Sequence[Array], dtype: jnp.dtype, peers: PeerGroup | None = None
 ) -> list[Array]:
     rows = in_layout(x, PlainLayout(x.dtype))
     return triton_gemv_bf16.products(rows, weights, dtype, peers=peers)
@@ -240,9 +239,9 @@ def unreduced_matmul(
       reduce_over, axis, bias: as in `Unreduced`.
     """
     [(implementation, _)] = _choose(x, [w])
-    size = rows_of(x) * one_shot.padded(w.shape[0])  # as the kernel that receives rows counts
+    size = rows_of(x) * padded(w.shape[0])  # as the kernel that receives rows counts
     peers = peers_over(size, *reduce_over) if current_context().fuse_all_reduce else None
-    whole = w.shape[0] % one_shot.WIDTH == 0 and bias is None
+    whole = w.shape[0] % WIDTH == 0 and bias is None
     if peers is not None and implementation.sends and whole:
         y, epochs = implementation.run(x, [w], jnp.float32, peers)
         return Unreduced(_shaped(y, x)[None], _shaped(epochs, x), None, reduce_over, axis)

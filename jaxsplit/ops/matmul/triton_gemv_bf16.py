@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.comm import one_shot
+from jaxsplit.comm.peers import WARPS, PeerGroup
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.layout import BLOCK, PlainRows
 from jaxsplit.ops.launch import dispatch_programs
@@ -36,7 +37,7 @@ def products(
     weights: Sequence[Array],
     dtype: jnp.dtype = jnp.float32,
     *,
-    peers: one_shot.Peers | None = None,
+    peers: PeerGroup | None = None,
     tiling: Tiling | None = None,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[1, out]`, accumulated in float32.
@@ -60,8 +61,8 @@ def products(
             tiling=tiling,
         ),
         grid=(sum(programs),),
-        out_shape=one_shot.results([(1, len(w)) for w in weights], dtype, peers),
-        compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
+        out_shape=one_shot.out_shapes([(1, len(w)) for w in weights], dtype, peers),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpreted(),
         name="gemv_bf16",
     )(*inputs)
@@ -91,15 +92,15 @@ def _multiply(
     w: jax.Ref,
     outs: Sequence[jax.Ref],
     program: Array,
-    peers: one_shot.Peers | None,
+    peers: PeerGroup | None,
     tiling: Tiling,
 ) -> None:
     """A program's rows, all steps; results are stored, and sent to peers, with counts."""
     height, columns = w.shape
     at = program * tiling.rows + jnp.arange(tiling.rows)
     row = jnp.minimum(at, height - 1)
-    outbox = None if peers is None or interpreted() else one_shot.outbox(peers, at)
-    zero = jnp.zeros(tiling.rows, jnp.float32) if outbox is None else outbox.zero
+    writer = None if peers is None or interpreted() else one_shot.peer_writer(peers, at)
+    zero = jnp.zeros(tiling.rows, jnp.float32) if writer is None else writer.zero
     width = min(tiling.columns, pl.next_power_of_2(columns))
     shape = (tiling.rows, width)
     total = jnp.broadcast_to(zero[:, None], shape)
@@ -127,4 +128,4 @@ def _multiply(
     y = jnp.sum(total, axis=1)
     if factor is not None:
         y *= factor
-    one_shot.store(outs, at, y.astype(outs[0].dtype), at < height, outbox, jnp.asarray(0))
+    one_shot.store(outs, at, y.astype(outs[0].dtype), at < height, writer, jnp.asarray(0))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsplit.comm import one_shot
+from jaxsplit.comm.peers import WARPS, PeerGroup
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
@@ -75,7 +76,7 @@ def products(
     dtype: jnp.dtype = jnp.float32,
     *,
     experts: Array | None = None,
-    peers: one_shot.Peers | None = None,
+    peers: PeerGroup | None = None,
     tiling: _Tiling | None = None,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
@@ -104,8 +105,8 @@ def products(
     return pl.pallas_call(
         kernel,
         grid=(1 if experts is None else rows, sum(programs)),
-        out_shape=one_shot.results([(rows, w.shape[-2]) for w in weights], dtype, peers),
-        compiler_params=plgpu.CompilerParams(num_warps=one_shot.WARPS, num_stages=1),
+        out_shape=one_shot.out_shapes([(rows, w.shape[-2]) for w in weights], dtype, peers),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpreted(),
         name="gemv_int8",
     )(*inputs)
@@ -250,13 +251,13 @@ class _Rows:
             self.stack = (experts[pair],)
             self.batch = [(pair // (experts.shape[0] // rows), pair)]
 
-    def multiply(self, outs: Sequence[jax.Ref], peers: one_shot.Peers | None) -> None:
+    def multiply(self, outs: Sequence[jax.Ref], peers: PeerGroup | None) -> None:
         """All steps; results are stored, and sent to peers, with counts."""
         steps = self.steps
-        outboxes: list[one_shot.Outbox | None] = [None] * len(self.batch)
+        writers: list[one_shot.PeerWriter | None] = [None] * len(self.batch)
         if peers is not None and not interpreted():
-            outboxes = [one_shot.outbox(peers, m * self.out + self.row) for m, _ in self.batch]
-        zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in outboxes]
+            writers = [one_shot.peer_writer(peers, m * self.out + self.row) for m, _ in self.batch]
+        zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in writers]
         shape = (self.height, steps.units)
         totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
         rms = self.x.rms
@@ -271,14 +272,14 @@ class _Rows:
             totals = lax.fori_loop(0, steps.rounds, one_round, totals)
         if steps.rest:
             totals = self._together(steps.rest, totals)
-        for (_, row), total, factor, outbox in zip(
-            self.batch, totals, factors, outboxes, strict=True
+        for (_, row), total, factor, writer in zip(
+            self.batch, totals, factors, writers, strict=True
         ):
             y = jnp.sum(total, axis=1) * 2.0**-steps.lifted
             if factor is not None:
                 y *= factor
             at, y = self.first + jnp.arange(self.height), y.astype(outs[0].dtype)
-            one_shot.store(outs, at, y, at < self.out, outbox, row)
+            one_shot.store(outs, at, y, at < self.out, writer, row)
 
     def _together(
         self, which: Sequence[Array | int], totals: tuple[Array, ...]

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.comm import one_shot
 from jaxsplit.comm.api import is_split, mesh_axes, peers_over
+from jaxsplit.comm.peers import PeerGroup, padded
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.ops.activations import triton_rows
 from jaxsplit.ops.activations.api import apply
@@ -75,12 +75,10 @@ def _fused(
     return Activations(array, readers.layouts, stored, unnormalized, rms), residual
 
 
-def _addend(
-    unreduced: Unreduced, residual: Array
-) -> tuple[Array, Array | None, one_shot.Peers | None]:
+def _addend(unreduced: Unreduced, residual: Array) -> tuple[Array, Array | None, PeerGroup | None]:
     """The parts that the kernel sums, the epochs under which they were sent, and the peers."""
     u, split = unreduced, mesh_axes(*unreduced.reduce_over)
-    size = rows_of(residual) * one_shot.padded(residual.shape[-1])
+    size = rows_of(residual) * padded(residual.shape[-1])
     peers = peers_over(size, *u.reduce_over)
     gathered = u.axis is not None and is_split(u.axis)
     if gathered or u.bias is not None or (split and peers is None):

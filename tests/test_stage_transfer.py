@@ -1,4 +1,4 @@
-"""Arrays handed from the devices of one stage to those of the next."""
+"""Transfers of arrays from the devices of one stage to those of the next."""
 
 import jax
 import numpy as np
@@ -6,11 +6,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tiny import fresh_rng
 
-from jaxsplit.comm.stage_transfer import fetch, hand_over
+from jaxsplit.comm.stage_transfer import fetch, transfer
 
 
 def mesh(*rows):
-    """A mesh of devices by their numbers, a row for each place of the `data` axis."""
+    """A mesh of devices by index, a row for each data replica."""
     devices = np.asarray(jax.devices())[np.asarray(rows)]
     return Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -49,7 +49,7 @@ def test_every_device_gets_what_its_row_holds(case):
     source, target = MESHES[case]
     tree, host = arrays(source)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    moved = hand_over(tree, like, source, target)
+    moved = transfer(tree, like, source, target)
     assert moved.keys() == host.keys()
     for name, expected in host.items():
         x = moved[name]
@@ -58,13 +58,13 @@ def test_every_device_gets_what_its_row_holds(case):
         assert {shard.device for shard in x.addressable_shards} == set(target.devices.flat)
         for shard in x.addressable_shards:
             assert np.asarray(shard.data).tobytes() == expected[shard.index].tobytes()
-    # What has been handed over is still there.
+    # The source arrays are not donated.
     assert np.asarray(tree["tokens"]).tobytes() == host["tokens"].tobytes()
 
 
 def test_arrays_stay_where_the_mesh_is_the_same():
     tree, _ = arrays(mesh([0, 1], [2, 3]))
-    assert hand_over(tree, None, mesh([0, 1], [2, 3]), mesh([0, 1], [2, 3])) is tree
+    assert transfer(tree, None, mesh([0, 1], [2, 3]), mesh([0, 1], [2, 3])) is tree
 
 
 def test_a_process_reads_its_own_arrays_directly():

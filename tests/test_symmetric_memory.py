@@ -1,4 +1,4 @@
-"""Memory that GPUs share, with devices that only pretend."""
+"""Symmetric memory, with a fake CUDA driver."""
 
 import gc
 import types
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxsplit.comm import symmetric_memory as module
-from jaxsplit.comm.symmetric_memory import make_mailboxes, make_ring
+from jaxsplit.comm.symmetric_memory import allocate_peer_buffers, allocate_ring_buffers
 
 
 class Owner:
@@ -18,14 +18,14 @@ class Owner:
 
 @pytest.fixture
 def memory(monkeypatch):
-    """What pretended devices have: their memory by address; options decide what works."""
+    """The fake devices' memory by address; options decide what works."""
     state = types.SimpleNamespace(bytes={}, freed=[], reaches=True, arrives=True)
 
     class Context:
         def __init__(self, device):
             self.device = device
 
-        def may_reach(self, other):
+        def enable_peer_access(self, other):
             return state.reaches
 
         def allocate(self, size):
@@ -40,8 +40,8 @@ def memory(monkeypatch):
             return content, address % 4096
 
         def fill(self, address, byte, size):
-            content, place = self.find(address)
-            content[place : place + size] = [byte] * size
+            content, offset = self.find(address)
+            content[offset : offset + size] = [byte] * size
 
         def send(self, address, other):
             target, _, content = state.bytes[other // 4096 * 4096]
@@ -49,8 +49,8 @@ def memory(monkeypatch):
                 content[other % 4096] = self.read(address)
 
         def read(self, address):
-            content, place = self.find(address)
-            return content[place]
+            content, offset = self.find(address)
+            return content[offset]
 
         def free(self, address):
             state.freed.append(address)
@@ -64,27 +64,29 @@ def mesh_of(*shape):
     return Mesh(devices, ("data", "expert", "tensor"))
 
 
-def test_each_device_has_the_addresses_of_those_after_it(memory):
+def test_each_device_has_the_addresses_of_the_next_ranks(memory):
     owner, mesh = Owner(), mesh_of(2, 1, 3)
-    table = np.asarray(make_mailboxes(mesh, ("tensor",), lambda count: 1000 * count, owner))
+    table = np.asarray(allocate_peer_buffers(mesh, ("tensor",), lambda count: 1000 * count, owner))
     assert table.shape == (2, 1, 3, 7)
     assert all(bytes(content) == bytes(3000) for _, _, content in memory.bytes.values())
     for data in range(2):
-        for place in range(3):
-            me, *words = table[data, 0, place].tolist()
-            assert me == place
+        for rank in range(3):
+            own, *words = table[data, 0, rank].tolist()
+            assert own == rank
             addresses = [
                 low + (high << 32) for low, high in zip(words[::2], words[1::2], strict=True)
             ]
             found = [memory.bytes[address][0] for address in addresses]
-            assert found == [mesh.devices[data, 0, (place + step) % 3] for step in range(3)]
+            assert found == [mesh.devices[data, 0, (rank + step) % 3] for step in range(3)]
     del owner
     gc.collect()
     assert sorted(memory.freed) == sorted(memory.bytes)
 
 
-def test_devices_along_two_axes_are_one_group(memory):
-    table = make_mailboxes(mesh_of(2, 2, 2), ("expert", "tensor"), lambda count: 8 * count, Owner())
+def test_devices_along_two_axes_are_peers(memory):
+    table = allocate_peer_buffers(
+        mesh_of(2, 2, 2), ("expert", "tensor"), lambda count: 8 * count, Owner()
+    )
     assert np.asarray(table)[..., 0].tolist() == [[[0, 1], [2, 3]]] * 2
 
 
@@ -92,23 +94,23 @@ def test_devices_along_two_axes_are_one_group(memory):
 def test_there_are_none_where_devices_cannot_write_to_one_another(memory, broken):
     setattr(memory, broken, False)
     owner = Owner()
-    assert make_mailboxes(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, owner) is None
+    assert allocate_peer_buffers(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, owner) is None
     del owner
     gc.collect()
     assert sorted(memory.freed) == sorted(memory.bytes)
 
 
 def test_there_are_none_without_a_driver():
-    assert make_mailboxes(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, Owner()) is None
+    assert allocate_peer_buffers(mesh_of(1, 1, 2), ("tensor",), lambda count: 64, Owner()) is None
 
 
 def test_stages_reach_the_next_one(memory):
-    """Of two and three stages of two devices each, the ones at the same place."""
+    """Two and three stages of two devices each."""
     for stages in (2, 3):
         devices = np.asarray(jax.devices()[: 2 * stages]).reshape(stages, 1, 1, 2)
         meshes = [Mesh(part, ("data", "expert", "tensor")) for part in devices]
         owner = Owner()
-        tables = make_ring(meshes, 64, owner)
+        tables = allocate_ring_buffers(meshes, 64, owner)
         addresses = []
         for stage, (mesh, table) in enumerate(zip(meshes, tables, strict=True)):
             assert {*table.sharding.device_set} == {*mesh.devices.flat}
@@ -120,4 +122,4 @@ def test_stages_reach_the_next_one(memory):
             held = [memory.bytes[int(address)][0] for address in mine[:, 0]]
             assert held == [*meshes[stage].devices.flat]
     memory.reaches = False
-    assert make_ring(meshes, 64, owner) is None
+    assert allocate_ring_buffers(meshes, 64, owner) is None
