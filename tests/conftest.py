@@ -1,4 +1,7 @@
-"""Eight CPU devices stand in for accelerators; models are small or tiny."""
+"""Eight CPU devices stand in for accelerators; models are small or tiny.
+
+`pytest -m gpu tests/gpu` runs on GPUs instead (docs/testing.md).
+"""
 
 import atexit
 import functools
@@ -6,12 +9,15 @@ import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Read when jax is imported, before pytest offers its options.
+if "gpu" not in sys.argv or "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # What one test has compiled serves the others, those of other workers too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxsplit-tests-")

@@ -1,0 +1,88 @@
+"""What XLA makes of decode steps and prompts for GPUs, compiled without a GPU.
+
+`make test` installs the compiler (`gpu/compile_programs.py` says what it is) and names its folder
+in JAXSPLIT_GPU_COMPILER.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+COMPILER = os.environ.get("JAXSPLIT_GPU_COMPILER", "")
+
+pytestmark = pytest.mark.skipif(
+    not COMPILER and importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs a compiler for GPUs: make test installs it",
+)
+
+MIB = 2**20
+KERNELS = {"llama-8b": 8, "qwen3-30b-a3b": 10}
+"""Kernels of a layer in a decode step."""
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, dict]:
+    """By name, with one layer and with two."""
+    paths = [COMPILER, str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "gpu" / "compile_programs.py")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert not done.returncode, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of_a_layer(programs: dict[str, dict], name: str) -> tuple[int, dict[str, int]]:
+    """Kernels, and collectives by kind: what a second layer adds."""
+    one, two = (programs[f"{name} {layers}"] for layers in (1, 2))
+    kinds = {**one["collectives"], **two["collectives"]}
+    more = {k: two["collectives"].get(k, 0) - one["collectives"].get(k, 0) for k in kinds}
+    kernels = len(two["kernels"]) - len(one["kernels"])
+    return kernels, {kind: count for kind, count in more.items() if count}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama-8b H100 x1 decode", "llama-8b H100 x2 decode", "llama-8b A100 x1 decode"),
+        *("qwen3-30b-a3b H100 x1 decode", "qwen3-30b-a3b H100 x2 decode"),
+    ],
+)
+def test_a_layer_of_a_decode_step_is_a_few_kernels(programs, name):
+    """Devices exchange sums in kernels too."""
+    assert of_a_layer(programs, name) == (KERNELS[name.split()[0]], {})
+    assert not programs[f"{name} 1"]["collectives"]
+
+
+def test_devices_that_cannot_reach_one_another_meet_twice_in_a_layer(programs):
+    for what in ("decode", "prefill"):
+        _, collectives = of_a_layer(programs, f"llama-8b H100 x2 {what} nccl")
+        assert collectives == {"all-reduce": 2}
+
+
+def test_prompts_need_no_collectives_where_devices_reach_one_another(programs):
+    assert not programs["llama-8b H100 x2 prefill 2"]["collectives"]
+
+
+def test_a_decode_step_keeps_no_weights(programs):
+    """The smallest matrix of a layer, of one of two devices, takes 1.1 MiB in 4 bits."""
+    for name, program in programs.items():
+        if "decode" in name:
+            assert program["temporary"] < 0.5 * MIB, name
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_prompt_keeps_the_weights_of_one_product_at_a_time(programs, devices):
+    """Those of gate and up, in bfloat16, are the most: 224 MiB."""
+    for layers in (1, 2):
+        program = programs[f"llama-8b H100 x{devices} prefill {layers}"]
+        assert program["temporary"] < (224 + 56) * MIB / devices
