@@ -19,7 +19,6 @@ from jaxsplit.ops.matmul import api as ops
 from jaxsplit.ops.matmul.api import Like, Rows, matmul, split_k_matmuls, unreduced_matmul
 from jaxsplit.ops.norm import api as norm_ops
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
-from jaxsplit.ops.norm.xla import normalize
 from jaxsplit.quant import take_rows
 from jaxsplit.sharding.axes import EMBED, PER_LAYER, Axis
 
@@ -64,7 +63,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """`[..., size]` to the same shape and dtype."""
-        return normalize(x, self.params)
+        return norm_ops.normalize(x, self.params)
 
 
 def norm(config: NormConfig | None, size: int) -> Norm | None:
