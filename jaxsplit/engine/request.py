@@ -1,9 +1,11 @@
 """Requests from any thread, served one at a time on the thread that runs the engine."""
 
+import atexit
 import dataclasses
+import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,29 @@ _MIN_TURN = 32
 """Tokens that a request decodes at least when its turn comes again."""
 
 
+def _serve(calls: "queue.SimpleQueue[Callable | None]") -> None:
+    """Runs calls until there is None."""
+    while True:
+        call = calls.get()
+        if call is None:
+            return
+        call()
+        del call  # frees what it refers to while this waits for the next
+
+
+_threads: "weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@atexit.register
+def _end_threads() -> None:
+    """JAX must not run on a thread while the interpreter shuts down."""
+    for thread, calls in [*_threads.items()]:
+        calls.put(None)
+        thread.join()
+
+
 class EngineThread:
     """Runs an engine on its own thread, for callers on any thread.
 
@@ -48,28 +73,46 @@ class EngineThread:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="jaxsplit-engine")
+        self._calls: queue.SimpleQueue[Callable | None] = queue.SimpleQueue()
         self._current: Request | None = None  # the cache holds its tokens
         self.turn = threading.RLock()
-        self._call(lambda: None)  # starts the thread
+        name, arguments = "jaxsplit-engine", (self._calls,)
+        thread = threading.Thread(target=_serve, args=arguments, name=name, daemon=True)
+        thread.start()
+        weakref.finalize(self, self._calls.put, None).atexit = False
+        _threads[thread] = self._calls
 
     def _call(self, function: Callable, *arguments: Any) -> Any:
-        """Runs a function on the engine's thread; cancels it if the caller stops waiting."""
-        cancelled = threading.Event()
+        """Runs a function on the engine's thread; cancels it if the caller stops waiting.
 
-        def run() -> Any:
-            self._engine.is_cancelled = cancelled.is_set
+        Locks written in Python, as executors and events have, may stay locked when a signal raises
+        in them. A `SimpleQueue` has none.
+        """
+        cancelled: list[bool] = []
+        reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            self._engine.is_cancelled = lambda: bool(cancelled)
             try:
-                return function(*arguments)
+                reply.put((function(*arguments), None))
+            except BaseException as error:
+                reply.put((None, error))
             finally:
                 self._engine.is_cancelled = never
 
         with self.turn:
             try:
-                return self._executor.submit(run).result()
+                self._calls.put(run)
+                value, error = reply.get()
             except BaseException:
-                cancelled.set()
+                cancelled.append(True)
                 raise
+        try:
+            if error is not None:
+                raise error
+            return value
+        finally:
+            del error  # its traceback refers to this frame
 
     def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
         """As `Engine.logits`."""
