@@ -61,7 +61,7 @@ def mixer(c: Any) -> Iterator[str]:
                 yield "partial RoPE"
             if rope.factor != 1 and rope.scaling != "none":
                 yield rope.scaling
-            if rope.factors:
+            if rope.freq_factors:
                 yield "frequency factors"
     if isinstance(c, AttentionConfig):
         words = {

@@ -50,15 +50,17 @@ MIXERS = {
     ],
     "norms, gate, temperature": [
         attention(query_norm=NormConfig(), key_norm=NormConfig("layer"), norm_over="each"),
-        attention(gate=True, temperature=(0.3, 4, 1), value_is_key=True, value_norm=NormConfig()),
+        attention(
+            gate=True, attn_temperature=(0.3, 4, 1), value_is_key=True, value_norm=NormConfig()
+        ),
     ],
     "lent": [
-        attention(window=5, lends="local"),
-        attention(lends="global"),
-        attention(window=5, borrows="local"),
-        attention(borrows="global"),
+        attention(window=5, kv_donor="local"),
+        attention(kv_donor="global"),
+        attention(window=5, kv_source="local"),
+        attention(kv_source="global"),
     ],
-    "latent": [latent(), latent(keys_by_row=True)],
+    "latent": [latent(), latent(k_up_transposed=True)],
 }
 
 
@@ -130,7 +132,7 @@ def test_a_window_is_all_that_is_kept():
     assert window.keys.shape == window.values.shape == (2, 5, 8)
     assert every.keys.shape == (2, CONTEXT, 8)
     assert attention(window=500).cache(CONTEXT, jnp.float32).keys.shape == (2, CONTEXT, 8)
-    assert attention(borrows="global").cache(CONTEXT, jnp.float32) is None
+    assert attention(kv_source="global").cache(CONTEXT, jnp.float32) is None
     kept = latent().cache(CONTEXT, jnp.float32)
     assert (kept.keys.shape, kept.values) == ((1, CONTEXT, 24), None)
 

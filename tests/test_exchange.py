@@ -121,7 +121,7 @@ def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh,
     one = jaxsplit.load(path, split_mode="none", dtype="bfloat16", **options)
     split = jaxsplit.load(path, split_mode=mode, mesh=mesh, dtype="bfloat16", **options)
     expected = one.logits(tokens, one_by_one=True)
-    # Sums in another order are rounded to another neighbour here and there.
+    # SoftmaxState in another order are rounded to another neighbour here and there.
     assert nmse(split.logits(tokens, one_by_one=True), expected) <= 3e-3
     (step,) = split.engine.trace_step(SamplingConfig(temperature=0.0))
     found = list(primitives(step.jaxpr.jaxpr))

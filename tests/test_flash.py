@@ -72,7 +72,7 @@ def test_keys_of_8_bits(widths, time):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_bytes_of_pairs(dtype):
     pairs = jnp.arange(-(2**15), 2**15).astype(jnp.int16)
-    found = triton_softmax.unpaired(pairs, jnp.dtype(dtype))
+    found = triton_softmax.unpack_int8(pairs, jnp.dtype(dtype))
     expected = np.asarray(pairs).view(np.int8).reshape(-1, 2)
     assert all(x.dtype == dtype for x in found)
     np.testing.assert_array_equal(np.stack(found, axis=1).astype(np.float32), expected)

@@ -35,12 +35,12 @@ from jaxsplit.weights import abstract_decoder, parameters
 
 EMBED = 24
 NORM = NormConfig("rms", 1e-3)
-SIZES = {"value_dim": 6, "key_dim": 5, "width": 4, "norm": NORM}
+SIZES = {"value_dim": 6, "key_dim": 5, "kernel_size": 4, "norm": NORM}
 MIXERS = {
     "delta net": DeltaNetConfig(value_heads=6, key_heads=2, epsilon=1e-3, **SIZES),
     "mamba 2": Mamba2Config(value_heads=6, key_heads=1, conv_bias=True, **SIZES),
     "mamba 2, groups": Mamba2Config(value_heads=6, key_heads=2, **SIZES),
-    "short convolution": ShortConvConfig(EMBED, width=3),
+    "short convolution": ShortConvConfig(EMBED, kernel_size=3),
 }
 TILED = DeltaNetConfig(value_heads=6, key_heads=3, tiled=True, **SIZES)
 
@@ -56,7 +56,7 @@ def randomize(module, rng):
     """Gives parameters that begin as constants other values; states forget slowly or fast."""
     for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         value = param.get_value()
-        if path[-1] == "decay":
+        if path[-1] == "A":
             param.set_value(jnp.asarray(-rng.uniform(0.01, 2, value.shape), jnp.float32))
         elif value.ndim == 1:
             param.set_value(value + jnp.asarray(rng.normal(size=value.shape), jnp.float32) / 3)
@@ -122,7 +122,7 @@ def expected(module, config, x):
         y = convolve(project(name), p[f"{name}.conv.kernel"], p.get(f"{name}.conv.bias"))
         mixed.append(silu(y))
     group, delta = c.value_heads // c.key_heads, isinstance(c, DeltaNetConfig)
-    steps = np.log1p(np.exp(project("step") + p["step_bias"]))
+    steps = np.log1p(np.exp(project("dt") + p["dt_bias"]))
     gate = silu(project("gate"))
     rows = []
     states = np.zeros((c.value_heads, c.value_dim, c.key_dim))
@@ -133,15 +133,15 @@ def expected(module, config, x):
             k = h // group
             q, k = (y.reshape(c.key_heads, c.key_dim)[k] for y in (queries, keys))
             v = values.reshape(c.value_heads, c.value_dim)[h]
-            state = states[h] * np.exp(steps[t, h] * p["decay"][h])
+            state = states[h] * np.exp(steps[t, h] * p["A"][h])
             if delta:
                 q, k = (y / np.sqrt(y @ y + c.epsilon) for y in (q, k))
-                strength = 1 / (1 + np.exp(-project("strength")[t, h]))
+                strength = 1 / (1 + np.exp(-project("beta")[t, h]))
                 state = state + strength * np.outer(v - state @ k, k)
                 y = state @ (q / np.sqrt(c.key_dim))
             else:
                 state = state + steps[t, h] * np.outer(v, k)
-                y = state @ q + p["skip"][h] * v
+                y = state @ q + p["D"][h] * v
             states[h] = state
             heads.append(y)
         z = gate[t].reshape(c.value_heads, c.value_dim)
@@ -172,8 +172,8 @@ def test_keys_that_repeat_are_written_as_often():
     """Where all keys are alike and nothing is forgotten, chunks need care in float32."""
     x = np.ones((1, 130, EMBED), np.float32)
     module, config = make("delta net", np.random.default_rng(0))
-    module.decay.set_value(jnp.zeros_like(module.decay.get_value()))
-    module.step_bias.set_value(jnp.full_like(module.step_bias.get_value(), 9.0))
+    module.A.set_value(jnp.zeros_like(module.A.get_value()))
+    module.dt_bias.set_value(jnp.full_like(module.dt_bias.get_value(), 9.0))
     y, _ = run(module, x)
     assert nmse(y[0], expected(module, config, x[0])) < 1e-9
 

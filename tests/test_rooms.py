@@ -1,6 +1,7 @@
 """The rooms of the package: imports point downward only."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,31 @@ def files() -> Iterator[tuple[str, Path]]:
 def test_every_room_has_its_place():
     found = {room(module) for module, _ in files()}
     assert found == set(RANKS)
+
+
+def test_kernels_are_known_to_their_own_operation_only():
+    """To its `api`, above all; other operations and rooms use that."""
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in files()
+        for name in imports(path)
+        if (backend := re.search(r"^(ops\.\w+)\.triton_", name))
+        and not module.startswith(backend[1])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_models_know_what_operations_do_and_not_how():
+    known = {"api", "spec", "layout", "rope"}
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in files()
+        for name in imports(path)
+        if module.startswith("models.")
+        and name.startswith("ops.")
+        and not known & set(name.split(".")[2:])
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_imports_point_downward():

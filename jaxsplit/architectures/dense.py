@@ -109,14 +109,14 @@ def _minicpm(header: Header) -> ModelConfig:
 def _mistral3(header: Header) -> ModelConfig:
     length = "rope.scaling.original_context_length"
     temperature = header.temperature(length, header.context_length)
-    return decoder(header, interleaved=True, attention={"temperature": temperature})
+    return decoder(header, interleaved=True, attention={"attn_temperature": temperature})
 
 
 def _mpt(header: Header) -> ModelConfig:
     attention = {
         "rope": None,
         "alibi": header.number("attention.max_alibi_bias", 0.0) or None,
-        "clamp": header.number("attention.clamp_kqv", 0.0) or None,
+        "clip_qkv": header.number("attention.clamp_kqv", 0.0) or None,
     }
     return decoder(header, activation="gelu_tanh", attention=attention)
 
@@ -126,7 +126,7 @@ def _olmo(header: Header) -> ModelConfig:
     return decoder(
         header,
         interleaved=True,
-        attention={"clamp": header.number("attention.clamp_kqv", 0.0) or None},
+        attention={"clip_qkv": header.number("attention.clamp_kqv", 0.0) or None},
         block={"mixer_norm": norm, "mlp_norm": norm},
         norm=norm,
     )

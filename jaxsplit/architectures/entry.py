@@ -137,7 +137,7 @@ def rotations(header: Header, *, interleaved: bool = False) -> tuple[RopeConfig,
 
 def unscaled(rope: RopeConfig, **choices: Any) -> RopeConfig:
     """RoPE of layers that look at their neighbourhood only."""
-    return dataclasses.replace(rope, scaling="none", factors=None, **choices)
+    return dataclasses.replace(rope, scaling="none", freq_factors=None, **choices)
 
 
 def scaled(header: Header, **defaults: float) -> dict[str, Any]:

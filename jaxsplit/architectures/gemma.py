@@ -99,14 +99,14 @@ def _gemma4(header: Header) -> ModelConfig:
             "key_norm": norm,
             "value_norm": dataclasses.replace(norm, scale=False),
             "value_is_key": not header.has(f"blk.{layer}.attn_v.weight"),
-            "lends": name if is_lender else None,
-            "borrows": name if layer >= shared_from else None,
+            "kv_donor": name if is_lender else None,
+            "kv_source": name if layer >= shared_from else None,
         }
 
     def block(layer: int) -> dict[str, Any]:
         choices = post_norms(header) | {
-            "layer_input": header.size("embedding_length_per_layer_input", 0, least=0),
-            "layer_input_norm": norm,
+            "per_layer_embedding": header.size("embedding_length_per_layer_input", 0, least=0),
+            "per_layer_embedding_norm": norm,
             "output_scale": header.has(f"blk.{layer}.layer_output_scale.weight"),
         }
         if header.has(f"blk.{layer}.ffn_gate_inp.weight"):

@@ -277,7 +277,7 @@ class Header:
             factor=factor,
             original_context=original,
             attention_factor=magnitude,
-            factors=factors,
+            freq_factors=factors,
             beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0, above=0),
             beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0, above=0),
         )

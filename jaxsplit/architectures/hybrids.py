@@ -28,7 +28,7 @@ def _sizes(header: Header) -> dict[str, int]:
         "key_heads": key_heads,
         "value_dim": inner // heads,
         "key_dim": header.size("ssm.state_size"),
-        "width": header.size("ssm.conv_kernel", least=2),
+        "kernel_size": header.size("ssm.conv_kernel", least=2),
     }
 
 
@@ -70,7 +70,7 @@ def _query_and_gate(block: BlockConfig) -> tuple[int, list[int]]:
     return block.mixer.heads, [block.mixer.head_dim, block.mixer.value_dim]
 
 
-def _strength_and_step(block: BlockConfig) -> tuple[int, list[int]]:
+def _beta_and_dt(block: BlockConfig) -> tuple[int, list[int]]:
     mixer = block.mixer
     return mixer.key_heads, [mixer.value_heads // mixer.key_heads] * 2
 
@@ -96,8 +96,8 @@ def _in_turn(tensor: str, *paths: str) -> dict[str, Rows]:
 
 
 _OF_STATES = {
-    "mixer__step_bias": "ssm_dt.bias",
-    "mixer__decay": "ssm_a",
+    "mixer__dt_bias": "ssm_dt.bias",
+    "mixer__A": "ssm_a",
     "mixer__norm__scale": "ssm_norm.weight",
     "mixer__out__kernel": "ssm_out.weight",
 }
@@ -116,24 +116,24 @@ _DELTA_NET = _names(
         "attn_gate.weight",
         Rows("ssm_in.weight", part=3, layout=_all_projections),
     ],
-    mixer__strength__kernel=[
+    mixer__beta__kernel=[
         "ssm_beta.weight",
-        Rows("ssm_ba.weight", part=0, layout=_strength_and_step),
+        Rows("ssm_ba.weight", part=0, layout=_beta_and_dt),
     ],
-    mixer__step__kernel=[
+    mixer__dt__kernel=[
         "ssm_alpha.weight",
-        Rows("ssm_ba.weight", part=1, layout=_strength_and_step),
+        Rows("ssm_ba.weight", part=1, layout=_beta_and_dt),
     ],
 )
 
 _MAMBA2 = _names(
     **_OF_STATES,
     **_in_turn(
-        "ssm_in.weight", "gate.kernel", "value.kernel", "key.kernel", "query.kernel", "step.kernel"
+        "ssm_in.weight", "gate.kernel", "value.kernel", "key.kernel", "query.kernel", "dt.kernel"
     ),
     **_in_turn("ssm_conv1d.weight", "value.conv.kernel", "key.conv.kernel", "query.conv.kernel"),
     **_in_turn("ssm_conv1d.bias", "value.conv.bias", "key.conv.bias", "query.conv.bias"),
-    mixer__skip="ssm_d",
+    mixer__D="ssm_d",
 )
 
 _SHORT_CONV = _names(

@@ -29,13 +29,13 @@ def _deepseek2(header: Header) -> ModelConfig:
         heads=header.size("attention.head_count"),
         head_dim=width - turning,
         value_dim=header.size(f"attention.value_length{end}"),
-        latent=header.size("attention.kv_lora_rank"),
-        query_latent=header.size("attention.q_lora_rank", 0, least=0),
+        kv_lora_rank=header.size("attention.kv_lora_rank"),
+        q_lora_rank=header.size("attention.q_lora_rank", 0, least=0),
         rope=dataclasses.replace(rope, attention_factor=magnitude),
         scale=scale**2 / math.sqrt(width),
         norm=header.norm(),
-        keys_by_row=fused,
-        temperature=header.temperature("attention.temperature_length"),
+        k_up_transposed=fused,
+        attn_temperature=header.temperature("attention.temperature_length"),
     )
     # The first files of GLM-4.7-Flash do not say how its experts are weighed.
     flash = header.layers in (47, 48) and header.vocab == 154880

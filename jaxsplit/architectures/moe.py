@@ -42,7 +42,7 @@ def _llama4(header: Header) -> ModelConfig:
             return turning | {"rope": rope}
         chunk = {"window": 8192, "chunked": True} if local[layer] else {}
         if layer % 4 == 3:
-            return chunk | {"rope": None, "temperature": (0.1, 8192, 1)}
+            return chunk | {"rope": None, "attn_temperature": (0.1, 8192, 1)}
         return turning | chunk | {"rope": local_rope if local[layer] else rope}
 
     experts = {"routing": "sigmoid", "apply_router_weight_on_input": True}

@@ -45,14 +45,17 @@ class Batch:
       positions: int32 `[batch, time]`, consecutive in each sequence; negative for padding, which
         comes last.
       slots: int32 `[batch]`: the slot of each sequence; None: all slots in order.
-      rope_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
-      lent: keys and values that layers share with later ones, by name, with the keys' positions.
+      freq_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
+      shared_kv: keys and values that layers share with later ones, and the keys' positions, by
+        name.
     """
 
     positions: Array
     slots: Array | None = None
-    rope_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
-    lent: dict[str, tuple["AttentionCache", Array | None]] = dataclasses.field(default_factory=dict)
+    freq_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    shared_kv: dict[str, tuple["AttentionCache", Array | None]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def rows(self) -> Array:
@@ -163,7 +166,7 @@ class RecurrentCache:
     """State of a recurrent layer, float32.
 
     Attributes:
-      inputs: last inputs of each convolution: `[slots, width - 1, channels]`.
+      inputs: last inputs of each convolution: `[slots, kernel_size - 1, channels]`.
       state: `[slots, heads, key_dim, value_dim]`; None: only convolutions have state.
     """
 
@@ -188,16 +191,20 @@ class RecurrentCache:
 
 
 def recurrent_cache(
-    width: int, channels: Sequence[tuple[Axis, int]], state: tuple[Axis, int, int] | None = None
+    kernel_size: int,
+    channels: Sequence[tuple[Axis, int]],
+    state: tuple[Axis, int, int] | None = None,
 ) -> RecurrentCache:
     """`RecurrentCache` of `CacheArray`s.
 
     Args:
-      width: kernel size of the convolutions.
+      kernel_size: of the convolutions, in tokens.
       channels: axis and size of each convolution's channels.
       state: axis of the heads, `key_dim` and `value_dim`; None: no state.
     """
-    inputs = [CacheArray((width - 1, size), (None, axis), jnp.float32) for axis, size in channels]
+    inputs = [
+        CacheArray((kernel_size - 1, size), (None, axis), jnp.float32) for axis, size in channels
+    ]
     if state is None:
         return RecurrentCache(tuple(inputs))
     heads, *sizes = state

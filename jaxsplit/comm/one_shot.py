@@ -78,7 +78,7 @@ def _exchange(
 ) -> Array:
     epochs = [] if epochs is None else [epochs.reshape(-1)]
     return pl.pallas_call(
-        partial(_kernel, axes=peers.axes),
+        partial(_one_shot_kernel, axes=peers.axes),
         grid=(pl.cdiv(x.size, WIDTH),),
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
@@ -87,7 +87,9 @@ def _exchange(
     )(x.reshape(-1), peers.buffer_pointers, *epochs)
 
 
-def _kernel(x_ref: jax.Ref, pointers: jax.Ref, *refs: jax.Ref, axes: tuple[str, ...]) -> None:
+def _one_shot_kernel(
+    x_ref: jax.Ref, pointers: jax.Ref, *refs: jax.Ref, axes: tuple[str, ...]
+) -> None:
     """Some elements; the last reference is the result's."""
     *epochs, out_ref = refs
     program, index = pl.program_id(0), jnp.arange(WIDTH)

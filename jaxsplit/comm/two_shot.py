@@ -51,7 +51,7 @@ def all_reduce(x: Array, peers: PeerGroup) -> Array:
       peers: the devices.
     """
     y = pl.pallas_call(
-        partial(_kernel, axes=peers.axes, max_elements=peers.max_elements),
+        partial(_two_shot_kernel, axes=peers.axes, max_elements=peers.max_elements),
         grid=(_tiles(x.size, peers.size),),
         out_shape=jax.ShapeDtypeStruct((x.size,), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
@@ -61,7 +61,7 @@ def all_reduce(x: Array, peers: PeerGroup) -> Array:
     return y.reshape(x.shape)
 
 
-def _kernel(
+def _two_shot_kernel(
     x_ref: jax.Ref,
     pointers: jax.Ref,
     out_ref: jax.Ref,
@@ -106,7 +106,7 @@ def _kernel(
 
 
 def _swap_tiles(tiles: Sequence[Array], peers: PeerGroup) -> list[Array]:
-    """`swap` in `_kernel`.
+    """`swap` in `_two_shot_kernel`.
 
     A thread stores its words in the buffers of all others, then a flag with the epoch, and polls
     the others' flags. Behind the room of `one_shot`, buffers have for each thread of the grid: its

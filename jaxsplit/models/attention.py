@@ -31,7 +31,7 @@ class Attention(nnx.Module):
                 return Norm(norm, width, HEAD_DIM)
             return Norm(norm, count * width, axis, group=width if c.norm_over == "each" else None)
 
-        own_kv = c.borrows is None
+        own_kv = c.kv_source is None
         own_value = own_kv and not c.value_is_key
         self.query = linear(heads, c.heads, c.head_dim, c.qkv_bias)
         self.key = linear(kv_heads, c.kv_heads, c.head_dim, c.qkv_bias) if own_kv else None

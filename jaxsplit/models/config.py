@@ -44,9 +44,9 @@ class BlockConfig:
       mixer_post_norm, mlp_post_norm: of what they write; None: no norm.
       parallel: both read the stream before the layer; without `mlp_norm` what the mixer reads.
       residual_scale: multiplies what they write.
-      layer_input: width of the tokens' embeddings for this layer, which gate what it adds to the
-        stream at last; 0: they have none.
-      layer_input_norm: of what is added.
+      per_layer_embedding: width of the tokens' embeddings for this layer, which are gated and added
+        to the stream last; 0: none.
+      per_layer_embedding_norm: of what is added.
       output_scale: a parameter multiplies the stream after the layer.
     """
 
@@ -58,8 +58,8 @@ class BlockConfig:
     mlp_post_norm: NormConfig | None = None
     parallel: bool = False
     residual_scale: float = 1.0
-    layer_input: int = 0
-    layer_input_norm: NormConfig = NormConfig()
+    per_layer_embedding: int = 0
+    per_layer_embedding_norm: NormConfig = NormConfig()
     output_scale: bool = False
 
 
@@ -105,18 +105,18 @@ class ModelConfig:
     def stream_width(self, layer: int) -> int:
         """Numbers of each token that a layer is given: the residual stream, and the embeddings for
         this and later layers."""
-        return self.embed + sum(block.layer_input for block in self.blocks[layer:])
+        return self.embed + sum(block.per_layer_embedding for block in self.blocks[layer:])
 
     @property
-    def together(self) -> list[range]:
+    def colocated_layers(self) -> list[range]:
         """Layers that have to be on the same devices: those that lend keys and values, and all up
-        to the last that borrows them."""
-        lends = [getattr(block.mixer, "lends", None) for block in self.blocks]
-        borrows = [getattr(block.mixer, "borrows", None) for block in self.blocks]
+        to the last that kv_source them."""
+        kv_donor = [getattr(block.mixer, "kv_donor", None) for block in self.blocks]
+        kv_source = [getattr(block.mixer, "kv_source", None) for block in self.blocks]
         spans = {}
-        for i, name in enumerate(borrows):
+        for i, name in enumerate(kv_source):
             if name:
-                spans[name] = range(lends.index(name), i + 1)
+                spans[name] = range(kv_donor.index(name), i + 1)
         return list(spans.values())
 
     def cache(self, context: int, dtype: jnp.dtype, layers: range | None = None) -> list:

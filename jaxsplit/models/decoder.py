@@ -21,9 +21,9 @@ from jaxsplit.models.attention import Attention
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.layers import (
     Embedding,
-    LayerInput,
-    LayerInputs,
     Linear,
+    PerLayerEmbedding,
+    PerLayerEmbeddings,
     add_norm,
     norm,
     param,
@@ -70,9 +70,9 @@ class Block(nnx.Module):
         self.mlp_norm = norm(c.mlp_norm, embed)
         self.mlp = MODULES[type(c.mlp)](c.mlp, embed, rngs=rngs)
         self.mlp_post_norm = norm(c.mlp_post_norm, embed)
-        self.layer_input = (
-            LayerInput(c.layer_input, embed, c.layer_input_norm, rngs=rngs)
-            if c.layer_input
+        self.per_layer_embedding = (
+            PerLayerEmbedding(c.per_layer_embedding, embed, c.per_layer_embedding_norm, rngs=rngs)
+            if c.per_layer_embedding
             else None
         )
         self.output_scale = param(None, (Axis("scalar"),), (1,)) if c.output_scale else None
@@ -84,7 +84,7 @@ class Block(nnx.Module):
         residual: Array,
         batch: Batch,
         cache: Any,
-        layer_input: Array | None = None,
+        per_layer_embedding: Array | None = None,
     ) -> tuple[Unreduced | None, Array, Any]:
         """What the layer makes of the residual stream.
 
@@ -93,7 +93,7 @@ class Block(nnx.Module):
           residual: `[batch, time, embed]`.
           batch: where the tokens belong.
           cache: what the layer kept of earlier tokens; None: nothing.
-          layer_input: the tokens' embeddings for this layer, `[batch, time, width]`.
+          per_layer_embedding: the tokens' embeddings for this layer, `[batch, time, width]`.
 
         Returns:
           what this layer has computed, still to be added, the stream, and the layer's cache.
@@ -111,11 +111,11 @@ class Block(nnx.Module):
         y = self._scaled(y, residual, self.mixer_post_norm)
         x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
         y = self._scaled(self.mlp(x), residual, self.mlp_post_norm)
-        if self.layer_input is None and self.output_scale is None:
+        if self.per_layer_embedding is None and self.output_scale is None:
             return y, residual, cache
         residual = add(y, residual)
-        if self.layer_input is not None:
-            residual = residual + self.layer_input(residual, layer_input)
+        if self.per_layer_embedding is not None:
+            residual = residual + self.per_layer_embedding(residual, per_layer_embedding)
         if self.output_scale is not None:
             residual = (residual * self.output_scale.get_value()).astype(residual.dtype)
         return None, residual, cache
@@ -146,7 +146,7 @@ def _run(
     stream: tuple[Unreduced | None, Array],
     batch: Batch,
     cache: Any,
-    layer_input: Array | None,
+    per_layer_embedding: Array | None,
 ) -> tuple[tuple[Unreduced | None, Array], Any, Mapping]:
     """`Block.__call__` as a program of its own, traced once for all layers that are alike.
 
@@ -154,15 +154,15 @@ def _run(
       context: of the forward pass.
       graph, state: the block.
       stream: `y` and `residual`.
-      batch, cache, layer_input: its other arguments.
+      batch, cache, per_layer_embedding: its other arguments.
 
     Returns:
-      the stream, the cache, and what `batch` has been lent.
+      the stream, the cache, and `batch.shared_kv`.
     """
     with forward_context(context):
         block = nnx.merge(graph, state)
-        y, residual, cache = block(*stream, batch, cache, layer_input)
-    return (y, residual), cache, batch.lent
+        y, residual, cache = block(*stream, batch, cache, per_layer_embedding)
+    return (y, residual), cache, batch.shared_kv
 
 
 class Decoder(nnx.Module):
@@ -202,17 +202,17 @@ class Decoder(nnx.Module):
         )
         self.embedding_norm = norm(c.embedding_norm, c.embed) if self.first else None
         ropes = [getattr(block.mixer, "rope", None) for block in blocks]
-        ropes = {rope.factors: rope for rope in ropes if rope}
-        self.rope_factors = nnx.Dict(
+        ropes = {rope.freq_factors: rope for rope in ropes if rope}
+        self.freq_factors = nnx.Dict(
             {
                 name: param(None, (Axis("rope"),), (rope.dim // 2,))
                 for name, rope in ropes.items()
                 if name
             }
         )
-        width = c.blocks[0].layer_input
-        self.layer_inputs = (
-            LayerInputs(c.vocab, c.embed, c.layers, width, c.norm, rngs)
+        width = c.blocks[0].per_layer_embedding
+        self.per_layer_embeddings = (
+            PerLayerEmbeddings(c.vocab, c.embed, c.layers, width, c.norm, rngs)
             if self.first and width
             else None
         )
@@ -279,22 +279,26 @@ class Decoder(nnx.Module):
         """`hidden`, as what the last layer has computed and the stream to add it to."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
-        factors = {name: factor.get_value() for name, factor in self.rope_factors.items()}
+        factors = {name: factor.get_value() for name, factor in self.freq_factors.items()}
         batch = Batch(positions, slots, factors)
-        x, layer_inputs = self._embed(inputs, positions) if self.first else self._parts(inputs)
+        x, per_layer_embeddings = (
+            self._embed(inputs, positions) if self.first else self._parts(inputs)
+        )
         stream, caches, context = (None, x), [], current_context()
         for i, block in enumerate(self.blocks):
-            layer_input = None
-            if layer_inputs is not None:
-                layer_input, layer_inputs = self._parts(layer_inputs, block.config.layer_input)
+            per_layer_embedding = None
+            if per_layer_embeddings is not None:
+                per_layer_embedding, per_layer_embeddings = self._parts(
+                    per_layer_embeddings, block.config.per_layer_embedding
+                )
             layer_cache = None if cache is None else cache[i]
-            stream, layer_cache, lent = _run(
-                context, *nnx.split(block), stream, batch, layer_cache, layer_input
+            stream, layer_cache, shared_kv = _run(
+                context, *nnx.split(block), stream, batch, layer_cache, per_layer_embedding
             )
-            batch = dataclasses.replace(batch, lent=lent)
+            batch = dataclasses.replace(batch, shared_kv=shared_kv)
             caches.append(layer_cache)
-        if layer_inputs is not None:
-            stream = None, jnp.concatenate([add(*stream), layer_inputs], axis=-1)
+        if per_layer_embeddings is not None:
+            stream = None, jnp.concatenate([add(*stream), per_layer_embeddings], axis=-1)
         return stream, None if cache is None else caches
 
     def logits(self, x: Array) -> Array:
@@ -325,4 +329,6 @@ class Decoder(nnx.Module):
             table = self.positions.get_value()
             x = x + take_rows(table, jnp.maximum(positions, 0), self.dtype)
         x = (x if self.embedding_norm is None else self.embedding_norm(x)).astype(self.dtype)
-        return x, None if self.layer_inputs is None else self.layer_inputs(tokens, x)
+        return x, None if self.per_layer_embeddings is None else self.per_layer_embeddings(
+            tokens, x
+        )

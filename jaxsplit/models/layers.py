@@ -19,9 +19,8 @@ from jaxsplit.ops.matmul import api as ops
 from jaxsplit.ops.matmul.api import Like, Rows, matmul, split_k_matmuls, unreduced_matmul
 from jaxsplit.ops.norm import api as norm_ops
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
-from jaxsplit.ops.norm.xla import normalize
 from jaxsplit.quant import take_rows
-from jaxsplit.sharding.axes import EMBED, LAYER_INPUT, Axis
+from jaxsplit.sharding.axes import EMBED, PER_LAYER, Axis
 
 
 def param(rngs: nnx.Rngs | None, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> nnx.Param:
@@ -64,7 +63,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """`[..., size]` to the same shape and dtype."""
-        return normalize(x, self.params)
+        return norm_ops.normalize(x, self.params)
 
 
 def norm(config: NormConfig | None, size: int) -> Norm | None:
@@ -199,7 +198,7 @@ class Embedding(nnx.Module):
         return matmul(x, self.table.get_value())
 
 
-class LayerInputs(nnx.Module):
+class PerLayerEmbeddings(nnx.Module):
     """Embeddings of tokens for each layer, with a projection of those for the stream (Gemma 3n).
 
     Args:
@@ -210,8 +209,8 @@ class LayerInputs(nnx.Module):
         self, vocab: int, embed: int, layers: int, width: int, config: NormConfig, rngs: nnx.Rngs
     ):
         self.embedding = Embedding(vocab, layers * width, rngs=rngs)
-        self.project = Linear(EMBED, embed, LAYER_INPUT, layers * width, rngs=rngs)
-        self.norm = Norm(config, width, LAYER_INPUT)
+        self.project = Linear(EMBED, embed, PER_LAYER, layers * width, rngs=rngs)
+        self.norm = Norm(config, width, PER_LAYER)
         self.width = width
 
     def __call__(self, tokens: Array, x: Array) -> Array:
@@ -222,17 +221,17 @@ class LayerInputs(nnx.Module):
         return ((projected.reshape(chosen.shape) + chosen) * 2**-0.5).astype(x.dtype)
 
 
-class LayerInput(nnx.Module):
+class PerLayerEmbedding(nnx.Module):
     """What a layer adds to the stream last: its own embedding of the token, gated by the stream.
 
     Its matrices are small: every device has them whole, so that none has to wait.
     """
 
     def __init__(self, width: int, embed: int, config: NormConfig, *, rngs: nnx.Rngs):
-        self.gate = Linear(EMBED, embed, LAYER_INPUT, width, rngs=rngs)
-        self.out = Linear(LAYER_INPUT, width, EMBED, embed, rngs=rngs)
+        self.gate = Linear(EMBED, embed, PER_LAYER, width, rngs=rngs)
+        self.out = Linear(PER_LAYER, width, EMBED, embed, rngs=rngs)
         self.norm = Norm(config, embed)
 
-    def __call__(self, x: Array, layer_input: Array) -> Array:
+    def __call__(self, x: Array, per_layer_embedding: Array) -> Array:
         """`[..., embed]` and `[..., width]` to `[..., embed]`."""
-        return self.norm(self.out(jax.nn.gelu(self.gate(x)) * layer_input))
+        return self.norm(self.out(jax.nn.gelu(self.gate(x)) * per_layer_embedding))

@@ -31,9 +31,9 @@ class CausalConv(nnx.Module):
     """A convolution of each channel over the last tokens."""
 
     def __init__(
-        self, axis: Axis, channels: int, width: int, *, bias: bool = False, rngs: nnx.Rngs
+        self, axis: Axis, channels: int, kernel_size: int, *, bias: bool = False, rngs: nnx.Rngs
     ):
-        self.kernel = param(rngs, (axis, Axis("conv")), (channels, width))
+        self.kernel = param(rngs, (axis, Axis("conv")), (channels, kernel_size))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32), axes=(axis,)) if bias else None
 
     def __call__(self, x: Array, past: Array | None, batch: Batch) -> tuple[Array, Array]:
@@ -41,22 +41,22 @@ class CausalConv(nnx.Module):
 
         Args:
           x: `[batch, time, channels]`.
-          past: the inputs before, float32 `[batch, width - 1, channels]`; None: there are none.
+          past: earlier inputs, float32 `[batch, kernel_size - 1, channels]`; None: there are none.
           batch: where the tokens belong.
 
         Returns:
           float32 `[batch, time, channels]`, and the last inputs with these tokens.
         """
         kernel = self.kernel.get_value().astype(jnp.float32)
-        width, time = kernel.shape[-1], x.shape[1]
+        kernel_size, time = kernel.shape[-1], x.shape[1]
         if past is None:
-            past = jnp.zeros((x.shape[0], width - 1, x.shape[2]), jnp.float32)
+            past = jnp.zeros((x.shape[0], kernel_size - 1, x.shape[2]), jnp.float32)
         inputs = jnp.concatenate([past, x.astype(jnp.float32)], axis=1)
-        y = sum(inputs[:, i : i + time] * kernel[:, i] for i in range(width))
+        y = sum(inputs[:, i : i + time] * kernel[:, i] for i in range(kernel_size))
         if self.bias is not None:
             y = y + self.bias.get_value()
         count = (batch.positions >= 0).sum(axis=1)
-        last = count[:, None] + jnp.arange(width - 1)
+        last = count[:, None] + jnp.arange(kernel_size - 1)
         return y, jnp.take_along_axis(inputs, last[..., None], axis=1)
 
 
@@ -64,10 +64,10 @@ class ConvLinear(Linear):
     """A projection of the residual stream, convolved and activated by a SiLU."""
 
     def __init__(
-        self, embed: int, axis: Axis, size: int, width: int, *, bias: bool, rngs: nnx.Rngs
+        self, embed: int, axis: Axis, size: int, kernel_size: int, *, bias: bool, rngs: nnx.Rngs
     ):
         super().__init__(EMBED, embed, axis, size, rngs=rngs)
-        self.conv = CausalConv(axis, size, width, bias=bias, rngs=rngs)
+        self.conv = CausalConv(axis, size, kernel_size, bias=bias, rngs=rngs)
 
     def __call__(self, x: Activations, past: Array | None, batch: Batch) -> tuple[Array, Array]:
         """`[batch, time, embed]` to float32 `[batch, time, size]`, and the convolution's inputs."""
@@ -79,15 +79,15 @@ def linear_attention(
     queries: Array,
     keys: Array,
     values: Array,
-    strength: Array | None,
+    beta: Array | None,
     log_decay: Array,
     state: Array | None,
 ) -> tuple[Array, Array]:
     """Reads from a matrix of associations that forgets, chunk by chunk.
 
-    Of each token, with state S, query q, key k, value v, decay a and strength b:
+    Of each token, with state S, query q, key k, value v, decay a and write strength beta b:
 
-        S = a S + k v^T                    without a strength: Mamba-2's state space
+        S = a S + k v^T                    without beta: Mamba-2's state space
         S = a S + b k (v - a S^T k)^T      with one: the gated delta rule
         y = S^T q
 
@@ -97,7 +97,7 @@ def linear_attention(
     Args:
       queries, keys: float32 `[batch, time, key_heads, key_dim]`.
       values: float32 `[batch, time, key_heads, group, value_dim]`.
-      strength: float32 `[batch, time, key_heads, group]`, or None.
+      beta: float32 `[batch, time, key_heads, group]`, or None.
       log_decay: float32 `[batch, time, key_heads, group]`, at most 0.
       state: float32 `[batch, key_heads, group, key_dim, value_dim]`; None: zeros.
 
@@ -125,13 +125,13 @@ def linear_attention(
     left = jnp.exp(jnp.where(until, total[..., :, None] - total[..., None, :], -jnp.inf))
     reads = product("nbhid,nbhjd->nbhij", queries, keys)[:, :, :, None] * left
     corrections = None
-    if strength is not None:
-        strength = chunked(strength, 4)[..., None]
-        corrections = strength * jnp.eye(size)
+    if beta is not None:
+        beta = chunked(beta, 4)[..., None]
+        corrections = beta * jnp.eye(size)
         if size > 1:
             alike = product("nbhid,nbhjd->nbhij", keys, keys)[:, :, :, None] * left
             corrections = lax.linalg.triangular_solve(
-                strength * alike, corrections, left_side=True, lower=True, unit_diagonal=True
+                beta * alike, corrections, left_side=True, lower=True, unit_diagonal=True
             )
     left_of_state = jnp.exp(total)[..., None]
     left_at_end = jnp.exp(total[..., -1:] - total)[..., None]
@@ -160,20 +160,20 @@ class LinearAttention(nnx.Module):
         inner, keys = c.value_heads * c.value_dim, c.key_heads * c.key_dim
 
         def project(axis: Axis, size: int) -> ConvLinear:
-            return ConvLinear(embed, axis, size, c.width, bias=c.conv_bias, rngs=rngs)
+            return ConvLinear(embed, axis, size, c.kernel_size, bias=c.conv_bias, rngs=rngs)
 
         self.query, self.key = project(key_heads, keys), project(key_heads, keys)
         self.value = project(heads, inner)
         self.gate = Linear(EMBED, embed, heads, inner, rngs=rngs)
-        self.step = Linear(EMBED, embed, heads, c.value_heads, rngs=rngs)
-        self.step_bias = nnx.Param(jnp.zeros(c.value_heads, jnp.float32), axes=(heads,))
-        self.decay = nnx.Param(jnp.full(c.value_heads, -1, jnp.float32), axes=(heads,))
+        self.dt = Linear(EMBED, embed, heads, c.value_heads, rngs=rngs)
+        self.dt_bias = nnx.Param(jnp.zeros(c.value_heads, jnp.float32), axes=(heads,))
+        self.A = nnx.Param(jnp.full(c.value_heads, -1, jnp.float32), axes=(heads,))
         self.out = Linear(heads, inner, EMBED, embed, rngs=rngs)
         self.config = config
 
     def readers(self, x: Array) -> Readers:
         """Who reads the input `[batch, time, embed]`."""
-        return readers_of(x, self.query, self.key, self.value, self.gate, self.step)
+        return readers_of(x, self.query, self.key, self.value, self.gate, self.dt)
 
     def __call__(
         self, x: Activations, batch: Batch, cache: RecurrentCache | None
@@ -196,12 +196,12 @@ class LinearAttention(nnx.Module):
         heads = (keys.shape[2], -1)  # a group for each key head
         values = mixed[2].reshape(*shape, *heads, c.value_dim)
         gate = jax.nn.silu(self.gate(x).astype(jnp.float32)).reshape(values.shape)
-        steps = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias.get_value())
+        dt = jax.nn.softplus(self.dt(x).astype(jnp.float32) + self.dt_bias.get_value())
         # Padding forgets nothing and, its key being zero, writes nothing.
         real = batch.positions[..., None] >= 0
-        steps, keys = jnp.where(real, steps, 0), jnp.where(real[..., None], keys, 0)
-        log_decay = (steps * self.decay.get_value()).reshape(*shape, *heads)
-        associations = self._associate(x, queries, keys, values, steps.reshape(*shape, *heads))
+        dt, keys = jnp.where(real, dt, 0), jnp.where(real[..., None], keys, 0)
+        log_decay = (dt * self.A.get_value()).reshape(*shape, *heads)
+        associations = self._associate(x, queries, keys, values, dt.reshape(*shape, *heads))
         state = past.state
         if state is not None:
             state = state.reshape(-1, *values.shape[2:4], *state.shape[2:])
@@ -213,7 +213,7 @@ class LinearAttention(nnx.Module):
         return self.out.unreduced(y), cache
 
     def _associate(
-        self, x: Activations, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
     ) -> tuple[Array, Array, Array, Array | None]:
         """Queries, keys, values and strengths as `linear_attention` takes them."""
         raise NotImplementedError
@@ -232,21 +232,21 @@ class DeltaNet(LinearAttention):
     def __init__(self, config: DeltaNetConfig, embed: int, *, rngs: nnx.Rngs):
         super().__init__(config, embed, rngs=rngs)
         heads, _ = config.axes
-        self.strength = Linear(EMBED, embed, heads, config.value_heads, rngs=rngs)
+        self.beta = Linear(EMBED, embed, heads, config.value_heads, rngs=rngs)
         self.norm = Norm(config.norm, config.value_dim, HEAD_DIM) if config.norm else None
 
     def readers(self, x: Array) -> Readers:
-        linears = self.query, self.key, self.value, self.gate, self.step, self.strength
+        linears = self.query, self.key, self.value, self.gate, self.dt, self.beta
         return readers_of(x, *linears)
 
     def _associate(
-        self, x: Activations, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
     ) -> tuple[Array, Array, Array, Array]:
         def unit(x: Array) -> Array:
             return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + self.config.epsilon)
 
-        strength = jax.nn.sigmoid(self.strength(x).astype(jnp.float32)).reshape(steps.shape)
-        return unit(queries) * queries.shape[-1] ** -0.5, unit(keys), values, strength
+        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32)).reshape(dt.shape)
+        return unit(queries) * queries.shape[-1] ** -0.5, unit(keys), values, beta
 
     def _finish(self, y: Array, values: Array, gate: Array) -> Array:
         return (y if self.norm is None else self.norm(y)) * gate
@@ -258,16 +258,16 @@ class Mamba2(LinearAttention):
     def __init__(self, config: Mamba2Config, embed: int, *, rngs: nnx.Rngs):
         super().__init__(config, embed, rngs=rngs)
         heads, _ = config.axes
-        self.skip = param(None, (heads,), (config.value_heads,))
+        self.D = param(None, (heads,), (config.value_heads,))
         self.norm = GroupNorm(config) if config.norm else None
 
     def _associate(
-        self, x: Activations, queries: Array, keys: Array, values: Array, steps: Array
+        self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
     ) -> tuple[Array, Array, Array, None]:
-        return queries, keys, values * steps[..., None], None
+        return queries, keys, values * dt[..., None], None
 
     def _finish(self, y: Array, values: Array, gate: Array) -> Array:
-        y = (y + self.skip.get_value().reshape(*y.shape[2:4], 1) * values) * gate
+        y = (y + self.D.get_value().reshape(*y.shape[2:4], 1) * values) * gate
         return y if self.norm is None else self.norm(y)
 
 
@@ -304,7 +304,7 @@ class ShortConv(nnx.Module):
             return Linear(EMBED, embed, axis, c.channels, rngs=rngs)
 
         self.in_gate, self.out_gate, self.value = project(), project(), project()
-        self.conv = CausalConv(axis, c.channels, c.width, rngs=rngs)
+        self.conv = CausalConv(axis, c.channels, c.kernel_size, rngs=rngs)
         self.out = Linear(axis, c.channels, EMBED, embed, rngs=rngs)
 
     def readers(self, x: Array) -> Readers:

@@ -24,25 +24,25 @@ class LatentAttentionConfig:
       heads: how many.
       head_dim: width of a query or key head, without the part that turns with position.
       value_dim: width of a value head.
-      latent: width of the latent vector.
-      query_latent: width of the vector that queries come from; 0: the layer's input.
+      kv_lora_rank: width of the latent vector.
+      q_lora_rank: width of the vector that queries come from; 0: the layer's input.
       rope: of the turning part, which all heads share.
       scale: of the scores.
       norm: of the latent vectors.
-      keys_by_row: keys' projections are `[head_dim, latent]`, else `[latent, head_dim]`.
-      temperature: as in `AttentionConfig`.
+      k_up_transposed: keys' projections are `[head_dim, latent]`, else `[latent, head_dim]`.
+      attn_temperature: as in `AttentionConfig`.
     """
 
     heads: int
     head_dim: int
     value_dim: int
-    latent: int
-    query_latent: int
+    kv_lora_rank: int
+    q_lora_rank: int
     rope: RopeConfig
     scale: float
     norm: NormConfig = NormConfig()
-    keys_by_row: bool = False
-    temperature: tuple[float, int, int] | None = None
+    k_up_transposed: bool = False
+    attn_temperature: tuple[float, int, int] | None = None
 
     @property
     def axis(self) -> Axis:
@@ -56,7 +56,7 @@ class LatentAttentionConfig:
 
     def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache:
         """What it keeps of a sequence: latent vectors and the turning part of keys."""
-        return attention_cache(LATENT, context, self.latent + self.rope.dim, None, dtype)
+        return attention_cache(LATENT, context, self.kv_lora_rank + self.rope.dim, None, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LinearAttentionConfig:
     Attributes:
       value_heads, key_heads: heads, and the query and key heads that they share.
       value_dim, key_dim: width of a value head, and of a query or key head.
-      width: tokens that the convolutions see.
+      kernel_size: tokens that the convolutions see.
       norm: of the output, before the last projection; None: no norm.
       conv_bias: the convolutions have biases.
       tiled: as in `Axis`.
@@ -76,7 +76,7 @@ class LinearAttentionConfig:
     key_heads: int
     value_dim: int
     key_dim: int
-    width: int
+    kernel_size: int
     norm: NormConfig | None = None
     conv_bias: bool = False
     tiled: bool = False
@@ -92,7 +92,7 @@ class LinearAttentionConfig:
         keys = key_heads, self.key_heads * self.key_dim
         values = heads, self.value_heads * self.value_dim
         return recurrent_cache(
-            self.width, [keys, keys, values], (heads, self.key_dim, self.value_dim)
+            self.kernel_size, [keys, keys, values], (heads, self.key_dim, self.value_dim)
         )
 
 
@@ -121,11 +121,11 @@ class ShortConvConfig:
 
     Attributes:
       channels: the width of the residual stream.
-      width: tokens that the convolution sees.
+      kernel_size: tokens that the convolution sees.
     """
 
     channels: int
-    width: int
+    kernel_size: int
 
     @property
     def axis(self) -> Axis:
@@ -134,7 +134,7 @@ class ShortConvConfig:
 
     def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
         """What it keeps of a sequence, however long that is."""
-        return recurrent_cache(self.width, [(self.axis, self.channels)])
+        return recurrent_cache(self.kernel_size, [(self.axis, self.channels)])
 
 
 Mixer = AttentionConfig | LatentAttentionConfig | DeltaNetConfig | Mamba2Config | ShortConvConfig

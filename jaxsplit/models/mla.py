@@ -34,15 +34,17 @@ class LatentAttention(nnx.Module):
         def stack(*shape: int) -> nnx.Param:
             return param(rngs, (heads, Axis("up"), LATENT), (c.heads, *shape))
 
-        low = c.query_latent
+        low = c.q_lora_rank
         self.query_down = Linear(EMBED, embed, LATENT, low, rngs=rngs) if low else None
         self.query_norm = Norm(c.norm, low, LATENT) if low else None
         source = (LATENT, low) if low else (EMBED, embed)
         self.query = Linear(*source, heads, width, rngs=rngs)
-        self.latent = Linear(EMBED, embed, LATENT, c.latent + c.rope.dim, rngs=rngs)
-        self.latent_norm = Norm(c.norm, c.latent, LATENT)
-        self.key_up = stack(*((c.head_dim, c.latent) if c.keys_by_row else (c.latent, c.head_dim)))
-        self.value_up = stack(c.value_dim, c.latent)
+        self.latent = Linear(EMBED, embed, LATENT, c.kv_lora_rank + c.rope.dim, rngs=rngs)
+        self.latent_norm = Norm(c.norm, c.kv_lora_rank, LATENT)
+        self.key_up = stack(
+            *((c.head_dim, c.kv_lora_rank) if c.k_up_transposed else (c.kv_lora_rank, c.head_dim))
+        )
+        self.value_up = stack(c.value_dim, c.kv_lora_rank)
         self.out = Linear(heads, c.heads * c.value_dim, EMBED, embed, rngs=rngs)
         self.config = config
 
@@ -55,19 +57,19 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Unreduced, AttentionCache | None]:
         """What the tokens read from one another; as `Attention`."""
         c, positions = self.config, batch.positions
-        factors = batch.rope_factors.get(c.rope.factors)
+        factors = batch.freq_factors.get(c.rope.freq_factors)
         low = x if self.query_down is None else self.query_norm(self.query_down(x))
         queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
-        queries = apply_temperature(queries, positions, c.temperature)
+        queries = apply_temperature(queries, positions, c.attn_temperature)
         queries, turning = jnp.split(queries, [c.head_dim], axis=-1)
         turning = rope(turning, positions, c.rope, factors)
-        latent, key = jnp.split(self.latent(x), [c.latent], axis=-1)
+        latent, key = jnp.split(self.latent(x), [c.kv_lora_rank], axis=-1)
         key = rope(key[:, :, None], positions, c.rope, factors)
         kept = jnp.concatenate([self.latent_norm(latent)[:, :, None], key], axis=-1)
         memory, key_positions, cache = update_cache(kept, None, batch, cache, None)
         kv = KV(memory, key_positions)
-        many = positions.shape[1] * (2 * c.latent - c.head_dim - c.value_dim)
-        if many <= c.latent * (c.head_dim + c.value_dim):
+        many = positions.shape[1] * (2 * c.kv_lora_rank - c.head_dim - c.value_dim)
+        if many <= c.kv_lora_rank * (c.head_dim + c.value_dim):
             y = self._absorbed(queries, turning, kv, batch)
         else:
             y = self._expanded(queries, turning, kv, batch)
@@ -77,19 +79,19 @@ class LatentAttention(nnx.Module):
         """Queries `[batch, time, heads, width]` and their turning part to values likewise."""
         c = self.config
         up = self.key_up.get_value()
-        to_latent = _times(queries, _turned(up, queries.dtype) if c.keys_by_row else up)
+        to_latent = _times(queries, _turned(up, queries.dtype) if c.k_up_transposed else up)
         queries = jnp.concatenate([to_latent, turning], axis=-1)[:, :, None]
-        config = AttentionConfig(c.heads, 1, queries.shape[-1], c.latent, scale=c.scale)
+        config = AttentionConfig(c.heads, 1, queries.shape[-1], c.kv_lora_rank, scale=c.scale)
         y = attend(queries, kv, batch, config=config).array
-        return _times(y.reshape(*queries.shape[:2], -1, c.latent), self.value_up.get_value())
+        return _times(y.reshape(*queries.shape[:2], -1, c.kv_lora_rank), self.value_up.get_value())
 
     def _expanded(self, queries: Array, turning: Array, kv: KV, batch: Batch) -> Array:
         """As `_absorbed`, with keys and values of each head."""
         c, dtype = self.config, queries.dtype
         kept = kv.memory.dequantized(dtype)[:, 0]
-        latent, key = jnp.split(kept, [c.latent], axis=-1)
+        latent, key = jnp.split(kept, [c.kv_lora_rank], axis=-1)
         up = self.key_up.get_value()
-        keys = _for_each_head(latent, up if c.keys_by_row else _turned(up, dtype))
+        keys = _for_each_head(latent, up if c.k_up_transposed else _turned(up, dtype))
         values = _for_each_head(latent, self.value_up.get_value())
         turned = jnp.broadcast_to(key[:, :, None], (*keys.shape[:3], c.rope.dim))
         keys = jnp.concatenate([keys, turned], axis=-1)

@@ -90,7 +90,7 @@ def _trace(
     layers_of: dict[BlockConfig, list[int]] = {}
     for i in stage.layers:
         layers_of.setdefault(config.blocks[i], []).append(i)
-    if len(stage.layers) <= len(layers_of) + 1 or any(config.together):
+    if len(stage.layers) <= len(layers_of) + 1 or any(config.colocated_layers):
         return cost_of(stage.layers)
     once = [layers[0] for layers in layers_of.values()]
     cost = base = cost_of(once)

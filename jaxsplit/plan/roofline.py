@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.matmul import triton_gemv_int8, triton_small_m_gemm
+from jaxsplit.ops.matmul.api import MAX_INT8_ROWS, MAX_SMALL_M_ROWS
 from jaxsplit.plan.cost import ProgramCost
 from jaxsplit.plan.devices import DeviceKind
 from jaxsplit.sharding import Stage
@@ -93,11 +93,11 @@ def decode_seconds(
     """
     e, count = _EFFICIENCY[kind.kernels], weights * 8 / bits
     reading = read / (kind.bandwidth * (e.few_bits if bits < 8 else e.memory))
-    small_m = dtype == jnp.bfloat16 and rows <= triton_small_m_gemm.MAX_ROWS
+    small_m = dtype == jnp.bfloat16 and rows <= MAX_SMALL_M_ROWS
     small_m = small_m and e.small_m_flops is not None
-    if bits < 16 and small_m and rows > triton_gemv_int8.MAX_ROWS:
+    if bits < 16 and small_m and rows > MAX_INT8_ROWS:
         matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * e.small_m_flops)
-    elif bits < 16 and rows > (triton_gemv_int8.MAX_ROWS if kind.kernels else 1):
+    elif bits < 16 and rows > (MAX_INT8_ROWS if kind.kernels else 1):
         moved = read + 2 * weights * 16 / bits
         matmuls = moved / (kind.bandwidth * _COPY_EFFICIENCY)
         matmuls += cost.flops / (kind.flops * e.matmul)

@@ -53,7 +53,7 @@ class Axis:
 EMBED = Axis("embed")
 HEAD_DIM = Axis("head_dim")
 LATENT = Axis("latent")
-LAYER_INPUT = Axis("layer_input")
+PER_LAYER = Axis("per_layer_embedding")
 SLOTS = Axis("slots")
 
 

@@ -179,11 +179,11 @@ class Layers(Protocol):
 
     Attributes:
       layers: number of layers.
-      together: runs of layers that must be in the same stage.
+      colocated_layers: runs of layers that must be in the same stage.
     """
 
     layers: int
-    together: Sequence[range]
+    colocated_layers: Sequence[range]
 
 
 def make_partition(
@@ -223,7 +223,7 @@ def make_partition(
     if shares is not None:
         _check_shares(shares, *grid.shape[1:])
     grids, shares = _stage_grids(grid, shape, devices, shares)
-    runs = share_layers(layer_costs or [1.0] * model.layers, shares, model.together)
+    runs = share_layers(layer_costs or [1.0] * model.layers, shares, model.colocated_layers)
     table = split_mode(mode).table
 
     def stage(run: range, grid: np.ndarray) -> Stage:
@@ -330,7 +330,7 @@ def stage_memory(shape: Mapping[str, int], memory: Sequence[float]) -> list[floa
 
 
 def share_layers(
-    costs: Sequence[float], shares: Sequence[float], together: Sequence[range] = ()
+    costs: Sequence[float], shares: Sequence[float], colocated_layers: Sequence[range] = ()
 ) -> list[range]:
     """Splits layers into runs whose costs are as close to the shares as whole layers allow.
 
@@ -340,7 +340,7 @@ def share_layers(
     Args:
       costs: of each layer.
       shares: of each run, at least one above 0; runs with share 0 are empty.
-      together: runs of layers that must not be split.
+      colocated_layers: runs of layers that must not be split.
 
     Returns:
       one run for each share, in order.
@@ -349,7 +349,7 @@ def share_layers(
     layers = len(costs)
     best = np.full(layers + 1, math.inf)
     best[0] = 0.0
-    inside = [i for run in together for i in run[1:]]
+    inside = [i for run in colocated_layers for i in run[1:]]
     starts = []
     for share in shares:
         # price[i, j]: the run of layers i ... j - 1

@@ -35,7 +35,7 @@ from jaxsplit.quant import float32_blocks, unpack
 from jaxsplit.sharding import Placement
 from jaxsplit.weights.sources import Source
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_BYTES = 2**24  # smallest read for a slice
 
 

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsplit.formats import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
-from jaxsplit.ops.matmul import triton_gemv_int8
-from jaxsplit.quant import QTensor, Weight, float32_blocks, unpack, with_words
+from jaxsplit.ops.matmul.api import has_int8_kernel
+from jaxsplit.quant import Weight, float32_blocks, unpack, with_words
 from jaxsplit.sharding import Partition, Placement, Stage
 from jaxsplit.weights.checkpoint import StoredTensor, restore
 from jaxsplit.weights.sources import (
@@ -49,7 +49,7 @@ def load_decoders(
       partition: the mesh and its stages.
       weights: dequantize matrices to this dtype; None keeps them quantized.
       dtype: dtype of the activations.
-      words: store quantized matrices in the format of `jaxsplit.ops.matmul.triton_gemv_int8`.
+      words: store quantized matrices in the format of `jaxsplit.ops.matmul`.
       progress: called with the bytes loaded.
 
     Returns:
@@ -189,7 +189,7 @@ def _unpacker(
 
     def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
         weight = unpack(ggml_type, raw, granule=sub_block, part=index, dtype=dtype)
-        if words and isinstance(weight, QTensor) and triton_gemv_int8.supports(weight):
+        if words and has_int8_kernel(weight):
             return with_words(weight)
         return weight if matrix else weight[:, 0]
 

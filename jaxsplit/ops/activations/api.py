@@ -6,9 +6,11 @@ from typing import Any
 
 from jax import Array
 
-from jaxsplit.ops.activations import triton_rows
 from jaxsplit.ops.activations.functions import activate
 from jaxsplit.ops.activations.layout import ActivationLayout, Activations, Readers
+from jaxsplit.ops.activations.triton_rows import store_rows
+
+__all__ = ["act_and_mul", "apply", "as_array", "in_layout", "store_rows"]
 
 
 def in_layout(x: Array | Activations, layout: ActivationLayout) -> Any:
@@ -18,7 +20,7 @@ def in_layout(x: Array | Activations, layout: ActivationLayout) -> Any:
             if present.serves(layout):
                 return stored
         x = x.array
-    [stored], *_ = triton_rows.store_rows(_identity, (x,), Readers((layout,), xla=False))
+    [stored], *_ = store_rows(_identity, (x,), Readers((layout,), xla=False))
     return stored
 
 
@@ -61,7 +63,7 @@ def apply(
     array = function(*operands).astype(operands[0].dtype)
     if not readers.layouts:
         return Activations(array)
-    stored, *_ = triton_rows.store_rows(function, operands, readers)
+    stored, *_ = store_rows(function, operands, readers)
     return Activations(array, readers.layouts, stored)
 
 

@@ -71,7 +71,7 @@ def store_rows(
         shapes.append(jax.ShapeDtypeStruct((rows, columns), first.dtype))
     arrays = pl.pallas_call(
         partial(
-            _kernel,
+            _store_rows_kernel,
             function=function,
             structure=structure,
             layouts=layouts,
@@ -90,7 +90,7 @@ def store_rows(
     return wrap_layouts(layouts, arrays, rows, columns, rms), rms, total
 
 
-def _kernel(
+def _store_rows_kernel(
     *refs: jax.Ref,
     function: Callable[..., Array],
     structure: jax.tree_util.PyTreeDef,

@@ -151,13 +151,16 @@ def _in_steps(
     projections = (None if x is None else x.local_sum.astype(dtype) for x in (query, key, value))
     query, key, value = projections
     options = {"config": config, "params": params}
-    if config.borrows is not None:
-        queries, kv = xla.rotate_queries(query, batch, **options), KV(*batch.lent[config.borrows])
+    if config.kv_source is not None:
+        queries, kv = (
+            xla.rotate_queries(query, batch, **options),
+            KV(*batch.shared_kv[config.kv_source]),
+        )
     else:
         update = next(run for supports, run in _UPDATE if supports(config, batch, cache, dtype))
         queries, kv, cache = update(query, key, value, batch, cache, **options)
-    if config.lends is not None:
-        batch.lent[config.lends] = kv.memory, kv.positions
+    if config.kv_donor is not None:
+        batch.shared_kv[config.kv_donor] = kv.memory, kv.positions
     queries = queries.reshape(*batch.positions.shape, kv.memory.keys.shape[1], -1, config.head_dim)
     sinks = params.sinks
     return attend(queries, kv, batch, config=config, sinks=sinks, readers=readers), cache
@@ -190,7 +193,7 @@ def _update_by_kernel(
         params=params,
     )
     positions = None if config.window is None else cache.positions(batch.positions[:, 0])
-    if config.lends is not None:
+    if config.kv_donor is not None:
         return queries, KV(cache.read(batch), positions), cache
     return queries, KV(cache, positions, batch.slots), cache
 

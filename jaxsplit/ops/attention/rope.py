@@ -13,15 +13,14 @@ class RopeConfig:
     """Rotary position embedding.
 
     Attributes:
-      dim: how many of a head's dimensions turn, from the first.
+      dim: dimensions of a head that are rotated, from the first.
       base: wavelengths are `2 pi base ** (2 i / dim)`.
       interleaved: pairs are dimensions `(2i, 2i + 1)`; else `(i, i + dim / 2)`.
       scaling: `none`, `linear` (positions divided by `factor`) or `yarn`.
       factor: how much longer than in training the context may be.
       original_context: the context length in training, for YaRN.
       attention_factor: multiplies cosine and sine.
-      factors: the model has a parameter of this name that divides the frequencies; None: it has
-        none.
+      freq_factors: name of the parameter that divides the frequencies; None: there is none.
       beta_fast, beta_slow: YaRN scales dimensions that turn less than `beta_slow` times in the
         original context, keeps those that turn more than `beta_fast` times, and blends between.
     """
@@ -33,12 +32,12 @@ class RopeConfig:
     factor: float = 1.0
     original_context: int = 0
     attention_factor: float = 1.0
-    factors: str | None = None
+    freq_factors: str | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
     def frequencies(self) -> tuple[np.ndarray, float]:
-        """Angles per position and the magnitude of the rotation.
+        """Angles per position and the attention factor.
 
         Linear: Chen et al. 2023, arXiv:2306.15595. YaRN: Peng et al. 2023, arXiv:2309.00071, with
         llama.cpp's rounding of the borders.
@@ -61,43 +60,47 @@ class RopeConfig:
         low = max(0, math.floor(dimension(self.beta_fast)))
         high = min(self.dim - 1, math.ceil(dimension(self.beta_slow)))
         ramp = np.clip((np.arange(self.dim // 2) - low) / max(0.001, high - low), 0, 1)
-        magnitude = self.attention_factor * (1 + 0.1 * math.log(max(1.0, self.factor)))
-        return (frequency * (1 - ramp) + scaled * ramp).astype(np.float32), magnitude
+        attention_factor = self.attention_factor * (1 + 0.1 * math.log(max(1.0, self.factor)))
+        return (frequency * (1 - ramp) + scaled * ramp).astype(np.float32), attention_factor
 
 
-def rope_factors(
-    positions: Array, config: RopeConfig, factors: Array | None = None
+def rope_cos_sin(
+    positions: Array, config: RopeConfig, freq_factors: Array | None = None
 ) -> tuple[Array, Array]:
-    """Cosines and sines of the angles by which `rope` turns: float32 `[batch, time, dim / 2]`."""
-    frequencies, magnitude = config.frequencies()
+    """Cosines and sines of the angles by which `rope` rotates: float32 `[batch, time, dim / 2]`."""
+    frequencies, attention_factor = config.frequencies()
     frequencies = jnp.asarray(frequencies)
-    if factors is not None:
-        frequencies = frequencies / factors
+    if freq_factors is not None:
+        frequencies = frequencies / freq_factors
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles) * np.float32(magnitude), jnp.sin(angles) * np.float32(magnitude)
+    return jnp.cos(angles) * np.float32(attention_factor), jnp.sin(angles) * np.float32(
+        attention_factor
+    )
 
 
-def rope(x: Array, positions: Array, config: RopeConfig, factors: Array | None = None) -> Array:
-    """Turns heads by their positions (Su et al. 2021, arXiv:2104.09864), computed in float32.
+def rope(
+    x: Array, positions: Array, config: RopeConfig, freq_factors: Array | None = None
+) -> Array:
+    """Rotates heads by their positions (Su et al. 2021, arXiv:2104.09864), computed in float32.
 
     Args:
       x: `[batch, time, ..., head_dim]`.
       positions: int32 `[batch, time]`.
       config: frequencies and scaling.
-      factors: float32 `[dim / 2]` that divide the frequencies, or None.
+      freq_factors: float32 `[dim / 2]` that divide the frequencies, or None.
 
     Returns:
       the shape and dtype of `x`; dimensions from `config.dim` on are unchanged.
     """
     cos, sin = (
         factor.reshape(*positions.shape, *[1] * (x.ndim - 3), -1)
-        for factor in rope_factors(positions, config, factors)
+        for factor in rope_cos_sin(positions, config, freq_factors)
     )
-    turning, rest = jnp.split(x.astype(jnp.float32), [config.dim], axis=-1)
+    rotating, rest = jnp.split(x.astype(jnp.float32), [config.dim], axis=-1)
     pairs = (-1, 2) if config.interleaved else (2, -1)
     axis = -1 if config.interleaved else -2
-    turning = turning.reshape(*x.shape[:-1], *pairs)
-    a, b = jnp.moveaxis(turning, axis, 0)
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=axis)
-    turned = turned.reshape(*x.shape[:-1], config.dim)
-    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
+    rotating = rotating.reshape(*x.shape[:-1], *pairs)
+    a, b = jnp.moveaxis(rotating, axis, 0)
+    rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=axis)
+    rotated = rotated.reshape(*x.shape[:-1], config.dim)
+    return jnp.concatenate([rotated, rest], axis=-1).astype(x.dtype)

@@ -33,14 +33,14 @@ class AttentionConfig:
       norm_over: see `query_norm`.
       norm_first: queries and keys are normalized before they turn; else after.
       qkv_bias, out_bias: the projections have biases.
-      clamp: bound of queries, keys and values; None: none.
+      clip_qkv: bound of queries, keys and values; None: none.
       sinks: each head has a learned score that takes part in the softmax and reads nothing.
       gate: outputs are multiplied with the sigmoid of a projection of the input.
-      temperature: `(scale, floor, offset)`: queries at position p are multiplied with
+      attn_temperature: `(scale, floor, offset)`: queries at position p are multiplied with
         `1 + scale * log(1 + (p + offset) // floor)`; None: they are not.
       value_is_key: values are the keys as projected.
-      lends: the name under which later layers may use its keys and values; None: they do not.
-      borrows: it has no keys and values of its own but uses those lent under this name.
+      kv_donor: the name under which later layers may use its keys and values; None: they do not.
+      kv_source: it has no keys and values of its own but uses those lent under this name.
     """
 
     heads: int
@@ -60,13 +60,13 @@ class AttentionConfig:
     norm_first: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
-    clamp: float | None = None
+    clip_qkv: float | None = None
     sinks: bool = False
     gate: bool = False
-    temperature: tuple[float, int, int] | None = None
+    attn_temperature: tuple[float, int, int] | None = None
     value_is_key: bool = False
-    lends: str | None = None
-    borrows: str | None = None
+    kv_donor: str | None = None
+    kv_source: str | None = None
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
@@ -75,7 +75,7 @@ class AttentionConfig:
 
     def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache | None:
         """What it keeps of a sequence; None: nothing."""
-        if self.borrows is not None:
+        if self.kv_source is not None:
             return None
         length = context if self.window is None else min(self.window, context)
         _, kv_heads = self.axes

@@ -28,22 +28,22 @@ from jaxsplit.ops.activations.layout import (
     wrap_layouts,
 )
 from jaxsplit.ops.attention import triton_flash, triton_rope_cache_update
-from jaxsplit.ops.attention.rope import RopeConfig, rope_factors
+from jaxsplit.ops.attention.rope import RopeConfig, rope_cos_sin
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.triton_softmax import (
-    FEW,
     LOG2_E,
-    NONE,
-    Sums,
+    MASK_VALUE,
+    MIN_MMA_M,
+    SoftmaxState,
+    broadcast_along,
+    concatenated,
     in_pairs,
     in_parts,
-    joined,
-    more_keys,
+    load_kv,
     padded,
     parts_of,
-    read,
     scores_of,
-    wide,
+    softmax_update,
     without_pairs,
 )
 from jaxsplit.ops.launch import launch_dependents
@@ -76,8 +76,8 @@ def supports(
         batch.positions.shape[1] == 1
         and triton_rope_cache_update.supports(config, batch, cache, query.dtype)
         and triton_flash.supports(query, cache, config)
-        and query.shape[-1] // config.head_dim <= FEW * cache.keys.shape[1]
-        and config.lends is None
+        and query.shape[-1] // config.head_dim <= MIN_MMA_M * cache.keys.shape[1]
+        and config.kv_donor is None
         and cache.values.shape[-1] % BLOCK == 0
     )
 
@@ -114,7 +114,7 @@ def decode_attention(
         -1, sequences, kv_heads, query.shape[-1] // (kv_heads * c.head_dim), c.head_dim
     )
     group = query.shape[3]
-    cos, sin = _factors(batch.positions, c, batch.rope_factors.get(c.rope.factors))
+    cos, sin = _factors(batch.positions, c, batch.freq_factors.get(c.rope.freq_factors))
     inputs = (
         query,
         *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
@@ -141,7 +141,7 @@ def decode_attention(
     ]
     results = pl.pallas_call(
         partial(
-            _kernel,
+            _decode_attention_kernel,
             structures=(structure, cache_structure),
             tiling=tiling,
             config=c,
@@ -228,11 +228,15 @@ class _Heads:
         """
         shape = self.column.shape if inside is None else (*inside.shape, *self.column.shape)
         column, other, mask = (
-            wide(x, shape, len(shape) - 1) for x in (self.column, self.other, self.inside)
+            broadcast_along(x, shape, len(shape) - 1)
+            for x in (self.column, self.other, self.inside)
         )
         at, exists = rows, mask
         if inside is not None:
-            at, exists = (*rows[:-1], wide(rows[-1], shape, 0)), mask & wide(inside, shape, 0)
+            at, exists = (
+                (*rows[:-1], broadcast_along(rows[-1], shape, 0)),
+                mask & broadcast_along(inside, shape, 0),
+            )
 
         def of_column(ref: jax.Ref, column: Array, *before: Array) -> Array:
             return plgpu.load(ref.at[(*before, column)], mask=mask, other=0.0)
@@ -257,7 +261,7 @@ class _Heads:
 def _factors(positions: Array, config: AttentionConfig, factors: Array | None) -> list[Array]:
     """What the dimensions of a head and those with which they turn are multiplied with: float32
     `[sequences, head_dim]` each."""
-    cos, sin = (x[:, 0] for x in rope_factors(positions, config.rope, factors))
+    cos, sin = (x[:, 0] for x in rope_cos_sin(positions, config.rope, factors))
     axis = -1 if config.rope.interleaved else -2
     rest = config.head_dim - config.rope.dim
     pairs = (jnp.stack(x, axis).reshape(len(cos), -1) for x in ((cos, cos), (-sin, sin)))
@@ -278,7 +282,7 @@ def _added_up(terms: list[Array]) -> Array:
     return sum(x.astype(jnp.float32) for x in terms)
 
 
-def _kernel(
+def _decode_attention_kernel(
     *refs: jax.Ref,
     structures: tuple[Any, Any],
     tiling: triton_flash.Tiling,
@@ -320,7 +324,7 @@ def _kernel(
     stop = jnp.minimum(start + share, keys)
     ahead = tiling.stages == 1
 
-    def ask_for(step: Array | int) -> tuple[AttentionCache, Array]:
+    def load_step(step: Array | int) -> tuple[AttentionCache, Array]:
         """Keys and values of a step, and which are seen; if it is `ahead`, the token's own are
         among these, and still to come."""
         number = start + step * tiling.keys + jnp.arange(tiling.keys)
@@ -330,11 +334,11 @@ def _kernel(
             behind = jnp.where(behind < 0, behind + length, behind)
             seen &= (number == 0) | ((behind > 0) & (behind < c.window) & (behind <= position))
         kept = seen & (number > 0)
-        return read(cache, (slot, head, place), kept), seen if ahead else kept
+        return load_kv(cache, (slot, head, place), kept), seen if ahead else kept
 
     @pl.when(split < used)
     def _() -> None:
-        earlier = ask_for(0) if ahead else None
+        earlier = load_step(0) if ahead else None
         q = make_queries().astype(dtype)
         queries = in_parts(q, parts)
         scale = head_dim**-0.5 if c.scale is None else c.scale
@@ -352,43 +356,41 @@ def _kernel(
         def with_new(x: Array, y: Array) -> Array:
             # So that the compiler sees which threads may have it.
             first = (jnp.arange(len(x)) == 0) & (split == 0)
-            return jnp.where(wide(first, x.shape, 0), jnp.broadcast_to(y, x.shape), x)
+            return jnp.where(broadcast_along(first, x.shape, 0), jnp.broadcast_to(y, x.shape), x)
 
         steps, shape = pl.cdiv(stop - start, tiling.keys), (tiling.rows, padded(value_dim, parts))
 
         def some_keys(
-            i: Array, carry: tuple[Sums, AttentionCache, Array]
-        ) -> tuple[Sums, AttentionCache, Array]:
+            i: Array, carry: tuple[SoftmaxState, AttentionCache, Array]
+        ) -> tuple[SoftmaxState, AttentionCache, Array]:
             """Those that are there; the next are asked for before."""
             sums, there, seen = carry
-            after = ask_for(i + 1)
-            return more_keys(sums, queries, there, seen[None], score), *after
+            after = load_step(i + 1)
+            return softmax_update(sums, queries, there, seen[None], score), *after
 
-        def some_keys_read(i: Array, sums: Sums) -> Sums:
-            there, seen = ask_for(i)
-            return more_keys(sums, queries, there, seen[None], score)
+        def some_keys_read(i: Array, sums: SoftmaxState) -> SoftmaxState:
+            there, seen = load_step(i)
+            return softmax_update(sums, queries, there, seen[None], score)
 
         if ahead:
-            sums = (
-                jnp.full(tiling.rows, NONE, jnp.float32),
-                jnp.zeros(tiling.rows, jnp.float32),
-                in_parts(jnp.zeros(shape, jnp.float32), parts),
-            )
-            carry = (sums, jax.tree.map(with_new, earlier[0], new), earlier[1])
-            sums, *_ = lax.fori_loop(0, steps, some_keys, carry)
+            state = SoftmaxState.empty(*shape, parts)
+            carry = (state, jax.tree.map(with_new, earlier[0], new), earlier[1])
+            state, *_ = lax.fori_loop(0, steps, some_keys, carry)
         else:
             own = score(jnp.sum(q.astype(jnp.float32) * own_key[None], axis=1))
             values = jnp.broadcast_to(jnp.where(split == 0, own_value, 0)[None], shape)
-            sums = (
-                jnp.where(split == 0, own, NONE),
+            state = SoftmaxState(
+                jnp.where(split == 0, own, MASK_VALUE),
                 jnp.where(split == 0, jnp.ones_like(own), 0),
                 in_parts(values, parts),
             )
-            sums = lax.fori_loop(0, steps, some_keys_read, sums)
-        largest, total, values = sums
-        values = joined(values)
+            state = lax.fori_loop(0, steps, some_keys_read, state)
+        largest, total, values = state.m, state.total, concatenated(state.acc)
         shape = values.shape
-        column, member = wide(jnp.arange(shape[1]), shape, 1), wide(row, shape, 0)
+        column, member = (
+            broadcast_along(jnp.arange(shape[1]), shape, 1),
+            broadcast_along(row, shape, 0),
+        )
         at, mask = (split, sequence, head), (member < group) & (column < value_dim)
         plgpu.store(splits[0].at[(*at, member, column)], values, mask=mask)
         for ref, x in zip(splits[1:], (largest, total), strict=True):
@@ -404,7 +406,7 @@ def _kernel(
         @pl.when(before == used - 1)
         def _() -> None:
             plgpu.store(ended.at[sequence, head + jnp.arange(1)], jnp.zeros(1, jnp.int32))
-            _join(splits, sinks, stored, layouts, sequence, head, used)
+            _combine_splits(splits, sinks, stored, layouts, sequence, head, used)
 
 
 def _put(
@@ -435,7 +437,7 @@ def _as_kept(x: Array, kept: jnp.dtype) -> tuple[Array, Array, Array | None]:
     return seen, codes.astype(kept), scale
 
 
-def _join(
+def _combine_splits(
     splits: Sequence[jax.Ref],
     sinks: jax.Ref | None,
     stored: Sequence[jax.Ref],
@@ -462,7 +464,7 @@ def _join(
     rows = (len(member), *block_elements(block).shape)
     shape = (at_once, *rows)
     element = jnp.broadcast_to(block_elements(block)[None, None], shape)
-    exists = wide(member < group, shape, 1) & wide(block < blocks, shape, 2)
+    exists = broadcast_along(member < group, shape, 1) & broadcast_along(block < blocks, shape, 2)
 
     def load(ref: jax.Ref, at: tuple, mask: Array, other: float) -> Array:
         # What other programs have written is not in this one's cache.
@@ -472,20 +474,26 @@ def _join(
         largest, total, values = carry
         split = i * at_once + jnp.arange(at_once)
         of_row = (at_once, len(member))
-        mask = wide(split < used, of_row, 0) & wide(member < group, of_row, 1)
-        at = (wide(split, of_row, 0), sequence, head, wide(member, of_row, 1))
-        more = load(largest_ref, at, mask, NONE)
+        mask = broadcast_along(split < used, of_row, 0) & broadcast_along(member < group, of_row, 1)
+        at = (broadcast_along(split, of_row, 0), sequence, head, broadcast_along(member, of_row, 1))
+        more = load(largest_ref, at, mask, MASK_VALUE)
         now_largest = jnp.maximum(largest, jnp.max(more, axis=0))
         weight, fade = jnp.exp2(more - now_largest[None]), jnp.exp2(largest - now_largest)
         total = total * fade + jnp.sum(weight * load(total_ref, at, mask, 0.0), axis=0)
-        at = (wide(split, shape, 0), sequence, head, wide(member, shape, 1), element)
-        more = load(values_ref, at, exists & wide(split < used, shape, 0), 0.0)
+        at = (
+            broadcast_along(split, shape, 0),
+            sequence,
+            head,
+            broadcast_along(member, shape, 1),
+            element,
+        )
+        more = load(values_ref, at, exists & broadcast_along(split < used, shape, 0), 0.0)
         weight = jnp.broadcast_to(weight[..., None, None, None, None], shape)
         fade = _of_rows(fade, rows)
         return now_largest, total, values * fade + jnp.sum(more * weight, axis=0)
 
     carry = (
-        jnp.full(len(member), NONE, jnp.float32),
+        jnp.full(len(member), MASK_VALUE, jnp.float32),
         jnp.zeros(len(member), jnp.float32),
         jnp.zeros(rows, jnp.float32),
     )
@@ -499,8 +507,12 @@ def _join(
         total = total * fade + jnp.exp2(sink - final)
     y = values * _of_rows(1 / jnp.maximum(total, 1e-30), rows)
     of_head = rows[:2]
-    at = (head * group + wide(member, of_head, 0)) * blocks + wide(block, of_head, 1)
-    inside = wide(member < group, of_head, 0) & wide(block < blocks, of_head, 1)
+    at = (head * group + broadcast_along(member, of_head, 0)) * blocks + broadcast_along(
+        block, of_head, 1
+    )
+    inside = broadcast_along(member < group, of_head, 0) & broadcast_along(
+        block < blocks, of_head, 1
+    )
     store_layouts(layouts, stored, sequence, at, inside, y)
 
 

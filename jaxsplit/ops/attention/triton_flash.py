@@ -1,7 +1,7 @@
-"""Softmax attention as kernels for GPUs: scores never reach memory.
+"""FlashAttention for GPUs: scores never reach memory (Dao 2023, arXiv:2307.08691).
 
-Dao 2023, arXiv:2307.08691; for a few queries the keys are split among programs, whose results a
-second kernel joins (Dao et al. 2023, "Flash-Decoding").
+For few queries, programs split the keys, and a second kernel combines their results (Dao et al.
+2023, "Flash-Decoding").
 """
 
 import dataclasses
@@ -24,19 +24,18 @@ from jaxsplit.ops.activations.layout import (
 )
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.attention.triton_softmax import (
-    FEW,
     LOG2_E,
-    NONE,
-    Sums,
+    MIN_MMA_M,
+    SoftmaxState,
+    broadcast_along,
+    concatenated,
     in_pairs,
     in_parts,
-    joined,
-    more_keys,
+    load_kv,
     padded,
     parts_of,
-    read,
     scores_of,
-    wide,
+    softmax_update,
 )
 from jaxsplit.ops.launch import launch_dependents
 from jaxsplit.pallas import pl, plgpu
@@ -61,7 +60,8 @@ def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) ->
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Rows of queries (a row is a head's of a group at a time), keys and splits of a program."""
+    """How the work is cut: rows of queries (a row is one head at one time) and keys of a step,
+    splits of the keys, warps and pipeline stages of a program."""
 
     rows: int
     keys: int
@@ -71,16 +71,16 @@ class Tiling:
 
 
 def tiling_of(rows: int, keys: int, width: int) -> Tiling:
-    """By what measured best.
+    """The fastest tiling that was measured.
 
     Args:
       rows: queries of all heads that share a KV head.
-      keys: that there may be.
+      keys: most keys that there may be.
       width: of a head.
     """
-    if rows <= FEW:
+    if rows <= MIN_MMA_M:
         splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _KEYS_OF_A_SPLIT)))
-        return Tiling(FEW, 64 if width <= 128 else 32, splits, 4, 3)
+        return Tiling(MIN_MMA_M, 64 if width <= 128 else 32, splits, 4, 3)
     if rows <= 64:
         splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, 2 * _KEYS_OF_A_SPLIT)))
         return Tiling(pl.next_power_of_2(rows), 64 if width <= 128 else 32, splits, 4, 2)
@@ -112,9 +112,9 @@ def flash_attention(
     tiling = tiling or tiling_of(time * group, kv.length, width)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
     of_one = sinks if tiling.splits == 1 else None
-    # Of more rows, unpacking is a small part of the work.
-    read = in_pairs(kv) if tiling.rows <= FEW else kv
-    inputs = (queries, read, positions, key_positions, of_one, slots)
+    # With more rows, converting int8 is a small part of the work.
+    stored = in_pairs(kv) if tiling.rows <= MIN_MMA_M else kv
+    inputs = (queries, stored, positions, key_positions, of_one, slots)
     leaves, structure = jax.tree.flatten(inputs)
     shape = (batch, time, kv_heads, group)
     out = jax.ShapeDtypeStruct((*shape, value_dim), queries.dtype)
@@ -125,7 +125,7 @@ def flash_attention(
     ]
     results = pl.pallas_call(
         partial(
-            _kernel,
+            _flash_attention_kernel,
             structure=structure,
             tiling=tiling,
             config=config,
@@ -183,121 +183,116 @@ def _combine(
     return Activations(None, tuple(layouts), stored, like=jax.ShapeDtypeStruct(shape, dtype))
 
 
-def _kernel(
+def _flash_attention_kernel(
     *refs: jax.Ref,
     structure: jax.tree_util.PyTreeDef,
     tiling: Tiling,
     config: AttentionConfig,
     scale: float,
 ) -> None:
-    """Some rows of queries of one head of keys, with all keys that they see or a split of them."""
+    """Some rows of the queries that share a key head, with all keys that they see or a split of
+    them."""
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    queries, memory, positions, key_positions, sinks, slots = inputs
+    queries, kv, positions, key_positions, sinks, slots = inputs
     out_refs = refs[structure.num_leaves :]
-    parts = parts_of(memory)
-    time, group, head_dim = queries.shape[1], *queries.shape[3:]
-    value_dim, length = memory.values.shape[-1] * parts, memory.keys.shape[2]
+    parts = parts_of(kv)
+    time, group = queries.shape[1], queries.shape[3]
+    value_dim, length = kv.values.shape[-1] * parts, kv.keys.shape[2]
     tiles = pl.cdiv(time * group, tiling.rows)
-    # The last queries see the most keys: they begin first.
+    # The last queries see the most keys: they start first.
     tile, split = tiles - 1 - pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
     head, sequence = pl.program_id(1), pl.program_id(2)
     slot = sequence if slots is None else slots[sequence]
 
     if tiling.splits > 1:
         tile = launch_dependents(tile)
-    rows = tile * tiling.rows + jnp.arange(tiling.rows)
-    inside = rows < time * group
-    position = plgpu.load(positions.at[sequence, jnp.minimum(rows // group, time - 1)])
-    member = rows % group
-
-    q_shape = (tiling.rows, padded(head_dim, parts))
-    q_column = wide(jnp.arange(q_shape[1]), q_shape, 1)
-    q = plgpu.load(
-        queries.at[
-            sequence, wide(rows // group, q_shape, 0), head, wide(member, q_shape, 0), q_column
-        ],
-        mask=wide(inside, q_shape, 0) & (q_column < head_dim),
-        other=jnp.zeros((), queries.dtype),
-    )
-    qs = in_parts(q, parts)
-    places_are_positions = key_positions is None
-    filled = jnp.minimum(jnp.max(position) + 1, length) if places_are_positions else length
+    row = tile * tiling.rows + jnp.arange(tiling.rows)
+    row_mask = row < time * group
+    position = plgpu.load(positions.at[sequence, jnp.minimum(row // group, time - 1)])
+    qs = in_parts(_load_queries(queries, sequence, head, row, parts), parts)
+    in_order = key_positions is None
+    filled = jnp.minimum(jnp.max(position) + 1, length) if in_order else length
     share = pl.cdiv(pl.cdiv(filled, tiling.splits), tiling.keys) * tiling.keys
     start = split * share
     stop = jnp.minimum(start + share, filled)
-    key_row = 0 if places_are_positions or key_positions.shape[0] == 1 else sequence
+    key_row = 0 if in_order or key_positions.shape[0] == 1 else sequence
 
     score = partial(scores_of, config=config, scale=scale)
 
-    def step(i: Array, carry: Sums, *, whole: bool) -> Sums:
-        """Some more keys; `whole`: all queries see all of them."""
-        place = start + i * tiling.keys + jnp.arange(tiling.keys)
-        at = slot, head, place
-        if whole:
-            return more_keys(carry, qs, read(memory, at, None), None, score)
-        exists = place < stop
-        key_position = place
-        if not places_are_positions:
-            key_position = plgpu.load(key_positions.at[key_row, place], mask=exists, other=-1)
+    def step(i: Array, state: SoftmaxState, *, all_seen: bool) -> SoftmaxState:
+        """Attends to some more keys; `all_seen`: without a mask."""
+        index = start + i * tiling.keys + jnp.arange(tiling.keys)
+        at = slot, head, index
+        if all_seen:
+            return softmax_update(state, qs, load_kv(kv, at, None), None, score)
+        mask = index < stop
+        key_position = index
+        if not in_order:
+            key_position = plgpu.load(key_positions.at[key_row, index], mask=mask, other=-1)
         distance = position[:, None] - key_position[None]
-        seen = (distance >= 0) & (exists & (key_position >= 0))[None]
+        seen = (distance >= 0) & (mask & (key_position >= 0))[None]
         if config.window is not None:
             seen &= distance < config.window
-        return more_keys(carry, qs, read(memory, at, exists), seen, score)
+        return softmax_update(state, qs, load_kv(kv, at, mask), seen, score)
 
     steps = jnp.maximum(pl.cdiv(stop - start, tiling.keys), 0)
-    out_shape = (tiling.rows, padded(value_dim, parts))
-    carry = (
-        jnp.full(tiling.rows, NONE, jnp.float32),
-        jnp.zeros(tiling.rows, jnp.float32),
-        in_parts(jnp.zeros(out_shape, jnp.float32), parts),
-    )
-    whole_steps = 0
-    if places_are_positions and config.window is None and tiling.rows > FEW:
+    state, unmasked = SoftmaxState.empty(tiling.rows, padded(value_dim, parts), parts), 0
+    if in_order and config.window is None and tiling.rows > MIN_MMA_M:
         seen_by_all = jnp.minimum(jnp.min(position) + 1, stop) - start
-        whole_steps = jnp.clip(seen_by_all // tiling.keys, 0, steps)
-        carry = lax.fori_loop(0, whole_steps, partial(step, whole=True), carry)
-    largest, total, values = lax.fori_loop(whole_steps, steps, partial(step, whole=False), carry)
-    values = joined(values)
+        unmasked = jnp.clip(seen_by_all // tiling.keys, 0, steps)
+        state = lax.fori_loop(0, unmasked, partial(step, all_seen=True), state)
+    state = lax.fori_loop(unmasked, steps, partial(step, all_seen=False), state)
+    m, total, acc = state.m, state.total, concatenated(state.acc)
 
     def store(ref: jax.Ref, x: Array, *before: Array) -> None:
-        t, g, mask, column = rows // group, member, inside, ()
+        t, g, mask, column = row // group, row % group, row_mask, ()
         if x.ndim == 2:
-            t, g, mask = (wide(a, out_shape, 0) for a in (t, g, mask))
-            column = wide(jnp.arange(out_shape[1]), out_shape, 1)
+            t, g, mask = (broadcast_along(a, x.shape, 0) for a in (t, g, mask))
+            column = broadcast_along(jnp.arange(x.shape[1]), x.shape, 1)
             mask, column = mask & (column < value_dim), (column,)
         plgpu.store(
             ref.at[(*before, sequence, t, head, g, *column)], x.astype(ref.dtype), mask=mask
         )
 
     if tiling.splits > 1:
-        for ref, x in zip(out_refs, (values, largest, total), strict=True):
+        for ref, x in zip(out_refs, (acc, m, total), strict=True):
             store(ref, x, split)
         return
     if sinks is not None:
-        sink = plgpu.load(sinks.at[head * group + member]) * LOG2_E
-        final = jnp.maximum(largest, sink)
-        fade = jnp.exp2(largest - final)
-        values, total = values * fade[:, None], total * fade + jnp.exp2(sink - final)
-    store(out_refs[0], values / jnp.maximum(total, 1e-30)[:, None])
+        sink = plgpu.load(sinks.at[head * group + row % group]) * LOG2_E
+        final = jnp.maximum(m, sink)
+        rescale = jnp.exp2(m - final)
+        acc, total = acc * rescale[:, None], total * rescale + jnp.exp2(sink - final)
+    store(out_refs[0], acc / jnp.maximum(total, 1e-30)[:, None])
+
+
+def _load_queries(queries: jax.Ref, sequence: Array, head: Array, row: Array, parts: int) -> Array:
+    """The queries of some rows, a row being a head of the group at a time: `[rows, columns]`."""
+    time, group, head_dim = queries.shape[1], *queries.shape[3:]
+    shape = (len(row), padded(head_dim, parts))
+    column = broadcast_along(jnp.arange(shape[1]), shape, 1)
+    at = (broadcast_along(row // group, shape, 0), head, broadcast_along(row % group, shape, 0))
+    mask = broadcast_along(row < time * group, shape, 0) & (column < head_dim)
+    other = jnp.zeros((), queries.dtype)
+    return plgpu.load(queries.at[(sequence, *at, column)], mask=mask, other=other)
 
 
 def _combine_kernel(*refs: jax.Ref, results: int, layouts: Sequence[ActivationLayout]) -> None:
     """One head of one query."""
-    values_ref, largest_ref, total_ref, *rest = refs
+    acc_ref, m_ref, total_ref, *rest = refs
     sinks, outs = rest[:-results], rest[-results:]
-    splits, _, _, value_dim = values_ref.shape
+    splits, _, _, value_dim = acc_ref.shape
     row, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(splits)
     if layouts:
         row = launch_dependents(row)
-    largest = plgpu.load(largest_ref.at[split, row, head])
+    m = plgpu.load(m_ref.at[split, row, head])
     total = plgpu.load(total_ref.at[split, row, head])
-    final = jnp.max(largest)
+    final = jnp.max(m)
     if sinks:
         sink = sinks[0][head] * LOG2_E
         final = jnp.maximum(final, sink)
-    fade = jnp.exp2(largest - final)
-    total = jnp.sum(total * fade)
+    rescale = jnp.exp2(m - final)
+    total = jnp.sum(total * rescale)
     if sinks:
         total += jnp.exp2(sink - final)
     if layouts:
@@ -307,10 +302,12 @@ def _combine_kernel(*refs: jax.Ref, results: int, layouts: Sequence[ActivationLa
         column = jnp.arange(pl.next_power_of_2(value_dim))
     shape = (splits, *column.shape)
     at = jnp.broadcast_to(column[None], shape)
-    values = plgpu.load(
-        values_ref.at[wide(split, shape, 0), row, head, at], mask=at < value_dim, other=0.0
+    acc = plgpu.load(
+        acc_ref.at[broadcast_along(split, shape, 0), row, head, at],
+        mask=at < value_dim,
+        other=0.0,
     )
-    y = jnp.sum(values * wide(fade, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
+    y = jnp.sum(acc * broadcast_along(rescale, shape, 0), axis=0) / jnp.maximum(total, 1e-30)
     if layouts:
         first = head * (value_dim // BLOCK)
         store_layouts(layouts, outs, row, first + block, block < value_dim // BLOCK, y)

@@ -13,7 +13,7 @@ from jax import Array
 from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
-from jaxsplit.ops.attention.rope import RopeConfig, rope_factors
+from jaxsplit.ops.attention.rope import RopeConfig, rope_cos_sin
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.pallas import pl, plgpu
@@ -39,10 +39,10 @@ def supports(
         and max(cache.keys.size, cache.values.size) < 2**31  # elements are counted in 32 bits
         and (batch.positions.shape[1] == 1 or c.window is None)  # no new key is in another's place
         and jnp.dtype(dtype).itemsize == 2
-        and c.borrows is None
+        and c.kv_source is None
         and c.rope is not None
-        and c.clamp is None
-        and c.temperature is None
+        and c.clip_qkv is None
+        and c.attn_temperature is None
         and c.value_norm is None
         and simple(c.query_norm)
         and simple(c.key_norm)
@@ -73,7 +73,7 @@ def rope_cache_update(
       `[batch, time, heads, head_dim]` in the dtype of `query`, and the cache.
     """
     c, tokens = config, batch.positions.size
-    cos, sin = rope_factors(batch.positions, c.rope, batch.rope_factors.get(c.rope.factors))
+    cos, sin = rope_cos_sin(batch.positions, c.rope, batch.freq_factors.get(c.rope.freq_factors))
     heads, kv_heads = query.shape[-1] // c.head_dim, key.shape[-1] // c.head_dim
     inputs = (
         query.reshape(tokens, heads, -1),
@@ -93,7 +93,7 @@ def rope_cache_update(
     queries = jax.ShapeDtypeStruct((tokens, heads, c.head_dim), query.dtype)
     queries, *kept = pl.pallas_call(
         partial(
-            _kernel,
+            _rope_cache_update_kernel,
             structures=(structure, cache_structure),
             together=(together, kv_together),
             rope=c.rope,
@@ -114,7 +114,7 @@ def rope_cache_update(
     )
 
 
-def _kernel(
+def _rope_cache_update_kernel(
     *refs: jax.Ref,
     structures: tuple[Any, Any],
     together: tuple[int, int],

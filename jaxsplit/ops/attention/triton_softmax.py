@@ -1,4 +1,4 @@
-"""What the attention kernels share: softmax over keys that come some at a time.
+"""What the attention kernels share: online softmax over blocks of keys.
 
 Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691.
 """
@@ -6,6 +6,7 @@ Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,19 @@ from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.pallas import pl, plgpu
 
 LOG2_E = math.log2(math.e)
-NONE = -1e30  # the score of a key that is not looked at
-FEW = 16  # rows of queries: the least that a matrix unit takes
+MASK_VALUE = -1e30  # score of a masked key
+MIN_MMA_M = 16  # fewest rows of a tensor core operation
 
 
 def padded(width: int, parts: int = 1) -> int:
-    """Columns as the matrix unit takes them: a power of two, of which each part has 16 or more."""
+    """Columns as tensor cores take them: a power of two, at least 16 for each part."""
     return max(16 * parts, pl.next_power_of_2(width))
 
 
 def in_pairs(memory: AttentionCache) -> AttentionCache:
     """int8 keys and values `[..., width]` as int16 `[..., width / 2]`, others as they are.
 
-    The matrix unit's loads move 16 bits at a time: values of 8 bits would be turned byte by byte.
+    Tensor core operands are loaded 16 bits at a time: bytes would be shuffled one by one.
     """
     arrays = memory.keys, memory.values
     if memory.keys.dtype != jnp.int8 or any(x.shape[-1] % 2 for x in arrays):
@@ -51,7 +52,7 @@ def without_pairs(memory: AttentionCache) -> AttentionCache:
 
 
 def parts_of(memory: AttentionCache) -> int:
-    """Into how many parts columns are divided where a memory is read, even and odd ones."""
+    """The number of parts of the columns where keys and values are loaded: even and odd ones."""
     return 2 if memory.keys.dtype == jnp.int16 else 1
 
 
@@ -62,20 +63,20 @@ def in_parts(x: Array, parts: int) -> list[Array]:
     return list(jnp.unstack(x.reshape(*x.shape[:-1], -1, parts), axis=-1))
 
 
-def joined(parts: list[Array]) -> Array:
-    """The inverse of `in_parts`, of two dimensions: `[rows, columns]`."""
+def concatenated(parts: list[Array]) -> Array:
+    """The inverse of `in_parts`, in two dimensions: `[rows, columns]`."""
     if len(parts) == 1:
         return parts[0]
     return jnp.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
 
 
-def unpaired(pairs: Array, dtype: jnp.dtype) -> list[Array]:
+def unpack_int8(pairs: Array, dtype: jnp.dtype) -> list[Array]:
     """The first and the second int8 of each int16, in a floating-point dtype of 16 bits."""
     if interpreted():
         return [x.astype(dtype) for x in ((pairs & 0x7F) - (pairs & 0x80), pairs >> 8)]
 
     def twice(x: float) -> int:
-        """The bits of two numbers."""
+        """The bits of a number in both halves of a register."""
         return int(np.asarray(x, dtype).view(np.uint16)) * 0x10001
 
     # In the mantissa of `one`, whose last bit counts 1: `one + low - (one + 128 * negative)`.
@@ -101,14 +102,32 @@ def unpaired(pairs: Array, dtype: jnp.dtype) -> list[Array]:
     return results
 
 
-def wide(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """`[n]` as an array in which it runs along an axis."""
+def broadcast_along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """`[n]`, broadcast to a shape in which it runs along an axis."""
     return jnp.broadcast_to(x.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
 
 
-Sums = tuple[Array, Array, list[Array]]
-"""What some queries have of the keys so far: the largest score and the sum of weights, float32
-`[rows]` each, and weighted values, float32 `[rows, columns]` for each part of the columns."""
+class SoftmaxState(NamedTuple):
+    """The online softmax of some queries over the keys so far.
+
+    Attributes:
+      m: the largest score, float32 `[rows]`.
+      total: the sum of weights relative to it, float32 `[rows]`.
+      acc: the weighted sum of values, float32 `[rows, columns]` for each part of the columns.
+    """
+
+    m: Array
+    total: Array
+    acc: list[Array]
+
+    @staticmethod
+    def empty(rows: int, columns: int, parts: int) -> "SoftmaxState":
+        """The state before the first key."""
+        return SoftmaxState(
+            jnp.full(rows, MASK_VALUE, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            in_parts(jnp.zeros((rows, columns), jnp.float32), parts),
+        )
 
 
 def scores_of(products: Array, config: AttentionConfig, scale: float) -> Array:
@@ -118,21 +137,21 @@ def scores_of(products: Array, config: AttentionConfig, scale: float) -> Array:
     return config.softcap * LOG2_E * jnp.tanh(products * (scale / config.softcap))
 
 
-def read(
-    memory: AttentionCache, at: tuple[Array, Array, Array], exists: Array | None
+def load_kv(
+    kv: AttentionCache, at: tuple[Array, Array, Array], mask: Array | None
 ) -> AttentionCache:
-    """Keys, values and their scales in some places, as they are kept, in a kernel.
+    """Loads keys, values and their scales as they are stored, in a kernel.
 
     Args:
-      memory: of references, perhaps `in_pairs`.
-      at: slot, head and places `[keys]`.
-      exists: bool `[keys]`: the places that are read; None: all.
+      kv: of references, perhaps `in_pairs`.
+      at: slot, head and positions `[keys]`.
+      mask: bool `[keys]`: the keys to load; None: all.
 
     Returns:
       keys and values `[keys, columns]`, scales `[keys]`.
     """
-    slot, head, place = at
-    parts = parts_of(memory)
+    slot, head, position = at
+    parts = parts_of(kv)
 
     def load(ref: jax.Ref, index: tuple, mask: Array | None) -> Array:
         if mask is None:
@@ -141,68 +160,67 @@ def read(
 
     def tile_of(ref: jax.Ref) -> Array:
         width = ref.shape[-1]
-        shape = (len(place), padded(width * parts, parts) // parts)
-        column, mask = wide(jnp.arange(shape[1]), shape, 1), None
-        if exists is not None or shape[1] != width:
-            mask = column < width
-            if exists is not None:
-                mask &= wide(exists, shape, 0)
-        return load(ref, (slot, head, wide(place, shape, 0), column), mask)
+        shape = (len(position), padded(width * parts, parts) // parts)
+        column, tile_mask = broadcast_along(jnp.arange(shape[1]), shape, 1), None
+        if mask is not None or shape[1] != width:
+            tile_mask = column < width
+            if mask is not None:
+                tile_mask &= broadcast_along(mask, shape, 0)
+        return load(ref, (slot, head, broadcast_along(position, shape, 0), column), tile_mask)
 
     def scale_of(ref: jax.Ref | None) -> Array | None:
-        return None if ref is None else load(ref, (slot, head, place), exists)
+        return None if ref is None else load(ref, (slot, head, position), mask)
 
     return AttentionCache(
-        tile_of(memory.keys),
-        tile_of(memory.values),
-        scale_of(memory.key_scale),
-        scale_of(memory.value_scale),
+        tile_of(kv.keys),
+        tile_of(kv.values),
+        scale_of(kv.key_scale),
+        scale_of(kv.value_scale),
     )
 
 
-def more_keys(
-    sums: Sums,
+def softmax_update(
+    state: SoftmaxState,
     queries: list[Array],
-    some: AttentionCache,
+    kv: AttentionCache,
     seen: Array | None,
     score: Callable[[Array], Array],
-) -> Sums:
-    """Some more keys, in a kernel.
+) -> SoftmaxState:
+    """Attends to some more keys, in a kernel.
 
     Args:
-      sums: of the keys before.
-      queries: `[rows, columns]` for each part.
-      some: keys and values, as they were read.
-      seen: bool `[rows, keys]` or `[1, keys]`; None: all.
-      score: of products.
+      state: of the keys before.
+      queries: `[rows, columns]` for each part of the columns.
+      kv: keys and values, from `load_kv`.
+      seen: mask, bool `[rows, keys]` or `[1, keys]`; None: all keys are seen.
+      score: of products of queries and keys.
     """
-    largest, total, values = sums
     dtype = queries[0].dtype
 
     def in_dtype(x: Array) -> list[Array]:
-        return [x.astype(dtype)] if len(queries) == 1 else unpaired(x, dtype)
+        return [x.astype(dtype)] if len(queries) == 1 else unpack_int8(x, dtype)
 
     contract_columns = (((1,), (1,)), ((), ()))
     products = sum(
         lax.dot_general(x, keys, contract_columns, preferred_element_type=jnp.float32)
-        for x, keys in zip(queries, in_dtype(some.keys), strict=True)
+        for x, keys in zip(queries, in_dtype(kv.keys), strict=True)
     )
-    if some.key_scale is not None:
-        products *= some.key_scale[None]
+    if kv.key_scale is not None:
+        products *= kv.key_scale[None]
     scores = score(products)
     if seen is not None:
-        scores = jnp.where(seen, scores, NONE)
-    now_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-    weights = jnp.exp2(scores - now_largest[:, None])
+        scores = jnp.where(seen, scores, MASK_VALUE)
+    m = jnp.maximum(state.m, jnp.max(scores, axis=1))
+    weights = jnp.exp2(scores - m[:, None])
     if seen is not None:
         weights = jnp.where(seen, weights, 0)
-    fade = jnp.exp2(largest - now_largest)
-    total = total * fade + jnp.sum(weights, axis=1)
-    if some.value_scale is not None:
-        weights *= some.value_scale[None]
+    rescale = jnp.exp2(state.m - m)
+    total = state.total * rescale + jnp.sum(weights, axis=1)
+    if kv.value_scale is not None:
+        weights *= kv.value_scale[None]
     weights = weights.astype(dtype)
-    values = [
-        x * fade[:, None] + jnp.dot(weights, tile, preferred_element_type=jnp.float32)
-        for x, tile in zip(values, in_dtype(some.values), strict=True)
+    acc = [
+        x * rescale[:, None] + jnp.dot(weights, tile, preferred_element_type=jnp.float32)
+        for x, tile in zip(state.acc, in_dtype(kv.values), strict=True)
     ]
-    return now_largest, total, values
+    return SoftmaxState(m, total, acc)

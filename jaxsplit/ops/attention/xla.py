@@ -51,7 +51,7 @@ def rotate_queries(
     """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`, normalized, rotated
     and scaled by temperature."""
     queries = _heads(query, config.head_dim, params.query_norm, config, batch)
-    return apply_temperature(queries, batch.positions, config.temperature)
+    return apply_temperature(queries, batch.positions, config.attn_temperature)
 
 
 def _heads(
@@ -72,13 +72,13 @@ def _heads(
             return normalize(x, norm)
         return normalize(x.reshape(*x.shape[:-2], -1), norm).reshape(x.shape)
 
-    if c.clamp is not None:
-        x = jnp.clip(x, -c.clamp, c.clamp)
+    if c.clip_qkv is not None:
+        x = jnp.clip(x, -c.clip_qkv, c.clip_qkv)
     x = x.reshape(*x.shape[:-1], -1, width)
     if c.norm_first:
         x = normalized(x)
     if c.rope is not None and batch is not None:
-        x = rope(x, batch.positions, c.rope, batch.rope_factors.get(c.rope.factors))
+        x = rope(x, batch.positions, c.rope, batch.freq_factors.get(c.rope.freq_factors))
     return x if c.norm_first else normalized(x)
 
 

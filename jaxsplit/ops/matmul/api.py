@@ -42,15 +42,19 @@ GroupedGemmInfo = triton_small_m_gemm.GroupedGemmInfo
 # Which kernels the policy allows for a number of rows.
 
 
+MAX_INT8_ROWS = triton_gemv_int8.MAX_ROWS
+MAX_SMALL_M_ROWS = triton_small_m_gemm.MAX_ROWS
+
+
 def int8_rows(rows: int) -> bool:
     """Whether kernels multiply this number of rows with quantized matrices in integers."""
     policy = current_context().policy
-    return policy.int8_activations and policy.kernels and rows <= triton_gemv_int8.MAX_ROWS
+    return policy.int8_activations and policy.kernels and rows <= MAX_INT8_ROWS
 
 
 def _small_m(rows: int) -> bool:
     """Whether a kernel multiplies this number of rows with quantized matrices on tensor cores."""
-    some = 1 < rows <= triton_small_m_gemm.MAX_ROWS
+    some = 1 < rows <= MAX_SMALL_M_ROWS
     return some and current_context().policy.kernels and not int8_rows(rows)
 
 
@@ -81,7 +85,7 @@ def _gemv_int8(
 
 def _supports_int8_without_kernels(x: Like, w: Weight) -> bool:
     policy = current_context().policy
-    few = rows_of(x) <= triton_gemv_int8.MAX_ROWS
+    few = rows_of(x) <= MAX_INT8_ROWS
     return policy.int8_activations and not policy.kernels and few and has_int8_kernel(w)
 
 
@@ -113,7 +117,7 @@ def _gemv_bf16(
 
 
 def _supports_float8(x: Like, w: Weight) -> bool:
-    many = rows_of(x) > triton_small_m_gemm.MAX_ROWS
+    many = rows_of(x) > MAX_SMALL_M_ROWS
     return current_context().policy.float8 and many and isinstance(w, QTensor)
 
 

@@ -50,7 +50,7 @@ def dequantize(
     flat = jax.tree.map(lambda plane: plane.reshape(-1), weights)
     inputs, structure = jax.tree.flatten((flat, bounds, after))
     y = pl.pallas_call(
-        partial(_kernel, structure=structure, sizes=sizes, columns=columns),
+        partial(_dequantize_kernel, structure=structure, sizes=sizes, columns=columns),
         grid=(sum(pl.cdiv(size, _UNITS * _WIDTH) for size in sizes),),
         out_shape=jax.ShapeDtypeStruct((sum(sizes),), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
@@ -60,7 +60,7 @@ def dequantize(
     return y.reshape(-1, columns)
 
 
-def _kernel(
+def _dequantize_kernel(
     *refs: jax.Ref, structure: jax.tree_util.PyTreeDef, sizes: Sequence[int], columns: int
 ) -> None:
     """Some neighbouring weights of one matrix.

@@ -55,7 +55,7 @@ def products(
     inputs, structure = jax.tree.flatten((x, list(weights), peers))
     return pl.pallas_call(
         partial(
-            _kernel,
+            _gemv_bf16_kernel,
             structure=structure,
             programs=programs,
             tiling=tiling,
@@ -68,7 +68,9 @@ def products(
     )(*inputs)
 
 
-def _kernel(*refs: jax.Ref, structure: Any, programs: Sequence[int], tiling: Tiling) -> None:
+def _gemv_bf16_kernel(
+    *refs: jax.Ref, structure: Any, programs: Sequence[int], tiling: Tiling
+) -> None:
     """Some rows of one matrix.
 
     Args:

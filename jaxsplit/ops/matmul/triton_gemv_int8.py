@@ -97,7 +97,7 @@ def products(
     weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
     inputs, structure = jax.tree.flatten((x, list(weights), experts, peers))
     kernel = partial(
-        _kernel,
+        _gemv_int8_kernel,
         structure=structure,
         programs=programs,
         tilings=tilings,
@@ -112,7 +112,7 @@ def products(
     )(*inputs)
 
 
-def _kernel(
+def _gemv_int8_kernel(
     *refs: jax.Ref,
     structure: Any,
     programs: Sequence[int],

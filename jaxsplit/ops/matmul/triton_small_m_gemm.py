@@ -143,7 +143,7 @@ def products(
         tiling = _with_shorter_steps(tiling, weights)
     inputs, structure = jax.tree.flatten((x, weights, groups))
     kernel = partial(
-        _kernel,
+        _small_m_gemm_kernel,
         structure=structure,
         programs=programs,
         width=width,
@@ -179,7 +179,7 @@ def _as_read(w: QTensor) -> QTensor:
     return dataclasses.replace(w, codes=tuple(map(paired, w.codes)), scale=scale)
 
 
-def _kernel(
+def _small_m_gemm_kernel(
     *refs: jax.Ref,
     structure: Any,
     programs: Sequence[int],

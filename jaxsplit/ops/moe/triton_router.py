@@ -33,7 +33,7 @@ def topk_experts(
     tokens, shape = logits.reshape(-1, config.experts), (*logits.shape[:-1], config.top_k)
     inputs, structure = jax.tree.flatten((tokens, bias, scale, rms))
     topk_ids, weights = pl.pallas_call(
-        partial(_kernel, structure=structure, config=config),
+        partial(_topk_experts_kernel, structure=structure, config=config),
         grid=(len(tokens),),
         out_shape=[
             jax.ShapeDtypeStruct((len(tokens), config.top_k), dtype)
@@ -46,7 +46,9 @@ def topk_experts(
     return topk_ids.reshape(shape), weights.reshape(shape)
 
 
-def _kernel(*refs: jax.Ref, structure: jax.tree_util.PyTreeDef, config: MoEConfig) -> None:
+def _topk_experts_kernel(
+    *refs: jax.Ref, structure: jax.tree_util.PyTreeDef, config: MoEConfig
+) -> None:
     """The experts of one token.
 
     Args:

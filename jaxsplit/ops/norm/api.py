@@ -6,11 +6,12 @@ from jax import Array
 from jaxsplit.comm.api import is_split, mesh_axes, peers_over
 from jaxsplit.comm.peers import PeerGroup, padded
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.ops.activations import triton_rows
-from jaxsplit.ops.activations.api import apply
+from jaxsplit.ops.activations.api import apply, store_rows
 from jaxsplit.ops.activations.layout import Activations, Readers, rows_of
 from jaxsplit.ops.norm.spec import NormParams
 from jaxsplit.ops.norm.xla import normalize
+
+__all__ = ["add", "add_norm", "normalize"]
 
 
 def add_norm(
@@ -61,7 +62,7 @@ def _fused(
 ) -> tuple[Activations, Array]:
     """All in the kernel that stores the activations, the all-reduce too if it is between peers."""
     scale = () if norm is None or norm.scale is None else (norm.scale,)
-    stored, rms, residual = triton_rows.store_rows(
+    stored, rms, residual = store_rows(
         _scaled,
         (residual, *scale),
         readers,
