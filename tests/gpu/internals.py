@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 import jaxsplit
 from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.comm import one_shot, p2p, two_shot
-from jaxsplit.comm.one_shot import Peers
 from jaxsplit.comm.p2p import Ring
-from jaxsplit.comm.symmetric_memory import make_mailboxes, make_ring
+from jaxsplit.comm.peers import PeerGroup
+from jaxsplit.comm.symmetric_memory import allocate_peer_buffers, allocate_ring_buffers
 from jaxsplit.context import MatmulPolicy, forward_context
-from jaxsplit.engine import SamplingConfig, compiler_options, runner
+from jaxsplit.engine import SamplingConfig, compiler_options, runner, steps
 from jaxsplit.engine.runner import StageRunner
-from jaxsplit.engine.sampling import SamplingPlan, SamplingValues
+from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
 from jaxsplit.formats import ModelFile
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
@@ -50,7 +50,7 @@ def policy(**changes: bool) -> MatmulPolicy:
     return dataclasses.replace(found, **changes)
 
 
-def _kernels(peers: Peers | None = None, rules: AxisRules = AxisRules(), **changes: bool):  # noqa: B008
+def _kernels(peers: PeerGroup | None = None, rules: AxisRules = AxisRules(), **changes: bool):  # noqa: B008
     """A context in which kernels run; `changes`: of the policy."""
     return forward_context(policy=policy(**changes), peers=peers, rules=rules)
 
@@ -91,41 +91,41 @@ def make_peers(mesh: Mesh, owner: object, largest: int = 0) -> Array | None:
     cannot. `largest`: elements of the largest two-shot all-reduce."""
     if INTERPRET:
         return jnp.zeros((mesh.size, 1 + 2 * mesh.size), jnp.uint32)
-    size = functools.partial(two_shot.mailbox_bytes, most=largest)
-    return make_mailboxes(mesh, [AXIS], size, owner)
+    size = functools.partial(two_shot.buffer_bytes, max_elements=largest)
+    return allocate_peer_buffers(mesh, [AXIS], size, owner)
 
 
-def peers(table: Array, largest: int = 0) -> Peers:
+def peers(table: Array, largest: int = 0) -> PeerGroup:
     """Inside `shard_map`: the peers of a device, given its part of the table."""
-    return Peers(table.reshape(-1), (AXIS,), largest)
+    return PeerGroup(table.reshape(-1), (AXIS,), largest)
 
 
-def one_shot_all_reduce(x: Array, peers: Peers) -> Array:
+def one_shot_all_reduce(x: Array, peers: PeerGroup) -> Array:
     """The sum over the devices in their order, in float32."""
     with _kernels():
-        return one_shot.total(x, peers)
+        return one_shot.all_reduce(x, peers)
 
 
-def one_shot_all_gather(x: Array, peers: Peers) -> Array:
+def one_shot_all_gather(x: Array, peers: PeerGroup) -> Array:
     """`[devices, *x.shape]`."""
     with _kernels():
-        return one_shot.gather(x, peers)
+        return one_shot.all_gather(x, peers)
 
 
-def two_shot_all_reduce(x: Array, peers: Peers) -> Array:
+def two_shot_all_reduce(x: Array, peers: PeerGroup) -> Array:
     """The sum over the devices, of bfloat16 or float16."""
     assert two_shot.supports(x.size, x.dtype, peers)
     with _kernels():
-        return two_shot.total(x, peers)
+        return two_shot.all_reduce(x, peers)
 
 
-def matmul_here(x: Array, w: QTensor | Array, peers: Peers) -> Array:
+def matmul_here(x: Array, w: QTensor | Array, peers: PeerGroup) -> Array:
     """`x @ w.T` as `matmul_all_reduce` computes it on each device: float32 `[rows, out]`."""
     with _kernels(int8_activations=True, peers=peers):
         return api.matmul(x, w)
 
 
-def matmul_all_reduce(x: Array, w: QTensor | Array, peers: Peers, *, fused: bool) -> Array:
+def matmul_all_reduce(x: Array, w: QTensor | Array, peers: PeerGroup, *, fused: bool) -> Array:
     """`x @ w.T`, sent to the peers by the kernel that computes it, and the sum over the devices:
     float32 `[rows, out]`. `fused`: a kernel that also stores activations receives it."""
     axis = Axis("mlp_in", 2)
@@ -147,8 +147,8 @@ def ring_tables(devices: Sequence[jax.Device], channels: int, words: int, owner:
     """What each device needs to send to the next one; None: they cannot."""
     meshes = [Mesh(np.asarray([device]), (AXIS,)) for device in devices]
     if INTERPRET:
-        return [*jnp.asarray(p2p.host_tables(len(meshes), (1,)))]
-    return make_ring(meshes, p2p.mailbox_bytes(channels, words), owner)
+        return [*jnp.asarray(p2p.host_buffer_pointers(len(meshes), (1,)))]
+    return allocate_ring_buffers(meshes, p2p.buffer_bytes(channels, words), owner)
 
 
 def ring(table: Array) -> Ring:
@@ -192,7 +192,7 @@ def rounds_activations(w: QTensor | Array) -> bool:
 def products(x: Array, weights: Sequence, *, int8: bool, float8: bool = False) -> list[Array]:
     """`x @ w.T` with each matrix, by whatever kernel suits: float32 `[rows, out]`."""
     # With peers, single rows are multiplied with plain matrices by a kernel too.
-    some = Peers(jnp.zeros(5, jnp.uint32), (AXIS,))
+    some = PeerGroup(jnp.zeros(5, jnp.uint32), (AXIS,))
     with _kernels(some, int8_activations=int8, float8=float8):
         return api.matmuls(x, weights)
 
@@ -364,7 +364,7 @@ def trace_for(
 
     with (
         mock.patch.object(MatmulPolicy, "for_device", lambda *_: kernels),
-        mock.patch.object(runner, "make_mailboxes", tables),
+        mock.patch.object(runner, "allocate_peer_buffers", tables),
     ):
         lm = jaxsplit.load(
             file,
@@ -379,17 +379,17 @@ def trace_for(
     stage = dataclasses.replace(there.stage, mesh=mesh)
     sizes = there.context, there.cache_dtype, there.policy
     here = StageRunner(lm.model, stage, *sizes, vocab=there.vocab, peer_access=False)
-    here._mailboxes = _shapes(there._mailboxes)
-    params, [cache] = _shapes(here.params), _shapes(lm.engine._groups[0].caches)
+    here._buffer_pointers = _shapes(there._buffer_pointers)
+    params, [cache] = _shapes(here.params), _shapes(lm.engine._micro_batches[0].caches)
     if prefill:
-        ints = jax.ShapeDtypeStruct((1,), np.int32)
+        chunk = steps.PrefillChunk(*[jax.ShapeDtypeStruct((1,), np.int32)] * 3)
         tokens = jax.ShapeDtypeStruct((1, prefill), np.int32)
-        program = here.prefill(prefill, all_logits=False)
-        return program.trace(params, cache, tokens, ints, ints, ints)
+        return here.prefill(prefill, all_logits=False).trace(params, cache, tokens, chunk)
     greedy = SamplingConfig(temperature=0.0)
-    state, values = _shapes((there.empty_state(1, 1), SamplingValues.of([greedy])))
-    program = here.finish(SamplingPlan.of(greedy, here.context))
-    return program.trace(params, cache, None, state, np.zeros(1, np.int32), values)
+    state = _shapes(there.empty_state(1, 1))
+    inputs = steps.SamplerInputs(np.zeros(1, np.int32), SamplerParams.of([greedy]))
+    program = here.decode_and_sample(SamplerSpec.of(greedy, here.context))
+    return program.trace(params, cache, None, state, inputs)
 
 
 def _shapes(tree: object) -> object:

@@ -104,7 +104,7 @@ Exchange = Callable[..., list[tuple[Array, Array]]]
 def all_reduce(*shape: int) -> Exchange:
     def exchange(seed, arrived, index, me, peers):
         y = internals.one_shot_all_reduce(values(arrived, index, me, shape), peers)
-        parts = [values(seed, index, device, shape) for device in range(peers.count)]
+        parts = [values(seed, index, device, shape) for device in range(peers.size)]
         return [(y, equal(y, sum_in_order(parts)))]
 
     return exchange
@@ -113,7 +113,7 @@ def all_reduce(*shape: int) -> Exchange:
 def all_gather(*shape: int) -> Exchange:
     def exchange(seed, arrived, index, me, peers):
         y = internals.one_shot_all_gather(values(arrived, index, me, shape), peers)
-        parts = [values(seed, index, device, shape) for device in range(peers.count)]
+        parts = [values(seed, index, device, shape) for device in range(peers.size)]
         return [(y, equal(y, jnp.stack(parts)))]
 
     return exchange
@@ -122,7 +122,7 @@ def all_gather(*shape: int) -> Exchange:
 def two_shot(*shape: int) -> Exchange:
     def exchange(seed, arrived, index, me, peers):
         y = internals.two_shot_all_reduce(values(arrived, index, me, shape, jnp.bfloat16), peers)
-        parts = [values(seed, index, device, shape, jnp.bfloat16) for device in range(peers.count)]
+        parts = [values(seed, index, device, shape, jnp.bfloat16) for device in range(peers.size)]
         return [(y, equal(y, sum_in_order(parts).astype(y.dtype)))]
 
     return exchange
@@ -139,7 +139,7 @@ def matmul(kind: str, rows: int, *, fused: bool) -> Exchange:
     def exchange(seed, arrived, index, me, peers):
         x = values(arrived, index, me, (rows, columns), dtype)
         y = internals.matmul_all_reduce(x, w, peers, fused=fused)
-        parts = [values(seed, index, d, (rows, columns), dtype) for d in range(peers.count)]
+        parts = [values(seed, index, d, (rows, columns), dtype) for d in range(peers.size)]
         total = sum_in_order([internals.matmul_here(part, w, peers) for part in parts])
         return [(y, equal(y, total))]
 
