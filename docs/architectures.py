@@ -66,13 +66,13 @@ def mixer(c: Any) -> Iterator[str]:
     if isinstance(c, AttentionConfig):
         words = {
             "softcap": "soft-cap",
-            "clamp": "clamped q, k, v",
+            "clip_qkv": "clamped q, k, v",
             "sinks": "sinks",
             "gate": "output gate",
-            "temperature": "temperature by position",
+            "attn_temperature": "temperature by position",
             "value_norm": "v norm",
             "value_is_key": "K = V",
-            "borrows": "shared K, V",
+            "kv_source": "shared K, V",
             "qkv_bias": "biases",
         }
         yield from (word for field, word in words.items() if getattr(c, field))
@@ -107,7 +107,7 @@ def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
     yield kind if norm.scale else f"{kind} without parameters"
     if b.parallel:
         yield "parallel residual"
-    if b.layer_input:
+    if b.per_layer_embedding:
         yield "per-layer embeddings"
     words = {
         "learned_positions": "learned positions",
