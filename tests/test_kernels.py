@@ -22,7 +22,7 @@ from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import float8, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
-from jaxsplit.quant import TYPES, dequantize, unpack, with_words
+from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -33,7 +33,7 @@ SUPPORTED = {
 
 
 def matrix(rng, name, rows, columns):
-    return with_words(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
+    return to_u32(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_which_types_have_a_kernel():
     found = set()
     for name, kind in TYPES.items():
         raw = jax.ShapeDtypeStruct((4, 2, kind.block_bytes), np.uint8)
-        if kind.form and triton_gemv_int8.supports(
+        if kind.layout and triton_gemv_int8.supports(
             jax.eval_shape(functools.partial(unpack, name), raw)
         ):
             found.add(name)

@@ -16,7 +16,7 @@ from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.packed import PackedLayout, pieces_of
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_small_m_gemm
-from jaxsplit.quant import TYPES, dequantize, qtensor, unpack, with_words
+from jaxsplit.quant import TYPES, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -27,7 +27,7 @@ def rng():
 
 
 def matrix(rng, name, rows, columns):
-    return with_words(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
+    return to_u32(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
 
 
 def product(x, w):
@@ -62,7 +62,7 @@ def activations(rng, rows, columns):
     return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
 
 
-# Rows that end inside a tile, columns that end inside a step or a part, several forms at once.
+# Rows that end inside a tile, columns that end inside a step or a part, several layouts at once.
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("names", "rows", "columns", "parts"),
@@ -94,14 +94,14 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
     monkeypatch.setattr(
         triton_small_m_gemm.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm
     )
-    form = TYPES[name].form
-    pieces, per_chunk = pieces_of(form)
+    layout = TYPES[name].layout
+    pieces, per_chunk = pieces_of(layout)
     scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
     for place in range(2 * pieces):
         piece, byte = divmod(place, 2)
-        planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in form.bits]
-        shifts = [piece * per_chunk * 16 // (form.chunk * bits) * bits for bits in form.bits]
-        arguments = planes, shifts, byte, form, scale
+        planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in layout.bits]
+        shifts = [piece * per_chunk * 16 // (layout.chunk * bits) * bits for bits in layout.bits]
+        arguments = planes, shifts, byte, layout, scale
         expected = triton_small_m_gemm._scaled(*arguments)
         with forward_context(policy=MatmulPolicy(kernels=True)):
             made = triton_small_m_gemm._scaled(*arguments)
@@ -111,13 +111,14 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    ("name", "rows", "granule"),
+    ("name", "rows", "sub_block"),
     [("Q4_K", 6, 128), ("Q4_K", 17, 128), ("Q4_K", 17, 64), ("Q6_K", 17, 128)],
 )
-def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
+def test_matrices_whose_super_groups_are_cut(rng, name, rows, sub_block):
     # A device's heads may end inside a block: what belongs to all of it is then stored repeatedly.
     raw = usual_blocks(rng, name, 40, 7)
-    w = with_words(unpack(name, raw, granule=granule, part=np.arange(7) % (256 // granule)))
+    index = np.arange(7) % (256 // sub_block)
+    w = to_u32(unpack(name, raw, sub_block=sub_block, sub_block_index=index))
     assert w.super_scale.shape[-1] == 7
     x = activations(rng, rows, w.shape[-1])
     [y] = multiply(x, [w], parts=1)

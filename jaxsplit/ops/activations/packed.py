@@ -20,16 +20,16 @@ from jaxsplit.ops.activations.layout import (
 )
 from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.pallas import plgpu
-from jaxsplit.quant.qtensor import Form, QTensor
+from jaxsplit.quant.qtensor import PlaneLayout, QTensor
 
 SUMMED = (BLOCK // 2, BLOCK)
 """Activations that have a sum in common: as many weights may share a minimum."""
 
 
-def pieces_of(form: Form) -> tuple[int, int]:
+def pieces_of(layout: PlaneLayout) -> tuple[int, int]:
     """Codes in a byte of the narrowest plane, and pairs of bytes of a chunk in it."""
-    pieces = 8 // min(form.bits)
-    return pieces, form.chunk // pieces // 2
+    pieces = 8 // min(layout.bits)
+    return pieces, layout.chunk // pieces // 2
 
 
 def group_length(w: QTensor, entries: Array | jax.Ref) -> int:
@@ -62,9 +62,9 @@ class PackedRows:
         return self.pairs[i], self.sums[i]
 
 
-def _order(w: QTensor) -> tuple[Form, int | None]:
-    """What decides about the order of a matrix: its form, and the weights that share a minimum."""
-    return w.form, None if w.minimum is None else group_length(w, w.minimum)
+def _order(w: QTensor) -> tuple[PlaneLayout, int | None]:
+    """Identifies the order of a matrix: its layout, and how many weights share a minimum."""
+    return w.layout, None if w.minimum is None else group_length(w, w.minimum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,10 @@ class PackedLayout:
     """Rows in the orders of some matrices: `PackedRows`.
 
     Attributes:
-      orders: of each matrix its form, and the number of weights that share a minimum or None.
+      orders: of each matrix its layout, and the number of weights that share a minimum or None.
     """
 
-    orders: tuple[tuple[Form, int | None], ...]
+    orders: tuple[tuple[PlaneLayout, int | None], ...]
 
     @staticmethod
     def of(weights: Sequence[QTensor]) -> "PackedLayout":
@@ -84,8 +84,8 @@ class PackedLayout:
 
     def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
         shapes = []
-        for form, length in self.orders:
-            places = 2 * pieces_of(form)[0]
+        for layout, length in self.orders:
+            places = 2 * pieces_of(layout)[0]
             shapes.append((places, rows, columns // places))
             if length:
                 shapes.append((rows, columns // length))
@@ -96,13 +96,13 @@ class PackedLayout:
     ) -> None:
         element, x = block_elements(block), x.astype(jnp.bfloat16)
         exists, following = broadcast_leading(mask, element.shape), iter(refs)
-        for form, length in self.orders:
-            pieces, per_chunk = pieces_of(form)
-            chunk, at = divmod_pow2(element, form.chunk)
+        for layout, length in self.orders:
+            pieces, per_chunk = pieces_of(layout)
+            chunk, at = divmod_pow2(element, layout.chunk)
             piece, at = divmod_pow2(at, 2 * per_chunk)
             pair, byte = divmod_pow2(at, 2)
             place = (2 * piece + byte, row, chunk * per_chunk + pair)
-            divided = _times_power(x, -form.bits[0] * piece) if len(form.bits) == 1 else x
+            divided = _times_power(x, -layout.bits[0] * piece) if len(layout.bits) == 1 else x
             plgpu.store(next(following).at[place], divided, mask=exists)
             if length:
                 sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)

@@ -13,7 +13,7 @@ from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.ops.matmul.float8 import LEAST_BOUND
 from jaxsplit.ops.matmul.triton_gemv_int8 import GROUPS
 from jaxsplit.pallas import pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, value_of, with_words
+from jaxsplit.quant.qtensor import QTensor, decode_codes, to_u32
 
 _WIDTH = 8  # neighbouring weights of a thread
 _UNITS = 256  # of so many weights, in each program
@@ -22,8 +22,8 @@ _WARPS = 4
 
 def supports(w: QTensor) -> bool:
     """Whether `dequantize` serves a matrix."""
-    words = all(w.form.chunk * bits % 32 == 0 for bits in w.form.bits)
-    groups = w.scale.shape[-1] * 8 // w.form.scale_bits
+    words = all(w.layout.chunk * bits % 32 == 0 for bits in w.layout.bits)
+    groups = w.scale.shape[-1] * 8 // w.layout.scale_bits
     # Elements are counted in 32 bits.
     return words and w.shape[-1] // groups % _WIDTH == 0 and math.prod(w.shape) < 2**31
 
@@ -46,7 +46,7 @@ def dequantize(
     """
     columns = weights[0].shape[1]
     sizes = [math.prod(w.shape) for w in weights]
-    weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
+    weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
     flat = jax.tree.map(lambda plane: plane.reshape(-1), weights)
     inputs, structure = jax.tree.flatten((flat, bounds, after))
     y = pl.pallas_call(
@@ -105,7 +105,7 @@ def _dequantize(
       bounds: of its rows, or None.
       columns: weights in a row.
     """
-    form = w.form
+    layout = w.layout
     weight = (program * _UNITS + jnp.arange(_UNITS)) * _WIDTH
     of_unit = jnp.arange(_WIDTH)
 
@@ -125,34 +125,34 @@ def _dequantize(
 
         def word(weight: Array) -> Array:
             """With the codes of this and the next three weights in front in its bytes."""
-            chunk, of_chunk = divmod_pow2(weight, form.chunk)
-            piece, byte = divmod_pow2(of_chunk, form.chunk * bits // 8)
-            word = load(plane, chunk * (form.chunk * bits // 32) + (byte >> 2))
+            chunk, of_chunk = divmod_pow2(weight, layout.chunk)
+            piece, byte = divmod_pow2(of_chunk, layout.chunk * bits // 8)
+            word = load(plane, chunk * (layout.chunk * bits // 32) + (byte >> 2))
             return (word >> (piece * bits).astype(jnp.uint32))[:, None]
 
         words = jnp.where(of_unit < 4, word(weight), word(weight + 4))
         return (words >> (8 * (of_unit & 3)).astype(jnp.uint32)) & jnp.uint32(2**bits - 1)
 
     code, done = jnp.uint32(0), 0
-    for plane, bits in zip(w.codes, form.bits, strict=True):
+    for plane, bits in zip(w.codes, layout.bits, strict=True):
         code |= codes(plane, bits) << jnp.uint32(done)
         done += bits
-    if form.table is None:
+    if layout.table is None:
         code = lax.bitcast_convert_type(code, jnp.int32)
-    if form.bits == (8,):
+    if layout.bits == (8,):
         code = (code ^ 128) - 128  # signed
     entry: dict[str, Array | float] = {"super_scale": 1, "super_minimum": 1}
     for name in GROUPS:
         if (ref := getattr(w, name)) is not None:
-            shared = 8 // form.scale_bits if name in ("scale", "minimum") else 1
+            shared = 8 // layout.scale_bits if name in ("scale", "minimum") else 1
             group = divmod_pow2(weight, size // (ref.shape[0] * shared))[0]
             byte, place = divmod_pow2(group, shared)
             value = load(ref, byte)
             if shared > 1:
-                value = (value >> (place * form.scale_bits).astype(value.dtype)) & 15
-            decode = form.decode_scale if name == "scale" else None
+                value = (value >> (place * layout.scale_bits).astype(value.dtype)) & 15
+            decode = layout.decode_scale if name == "scale" else None
             entry[name] = (decode(value) if decode else value.astype(jnp.float32))[:, None]
-    y = value_of(code, form) * (entry["scale"] * entry["super_scale"])
+    y = decode_codes(code, layout) * (entry["scale"] * entry["super_scale"])
     if "minimum" in entry:
         y += entry["minimum"] * entry["super_minimum"]
     if bounds is not None:

@@ -22,7 +22,7 @@ from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.pallas import pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, with_words
+from jaxsplit.quant.qtensor import QTensor, to_u32
 
 MAX_ROWS = 2
 """More rows of activations are faster on the matrix unit."""
@@ -36,9 +36,9 @@ _LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a ste
 
 def supports(w: QTensor) -> bool:
     """Whether `products` can multiply with a matrix, once it has planes of words."""
-    form = w.form
-    plain = form.table is None and form.decode_scale is None and form.scale_bits == 8
-    sizes = [form.chunk * bits // 8 for bits in form.bits]  # of a chunk of each plane
+    layout = w.layout
+    plain = layout.table is None and layout.decode_scale is None and layout.scale_bits == 8
+    sizes = [layout.chunk * bits // 8 for bits in layout.bits]  # of a chunk of each plane
     whole = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
     # Elements are counted in 32 bits.
     return plain and whole and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
@@ -62,7 +62,7 @@ class _Tiling:
     def of(w: QTensor) -> "_Tiling":
         """What was fast on H200s (benchmarks/RESULTS.md): rows of up to 4 KiB are read at once, so
         that none of a program's loads waits for others; longer ones in whole steps, if they can."""
-        row = w.shape[-1] * w.form.bits[0] // 8
+        row = w.shape[-1] * w.layout.bits[0] // 8
         if row <= 2048:
             return _Tiling()
         if row <= 4096:
@@ -94,7 +94,7 @@ def products(
     rows = len(x.words) if experts is None else len(experts)
     tilings = [tiling or _Tiling.of(w) for w in weights]
     programs = [pl.cdiv(w.shape[-2], t.height) for w, t in zip(weights, tilings, strict=True)]
-    weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
+    weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
     inputs, structure = jax.tree.flatten((x, list(weights), experts, peers))
     kernel = partial(
         _gemv_int8_kernel,
@@ -149,7 +149,7 @@ class _Steps:
       tiling: of the work.
 
     Attributes:
-      form, columns: of the matrix.
+      layout, columns: of the matrix.
       per_chunk: units of a chunk.
       units: of a step.
       depth: steps that are read at once.
@@ -165,12 +165,12 @@ class _Steps:
     """
 
     def __init__(self, w: QTensor, tiling: _Tiling):
-        self.form, self.columns = w.form, w.shape[-1]
-        pieces = 8 // self.form.bits[0]
-        size = self.form.chunk // pieces  # bytes of a chunk in the first plane
+        self.layout, self.columns = w.layout, w.shape[-1]
+        pieces = 8 // self.layout.bits[0]
+        size = self.layout.chunk // pieces  # bytes of a chunk in the first plane
         unit_bytes = size if size <= _LONGEST_UNIT else SLICE
         self.per_chunk = size // unit_bytes
-        self._all = self.columns // self.form.chunk * self.per_chunk  # units of a row
+        self._all = self.columns // self.layout.chunk * self.per_chunk  # units of a row
         self.units = min(tiling.bytes // unit_bytes, pl.next_power_of_2(self._all))
         count = pl.cdiv(self._all, self.units)
         self.depth = min(tiling.depth, count)
@@ -184,7 +184,7 @@ class _Steps:
         self.parts = [list(part) for _, part in parts]
         blocks = itertools.groupby(range(len(self.parts)), lambda p: self.parts[p][0][0] // BLOCK)
         self.blocks = [list(block) for _, block in blocks]
-        width, offset = sum(self.form.bits), self.form.offset
+        width, offset = sum(self.layout.bits), self.layout.offset
         self.lifted = 8 - width if offset == 2 ** (width - 1) else 0
         self.has_constant = "minimum" in self.groups or (offset != 0 and not self.lifted)
 
@@ -197,12 +197,12 @@ class _Steps:
     def first_slices(self, step: Array | int) -> Array:
         """Of a step's units, each the first."""
         chunk, of_chunk, _ = self.places(step)
-        return chunk * (self.form.chunk // SLICE) + of_chunk
+        return chunk * (self.layout.chunk // SLICE) + of_chunk
 
     def in_plane(self, bits: int, of_chunk: Array, weight: int) -> tuple[Array | int, Array | int]:
         """Where a slice is in a chunk of a plane: by how much its codes are shifted, and which 16
         bytes they are, or bytes where a piece has fewer; `of_chunk` is the unit's place."""
-        plane_size = self.form.chunk * bits // 8
+        plane_size = self.layout.chunk * bits // 8
         if plane_size < SLICE:
             at = (of_chunk * SLICE)[:, None] + weight + 4 * jnp.arange(SLICE // 4)
             piece, place = divmod_pow2(at, plane_size)
@@ -315,12 +315,12 @@ class _Rows:
 
     def _read_codes(self, step: Array | int) -> _Codes:
         """The planes of a step."""
-        steps, form = self.steps, self.steps.form
+        steps, layout = self.steps, self.steps.layout
         chunk, of_chunk, inside = steps.places(step)
         found: _Codes = {}
         for slice_ in steps.slices:
-            for i, (ref, bits) in enumerate(zip(self.w.codes, form.bits, strict=True)):
-                plane_size = form.chunk * bits // 8
+            for i, (ref, bits) in enumerate(zip(self.w.codes, layout.bits, strict=True)):
+                plane_size = layout.chunk * bits // 8
                 _, place = steps.in_plane(bits, of_chunk, slice_[0])
                 key = steps.key_of_codes(i, place, slice_)
                 if plane_size < SLICE:
@@ -365,10 +365,10 @@ class _Rows:
         if steps.per_chunk > 1:
             at = [divmod_pow2(first + start, length)[0] for start in starts]
             return [self._load(ref, row, index, inside) for index in at]
-        if length >= steps.form.chunk:
+        if length >= steps.layout.chunk:
             return [self._load(ref, row, divmod_pow2(first, length)[0], inside)] * len(starts)
         # Those of a unit are neighbours, which are read at once.
-        group = jnp.arange(steps.form.chunk // length)
+        group = jnp.arange(steps.layout.chunk // length)
         found = self._load(ref, row, (chunk * group.size)[:, None] + group, inside)
         chosen = [jnp.where(group == start // length, found, 0) for start in starts]
         return [jnp.sum(one, axis=-1, dtype=found.dtype) for one in chosen]
@@ -385,7 +385,7 @@ class _Rows:
         steps = self.steps
         _, of_chunk, inside = steps.places(step)
         first = steps.first_slices(step)
-        signed = steps.form.bits == (8,) or steps.lifted > 0
+        signed = steps.layout.bits == (8,) or steps.lifted > 0
         dot4 = partial(_dot4, signed=signed)
         words = [[self._codes(s, of_chunk, codes) for s in part] for part in steps.parts]
         # Scales that are integers multiply integers, whose sums stay below 2^31.
@@ -393,7 +393,7 @@ class _Rows:
         factors = [scale.astype(kind) for scale in groups["scale"]]
         constants = groups.get("minimum", [])
         if steps.has_constant and not constants:
-            constants = [-steps.form.offset * factor for factor in factors]
+            constants = [-steps.layout.offset * factor for factor in factors]
 
         def dots(m: Array, part: int) -> Array:
             total = jnp.zeros((self.height, steps.units, SLICE // 4), jnp.int32)
@@ -427,10 +427,10 @@ class _Rows:
     def _codes(self, slice_: tuple[int, int], of_chunk: Array, found: _Codes) -> Array:
         """Words of codes of a slice, `[height, units, 4]`: signed bytes where they are lifted."""
         word, shift = jnp.uint32(0), self.steps.lifted
-        for i, bits in enumerate(self.steps.form.bits):
+        for i, bits in enumerate(self.steps.layout.bits):
             right, place = self.steps.in_plane(bits, of_chunk, slice_[0])
             part = found[self.steps.key_of_codes(i, place, slice_)]
-            if self.steps.lifted and i == len(self.steps.form.bits) - 1:  # the first bit of each
+            if self.steps.lifted and i == len(self.steps.layout.bits) - 1:  # the first bit of each
                 part ^= jnp.uint32(0xFFFFFFFF // (2**bits - 1) << (bits - 1))
             if bits < 8:
                 if not isinstance(right, int):

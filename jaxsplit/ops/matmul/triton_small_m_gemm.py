@@ -19,7 +19,7 @@ from jaxsplit.ops.activations.packed import SUMMED, PackedRows, group_length, pi
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
 from jaxsplit.pallas import pl, plgpu
-from jaxsplit.quant.qtensor import Form, QTensor
+from jaxsplit.quant.qtensor import PlaneLayout, QTensor
 
 MAX_ROWS = 64
 """With more rows it is as fast to dequantize the matrix first."""
@@ -65,7 +65,7 @@ def _tiling(rows: int) -> _Tiling:
 
 def _with_shorter_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
     """Fewer pairs at a time, which takes fewer registers."""
-    pieces = max(pieces_of(w.form)[0] for w in weights)
+    pieces = max(pieces_of(w.layout)[0] for w in weights)
     return dataclasses.replace(tiling, pairs=max(64, tiling.pairs // pieces))
 
 
@@ -173,7 +173,7 @@ def _as_read(w: QTensor) -> QTensor:
         return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
 
     scale = w.scale
-    if scale.dtype.itemsize == 1 and w.form.chunk % (4 * group_length(w, scale)) == 0:
+    if scale.dtype.itemsize == 1 and w.layout.chunk % (4 * group_length(w, scale)) == 0:
         word = jnp.int32 if scale.dtype == jnp.int8 else jnp.uint32
         scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), word)
     return dataclasses.replace(w, codes=tuple(map(paired, w.codes)), scale=scale)
@@ -242,7 +242,7 @@ class _Tile:
         self.rms, self.w, self.out_ref = x.rms, w, out_ref
         self.x_pairs, self.x_sums = x.for_matrix(w)
         *_, self.out, self.columns = w.shape
-        self.pieces, self.per_chunk = pieces_of(w.form)
+        self.pieces, self.per_chunk = pieces_of(w.layout)
         self.total = self.columns // (2 * self.pieces)  # pairs of a row
         self.height, self.sums, self.first = tiling.height, tiling.sums, first
         self.pairs = min(tiling.pairs, _MOST_WEIGHTS // (2 * self.pieces))  # of a step
@@ -329,7 +329,7 @@ class _Tile:
     def _read_scales(self, step: Array) -> list[Array]:
         """Scales of a step, for each piece that has its own: `[height, groups]` each."""
         ref, length, per_chunk = self.w.scale, self.length["scale"], self.per_chunk
-        of_chunk = self.w.form.chunk
+        of_chunk = self.w.layout.chunk
         if ref.dtype.itemsize == 4:  # four in a word
             count, words = self.of_step // of_chunk, of_chunk // length
             first = words * (step * count + jnp.arange(count))
@@ -384,7 +384,7 @@ class _Tile:
 
     def _step(self, i: Array, carry: tuple) -> tuple:
         result, outer = carry
-        w, form, per_chunk = self.w, self.w.form, self.per_chunk
+        w, layout, per_chunk = self.w, self.w.layout, self.per_chunk
         # The compiler reads ahead what is multiplied, not these, which are too few bytes.
         ahead = self._read_outer(jnp.minimum(i + 1, self.steps - 1))
         power, scales = _OF_WEIGHTS - _OF_BITS, self._read_scales(i)
@@ -397,15 +397,15 @@ class _Tile:
             minimum = self._times_outer(minimum, length, outer, "super_minimum", _OF_WEIGHTS)
             result += _dot(minimum, self._load_x(self.x_sums, group, inside))
         at = i * self.pairs + jnp.arange(self.pairs)
-        # In this form the compiler sees which of them are neighbours.
+        # In this layout the compiler sees which of them are neighbours.
         chunk, pair = lax.div(at, per_chunk), lax.rem(at, per_chunk)
         read: dict[tuple[int, int], Array] = {}
         expanded: dict[int, Array] = {}
         sums = [result] + [jnp.zeros_like(result)] * (self.sums - 1)
         for piece in range(self.pieces):
             parts, shifts = [], []
-            for p, (plane, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
-                size = form.chunk * bits // 16  # pairs of a chunk
+            for p, (plane, bits) in enumerate(zip(w.codes, layout.bits, strict=True)):
+                size = layout.chunk * bits // 16  # pairs of a chunk
                 shift, before = divmod(piece * per_chunk, size)
                 if (p, before) not in read:
                     index = at if size == per_chunk else chunk * size + before + pair
@@ -417,7 +417,7 @@ class _Tile:
                 expanded[group] = _spread(scales[group], self.pairs)
             for byte in range(2):
                 x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
-                scaled = _scaled(parts, shifts, byte, form, expanded[group])
+                scaled = _scaled(parts, shifts, byte, layout, expanded[group])
                 sums[byte % self.sums] += _dot(scaled, x)
         return sum(sums[1:], sums[0]), ahead
 
@@ -437,7 +437,7 @@ def _scaled(
     planes: Sequence[Array],
     shifts: Sequence[int],
     byte: int,
-    form: Form,
+    layout: PlaneLayout,
     scale: Array,
 ) -> Array:
     """Weights without their minima as bfloat16, one of each pair of bytes, `2**_OF_WEIGHTS` times
@@ -447,19 +447,19 @@ def _scaled(
       planes: pairs of bytes `[height, pairs]` of each plane, uint16.
       shifts: by how much to shift a byte of each plane, to have the code's bits in front.
       byte: which byte of the pairs.
-      form: of the matrix.
+      layout: of the matrix.
       scale: bfloat16, like the pairs, times `2**(_OF_WEIGHTS - _OF_BITS)`.
     """
     front = shifts[0] if len(planes) == 1 else 0  # bits before the code that stay
     shifts = [8 * byte + shift - front for shift in shifts]
-    offset = (128 if form.bits == (8,) else form.offset) * 2**front
+    offset = (128 if layout.bits == (8,) else layout.offset) * 2**front
     if interpreted():
         code, done = jnp.uint16(0), front
-        for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
+        for plane, by, bits in zip(planes, shifts, layout.bits, strict=True):
             part = (plane >> jnp.uint16(by)) << jnp.uint16(done - front)
             code |= part & jnp.uint16((2**bits - 1) << done)
             done += bits
-        if form.bits == (8,):
+        if layout.bits == (8,):
             code ^= jnp.uint16(128)
         half = _OF_BITS // 2  # the whole power is no normal float32
         value = (code.astype(jnp.float32) - offset) * 2.0**half
@@ -476,7 +476,7 @@ def _scaled(
     scaled = f"${len(planes) + 1}"
     lines = [".reg .b32 code, part, by, less;", f"mov.b32 less, {number(-0.0)};"]
     done = 0
-    for i, (by, bits) in enumerate(zip(shifts, form.bits, strict=True)):
+    for i, (by, bits) in enumerate(zip(shifts, layout.bits, strict=True)):
         by, part = by - done, f"${i + 1}"
         if by:
             lines.append(f"sh{'r' if by > 0 else 'l'}.b32 part, {part}, {abs(by)};")

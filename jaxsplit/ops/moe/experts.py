@@ -14,7 +14,7 @@ from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.matmul.api import GroupedGemmInfo, expert_matmuls, grouped_matmuls, matmul
 from jaxsplit.ops.moe.tiles import ExpertTiles, make_tiles, tile_rows
-from jaxsplit.quant import QTensor, Weight, with_bytes
+from jaxsplit.quant import QTensor, Weight, to_u8
 from jaxsplit.sharding.axes import Axis
 
 _LARGEST_GROUP = 64  # rows that the grouped kernel multiplies at a time
@@ -41,7 +41,7 @@ class ExpertMatrices:
 
         w = jax.tree.map(chosen, self.kernel)
         with forward_context(policy=MatmulPolicy()):  # kernels cannot read it inside the stack
-            y = matmul(x, with_bytes(w) if isinstance(w, QTensor) else w)
+            y = matmul(x, to_u8(w) if isinstance(w, QTensor) else w)
         return y if self.bias is None else y + chosen(self.bias)
 
     def add_bias(self, y: Array, experts: Array) -> Array:
