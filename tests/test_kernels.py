@@ -68,8 +68,8 @@ def test_compiled_or_not_the_same_codes_are_chosen(rng):
     """Some of a million products are so near to halfway between two codes that it matters whether
     they are rounded before they are added to."""
     x = rng.normal(size=(256, 2**14)).astype(np.float32)
-    compiled = jax.jit(lambda x: int8.quantize_rows(x).words)(x)
-    assert np.array_equal(compiled, int8.quantize_rows(jnp.asarray(x)).words)
+    compiled = jax.jit(lambda x: int8.quantize_rows(x).codes)(x)
+    assert np.array_equal(compiled, int8.quantize_rows(jnp.asarray(x)).codes)
 
 
 @pytest.mark.parametrize("apart", [1, 2, 4, 8])
@@ -95,8 +95,8 @@ def test_the_kernel_that_quantizes_rows_adds_them_up_first(rng):
     assert nmse(total, expected) <= 2e-5
     exact = int8.quantize_rows(total[:, 0])
     there = int8.bank_swizzle(np.arange(96 // int8.SLICE))
-    words = [np.reshape(x.words, (3, -1, int8.SLICE // 4))[:, there] for x in (rounded, exact)]
-    assert np.array_equal(*words)
+    codes = [np.reshape(x.codes, (3, -1, int8.SLICE // 4))[:, there] for x in (rounded, exact)]
+    assert np.array_equal(*codes)
 
 
 @pytest.mark.parametrize("epsilon", [None, 1e-5])

@@ -13,7 +13,7 @@ from tiny import fresh_rng
 
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.ops.activations.layout import Readers
-from jaxsplit.ops.activations.packed import PackedLayout, pieces_of
+from jaxsplit.ops.activations.packed import PackedLayout, packing_of
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_small_m_gemm
 from jaxsplit.quant import TYPES, dequantize, qtensor, to_u32, unpack
@@ -95,9 +95,9 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
         triton_small_m_gemm.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm
     )
     layout = TYPES[name].layout
-    pieces, per_chunk = pieces_of(layout)
+    codes_per_byte, per_chunk = packing_of(layout)
     scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
-    for place in range(2 * pieces):
+    for place in range(2 * codes_per_byte):
         piece, byte = divmod(place, 2)
         planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in layout.bits]
         shifts = [piece * per_chunk * 16 // (layout.chunk * bits) * bits for bits in layout.bits]

@@ -91,7 +91,7 @@ def products(
         follow, int32 likewise.
       tiling: of the work; None: a usual one.
     """
-    rows = len(x.words) if experts is None else len(experts)
+    rows = len(x.codes) if experts is None else len(experts)
     tilings = [tiling or _Tiling.of(w) for w in weights]
     programs = [pl.cdiv(w.shape[-2], t.height) for w, t in zip(weights, tilings, strict=True)]
     weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
@@ -244,7 +244,7 @@ class _Rows:
         self.first = first
         self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
         self.stack: tuple[Array, ...] = ()
-        rows = x.words.shape[0]
+        rows = x.codes.shape[0]
         # Rows of x, and of the results.
         self.batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(rows)]
         if experts is not None:
@@ -399,7 +399,7 @@ class _Rows:
             total = jnp.zeros((self.height, steps.units, SLICE // 4), jnp.int32)
             for (weight, _), word in zip(steps.parts[part], words[part], strict=True):
                 at = _words(bank_swizzle(first + weight // SLICE))
-                x = self._load(self.x.words, jnp.broadcast_to(m, self.row.shape), at, inside)
+                x = self._load(self.x.codes, jnp.broadcast_to(m, self.row.shape), at, inside)
                 total = dot4(word, x, total)
             return jnp.sum(total, axis=-1)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.context import interpreted
-from jaxsplit.ops.activations.packed import SUMMED, PackedRows, group_length, pieces_of
+from jaxsplit.ops.activations.packed import SUM_SIZES, PackedRows, group_size, packing_of
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
 from jaxsplit.pallas import pl, plgpu
@@ -65,7 +65,7 @@ def _tiling(rows: int) -> _Tiling:
 
 def _with_shorter_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
     """Fewer pairs at a time, which takes fewer registers."""
-    pieces = max(pieces_of(w.layout)[0] for w in weights)
+    pieces = max(packing_of(w.layout)[0] for w in weights)
     return dataclasses.replace(tiling, pairs=max(64, tiling.pairs // pieces))
 
 
@@ -92,8 +92,8 @@ class GroupedGemmInfo:
 
 def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     """Whether `products` can multiply activations of a dtype with a matrix."""
-    length = None if w.minimum is None else group_length(w, w.minimum)
-    ordered = length in (None, *SUMMED)
+    length = None if w.minimum is None else group_size(w, w.minimum)
+    ordered = length in (None, *SUM_SIZES)
     return dtype == jnp.bfloat16 and triton_gemv_int8.supports(w) and ordered
 
 
@@ -124,7 +124,7 @@ def products(
         another kernel; None: as many as keep a GPU busy, but one for several that are to be joined.
       joined: the parts are added up; else results are float32 `[parts, rows, out]`.
     """
-    (read, columns) = x.pairs[0].shape[1], weights[0].shape[-1]
+    (read, columns) = x.values[0].shape[1], weights[0].shape[-1]
     width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
     weights = [_as_read(w) for w in weights]
     usual, tiling = tiling is None, tiling or _tiling(width)
@@ -173,7 +173,7 @@ def _as_read(w: QTensor) -> QTensor:
         return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
 
     scale = w.scale
-    if scale.dtype.itemsize == 1 and w.layout.chunk % (4 * group_length(w, scale)) == 0:
+    if scale.dtype.itemsize == 1 and w.layout.chunk % (4 * group_size(w, scale)) == 0:
         word = jnp.int32 if scale.dtype == jnp.int8 else jnp.uint32
         scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), word)
     return dataclasses.replace(w, codes=tuple(map(paired, w.codes)), scale=scale)
@@ -242,7 +242,7 @@ class _Tile:
         self.rms, self.w, self.out_ref = x.rms, w, out_ref
         self.x_pairs, self.x_sums = x.for_matrix(w)
         *_, self.out, self.columns = w.shape
-        self.pieces, self.per_chunk = pieces_of(w.layout)
+        self.pieces, self.per_chunk = packing_of(w.layout)
         self.total = self.columns // (2 * self.pieces)  # pairs of a row
         self.height, self.sums, self.first = tiling.height, tiling.sums, first
         self.pairs = min(tiling.pairs, _MOST_WEIGHTS // (2 * self.pieces))  # of a step
@@ -252,7 +252,7 @@ class _Tile:
             for name in triton_gemv_int8.GROUPS
             if getattr(w, name) is not None
         }
-        self.length = {name: group_length(w, ref) for name, ref in self.entries.items()}
+        self.length = {name: group_size(w, ref) for name, ref in self.entries.items()}
         self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
         self.steps, self.whole = pl.cdiv(self.total, self.pairs), self.total % self.pairs == 0
         self.start, self.stop = 0, self.steps
