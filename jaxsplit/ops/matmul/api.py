@@ -76,7 +76,7 @@ def _gemv_int8(
     x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype, peers: PeerGroup | None = None
 ) -> list[Array]:
     rows = in_layout(x, Int8Layout())
-    return triton_gemv_int8.products(rows, weights, dtype, peers=peers)
+    return triton_gemv_int8.matmuls(rows, weights, dtype, peers=peers)
 
 
 def _supports_int8_without_kernels(x: Like, w: Weight) -> bool:
@@ -109,7 +109,7 @@ def _gemv_bf16(
     x: Rows, weights: Sequence[Array], dtype: jnp.dtype, peers: PeerGroup | None = None
 ) -> list[Array]:
     rows = in_layout(x, PlainLayout(x.dtype))
-    return triton_gemv_bf16.products(rows, weights, dtype, peers=peers)
+    return triton_gemv_bf16.matmuls(rows, weights, dtype, peers=peers)
 
 
 def _supports_float8(x: Like, w: Weight) -> bool:
@@ -264,7 +264,7 @@ def expert_matmuls(
       `[pairs, out]` each.
     """
     rows = in_layout(x, Int8Layout())
-    return triton_gemv_int8.products(rows, stacks, dtype, experts=experts)
+    return triton_gemv_int8.matmuls(rows, stacks, dtype, experts=experts)
 
 
 def grouped_matmuls(

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxsplit.context import interpreted
 from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.ops.matmul.float8 import LEAST_BOUND
-from jaxsplit.ops.matmul.triton_gemv_int8 import GROUPS
+from jaxsplit.ops.matmul.triton_gemv_int8 import GROUP_PLANES
 from jaxsplit.pallas import pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, decode_codes, to_u32
 
@@ -142,7 +142,7 @@ def _dequantize(
     if layout.bits == (8,):
         code = (code ^ 128) - 128  # signed
     entry: dict[str, Array | float] = {"super_scale": 1, "super_minimum": 1}
-    for name in GROUPS:
+    for name in GROUP_PLANES:
         if (ref := getattr(w, name)) is not None:
             shared = 8 // layout.scale_bits if name in ("scale", "minimum") else 1
             group = divmod_pow2(weight, size // (ref.shape[0] * shared))[0]

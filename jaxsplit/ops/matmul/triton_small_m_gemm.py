@@ -249,7 +249,7 @@ class _Tile:
         self.of_step = 2 * self.pieces * self.pairs  # weights
         self.entries = {
             name: getattr(w, name)
-            for name in triton_gemv_int8.GROUPS
+            for name in triton_gemv_int8.GROUP_PLANES
             if getattr(w, name) is not None
         }
         self.length = {name: group_size(w, ref) for name, ref in self.entries.items()}
