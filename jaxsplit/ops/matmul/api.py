@@ -96,7 +96,7 @@ def _supports_small_m_gemm(x: Like, w: Weight) -> bool:
 
 def _small_m_gemm(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
     rows = in_layout(x, PackedLayout.of(weights))
-    return triton_small_m_gemm.products(rows, weights, dtype)
+    return triton_small_m_gemm.matmuls(rows, weights, dtype)
 
 
 def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
@@ -218,7 +218,7 @@ def split_k_matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> lis
     if not all(_supports_small_m_gemm(x, w) for w in weights):
         return [Unreduced.of(y) for y in matmuls(x, weights, dtype)]
     rows = in_layout(x, PackedLayout.of(weights))
-    ys = triton_small_m_gemm.products(rows, weights, joined=False)
+    ys = triton_small_m_gemm.matmuls(rows, weights, sum_parts=False)
     return [Unreduced(y.reshape(len(y), *x.shape[:-1], -1)) for y in ys]
 
 
@@ -287,7 +287,7 @@ def grouped_matmuls(
       `[results, out]` each.
     """
     rows = in_layout(x, PackedLayout.of(stacks))
-    return triton_small_m_gemm.products(rows, stacks, dtype, groups=groups, results=results)
+    return triton_small_m_gemm.matmuls(rows, stacks, dtype, groups=groups, out_rows=results)
 
 
 def _shaped(y: Array, x: Like) -> Any:

@@ -124,9 +124,9 @@ def by_grouped_gemm(x: Activations, topk_ids: Array, weights: Array, p: ExpertPa
     pair = tiles.start[:, None] + jnp.arange(rows)
     groups = GroupedGemmInfo(
         matrix=tiles.expert,
-        first=tiles.start,
+        start=tiles.start,
         stop=tiles.stop,
-        read=tiles.token[pair],
+        x_row=tiles.token[pair],
         count=jnp.asarray(tiles.count, jnp.int32),
     )
     stacks, array = [layer.kernel for layer in p.inputs], as_array(x)
@@ -135,7 +135,7 @@ def by_grouped_gemm(x: Activations, topk_ids: Array, weights: Array, p: ExpertPa
     # Nothing was written for pairs whose expert another device holds.
     own = (jnp.arange(pairs) < jnp.max(tiles.stop))[:, None]
     hidden = p.gathered(jnp.where(own, hidden, 0))
-    groups = dataclasses.replace(groups, read=jnp.minimum(pair, pairs - 1))
+    groups = dataclasses.replace(groups, x_row=jnp.minimum(pair, pairs - 1))
     [y] = grouped_matmuls(hidden, [p.down.kernel], groups, pairs)
     y = jnp.where(own, y, 0)[jnp.argsort(tiles.order[:pairs])]
     return (y.reshape(*topk_ids.shape, -1) * weights[..., None]).sum(1)[None]
