@@ -1,7 +1,7 @@
 """Dequantizes matrices for matmuls with many rows: a Triton kernel."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -123,22 +123,12 @@ def _dequantize(
         other = jnp.zeros((), ref.dtype) if options else None
         return plgpu.load(ref.at[index], **options, other=other)
 
-    def load_codes(plane: jax.Ref, bits: int) -> Array:
-        """The bits of a plane, uint32 `[units, width]`."""
-
-        def load_u32(weight: Array) -> Array:
-            """The uint32 with the bits of four neighboring weights, in the low bits of its bytes."""
-            chunk, index = divmod_pow2(weight, layout.chunk)
-            code, byte = divmod_pow2(index, layout.chunk * bits // 8)
-            packed = load(plane, chunk * (layout.chunk * bits // 32) + (byte >> 2))
-            return (packed >> (code * bits).astype(jnp.uint32))[:, None]
-
-        packed = jnp.where(offset < 4, load_u32(weight), load_u32(weight + 4))
-        return (packed >> (8 * (offset & 3)).astype(jnp.uint32)) & jnp.uint32(2**bits - 1)
-
     code, done = jnp.uint32(0), 0
     for plane, bits in zip(w.codes, layout.bits, strict=True):
-        code |= load_codes(plane, bits) << jnp.uint32(done)
+        plane_bits = _load_codes(
+            partial(load, plane), weight, offset, chunk=layout.chunk, bits=bits
+        )
+        code |= plane_bits << jnp.uint32(done)
         done += bits
     if layout.table is None:
         code = lax.bitcast_convert_type(code, jnp.int32)
@@ -164,3 +154,30 @@ def _dequantize(
         y *= jnp.where(bound > LEAST_BOUND, largest / bound, 0)[:, None]
     index = first + weight[:, None] + offset
     plgpu.store(out_ref.at[index], y.astype(out_ref.dtype), **mask_options(index))
+
+
+def _load_codes(
+    load: Callable[[Array], Array], weight: Array, offset: Array, *, chunk: int, bits: int
+) -> Array:
+    """Loads the bits of the codes of units from a plane.
+
+    Args:
+      load: loads uint32 of the plane.
+      weight: index of the first weight of each unit, `[units]`.
+      offset: of each weight in its unit, `[width]`.
+      chunk: as in `PlaneLayout`.
+      bits: of the plane.
+
+    Returns:
+      uint32 `[units, width]`.
+    """
+
+    def load_four(weight: Array) -> Array:
+        """A uint32 whose bytes hold the codes of four neighboring weights in their low bits."""
+        index, position = divmod_pow2(weight, chunk)
+        code, byte = divmod_pow2(position, chunk * bits // 8)
+        packed = load(index * (chunk * bits // 32) + (byte >> 2))
+        return (packed >> (code * bits).astype(jnp.uint32))[:, None]
+
+    packed = jnp.where(offset < 4, load_four(weight), load_four(weight + 4))
+    return (packed >> (8 * (offset & 3)).astype(jnp.uint32)) & jnp.uint32(2**bits - 1)
