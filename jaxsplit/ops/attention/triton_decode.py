@@ -346,49 +346,18 @@ def _decode_attention_kernel(
     heads = _Heads(head_dim, padded(head_dim, parts), c.rope, (cos, sin), sequence)
     row, value_column = jnp.arange(tiling.rows), jnp.arange(padded(value_dim, parts))
     row_mask = row < group
-    queries = heads.load(query, (sequence, head, row), row_mask, c.query_norm, scales[0])
-    new_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
-    new_value = _load_parts(value, (sequence, head, value_column), value_column < value_dim)
+    token = _Token(
+        heads.load(query, (sequence, head, row), row_mask, c.query_norm, scales[0]),
+        heads.load(key, (sequence, head), None, c.key_norm, scales[1]),
+        _load_parts(value, (sequence, head, value_column), value_column < value_dim),
+    )
 
     used, start, stop = _split_range(position, length, split, tiling)
     keys = _SplitKeys(cache, slot, head, position, start, stop, tiling, c.window)
 
     @pl.when(split < used)
     def _() -> None:
-        first = keys.load(0) if keys.prefetch else None
-        q = queries().astype(dtype)
-        q_parts = in_parts(q, parts)
-        scale = head_dim**-0.5 if c.scale is None else c.scale
-        score = partial(scores_of, config=c, scale=scale)
-        rounded_key, stored_key, key_scale = _quantize(new_key(), cache.keys.dtype)
-        rounded_value, stored_value, value_scale = _quantize(
-            _sum_parts(new_value), cache.values.dtype
-        )
-        new = AttentionCache(stored_key, stored_value, key_scale, value_scale)
-
-        @pl.when(split == 0)
-        def _() -> None:
-            exists = (position >= 0) & ((position < length) | (c.window is not None))
-            index = jnp.maximum(position, 0) % length
-            _store_token(cache, new, (slot, head, index), exists)
-
-        def update(state: SoftmaxState, kv: AttentionCache, visible: Array) -> SoftmaxState:
-            return softmax_update(state, q_parts, kv, visible[None], score)
-
-        steps, shape = pl.cdiv(stop - start, tiling.keys), (tiling.rows, padded(value_dim, parts))
-        if keys.prefetch:
-            state = SoftmaxState.empty(*shape, parts)
-            kv = jax.tree.map(partial(_replace_first, split=split), first[0], new)
-            state = _attend_prefetched(keys, steps, update, state, (kv, first[1]))
-        else:
-            own_score = score(jnp.sum(q.astype(jnp.float32) * rounded_key[None], axis=1))
-            values = jnp.broadcast_to(jnp.where(split == 0, rounded_value, 0)[None], shape)
-            state = SoftmaxState(
-                jnp.where(split == 0, own_score, MASK_VALUE),
-                jnp.where(split == 0, jnp.ones_like(own_score), 0),
-                in_parts(values, parts),
-            )
-            state = lax.fori_loop(0, steps, lambda i, s: update(s, *keys.load(i)), state)
+        state = _attend_split(keys, split, token, config, dtype)
         _store_split(splits, state, (split, sequence, head), row)
 
         @pl.when(_finished_splits(splits, used, sequence, head) == used - 1)
@@ -473,6 +442,68 @@ def _replace_first(loaded: Array, new: Array, *, split: Array) -> Array:
     first = (jnp.arange(len(loaded)) == 0) & (split == 0)
     mask = broadcast_along(first, loaded.shape, 0)
     return jnp.where(mask, jnp.broadcast_to(new, loaded.shape), loaded)
+
+
+class _Token(NamedTuple):
+    """The heads of the new token, whose loads have been issued.
+
+    Attributes:
+      queries, key: compute them, as returned by `_Heads.load`.
+      value: split-K parts of the value, `[columns]` each.
+    """
+
+    queries: Callable[[], Array]
+    key: Callable[[], Array]
+    value: list[Array]
+
+
+def _attend_split(
+    keys: _SplitKeys, split: Array, token: _Token, config: AttentionConfig, dtype: jnp.dtype
+) -> SoftmaxState:
+    """Attends to the keys of a split; in split 0, also stores the new token in the cache.
+
+    Args:
+      keys: of the split.
+      split: its index.
+      token: the new token.
+      config: the layer.
+      dtype: of tensor core operands.
+    """
+    cache, position, parts = keys.cache, keys.position, parts_of(keys.cache)
+    first = keys.load(0) if keys.prefetch else None
+    q = token.queries().astype(dtype)
+    q_parts = in_parts(q, parts)
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
+    score = partial(scores_of, config=config, scale=scale)
+    rounded_key, stored_key, key_scale = _quantize(token.key(), cache.keys.dtype)
+    value = _sum_parts(token.value)
+    rounded_value, stored_value, value_scale = _quantize(value, cache.values.dtype)
+    new = AttentionCache(stored_key, stored_value, key_scale, value_scale)
+
+    @pl.when(split == 0)
+    def _() -> None:
+        length = cache.keys.shape[2]
+        exists = (position >= 0) & ((position < length) | (config.window is not None))
+        index = jnp.maximum(position, 0) % length
+        _store_token(cache, new, (keys.slot, keys.head, index), exists)
+
+    def update(state: SoftmaxState, kv: AttentionCache, visible: Array) -> SoftmaxState:
+        return softmax_update(state, q_parts, kv, visible[None], score)
+
+    steps, shape = pl.cdiv(keys.stop - keys.start, keys.tiling.keys), (len(q), len(value))
+    if keys.prefetch:
+        state = SoftmaxState.empty(*shape, parts)
+        kv = jax.tree.map(partial(_replace_first, split=split), first[0], new)
+        return _attend_prefetched(keys, steps, update, state, (kv, first[1]))
+    # The new token, the only key that is not in the cache, initializes the state of split 0.
+    own_score = score(jnp.sum(q.astype(jnp.float32) * rounded_key[None], axis=1))
+    values = jnp.broadcast_to(jnp.where(split == 0, rounded_value, 0)[None], shape)
+    state = SoftmaxState(
+        jnp.where(split == 0, own_score, MASK_VALUE),
+        jnp.where(split == 0, jnp.ones_like(own_score), 0),
+        in_parts(values, parts),
+    )
+    return lax.fori_loop(0, steps, lambda i, s: update(s, *keys.load(i)), state)
 
 
 def _attend_prefetched(
