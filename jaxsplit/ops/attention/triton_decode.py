@@ -108,28 +108,13 @@ def decode_attention(
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
     """
-    c, sequences, (kv_heads, length) = config, query.shape[1], cache.keys.shape[1:3]
+    sequences, (kv_heads, length) = query.shape[1], cache.keys.shape[1:3]
     value_dim = cache.values.shape[-1]
-    query = query.reshape(
-        -1, sequences, kv_heads, query.shape[-1] // (kv_heads * c.head_dim), c.head_dim
-    )
-    group = query.shape[3]
-    cos, sin = _rope_factors(batch.positions, c, batch.freq_factors.get(c.rope.freq_factors))
-    inputs = (
-        query,
-        *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
-        batch.positions.reshape(-1),
-        batch.slots,
-        cos,
-        sin,
-        list(params.norm_scales),
-        params.sinks,
-        # Finished splits of each sequence and head. The last program resets its counter to zero.
-        jnp.zeros((sequences, kv_heads), jnp.int32),
-    )
+    inputs = _kernel_inputs((query, key, value), batch, config, params, kv_heads)
+    group = inputs[0].shape[3]
     leaves, structure = jax.tree.flatten(inputs)
     cache_leaves, cache_structure = jax.tree.flatten(in_pairs(cache))
-    width = pl.next_power_of_2(max(c.head_dim, value_dim))
+    width = pl.next_power_of_2(max(config.head_dim, value_dim))
     tiling = _tiling_for(group, length, width, sequences * kv_heads)
     split_shape = (tiling.splits, sequences, kv_heads, group)
     out_layouts = tuple(layouts) or (PlainLayout(dtype),)
@@ -144,7 +129,7 @@ def decode_attention(
             _decode_attention_kernel,
             structures=(structure, cache_structure),
             tiling=tiling,
-            config=c,
+            config=config,
             dtype=dtype,
             layouts=out_layouts,
             early=bool(layouts),  # XLA's kernels must not start before this one has finished
@@ -166,6 +151,40 @@ def decode_attention(
     like = jax.ShapeDtypeStruct((sequences, 1, columns), dtype)
     stored = wrap_layouts(out_layouts, arrays, sequences, columns)
     return Activations(None, out_layouts, stored, like=like), cache
+
+
+def _kernel_inputs(
+    projections: Sequence[Array],
+    batch: Batch,
+    config: AttentionConfig,
+    params: AttentionParams,
+    kv_heads: int,
+) -> tuple:
+    """The inputs of the kernel, except for the cache.
+
+    Args:
+      projections: query, key and value, `[parts, sequences, 1, heads * width]`.
+      batch, config, params: as in `decode_attention`.
+      kv_heads: number of KV heads.
+    """
+    query, key, value = projections
+    group = query.shape[-1] // (kv_heads * config.head_dim)
+    query = query.reshape(-1, query.shape[1], kv_heads, group, config.head_dim)
+    cos, sin = _rope_factors(
+        batch.positions, config, batch.freq_factors.get(config.rope.freq_factors)
+    )
+    return (
+        query,
+        *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
+        batch.positions.reshape(-1),
+        batch.slots,
+        cos,
+        sin,
+        list(params.norm_scales),
+        params.sinks,
+        # Finished splits of each sequence and head. The last program resets its counter to zero.
+        jnp.zeros(query.shape[1:3], jnp.int32),
+    )
 
 
 def _tiling_for(group: int, length: int, width: int, heads: int) -> triton_flash.Tiling:
@@ -295,7 +314,7 @@ class _Splits(NamedTuple):
     Attributes:
       acc: weighted sums of values, float32 `[splits, sequences, kv_heads, group, value_dim]`.
       m: largest scores, float32 `[splits, sequences, kv_heads, group]`.
-      total: sums of weights, likewise.
+      total: sums of weights, shaped as `m`.
       finished: int32 `[sequences, kv_heads]`.
     """
 
