@@ -8,7 +8,7 @@ from blocks import usual_blocks
 from tiny import fresh_rng
 
 from jaxsplit.ops.matmul import float8, triton_dequantize
-from jaxsplit.quant import TYPES, QTensor, dequantize, qtensor, unpack, with_words
+from jaxsplit.quant import TYPES, QTensor, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -22,7 +22,7 @@ def test_every_type_is_dequantized(name, words):
     w = unpack(name, usual_blocks(fresh_rng(), name, 7, 768 // kind.block))
     assert isinstance(w, QTensor)
     assert triton_dequantize.supports(w)
-    w = with_words(w) if words else w
+    w = to_u32(w) if words else w
     found = triton_dequantize.dequantize([w], jnp.float32)
     expected = jax.jit(dequantize)(w)
     assert found.shape == expected.shape

@@ -22,7 +22,7 @@ from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import float8, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
-from jaxsplit.quant import TYPES, dequantize, unpack, with_words
+from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -33,7 +33,7 @@ SUPPORTED = {
 
 
 def matrix(rng, name, rows, columns):
-    return with_words(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
+    return to_u32(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_which_types_have_a_kernel():
     found = set()
     for name, kind in TYPES.items():
         raw = jax.ShapeDtypeStruct((4, 2, kind.block_bytes), np.uint8)
-        if kind.form and triton_gemv_int8.supports(
+        if kind.layout and triton_gemv_int8.supports(
             jax.eval_shape(functools.partial(unpack, name), raw)
         ):
             found.add(name)
@@ -68,8 +68,8 @@ def test_compiled_or_not_the_same_codes_are_chosen(rng):
     """Some of a million products are so near to halfway between two codes that it matters whether
     they are rounded before they are added to."""
     x = rng.normal(size=(256, 2**14)).astype(np.float32)
-    compiled = jax.jit(lambda x: int8.quantize_rows(x).words)(x)
-    assert np.array_equal(compiled, int8.quantize_rows(jnp.asarray(x)).words)
+    compiled = jax.jit(lambda x: int8.quantize_rows(x).codes)(x)
+    assert np.array_equal(compiled, int8.quantize_rows(jnp.asarray(x)).codes)
 
 
 @pytest.mark.parametrize("apart", [1, 2, 4, 8])
@@ -95,8 +95,8 @@ def test_the_kernel_that_quantizes_rows_adds_them_up_first(rng):
     assert nmse(total, expected) <= 2e-5
     exact = int8.quantize_rows(total[:, 0])
     there = int8.bank_swizzle(np.arange(96 // int8.SLICE))
-    words = [np.reshape(x.words, (3, -1, int8.SLICE // 4))[:, there] for x in (rounded, exact)]
-    assert np.array_equal(*words)
+    codes = [np.reshape(x.codes, (3, -1, int8.SLICE // 4))[:, there] for x in (rounded, exact)]
+    assert np.array_equal(*codes)
 
 
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
@@ -130,7 +130,7 @@ def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
     [normalized], *_ = stored(lambda x: x, (x,), norm=(1e-6, columns))
     for rounded in (int8.quantize_rows(x), normalized):
-        results = triton_gemv_int8.products(rounded, matrices)
+        results = triton_gemv_int8.matmuls(rounded, matrices)
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
             assert nmse(y, expected) <= 1e-10
@@ -148,7 +148,7 @@ def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
     x = jnp.asarray(rng.normal(size=(2, 512)), jnp.float32)
     experts = jnp.asarray(rng.integers(0, 3, 2 * used), jnp.int32)
     rounded = int8.quantize_rows(x)
-    results = triton_gemv_int8.products(rounded, stacks, experts=experts)
+    results = triton_gemv_int8.matmuls(rounded, stacks, experts=experts)
     for y, stack in zip(results, stacks, strict=True):
         dense = np.float64(dequantize(stack))[np.asarray(experts)]
         rows = np.repeat(np.float64(rounded.dequantized()), used, axis=0)
@@ -161,7 +161,7 @@ def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     x = rng.normal(size=(rows, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    [expected] = triton_gemv_int8.products(int8.quantize_rows(x), [w])
+    [expected] = triton_gemv_int8.matmuls(int8.quantize_rows(x), [w])
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
     assert nmse(y, exact) > 1e-7

@@ -33,8 +33,8 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
     if together > 1:
-        monkeypatch.setattr(triton_rope_cache_update, "_FEW", 0)
-        monkeypatch.setattr(triton_rope_cache_update, "_ELEMENTS", 32 * together)
+        monkeypatch.setattr(triton_rope_cache_update, "_FEW_TOKENS", 0)
+        monkeypatch.setattr(triton_rope_cache_update, "_MAX_ELEMENTS", 32 * together)
     rng, ring = fresh_rng(), "window" in CHOICES[name]
     config = AttentionConfig(HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, **CHOICES[name])
     module = Attention(config, 32, rngs=nnx.Rngs(0))

@@ -17,13 +17,13 @@ from jaxsplit.ops.matmul.api import matmul
 from jaxsplit.quant import TYPES, QTensor, dequantize, quant_type, take_rows, unpack
 
 NAMES = list(TYPES)
-QUANTIZED = [name for name, kind in TYPES.items() if kind.form is not None]
+QUANTIZED = [name for name, kind in TYPES.items() if kind.layout is not None]
 PACKED_AS_IN_THE_FILE = (
     *("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K"),
     *("IQ4_NL", "IQ4_XS", "MXFP4"),
 )
-# One of each kind of form: plain, 8 bits, a minimum, two planes, two levels of scales, tables.
-FORMS = [
+# One of each kind of layout: plain, 8 bits, a minimum, two planes, two levels of scales, tables.
+LAYOUTS = [
     name
     for name in ("F32", "F16", "Q8_0", "Q5_1", "Q6_K", "Q4_K", "IQ4_NL", "IQ2_S", "NVFP4")
     if name in TYPES
@@ -32,7 +32,7 @@ ROWS, BLOCKS = 8, 4  # of every matrix that is multiplied: each shape is compile
 
 # Where compiling takes far longer than running.
 jit_quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-unpack_quickly = jit_quickly(unpack, static_argnums=0, static_argnames="granule")
+unpack_quickly = jit_quickly(unpack, static_argnums=0, static_argnames="sub_block")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -53,17 +53,17 @@ def uses_of_cuts(name, raw, inputs, parts):
 
     Args:
       name, raw: the matrix.
-      inputs: the row, by granule.
-      parts: which granule of each block is kept, by granule.
+      inputs: the row, by sub-block size.
+      parts: index of the sub-block to keep of each block, by sub-block size.
 
     Returns:
-      weights and product, by granule.
+      weights and product, by sub-block size.
     """
     results = {}
-    for granule, x in inputs.items():
-        weights = unpack(name, raw, granule=granule, part=parts[granule])
+    for sub_block, x in inputs.items():
+        weights = unpack(name, raw, sub_block=sub_block, sub_block_index=parts[sub_block])
         weights = jax.lax.optimization_barrier(weights)
-        results[granule] = dequantize(weights), matmul(x, weights)
+        results[sub_block] = dequantize(weights), matmul(x, weights)
     return results
 
 
@@ -120,7 +120,7 @@ def test_products_equal_those_in_float64(rng, name):
         check_product(y, x[:rows], expected)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_half_precision_loses_no_more_than_its_rounding(rng, name):
     raw = usual_blocks(rng, name, ROWS, BLOCKS)
     weights = reference(name, raw)
@@ -225,7 +225,7 @@ def test_a_matrix_cut_by_columns_is_put_together_again(rng, name, shards):
         check_product(y, x[:rows], expected)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_planes_of_a_part_are_parts_of_the_planes(rng, name):
     """What lets one partition spec shard all of them."""
     raw = any_blocks(rng, name, ROWS, BLOCKS)
@@ -238,7 +238,7 @@ def test_planes_of_a_part_are_parts_of_the_planes(rng, name):
 # Cuts inside blocks: each shard is given the same raw blocks and keeps another part of each
 
 
-def granules(name):
+def sub_blocks(name):
     """Weights of a block that may be kept: 16 and more, and for blocks of 32 those of heads of 100
     dimensions, as in OpenLLaMA 3B."""
     block = TYPES[name].block
@@ -248,11 +248,11 @@ def granules(name):
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_cut_inside_blocks_keeps_the_right_weights(rng, name):
     raw, block = any_blocks(rng, name, ROWS, BLOCKS), TYPES[name].block
-    parts = {g: rng.integers(0, block // g, BLOCKS).astype(np.int32) for g in granules(name)}
-    x = {g: inputs(rng, BLOCKS * g, rows=1) for g in granules(name)}
-    for granule, (weights, _) in uses_of_cuts(name, raw, x, parts).items():
-        pieces = reference(name, raw).reshape(ROWS, BLOCKS, -1, granule)
-        expected = pieces[:, np.arange(BLOCKS), parts[granule]].reshape(ROWS, -1)
+    parts = {g: rng.integers(0, block // g, BLOCKS).astype(np.int32) for g in sub_blocks(name)}
+    x = {g: inputs(rng, BLOCKS * g, rows=1) for g in sub_blocks(name)}
+    for sub_block, (weights, _) in uses_of_cuts(name, raw, x, parts).items():
+        pieces = reference(name, raw).reshape(ROWS, BLOCKS, -1, sub_block)
+        expected = pieces[:, np.arange(BLOCKS), parts[sub_block]].reshape(ROWS, -1)
         check_same_bits(weights, expected)
 
 
@@ -261,14 +261,15 @@ def test_products_with_all_parts_of_the_blocks_make_up_the_product(rng, name):
     raw, block = usual_blocks(rng, name, ROWS, BLOCKS), TYPES[name].block
     expected = reference(name, raw)
     x = inputs(rng, expected.shape[1], rows=1)
-    total = dict.fromkeys(granules(name), 0)
-    for i in range(block // min(granules(name))):
-        part = {g: np.full(BLOCKS, i % (block // g), np.int32) for g in granules(name)}
-        pieces = {g: x.reshape(BLOCKS, -1, g)[:, part[g][0]].reshape(1, -1) for g in granules(name)}
-        for granule, (weights, y) in uses_of_cuts(name, raw, pieces, part).items():
-            check_product(y, pieces[granule], weights)
-            if i < block // granule:
-                total[granule] = total[granule] + np.float64(y)
+    sizes = sub_blocks(name)
+    total = dict.fromkeys(sizes, 0)
+    for i in range(block // min(sizes)):
+        part = {g: np.full(BLOCKS, i % (block // g), np.int32) for g in sizes}
+        pieces = {g: x.reshape(BLOCKS, -1, g)[:, part[g][0]].reshape(1, -1) for g in sizes}
+        for sub_block, (weights, y) in uses_of_cuts(name, raw, pieces, part).items():
+            check_product(y, pieces[sub_block], weights)
+            if i < block // sub_block:
+                total[sub_block] = total[sub_block] + np.float64(y)
     for y in total.values():
         check_product(y, x, expected)
 
@@ -279,22 +280,22 @@ def test_uses_of_a_cut_inside_blocks(rng, name):
     raw = usual_blocks(rng, name, ROWS, BLOCKS)
     part = np.zeros(BLOCKS, np.int32)
     expected = reference(name, raw).reshape(ROWS, BLOCKS, -1)[..., :16].reshape(ROWS, -1)
-    weights = unpack_quickly(name, raw, granule=16, part=part)
+    weights = unpack_quickly(name, raw, sub_block=16, sub_block_index=part)
     rows = rng.integers(0, ROWS, (2, 3))
     take = jit_quickly(take_rows, static_argnums=2)
     check_same_bits(take(weights, rows, jnp.float32), expected[rows])
     x = inputs(rng, BLOCKS * 16, rows=3)
     check_product(jit_quickly(matmul)(x, weights), x, expected)
     at_load = jit_quickly(
-        lambda raw, part: unpack(name, raw, granule=16, part=part, dtype="float32")
+        lambda raw, part: unpack(name, raw, sub_block=16, sub_block_index=part, dtype="float32")
     )
     check_same_bits(at_load(raw, part), expected)
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_granule_of_the_whole_block_changes_nothing(rng, name):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_sub_block_of_the_whole_block_changes_nothing(rng, name):
     raw, part = any_blocks(rng, name, ROWS, BLOCKS), np.zeros(BLOCKS, np.int32)
-    cut = unpack_quickly(name, raw, granule=TYPES[name].block, part=part)
+    cut = unpack_quickly(name, raw, sub_block=TYPES[name].block, sub_block_index=part)
     whole = unpack_quickly(name, raw)
     assert jax.tree.structure(cut) == jax.tree.structure(whole)
     for one, other in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
@@ -328,7 +329,7 @@ def test_an_unknown_type_is_refused_and_the_known_are_listed():
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_one_row_needs_no_temporary_of_a_matrix(name):
-    """With the engine's compiler options, for every form of planes."""
+    """With the engine's compiler options, for every layout of planes."""
     size = 2048
     blocks = (size, size // TYPES[name].block, TYPES[name].block_bytes)
     weights = jax.eval_shape(

@@ -13,10 +13,10 @@ from tiny import fresh_rng
 
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.ops.activations.layout import Readers
-from jaxsplit.ops.activations.packed import PackedLayout, pieces_of
+from jaxsplit.ops.activations.packed import PackedLayout, packing_of
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import triton_small_m_gemm
-from jaxsplit.quant import TYPES, dequantize, qtensor, unpack, with_words
+from jaxsplit.quant import TYPES, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -27,7 +27,7 @@ def rng():
 
 
 def matrix(rng, name, rows, columns):
-    return with_words(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
+    return to_u32(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
 
 
 def product(x, w):
@@ -55,14 +55,14 @@ def readers(matrices):
 def multiply(x, matrices, **options):
     """The kernel's products with rows that another kernel has stored."""
     [rows], *_ = store_rows(lambda x: x, (x,), readers(matrices))
-    return triton_small_m_gemm.products(rows, matrices, **options)
+    return triton_small_m_gemm.matmuls(rows, matrices, **options)
 
 
 def activations(rng, rows, columns):
     return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
 
 
-# Rows that end inside a tile, columns that end inside a step or a part, several forms at once.
+# Rows that end inside a tile, columns that end inside a step or a part, several layouts at once.
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("names", "rows", "columns", "parts"),
@@ -76,7 +76,7 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     matrices = [matrix(rng, name, 70 + i, columns) for i, name in enumerate(names)]
     assert all(triton_small_m_gemm.supports(w, jnp.bfloat16) for w in matrices)
     x = activations(rng, rows, columns)
-    results = multiply(x, matrices, parts=parts)
+    results = multiply(x, matrices, split_k=parts)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, product(x, w)) <= 1e-10
         assert (
@@ -94,33 +94,34 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
     monkeypatch.setattr(
         triton_small_m_gemm.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm
     )
-    form = TYPES[name].form
-    pieces, per_chunk = pieces_of(form)
+    layout = TYPES[name].layout
+    codes_per_byte, per_chunk = packing_of(layout)
     scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
-    for place in range(2 * pieces):
+    for place in range(2 * codes_per_byte):
         piece, byte = divmod(place, 2)
-        planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in form.bits]
-        shifts = [piece * per_chunk * 16 // (form.chunk * bits) * bits for bits in form.bits]
-        arguments = planes, shifts, byte, form, scale
-        expected = triton_small_m_gemm._scaled(*arguments)
+        planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in layout.bits]
+        shifts = [piece * per_chunk * 16 // (layout.chunk * bits) * bits for bits in layout.bits]
+        arguments = planes, shifts, byte, layout, scale
+        expected = triton_small_m_gemm._scaled_codes(*arguments)
         with forward_context(policy=MatmulPolicy(kernels=True)):
-            made = triton_small_m_gemm._scaled(*arguments)
+            made = triton_small_m_gemm._scaled_codes(*arguments)
         assert np.count_nonzero(expected) > 100
         np.testing.assert_array_equal(made, expected)
 
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    ("name", "rows", "granule"),
+    ("name", "rows", "sub_block"),
     [("Q4_K", 6, 128), ("Q4_K", 17, 128), ("Q4_K", 17, 64), ("Q6_K", 17, 128)],
 )
-def test_matrices_whose_super_groups_are_cut(rng, name, rows, granule):
+def test_matrices_whose_super_groups_are_cut(rng, name, rows, sub_block):
     # A device's heads may end inside a block: what belongs to all of it is then stored repeatedly.
     raw = usual_blocks(rng, name, 40, 7)
-    w = with_words(unpack(name, raw, granule=granule, part=np.arange(7) % (256 // granule)))
+    index = np.arange(7) % (256 // sub_block)
+    w = to_u32(unpack(name, raw, sub_block=sub_block, sub_block_index=index))
     assert w.super_scale.shape[-1] == 7
     x = activations(rng, rows, w.shape[-1])
-    [y] = multiply(x, [w], parts=1)
+    [y] = multiply(x, [w], split_k=1)
     assert nmse(y, product(x, w)) <= 1e-10
 
 
@@ -136,7 +137,7 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
         addend=(jnp.asarray(terms), None, None),
         norm=(0.5, 1500),
     )
-    results = triton_small_m_gemm.products(rows, matrices)
+    results = triton_small_m_gemm.matmuls(rows, matrices)
     added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
     assert nmse(total, added) <= 1e-5
     added = np.float64(total).reshape(6, -1)
@@ -151,7 +152,7 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
 def test_parts_are_left_to_be_added_up(rng):
     matrices = [matrix(rng, name, rows, 1280) for name, rows in (("Q4_K", 40), ("Q8_0", 33))]
     x = activations(rng, 5, 1280)
-    results = multiply(x, matrices, joined=False)
+    results = multiply(x, matrices, sum_parts=False)
     for y, w in zip(results, matrices, strict=True):
         assert y.shape == (3, 5, len(w.scale))
         assert y.dtype == jnp.float32
@@ -177,7 +178,7 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
     groups = triton_small_m_gemm.GroupedGemmInfo(
         *map(jnp.asarray, (matrix_, first, stop, np.int32(read), np.int32(len(of_group))))
     )
-    results = multiply(x, stacks, groups=groups, results=12)
+    results = multiply(x, stacks, groups=groups, out_rows=12)
     for y, stack in zip(results, stacks, strict=True):
         expected = [
             product(x[read[i, : stop - first]], jax.tree.map(lambda planes, m=m: planes[m], stack))

@@ -36,8 +36,8 @@ CHOICES = {
 def test_a_token_reads_those_before_it_and_itself(
     monkeypatch, name, kept, layouts, at_once, splits
 ):
-    monkeypatch.setattr(triton_decode, "_AT_ONCE", at_once)
-    monkeypatch.setattr(triton_decode, "_PROGRAMS", 4 * KV_HEADS * splits)
+    monkeypatch.setattr(triton_decode, "_RESIDENT_PROGRAMS", at_once)
+    monkeypatch.setattr(triton_decode, "_MAX_PROGRAMS", 4 * KV_HEADS * splits)
     rng, choice = fresh_rng(), CHOICES[name]
     length = choice.get("window", 700)
     config = AttentionConfig(HEADS, KV_HEADS, WIDTH, WIDTH, **choice)

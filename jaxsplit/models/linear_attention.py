@@ -1,8 +1,10 @@
-"""Mixers that keep a state of one size however long a sequence is.
+"""Mixers with a recurrent state of constant size: linear attention and short convolutions.
 
-Convolutions and states are computed in float32. Tokens at negative positions change no state, and
-a sequence whose first token is at position 0 starts from nothing.
+Convolutions and states are computed in float32. Tokens at negative positions are padding and leave
+the state unchanged. A sequence whose first token is at position 0 starts from a zero state.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +25,12 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.ops.activations.layout import Activations, Readers
 from jaxsplit.sharding.axes import EMBED, HEAD_DIM, Axis
 
-_CHUNK = 64
+_CHUNK = 64  # tokens that are computed in parallel
 _HIGHEST = lax.Precision.HIGHEST
 
 
 class CausalConv(nnx.Module):
-    """A convolution of each channel over the last tokens."""
+    """A causal depthwise convolution over the last `kernel_size` tokens."""
 
     def __init__(
         self, axis: Axis, channels: int, kernel_size: int, *, bias: bool = False, rngs: nnx.Rngs
@@ -37,15 +39,16 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32), axes=(axis,)) if bias else None
 
     def __call__(self, x: Array, past: Array | None, batch: Batch) -> tuple[Array, Array]:
-        """The convolved channels.
+        """Convolves the tokens and the inputs before them.
 
         Args:
           x: `[batch, time, channels]`.
-          past: earlier inputs, float32 `[batch, kernel_size - 1, channels]`; None: there are none.
-          batch: where the tokens belong.
+          past: the last inputs before, float32 `[batch, kernel_size - 1, channels]`; None: zeros.
+          batch: positions of the tokens.
 
         Returns:
-          float32 `[batch, time, channels]`, and the last inputs with these tokens.
+          float32 `[batch, time, channels]`, and the last inputs including these tokens, shaped as
+          `past`.
         """
         kernel = self.kernel.get_value().astype(jnp.float32)
         kernel_size, time = kernel.shape[-1], x.shape[1]
@@ -61,7 +64,7 @@ class CausalConv(nnx.Module):
 
 
 class ConvLinear(Linear):
-    """A projection of the residual stream, convolved and activated by a SiLU."""
+    """A projection of the residual stream, followed by a convolution and SiLU."""
 
     def __init__(
         self, embed: int, axis: Axis, size: int, kernel_size: int, *, bias: bool, rngs: nnx.Rngs
@@ -70,7 +73,8 @@ class ConvLinear(Linear):
         self.conv = CausalConv(axis, size, kernel_size, bias=bias, rngs=rngs)
 
     def __call__(self, x: Activations, past: Array | None, batch: Batch) -> tuple[Array, Array]:
-        """`[batch, time, embed]` to float32 `[batch, time, size]`, and the convolution's inputs."""
+        """Float32 `[batch, time, size]` for `[batch, time, embed]`, and the convolution's last
+        inputs."""
         y, past = self.conv(super().__call__(x), past, batch)
         return jax.nn.silu(y), past
 
@@ -80,18 +84,19 @@ def linear_attention(
     keys: Array,
     values: Array,
     beta: Array | None,
+    *,
     log_decay: Array,
     state: Array | None,
 ) -> tuple[Array, Array]:
-    """Reads from a matrix of associations that forgets, chunk by chunk.
+    """Linear attention with a decaying state, in chunks.
 
-    Of each token, with state S, query q, key k, value v, decay a and write strength beta b:
+    For each token, with state S, query q, key k, value v, decay a and write strength beta b:
 
-        S = a S + k v^T                    without beta: Mamba-2's state space
-        S = a S + b k (v - a S^T k)^T      with one: the gated delta rule
+        S = a S + k v^T                    without beta: Mamba-2's state space model
+        S = a S + b k (v - a S^T k)^T      with beta: the gated delta rule
         y = S^T q
 
-    Inside a chunk all tokens are computed together: Dao and Gu 2024, arXiv:2405.21060, section 6;
+    All tokens of a chunk are computed in parallel: Dao and Gu 2024, arXiv:2405.21060, section 6;
     Yang et al. 2024, arXiv:2412.06464, section 3.3.
 
     Args:
@@ -107,53 +112,91 @@ def linear_attention(
     batch, time = values.shape[:2]
     size = min(time, _CHUNK)
 
-    def chunked(x: Array, at: int) -> Array:
-        """`[batch, time, ...]` to `[chunks, batch, ...]` with the chunk's tokens at a dimension."""
+    def chunked(x: Array, axis: int) -> Array:
+        """`[batch, time, ...]` to `[chunks, batch, ...]` with the tokens of a chunk at an axis."""
         x = jnp.pad(x, [(0, 0), (0, -time % size), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), (1, 2), (0, at))
-
-    def product(subscripts: str, *arrays: Array) -> Array:
-        return jnp.einsum(subscripts, *arrays, precision=_HIGHEST)
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), (1, 2), (0, axis))
 
     if state is None:
         state = jnp.zeros((batch, *values.shape[2:4], keys.shape[-1], values.shape[-1]))
     queries, keys = chunked(queries, 3), chunked(keys, 3)
     values, log_decay = chunked(values, 4), chunked(log_decay, 4)
     total = jnp.cumsum(log_decay, axis=-1)
-    until = np.tri(size, dtype=bool)
-    # What is left at token i of what token j wrote.
-    left = jnp.exp(jnp.where(until, total[..., :, None] - total[..., None, :], -jnp.inf))
-    reads = product("nbhid,nbhjd->nbhij", queries, keys)[:, :, :, None] * left
-    corrections = None
-    if beta is not None:
-        beta = chunked(beta, 4)[..., None]
-        corrections = beta * jnp.eye(size)
-        if size > 1:
-            alike = product("nbhid,nbhjd->nbhij", keys, keys)[:, :, :, None] * left
-            corrections = lax.linalg.triangular_solve(
-                beta * alike, corrections, left_side=True, lower=True, unit_diagonal=True
-            )
-    left_of_state = jnp.exp(total)[..., None]
-    left_at_end = jnp.exp(total[..., -1:] - total)[..., None]
-
-    def step(state: Array, chunk: tuple) -> tuple[Array, Array]:
-        q, k, v, reads, corrections, of_state, at_end = chunk
-        if corrections is not None:
-            known = of_state * product("bhid,bhgde->bhgie", k, state)
-            v = product("bhgij,bhgje->bhgie", corrections, v - known)
-        y = of_state * product("bhid,bhgde->bhgie", q, state)
-        y = y + product("bhgij,bhgje->bhgie", reads, v)
-        state = of_state[..., -1:, :] * state + product("bhid,bhgie->bhgde", k, at_end * v)
-        return state, y
-
-    chunks = (queries, keys, values, reads, corrections, left_of_state, left_at_end)
-    state, y = lax.scan(step, state, chunks)
+    causal = np.tri(size, dtype=bool)
+    decay = jnp.exp(jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf))
+    scores = _einsum("nbhid,nbhjd->nbhij", queries, keys)[:, :, :, None] * decay
+    corrections = None if beta is None else _corrections(chunked(beta, 4)[..., None], keys, decay)
+    since_start = jnp.exp(total)[..., None]
+    until_end = jnp.exp(total[..., -1:] - total)[..., None]
+    chunks = _Chunk(queries, keys, values, scores, corrections, since_start, until_end)
+    state, y = lax.scan(_chunk_step, state, chunks)
     y = jnp.moveaxis(y, (0, 4), (1, 2)).reshape(batch, -1, *values.shape[2:4], values.shape[-1])
     return y[:, :time], state
 
 
+class _Chunk(NamedTuple):
+    """The operands of a chunk, float32; stacked over chunks for `lax.scan`.
+
+    Attributes:
+      queries, keys: `[batch, key_heads, size, key_dim]`.
+      values: `[batch, key_heads, group, size, value_dim]`.
+      scores: `q_i . k_j`, decayed, 0 for j > i: `[batch, key_heads, group, size, size]`.
+      corrections: from `_corrections`, shaped as `scores`; None without beta.
+      since_start: decay from the start of the chunk: `[batch, key_heads, group, size, 1]`.
+      until_end: decay to the end of the chunk, shaped as `since_start`.
+    """
+
+    queries: Array
+    keys: Array
+    values: Array
+    scores: Array
+    corrections: Array | None
+    since_start: Array
+    until_end: Array
+
+
+def _corrections(beta: Array, keys: Array, decay: Array) -> Array:
+    """The matrices T that turn the values V of a chunk into its writes of the delta rule, `T V`.
+
+    Write i is `beta_i (v_i - sum of the earlier writes j, times decay_ij k_i . k_j)`: a lower
+    triangular system.
+
+    Args:
+      beta: `[chunks, batch, key_heads, group, size, 1]`.
+      keys: `[chunks, batch, key_heads, size, key_dim]`.
+      decay: between tokens, `[chunks, batch, key_heads, group, size, size]`.
+
+    Returns:
+      float32, shaped as `decay`.
+    """
+    size = decay.shape[-1]
+    corrections = beta * jnp.eye(size)
+    if size > 1:
+        overlaps = _einsum("nbhid,nbhjd->nbhij", keys, keys)[:, :, :, None] * decay
+        corrections = lax.linalg.triangular_solve(
+            beta * overlaps, corrections, left_side=True, lower=True, unit_diagonal=True
+        )
+    return corrections
+
+
+def _chunk_step(state: Array, chunk: _Chunk) -> tuple[Array, Array]:
+    """Reads from the state and from the chunk, and updates the state."""
+    q, k, v, scores, corrections, since_start, until_end = chunk
+    if corrections is not None:
+        known = since_start * _einsum("bhid,bhgde->bhgie", k, state)
+        v = _einsum("bhgij,bhgje->bhgie", corrections, v - known)
+    y = since_start * _einsum("bhid,bhgde->bhgie", q, state)
+    y = y + _einsum("bhgij,bhgje->bhgie", scores, v)
+    state = since_start[..., -1:, :] * state + _einsum("bhid,bhgie->bhgde", k, until_end * v)
+    return state, y
+
+
+def _einsum(subscripts: str, *arrays: Array) -> Array:
+    return jnp.einsum(subscripts, *arrays, precision=_HIGHEST)
+
+
 class LinearAttention(nnx.Module):
-    """What the delta net and Mamba-2 have in common."""
+    """The common parts of the delta net and Mamba-2."""
 
     def __init__(self, config: LinearAttentionConfig, embed: int, *, rngs: nnx.Rngs):
         c, (heads, key_heads) = config, config.axes
@@ -178,56 +221,54 @@ class LinearAttention(nnx.Module):
     def __call__(
         self, x: Activations, batch: Batch, cache: RecurrentCache | None
     ) -> tuple[Unreduced, RecurrentCache | None]:
-        """What the tokens read from the states.
+        """Mixes the tokens with the earlier tokens of their sequences.
 
         Args:
           x: `[batch, time, embed]`.
-          batch: where the tokens belong.
-          cache: what earlier tokens left; None: there are none.
+          batch: slots and positions of the tokens.
+          cache: states and convolution inputs of earlier tokens; None: there are none.
 
         Returns:
-          `[batch, time, embed]`, and the cache with these tokens added.
+          `[batch, time, embed]`, and the updated cache.
         """
         c, shape = self.config, x.shape[:2]
         past = RecurrentCache((None,) * 3) if cache is None else cache.read(batch)
         projections = zip((self.query, self.key, self.value), past.inputs, strict=True)
-        mixed, inputs = zip(*(p(x, before, batch) for p, before in projections), strict=True)
-        queries, keys = (y.reshape(*shape, -1, c.key_dim) for y in mixed[:2])
-        heads = (keys.shape[2], -1)  # a group for each key head
-        values = mixed[2].reshape(*shape, *heads, c.value_dim)
+        projected, inputs = zip(*(p(x, before, batch) for p, before in projections), strict=True)
+        queries, keys = (y.reshape(*shape, -1, c.key_dim) for y in projected[:2])
+        heads = (keys.shape[2], -1)  # key heads, and the value heads that share each of them
+        values = projected[2].reshape(*shape, *heads, c.value_dim)
         gate = jax.nn.silu(self.gate(x).astype(jnp.float32)).reshape(values.shape)
         dt = jax.nn.softplus(self.dt(x).astype(jnp.float32) + self.dt_bias.get_value())
-        # Padding forgets nothing and, its key being zero, writes nothing.
-        real = batch.positions[..., None] >= 0
-        dt, keys = jnp.where(real, dt, 0), jnp.where(real[..., None], keys, 0)
+        # Padding leaves the state unchanged: dt = 0 stops the decay, a zero key writes nothing.
+        exists = batch.positions[..., None] >= 0
+        dt, keys = jnp.where(exists, dt, 0), jnp.where(exists[..., None], keys, 0)
         log_decay = (dt * self.A.get_value()).reshape(*shape, *heads)
-        associations = self._associate(x, queries, keys, values, dt.reshape(*shape, *heads))
+        operands = self._operands(x, queries, keys, values, dt.reshape(*shape, *heads))
         state = past.state
         if state is not None:
             state = state.reshape(-1, *values.shape[2:4], *state.shape[2:])
-        y, state = linear_attention(*associations, log_decay, state)
-        y = self._finish(y, values, gate).reshape(*shape, -1).astype(x.dtype)
+        y, state = linear_attention(*operands, log_decay=log_decay, state=state)
+        y = self._output(y, values, gate).reshape(*shape, -1).astype(x.dtype)
         if cache is not None:
             state = state.reshape(shape[0], -1, *state.shape[3:])
             cache = cache.write(RecurrentCache(inputs, state), batch)
         return self.out.unreduced(y), cache
 
-    def _associate(
+    def _operands(
         self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
     ) -> tuple[Array, Array, Array, Array | None]:
-        """Queries, keys, values and strengths as `linear_attention` takes them."""
+        """The queries, keys, values and beta of `linear_attention`."""
         raise NotImplementedError
 
-    def _finish(self, y: Array, values: Array, gate: Array) -> Array:
-        """What was read, normalized and gated: all `[batch, time, key_heads, group, value_dim]`."""
+    def _output(self, y: Array, values: Array, gate: Array) -> Array:
+        """Normalizes and gates the output; all `[batch, time, key_heads, group, value_dim]`."""
         raise NotImplementedError
 
 
 class DeltaNet(LinearAttention):
-    """The gated delta net: a write replaces what the state knew under its key.
-
-    Yang et al. 2024, arXiv:2412.06464.
-    """
+    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464): a write replaces the value that the
+    state holds for its key."""
 
     def __init__(self, config: DeltaNetConfig, embed: int, *, rngs: nnx.Rngs):
         super().__init__(config, embed, rngs=rngs)
@@ -239,16 +280,17 @@ class DeltaNet(LinearAttention):
         linears = self.query, self.key, self.value, self.gate, self.dt, self.beta
         return readers_of(x, *linears)
 
-    def _associate(
+    def _operands(
         self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
     ) -> tuple[Array, Array, Array, Array]:
-        def unit(x: Array) -> Array:
+        def normalized(x: Array) -> Array:
             return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + self.config.epsilon)
 
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32)).reshape(dt.shape)
-        return unit(queries) * queries.shape[-1] ** -0.5, unit(keys), values, beta
+        queries, scale = normalized(queries), queries.shape[-1] ** -0.5
+        return queries * scale, normalized(keys), values, beta
 
-    def _finish(self, y: Array, values: Array, gate: Array) -> Array:
+    def _output(self, y: Array, values: Array, gate: Array) -> Array:
         return (y if self.norm is None else self.norm(y)) * gate
 
 
@@ -261,18 +303,18 @@ class Mamba2(LinearAttention):
         self.D = param(None, (heads,), (config.value_heads,))
         self.norm = GroupNorm(config) if config.norm else None
 
-    def _associate(
+    def _operands(
         self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
     ) -> tuple[Array, Array, Array, None]:
         return queries, keys, values * dt[..., None], None
 
-    def _finish(self, y: Array, values: Array, gate: Array) -> Array:
+    def _output(self, y: Array, values: Array, gate: Array) -> Array:
         y = (y + self.D.get_value().reshape(*y.shape[2:4], 1) * values) * gate
         return y if self.norm is None else self.norm(y)
 
 
 class GroupNorm(nnx.Module):
-    """RMSNorm over all value heads of a key head, which may be on several devices."""
+    """RMSNorm over all value heads of a key head, which may be split over devices."""
 
     def __init__(self, config: LinearAttentionConfig):
         heads, key_heads = config.axes
@@ -282,20 +324,20 @@ class GroupNorm(nnx.Module):
         self.heads, self.key_heads = heads, key_heads
 
     def __call__(self, x: Array) -> Array:
-        """float32 `[batch, time, key_heads, group, value_dim]` to the same shape."""
+        """Normalizes float32 `[batch, time, key_heads, group, value_dim]`."""
         squares = jnp.sum(x * x, axis=(-2, -1))
         if self.key_heads.units == 1:
             squares = all_reduce_units(squares.sum(axis=-1, keepdims=True), self.heads)
         elif is_split(self.heads):
             owner = jax.nn.one_hot(local_units(self.key_heads), self.key_heads.units)
-            whole = all_reduce_units(jnp.matmul(squares, owner, precision=_HIGHEST), self.heads)
-            squares = jnp.matmul(whole, owner.T, precision=_HIGHEST)
+            total = all_reduce_units(jnp.matmul(squares, owner, precision=_HIGHEST), self.heads)
+            squares = jnp.matmul(total, owner.T, precision=_HIGHEST)
         normed = x * lax.rsqrt(squares / self.size + self.epsilon)[..., None, None]
         return normed * self.scale.get_value().reshape(x.shape[2:])
 
 
 class ShortConv(nnx.Module):
-    """A short convolution between two gates, as in LFM2."""
+    """LFM2's gated short convolution: a gate, a causal convolution, a gate."""
 
     def __init__(self, config: ShortConvConfig, embed: int, *, rngs: nnx.Rngs):
         c, axis = config, config.axis
@@ -314,7 +356,7 @@ class ShortConv(nnx.Module):
     def __call__(
         self, x: Activations, batch: Batch, cache: RecurrentCache | None
     ) -> tuple[Unreduced, RecurrentCache | None]:
-        """`[batch, time, embed]` to the same, and the cache with these tokens."""
+        """Mixes `[batch, time, embed]`; returns the same shape, and the updated cache."""
         past = None if cache is None else cache.read(batch).inputs[0]
         y, past = self.conv(self.in_gate(x) * self.value(x), past, batch)
         if cache is not None:

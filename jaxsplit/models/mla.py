@@ -1,4 +1,4 @@
-"""Attention whose keys and values come from one small latent vector for each token."""
+"""Multi-head latent attention: one small latent vector per token instead of keys and values."""
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 class LatentAttention(nnx.Module):
     """Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
 
-    The cache holds the latent vectors. Few queries read them as they are, keys' and values'
-    projections being moved to the queries and to what they have read ("absorbed"); many queries
-    share the cost of making keys and values of them. The latent vectors are on every device, the
-    heads are split.
+    The cache holds the latent vectors, replicated on every device; heads are split. A few queries
+    attend to the latent vectors directly: the up-projections of keys and values are absorbed into
+    the queries and the output. For many queries it is cheaper to project the latent vectors up to
+    keys and values first.
     """
 
     def __init__(self, config: LatentAttentionConfig, embed: int, *, rngs: nnx.Rngs):
@@ -55,65 +55,81 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x: Activations, batch: Batch, cache: AttentionCache | None
     ) -> tuple[Unreduced, AttentionCache | None]:
-        """What the tokens read from one another; as `Attention`."""
+        """Attends, as `Attention`."""
         c, positions = self.config, batch.positions
-        factors = batch.freq_factors.get(c.rope.freq_factors)
+        freq_factors = batch.freq_factors.get(c.rope.freq_factors)
         low = x if self.query_down is None else self.query_norm(self.query_down(x))
         queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
         queries = apply_temperature(queries, positions, c.attn_temperature)
-        queries, turning = jnp.split(queries, [c.head_dim], axis=-1)
-        turning = rope(turning, positions, c.rope, factors)
-        latent, key = jnp.split(self.latent(x), [c.kv_lora_rank], axis=-1)
-        key = rope(key[:, :, None], positions, c.rope, factors)
-        kept = jnp.concatenate([self.latent_norm(latent)[:, :, None], key], axis=-1)
-        memory, key_positions, cache = update_cache(kept, None, batch, cache, None)
+        queries, rope_queries = jnp.split(queries, [c.head_dim], axis=-1)
+        rope_queries = rope(rope_queries, positions, c.rope, freq_factors)
+        latent, rope_key = jnp.split(self.latent(x), [c.kv_lora_rank], axis=-1)
+        rope_key = rope(rope_key[:, :, None], positions, c.rope, freq_factors)
+        latent = jnp.concatenate([self.latent_norm(latent)[:, :, None], rope_key], axis=-1)
+        memory, key_positions, cache = update_cache(latent, None, batch, cache, None)
         kv = KV(memory, key_positions)
-        many = positions.shape[1] * (2 * c.kv_lora_rank - c.head_dim - c.value_dim)
-        if many <= c.kv_lora_rank * (c.head_dim + c.value_dim):
-            y = self._absorbed(queries, turning, kv, batch)
+        # Multiplications per key: absorbed attention takes more for each query, but needs no
+        # up-projection of the key.
+        extra = positions.shape[1] * (2 * c.kv_lora_rank - c.head_dim - c.value_dim)
+        if extra <= c.kv_lora_rank * (c.head_dim + c.value_dim):
+            y = self._absorbed(queries, rope_queries, kv, batch)
         else:
-            y = self._expanded(queries, turning, kv, batch)
+            y = self._expanded(queries, rope_queries, kv, batch)
         return self.out.unreduced(y.reshape(*positions.shape, -1)), cache
 
-    def _absorbed(self, queries: Array, turning: Array, kv: KV, batch: Batch) -> Array:
-        """Queries `[batch, time, heads, width]` and their turning part to values likewise."""
+    def _absorbed(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
+        """Attends to the latent vectors, as a single KV head.
+
+        Args:
+          queries: `[batch, time, heads, head_dim]`.
+          rope_queries: their rotated dimensions, `[batch, time, heads, rope.dim]`.
+          kv: latent vectors, followed by the rotated dimensions of the keys.
+          batch: of the tokens.
+
+        Returns:
+          `[batch, time, heads, value_dim]`.
+        """
         c = self.config
         up = self.key_up.get_value()
-        to_latent = _times(queries, _turned(up, queries.dtype) if c.k_up_transposed else up)
-        queries = jnp.concatenate([to_latent, turning], axis=-1)[:, :, None]
+        up = _transposed(up, queries.dtype) if c.k_up_transposed else up
+        queries = jnp.concatenate([_matmul_by_head(queries, up), rope_queries], axis=-1)
+        queries = queries[:, :, None]
         config = AttentionConfig(c.heads, 1, queries.shape[-1], c.kv_lora_rank, scale=c.scale)
         y = attend(queries, kv, batch, config=config).array
-        return _times(y.reshape(*queries.shape[:2], -1, c.kv_lora_rank), self.value_up.get_value())
+        y = y.reshape(*queries.shape[:2], -1, c.kv_lora_rank)
+        return _matmul_by_head(y, self.value_up.get_value())
 
-    def _expanded(self, queries: Array, turning: Array, kv: KV, batch: Batch) -> Array:
-        """As `_absorbed`, with keys and values of each head."""
+    def _expanded(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
+        """As `_absorbed`, with the keys and values of each head."""
         c, dtype = self.config, queries.dtype
-        kept = kv.memory.dequantized(dtype)[:, 0]
-        latent, key = jnp.split(kept, [c.kv_lora_rank], axis=-1)
+        latent = kv.memory.dequantized(dtype)[:, 0]
+        latent, rope_key = jnp.split(latent, [c.kv_lora_rank], axis=-1)
         up = self.key_up.get_value()
-        keys = _for_each_head(latent, up if c.k_up_transposed else _turned(up, dtype))
-        values = _for_each_head(latent, self.value_up.get_value())
-        turned = jnp.broadcast_to(key[:, :, None], (*keys.shape[:3], c.rope.dim))
-        keys = jnp.concatenate([keys, turned], axis=-1)
-        queries = jnp.concatenate([queries, turning], axis=-1)[:, :, :, None]
+        keys = _matmul_to_heads(latent, up if c.k_up_transposed else _transposed(up, dtype))
+        values = _matmul_to_heads(latent, self.value_up.get_value())
+        rope_key = jnp.broadcast_to(rope_key[:, :, None], (*keys.shape[:3], c.rope.dim))
+        keys = jnp.concatenate([keys, rope_key], axis=-1)
+        queries = jnp.concatenate([queries, rope_queries], axis=-1)[:, :, :, None]
         config = AttentionConfig(c.heads, c.heads, queries.shape[-1], c.value_dim, scale=c.scale)
         kv = KV(AttentionCache.of(keys, values, dtype), kv.positions)
         y = attend(queries, kv, batch, config=config).array
         return y.reshape(*queries.shape[:3], -1)
 
 
-def _times(x: Array, w: Weight) -> Array:
-    """`[batch, time, heads, in]` with a matrix `[out, in]` for each head."""
+def _matmul_by_head(x: Array, w: Weight) -> Array:
+    """Multiplies `[batch, time, heads, in]` with each head's matrix, `[heads, out, in]`: `[batch,
+    time, heads, out]`."""
     rows = jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3])
     y = jax.vmap(matmul)(rows, w)
     return jnp.moveaxis(y.reshape(x.shape[2], *x.shape[:2], -1), 0, 2).astype(x.dtype)
 
 
-def _for_each_head(x: Array, w: Weight) -> Array:
-    """`[batch, time, in]` with each head's matrix `[out, in]`: `[batch, time, heads, out]`."""
+def _matmul_to_heads(x: Array, w: Weight) -> Array:
+    """Multiplies `[batch, time, in]` with each head's matrix, `[heads, out, in]`: `[batch, time,
+    heads, out]`."""
     return jax.vmap(matmul, in_axes=(None, 0), out_axes=2)(x, w).astype(x.dtype)
 
 
-def _turned(w: Weight, dtype: jnp.dtype) -> Array:
-    """Each head's matrix `[out, in]` as `[in, out]`."""
+def _transposed(w: Weight, dtype: jnp.dtype) -> Array:
+    """Each head's matrix `[out, in]` as `[in, out]`, dequantized."""
     return jnp.swapaxes(dequantize(w, dtype), -1, -2)

@@ -170,7 +170,7 @@ def _expert_cost(config: ModelConfig, stage: Stage, tokens: int, *, step: bool) 
             continue
         experts = Axis("experts", moe.experts)
         pairs = tokens * moe.top_k
-        if tile_rows(pairs, moe.experts, step=step) == 1 and stage.shards(experts) == 1:
+        if tile_rows(pairs, moe.experts, decode=step) == 1 and stage.shards(experts) == 1:
             continue  # a loop with a known trip count
         layout = stage.layout(Axis("expert_mlp", moe.expert.intermediate_size))
         hidden = layout.size // layout.devices

@@ -1,19 +1,19 @@
-"""Quantized weights: the table of GGML types, and their form on the device."""
+"""Quantized weights: the table of GGML types, and their planes on the device."""
 
 from jaxsplit.quant.qtensor import (
-    Form,
+    PlaneLayout,
     QTensor,
     Weight,
     dequantize,
     take_rows,
-    with_bytes,
-    with_words,
+    to_u8,
+    to_u32,
 )
 from jaxsplit.quant.types import TYPES, QuantType, float32_blocks, quant_type, unpack
 
 __all__ = [
     "TYPES",
-    "Form",
+    "PlaneLayout",
     "QTensor",
     "QuantType",
     "Weight",
@@ -22,6 +22,6 @@ __all__ = [
     "quant_type",
     "take_rows",
     "unpack",
-    "with_bytes",
-    "with_words",
+    "to_u8",
+    "to_u32",
 ]

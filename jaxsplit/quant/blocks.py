@@ -1,8 +1,8 @@
-"""Parsers of raw GGML blocks: codes, scales and minima, one function for each block layout.
+"""Parsers of raw GGML blocks: codes, scales and minima, one function per block layout.
 
-Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h and `gguf/quants.py`, whose
-codebooks ("grids" of 4 or 8 neighboring weights) are used as they are. Codebooks are looked up
-here, once, at load time: the device keeps an individual code for each weight.
+The layouts are defined in https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h and in
+`gguf/quants.py`, whose codebooks ("grids" of 4 or 8 neighboring weights) are used unchanged.
+Codebooks are looked up here, once, at load time: the device keeps one code per weight.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from jax import Array, lax
 
 @dataclasses.dataclass(frozen=True)
 class BlockFields:
-    """Fields of parsed blocks: codes `[..., block]`, the others `[..., groups in a block]`.
+    """Fields of parsed blocks: codes `[..., block]`, all others `[..., groups per block]`.
 
-    They are the fields of `QTensor`, unpacked: codes are uint8, or int8 for 8 bits.
+    They correspond to the fields of `QTensor` but are not packed: codes are uint8, int8 for 8 bits.
     """
 
     codes: Array
@@ -42,7 +42,7 @@ def _half(raw: Array) -> Array:
 
 
 def _fields(raw: Array, *sizes: int) -> list[Array]:
-    """Splits the bytes of a block into consecutive fields."""
+    """Splits the bytes of a block into consecutive fields of these sizes."""
     fields, start = [], 0
     for size in sizes:
         fields.append(raw[..., start : start + size])
@@ -51,8 +51,10 @@ def _fields(raw: Array, *sizes: int) -> list[Array]:
 
 
 def _codes(raw: Array, bits: int, run: int) -> Array:
-    """Unpacks bytes `[..., n]` into codes `[..., n * 8 / bits]`: the bits `i * bits` and up of byte
-    `j` of each run of bytes are code `i * run + j` of the run."""
+    """Unpacks bytes `[..., n]` into codes `[..., n * 8 / bits]`.
+
+    Within each run of `run` bytes, code `i * run + j` starts at bit `i * bits` of byte `j`.
+    """
     packed = raw.reshape(*raw.shape[:-1], -1, 1, run)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
     codes = (packed >> shifts) & jnp.uint8(2**bits - 1)
@@ -60,7 +62,7 @@ def _codes(raw: Array, bits: int, run: int) -> Array:
 
 
 def _flat(values: Array, raw: Array) -> Array:
-    """Flattens values to the leading dimensions of the blocks and one more."""
+    """Flattens values to `[*leading dimensions of raw, n]`."""
     return values.reshape(*raw.shape[:-1], -1)
 
 
@@ -103,7 +105,7 @@ def nvfp4(raw: Array) -> BlockFields:
     return BlockFields(_codes(codes, 4, 8), scale)
 
 
-# Blocks of 256 with two levels of scales
+# Super-blocks of 256 weights with two levels of scales
 
 
 def q2_k(raw: Array) -> BlockFields:
@@ -126,7 +128,7 @@ def q3_k(raw: Array) -> BlockFields:
 
 
 def _scales_k4(packed: Array) -> tuple[Array, Array]:
-    """Unpacks the 8 scales and 8 minima of 6 bits that Q4_K and Q5_K store in 12 bytes."""
+    """Unpacks the 8 scales and 8 minima of 6 bits each that Q4_K and Q5_K store in 12 bytes."""
     low, high, mixed = _fields(packed, 4, 4, 4)
     scale = jnp.concatenate([low & 63, (mixed & 15) | ((low >> 6) << 4)], axis=-1)
     minimum = jnp.concatenate([high & 63, (mixed >> 4) | ((high >> 6) << 4)], axis=-1)
@@ -178,7 +180,10 @@ def q1_0(raw: Array) -> BlockFields:
 
 
 def tq1_0(raw: Array) -> BlockFields:
-    """Each byte holds 5 base-3 digits (the last four bytes: 4), as a fraction of 256."""
+    """Each byte holds 5 base-3 digits (the last four bytes: 4), as a fraction of 256.
+
+    A multiplication by a power of 3, modulo 256, brings a digit to the front of the fraction.
+    """
     scale, digits = raw[..., 52:], []
     for start, end, count in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         powers = jnp.uint8([[1], [3], [9], [27], [81]][:count])
@@ -197,8 +202,8 @@ def tq2_0(raw: Array) -> BlockFields:
 
 @functools.cache
 def _grid(codebook: type) -> np.ndarray:
-    """A codebook of the gguf package, uint8 `[entries, weights]`: indices into the list of the
-    codebook's distinct weights."""
+    """A codebook of the gguf package, uint8 `[entries, weights]`, as indices into its sorted
+    distinct weights."""
     codebook.init_grid()
     return np.searchsorted(codebook.grid_map, codebook.grid[0, 0]).astype(np.uint8)
 
@@ -209,22 +214,24 @@ def _look_up(codebook: type, index: Array, raw: Array) -> Array:
 
 
 def _signs(packed: Array) -> Array:
-    """Unpacks words `[..., n]` of 4 x 7 sign bits into `[..., n, 32]`; the eighth bit of each group
-    makes the number of negative signs even."""
+    """Unpacks uint32 `[..., n]` with 4 x 7 sign bits each into `[..., n, 32]`, 1 for negative.
+
+    The eighth sign of each group is implicit: the number of negative signs is even.
+    """
     signs = (packed[..., None] >> jnp.arange(0, 28, 7, dtype=jnp.uint32)) & 127
     signs = signs | ((lax.population_count(signs) & 1) << 7)
     return _codes(signs.astype(jnp.uint8), 1, 1)
 
 
 def iq2_xxs(raw: Array) -> BlockFields:
-    """Codes: index in the list of magnitudes, plus 4 for a negative weight."""
+    """Codes: index of the magnitude, plus 4 for a negative weight."""
     scale, rest = _fields(raw, 2, 64)
     rest = rest.reshape(*raw.shape[:-1], 8, 8)
-    words = _view(rest[..., 4:], jnp.uint32)[..., 0]
+    signs_and_scales = _view(rest[..., 4:], jnp.uint32)[..., 0]
     codes = _look_up(gguf.quants.IQ2_XXS, rest[..., :4], raw)
     return BlockFields(
-        codes | (_flat(_signs(words), raw) << 2),
-        (words >> 28).astype(jnp.uint8),
+        codes | (_flat(_signs(signs_and_scales), raw) << 2),
+        (signs_and_scales >> 28).astype(jnp.uint8),
         super_scale=_half(scale),
     )
 
@@ -254,13 +261,13 @@ def iq2_s(raw: Array) -> BlockFields:
 
 
 def iq3_xxs(raw: Array) -> BlockFields:
-    """Codes: 8 + index in the list of magnitudes, or 7 - index for a negative weight."""
-    scale, entries, words = _fields(raw, 2, 64, 32)
-    words = _view(words, jnp.uint32)
-    positions = _look_up(gguf.quants.IQ3_XXS, entries, raw)
+    """Codes: 8 + index of the magnitude, or 7 - index for a negative weight."""
+    scale, entries, signs_and_scales = _fields(raw, 2, 64, 32)
+    signs_and_scales = _view(signs_and_scales, jnp.uint32)
+    index = _look_up(gguf.quants.IQ3_XXS, entries, raw)
     return BlockFields(
-        jnp.where(_flat(_signs(words), raw) == 1, 7 - positions, 8 + positions),
-        (words >> 28).astype(jnp.uint8),
+        jnp.where(_flat(_signs(signs_and_scales), raw) == 1, 7 - index, 8 + index),
+        (signs_and_scales >> 28).astype(jnp.uint8),
         super_scale=_half(scale),
     )
 
@@ -269,30 +276,31 @@ def iq3_s(raw: Array) -> BlockFields:
     """Codes as in `iq3_xxs`."""
     scale, low, high, signs, scales = _fields(raw, 2, 64, 8, 32, 4)
     entries = low.astype(jnp.uint16) | (_codes(high, 1, 1).astype(jnp.uint16) << 8)
-    positions = _look_up(gguf.quants.IQ3_S, entries, raw)
+    index = _look_up(gguf.quants.IQ3_S, entries, raw)
     return BlockFields(
-        jnp.where(_codes(signs, 1, 1) == 1, 7 - positions, 8 + positions),
+        jnp.where(_codes(signs, 1, 1) == 1, 7 - index, 8 + index),
         _codes(scales, 4, 1),
         super_scale=_half(scale),
     )
 
 
 def _ternary(entries: Array, negative: Array, scales: Array, scale: Array) -> BlockFields:
-    """IQ1: weights -1, 0, 1, to which each group adds or subtracts 1/8. A group that subtracts is
-    the negative of one that adds.
+    """IQ1: weights -1, 0 and 1, to which a group adds or from which it subtracts 1/8.
+
+    A group that subtracts is encoded as the negative of a group that adds.
 
     Args:
       entries: codebook indices, `[..., block / 8]`.
       negative: 1 for groups that subtract, uint8 `[..., groups]`.
-      scales: 3 bits, uint8 `[..., groups]`.
+      scales: of 3 bits, uint8 `[..., groups]`.
       scale: float16 `[..., 1]`.
 
     Returns:
-      fields with codes 0, 1, 2 and 4-bit scales whose highest bit is the sign.
+      codes 0, 1 and 2, and 4-bit scales whose top bit is the sign.
     """
-    positions = _look_up(gguf.quants.IQ1_S, entries, scale)
-    flip = jnp.repeat(negative, positions.shape[-1] // negative.shape[-1], axis=-1) == 1
-    codes = jnp.where(flip, 2 - positions, positions)
+    index = _look_up(gguf.quants.IQ1_S, entries, scale)
+    flip = jnp.repeat(negative, index.shape[-1] // negative.shape[-1], axis=-1) == 1
+    codes = jnp.where(flip, 2 - index, index)
     return BlockFields(codes, scales | (negative << 3), super_scale=scale)
 
 
@@ -306,11 +314,12 @@ def iq1_s(raw: Array) -> BlockFields:
 
 
 def iq1_m(raw: Array) -> BlockFields:
-    """Groups of 8, two of which share a scale; each word of scales has 4 bits of the float16."""
-    low, high, words = _fields(raw, 32, 16, 8)
-    words = _view(words, jnp.uint16)
-    scale = jnp.sum((words >> 12) << jnp.arange(0, 16, 4, dtype=jnp.uint16), -1, dtype=jnp.uint16)
-    scales = (words[..., None] >> jnp.arange(0, 12, 3, dtype=jnp.uint16)) & 7
+    """Two neighboring groups of 8 share a scale. Each uint16 holds four scales of 3 bits and, in
+    its top 4 bits, a quarter of the float16 super-scale."""
+    low, high, packed = _fields(raw, 32, 16, 8)
+    packed = _view(packed, jnp.uint16)
+    scale = jnp.sum((packed >> 12) << jnp.arange(0, 16, 4, dtype=jnp.uint16), -1, dtype=jnp.uint16)
+    scales = (packed[..., None] >> jnp.arange(0, 12, 3, dtype=jnp.uint16)) & 7
     high = _codes(high, 4, 1)
     entries = low.astype(jnp.uint16) | ((high & 7).astype(jnp.uint16) << 8)
     return _ternary(

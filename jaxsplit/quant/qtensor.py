@@ -1,15 +1,15 @@
 """Quantized matrices on the device: integer codes in bit planes, and scales.
 
-Every GGML type takes one of a few forms. A weight is
+A few plane layouts cover every GGML type. A weight is
 
     w = scale * value(code) + minimum
 
-where `value` subtracts an offset or looks up a table, and scale and minimum belong to a group of
-neighboring weights of a row. K-quants keep their two levels of scales: a small integer for each
-group times a float16 for each super-group.
+where `value` subtracts an offset or looks up a table. A group of neighboring weights of a row
+shares its scale and minimum. K-quants keep their two levels of scales: a small integer per group
+times a float16 per super-group.
 
-All planes of an `[out, in]` matrix have a shape `[out, n]` with `n` proportional to `in`, so that
-one partition spec shards them all, and a slice of the matrix consists of slices of its planes.
+All planes of an `[out, in]` matrix have the shape `[out, n]`, with `n` proportional to `in`. One
+partition spec therefore shards them all, and a slice of the matrix is a slice of each plane.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ from jax import Array, lax
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class PlaneLayout:
     """How planes encode weights: the static half of a `QTensor`.
 
     Attributes:
-      bits: widths of the code planes, lowest bits first: `(4, 2)` is a plane of the low 4 bits and
-        one of the 2 bits above. `(8,)` is one plane of signed bytes.
-      offset: subtracted from a code, without a table.
-      table: value of each code, an 8-bit integer.
-      decode_scale: decodes stored scales to float32; None: they are plain numbers.
-      scale_bits: width of scales and minima. With 4 bits, two neighbors share a byte, the first in
-        its low half.
-      chunk: weights whose codes are packed together. Byte `j` of a chunk's plane holds the codes of
-        weights `i * bytes + j`, lowest bits first. The run of weights of one `i` must not be longer
-        than a group.
+      bits: width of each code plane, lowest bits first: `(4, 2)` is a plane of the low 4 bits and
+        a plane of the 2 bits above them. `(8,)` is a single plane of signed bytes.
+      offset: subtracted from a code; ignored with a table.
+      table: 8-bit integer value of each code; None: no table.
+      decode_scale: decodes stored scales to float32; None: a cast is enough.
+      scale_bits: width of scales and minima. With 4 bits two neighbors share a byte, the first in
+        the low half.
+      chunk: weights that are packed together. Byte `j` of a chunk's plane, which has `bytes` bytes,
+        holds the codes of weights `i * bytes + j`, lowest bits first. The `bytes` weights of one
+        `i` must not exceed a group.
     """
 
     bits: tuple[int, ...]
@@ -53,14 +53,14 @@ class QTensor:
     """A quantized array `[..., out, in]`.
 
     Attributes:
-      codes: a plane for each of `form.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8 bits);
-        or the same bytes as little-endian uint32 `[..., out, in * bits / 32]`.
+      codes: one plane per entry of `layout.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8
+        bits), or the same bytes as little-endian uint32 `[..., out, in * bits / 32]`.
       scale: `[..., out, in / group]` (half as many bytes for 4 bits): float16, integer factors of
-        `super_scale`, or bytes for `form.decode_scale`.
+        `super_scale`, or the bytes that `layout.decode_scale` decodes.
       minimum: like `scale`, or None.
       super_scale: float16 `[..., out, in / super_group]`, or None.
       super_minimum: like `super_scale`, or None.
-      form: how the planes encode weights.
+      layout: how the planes encode weights.
     """
 
     codes: tuple[Array, ...]
@@ -68,13 +68,13 @@ class QTensor:
     minimum: Array | None = None
     super_scale: Array | None = None
     super_minimum: Array | None = None
-    form: Form = dataclasses.field(default=Form((8,)), metadata={"static": True})
+    layout: PlaneLayout = dataclasses.field(default=PlaneLayout((8,)), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`[..., out, in]`."""
         plane = self.codes[0]
-        weights = plane.shape[-1] * plane.dtype.itemsize * 8 // self.form.bits[0]
+        weights = plane.shape[-1] * plane.dtype.itemsize * 8 // self.layout.bits[0]
         return (*plane.shape[:-1], weights)
 
     @property
@@ -86,31 +86,34 @@ class QTensor:
 Weight = Array | QTensor
 
 
-def with_words(w: QTensor) -> QTensor:
-    """Converts code planes to uint32."""
+def to_u32(w: QTensor) -> QTensor:
+    """Reinterprets code planes of bytes as uint32, the width in which kernels load them."""
     planes = [plane.reshape(*plane.shape[:-1], -1, 4) for plane in w.codes]
-    words = [lax.bitcast_convert_type(plane, jnp.uint32) for plane in planes]
-    return dataclasses.replace(w, codes=tuple(words))
+    codes = [lax.bitcast_convert_type(plane, jnp.uint32) for plane in planes]
+    return dataclasses.replace(w, codes=tuple(codes))
 
 
-def with_bytes(w: QTensor) -> QTensor:
-    """The inverse of `with_words`, by shifts: a bitcast would make XLA:GPU copy a slice of a stack
-    of matrices instead of reading it in place."""
+def to_u8(w: QTensor) -> QTensor:
+    """Converts code planes of uint32 back to bytes.
 
-    def as_bytes(plane: Array) -> Array:
+    It shifts: with a bitcast, XLA:GPU would copy a slice of a stack of matrices instead of reading
+    it in place.
+    """
+
+    def unpacked(plane: Array) -> Array:
         if plane.dtype != jnp.uint32:
             return plane
         shifted = plane[..., None] >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
         return (shifted & 0xFF).astype(jnp.uint8).reshape(*plane.shape[:-1], -1)
 
-    dtype = jnp.int8 if w.form.bits == (8,) else jnp.uint8
-    planes = [lax.bitcast_convert_type(as_bytes(plane), dtype) for plane in w.codes]
+    dtype = jnp.int8 if w.layout.bits == (8,) else jnp.uint8
+    planes = [lax.bitcast_convert_type(unpacked(plane), dtype) for plane in w.codes]
     return dataclasses.replace(w, codes=tuple(planes))
 
 
-def as_bytes(codes: Array, form: Form) -> Array:
-    """Reinterprets words or bytes of codes as bytes `[..., bytes]`, int8 for 8 bits."""
-    dtype = jnp.int8 if form.bits == (8,) else jnp.uint8
+def as_bytes(codes: Array, layout: PlaneLayout) -> Array:
+    """Reinterprets a code plane, uint32 or bytes, as uint8 `[..., bytes]` (int8 for 8 bits)."""
+    dtype = jnp.int8 if layout.bits == (8,) else jnp.uint8
     return lax.bitcast_convert_type(codes, dtype).reshape(*codes.shape[:-1], -1)
 
 
@@ -118,107 +121,113 @@ def unpack_bits(plane: Array, bits: int, chunk: int) -> Array:
     """Unpacks the codes of one plane: uint8 `[..., in * bits / 8]` to `[..., in]`."""
     if bits == 8:
         return plane
-    per_byte = 8 // bits
-    packed = plane.reshape(*plane.shape[:-1], -1, 1, chunk // per_byte)
+    codes_per_byte = 8 // bits
+    packed = plane.reshape(*plane.shape[:-1], -1, 1, chunk // codes_per_byte)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
     codes = (packed >> shifts) & jnp.uint8(2**bits - 1)
     return codes.reshape(*plane.shape[:-1], -1)
 
 
 def pack_bits(codes: Array, bits: int, chunk: int) -> Array:
-    """The inverse of `unpack_bits`: the low `bits` of uint8 `[..., in]`."""
+    """The inverse of `unpack_bits`; packs the low `bits` of codes, uint8 `[..., in]`."""
     if bits == 8:
         return codes
-    per_byte = 8 // bits
+    codes_per_byte = 8 // bits
     low = codes & jnp.uint8(2**bits - 1)
-    split = low.reshape(*codes.shape[:-1], -1, per_byte, chunk // per_byte)
+    split = low.reshape(*codes.shape[:-1], -1, codes_per_byte, chunk // codes_per_byte)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
     packed = jnp.sum(split << shifts, axis=-2, dtype=jnp.uint8)
     return packed.reshape(*codes.shape[:-1], -1)
 
 
-def pack_codes(codes: Array, form: Form) -> tuple[Array, ...]:
+def pack_codes(codes: Array, layout: PlaneLayout) -> tuple[Array, ...]:
     """Packs codes `[..., in]` into planes, uint8 (int8 for 8 bits)."""
     planes, shift = [], 0
-    for bits in form.bits:
-        planes.append(pack_bits(codes >> shift if shift else codes, bits, form.chunk))
+    for bits in layout.bits:
+        planes.append(pack_bits(codes >> shift if shift else codes, bits, layout.chunk))
         shift += bits
     return tuple(planes)
 
 
-def value_of(codes: Array, form: Form) -> Array:
+def decode_codes(codes: Array, layout: PlaneLayout) -> Array:
     """Decodes codes to unscaled float32 values."""
-    if form.table is not None:
-        return _look_up(codes, form.table)
-    return codes.astype(jnp.float32) - form.offset if form.offset else codes.astype(jnp.float32)
+    if layout.table is not None:
+        return _look_up(codes, layout.table)
+    return codes.astype(jnp.float32) - layout.offset if layout.offset else codes.astype(jnp.float32)
 
 
 def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
-    """Looks up a table of bytes, as float32: the code's upper bits select a word of four entries,
-    its lower bits shift out a byte. Inside a fused loop this is faster than a gather."""
+    """Looks up a table of int8 values, as float32.
+
+    Four entries are packed into a uint32. The upper bits of a code select a uint32, its low two
+    bits a byte, which two shifts extract and sign-extend. Inside a fused loop this is faster than a
+    gather.
+    """
     packed = np.pad(np.asarray(table, np.int8), (0, -len(table) % 4)).view("<u4")
-    words = [jnp.uint32(word) for word in packed]
+    candidates = [jnp.uint32(entries) for entries in packed]
     bit = 4
-    while len(words) > 1:
-        upper = (codes & bit) != 0
-        words = [jnp.where(upper, *pair) for pair in zip(words[1::2], words[::2], strict=True)]
+    while len(candidates) > 1:
+        is_set = (codes & bit) != 0
+        pairs = zip(candidates[1::2], candidates[::2], strict=True)
+        candidates = [jnp.where(is_set, *pair) for pair in pairs]
         bit *= 2
-    on_top = words[0] << (((codes & 3) ^ 3).astype(jnp.uint32) * 8)
-    return (lax.bitcast_convert_type(on_top, jnp.int32) >> 24).astype(jnp.float32)
+    in_top_byte = candidates[0] << (((codes & 3) ^ 3).astype(jnp.uint32) * 8)
+    return (lax.bitcast_convert_type(in_top_byte, jnp.int32) >> 24).astype(jnp.float32)
 
 
-def combine(planes: Iterable[Array], form: Form) -> Array:
-    """Combines the codes of all planes, lowest bits first."""
+def combine_planes(planes: Iterable[Array], layout: PlaneLayout) -> Array:
+    """Combines the partial codes of all planes, lowest bits first, into whole codes."""
     codes, shift = None, 0
-    for plane, bits in zip(planes, form.bits, strict=True):
+    for plane, bits in zip(planes, layout.bits, strict=True):
         codes = plane if codes is None else codes | (plane << shift)
         shift += bits
     return codes
 
 
-def pack_scales(values: Array | None, form: Form) -> Array | None:
-    """Packs scales (or minima) `[..., groups]` to the form's width."""
-    return None if values is None else pack_bits(values, form.scale_bits, 8 // form.scale_bits)
+def pack_scales(values: Array | None, layout: PlaneLayout) -> Array | None:
+    """Packs scales (or minima) `[..., groups]` to `layout.scale_bits`."""
+    return None if values is None else pack_bits(values, layout.scale_bits, 8 // layout.scale_bits)
 
 
 def scales(w: QTensor) -> Array:
     """The scales of the groups, float32 `[..., out, in / group]`."""
-    return _per_group(w.scale, w.super_scale, w.form, w.form.decode_scale)
+    return _decode_groups(w.scale, w.super_scale, w.layout, w.layout.decode_scale)
 
 
 def minima(w: QTensor) -> Array | None:
     """The minima of the groups, float32 `[..., out, in / group]`."""
-    return None if w.minimum is None else _per_group(w.minimum, w.super_minimum, w.form)
+    return None if w.minimum is None else _decode_groups(w.minimum, w.super_minimum, w.layout)
 
 
 def row_bounds(w: QTensor) -> Array:
     """Upper bound of the magnitudes of each row's weights: float32 `[..., out]`.
 
-    Scales inside super-groups count as their largest possible value: reading only the super-scales
-    is worth a bound that is a few times looser.
+    Integer scales inside super-groups count as the largest that their width allows. The bound is a
+    few times looser for it, but only the super-scales are read.
     """
-    form, code = w.form, 2 ** sum(w.form.bits) - 1
-    if form.table is not None:
-        value = max(map(abs, form.table))
+    layout, max_code = w.layout, 2 ** sum(w.layout.bits) - 1
+    if layout.table is not None:
+        max_value = max(map(abs, layout.table))
     else:
-        value = 128 if form.bits == (8,) else max(form.offset, code - form.offset)
+        max_value = 128 if layout.bits == (8,) else max(layout.offset, max_code - layout.offset)
 
     def bound(inner: Array, outer: Array | None, decode: Callable | None = None) -> Array:
         if outer is None or decode:
-            return jnp.abs(_per_group(inner, outer, form, decode))
-        most = 128 if inner.dtype == jnp.int8 else 2**form.scale_bits - 1
-        return jnp.abs(outer.astype(jnp.float32)) * most
+            return jnp.abs(_decode_groups(inner, outer, layout, decode))
+        max_inner = 128 if inner.dtype == jnp.int8 else 2**layout.scale_bits - 1
+        return jnp.abs(outer.astype(jnp.float32)) * max_inner
 
-    bounds = bound(w.scale, w.super_scale, form.decode_scale) * value
+    bounds = bound(w.scale, w.super_scale, layout.decode_scale) * max_value
     if w.minimum is not None:
         bounds = bounds + bound(w.minimum, w.super_minimum)
     return jnp.max(bounds, axis=-1)
 
 
-def _per_group(
-    plane: Array, outer: Array | None, form: Form, decode: Callable | None = None
+def _decode_groups(
+    plane: Array, outer: Array | None, layout: PlaneLayout, decode: Callable | None = None
 ) -> Array:
-    inner = unpack_bits(plane, form.scale_bits, 8 // form.scale_bits)
+    """Scales or minima, float32 `[..., groups]`, times those of super-groups if there are any."""
+    inner = unpack_bits(plane, layout.scale_bits, 8 // layout.scale_bits)
     inner = decode(inner) if decode else inner.astype(jnp.float32)
     if outer is None:
         return inner
@@ -227,14 +236,16 @@ def _per_group(
 
 
 def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
-    """Dequantizes to a plain array `[..., out, in]`, computed in float32."""
+    """Dequantizes to a plain array `[..., out, in]`; computes in float32."""
     if not isinstance(w, QTensor):
         return w.astype(dtype)
-    form = w.form
-    planes = [as_bytes(plane, form) for plane in w.codes]
-    codes = combine(map(partial(unpack_bits, chunk=form.chunk), planes, form.bits), form)
+    layout = w.layout
+    planes = [as_bytes(plane, layout) for plane in w.codes]
+    codes = combine_planes(
+        map(partial(unpack_bits, chunk=layout.chunk), planes, layout.bits), layout
+    )
     scale, minimum = scales(w), minima(w)
-    grouped = value_of(codes, form).reshape(*scale.shape, -1) * scale[..., None]
+    grouped = decode_codes(codes, layout).reshape(*scale.shape, -1) * scale[..., None]
     if minimum is not None:
         grouped = grouped + minimum[..., None]
     return grouped.reshape(w.shape).astype(dtype)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsplit.formats import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul.api import has_int8_kernel
-from jaxsplit.quant import Weight, float32_blocks, unpack, with_words
+from jaxsplit.quant import Weight, float32_blocks, to_u32, unpack
 from jaxsplit.sharding import Partition, Placement, Stage
 from jaxsplit.weights.checkpoint import StoredTensor, restore
 from jaxsplit.weights.sources import (
@@ -188,9 +188,9 @@ def _unpacker(
     """The program that unpacks sharded blocks; compiled once for each shape."""
 
     def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
-        weight = unpack(ggml_type, raw, granule=sub_block, part=index, dtype=dtype)
+        weight = unpack(ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype)
         if words and has_int8_kernel(weight):
-            return with_words(weight)
+            return to_u32(weight)
         return weight if matrix else weight[:, 0]
 
     mesh, spec = sharding.mesh, sharding.spec

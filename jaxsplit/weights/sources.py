@@ -224,7 +224,9 @@ def _unpacked_bytes(
 ) -> int:
     """Bytes of unpacked blocks `[..., rows, blocks, block_bytes]`."""
     weight = jax.eval_shape(
-        lambda raw, index: unpack(ggml_type, raw, granule=sub_block, part=index, dtype=dtype),
+        lambda raw, index: unpack(
+            ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype
+        ),
         jax.ShapeDtypeStruct(shape, jnp.uint8),
         jax.ShapeDtypeStruct(shape[-2:-1], jnp.int32),
     )

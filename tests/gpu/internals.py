@@ -36,7 +36,7 @@ from jaxsplit.ops.moe import triton_router
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.api import add_norm
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
-from jaxsplit.quant import TYPES, QTensor, unpack, with_words
+from jaxsplit.quant import TYPES, QTensor, to_u32, unpack
 from jaxsplit.sharding.axes import Axis, AxisRules
 
 INTERPRET = "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ
@@ -75,7 +75,7 @@ def raw_blocks(rng: np.random.Generator, name: str, rows: int, columns: int) -> 
 
 def from_blocks(name: str, raw: np.ndarray) -> QTensor:
     """The matrix of such blocks, as models hold it."""
-    return with_words(unpack(name, raw))
+    return to_u32(unpack(name, raw))
 
 
 def quantized(rng: np.random.Generator, name: str, rows: int, columns: int) -> QTensor:

@@ -1,4 +1,4 @@
-"""Activations quantized to 8 bits: as in ggml's Q8_1, 32 neighbours share a scale."""
+"""Activations quantized to 8 bits: as in ggml's Q8_1, 32 neighbors share a scale."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,44 +17,44 @@ from jaxsplit.ops.activations.layout import (
 from jaxsplit.pallas import plgpu
 
 SLICE = 16
-"""Values whose codes a thread loads at once."""
+"""Codes of a slice, the 16 bytes that a thread loads with one instruction."""
 
-_GROUP = 8  # slices that fill all banks of a GPU's L1 cache
+_BANK_SLICES = 8  # slices that cover all 32 banks of 4 bytes
 
 
 def bank_swizzle(slice_: Array) -> Array:
-    """Where a slice of a row is stored; the function is its own inverse.
+    """The position at which a slice of a row is stored; the function is its own inverse.
 
-    Neighbouring threads load slices that are 1, 2, 4 or 8 apart. Unswizzled, eight of these would
-    share one or a few banks, and their loads would be serialized.
+    Neighboring threads load slices that are 1, 2, 4 or 8 apart. Without the swizzle, eight such
+    loads would hit one or a few banks of the L1 cache, and bank conflicts would serialize them.
     """
-    return slice_ ^ ((slice_ >> 3) & (_GROUP - 1))
+    return slice_ ^ ((slice_ >> 3) & (_BANK_SLICES - 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Rows:
-    """Rows of activations in 8 bits.
+    """Rows of activations quantized to int8: `x = scale * code`.
 
     Attributes:
-      words: four neighbouring codes each, uint32 `[rows, in / 4]`, in the order of `bank_swizzle`;
-        rows are padded to whole groups of it.
+      codes: int8 codes, four neighbors per uint32: `[rows, in / 4]`, padded to a multiple of 32.
+        `bank_swizzle` permutes the slices of a row.
       scale: float32 `[rows, in / 32]`.
-      sums: of 32 values each, float32 `[rows, in / 32]`.
-      half_sums: of 16 values each, float32 `[rows, in / 16]`.
-      rms: see `RMSStatistics`; None: nothing is left to divide.
+      sums: sum of each block of 32 values, float32 `[rows, in / 32]`.
+      half_sums: sum of each half block, float32 `[rows, in / 16]`.
+      rms: statistics of a deferred normalization; None: the rows are final.
     """
 
-    words: Array
+    codes: Array
     scale: Array
     sums: Array
     half_sums: Array
     rms: RMSStatistics | None = None
 
     def dequantized(self) -> Array:
-        """float32 `[rows, in]`."""
+        """The rows as float32 `[rows, in]`, normalized."""
         rows, blocks = self.scale.shape
-        slices = self.words.reshape(rows, -1, SLICE // 4)[:, bank_swizzle(np.arange(2 * blocks))]
+        slices = self.codes.reshape(rows, -1, SLICE // 4)[:, bank_swizzle(np.arange(2 * blocks))]
         codes = lax.bitcast_convert_type(slices, jnp.int8).reshape(rows, blocks, BLOCK)
         x = (codes.astype(jnp.float32) * self.scale[..., None]).reshape(rows, -1)
         return x if self.rms is None else x * self.rms.inverse[:, None]
@@ -62,31 +62,32 @@ class Int8Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Int8Layout:
-    """Codes of 8 bits with scales and sums: `Int8Rows`."""
+    """The layout of `Int8Rows`."""
 
     def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
         blocks = columns // BLOCK
-        words = jax.ShapeDtypeStruct((rows, _padded(columns) // 4), jnp.uint32)
+        codes = jax.ShapeDtypeStruct((rows, _padded_columns(columns) // 4), jnp.uint32)
         return [
-            words,
+            codes,
             *(jax.ShapeDtypeStruct((rows, n), jnp.float32) for n in (blocks, blocks, 2 * blocks)),
         ]
 
     def store(
         self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
     ) -> None:
-        # The deferred division scales a whole row, which does not change its codes.
-        words, *of_blocks = _quantize_block(x)
-        words = lax.bitcast_convert_type(words, jnp.uint32)
-        half = block[..., None] * 2 + jnp.arange(2)
-        word = bank_swizzle(half)[..., None] * (SLICE // 4) + jnp.arange(SLICE // 4)
-        mask = broadcast_leading(mask, word.shape)
-        # Every thread stores the scale and sums of its words, the same as its neighbours. If the
-        # compiler saw that they are the same, it would move them between threads, with barriers.
-        places = word, half >> 1, half >> 1, half
-        for ref, at, y in zip(refs, places, (words, *of_blocks), strict=True):
-            at, y = broadcast_leading(at, word.shape), broadcast_leading(y, word.shape)
-            plgpu.store(ref.at[row, at], y, mask=mask)
+        # A deferred normalization scales a whole row, which leaves its codes unchanged.
+        codes, *block_values = _quantize_block(x)
+        codes = lax.bitcast_convert_type(codes, jnp.uint32)
+        half = block[..., None] * 2 + jnp.arange(2)  # half a block is a slice
+        column = bank_swizzle(half)[..., None] * (SLICE // 4) + jnp.arange(SLICE // 4)
+        shape, mask = column.shape, broadcast_leading(mask, column.shape)
+        # Every thread stores the scale and sums of its codes, although its neighbors store the same
+        # values. Stored once per block, they would have to change threads, through shared memory
+        # and with barriers.
+        columns = column, half >> 1, half >> 1, half
+        for ref, index, y in zip(refs, columns, (codes, *block_values), strict=True):
+            index, y = broadcast_leading(index, shape), broadcast_leading(y, shape)
+            plgpu.store(ref.at[row, index], y, mask=mask)
 
     def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> Int8Rows:
         return Int8Rows(*arrays, rms)
@@ -96,24 +97,31 @@ class Int8Layout:
 
 
 def _quantize_block(x: Array) -> tuple[Array, Array, Array, Array]:
-    """`[..., 2, 4, 4]` to words `[..., 2, 4]`, scales and sums `[...]`, and sums of halves `[...,
-    2]`: the largest magnitude becomes 127."""
+    """Quantizes blocks of 32 so that the largest magnitude of each becomes 127.
+
+    Args:
+      x: float32 `[..., 2, 4, 4]`.
+
+    Returns:
+      codes, four per int32 `[..., 2, 4]`; float32 scales `[...]`, sums `[...]` and sums of half
+      blocks `[..., 2]`.
+    """
     scale = largest_magnitude(x, -1, -1, -1) / 127
     inverse = jnp.where(scale > 0, 1 / scale, 0)[..., None, None, None]
-    # The bound changes nothing. It keeps compilers from fusing this product with the sum in
-    # `_to_nearest` into one FMA, which rounds once and here and there to another code.
-    codes = _to_nearest(jnp.minimum(x * inverse, 127))
+    # The minimum changes no value. It keeps compilers from contracting this product and the sum in
+    # `_round_to_int32` into one FMA, which rounds only once and sometimes to another code.
+    codes = _round_to_int32(jnp.minimum(x * inverse, 127))
     bytes_ = (codes & 255) << jnp.broadcast_to(8 * jnp.arange(4, dtype=jnp.int32), codes.shape)
-    counts = jnp.sum(jnp.sum(codes, axis=-1), axis=-1)
-    half_sums = counts.astype(jnp.float32) * scale[..., None]
+    code_sums = jnp.sum(jnp.sum(codes, axis=-1), axis=-1)
+    half_sums = code_sums.astype(jnp.float32) * scale[..., None]
     return jnp.sum(bytes_, axis=-1), scale, jnp.sum(half_sums, axis=-1), half_sums
 
 
 def largest_magnitude(x: Array, *axes: int, keepdims: bool = False) -> Array:
-    """The largest magnitude of float32 along axes, one after the other; NaN if one of them is NaN.
+    """The largest magnitude of float32 along axes, reduced one after the other; NaN propagates.
 
-    In Triton, the maximum of a number and a NaN is the number, so that a NaN would become the code
-    of some number. Bits of magnitudes are in the order of the magnitudes, those of NaN the largest.
+    Triton's maximum of a number and a NaN is the number, so a NaN would be lost. The bit patterns
+    of magnitudes, compared as integers, have the order of the magnitudes, with NaN above infinity.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
     for axis in axes:
@@ -121,24 +129,27 @@ def largest_magnitude(x: Array, *axes: int, keepdims: bool = False) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _to_nearest(x: Array) -> Array:
-    """The nearest int32 of float32 below 2^22, of two the even one: what a sum adds to the bits of
-    a number whose last bit is 1."""
-    number = np.float32(1.5 * 2**23)
-    return lax.bitcast_convert_type(x + number, jnp.int32) - number.view(np.int32)
+def _round_to_int32(x: Array) -> Array:
+    """Rounds float32 of magnitudes below 2^22 to int32, half to even.
+
+    The last mantissa bit of 1.5 * 2^23 counts 1. Adding it rounds `x` to an integer, which the
+    difference of the bit patterns recovers.
+    """
+    magic = np.float32(1.5 * 2**23)
+    return lax.bitcast_convert_type(x + magic, jnp.int32) - magic.view(np.int32)
 
 
 def quantize_rows(x: Array) -> Int8Rows:
-    """Quantizes `[rows, in]`."""
+    """Quantizes `[rows, in]`, `in` a multiple of 32, with XLA."""
     rows, columns = x.shape
     blocks = x.astype(jnp.float32).reshape(rows, -1, 2, SLICE // 4, 4)
-    words, scale, sums, half_sums = _quantize_block(blocks)
-    words = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, -1, SLICE // 4)
-    words = jnp.pad(words, ((0, 0), (0, (_padded(columns) - columns) // SLICE), (0, 0)))
-    words = words[:, bank_swizzle(np.arange(words.shape[1]))].reshape(rows, -1)
-    return Int8Rows(words, scale, sums, half_sums.reshape(rows, -1))
+    codes, scale, sums, half_sums = _quantize_block(blocks)
+    codes = lax.bitcast_convert_type(codes, jnp.uint32).reshape(rows, -1, SLICE // 4)
+    codes = jnp.pad(codes, ((0, 0), (0, (_padded_columns(columns) - columns) // SLICE), (0, 0)))
+    codes = codes[:, bank_swizzle(np.arange(codes.shape[1]))].reshape(rows, -1)
+    return Int8Rows(codes, scale, sums, half_sums.reshape(rows, -1))
 
 
-def _padded(columns: int) -> int:
-    """Values of a row, padded to whole groups of `bank_swizzle`."""
-    return -(-columns // (_GROUP * SLICE)) * _GROUP * SLICE
+def _padded_columns(columns: int) -> int:
+    """Columns, padded so that `bank_swizzle` maps the slices of a row onto themselves."""
+    return -(-columns // (_BANK_SLICES * SLICE)) * _BANK_SLICES * SLICE

@@ -1,7 +1,8 @@
-"""Activations in the order of packed weights.
+"""Activations permuted to the order of packed weights.
 
-The small-M GEMM unpacks one code of each pair of bytes at a time. Neighbouring codes of such a tile
-belong to weights that are apart in the matrix row, so activations are permuted to match.
+The small-M GEMM loads codes as uint16, pairs of bytes. It unpacks one code of each pair at a time
+into a tensor core operand. Neighbors in this operand are not neighbors in the matrix row, so the
+activations are permuted to match.
 """
 
 import dataclasses
@@ -20,112 +21,114 @@ from jaxsplit.ops.activations.layout import (
 )
 from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.pallas import plgpu
-from jaxsplit.quant.qtensor import Form, QTensor
+from jaxsplit.quant.qtensor import PlaneLayout, QTensor
 
-SUMMED = (BLOCK // 2, BLOCK)
-"""Activations that have a sum in common: as many weights may share a minimum."""
-
-
-def pieces_of(form: Form) -> tuple[int, int]:
-    """Codes in a byte of the narrowest plane, and pairs of bytes of a chunk in it."""
-    pieces = 8 // min(form.bits)
-    return pieces, form.chunk // pieces // 2
+SUM_SIZES = (BLOCK // 2, BLOCK)
+"""Supported numbers of weights that share a minimum; it multiplies the sum of their activations."""
 
 
-def group_length(w: QTensor, entries: Array | jax.Ref) -> int:
-    """Weights that share one of the entries `[..., out, groups]`."""
-    return w.shape[-1] // entries.shape[-1]
+def packing_of(layout: PlaneLayout) -> tuple[int, int]:
+    """The codes per byte of the narrowest plane, and the byte pairs per chunk in it."""
+    codes_per_byte = 8 // min(layout.bits)
+    return codes_per_byte, layout.chunk // codes_per_byte // 2
+
+
+def group_size(w: QTensor, plane: Array | jax.Ref) -> int:
+    """The weights per group of a plane of scales or minima, `[..., out, groups]`."""
+    return w.shape[-1] // plane.shape[-1]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """Rows of activations, permuted as the codes of matrices are packed.
+    """Rows of activations, permuted like the codes of the matrices that they multiply.
 
     Attributes:
-      pairs: bfloat16 `[codes in a pair of bytes, rows, pairs]` for each order. Matrices with a
-        single plane of codes are multiplied without shifting these down: the activations are
-        divided by the power of two instead.
-      sums: of the groups that share a minimum, bfloat16 `[rows, groups]`; None: no minima.
-      rms: see `RMSStatistics`; None: nothing is left to divide.
+      values: for each order, bfloat16 `[codes per byte pair, rows, byte pairs]`. The GEMM does not
+        shift the codes of a single plane down to bit 0: the activations are divided by that power
+        of two instead.
+      sums: for each order, sums over the groups that share a minimum, bfloat16 `[rows, groups]`;
+        None: no minima.
+      rms: statistics of a deferred normalization; None: the rows are final.
       layout: the orders.
     """
 
-    pairs: tuple[Array, ...]
+    values: tuple[Array, ...]
     sums: tuple[Array | None, ...]
     rms: RMSStatistics | None
     layout: "PackedLayout" = dataclasses.field(metadata={"static": True})
 
     def for_matrix(self, w: QTensor) -> tuple[Array, Array | None]:
-        """Pairs and sums in the order of a matrix."""
-        i = self.layout.orders.index(_order(w))
-        return self.pairs[i], self.sums[i]
+        """Values and sums in the order of a matrix."""
+        i = self.layout.orders.index(_order_of(w))
+        return self.values[i], self.sums[i]
 
 
-def _order(w: QTensor) -> tuple[Form, int | None]:
-    """What decides about the order of a matrix: its form, and the weights that share a minimum."""
-    return w.form, None if w.minimum is None else group_length(w, w.minimum)
+def _order_of(w: QTensor) -> tuple[PlaneLayout, int | None]:
+    """The order of a matrix, as in `PackedLayout`."""
+    return w.layout, None if w.minimum is None else group_size(w, w.minimum)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayout:
-    """Rows in the orders of some matrices: `PackedRows`.
+    """The layout of `PackedRows`, for some matrices.
 
     Attributes:
-      orders: of each matrix its form, and the number of weights that share a minimum or None.
+      orders: the distinct orders: the layout of the planes, and the number of weights that share a
+        minimum or None.
     """
 
-    orders: tuple[tuple[Form, int | None], ...]
+    orders: tuple[tuple[PlaneLayout, int | None], ...]
 
     @staticmethod
     def of(weights: Sequence[QTensor]) -> "PackedLayout":
         """The orders of some matrices."""
-        return PackedLayout(tuple(dict.fromkeys(map(_order, weights))))
+        return PackedLayout(tuple(dict.fromkeys(map(_order_of, weights))))
 
     def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
         shapes = []
-        for form, length in self.orders:
-            places = 2 * pieces_of(form)[0]
-            shapes.append((places, rows, columns // places))
-            if length:
-                shapes.append((rows, columns // length))
+        for layout, sum_size in self.orders:
+            codes_per_pair = 2 * packing_of(layout)[0]
+            shapes.append((codes_per_pair, rows, columns // codes_per_pair))
+            if sum_size:
+                shapes.append((rows, columns // sum_size))
         return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
     def store(
         self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
     ) -> None:
         element, x = block_elements(block), x.astype(jnp.bfloat16)
-        exists, following = broadcast_leading(mask, element.shape), iter(refs)
-        for form, length in self.orders:
-            pieces, per_chunk = pieces_of(form)
-            chunk, at = divmod_pow2(element, form.chunk)
-            piece, at = divmod_pow2(at, 2 * per_chunk)
-            pair, byte = divmod_pow2(at, 2)
-            place = (2 * piece + byte, row, chunk * per_chunk + pair)
-            divided = _times_power(x, -form.bits[0] * piece) if len(form.bits) == 1 else x
-            plgpu.store(next(following).at[place], divided, mask=exists)
-            if length:
+        element_mask, refs = broadcast_leading(mask, element.shape), iter(refs)
+        for layout, sum_size in self.orders:
+            _, pairs_per_chunk = packing_of(layout)
+            chunk, offset = divmod_pow2(element, layout.chunk)
+            code, offset = divmod_pow2(offset, 2 * pairs_per_chunk)  # index of the code in its byte
+            pair, byte = divmod_pow2(offset, 2)
+            index = (2 * code + byte, row, chunk * pairs_per_chunk + pair)
+            divided = _times_pow2(x, -layout.bits[0] * code) if len(layout.bits) == 1 else x
+            plgpu.store(next(refs).at[index], divided, mask=element_mask)
+            if sum_size:
                 sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)
                 group = block[..., None] * 2 + jnp.arange(2)
-                if length == BLOCK:
+                if sum_size == BLOCK:
                     sums, group = jnp.sum(sums, axis=-1), block
-                of_groups = broadcast_leading(mask, group.shape)
+                group_mask = broadcast_leading(mask, group.shape)
                 sums = sums.astype(jnp.bfloat16)
-                plgpu.store(next(following).at[row, group], sums, mask=of_groups)
+                plgpu.store(next(refs).at[row, group], sums, mask=group_mask)
 
     def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> PackedRows:
-        following = iter(arrays)
-        pairs, sums = zip(
-            *((next(following), next(following) if length else None) for _, length in self.orders),
+        arrays = iter(arrays)
+        values, sums = zip(
+            *((next(arrays), next(arrays) if sum_size else None) for _, sum_size in self.orders),
             strict=True,
         )
-        return PackedRows(pairs, sums, rms, self)
+        return PackedRows(values, sums, rms, self)
 
     def serves(self, other: ActivationLayout) -> bool:
         return isinstance(other, PackedLayout) and set(other.orders) <= set(self.orders)
 
 
-def _times_power(x: Array, exponent: Array) -> Array:
-    """Values times powers of two, by their exponents, which are at least -126."""
+def _times_pow2(x: Array, exponent: Array) -> Array:
+    """`x * 2**exponent`, exactly, for exponents of normal float32 powers."""
     power = lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
     return (x.astype(jnp.float32) * power).astype(x.dtype)

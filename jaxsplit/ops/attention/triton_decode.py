@@ -1,15 +1,15 @@
-"""Attention of single tokens, from their projections to the rows that a matmul reads: one kernel
-for GPUs.
+"""Decode attention in a single Triton kernel, from projections to the input of the next matmul.
 
-It rotates the heads, writes the new key and value to the cache, splits the earlier keys among
-programs, and lets the last of these to end combine the results ("Flash-Decoding", Dao et al. 2023).
-One launch instead of three: with little context, a launch takes as long as its work.
+It normalizes and rotates the heads, writes the new key and value to the cache, and splits the
+earlier keys among programs (split-K, "Flash-Decoding", Dao et al. 2023). The last program of a head
+to finish combines the splits. This replaces three launches: with a short context, a launch takes as
+long as its work.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,18 +50,18 @@ from jaxsplit.ops.launch import launch_dependents
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.pallas import pl, plgpu
 
-_LEAST = 128
-"""Keys of a split, or more."""
+_MIN_SPLIT_KEYS = 128
+"""Fewest keys of a split."""
 
-_JOINED = 4096
-"""Numbers of splits that are joined at a time."""
+_COMBINED_ELEMENTS = 4096
+"""Elements of the splits that are combined at a time."""
 
-_PROGRAMS = 1024
-"""As many keep a GPU busy: more heads of more sequences have fewer splits. Little context needs
-one, and the others take time all the same."""
+_MAX_PROGRAMS = 1024
+"""Enough to keep a GPU busy: with more heads and sequences there are fewer splits. A short context
+uses one split, but the idle programs of the others take time, too."""
 
-_AT_ONCE = 256
-"""Programs that a large GPU runs at a time if each has many registers."""
+_RESIDENT_PROGRAMS = 256
+"""Programs that a large GPU runs at a time when each uses many registers."""
 
 
 def supports(
@@ -70,8 +70,7 @@ def supports(
     cache: AttentionCache | None,
     query: Array | jax.ShapeDtypeStruct,
 ) -> bool:
-    """Whether `decode_attention` can do what a layer needs, for queries `[batch, time, heads *
-    width]`."""
+    """Whether `decode_attention` supports a layer, for queries `[batch, time, heads * width]`."""
     return (
         batch.positions.shape[1] == 1
         and triton_rope_cache_update.supports(config, batch, cache, query.dtype)
@@ -94,28 +93,87 @@ def decode_attention(
     dtype: jnp.dtype,
     layouts: Sequence[ActivationLayout] = (),
 ) -> tuple[Activations, AttentionCache]:
-    """Attention of one new token of each sequence, and the cache with these tokens.
+    """Attention for one new token of each sequence, which it adds to the cache.
 
     Args:
-      query, key, value: projections, `[parts, batch, 1, heads * width]`, summed over parts here.
-      batch: where the tokens belong; nothing is written for padding.
-      cache: of earlier tokens.
-      config: one that is supported.
-      params: parameters of norms, and sinks.
+      query, key, value: projections, `[parts, batch, 1, heads * width]`; the kernel sums the
+        split-K parts.
+      batch: slots and positions of the tokens; nothing is written for padding.
+      cache: keys and values of earlier tokens.
+      config: a supported layer.
+      params: parameters of the norms, and sinks.
       dtype: of activations.
-      layouts: of the result; none: it is an array.
+      layouts: in which to store the result; empty: it is an array.
 
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
     """
-    c, sequences, (kv_heads, length) = config, query.shape[1], cache.keys.shape[1:3]
+    sequences, (kv_heads, length) = query.shape[1], cache.keys.shape[1:3]
     value_dim = cache.values.shape[-1]
-    query = query.reshape(
-        -1, sequences, kv_heads, query.shape[-1] // (kv_heads * c.head_dim), c.head_dim
+    inputs = _kernel_inputs((query, key, value), batch, config, params, kv_heads)
+    group = inputs[0].shape[3]
+    leaves, structure = jax.tree.flatten(inputs)
+    cache_leaves, cache_structure = jax.tree.flatten(in_pairs(cache))
+    width = pl.next_power_of_2(max(config.head_dim, value_dim))
+    tiling = _tiling_for(group, length, width, sequences * kv_heads)
+    split_shape = (tiling.splits, sequences, kv_heads, group)
+    out_layouts = tuple(layouts) or (PlainLayout(dtype),)
+    columns = kv_heads * group * value_dim
+    out_shapes = [
+        jax.ShapeDtypeStruct((*split_shape, value_dim), jnp.float32),
+        *[jax.ShapeDtypeStruct(split_shape, jnp.float32)] * 2,
+        *(shape for layout in out_layouts for shape in layout.shapes(sequences, columns)),
+    ]
+    results = pl.pallas_call(
+        partial(
+            _decode_attention_kernel,
+            structures=(structure, cache_structure),
+            tiling=tiling,
+            config=config,
+            dtype=dtype,
+            layouts=out_layouts,
+            early=bool(layouts),  # XLA's kernels must not start before this one has finished
+        ),
+        # The axis of splits is the slowest: the first splits, which always have keys, start first.
+        grid=(kv_heads, sequences, tiling.splits),
+        out_shape=[*out_shapes, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache_leaves]],
+        input_output_aliases={
+            len(leaves) + i: len(out_shapes) + i for i in range(len(cache_leaves))
+        },
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=interpreted(),
+        name="decode_attention",
+    )(*leaves, *cache_leaves)
+    arrays, cache_leaves = results[3 : len(out_shapes)], results[len(out_shapes) :]
+    cache = without_pairs(jax.tree.unflatten(cache_structure, cache_leaves))
+    if not layouts:
+        return Activations(arrays[0].reshape(sequences, 1, columns)), cache
+    like = jax.ShapeDtypeStruct((sequences, 1, columns), dtype)
+    stored = wrap_layouts(out_layouts, arrays, sequences, columns)
+    return Activations(None, out_layouts, stored, like=like), cache
+
+
+def _kernel_inputs(
+    projections: Sequence[Array],
+    batch: Batch,
+    config: AttentionConfig,
+    params: AttentionParams,
+    kv_heads: int,
+) -> tuple:
+    """The inputs of the kernel, except for the cache.
+
+    Args:
+      projections: query, key and value, `[parts, sequences, 1, heads * width]`.
+      batch, config, params: as in `decode_attention`.
+      kv_heads: number of KV heads.
+    """
+    query, key, value = projections
+    group = query.shape[-1] // (kv_heads * config.head_dim)
+    query = query.reshape(-1, query.shape[1], kv_heads, group, config.head_dim)
+    cos, sin = _rope_factors(
+        batch.positions, config, batch.freq_factors.get(config.rope.freq_factors)
     )
-    group = query.shape[3]
-    cos, sin = _factors(batch.positions, c, batch.freq_factors.get(c.rope.freq_factors))
-    inputs = (
+    return (
         query,
         *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
         batch.positions.reshape(-1),
@@ -124,69 +182,33 @@ def decode_attention(
         sin,
         list(params.norm_scales),
         params.sinks,
-        # Programs that have ended, by sequence and head: the last one resets its counter to zero.
-        jnp.zeros((sequences, kv_heads), jnp.int32),
+        # Finished splits of each sequence and head. The last program resets its counter to zero.
+        jnp.zeros(query.shape[1:3], jnp.int32),
     )
-    leaves, structure = jax.tree.flatten(inputs)
-    kept, cache_structure = jax.tree.flatten(in_pairs(cache))
-    width = pl.next_power_of_2(max(c.head_dim, value_dim))
-    tiling = _tiling_of(group, length, width, sequences * kv_heads)
-    of_splits = (tiling.splits, sequences, kv_heads, group)
-    stored_in = tuple(layouts) or (PlainLayout(dtype),)
-    columns = kv_heads * group * value_dim
-    outs = [
-        jax.ShapeDtypeStruct((*of_splits, value_dim), jnp.float32),
-        *[jax.ShapeDtypeStruct(of_splits, jnp.float32)] * 2,
-        *(shape for layout in stored_in for shape in layout.shapes(sequences, columns)),
-    ]
-    results = pl.pallas_call(
-        partial(
-            _decode_attention_kernel,
-            structures=(structure, cache_structure),
-            tiling=tiling,
-            config=c,
-            dtype=dtype,
-            layouts=stored_in,
-            early=bool(layouts),  # XLA's kernels must not start before this one has ended
-        ),
-        # Splits last: the first of each head, which has something to do, does not wait for others.
-        grid=(kv_heads, sequences, tiling.splits),
-        out_shape=[*outs, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
-        input_output_aliases={len(leaves) + i: len(outs) + i for i in range(len(kept))},
-        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=interpreted(),
-        name="decode_attention",
-    )(*leaves, *kept)
-    arrays, kept = results[3 : len(outs)], results[len(outs) :]
-    cache = without_pairs(jax.tree.unflatten(cache_structure, kept))
-    if not layouts:
-        return Activations(arrays[0].reshape(sequences, 1, columns)), cache
-    like = jax.ShapeDtypeStruct((sequences, 1, columns), dtype)
-    stored = wrap_layouts(stored_in, arrays, sequences, columns)
-    return Activations(None, stored_in, stored, like=like), cache
 
 
-def _tiling_of(group: int, length: int, width: int, heads: int) -> triton_flash.Tiling:
-    """As `flash.tiling_of`, for so many heads of keys of all sequences.
+def _tiling_for(group: int, length: int, width: int, heads: int) -> triton_flash.Tiling:
+    """The tiling for a number of KV heads, summed over all sequences.
 
-    With one stage, a program has the keys of its next step on the way to registers while it
-    multiplies those of this. Many programs hide one another's waits, and do better with fewer
-    registers."""
+    With one stage, the kernel prefetches the keys of the next step into registers while it
+    multiplies those of the current step. Where many programs hide one another's latency, fewer
+    registers are better.
+    """
     tiling = triton_flash.tiling_of(group, length, width)
-    splits = min(tiling.splits, max(1, _PROGRAMS // heads))
-    stages = 1 if splits * heads <= _AT_ONCE else tiling.stages
+    splits = min(tiling.splits, max(1, _MAX_PROGRAMS // heads))
+    stages = 1 if splits * heads <= _RESIDENT_PROGRAMS else tiling.stages
     return dataclasses.replace(tiling, splits=splits, stages=stages)
 
 
 class _Heads:
-    """Loads heads of a token, which are normalized and turned when they are needed.
+    """Loads heads of a token, which are normalized and rotated later.
 
     Args:
-      head_dim: of each.
-      columns: of the arrays that they are loaded into.
-      rope: by which they turn.
-      cos, sin: references `[sequences, head_dim]`, as of `_factors`.
-      sequence: which.
+      head_dim: columns of a head.
+      columns: the same, padded.
+      rope: the rotation.
+      factors: references to the cosines and sines, as of `_rope_factors`.
+      sequence: index of the sequence.
     """
 
     def __init__(
@@ -194,59 +216,61 @@ class _Heads:
         head_dim: int,
         columns: int,
         rope: RopeConfig,
-        cos: jax.Ref,
-        sin: jax.Ref,
+        factors: tuple[jax.Ref, jax.Ref],
         sequence: Array,
     ):
         self.head_dim = head_dim
         self.column = jnp.arange(columns)
-        self.inside = self.column < head_dim
+        self.mask = self.column < head_dim
         if rope.interleaved:
             other = self.column ^ 1
         else:
             half = rope.dim // 2
             other = jnp.where(self.column < half, self.column + half, self.column - half)
-        self.other = jnp.where(self.column < rope.dim, other, self.column)
-        self.factors, self.sequence = (cos, sin), sequence
+        self.other = jnp.where(self.column < rope.dim, other, self.column)  # rotated with `column`
+        self.factors, self.sequence = factors, sequence
 
     def load(
         self,
         ref: jax.Ref,
-        rows: Sequence[Array],
-        inside: Array | None,
+        index: Sequence[Array],
+        row_mask: Array | None,
         norm: NormConfig | None,
         scale: jax.Ref | None,
     ) -> Callable[[], Array]:
-        """float32 `[head_dim]`, padded, or `[rows, head_dim]`: asked for now, made when called.
+        """Issues the loads of heads, and returns the function that computes with them.
 
         Args:
-          ref: projections, `[terms, ..., head_dim]`, which are added up.
-          rows: the indices before, of which the last may be an array `[rows]`.
-          inside: which rows there are; None: there is a single one.
-          norm: if any.
-          scale: its reference `[head_dim]`, if it has one.
+          ref: projections, `[parts, ..., head_dim]`.
+          index: between parts and columns; the last one may be an array `[rows]`.
+          row_mask: the rows that exist; None: `index` is a single head.
+          norm: of heads, or None.
+          scale: of the norm, a reference `[head_dim]`, or None.
+
+        Returns:
+          a function without arguments that returns the heads, float32 `[columns]` or `[rows,
+          columns]`.
         """
-        shape = self.column.shape if inside is None else (*inside.shape, *self.column.shape)
-        column, other, mask = (
-            broadcast_along(x, shape, len(shape) - 1)
-            for x in (self.column, self.other, self.inside)
+        shape = self.column.shape if row_mask is None else (*row_mask.shape, *self.column.shape)
+        column, other, column_mask = (
+            broadcast_along(x, shape, len(shape) - 1) for x in (self.column, self.other, self.mask)
         )
-        at, exists = rows, mask
-        if inside is not None:
-            at, exists = (
-                (*rows[:-1], broadcast_along(rows[-1], shape, 0)),
-                mask & broadcast_along(inside, shape, 0),
+        mask = column_mask
+        if row_mask is not None:
+            index, mask = (
+                (*index[:-1], broadcast_along(index[-1], shape, 0)),
+                column_mask & broadcast_along(row_mask, shape, 0),
             )
 
-        def of_column(ref: jax.Ref, column: Array, *before: Array) -> Array:
-            return plgpu.load(ref.at[(*before, column)], mask=mask, other=0.0)
+        def load_vector(ref: jax.Ref, column: Array, *leading: Array) -> Array:
+            return plgpu.load(ref.at[(*leading, column)], mask=column_mask, other=0.0)
 
-        terms = [_load_terms(ref, (*at, x), exists) for x in (column, other)]
-        cos, sin = (of_column(x, column, self.sequence) for x in self.factors)
-        scales = [] if scale is None else [of_column(scale, x) for x in (column, other)]
+        parts = [_load_parts(ref, (*index, x), mask) for x in (column, other)]
+        cos, sin = (load_vector(x, column, self.sequence) for x in self.factors)
+        scales = [] if scale is None else [load_vector(scale, x) for x in (column, other)]
 
-        def make() -> Array:
-            x, y = map(_added_up, terms)
+        def compute() -> Array:
+            x, y = map(_sum_parts, parts)
             if norm is not None:
                 squares = jnp.sum(x * x, axis=-1, keepdims=True)
                 factor = lax.rsqrt(squares / self.head_dim + norm.epsilon)
@@ -255,31 +279,49 @@ class _Heads:
                     x, y = x * scales[0], y * scales[1]
             return x * cos + y * sin
 
-        return make
+        return compute
 
 
-def _factors(positions: Array, config: AttentionConfig, factors: Array | None) -> list[Array]:
-    """What the dimensions of a head and those with which they turn are multiplied with: float32
+def _rope_factors(
+    positions: Array, config: AttentionConfig, freq_factors: Array | None
+) -> list[Array]:
+    """The factors of each dimension of a head, and of the dimension it is rotated with: float32
     `[sequences, head_dim]` each."""
-    cos, sin = (x[:, 0] for x in rope_cos_sin(positions, config.rope, factors))
+    cos, sin = (x[:, 0] for x in rope_cos_sin(positions, config.rope, freq_factors))
     axis = -1 if config.rope.interleaved else -2
     rest = config.head_dim - config.rope.dim
     pairs = (jnp.stack(x, axis).reshape(len(cos), -1) for x in ((cos, cos), (-sin, sin)))
     return [
-        jnp.pad(x, ((0, 0), (0, rest)), constant_values=still)
-        for x, still in zip(pairs, (1.0, 0.0), strict=True)
+        jnp.pad(x, ((0, 0), (0, rest)), constant_values=identity)
+        for x, identity in zip(pairs, (1.0, 0.0), strict=True)
     ]
 
 
-def _load_terms(ref: jax.Ref, at: tuple, mask: Array) -> list[Array]:
-    """What is at a place of `[terms, ...]`."""
+def _load_parts(ref: jax.Ref, index: tuple, mask: Array) -> list[Array]:
+    """Loads the split-K parts of elements of `[parts, ...]`."""
     zero = jnp.zeros((), ref.dtype)
-    return [plgpu.load(ref.at[(i, *at)], mask=mask, other=zero) for i in range(ref.shape[0])]
+    return [plgpu.load(ref.at[(i, *index)], mask=mask, other=zero) for i in range(ref.shape[0])]
 
 
-def _added_up(terms: list[Array]) -> Array:
-    """float32."""
-    return sum(x.astype(jnp.float32) for x in terms)
+def _sum_parts(parts: list[Array]) -> Array:
+    """The sum of split-K parts, float32."""
+    return sum(x.astype(jnp.float32) for x in parts)
+
+
+class _Splits(NamedTuple):
+    """References to the softmax states of the splits, and the counters of finished splits.
+
+    Attributes:
+      acc: weighted sums of values, float32 `[splits, sequences, kv_heads, group, value_dim]`.
+      m: largest scores, float32 `[splits, sequences, kv_heads, group]`.
+      total: sums of weights, shaped as `m`.
+      finished: int32 `[sequences, kv_heads]`.
+    """
+
+    acc: jax.Ref
+    m: jax.Ref
+    total: jax.Ref
+    finished: jax.Ref
 
 
 def _decode_attention_kernel(
@@ -291,195 +333,384 @@ def _decode_attention_kernel(
     layouts: Sequence[ActivationLayout],
     early: bool,
 ) -> None:
-    """One head of keys of one token, with all queries that share it: a split of the keys.
+    """Attends to one split of the keys, with all query heads of one KV head of one token.
 
-    The token itself is the first key, those in the cache follow it.
+    Key 0 is the new token itself; key `i + 1` is index `i` of the cache.
+
+    Args:
+      *refs: inputs and the cache; then the splits, the result in its layouts and, aliased, the
+        cache.
+      structures: of the inputs and of the cache.
+      tiling: of a program.
+      config: the layer.
+      dtype: of tensor core operands.
+      layouts: of the result.
+      early: as in `launch_dependents`.
     """
     structure, cache_structure = structures
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    query, key, value, positions, slots, cos, sin, scales, sinks, ended = inputs
+    query, key, value, positions, slots, cos, sin, scales, sinks, finished = inputs
     outs = refs[structure.num_leaves + cache_structure.num_leaves :]
     count = len(outs) - cache_structure.num_leaves
     cache = jax.tree.unflatten(cache_structure, outs[count:])
-    *splits, stored = *outs[:3], outs[3:count]
+    splits, out_refs = _Splits(*outs[:3], finished), outs[3:count]
     c, group, length = config, query.shape[3], cache.keys.shape[2]
     head_dim, value_dim, parts = key.shape[-1], value.shape[-1], parts_of(cache)
     head, split = pl.program_id(0), pl.program_id(2)
     sequence = launch_dependents(pl.program_id(1), early)
 
-    # All loads are asked for before any is waited for.
+    # All loads are issued before any of their results is used.
     position = positions[sequence]
     slot = sequence if slots is None else slots[sequence]
-    heads = _Heads(head_dim, padded(head_dim, parts), c.rope, cos, sin, sequence)
-    row, of_value = jnp.arange(tiling.rows), jnp.arange(padded(value_dim, parts))
-    make_queries = heads.load(query, (sequence, head, row), row < group, c.query_norm, scales[0])
-    make_key = heads.load(key, (sequence, head), None, c.key_norm, scales[1])
-    new_value = _load_terms(value, (sequence, head, of_value), of_value < value_dim)
+    heads = _Heads(head_dim, padded(head_dim, parts), c.rope, (cos, sin), sequence)
+    row, value_column = jnp.arange(tiling.rows), jnp.arange(padded(value_dim, parts))
+    row_mask = row < group
+    token = _Token(
+        heads.load(query, (sequence, head, row), row_mask, c.query_norm, scales[0]),
+        heads.load(key, (sequence, head), None, c.key_norm, scales[1]),
+        _load_parts(value, (sequence, head, value_column), value_column < value_dim),
+    )
 
-    keys = jnp.clip(position, 0, length) + 1
-    share = jnp.maximum(pl.cdiv(keys, tiling.splits), _LEAST)
-    share = pl.cdiv(share, tiling.keys) * tiling.keys
-    used = pl.cdiv(keys, share)
-    start = split * share
-    stop = jnp.minimum(start + share, keys)
-    ahead = tiling.stages == 1
-
-    def load_step(step: Array | int) -> tuple[AttentionCache, Array]:
-        """Keys and values of a step, and which are seen; if it is `ahead`, the token's own are
-        among these, and still to come."""
-        number = start + step * tiling.keys + jnp.arange(tiling.keys)
-        place, seen = number - 1, number < stop
-        if c.window is not None:
-            behind = position % length - place
-            behind = jnp.where(behind < 0, behind + length, behind)
-            seen &= (number == 0) | ((behind > 0) & (behind < c.window) & (behind <= position))
-        kept = seen & (number > 0)
-        return load_kv(cache, (slot, head, place), kept), seen if ahead else kept
+    used, start, stop = _split_range(position, length, split, tiling)
+    keys = _SplitKeys(cache, slot, head, position, start, stop, tiling, c.window)
 
     @pl.when(split < used)
     def _() -> None:
-        earlier = load_step(0) if ahead else None
-        q = make_queries().astype(dtype)
-        queries = in_parts(q, parts)
-        scale = head_dim**-0.5 if c.scale is None else c.scale
-        score = partial(scores_of, config=c, scale=scale)
-        own_key, kept_key, key_scale = _as_kept(make_key(), cache.keys.dtype)
-        own_value, kept_value, value_scale = _as_kept(_added_up(new_value), cache.values.dtype)
-        new = AttentionCache(kept_key, kept_value, key_scale, value_scale)
+        state = _attend_split(keys, split, token, config, dtype)
+        _store_split(splits, state, (split, sequence, head), row)
 
-        @pl.when(split == 0)
+        @pl.when(_finished_splits(splits, used, sequence, head) == used - 1)
         def _() -> None:
-            exists = (position >= 0) & ((position < length) | (c.window is not None))
-            place = jnp.maximum(position, 0) % length
-            _put(cache, new, (slot, head, place), exists)
+            index = sequence, head + jnp.arange(1)
+            plgpu.store(splits.finished.at[index], jnp.zeros(1, jnp.int32))
+            _combine_splits(splits, sinks, out_refs, layouts, index=(sequence, head), used=used)
 
-        def with_new(x: Array, y: Array) -> Array:
-            # So that the compiler sees which threads may have it.
-            first = (jnp.arange(len(x)) == 0) & (split == 0)
-            return jnp.where(broadcast_along(first, x.shape, 0), jnp.broadcast_to(y, x.shape), x)
 
-        steps, shape = pl.cdiv(stop - start, tiling.keys), (tiling.rows, padded(value_dim, parts))
+def _split_range(
+    position: Array, length: int, split: Array, tiling: triton_flash.Tiling
+) -> tuple[Array, Array, Array]:
+    """How many splits have keys, and the range of keys of one of them.
 
-        def some_keys(
-            i: Array, carry: tuple[SoftmaxState, AttentionCache, Array]
-        ) -> tuple[SoftmaxState, AttentionCache, Array]:
-            """Those that are there; the next are asked for before."""
-            sums, there, seen = carry
-            after = load_step(i + 1)
-            return softmax_update(sums, queries, there, seen[None], score), *after
+    Args:
+      position: of the new token.
+      length: of the cache.
+      split: index of the split.
+      tiling: of a program.
 
-        def some_keys_read(i: Array, sums: SoftmaxState) -> SoftmaxState:
-            there, seen = load_step(i)
-            return softmax_update(sums, queries, there, seen[None], score)
+    Returns:
+      the number of splits that have keys, and the first key and the end of this split.
+    """
+    keys = jnp.clip(position, 0, length) + 1
+    split_keys = jnp.maximum(pl.cdiv(keys, tiling.splits), _MIN_SPLIT_KEYS)
+    split_keys = pl.cdiv(split_keys, tiling.keys) * tiling.keys
+    used = pl.cdiv(keys, split_keys)
+    start = split * split_keys
+    return used, start, jnp.minimum(start + split_keys, keys)
 
-        if ahead:
-            state = SoftmaxState.empty(*shape, parts)
-            carry = (state, jax.tree.map(with_new, earlier[0], new), earlier[1])
-            state, *_ = lax.fori_loop(0, steps, some_keys, carry)
-        else:
-            own = score(jnp.sum(q.astype(jnp.float32) * own_key[None], axis=1))
-            values = jnp.broadcast_to(jnp.where(split == 0, own_value, 0)[None], shape)
-            state = SoftmaxState(
-                jnp.where(split == 0, own, MASK_VALUE),
-                jnp.where(split == 0, jnp.ones_like(own), 0),
-                in_parts(values, parts),
+
+class _SplitKeys(NamedTuple):
+    """The keys and values of a split.
+
+    Attributes:
+      cache: references to the cache.
+      slot, head: indices in the cache.
+      position: of the new token.
+      start, stop: range of keys.
+      tiling: of a program.
+      window: as in `AttentionConfig`.
+    """
+
+    cache: AttentionCache
+    slot: Array
+    head: Array
+    position: Array
+    start: Array
+    stop: Array
+    tiling: triton_flash.Tiling
+    window: int | None
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether a step loads the keys of the next one before it multiplies its own."""
+        return self.tiling.stages == 1
+
+    def load(self, step: Array | int) -> tuple[AttentionCache, Array]:
+        """Loads the keys and values of a step, and computes the mask of the visible keys.
+
+        With `prefetch` the mask includes key 0, which `_replace_first` fills in.
+        """
+        position, length = self.position, self.cache.keys.shape[2]
+        key = self.start + step * self.tiling.keys + jnp.arange(self.tiling.keys)
+        index, visible = key - 1, key < self.stop
+        if self.window is not None:
+            distance = position % length - index
+            distance = jnp.where(distance < 0, distance + length, distance)
+            visible &= (key == 0) | (
+                (distance > 0) & (distance < self.window) & (distance <= position)
             )
-            state = lax.fori_loop(0, steps, some_keys_read, state)
-        largest, total, values = state.m, state.total, concatenated(state.acc)
-        shape = values.shape
-        column, member = (
-            broadcast_along(jnp.arange(shape[1]), shape, 1),
-            broadcast_along(row, shape, 0),
-        )
-        at, mask = (split, sequence, head), (member < group) & (column < value_dim)
-        plgpu.store(splits[0].at[(*at, member, column)], values, mask=mask)
-        for ref, x in zip(splits[1:], (largest, total), strict=True):
-            plgpu.store(ref.at[(*at, row)], x, mask=row < group)
-        if not interpreted():
-            plgpu.debug_barrier()  # all threads have stored before one of them says so
-        before = lax.cond(
-            used > 1,
-            lambda: plgpu.atomic_add(ended, (sequence, head), jnp.ones((), jnp.int32)),
-            lambda: used - 1,
-        )
-
-        @pl.when(before == used - 1)
-        def _() -> None:
-            plgpu.store(ended.at[sequence, head + jnp.arange(1)], jnp.zeros(1, jnp.int32))
-            _combine_splits(splits, sinks, stored, layouts, sequence, head, used)
+        cached = visible & (key > 0)
+        kv = load_kv(self.cache, (self.slot, self.head, index), cached)
+        return kv, visible if self.prefetch else cached
 
 
-def _put(
-    cache: AttentionCache, new: AttentionCache, at: tuple[Array, Array, Array], exists: Array
+def _replace_first(loaded: Array, new: Array, *, split: Array) -> Array:
+    """In split 0, replaces the first of the loaded keys (or values, or scales) by the new one.
+
+    Selecting by a mask instead of a store at an index shows the compiler which threads may hold it.
+    """
+    first = (jnp.arange(len(loaded)) == 0) & (split == 0)
+    mask = broadcast_along(first, loaded.shape, 0)
+    return jnp.where(mask, jnp.broadcast_to(new, loaded.shape), loaded)
+
+
+class _Token(NamedTuple):
+    """The heads of the new token, whose loads have been issued.
+
+    Attributes:
+      queries, key: compute them, as returned by `_Heads.load`.
+      value: split-K parts of the value, `[columns]` each.
+    """
+
+    queries: Callable[[], Array]
+    key: Callable[[], Array]
+    value: list[Array]
+
+
+def _attend_split(
+    keys: _SplitKeys, split: Array, token: _Token, config: AttentionConfig, dtype: jnp.dtype
+) -> SoftmaxState:
+    """Attends to the keys of a split; in split 0, also stores the new token in the cache.
+
+    Args:
+      keys: of the split.
+      split: its index.
+      token: the new token.
+      config: the layer.
+      dtype: of tensor core operands.
+    """
+    cache, position, parts = keys.cache, keys.position, parts_of(keys.cache)
+    first = keys.load(0) if keys.prefetch else None
+    q = token.queries().astype(dtype)
+    q_parts = in_parts(q, parts)
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
+    score = partial(scores_of, config=config, scale=scale)
+    rounded_key, stored_key, key_scale = _quantize(token.key(), cache.keys.dtype)
+    value = _sum_parts(token.value)
+    rounded_value, stored_value, value_scale = _quantize(value, cache.values.dtype)
+    new = AttentionCache(stored_key, stored_value, key_scale, value_scale)
+
+    @pl.when(split == 0)
+    def _() -> None:
+        length = cache.keys.shape[2]
+        exists = (position >= 0) & ((position < length) | (config.window is not None))
+        index = jnp.maximum(position, 0) % length
+        _store_token(cache, new, (keys.slot, keys.head, index), exists)
+
+    def update(state: SoftmaxState, kv: AttentionCache, visible: Array) -> SoftmaxState:
+        return softmax_update(state, q_parts, kv, visible[None], score)
+
+    steps, shape = pl.cdiv(keys.stop - keys.start, keys.tiling.keys), (len(q), len(value))
+    if keys.prefetch:
+        state = SoftmaxState.empty(*shape, parts)
+        kv = jax.tree.map(partial(_replace_first, split=split), first[0], new)
+        return _attend_prefetched(keys, steps, update, state, (kv, first[1]))
+    # The new token, the only key that is not in the cache, initializes the state of split 0.
+    own_score = score(jnp.sum(q.astype(jnp.float32) * rounded_key[None], axis=1))
+    values = jnp.broadcast_to(jnp.where(split == 0, rounded_value, 0)[None], shape)
+    state = SoftmaxState(
+        jnp.where(split == 0, own_score, MASK_VALUE),
+        jnp.where(split == 0, jnp.ones_like(own_score), 0),
+        in_parts(values, parts),
+    )
+    return lax.fori_loop(0, steps, lambda i, s: update(s, *keys.load(i)), state)
+
+
+def _attend_prefetched(
+    keys: _SplitKeys,
+    steps: Array,
+    update: Callable[[SoftmaxState, AttentionCache, Array], SoftmaxState],
+    state: SoftmaxState,
+    loaded: tuple[AttentionCache, Array],
+) -> SoftmaxState:
+    """Attends to all keys of a split; every step first issues the loads of the next one.
+
+    Args:
+      keys: of the split.
+      steps: number of steps.
+      update: attends to the loaded keys of a step, given their mask.
+      state: before the first step.
+      loaded: keys, values and mask of the first step.
+    """
+
+    def step(
+        i: Array, carry: tuple[SoftmaxState, AttentionCache, Array]
+    ) -> tuple[SoftmaxState, AttentionCache, Array]:
+        state, kv, visible = carry
+        following = keys.load(i + 1)
+        return update(state, kv, visible), *following
+
+    state, *_ = lax.fori_loop(0, steps, step, (state, *loaded))
+    return state
+
+
+def _store_split(
+    splits: _Splits, state: SoftmaxState, index: tuple[Array, Array, Array], row: Array
 ) -> None:
-    """Stores a token's key and value in a cache of references, at a slot, head and place."""
+    """Stores the softmax state of a split.
+
+    Args:
+      splits: where to store it.
+      state: of all rows of the tile.
+      index: split, sequence and KV head.
+      row: indices of the rows of the tile; those past the group are padding.
+    """
+    *_, group, value_dim = splits.acc.shape
+    acc = concatenated(state.acc)
+    shape = acc.shape
+    column, member = (
+        broadcast_along(jnp.arange(shape[1]), shape, 1),
+        broadcast_along(row, shape, 0),
+    )
+    mask = (member < group) & (column < value_dim)
+    plgpu.store(splits.acc.at[(*index, member, column)], acc, mask=mask)
+    for ref, x in ((splits.m, state.m), (splits.total, state.total)):
+        plgpu.store(ref.at[(*index, row)], x, mask=row < group)
+
+
+def _finished_splits(splits: _Splits, used: Array, sequence: Array, head: Array) -> Array:
+    """Counts this split as finished, and returns how many finished before it."""
+    if not interpreted():
+        plgpu.debug_barrier()  # all threads must have stored before one of them counts
+    return lax.cond(
+        used > 1,
+        lambda: plgpu.atomic_add(splits.finished, (sequence, head), jnp.ones((), jnp.int32)),
+        lambda: used - 1,
+    )
+
+
+def _store_token(
+    cache: AttentionCache, new: AttentionCache, index: tuple[Array, Array, Array], exists: Array
+) -> None:
+    """Stores the key and value of a token in the cache, at slot, head and index in the slot."""
     for ref, x in ((cache.keys, new.keys), (cache.values, new.values)):
         column = jnp.arange(x.shape[0])
-        plgpu.store(ref.at[(*at, column)], x, mask=(column < ref.shape[-1]) & exists)
-    slot, head, place = at
+        plgpu.store(ref.at[(*index, column)], x, mask=(column < ref.shape[-1]) & exists)
+    slot, head, position = index
     for ref, x in ((cache.key_scale, new.key_scale), (cache.value_scale, new.value_scale)):
         if ref is not None:
-            plgpu.store(ref.at[slot, head, place + jnp.arange(1)], x, mask=jnp.full(1, exists))
+            plgpu.store(ref.at[slot, head, position + jnp.arange(1)], x, mask=jnp.full(1, exists))
 
 
-def _as_kept(x: Array, kept: jnp.dtype) -> tuple[Array, Array, Array | None]:
-    """A key or value `[width]` as attention sees it, float32, as it is in a cache, and its scale
-    `[1]` if it has one."""
-    if jnp.issubdtype(kept, jnp.floating):
-        x = x.astype(kept)
+def _quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array, Array | None]:
+    """Converts a key or value to the dtype of the cache.
+
+    Args:
+      x: float32 `[width]`.
+      dtype: floating-point, int8, or int16 for pairs of int8.
+
+    Returns:
+      the value that attention will read back, float32 `[width]`; the elements to store; and their
+      scale, float32 `[1]`, or None.
+    """
+    if jnp.issubdtype(dtype, jnp.floating):
+        x = x.astype(dtype)
         return x.astype(jnp.float32), x, None
     scale = largest_magnitude(x, 0, keepdims=True) / 127
     codes = jnp.floor(x / jnp.where(scale > 0, scale, 1) + 0.5).astype(jnp.int32)
-    seen = codes.astype(jnp.float32) * scale
-    if kept == jnp.int16:  # two of 8 bits
-        first, second = in_parts(codes, 2)
-        codes = (first & 0xFF) | (second << 8)
-    return seen, codes.astype(kept), scale
+    rounded = codes.astype(jnp.float32) * scale
+    if dtype == jnp.int16:
+        even, odd = in_parts(codes, 2)
+        codes = (even & 0xFF) | (odd << 8)
+    return rounded, codes.astype(dtype), scale
 
 
 def _combine_splits(
-    splits: Sequence[jax.Ref],
+    splits: _Splits,
     sinks: jax.Ref | None,
-    stored: Sequence[jax.Ref],
+    out_refs: Sequence[jax.Ref],
     layouts: Sequence[ActivationLayout],
-    sequence: Array,
-    head: Array,
+    *,
+    index: tuple[Array, Array],
     used: Array,
 ) -> None:
-    """Puts together what the splits have for one head of keys, and stores it.
+    """Combines the softmax states of all splits of one KV head, and stores the result.
 
     Args:
-      splits: values, largest scores and sums of weights.
+      splits: their states.
       sinks: as in `attend`.
-      stored: results.
-      layouts: of the results.
-      sequence, head: which.
-      used: splits that have anything.
+      out_refs: the result in its layouts.
+      layouts: of the result.
+      index: sequence and KV head.
+      used: number of splits that have keys.
     """
-    values_ref, largest_ref, total_ref = splits
-    most, _, _, group, value_dim = values_ref.shape
+    sequence, head = index
+    _, _, _, group, value_dim = splits.acc.shape
     blocks = value_dim // BLOCK
     member, block = jnp.arange(pl.next_power_of_2(group)), jnp.arange(pl.next_power_of_2(blocks))
-    at_once = min(most, max(1, _JOINED // (len(member) * len(block) * BLOCK)))
+    m, total, acc = _reduce_splits(splits, index, member, block, used)
+    rows = acc.shape
+    if sinks is not None:
+        query_head = head * group + member
+        sink = plgpu.load(sinks.at[query_head], mask=member < group, other=0.0) * LOG2_E
+        final = jnp.maximum(m, sink)
+        rescale = jnp.exp2(m - final)
+        acc *= _per_row(rescale, rows)
+        total = total * rescale + jnp.exp2(sink - final)
+    y = acc * _per_row(1 / jnp.maximum(total, 1e-30), rows)
+    shape = rows[:2]
+    out_block = (head * group + broadcast_along(member, shape, 0)) * blocks + broadcast_along(
+        block, shape, 1
+    )
+    mask = broadcast_along(member < group, shape, 0) & broadcast_along(block < blocks, shape, 1)
+    store_layouts(layouts, out_refs, sequence, out_block, mask, y)
+
+
+def _reduce_splits(
+    splits: _Splits, index: tuple[Array, Array], member: Array, block: Array, used: Array
+) -> tuple[Array, Array, Array]:
+    """Merges the softmax states of all splits of one KV head.
+
+    Args:
+      splits: their states.
+      index: sequence and KV head.
+      member: indices of the query heads of the group, padded, `[members]`.
+      block: indices of the blocks of a value, padded, `[blocks]`.
+      used: number of splits that have keys.
+
+    Returns:
+      largest scores and sums of weights, float32 `[members]`, and weighted sums of values, float32
+      `[members, blocks, 2, 4, 4]`.
+    """
+    sequence, head = index
+    most, _, _, group, value_dim = splits.acc.shape
+    blocks = value_dim // BLOCK
+    step_splits = min(most, max(1, _COMBINED_ELEMENTS // (len(member) * len(block) * BLOCK)))
     rows = (len(member), *block_elements(block).shape)
-    shape = (at_once, *rows)
+    shape = (step_splits, *rows)
     element = jnp.broadcast_to(block_elements(block)[None, None], shape)
     exists = broadcast_along(member < group, shape, 1) & broadcast_along(block < blocks, shape, 2)
 
     def load(ref: jax.Ref, at: tuple, mask: Array, other: float) -> Array:
-        # What other programs have written is not in this one's cache.
+        # Volatile: other programs wrote this, and the L1 cache is not coherent.
         return plgpu.load(ref.at[at], mask=mask, other=other, volatile=True)
 
     def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest, total, values = carry
-        split = i * at_once + jnp.arange(at_once)
-        of_row = (at_once, len(member))
-        mask = broadcast_along(split < used, of_row, 0) & broadcast_along(member < group, of_row, 1)
-        at = (broadcast_along(split, of_row, 0), sequence, head, broadcast_along(member, of_row, 1))
-        more = load(largest_ref, at, mask, MASK_VALUE)
-        now_largest = jnp.maximum(largest, jnp.max(more, axis=0))
-        weight, fade = jnp.exp2(more - now_largest[None]), jnp.exp2(largest - now_largest)
-        total = total * fade + jnp.sum(weight * load(total_ref, at, mask, 0.0), axis=0)
+        m, total, acc = carry
+        split = i * step_splits + jnp.arange(step_splits)
+        row_shape = (step_splits, len(member))
+        mask = broadcast_along(split < used, row_shape, 0) & broadcast_along(
+            member < group, row_shape, 1
+        )
+        at = (
+            broadcast_along(split, row_shape, 0),
+            sequence,
+            head,
+            broadcast_along(member, row_shape, 1),
+        )
+        split_m = load(splits.m, at, mask, MASK_VALUE)
+        new_m = jnp.maximum(m, jnp.max(split_m, axis=0))
+        weight, rescale = jnp.exp2(split_m - new_m[None]), jnp.exp2(m - new_m)
+        total = total * rescale + jnp.sum(weight * load(splits.total, at, mask, 0.0), axis=0)
         at = (
             broadcast_along(split, shape, 0),
             sequence,
@@ -487,35 +718,19 @@ def _combine_splits(
             broadcast_along(member, shape, 1),
             element,
         )
-        more = load(values_ref, at, exists & broadcast_along(split < used, shape, 0), 0.0)
+        split_acc = load(splits.acc, at, exists & broadcast_along(split < used, shape, 0), 0.0)
         weight = jnp.broadcast_to(weight[..., None, None, None, None], shape)
-        fade = _of_rows(fade, rows)
-        return now_largest, total, values * fade + jnp.sum(more * weight, axis=0)
+        rescale = _per_row(rescale, rows)
+        return new_m, total, acc * rescale + jnp.sum(split_acc * weight, axis=0)
 
     carry = (
         jnp.full(len(member), MASK_VALUE, jnp.float32),
         jnp.zeros(len(member), jnp.float32),
         jnp.zeros(rows, jnp.float32),
     )
-    largest, total, values = lax.fori_loop(0, pl.cdiv(used, at_once), step, carry)
-    if sinks is not None:
-        at = head * group + member
-        sink = plgpu.load(sinks.at[at], mask=member < group, other=0.0) * LOG2_E
-        final = jnp.maximum(largest, sink)
-        fade = jnp.exp2(largest - final)
-        values *= _of_rows(fade, rows)
-        total = total * fade + jnp.exp2(sink - final)
-    y = values * _of_rows(1 / jnp.maximum(total, 1e-30), rows)
-    of_head = rows[:2]
-    at = (head * group + broadcast_along(member, of_head, 0)) * blocks + broadcast_along(
-        block, of_head, 1
-    )
-    inside = broadcast_along(member < group, of_head, 0) & broadcast_along(
-        block < blocks, of_head, 1
-    )
-    store_layouts(layouts, stored, sequence, at, inside, y)
+    return lax.fori_loop(0, pl.cdiv(used, step_splits), step, carry)
 
 
-def _of_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """`[rows]` as `[rows, blocks, 2, 4, 4]`."""
+def _per_row(x: Array, shape: tuple[int, ...]) -> Array:
+    """`[rows]` broadcast to `[rows, blocks, 2, 4, 4]`."""
     return jnp.broadcast_to(x[:, None, None, None, None], shape)

@@ -1,8 +1,10 @@
-"""One kernel between projections and attention.
+"""The kernel between projections and attention.
 
-Heads are normalized and turned, and the new keys and values are put into the cache.
+It normalizes and rotates heads, and writes the new keys and values to the cache.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -18,34 +20,35 @@ from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.pallas import pl, plgpu
 
-_ELEMENTS = 2048  # of a program at most, and its warps; a head and a warp where tokens are few
-_WARPS = 4
-_FEW = 32
+_MAX_ELEMENTS = 2048  # of a program
+_WARPS = 4  # of a program
+_FEW_TOKENS = 32  # up to which a program has a single head and a single warp
 
 
 def supports(
     config: AttentionConfig, batch: Batch, cache: AttentionCache | None, dtype: jnp.dtype
 ) -> bool:
-    """Whether `rope_cache_update` can do what a layer needs."""
+    """Whether `rope_cache_update` supports a layer."""
     c = config
 
-    def simple(norm: NormConfig | None) -> bool:
+    def is_rms(norm: NormConfig | None) -> bool:
         return norm is None or (norm.kind == "rms" and not norm.bias)
 
     normed = c.query_norm is not None or c.key_norm is not None
     return (
         cache is not None
         and cache.values is not None
-        and max(cache.keys.size, cache.values.size) < 2**31  # elements are counted in 32 bits
-        and (batch.positions.shape[1] == 1 or c.window is None)  # no new key is in another's place
+        and max(cache.keys.size, cache.values.size) < 2**31  # indices are 32-bit
+        # A chunk may wrap around a ring buffer: two of its tokens would store to one index.
+        and (batch.positions.shape[1] == 1 or c.window is None)
         and jnp.dtype(dtype).itemsize == 2
         and c.kv_source is None
         and c.rope is not None
         and c.clip_qkv is None
         and c.attn_temperature is None
         and c.value_norm is None
-        and simple(c.query_norm)
-        and simple(c.key_norm)
+        and is_rms(c.query_norm)
+        and is_rms(c.key_norm)
         and (not normed or (c.norm_over == "head" and c.norm_first))
     )
 
@@ -60,17 +63,17 @@ def rope_cache_update(
     config: AttentionConfig,
     params: AttentionParams,
 ) -> tuple[Array, AttentionCache]:
-    """Queries as attention reads them, and the cache with the new tokens.
+    """Normalizes and rotates queries and keys, and adds the new tokens to the cache.
 
     Args:
       query, key, value: projections, `[batch, time, heads * width]`.
-      batch: where the tokens belong; nothing is written for padding.
-      cache: of earlier tokens.
-      config: one that is supported.
-      params: parameters of norms.
+      batch: slots and positions of the tokens; nothing is written for padding.
+      cache: keys and values of earlier tokens.
+      config: a supported layer.
+      params: parameters of the norms.
 
     Returns:
-      `[batch, time, heads, head_dim]` in the dtype of `query`, and the cache.
+      queries `[batch, time, heads, head_dim]` in the dtype of `query`, and the cache.
     """
     c, tokens = config, batch.positions.size
     cos, sin = rope_cos_sin(batch.positions, c.rope, batch.freq_factors.get(c.rope.freq_factors))
@@ -87,134 +90,212 @@ def rope_cache_update(
     )
     leaves, structure = jax.tree.flatten(inputs)
     width = pl.next_power_of_2(max(c.head_dim, value.shape[-1] // kv_heads))
-    most = 1 if tokens <= _FEW else max(1, _ELEMENTS // width)
-    together, kv_together = (min(most, pl.next_power_of_2(n)) for n in (heads, kv_heads))
-    kept, cache_structure = jax.tree.flatten(cache)
+    most = 1 if tokens <= _FEW_TOKENS else max(1, _MAX_ELEMENTS // width)
+    heads_per_program = tuple(min(most, pl.next_power_of_2(n)) for n in (heads, kv_heads))
+    programs = sum(map(pl.cdiv, (heads, kv_heads), heads_per_program))
+    cache_leaves, cache_structure = jax.tree.flatten(cache)
     queries = jax.ShapeDtypeStruct((tokens, heads, c.head_dim), query.dtype)
-    queries, *kept = pl.pallas_call(
+    queries, *cache_leaves = pl.pallas_call(
         partial(
             _rope_cache_update_kernel,
             structures=(structure, cache_structure),
-            together=(together, kv_together),
+            heads_per_program=heads_per_program,
             rope=c.rope,
             norms=(c.query_norm, c.key_norm),
             ring=c.window is not None,
         ),
-        grid=(tokens, pl.cdiv(heads, together) + pl.cdiv(kv_heads, kv_together)),
-        out_shape=[queries, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]],
-        input_output_aliases={len(leaves) + i: 1 + i for i in range(len(kept))},
+        grid=(tokens, programs),
+        out_shape=[queries, *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache_leaves]],
+        input_output_aliases={len(leaves) + i: 1 + i for i in range(len(cache_leaves))},
         compiler_params=plgpu.CompilerParams(
-            num_warps=1 if tokens <= _FEW else _WARPS, num_stages=1
+            num_warps=1 if tokens <= _FEW_TOKENS else _WARPS, num_stages=1
         ),
         interpret=interpreted(),
         name="rope_cache_update",
-    )(*leaves, *kept)
-    return queries.reshape(*batch.positions.shape, heads, -1), jax.tree.unflatten(
-        cache_structure, kept
-    )
+    )(*leaves, *cache_leaves)
+    cache = jax.tree.unflatten(cache_structure, cache_leaves)
+    return queries.reshape(*batch.positions.shape, heads, -1), cache
 
 
 def _rope_cache_update_kernel(
     *refs: jax.Ref,
     structures: tuple[Any, Any],
-    together: tuple[int, int],
+    heads_per_program: tuple[int, int],
     rope: RopeConfig,
     norms: tuple[NormConfig | None, NormConfig | None],
     ring: bool,
 ) -> None:
-    """Some heads of one token: of queries, or of keys and values.
+    """Processes some query heads, or some key and value heads, of one token.
 
-    A head is in parts: where it turns by halves, each half is one and what does not turn another.
+    Args:
+      *refs: inputs and the cache; then the queries and, aliased, the cache.
+      structures: of the inputs and of the cache.
+      heads_per_program: query heads, and KV heads.
+      rope: of queries and keys.
+      norms: of queries and of keys.
+      ring: the cache is a ring buffer: positions wrap around.
     """
     structure, cache_structure = structures
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     query, key, value, positions, slots, cos, sin, scales = inputs
-    queries_ref, *kept = refs[structure.num_leaves + cache_structure.num_leaves :]
-    cache = jax.tree.unflatten(cache_structure, kept)
+    queries_ref, *cache_refs = refs[structure.num_leaves + cache_structure.num_leaves :]
+    cache = jax.tree.unflatten(cache_structure, cache_refs)
     token, program = pl.program_id(0), pl.program_id(1)
-    (heads, head_dim), (kv_heads, value_dim) = query.shape[1:], value.shape[1:]
-    half = rope.dim // 2
-    bounds = [0, head_dim] if rope.interleaved else [0, half, rope.dim, head_dim]
-    parts = [_Columns(*ends) for ends in zip(bounds, bounds[1:], strict=False) if len({*ends}) > 1]
-    pairs = _Columns(0, half, parts[0].size // 2 if rope.interleaved else None)
+    (heads, head_dim), value_dim = query.shape[1:], value.shape[-1]
+    rotation = _Rotation(rope, head_dim, (cos, sin), token)
+    query_programs = pl.cdiv(heads, heads_per_program[0])
 
-    def load(ref: jax.Ref, head: Array, columns: _Columns) -> Array:
-        """float32 `[heads, columns]`."""
-        at, mask = columns.of(head, ref.shape[1])
-        x = plgpu.load(ref.at[token, *at], mask=mask, other=jnp.zeros((), ref.dtype))
-        return x.astype(jnp.float32)
-
-    def load_row(ref: jax.Ref, before: tuple, columns: _Columns, other: float = 0.0) -> Array:
-        """float32 `[1, columns]`."""
-        return plgpu.load(ref.at[*before, columns.index], mask=columns.inside, other=other)[None]
-
-    def turned(
-        ref: jax.Ref, head: Array, norm: NormConfig | None, scale: jax.Ref | None
-    ) -> list[Array]:
-        """The parts of heads, float32 `[heads, columns]`."""
-        xs = [load(ref, head, part) for part in parts]
-        c, s = load_row(cos, (token,), pairs, 1.0), load_row(sin, (token,), pairs)
-        if norm is not None:
-            mean = sum(jnp.sum(x * x, axis=1) for x in xs) / head_dim
-            factor = jax.lax.rsqrt(mean + norm.epsilon)[:, None]
-            xs = [x * factor for x in xs]
-            if scale is not None:
-                xs = [x * load_row(scale, (), p) for x, p in zip(xs, parts, strict=True)]
-        if rope.interleaved:
-            x, y = jnp.unstack(xs[0].reshape(len(head), -1, 2), axis=2)
-            return [jnp.stack([x * c - y * s, y * c + x * s], axis=2).reshape(len(head), -1)]
-        x, y, *rest = xs
-        return [x * c - y * s, y * c + x * s, *rest]
-
-    @pl.when(program < pl.cdiv(heads, together[0]))
+    @pl.when(program < query_programs)
     def _() -> None:
-        head = program * together[0] + jnp.arange(together[0])
-        for part, y in zip(parts, turned(query, head, norms[0], scales[0]), strict=True):
-            at, mask = part.of(head, heads)
-            plgpu.store(queries_ref.at[token, *at], y.astype(queries_ref.dtype), mask=mask)
+        head = program * heads_per_program[0] + jnp.arange(heads_per_program[0])
+        rotated = rotation.load_heads(query, head, norms[0], scales[0])
+        for columns, y in zip(rotation.ranges, rotated, strict=True):
+            index, mask = columns.tile(head, heads)
+            plgpu.store(queries_ref.at[token, *index], y.astype(queries_ref.dtype), mask=mask)
 
-    @pl.when(program >= pl.cdiv(heads, together[0]))
+    @pl.when(program >= query_programs)
     def _() -> None:
-        first = (program - pl.cdiv(heads, together[0])) * together[1]
-        head = first + jnp.arange(together[1])
+        first = (program - query_programs) * heads_per_program[1]
+        head = first + jnp.arange(heads_per_program[1])
         length, (_, time) = cache.keys.shape[2], positions.shape
         sequence = token // time
         position = positions[sequence, token % time]
         slot = sequence if slots is None else slots[sequence]
         exists = (position >= 0) & (ring | (position < length))
-        spot = jnp.maximum(position, 0) % length
-        whole = _Columns(0, value_dim)
-        values = load(value, head, whole)
-
-        def keep(
-            ref: jax.Ref, scale_ref: jax.Ref | None, xs: list[Array], parts: list[_Columns]
-        ) -> None:
-            if scale_ref is not None:
-                largest = [largest_magnitude(x, 1) for x in xs]
-                scale = reduce(lambda a, b: jnp.where((a > b) | (a != a), a, b), largest) / 127
-                divisor = jnp.where(scale > 0, scale, 1)[:, None]
-                xs = [jnp.floor(x / divisor + 0.5) for x in xs]
-                mask = exists & (head < kv_heads)
-                plgpu.store(scale_ref.at[slot, head, spot], scale, mask=mask)
-            for part, x in zip(parts, xs, strict=True):
-                (row, column), mask = part.of(head, kv_heads)
-                at = (slot, row, spot, column)
-                plgpu.store(ref.at[at], x.astype(ref.dtype), mask=mask & exists)
-
-        keep(cache.keys, cache.key_scale, turned(key, head, norms[1], scales[1]), parts)
-        keep(cache.values, cache.value_scale, [values], [whole])
+        target = _CacheRows(slot, head, jnp.maximum(position, 0) % length, exists)
+        value_columns = _ColumnRange(0, value_dim)
+        values = _load_tile(value, token, head, value_columns)
+        keys = rotation.load_heads(key, head, norms[1], scales[1])
+        _store(cache.keys, cache.key_scale, target, keys, rotation.ranges)
+        _store(cache.values, cache.value_scale, target, [values], [value_columns])
 
 
-class _Columns:
-    """Columns of a head from `first` to `stop`, as many as a power of two."""
+class _ColumnRange:
+    """Columns `first` to `stop` of a head, padded to a power of two.
+
+    Attributes:
+      size: padded number of columns.
+      index: of each column, int32 `[size]`.
+      mask: the columns that exist, bool `[size]`.
+    """
 
     def __init__(self, first: int, stop: int, size: int | None = None) -> None:
         self.size = size or pl.next_power_of_2(stop - first)
         self.index = first + jnp.arange(self.size)
-        self.inside = self.index < stop
+        self.mask = self.index < stop
 
-    def of(self, head: Array, heads: int) -> tuple[tuple[Array, Array], Array]:
-        """Indices `[heads, columns]` of both and what exists."""
+    def tile(self, head: Array, heads: int) -> tuple[tuple[Array, Array], Array]:
+        """The indices of heads and columns, and their mask, `[len(head), size]` each."""
         shape = (len(head), self.size)
         row, column = jnp.broadcast_to(head[:, None], shape), jnp.broadcast_to(self.index, shape)
-        return (row, column), (row < heads) & self.inside[None]
+        return (row, column), (row < heads) & self.mask[None]
+
+
+def _load_tile(ref: jax.Ref, token: Array, head: Array, columns: _ColumnRange) -> Array:
+    """Loads columns of heads of a token, float32 `[heads, columns]`."""
+    index, mask = columns.tile(head, ref.shape[1])
+    x = plgpu.load(ref.at[token, *index], mask=mask, other=jnp.zeros((), ref.dtype))
+    return x.astype(jnp.float32)
+
+
+def _load_row(ref: jax.Ref, leading: tuple, columns: _ColumnRange, padding: float = 0.0) -> Array:
+    """Loads columns of a vector, float32 `[1, columns]`."""
+    return plgpu.load(ref.at[*leading, columns.index], mask=columns.mask, other=padding)[None]
+
+
+class _Rotation:
+    """Loads heads of a token, normalized and rotated.
+
+    A head is loaded in ranges of columns, so that the rotation is element-wise: the two halves of
+    the rotated dimensions, then the rest. Interleaved dimensions are one range.
+
+    Args:
+      rope: the rotation.
+      head_dim: columns of a head.
+      factors: references to cosines and sines, float32 `[tokens, rope.dim / 2]`.
+      token: index of the token.
+
+    Attributes:
+      ranges: the ranges of columns.
+    """
+
+    def __init__(
+        self, rope: RopeConfig, head_dim: int, factors: tuple[jax.Ref, jax.Ref], token: Array
+    ) -> None:
+        half = rope.dim // 2
+        bounds = [0, head_dim] if rope.interleaved else [0, half, rope.dim, head_dim]
+        pairs = zip(bounds, bounds[1:], strict=False)
+        self.ranges = [_ColumnRange(*ends) for ends in pairs if len({*ends}) > 1]
+        first_size = self.ranges[0].size
+        self._half = _ColumnRange(0, half, first_size // 2 if rope.interleaved else None)
+        self._interleaved, self._head_dim = rope.interleaved, head_dim
+        self._factors, self._token = factors, token
+
+    def load_heads(
+        self, ref: jax.Ref, head: Array, norm: NormConfig | None, scale: jax.Ref | None
+    ) -> list[Array]:
+        """Loads heads: for each range of columns, float32 `[heads, columns]`.
+
+        Args:
+          ref: projections, `[tokens, heads, head_dim]`.
+          head: indices of the heads.
+          norm: of heads, or None.
+          scale: of the norm, `[head_dim]`, or None.
+        """
+        xs = [_load_tile(ref, self._token, head, columns) for columns in self.ranges]
+        (cos, sin), leading = self._factors, (self._token,)
+        c, s = _load_row(cos, leading, self._half, 1.0), _load_row(sin, leading, self._half)
+        if norm is not None:
+            mean = sum(jnp.sum(x * x, axis=1) for x in xs) / self._head_dim
+            factor = jax.lax.rsqrt(mean + norm.epsilon)[:, None]
+            xs = [x * factor for x in xs]
+            if scale is not None:
+                ranges = zip(xs, self.ranges, strict=True)
+                xs = [x * _load_row(scale, (), columns) for x, columns in ranges]
+        if self._interleaved:
+            x, y = jnp.unstack(xs[0].reshape(len(head), -1, 2), axis=2)
+            return [jnp.stack([x * c - y * s, y * c + x * s], axis=2).reshape(len(head), -1)]
+        x, y, *rest = xs
+        return [x * c - y * s, y * c + x * s, *rest]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CacheRows:
+    """Where a token's keys and values go: slot, heads `[heads]`, index in the slot; and whether the
+    token exists."""
+
+    slot: Array
+    head: Array
+    index: Array
+    exists: Array
+
+
+def _store(
+    ref: jax.Ref,
+    scale_ref: jax.Ref | None,
+    target: _CacheRows,
+    xs: list[Array],
+    ranges: Sequence[_ColumnRange],
+) -> None:
+    """Stores a token's keys or values in the cache, quantized to int8 if it has scales.
+
+    Args:
+      ref: `[slots, heads, length, width]`.
+      scale_ref: `[slots, heads, length]`, or None.
+      target: where to store them.
+      xs: for each range of columns, float32 `[heads, columns]`.
+      ranges: the ranges of columns.
+    """
+    slot, head, index, exists = target.slot, target.head, target.index, target.exists
+    heads = ref.shape[1]
+    if scale_ref is not None:
+        largest = [largest_magnitude(x, 1) for x in xs]
+        # A maximum that propagates NaN, unlike Triton's.
+        scale = reduce(lambda a, b: jnp.where((a > b) | (a != a), a, b), largest) / 127
+        divisor = jnp.where(scale > 0, scale, 1)[:, None]
+        xs = [jnp.floor(x / divisor + 0.5) for x in xs]
+        mask = exists & (head < heads)
+        plgpu.store(scale_ref.at[slot, head, index], scale, mask=mask)
+    for columns, x in zip(ranges, xs, strict=True):
+        (row, column), mask = columns.tile(head, heads)
+        plgpu.store(ref.at[slot, row, index, column], x.astype(ref.dtype), mask=mask & exists)

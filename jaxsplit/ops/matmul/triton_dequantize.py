@@ -1,7 +1,7 @@
-"""Quantized matrices made plain, for products with many rows: a kernel for GPUs."""
+"""Dequantizes matrices for matmuls with many rows: a Triton kernel."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -11,21 +11,21 @@ from jax import Array, lax
 from jaxsplit.context import interpreted
 from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.ops.matmul.float8 import LEAST_BOUND
-from jaxsplit.ops.matmul.triton_gemv_int8 import GROUPS
+from jaxsplit.ops.matmul.triton_gemv_int8 import GROUP_PLANES
 from jaxsplit.pallas import pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, value_of, with_words
+from jaxsplit.quant.qtensor import QTensor, decode_codes, to_u32
 
-_WIDTH = 8  # neighbouring weights of a thread
-_UNITS = 256  # of so many weights, in each program
+_WIDTH = 8  # neighboring weights that a thread dequantizes together: a unit
+_UNITS = 256  # of a program
 _WARPS = 4
 
 
 def supports(w: QTensor) -> bool:
-    """Whether `dequantize` serves a matrix."""
-    words = all(w.form.chunk * bits % 32 == 0 for bits in w.form.bits)
-    groups = w.scale.shape[-1] * 8 // w.form.scale_bits
-    # Elements are counted in 32 bits.
-    return words and w.shape[-1] // groups % _WIDTH == 0 and math.prod(w.shape) < 2**31
+    """Whether `dequantize` supports a matrix."""
+    aligned = all(w.layout.chunk * bits % 32 == 0 for bits in w.layout.bits)
+    groups = w.scale.shape[-1] * 8 // w.layout.scale_bits
+    # Indices are 32-bit.
+    return aligned and w.shape[-1] // groups % _WIDTH == 0 and math.prod(w.shape) < 2**31
 
 
 def dequantize(
@@ -35,18 +35,18 @@ def dequantize(
     bounds: Sequence[Array] | None = None,
     after: Array | None = None,
 ) -> Array:
-    """The rows of matrices `[out, in]`, one after another, computed in float32: `[sum of out, in]`.
+    """Dequantizes matrices and concatenates their rows: `[sum of out, in]`. Computes in float32.
 
     Args:
-      weights: ones that `supports`; planes of bytes are turned into words.
+      weights: supported matrices `[out, in]`; planes of bytes are converted to uint32.
       dtype: of the result.
-      bounds: float32 `[out]` for each matrix: rows are scaled so that these become the largest
-        number of the result's dtype; None: they are not.
-      after: computed first, whatever it is.
+      bounds: float32 `[out]` for each matrix: every row is scaled so that its bound becomes the
+        largest number of `dtype`; None: no scaling.
+      after: an array that XLA must compute before it launches the kernel. The kernel ignores it.
     """
     columns = weights[0].shape[1]
     sizes = [math.prod(w.shape) for w in weights]
-    weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
+    weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
     flat = jax.tree.map(lambda plane: plane.reshape(-1), weights)
     inputs, structure = jax.tree.flatten((flat, bounds, after))
     y = pl.pallas_call(
@@ -63,21 +63,22 @@ def dequantize(
 def _dequantize_kernel(
     *refs: jax.Ref, structure: jax.tree_util.PyTreeDef, sizes: Sequence[int], columns: int
 ) -> None:
-    """Some neighbouring weights of one matrix.
+    """Dequantizes neighboring weights of one matrix.
 
     Args:
-      *refs: matrices, perhaps bounds of their rows, what is computed first, and the result.
-      structure: of all but the result.
-      sizes: weights of each matrix.
-      columns: weights in a row.
+      *refs: inputs, then the output.
+      structure: of the inputs: matrices, bounds and `after`.
+      sizes: number of weights of each matrix.
+      columns: weights per row.
     """
     *refs, out_ref = refs
     weights, bounds, _ = jax.tree.unflatten(structure, refs)
     program, first = pl.program_id(0), 0
     bounds = bounds or [None] * len(weights)
-    for w, size, bound in zip(weights, sizes, bounds, strict=True):
+    for w, size, row_bounds in zip(weights, sizes, bounds, strict=True):
         programs = pl.cdiv(size, _UNITS * _WIDTH)
-        store = partial(_dequantize, w, size, program, first, out_ref, bound, columns)
+        options = {"first": first, "row_bounds": row_bounds, "columns": columns}
+        store = partial(_dequantize, w, size, program, out_ref, **options)
         if len(weights) == 1:
             store()
         else:
@@ -89,75 +90,94 @@ def _dequantize(
     w: QTensor,
     size: int,
     program: Array,
-    first: int,
     out_ref: jax.Ref,
-    bounds: jax.Ref | None,
+    *,
+    first: int,
+    row_bounds: jax.Ref | None,
     columns: int,
 ) -> None:
-    """Some neighbouring weights of a matrix.
+    """Dequantizes and stores the weights of a program.
 
     Args:
-      w: planes `[n]`.
-      size: weights that there are.
-      program: which of those for the matrix.
-      first: where in the result the matrix begins.
-      out_ref: the result.
-      bounds: of its rows, or None.
-      columns: weights in a row.
+      w: the matrix, its planes flattened to `[n]`.
+      size: number of weights of the matrix.
+      program: index of the program among those of the matrix.
+      out_ref: the result, flattened.
+      first: index in the result of the matrix's first weight.
+      row_bounds: bounds of the matrix's rows, or None.
+      columns: weights per row.
     """
-    form = w.form
-    weight = (program * _UNITS + jnp.arange(_UNITS)) * _WIDTH
-    of_unit = jnp.arange(_WIDTH)
+    layout = w.layout
+    weight = (program * _UNITS + jnp.arange(_UNITS)) * _WIDTH  # the first of each unit
+    offset = jnp.arange(_WIDTH)
 
-    def inside(at: Array) -> dict[str, Array]:
-        """The mask of what there is at some indices `[units, ...]`."""
+    def mask_options(index: Array) -> dict[str, Array]:
+        """The `mask` argument of loads and stores at indices `[units, ...]`; none if all exist."""
         if size % (_UNITS * _WIDTH) == 0:
             return {}
-        exists = (weight < size).reshape(-1, *[1] * (at.ndim - 1))
-        return {"mask": jnp.broadcast_to(exists, at.shape)}
+        mask = (weight < size).reshape(-1, *[1] * (index.ndim - 1))
+        return {"mask": jnp.broadcast_to(mask, index.shape)}
 
-    def load(ref: jax.Ref, at: Array) -> Array:
-        mask = inside(at)
-        return plgpu.load(ref.at[at], **mask, other=jnp.zeros((), ref.dtype) if mask else None)
-
-    def codes(plane: jax.Ref, bits: int) -> Array:
-        """`[units, width]` of one plane."""
-
-        def word(weight: Array) -> Array:
-            """With the codes of this and the next three weights in front in its bytes."""
-            chunk, of_chunk = divmod_pow2(weight, form.chunk)
-            piece, byte = divmod_pow2(of_chunk, form.chunk * bits // 8)
-            word = load(plane, chunk * (form.chunk * bits // 32) + (byte >> 2))
-            return (word >> (piece * bits).astype(jnp.uint32))[:, None]
-
-        words = jnp.where(of_unit < 4, word(weight), word(weight + 4))
-        return (words >> (8 * (of_unit & 3)).astype(jnp.uint32)) & jnp.uint32(2**bits - 1)
+    def load(ref: jax.Ref, index: Array) -> Array:
+        options = mask_options(index)
+        other = jnp.zeros((), ref.dtype) if options else None
+        return plgpu.load(ref.at[index], **options, other=other)
 
     code, done = jnp.uint32(0), 0
-    for plane, bits in zip(w.codes, form.bits, strict=True):
-        code |= codes(plane, bits) << jnp.uint32(done)
+    for plane, bits in zip(w.codes, layout.bits, strict=True):
+        plane_bits = _load_codes(
+            partial(load, plane), weight, offset, chunk=layout.chunk, bits=bits
+        )
+        code |= plane_bits << jnp.uint32(done)
         done += bits
-    if form.table is None:
+    if layout.table is None:
         code = lax.bitcast_convert_type(code, jnp.int32)
-    if form.bits == (8,):
-        code = (code ^ 128) - 128  # signed
-    entry: dict[str, Array | float] = {"super_scale": 1, "super_minimum": 1}
-    for name in GROUPS:
+    if layout.bits == (8,):
+        code = (code ^ 128) - 128  # sign-extend
+    values: dict[str, Array | float] = {"super_scale": 1, "super_minimum": 1}
+    for name in GROUP_PLANES:
         if (ref := getattr(w, name)) is not None:
-            shared = 8 // form.scale_bits if name in ("scale", "minimum") else 1
-            group = divmod_pow2(weight, size // (ref.shape[0] * shared))[0]
-            byte, place = divmod_pow2(group, shared)
+            per_byte = 8 // layout.scale_bits if name in ("scale", "minimum") else 1
+            group = divmod_pow2(weight, size // (ref.shape[0] * per_byte))[0]
+            byte, position = divmod_pow2(group, per_byte)
             value = load(ref, byte)
-            if shared > 1:
-                value = (value >> (place * form.scale_bits).astype(value.dtype)) & 15
-            decode = form.decode_scale if name == "scale" else None
-            entry[name] = (decode(value) if decode else value.astype(jnp.float32))[:, None]
-    y = value_of(code, form) * (entry["scale"] * entry["super_scale"])
-    if "minimum" in entry:
-        y += entry["minimum"] * entry["super_minimum"]
-    if bounds is not None:
-        bound = load(bounds, lax.div(weight, columns))
+            if per_byte > 1:
+                value = (value >> (position * layout.scale_bits).astype(value.dtype)) & 15
+            decode = layout.decode_scale if name == "scale" else None
+            values[name] = (decode(value) if decode else value.astype(jnp.float32))[:, None]
+    y = decode_codes(code, layout) * (values["scale"] * values["super_scale"])
+    if "minimum" in values:
+        y += values["minimum"] * values["super_minimum"]
+    if row_bounds is not None:
+        bound = load(row_bounds, lax.div(weight, columns))
         largest = float(jnp.finfo(out_ref.dtype).max)
         y *= jnp.where(bound > LEAST_BOUND, largest / bound, 0)[:, None]
-    at = first + weight[:, None] + of_unit
-    plgpu.store(out_ref.at[at], y.astype(out_ref.dtype), **inside(at))
+    index = first + weight[:, None] + offset
+    plgpu.store(out_ref.at[index], y.astype(out_ref.dtype), **mask_options(index))
+
+
+def _load_codes(
+    load: Callable[[Array], Array], weight: Array, offset: Array, *, chunk: int, bits: int
+) -> Array:
+    """Loads the bits of the codes of units from a plane.
+
+    Args:
+      load: loads uint32 of the plane.
+      weight: index of the first weight of each unit, `[units]`.
+      offset: of each weight in its unit, `[width]`.
+      chunk: as in `PlaneLayout`.
+      bits: of the plane.
+
+    Returns:
+      uint32 `[units, width]`.
+    """
+
+    def load_four(weight: Array) -> Array:
+        """A uint32 whose bytes hold the codes of four neighboring weights in their low bits."""
+        index, position = divmod_pow2(weight, chunk)
+        code, byte = divmod_pow2(position, chunk * bits // 8)
+        packed = load(index * (chunk * bits // 32) + (byte >> 2))
+        return (packed >> (code * bits).astype(jnp.uint32))[:, None]
+
+    packed = jnp.where(offset < 4, load_four(weight), load_four(weight + 4))
+    return (packed >> (8 * (offset & 3)).astype(jnp.uint32)) & jnp.uint32(2**bits - 1)

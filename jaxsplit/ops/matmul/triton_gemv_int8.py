@@ -1,7 +1,7 @@
-"""Products of a few rows with quantized matrices, in integers: one kernel for GPUs.
+"""GEMV of one or two rows with quantized matrices, in integer arithmetic: a Triton kernel.
 
-The activations are rounded to 8 bits, so that codes are multiplied four at a time (`dp4a`) and
-scaled once for each group.
+Activations are quantized to int8, so that `dp4a` multiplies four codes at a time. Each group of
+weights is scaled once, after its integer sum.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from functools import partial, reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,55 +22,60 @@ from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.pallas import pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, with_words
+from jaxsplit.quant.qtensor import QTensor, to_u32
 
 MAX_ROWS = 2
-"""More rows of activations are faster on the matrix unit."""
+"""With more rows of activations, tensor cores are faster."""
 
-GROUPS = ("scale", "minimum", "super_scale", "super_minimum")
-"""What a `QTensor` has for groups of weights."""
+GROUP_PLANES = ("scale", "minimum", "super_scale", "super_minimum")
+"""The planes of a `QTensor` with one value per group of weights."""
 
-_Codes = dict[tuple[str, int], Array]
-_LONGEST_UNIT = 32  # bytes of the first plane that a thread multiplies in a step
+_MAX_UNIT_BYTES = 32  # of the first plane, that a thread multiplies in a step
+
+_Slice = tuple[int, int]  # the offset of its first weight and of its first byte, see `_Schedule`
+_Codes = dict[tuple[str, int], Array]  # loaded codes, by `_Schedule.load_key`
 
 
 def supports(w: QTensor) -> bool:
-    """Whether `products` can multiply with a matrix, once it has planes of words."""
-    form = w.form
-    plain = form.table is None and form.decode_scale is None and form.scale_bits == 8
-    sizes = [form.chunk * bits // 8 for bits in form.bits]  # of a chunk of each plane
-    whole = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
-    # Elements are counted in 32 bits.
-    return plain and whole and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
+    """Whether `matmuls` can multiply with a matrix, once its planes are uint32."""
+    layout = w.layout
+    affine = layout.table is None and layout.decode_scale is None and layout.scale_bits == 8
+    sizes = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk in each plane
+    aligned = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
+    # Indices are 32-bit.
+    return affine and aligned and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies.
+    """The tile of a program.
 
     Attributes:
-      height: rows of the matrix.
-      bytes: of each row, in the first plane, in a step.
-      depth: steps that are read at once.
+      rows: rows of the matrix.
+      step_bytes: bytes of each row, in the first plane, per step.
+      steps_in_flight: steps whose loads are issued together.
     """
 
-    height: int = 4
-    bytes: int = 2048
-    depth: int = 1
+    rows: int = 4
+    step_bytes: int = 2048
+    steps_in_flight: int = 1
 
     @staticmethod
     def of(w: QTensor) -> "_Tiling":
-        """What was fast on H200s (benchmarks/RESULTS.md): rows of up to 4 KiB are read at once, so
-        that none of a program's loads waits for others; longer ones in whole steps, if they can."""
-        row = w.shape[-1] * w.form.bits[0] // 8
-        if row <= 2048:
+        """The fastest tiling on H200s (benchmarks/RESULTS.md).
+
+        All loads of a row of up to 4 KiB are issued at once, so that no load waits for another.
+        Longer rows are cut into equal steps where that is possible.
+        """
+        row_bytes = w.shape[-1] * w.layout.bits[0] // 8
+        if row_bytes <= 2048:
             return _Tiling()
-        if row <= 4096:
-            return _Tiling(height=2, depth=2)
-        return _Tiling(bytes=2048 if row % 2048 == 0 else 1024)
+        if row_bytes <= 4096:
+            return _Tiling(rows=2, steps_in_flight=2)
+        return _Tiling(step_bytes=2048 if row_bytes % 2048 == 0 else 1024)
 
 
-def products(
+def matmuls(
     x: Int8Rows,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
@@ -79,22 +84,23 @@ def products(
     peers: PeerGroup | None = None,
     tiling: _Tiling | None = None,
 ) -> list[Array]:
-    """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
+    """`x @ w.T` for each matrix, in one launch: `[rows, out]`.
 
     Args:
       x: `[rows, in]`.
-      weights: `[out, in]` each, ones that are supported; planes of bytes are turned into words.
+      weights: supported matrices `[out, in]`; planes of bytes are converted to uint32.
       dtype: of the results.
-      experts: int32 `[pairs]`, a multiple of the rows: weights are stacks `[experts, out, in]`, of
-        which each row is multiplied with its own few; the results are `[pairs, out]`.
-      peers: devices to which the results are sent, of one matrix, ahead of an exchange: its counts
-        follow, int32 likewise.
-      tiling: of the work; None: a usual one.
+      experts: int32 `[pairs]`, a multiple of the rows. The weights are then stacks `[experts, out,
+        in]`, each row is multiplied with the matrices of its `pairs / rows` experts, and the
+        results are `[pairs, out]`.
+      peers: devices to which the kernel sends its result, with a single matrix, ahead of an
+        all-reduce. The epochs, int32 `[rows, out]`, follow the result.
+      tiling: None: `_Tiling.of` each matrix.
     """
-    rows = len(x.words) if experts is None else len(experts)
+    rows = len(x.codes) if experts is None else len(experts)
     tilings = [tiling or _Tiling.of(w) for w in weights]
-    programs = [pl.cdiv(w.shape[-2], t.height) for w, t in zip(weights, tilings, strict=True)]
-    weights = [w if w.codes[0].dtype == jnp.uint32 else with_words(w) for w in weights]
+    programs = [pl.cdiv(w.shape[-2], t.rows) for w, t in zip(weights, tilings, strict=True)]
+    weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
     inputs, structure = jax.tree.flatten((x, list(weights), experts, peers))
     kernel = partial(
         _gemv_int8_kernel,
@@ -118,116 +124,150 @@ def _gemv_int8_kernel(
     programs: Sequence[int],
     tilings: Sequence[_Tiling],
 ) -> None:
-    """Some rows of one matrix, with all rows of activations.
+    """Computes a tile of rows of one matrix, for all rows of activations or for one expert pair.
 
     Args:
-      *refs: activations, matrices and results.
-      structure: of activations and matrices.
-      programs: for each matrix.
-      tilings: of the work with each.
+      *refs: inputs, then outputs.
+      structure: of the inputs: activations, matrices, experts and peers.
+      programs: number of programs of each matrix.
+      tilings: of each matrix.
     """
     x, weights, experts, peers = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs, pair = refs[structure.num_leaves :], pl.program_id(0)
 
-    def some_rows(i: int, program: Array) -> None:
-        row = program * tilings[i].height
-        rows = _Rows(x, weights[i], experts, row, pair, tilings[i])
-        rows.multiply(outs[i :: len(weights)], peers)
+    def task(i: int, program: Array) -> None:
+        first = program * tilings[i].rows
+        tile = _RowTile(x, weights[i], experts, first=first, pair=pair, tiling=tilings[i])
+        tile.run(outs[i :: len(weights)], peers)
 
-    tasks = [partial(some_rows, i) for i in range(len(weights))]
+    tasks = [partial(task, i) for i in range(len(weights))]
     dispatch_programs(pl.program_id(1), list(zip(programs, tasks, strict=True)))
 
 
-class _Steps:
-    """How rows of a matrix are multiplied: in steps, each of some units.
+class _Schedule:
+    """How the K loop walks a row of the matrix: steps of units, units of slices.
 
-    A unit is a chunk where it is short, else 16 bytes of the first plane, with what belongs to the
-    same weights in the other planes. It is made of slices: 16 neighbouring weights each.
+    A slice is 16 neighboring weights. A unit is what one thread multiplies per step: a chunk if
+    that is short, else 16 bytes of the first plane, with the codes of the same weights in the other
+    planes.
 
     Args:
       w: the matrix.
-      tiling: of the work.
+      tiling: of the program.
 
     Attributes:
-      form, columns: of the matrix.
-      per_chunk: units of a chunk.
-      units: of a step.
-      depth: steps that are read at once.
-      rounds: in which so many are read; these steps have all units.
-      rest: the other steps.
-      groups: what `w` has for groups of weights.
-      slices: for each of a unit, its first weight and its first byte in the first plane.
-      parts: slices that share scales, which are added up before they are scaled.
-      blocks: the parts, by number, that share a scale of the activations.
-      lifted: by how many bits codes whose offset is half of them move to the front of their byte:
-        there an exchange of the first bit subtracts it. 0: codes have another offset, or none.
-      has_constant: whether sums of activations are multiplied too, with minima or the offset.
+      layout, columns: of the matrix.
+      units_per_chunk: units of a chunk.
+      row_units: units of a row.
+      step_units: units of a step, a power of two.
+      in_flight: steps of a round, whose loads are issued together.
+      full_rounds: rounds without a partial step.
+      tail: indices of the steps after the full rounds.
+      group_planes: the planes of `w` with one value per group, by name.
+      slices: of a unit: each slice's offset from the unit's first weight, and from its first byte
+        in the first plane.
+      segments: runs of slices under one weight scale; their products are summed as integers.
+      blocks: for each scale of the activations, the indices of the segments that share it.
+      sign_shift: where the offset is half the number of codes, flipping the top bit of a code and
+        moving it to the top of an int8 subtracts the offset: by this many bits. 0: the matrix has
+        another offset, or none.
+      needs_sums: the minima, or the offset, multiply sums of activations.
     """
 
     def __init__(self, w: QTensor, tiling: _Tiling):
-        self.form, self.columns = w.form, w.shape[-1]
-        pieces = 8 // self.form.bits[0]
-        size = self.form.chunk // pieces  # bytes of a chunk in the first plane
-        unit_bytes = size if size <= _LONGEST_UNIT else SLICE
-        self.per_chunk = size // unit_bytes
-        self._all = self.columns // self.form.chunk * self.per_chunk  # units of a row
-        self.units = min(tiling.bytes // unit_bytes, pl.next_power_of_2(self._all))
-        count = pl.cdiv(self._all, self.units)
-        self.depth = min(tiling.depth, count)
-        self.rounds = self._all // (self.units * self.depth)
-        self.rest = range(self.rounds * self.depth, count)
-        self.groups = {name: getattr(w, name) for name in GROUPS if getattr(w, name) is not None}
+        self.layout, self.columns = w.layout, w.shape[-1]
+        codes_per_byte = 8 // self.layout.bits[0]
+        chunk_bytes = self.layout.chunk // codes_per_byte  # in the first plane
+        unit_bytes = chunk_bytes if chunk_bytes <= _MAX_UNIT_BYTES else SLICE
+        self.units_per_chunk = chunk_bytes // unit_bytes
+        self.row_units = self.columns // self.layout.chunk * self.units_per_chunk
+        self.step_units = min(tiling.step_bytes // unit_bytes, pl.next_power_of_2(self.row_units))
+        steps = pl.cdiv(self.row_units, self.step_units)
+        self.in_flight = min(tiling.steps_in_flight, steps)
+        self.full_rounds = self.row_units // (self.step_units * self.in_flight)
+        self.tail = range(self.full_rounds * self.in_flight, steps)
+        self.group_planes = {
+            name: getattr(w, name) for name in GROUP_PLANES if getattr(w, name) is not None
+        }
         starts = range(0, unit_bytes, SLICE)
-        self.slices = [(p * size + b, b) for p in range(pieces) for b in starts]
-        shared = min(BLOCK, self.columns // w.scale.shape[-1]) if self.per_chunk == 1 else SLICE
-        parts = itertools.groupby(self.slices, lambda s: s[0] // shared)
-        self.parts = [list(part) for _, part in parts]
-        blocks = itertools.groupby(range(len(self.parts)), lambda p: self.parts[p][0][0] // BLOCK)
+        self.slices = [(c * chunk_bytes + b, b) for c in range(codes_per_byte) for b in starts]
+        whole_chunk = self.units_per_chunk == 1
+        segment = min(BLOCK, self.columns // w.scale.shape[-1]) if whole_chunk else SLICE
+        segments = itertools.groupby(self.slices, lambda s: s[0] // segment)
+        self.segments = [list(slices) for _, slices in segments]
+        blocks = itertools.groupby(
+            range(len(self.segments)), lambda i: self.segments[i][0][0] // BLOCK
+        )
         self.blocks = [list(block) for _, block in blocks]
-        width, offset = sum(self.form.bits), self.form.offset
-        self.lifted = 8 - width if offset == 2 ** (width - 1) else 0
-        self.has_constant = "minimum" in self.groups or (offset != 0 and not self.lifted)
+        width, offset = sum(self.layout.bits), self.layout.offset
+        self.sign_shift = 8 - width if offset == 2 ** (width - 1) else 0
+        self.needs_sums = "minimum" in self.group_planes or (offset != 0 and not self.sign_shift)
 
-    def places(self, step: Array | int) -> tuple[Array, Array, Array | None]:
-        """Of a step's units: the chunk, the place in the chunk, and whether there is one."""
-        unit = step * self.units + jnp.arange(self.units)
-        whole = not isinstance(step, int) or (step + 1) * self.units <= self._all
-        return *divmod_pow2(unit, self.per_chunk), None if whole else unit < self._all
+    def units(self, step: Array | int) -> tuple[Array, Array, Array | None]:
+        """The units of a step: index of the chunk, index inside it, and the mask of the units that
+        exist (None: all)."""
+        unit = step * self.step_units + jnp.arange(self.step_units)
+        full = not isinstance(step, int) or (step + 1) * self.step_units <= self.row_units
+        return *divmod_pow2(unit, self.units_per_chunk), None if full else unit < self.row_units
 
-    def first_slices(self, step: Array | int) -> Array:
-        """Of a step's units, each the first."""
-        chunk, of_chunk, _ = self.places(step)
-        return chunk * (self.form.chunk // SLICE) + of_chunk
+    def first_slice(self, step: Array | int) -> Array:
+        """The index in the row of the first slice of each unit of a step."""
+        chunk, unit, _ = self.units(step)
+        return chunk * (self.layout.chunk // SLICE) + unit
 
-    def in_plane(self, bits: int, of_chunk: Array, weight: int) -> tuple[Array | int, Array | int]:
-        """Where a slice is in a chunk of a plane: by how much its codes are shifted, and which 16
-        bytes they are, or bytes where a piece has fewer; `of_chunk` is the unit's place."""
-        plane_size = self.form.chunk * bits // 8
-        if plane_size < SLICE:
-            at = (of_chunk * SLICE)[:, None] + weight + 4 * jnp.arange(SLICE // 4)
-            piece, place = divmod_pow2(at, plane_size)
+    def locate(self, bits: int, unit: Array, weight: int) -> tuple[Array | int, Array | int]:
+        """Locates a slice in a chunk of a plane.
+
+        Args:
+          bits: of the plane.
+          unit: index of the unit in its chunk.
+          weight: offset of the slice in the unit.
+
+        Returns:
+          the bit at which its codes start, and the index of its 16 bytes; of its bytes, in a plane
+          with fewer than 16 bytes per chunk.
+        """
+        plane_bytes = self.layout.chunk * bits // 8
+        if plane_bytes < SLICE:
+            index = (unit * SLICE)[:, None] + weight + 4 * jnp.arange(SLICE // 4)
+            code, position = divmod_pow2(index, plane_bytes)
         else:
-            at = weight // SLICE if self.per_chunk == 1 else of_chunk + weight // SLICE
-            piece, place = divmod_pow2(at, plane_size // SLICE)
-        return piece * bits, place
+            index = weight // SLICE if self.units_per_chunk == 1 else unit + weight // SLICE
+            code, position = divmod_pow2(index, plane_bytes // SLICE)
+        return code * bits, position
 
-    def key_of_codes(
-        self, plane: int, place: Array | int, slice_: tuple[int, int]
-    ) -> tuple[str, int]:
-        """By which a plane's part of a slice is found: slices share 16 bytes in a narrow plane."""
-        return f"codes {plane}", place if isinstance(place, int) else slice_[1]
+    def load_key(self, plane: int, position: Array | int, slice_: _Slice) -> tuple[str, int]:
+        """Identifies the load with a slice's codes: in a narrow plane, slices share 16 bytes."""
+        return f"codes {plane}", position if isinstance(position, int) else slice_[1]
 
 
-class _Rows:
-    """The products of some rows of a matrix, in a kernel.
+class _Step(NamedTuple):
+    """The loaded operands of a step, except for the codes of activations.
+
+    Attributes:
+      index: of the step.
+      codes: of the weights, uint32 `[rows, units, 4]` each.
+      groups: for each group plane and segment, `[rows, units]`.
+      x_scales: for each row of activations, the scales of the blocks and, if needed, the sums of
+        the segments, float32 `[rows, units]` each.
+    """
+
+    index: Array | int
+    codes: _Codes
+    groups: dict[str, list[Array]]
+    x_scales: list[tuple[list[Array], list[Array]]]
+
+
+class _RowTile:
+    """The results of some rows of a matrix, inside a kernel.
 
     Args:
       x: activations.
       w: the matrix, or a stack.
-      experts: as in `products`.
-      first: of the rows.
-      pair: of activations and expert.
-      tiling: of the work.
+      experts: as in `matmuls`.
+      first: index of the first row.
+      pair: index of the pair of a row of activations and an expert.
+      tiling: of the program.
     """
 
     def __init__(
@@ -235,222 +275,239 @@ class _Rows:
         x: Int8Rows,
         w: QTensor,
         experts: jax.Ref | None,
+        *,
         first: Array,
         pair: Array,
         tiling: _Tiling,
     ):
         self.x, self.w = x, w
-        self.steps, self.height, self.out = _Steps(w, tiling), tiling.height, w.shape[-2]
+        self.schedule, self.rows, self.out = _Schedule(w, tiling), tiling.rows, w.shape[-2]
         self.first = first
-        self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
-        self.stack: tuple[Array, ...] = ()
-        rows = x.words.shape[0]
-        # Rows of x, and of the results.
-        self.batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(rows)]
+        self.row = jnp.minimum(first + jnp.arange(tiling.rows), self.out - 1)
+        self.stack_index: tuple[Array, ...] = ()
+        x_rows = x.codes.shape[0]
+        # Rows of x and of the results.
+        self.batch = [(jnp.asarray(m), jnp.asarray(m)) for m in range(x_rows)]
         if experts is not None:
-            self.stack = (experts[pair],)
-            self.batch = [(pair // (experts.shape[0] // rows), pair)]
+            self.stack_index = (experts[pair],)
+            self.batch = [(pair // (experts.shape[0] // x_rows), pair)]
 
-    def multiply(self, outs: Sequence[jax.Ref], peers: PeerGroup | None) -> None:
-        """All steps; results are stored, and sent to peers, with counts."""
-        steps = self.steps
+    def run(self, outs: Sequence[jax.Ref], peers: PeerGroup | None) -> None:
+        """Runs all steps; stores the results and sends them to the peers, with epochs."""
+        schedule = self.schedule
         writers: list[one_shot.PeerWriter | None] = [None] * len(self.batch)
         if peers is not None and not interpreted():
             writers = [one_shot.peer_writer(peers, m * self.out + self.row) for m, _ in self.batch]
-        zeros = [jnp.zeros(self.height, jnp.float32) if o is None else o.zero for o in writers]
-        shape = (self.height, steps.units)
+        zeros = [
+            jnp.zeros(self.rows, jnp.float32) if writer is None else writer.zero
+            for writer in writers
+        ]
+        shape = (self.rows, schedule.step_units)
         totals = tuple(jnp.broadcast_to(zero[:, None], shape) for zero in zeros)
         rms = self.x.rms
-        factors = [None if rms is None else rms.inverse_of(m) for m, _ in self.batch]
+        rms_factors = [None if rms is None else rms.inverse_of(m) for m, _ in self.batch]
 
-        def one_round(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-            return self._together([i * steps.depth + d for d in range(steps.depth)], totals)
+        def full_round(i: Array | int, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            steps = [i * schedule.in_flight + d for d in range(schedule.in_flight)]
+            return self._round(steps, totals)
 
-        if steps.rounds == 1:
-            totals = one_round(0, totals)
-        elif steps.rounds:
-            totals = lax.fori_loop(0, steps.rounds, one_round, totals)
-        if steps.rest:
-            totals = self._together(steps.rest, totals)
-        for (_, row), total, factor, writer in zip(
-            self.batch, totals, factors, writers, strict=True
+        if schedule.full_rounds == 1:
+            totals = full_round(0, totals)
+        elif schedule.full_rounds:
+            totals = lax.fori_loop(0, schedule.full_rounds, full_round, totals)
+        if schedule.tail:
+            totals = self._round(schedule.tail, totals)
+        for (_, out_row), total, factor, writer in zip(
+            self.batch, totals, rms_factors, writers, strict=True
         ):
-            y = jnp.sum(total, axis=1) * 2.0**-steps.lifted
+            y = jnp.sum(total, axis=1) * 2.0**-schedule.sign_shift
             if factor is not None:
                 y *= factor
-            at, y = self.first + jnp.arange(self.height), y.astype(outs[0].dtype)
-            one_shot.store(outs, at, y, at < self.out, writer, row)
+            index, y = self.first + jnp.arange(self.rows), y.astype(outs[0].dtype)
+            one_shot.store(outs, index, y, index < self.out, writer, out_row)
 
-    def _together(
-        self, which: Sequence[Array | int], totals: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
-        """`totals` with the products of some steps, which are read at once."""
-        # What is most is asked for first. Without barriers, the compiler moves loads down to where
-        # they are used and what is computed up between them: one wait after another. Words of
-        # activations, which all multiplications need, are read behind it.
-        codes = [self._read_codes(step) for step in which]
-        self._keep_in_order()
-        groups = [self._read_groups(step) for step in which]
-        scales = [self._read_scales(step) for step in which]
-        self._keep_in_order()
-        for step in zip(which, codes, groups, scales, strict=True):
-            totals = self._step(*step, totals)
+    def _round(self, steps: Sequence[Array | int], totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds the products of some steps to `totals`, with all loads issued first."""
+        # The largest loads are issued first. Without the barriers, the compiler sinks loads to
+        # their uses and hoists arithmetic above them, and the latencies add up. The codes of
+        # activations, which every multiplication needs, are loaded after the barriers.
+        codes = [self._load_codes(step) for step in steps]
+        self._keep_order()
+        groups = [self._load_groups(step) for step in steps]
+        x_scales = [self._load_x_scales(step) for step in steps]
+        self._keep_order()
+        for step in zip(steps, codes, groups, x_scales, strict=True):
+            totals = self._multiply(_Step(*step), totals)
         return totals
 
-    def _keep_in_order(self) -> None:
-        """Loads stay before this or after it."""
+    def _keep_order(self) -> None:
+        """Prevents the compiler from moving loads across this point."""
         if not interpreted():
             plgpu.debug_barrier()
 
-    def _load(self, ref: jax.Ref, row: Array, index: Array, inside: Array | None) -> Array:
-        """Elements `[*row.shape, units, ...]`."""
+    def _load(self, ref: jax.Ref, row: Array, index: Array, mask: Array | None) -> Array:
+        """Loads elements `[*row.shape, units, ...]`.
+
+        Args:
+          ref: `[rows, n]`, or a stack.
+          row: `[...]`.
+          index: `[units, ...]`.
+          mask: units that exist; None: all.
+        """
         shape = (*row.shape, *index.shape)
         row = jnp.broadcast_to(row.reshape(*row.shape, *[1] * index.ndim), shape)
-        at = (row, jnp.broadcast_to(index, shape))
-        at = (*self.stack, *at) if ref.ndim == 3 else at
-        if inside is None:
-            return plgpu.load(ref.at[at])
-        inside = jnp.broadcast_to(inside.reshape(-1, *[1] * (index.ndim - 1)), shape)
-        return plgpu.load(ref.at[at], mask=inside, other=jnp.zeros((), ref.dtype))
+        indices = (row, jnp.broadcast_to(index, shape))
+        indices = (*self.stack_index, *indices) if ref.ndim == 3 else indices
+        if mask is None:
+            return plgpu.load(ref.at[indices])
+        mask = jnp.broadcast_to(mask.reshape(-1, *[1] * (index.ndim - 1)), shape)
+        return plgpu.load(ref.at[indices], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def _read_codes(self, step: Array | int) -> _Codes:
-        """The planes of a step."""
-        steps, form = self.steps, self.steps.form
-        chunk, of_chunk, inside = steps.places(step)
-        found: _Codes = {}
-        for slice_ in steps.slices:
-            for i, (ref, bits) in enumerate(zip(self.w.codes, form.bits, strict=True)):
-                plane_size = form.chunk * bits // 8
-                _, place = steps.in_plane(bits, of_chunk, slice_[0])
-                key = steps.key_of_codes(i, place, slice_)
-                if plane_size < SLICE:
-                    index = (chunk * (plane_size // 4))[:, None] + (place >> 2)
+    def _load_codes(self, step: Array | int) -> _Codes:
+        """Loads the codes of a step from all planes."""
+        schedule, layout = self.schedule, self.schedule.layout
+        chunk, unit, mask = schedule.units(step)
+        loaded: _Codes = {}
+        for slice_ in schedule.slices:
+            for plane, (ref, bits) in enumerate(zip(self.w.codes, layout.bits, strict=True)):
+                plane_bytes = layout.chunk * bits // 8
+                _, position = schedule.locate(bits, unit, slice_[0])
+                key = schedule.load_key(plane, position, slice_)
+                if plane_bytes < SLICE:
+                    index = (chunk * (plane_bytes // 4))[:, None] + (position >> 2)
                 else:
-                    index = _words(chunk * (plane_size // SLICE) + place)
-                if key not in found:
-                    found[key] = self._load(ref, self.row, index, inside)
-        return found
+                    index = _u32_index(chunk * (plane_bytes // SLICE) + position)
+                if key not in loaded:
+                    loaded[key] = self._load(ref, self.row, index, mask)
+        return loaded
 
-    def _read_groups(self, step: Array | int) -> dict[str, list[Array]]:
-        """What a step's groups have, for each part."""
-        starts = [part[0][0] for part in self.steps.parts]
-        groups = self.steps.groups.items()
-        return {name: self._read_of(ref, self.row, step, starts) for name, ref in groups}
+    def _load_groups(self, step: Array | int) -> dict[str, list[Array]]:
+        """Loads the group planes of a step, for each segment."""
+        starts = [segment[0][0] for segment in self.schedule.segments]
+        planes = self.schedule.group_planes.items()
+        return {name: self._load_group_plane(ref, self.row, step, starts) for name, ref in planes}
 
-    def _read_scales(self, step: Array | int) -> list[tuple[list[Array], list[Array]]]:
-        """Of the activations of a step: for each row, the scales of blocks, and sums of parts if
-        weights have a constant."""
-        steps, x = self.steps, self.x
-        starts = [part[0][0] for part in steps.parts]
-        of_blocks = [starts[block[0]] for block in steps.blocks]
-        # A part is half a block or a whole one.
-        sums = x.sums if len(steps.parts[0]) * SLICE == BLOCK else x.half_sums
+    def _load_x_scales(self, step: Array | int) -> list[tuple[list[Array], list[Array]]]:
+        """Loads `_Step.x_scales`."""
+        schedule, x = self.schedule, self.x
+        segment_starts = [segment[0][0] for segment in schedule.segments]
+        block_starts = [segment_starts[block[0]] for block in schedule.blocks]
+        # A segment is a block or half a block.
+        sums = x.sums if len(schedule.segments[0]) * SLICE == BLOCK else x.half_sums
 
-        def of_row(m: Array) -> tuple[list[Array], list[Array]]:
+        def load_row(m: Array) -> tuple[list[Array], list[Array]]:
             row = jnp.broadcast_to(m, self.row.shape)
-            scales = self._read_of(x.scale, row, step, of_blocks)
-            return scales, self._read_of(sums, row, step, starts) if steps.has_constant else []
+            scales = self._load_group_plane(x.scale, row, step, block_starts)
+            if not schedule.needs_sums:
+                return scales, []
+            return scales, self._load_group_plane(sums, row, step, segment_starts)
 
-        return [of_row(m) for m, _ in self.batch]
+        return [load_row(m) for m, _ in self.batch]
 
-    def _read_of(
+    def _load_group_plane(
         self, ref: jax.Ref, row: Array, step: Array | int, starts: Sequence[int]
     ) -> list[Array]:
-        """Of a step's units, what a group of weights has, `[height, units]`: of those that begin
-        with these."""
-        steps = self.steps
-        chunk, _, inside = steps.places(step)
-        first = steps.first_slices(step) * SLICE
-        length = steps.columns // ref.shape[-1]
-        if steps.per_chunk > 1:
-            at = [divmod_pow2(first + start, length)[0] for start in starts]
-            return [self._load(ref, row, index, inside) for index in at]
-        if length >= steps.form.chunk:
-            return [self._load(ref, row, divmod_pow2(first, length)[0], inside)] * len(starts)
-        # Those of a unit are neighbours, which are read at once.
-        group = jnp.arange(steps.form.chunk // length)
-        found = self._load(ref, row, (chunk * group.size)[:, None] + group, inside)
-        chosen = [jnp.where(group == start // length, found, 0) for start in starts]
-        return [jnp.sum(one, axis=-1, dtype=found.dtype) for one in chosen]
+        """Loads values of groups for the units of a step: `[rows, units]` for each offset.
 
-    def _step(
-        self,
-        step: Array | int,
-        codes: _Codes,
-        groups: dict[str, list[Array]],
-        x_scales: list[tuple[list[Array], list[Array]]],
-        totals: tuple[Array, ...],
-    ) -> tuple[Array, ...]:
-        """`totals` with the products of a step."""
-        steps = self.steps
-        _, of_chunk, inside = steps.places(step)
-        first = steps.first_slices(step)
-        signed = steps.form.bits == (8,) or steps.lifted > 0
+        Args:
+          ref: `[rows, groups]`, or a stack.
+          row: `[rows]`.
+          step: index of the step.
+          starts: offsets of weights in a unit.
+        """
+        schedule = self.schedule
+        chunk, _, mask = schedule.units(step)
+        first = schedule.first_slice(step) * SLICE
+        size = schedule.columns // ref.shape[-1]
+        if schedule.units_per_chunk > 1:
+            groups = [divmod_pow2(first + start, size)[0] for start in starts]
+            return [self._load(ref, row, group, mask) for group in groups]
+        if size >= schedule.layout.chunk:
+            return [self._load(ref, row, divmod_pow2(first, size)[0], mask)] * len(starts)
+        # The groups of a unit are neighbors: one vector load instead of several.
+        group = jnp.arange(schedule.layout.chunk // size)
+        loaded = self._load(ref, row, (chunk * group.size)[:, None] + group, mask)
+        selected = [jnp.where(group == start // size, loaded, 0) for start in starts]
+        return [jnp.sum(one, axis=-1, dtype=loaded.dtype) for one in selected]
+
+    def _multiply(self, step: _Step, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds the products of a step to `totals`, float32 `[rows, units]` per row of x."""
+        schedule, groups = self.schedule, step.groups
+        _, unit, mask = schedule.units(step.index)
+        first = schedule.first_slice(step.index)
+        signed = schedule.layout.bits == (8,) or schedule.sign_shift > 0
         dot4 = partial(_dot4, signed=signed)
-        words = [[self._codes(s, of_chunk, codes) for s in part] for part in steps.parts]
-        # Scales that are integers multiply integers, whose sums stay below 2^31.
+        segment_codes = [
+            [self._unpack_slice(s, unit, step.codes) for s in segment]
+            for segment in schedule.segments
+        ]
+        # Integer scales multiply the integer sums, which stay below 2^31.
         kind = jnp.int32 if "super_scale" in groups else jnp.float32
         factors = [scale.astype(kind) for scale in groups["scale"]]
         constants = groups.get("minimum", [])
-        if steps.has_constant and not constants:
-            constants = [-steps.form.offset * factor for factor in factors]
+        if schedule.needs_sums and not constants:
+            constants = [-schedule.layout.offset * factor for factor in factors]
 
-        def dots(m: Array, part: int) -> Array:
-            total = jnp.zeros((self.height, steps.units, SLICE // 4), jnp.int32)
-            for (weight, _), word in zip(steps.parts[part], words[part], strict=True):
-                at = _words(bank_swizzle(first + weight // SLICE))
-                x = self._load(self.x.words, jnp.broadcast_to(m, self.row.shape), at, inside)
-                total = dot4(word, x, total)
+        def segment_dot(m: Array, segment: int) -> Array:
+            """The integer dot product of a segment with row `m` of x."""
+            total = jnp.zeros((self.rows, schedule.step_units, SLICE // 4), jnp.int32)
+            pairs = zip(schedule.segments[segment], segment_codes[segment], strict=True)
+            for (weight, _), codes in pairs:
+                index = _u32_index(bank_swizzle(first + weight // SLICE))
+                x = self._load(self.x.codes, jnp.broadcast_to(m, self.row.shape), index, mask)
+                total = dot4(codes, x, total)
             return jnp.sum(total, axis=-1)
 
-        def with_row(m: Array, scales: list[Array], sums: list[Array], total: Array) -> Array:
-            scaled = [dots(m, part).astype(kind) * factor for part, factor in enumerate(factors)]
-            blocks = [reduce(add, (scaled[part] for part in block)) for block in steps.blocks]
-            total = self._add(total, blocks, scales, groups.get("super_scale"))
+        def add_row(m: Array, scales: list[Array], sums: list[Array], total: Array) -> Array:
+            scaled = [segment_dot(m, i).astype(kind) * factor for i, factor in enumerate(factors)]
+            blocks = [reduce(add, (scaled[i] for i in block)) for block in schedule.blocks]
+            total = _add_products(total, blocks, scales, groups.get("super_scale"))
             if not constants:
                 return total
             outer = groups.get("super_minimum", groups.get("super_scale"))
-            return self._add(total, constants, sums, outer)
+            return _add_products(total, constants, sums, outer)
 
-        rows = zip(self.batch, x_scales, totals, strict=True)
-        return tuple(with_row(m, *of_x, total) for (m, _), of_x, total in rows)
+        rows = zip(self.batch, step.x_scales, totals, strict=True)
+        return tuple(add_row(m, *scales, total) for (m, _), scales, total in rows)
 
-    def _add(
-        self, total: Array, some: list[Array], others: list[Array], shared: list[Array] | None
-    ) -> Array:
-        """`total` and the products of some and others, each of them times what they share."""
-        y = total if shared is None else jnp.zeros_like(total)
-        for a, b in zip(some, others, strict=True):
-            y = _fma(a.astype(jnp.float32), jnp.broadcast_to(b, total.shape), y)
-        return y if shared is None else _fma(y, shared[0].astype(jnp.float32), total)
-
-    def _codes(self, slice_: tuple[int, int], of_chunk: Array, found: _Codes) -> Array:
-        """Words of codes of a slice, `[height, units, 4]`: signed bytes where they are lifted."""
-        word, shift = jnp.uint32(0), self.steps.lifted
-        for i, bits in enumerate(self.steps.form.bits):
-            right, place = self.steps.in_plane(bits, of_chunk, slice_[0])
-            part = found[self.steps.key_of_codes(i, place, slice_)]
-            if self.steps.lifted and i == len(self.steps.form.bits) - 1:  # the first bit of each
-                part ^= jnp.uint32(0xFFFFFFFF // (2**bits - 1) << (bits - 1))
+    def _unpack_slice(self, slice_: _Slice, unit: Array, loaded: _Codes) -> Array:
+        """The codes of a slice, four per uint32 `[rows, units, 4]`; int8 with a `sign_shift`."""
+        schedule = self.schedule
+        codes, shift = jnp.uint32(0), schedule.sign_shift
+        for plane, bits in enumerate(schedule.layout.bits):
+            start, position = schedule.locate(bits, unit, slice_[0])
+            packed = loaded[schedule.load_key(plane, position, slice_)]
+            if schedule.sign_shift and plane == len(schedule.layout.bits) - 1:  # flip the top bits
+                packed ^= jnp.uint32(0xFFFFFFFF // (2**bits - 1) << (bits - 1))
             if bits < 8:
-                if not isinstance(right, int):
-                    right = right.astype(jnp.uint32)
-                    right = right if right.ndim == 2 else right[:, None]
+                if not isinstance(start, int):
+                    start = start.astype(jnp.uint32)
+                    start = start if start.ndim == 2 else start[:, None]
                 mask = jnp.uint32(0x01010101 * (2**bits - 1))
-                part = (part >> jnp.asarray(right, jnp.uint32)) & mask
-            word ^= part << jnp.uint32(shift)
+                packed = (packed >> jnp.asarray(start, jnp.uint32)) & mask
+            codes ^= packed << jnp.uint32(shift)
             shift += bits
-        return word
+        return codes
 
 
-def _words(slice_: Array) -> Array:
-    """Indices `[units, 4]` of the words of 16 bytes, as a product that tells the compiler of their
-    alignment."""
+def _add_products(
+    total: Array, a: list[Array], b: list[Array], outer_scale: list[Array] | None
+) -> Array:
+    """`total + outer_scale * sum(a * b)`, float32; all products share the outer scale."""
+    y = total if outer_scale is None else jnp.zeros_like(total)
+    for left, right in zip(a, b, strict=True):
+        y = _fma(left.astype(jnp.float32), jnp.broadcast_to(right, total.shape), y)
+    return y if outer_scale is None else _fma(y, outer_scale[0].astype(jnp.float32), total)
+
+
+def _u32_index(slice_: Array) -> Array:
+    """The indices `[units, 4]` of the uint32 of slices. The multiplication shows the compiler that
+    they are aligned, so that it emits 16-byte loads."""
     return (slice_ * (SLICE // 4))[:, None] + jnp.arange(SLICE // 4)
 
 
 def _dot4(a: Array, b: Array, c: Array, *, signed: bool) -> Array:
-    """`c`, to which four products of bytes each are added: words of codes, and of int8."""
+    """`c` plus a dot product of four bytes per uint32: `a` holds weights, `b` int8 activations."""
     if interpreted():
         a = lax.bitcast_convert_type(a, jnp.int8 if signed else jnp.uint8).astype(jnp.int32)
         b = lax.bitcast_convert_type(b, jnp.int8).astype(jnp.int32)
@@ -459,16 +516,16 @@ def _dot4(a: Array, b: Array, c: Array, *, signed: bool) -> Array:
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
-    """`a * b + c`, float32."""
+    """`a * b + c` in float32, rounded once."""
     return a * b + c if interpreted() else _instruction("fma.rn.f32", "f", a, b, c)
 
 
-def _instruction(name: str, kind: str, *operands: Array) -> Array:
-    """One instruction for each element; the result is like the last operand."""
+def _instruction(name: str, constraint: str, *operands: Array) -> Array:
+    """One PTX instruction per element; the result has the dtype and shape of the last operand."""
     [result] = plgpu.elementwise_inline_asm(
         f"{name} {', '.join(f'${i}' for i in range(len(operands) + 1))};",
         args=operands,
-        constraints=",".join([f"={kind}", *kind * len(operands)]),
+        constraints=",".join([f"={constraint}", *constraint * len(operands)]),
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(operands[-1].shape, operands[-1].dtype)],
     )

@@ -1,7 +1,7 @@
-"""Products of some tens of rows with quantized matrices: a kernel for GPUs.
+"""GEMM of 2 to 64 rows with quantized matrices: a Triton kernel on tensor cores.
 
-Weights become tiles of the matrix unit in registers, so that they are read from memory as they are
-stored.
+Weights are dequantized in registers into tensor core operands, so that memory traffic is that of
+the packed codes.
 """
 
 import dataclasses
@@ -15,58 +15,60 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.context import interpreted
-from jaxsplit.ops.activations.packed import SUMMED, PackedRows, group_length, pieces_of
+from jaxsplit.ops.activations.packed import SUM_SIZES, PackedRows, group_size, packing_of
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
 from jaxsplit.pallas import pl, plgpu
-from jaxsplit.quant.qtensor import Form, QTensor
+from jaxsplit.quant.qtensor import PlaneLayout, QTensor
 
 MAX_ROWS = 64
-"""With more rows it is as fast to dequantize the matrix first."""
+"""With more rows, dequantizing the matrix first is as fast."""
 
-_MOST_WEIGHTS = 512  # of a row in a step
-_WARPS = 1024  # fewer do not keep a GPU busy
-_AT_ONCE = 1536  # about as many run at a time, where each has the registers of long steps
-_LONG = 4  # steps that make long ones worth while
-_FEW = 16  # the least that a matrix unit adds up
-_FEW_ROWS = 16  # for which programs are of few warps, and steps may be shorter
+_MAX_STEP_WEIGHTS = 512  # of a row
+_MIN_WARPS = 1024  # with fewer, split-K adds parts to keep the GPU busy
+_RESIDENT_WARPS = 1536  # about as many run at a time with the registers of long steps
+_LONG_STEPS = 4  # steps of a program from which long ones pay
+_MIN_MMA_K = 16  # fewest columns of a tensor core operand
+_FEW_ROWS = 16  # up to which programs have few warps, and steps may be shorter
 
-# The bits of a byte are a bfloat16 that is this power of two times the byte: a number below the
-# normal ones, or of the least of these. Scales therefore have large powers, and weights small ones.
-_OF_BITS = -133
-_OF_WEIGHTS = -64
+# The bits of a code, read as a bfloat16, are the code times 2**_CODE_EXPONENT: a subnormal or one
+# of the smallest normals. This saves the conversion. Scales are multiplied in advance with
+# 2**(_WEIGHT_EXPONENT - _CODE_EXPONENT), so that weights come out times 2**_WEIGHT_EXPONENT, clear
+# of the subnormals; the final store undoes it.
+_CODE_EXPONENT = -133
+_WEIGHT_EXPONENT = -64
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How a program multiplies.
+    """The tile of a program.
 
     Attributes:
-      height: rows of the matrix.
-      pairs: of bytes of each row, in a step.
+      rows: rows of the matrix.
+      pairs: byte pairs of each row, per step.
       warps: of a program.
-      stages: of the pipeline that reads ahead.
-      sums: one, or two side by side, since a product waits for the one that it is added to.
+      stages: of the software pipeline.
+      accumulators: 1, or 2 used in turn: consecutive MMAs then do not wait for one another.
     """
 
-    height: int
+    rows: int
     pairs: int
     warps: int
     stages: int
-    sums: int = 1
+    accumulators: int = 1
 
 
-def _tiling(rows: int) -> _Tiling:
-    """By what measured best."""
+def _tiling_for(rows: int) -> _Tiling:
+    """The fastest tiling that was measured, for a number of rows of activations."""
     if rows <= _FEW_ROWS:
-        return _Tiling(32, 128, 2, 3, sums=2 if rows <= 8 else 1)
-    return _Tiling(64, 128, 4, 2, sums=2) if rows <= 32 else _Tiling(64, 64, 4, 2)
+        return _Tiling(32, 128, 2, 3, accumulators=2 if rows <= 8 else 1)
+    return _Tiling(64, 128, 4, 2, accumulators=2) if rows <= 32 else _Tiling(64, 64, 4, 2)
 
 
-def _with_shorter_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
-    """Fewer pairs at a time, which takes fewer registers."""
-    pieces = max(pieces_of(w.form)[0] for w in weights)
-    return dataclasses.replace(tiling, pairs=max(64, tiling.pairs // pieces))
+def _shorten_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
+    """Fewer byte pairs per step, for lower register pressure."""
+    codes_per_byte = max(packing_of(w.layout)[0] for w in weights)
+    return dataclasses.replace(tiling, pairs=max(64, tiling.pairs // codes_per_byte))
 
 
 @jax.tree_util.register_dataclass
@@ -75,72 +77,72 @@ class GroupedGemmInfo:
     """Groups of rows, each multiplied with one matrix of a stack.
 
     Attributes:
-      matrix: int32 `[groups]`: index into the stack.
-      first: int32 `[groups]`: first row of the results of a group.
-      stop: int32 `[groups]`: end of its rows.
-      read: int32 `[groups, rows]`: rows of activations that it multiplies; those past `stop` are
-        padding.
-      count: int32: groups that exist.
+      matrix: index into the stack, int32 `[groups]`.
+      start: first row of the results of each group, int32 `[groups]`.
+      stop: end of its rows, int32 `[groups]`.
+      x_row: the rows of activations that each group multiplies, int32 `[groups, rows]`; the rows
+        past `stop` are padding.
+      count: number of groups that exist, int32.
     """
 
     matrix: Array
-    first: Array
+    start: Array
     stop: Array
-    read: Array
+    x_row: Array
     count: Array
 
 
 def supports(w: QTensor, dtype: jnp.dtype) -> bool:
-    """Whether `products` can multiply activations of a dtype with a matrix."""
-    length = None if w.minimum is None else group_length(w, w.minimum)
-    ordered = length in (None, *SUMMED)
-    return dtype == jnp.bfloat16 and triton_gemv_int8.supports(w) and ordered
+    """Whether `matmuls` can multiply activations of a dtype with a matrix."""
+    sum_size = None if w.minimum is None else group_size(w, w.minimum)
+    has_sums = sum_size in (None, *SUM_SIZES)
+    return dtype == jnp.bfloat16 and triton_gemv_int8.supports(w) and has_sums
 
 
-def products(
+def matmuls(
     x: PackedRows,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
     groups: GroupedGemmInfo | None = None,
-    results: int = 0,
+    out_rows: int = 0,
     tiling: _Tiling | None = None,
-    parts: int | None = None,
-    joined: bool = True,
+    split_k: int | None = None,
+    sum_parts: bool = True,
 ) -> list[Array]:
-    """`x @ w.T` for each matrix, all in one kernel: `[rows, out]`.
+    """`x @ w.T` for each matrix, in one launch: `[rows, out]`.
 
-    Codes times scales are rounded to bfloat16, and so are scales. A minimum is multiplied with the
-    sum of its group's activations, both rounded likewise.
+    Scales, and codes times scales, are rounded to bfloat16. A minimum multiplies the sum of its
+    group's activations, both rounded to bfloat16.
 
     Args:
       x: `[rows, in]` in the order of the weights.
-      weights: `[out, in]` each, ones that are supported; planes of bytes are turned into words.
+      weights: supported matrices `[out, in]`, with planes of uint32 or bytes.
       dtype: of the results.
-      groups: weights are stacks `[matrices, out, in]`, which these are multiplied with.
-      results: rows of the results of groups.
-      tiling: of the work; None: a usual one.
-      parts: of the inner dimension, which are multiplied by programs of their own and added up by
-        another kernel; None: as many as keep a GPU busy, but one for several that are to be joined.
-      joined: the parts are added up; else results are float32 `[parts, rows, out]`.
+      groups: the weights are stacks `[matrices, out, in]`, multiplied with these groups of rows.
+      out_rows: with groups, the number of rows of the results.
+      tiling: None: chosen by the number of rows.
+      split_k: parts of the inner dimension, each computed by its own programs. None: as many as
+        keep the GPU busy, but 1 for several matrices whose parts are to be summed.
+      sum_parts: a second kernel sums the parts; else the results are float32 `[parts, rows, out]`.
     """
-    (read, columns) = x.pairs[0].shape[1], weights[0].shape[-1]
-    width = max(8, pl.next_power_of_2(read)) if groups is None else groups.read.shape[1]
-    weights = [_as_read(w) for w in weights]
-    usual, tiling = tiling is None, tiling or _tiling(width)
-    programs = [pl.cdiv(w.shape[-2], tiling.height) for w in weights]
+    (x_rows, columns) = x.values[0].shape[1], weights[0].shape[-1]
+    width = max(8, pl.next_power_of_2(x_rows)) if groups is None else groups.x_row.shape[1]
+    weights = [_load_view(w) for w in weights]
+    default, tiling = tiling is None, tiling or _tiling_for(width)
+    programs = [pl.cdiv(w.shape[-2], tiling.rows) for w in weights]
     warps = sum(programs) * tiling.warps
-    steps = pl.cdiv(columns, _MOST_WEIGHTS)
+    steps = pl.cdiv(columns, _MAX_STEP_WEIGHTS)
     if groups is not None:
-        parts, count, rows = 1, len(groups.matrix), results
+        split_k, count, rows = 1, len(groups.matrix), out_rows
     else:
-        if parts is None:
-            parts = 1 if joined and len(weights) > 1 else max(1, _WARPS // warps)
-        parts = count = pl.cdiv(steps, pl.cdiv(steps, parts))
-        rows = read
-    few_steps = steps < _LONG * parts
-    if usual and width <= _FEW_ROWS and (few_steps or count * warps > _AT_ONCE):
-        tiling = _with_shorter_steps(tiling, weights)
+        if split_k is None:
+            split_k = 1 if sum_parts and len(weights) > 1 else max(1, _MIN_WARPS // warps)
+        split_k = count = pl.cdiv(steps, pl.cdiv(steps, split_k))
+        rows = x_rows
+    few_steps = steps < _LONG_STEPS * split_k
+    if default and width <= _FEW_ROWS and (few_steps or count * warps > _RESIDENT_WARPS):
+        tiling = _shorten_steps(tiling, weights)
     inputs, structure = jax.tree.flatten((x, weights, groups))
     kernel = partial(
         _small_m_gemm_kernel,
@@ -149,34 +151,37 @@ def products(
         width=width,
         tiling=tiling,
     )
-    shape = (rows,) if joined and parts == 1 else (parts, rows)
-    of_part = dtype if joined and parts == 1 else jnp.float32
+    shape = (rows,) if sum_parts and split_k == 1 else (split_k, rows)
+    part_dtype = dtype if sum_parts and split_k == 1 else jnp.float32
     ys = pl.pallas_call(
         kernel,
         grid=(count, sum(programs)),
-        out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), of_part) for w in weights],
+        out_shape=[jax.ShapeDtypeStruct((*shape, w.shape[-2]), part_dtype) for w in weights],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpreted(),
         name="small_m_gemm",
     )(*inputs)
-    return [jnp.sum(y, axis=0).astype(dtype) if joined and parts > 1 else y for y in ys]
+    return [jnp.sum(y, axis=0).astype(dtype) if sum_parts and split_k > 1 else y for y in ys]
 
 
-def _as_read(w: QTensor) -> QTensor:
-    """A matrix with planes of uint16, what the matrix unit takes at a time. Where a chunk has
-    several scales of a byte each, four are a word: threads would read each by itself."""
+def _load_view(w: QTensor) -> QTensor:
+    """Reinterprets a matrix in the widths in which the kernel loads it.
 
-    def paired(plane: Array) -> Array:
+    Code planes become uint16, the element size of tensor core operands. Where a chunk has several
+    1-byte scales, four of them become a uint32 or int32: byte loads would be issued one by one.
+    """
+
+    def to_u16(plane: Array) -> Array:
         if plane.dtype != jnp.uint32:
             plane = plane.reshape(*plane.shape[:-1], -1, 2)
         pairs = lax.bitcast_convert_type(plane, jnp.uint16)
         return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
 
     scale = w.scale
-    if scale.dtype.itemsize == 1 and w.form.chunk % (4 * group_length(w, scale)) == 0:
-        word = jnp.int32 if scale.dtype == jnp.int8 else jnp.uint32
-        scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), word)
-    return dataclasses.replace(w, codes=tuple(map(paired, w.codes)), scale=scale)
+    if scale.dtype.itemsize == 1 and w.layout.chunk % (4 * group_size(w, scale)) == 0:
+        dtype = jnp.int32 if scale.dtype == jnp.int8 else jnp.uint32
+        scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), dtype)
+    return dataclasses.replace(w, codes=tuple(map(to_u16, w.codes)), scale=scale)
 
 
 def _small_m_gemm_kernel(
@@ -186,46 +191,61 @@ def _small_m_gemm_kernel(
     width: int,
     tiling: _Tiling,
 ) -> None:
-    """Some rows of one matrix, with all rows of activations, or those of a group.
+    """Computes a tile of rows of one matrix, for one split-K part or one group.
 
     Args:
-      *refs: activations, matrices and groups, and results.
-      structure: of activations, matrices and groups.
-      programs: for each matrix.
-      width: rows of activations.
-      tiling: of the work.
+      *refs: inputs, then outputs.
+      structure: of the inputs: activations, matrices and groups.
+      programs: number of programs of each matrix.
+      width: rows of activations, padded.
+      tiling: of a program.
     """
     x, weights, groups = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    outs, number = refs[structure.num_leaves :], pl.program_id(0)
+    outs, part = refs[structure.num_leaves :], pl.program_id(0)
 
-    def some_rows(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
-        first = program * tiling.height
-        _Tile(x, w, groups, out_ref, first, number, width, tiling).multiply()
+    def task(w: QTensor, out_ref: jax.Ref, program: Array) -> None:
+        first = program * tiling.rows
+        _Tile(x, w, groups, out_ref, first=first, part=part, width=width, tiling=tiling).run()
 
-    tasks = [partial(some_rows, *task) for task in zip(weights, outs, strict=True)]
+    tasks = [partial(task, *operands) for operands in zip(weights, outs, strict=True)]
     run = partial(dispatch_programs, pl.program_id(1), list(zip(programs, tasks, strict=True)))
     if groups is None:
         run()
     else:
-        pl.when(number < groups.count[()])(run)
+        pl.when(part < groups.count[()])(run)
 
 
 class _Tile:
-    """The products of some rows of a matrix, in a kernel, with a group of rows or a part of the
-    columns.
+    """A tile of the results, inside a kernel: some rows of a matrix, for one part or group.
 
-    A step takes some pairs of bytes of the narrowest plane of each row, and what belongs to them in
-    the other planes. The codes at the same place of each pair make a tile: a byte has some pieces.
+    A step covers some byte pairs of each row in the narrowest plane, and the codes of the same
+    weights in the other planes. The codes at one position of all pairs are one MMA operand.
 
     Args:
       x: activations.
       w: the matrix, or a stack.
-      groups: of rows, or None.
-      out_ref: results.
-      first: of the rows of the matrix.
-      number: of the group, or of the part.
-      width: rows of activations.
-      tiling: of the work.
+      groups: groups of rows, or None.
+      out_ref: the results.
+      first: index of the first row of the matrix.
+      part: index of the split-K part, or of the group.
+      width: rows of activations, padded.
+      tiling: of the program.
+
+    Attributes:
+      x_values, x_sums: references to the activations in the order of the matrix, as in
+        `PackedRows`.
+      out, columns: shape of the matrix.
+      codes_per_byte, pairs_per_chunk: see `packing_of`.
+      row_pairs: byte pairs of a row.
+      rows, accumulators: as in `_Tiling`.
+      step_pairs, step_weights: byte pairs and weights of a row, per step.
+      group_planes, group_sizes: the planes with one value per group, and the weights per group.
+      row: rows of the matrix, int32 `[rows]`, clamped.
+      steps: steps of a row; `full`: none of them needs a mask.
+      start, stop: the steps of this part.
+      x_row, out_row: rows of the activations and of the results, int32 `[width]`.
+      row_stop: rows of the results at or past it are not stored.
+      stack_index, part_index: leading indices of the matrix and of the results.
     """
 
     def __init__(
@@ -234,267 +254,327 @@ class _Tile:
         w: QTensor,
         groups: GroupedGemmInfo | None,
         out_ref: jax.Ref,
+        *,
         first: Array,
-        number: Array,
+        part: Array,
         width: int,
         tiling: _Tiling,
     ):
         self.rms, self.w, self.out_ref = x.rms, w, out_ref
-        self.x_pairs, self.x_sums = x.for_matrix(w)
+        self.x_values, self.x_sums = x.for_matrix(w)
         *_, self.out, self.columns = w.shape
-        self.pieces, self.per_chunk = pieces_of(w.form)
-        self.total = self.columns // (2 * self.pieces)  # pairs of a row
-        self.height, self.sums, self.first = tiling.height, tiling.sums, first
-        self.pairs = min(tiling.pairs, _MOST_WEIGHTS // (2 * self.pieces))  # of a step
-        self.of_step = 2 * self.pieces * self.pairs  # weights
-        self.entries = {
+        self.codes_per_byte, self.pairs_per_chunk = packing_of(w.layout)
+        self.row_pairs = self.columns // (2 * self.codes_per_byte)
+        self.rows, self.accumulators, self.first = tiling.rows, tiling.accumulators, first
+        self.step_pairs = min(tiling.pairs, _MAX_STEP_WEIGHTS // (2 * self.codes_per_byte))
+        self.step_weights = 2 * self.codes_per_byte * self.step_pairs
+        self.group_planes = {
             name: getattr(w, name)
-            for name in triton_gemv_int8.GROUPS
+            for name in triton_gemv_int8.GROUP_PLANES
             if getattr(w, name) is not None
         }
-        self.length = {name: group_length(w, ref) for name, ref in self.entries.items()}
-        self.row = jnp.minimum(first + jnp.arange(tiling.height), self.out - 1)
-        self.steps, self.whole = pl.cdiv(self.total, self.pairs), self.total % self.pairs == 0
+        self.group_sizes = {name: group_size(w, ref) for name, ref in self.group_planes.items()}
+        self.row = jnp.minimum(first + jnp.arange(tiling.rows), self.out - 1)
+        self.steps = pl.cdiv(self.row_pairs, self.step_pairs)
+        self.full = self.row_pairs % self.step_pairs == 0
         self.start, self.stop = 0, self.steps
         self.out_row = jnp.arange(width)
-        self.read_row = jnp.minimum(self.out_row, self.x_pairs.shape[1] - 1)
-        self.stack: tuple[Array, ...] = ()
-        self.place: tuple[Array, ...] = ()
+        self.x_row = jnp.minimum(self.out_row, self.x_values.shape[1] - 1)
+        self.stack_index: tuple[Array, ...] = ()
+        self.part_index: tuple[Array, ...] = ()
         if groups is not None:
-            self.stack = (groups.matrix[number],)
-            self.read_row = plgpu.load(groups.read.at[number, jnp.arange(width)])
-            self.out_row = groups.first[number] + jnp.arange(width)
-            self.last_row = groups.stop[number]
+            self.stack_index = (groups.matrix[part],)
+            self.x_row = plgpu.load(groups.x_row.at[part, jnp.arange(width)])
+            self.out_row = groups.start[part] + jnp.arange(width)
+            self.row_stop = groups.stop[part]
         else:
-            self.last_row = out_ref.shape[-2]
+            self.row_stop = out_ref.shape[-2]
             if out_ref.ndim == 3:
-                per_part = pl.cdiv(self.steps, out_ref.shape[0])
-                self.start, self.place = number * per_part, (number,)
-                self.stop = jnp.minimum(self.start + per_part, self.steps)
+                part_steps = pl.cdiv(self.steps, out_ref.shape[0])
+                self.start, self.part_index = part * part_steps, (part,)
+                self.stop = jnp.minimum(self.start + part_steps, self.steps)
 
-    def multiply(self) -> None:
-        """All steps; results are stored."""
-        result = jnp.zeros((self.height, len(self.read_row)), jnp.float32)
-        factor = None if self.rms is None else self.rms.inverse_of(self.read_row)
-        carry = (result, self._read_outer(self.start))
-        result, _ = lax.fori_loop(self.start, self.stop, self._step, carry)
-        result *= 2.0**-_OF_WEIGHTS
-        if factor is not None:
-            result *= jnp.broadcast_to(factor[None], result.shape)
-        at = jnp.broadcast_to((self.first + jnp.arange(self.height))[:, None], result.shape)
-        out_row = jnp.broadcast_to(self.out_row[None], result.shape)
-        inside = (out_row < self.last_row) & (at < self.out)
-        result = result.astype(self.out_ref.dtype)
-        plgpu.store(self.out_ref.at[*self.place, out_row, at], result, mask=inside)
+    def run(self) -> None:
+        """Runs all steps and stores the results."""
+        total = jnp.zeros((self.rows, len(self.x_row)), jnp.float32)
+        rms_factor = None if self.rms is None else self.rms.inverse_of(self.x_row)
+        carry = (total, self._load_super_groups(self.start))
+        total, _ = lax.fori_loop(self.start, self.stop, self._step, carry)
+        total *= 2.0**-_WEIGHT_EXPONENT
+        if rms_factor is not None:
+            total *= jnp.broadcast_to(rms_factor[None], total.shape)
+        index = jnp.broadcast_to((self.first + jnp.arange(self.rows))[:, None], total.shape)
+        out_row = jnp.broadcast_to(self.out_row[None], total.shape)
+        mask = (out_row < self.row_stop) & (index < self.out)
+        total = total.astype(self.out_ref.dtype)
+        plgpu.store(self.out_ref.at[*self.part_index, out_row, index], total, mask=mask)
 
-    def _load(self, ref: jax.Ref, at: Array, inside: Array | None) -> Array:
-        """Elements `[rows, ...]` of the matrix."""
-        shape = (len(self.row), len(at))
-        row, at = (jnp.broadcast_to(a, shape) for a in (self.row[:, None], at[None]))
-        index = (*self.stack, row, at) if ref.ndim == 3 else (row, at)
-        if inside is None:
+    def _load(self, ref: jax.Ref, column: Array, mask: Array | None) -> Array:
+        """Loads columns of the tile's rows from a plane of the matrix: `[rows, columns]`."""
+        shape = (len(self.row), len(column))
+        row, column = (jnp.broadcast_to(a, shape) for a in (self.row[:, None], column[None]))
+        index = (*self.stack_index, row, column) if ref.ndim == 3 else (row, column)
+        if mask is None:
             return plgpu.load(ref.at[index])
-        mask = jnp.broadcast_to(inside[None], shape)
+        mask = jnp.broadcast_to(mask[None], shape)
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def _load_x(self, ref: jax.Ref, at: Array, inside: Array | None, *before: int) -> Array:
-        """Elements of the rows of activations, or of their sums: `[rows, ...]`."""
-        shape = (len(self.read_row), len(at))
-        row, at = (jnp.broadcast_to(a, shape) for a in (self.read_row[:, None], at[None]))
-        index = (*before, row, at)
-        if inside is None:
+    def _load_x(self, ref: jax.Ref, column: Array, mask: Array | None, *leading: int) -> Array:
+        """Loads columns of the rows of activations, or of their sums: `[width, columns]`."""
+        shape = (len(self.x_row), len(column))
+        row, column = (jnp.broadcast_to(a, shape) for a in (self.x_row[:, None], column[None]))
+        index = (*leading, row, column)
+        if mask is None:
             return plgpu.load(ref.at[index])
-        mask = jnp.broadcast_to(inside[None], shape)
+        mask = jnp.broadcast_to(mask[None], shape)
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def _below(self, at: Array, count: int) -> Array | None:
-        return None if self.whole else at < count
+    def _mask(self, index: Array, stop: int) -> Array | None:
+        """The mask of the indices below `stop`; None: all are, in every step."""
+        return None if self.full else index < stop
 
-    def _groups_of(self, length: int, step: Array) -> tuple[Array, int]:
-        """The first group of a step, and how many there are."""
-        count = max(1, self.of_step // length)
-        if self.of_step >= length:
+    def _first_group(self, size: int, step: Array) -> tuple[Array, int]:
+        """The index of the first group of a step, and the number of its groups of `size`."""
+        count = max(1, self.step_weights // size)
+        if self.step_weights >= size:
             return step * count, count
-        return divmod_pow2(step * self.of_step, length)[0], count
+        return divmod_pow2(step * self.step_weights, size)[0], count
 
-    def _of_groups(self, length: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
-        """Where the groups of a step are, at least so many places, and which of these have any."""
-        first, count = self._groups_of(length, step)
-        place = jnp.arange(max(count, least))
-        at = place + first
+    def _groups(self, size: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
+        """The indices of the groups of a step, padded to `least`, and their mask (None: all)."""
+        first, count = self._first_group(size, step)
+        offset = jnp.arange(max(count, least))
+        group = offset + first
         if count < least:
-            return at, (place < count) & (at < self.columns // length)
-        return at, self._below(at, self.columns // length)
+            return group, (offset < count) & (group < self.columns // size)
+        return group, self._mask(group, self.columns // size)
 
-    def _read_scales(self, step: Array) -> list[Array]:
-        """Scales of a step, for each piece that has its own: `[height, groups]` each."""
-        ref, length, per_chunk = self.w.scale, self.length["scale"], self.per_chunk
-        of_chunk = self.w.form.chunk
-        if ref.dtype.itemsize == 4:  # four in a word
-            count, words = self.of_step // of_chunk, of_chunk // length
-            first = words * (step * count + jnp.arange(count))
-            found = [
-                self._load(ref, first + i, self._below(first + i, ref.shape[-1]))
-                for i in range(words)
+    def _load_scales(self, step: Array) -> list[Array]:
+        """Loads the scales of a step: `[rows, groups]` for each set of codes that has its own.
+
+        The codes at one position of all bytes are weights that are `2 * pairs_per_chunk` apart in a
+        chunk. With groups smaller than a chunk, different positions have different scales.
+        """
+        ref, size, pairs_per_chunk = self.w.scale, self.group_sizes["scale"], self.pairs_per_chunk
+        chunk_weights = self.w.layout.chunk
+        if ref.dtype.itemsize == 4:  # see `_load_view`
+            count, per_chunk = self.step_weights // chunk_weights, chunk_weights // size
+            first = per_chunk * (step * count + jnp.arange(count))
+            loaded = [
+                self._load(ref, first + i, self._mask(first + i, ref.shape[-1]))
+                for i in range(per_chunk)
             ]
-            return [(word << (24 - 8 * byte)) >> 24 for word in found for byte in range(4)]
-        if length >= of_chunk:
-            return [self._load(ref, *self._of_groups(length, step))]
-        shared = min(length // 2, per_chunk)
-        at = step * self.pairs + shared * jnp.arange(self.pairs // shared)
-        chunk, pair = divmod_pow2(at, per_chunk)
-        weight = 2 * (chunk * self.pieces * per_chunk + pair)
-        begins = range(0, of_chunk, max(length, 2 * per_chunk))
-        of_pieces = [divmod_pow2(weight + begin, length)[0] for begin in begins]
-        return [self._load(ref, at, self._below(at, ref.shape[-1])) for at in of_pieces]
+            return [(packed << (24 - 8 * byte)) >> 24 for packed in loaded for byte in range(4)]
+        if size >= chunk_weights:
+            return [self._load(ref, *self._groups(size, step))]
+        shared = min(size // 2, pairs_per_chunk)  # pairs under one scale
+        index = step * self.step_pairs + shared * jnp.arange(self.step_pairs // shared)
+        chunk, pair = divmod_pow2(index, pairs_per_chunk)
+        weight = 2 * (chunk * self.codes_per_byte * pairs_per_chunk + pair)
+        offsets = range(0, chunk_weights, max(size, 2 * pairs_per_chunk))
+        groups = [divmod_pow2(weight + offset, size)[0] for offset in offsets]
+        return [self._load(ref, group, self._mask(group, ref.shape[-1])) for group in groups]
 
-    def _read_outer(self, step: Array) -> dict[str, list[Array]]:
-        """Entries of groups of groups, of a step: `[height]` each. Threads read the few that they
-        need by themselves."""
-        found = {}
+    def _load_super_groups(self, step: Array) -> dict[str, list[Array]]:
+        """Loads the super-scales and super-minima of a step, `[rows]` for each super-group.
+
+        They are few: each thread loads the ones that it needs itself.
+        """
+        loaded = {}
         for name in ("super_scale", "super_minimum"):
-            if name in self.entries:
-                ref = self.entries[name]
-                first, count = self._groups_of(self.length[name], step)
-                at = [jnp.minimum(first + i, ref.shape[-1] - 1) for i in range(count)]
-                found[name] = [self._load(ref, x[None], None)[:, 0] for x in at]
-        return found
+            if name in self.group_planes:
+                ref = self.group_planes[name]
+                first, count = self._first_group(self.group_sizes[name], step)
+                groups = [jnp.minimum(first + i, ref.shape[-1] - 1) for i in range(count)]
+                loaded[name] = [self._load(ref, group[None], None)[:, 0] for group in groups]
+        return loaded
 
-    def _times_outer(
-        self, entries: Array, each: int, outer: dict[str, list[Array]], name: str, power: int
+    def _apply_super_groups(
+        self,
+        values: Array,
+        super_groups: dict[str, list[Array]],
+        name: str,
+        *,
+        size: int,
+        power: int,
     ) -> Array:
-        """`2**power` times entries of groups, times those of groups of these if there are.
+        """`2**power` times scales or minima, times their super-scale or super-minimum if any.
 
         Args:
-          entries: `[height, groups]`, of a step.
-          each: weights that have one.
-          outer: from `_read_outer`.
-          name: of the plane of groups of groups.
+          values: `[rows, groups]`, of a step.
+          super_groups: from `_load_super_groups`.
+          name: of the plane of super-groups.
+          size: weights per group.
           power: of two.
 
         Returns:
-          bfloat16 `[height, groups]`, rounded once.
+          bfloat16 `[rows, groups]`, rounded once.
         """
         factor: Array | float = 2.0**power
-        for i, x in enumerate(outer.get(name, ())):
+        for i, x in enumerate(super_groups.get(name, ())):
             x = x.astype(jnp.float32)[:, None] * 2.0**power
-            before = jnp.arange(entries.shape[1])[None] < i * self.length[name] // each
+            before = jnp.arange(values.shape[1])[None] < i * self.group_sizes[name] // size
             factor = jnp.where(before, factor, x) if i else x
-        return (entries.astype(jnp.float32) * factor).astype(jnp.bfloat16)
+        return (values.astype(jnp.float32) * factor).astype(jnp.bfloat16)
 
     def _step(self, i: Array, carry: tuple) -> tuple:
-        result, outer = carry
-        w, form, per_chunk = self.w, self.w.form, self.per_chunk
-        # The compiler reads ahead what is multiplied, not these, which are too few bytes.
-        ahead = self._read_outer(jnp.minimum(i + 1, self.steps - 1))
-        power, scales = _OF_WEIGHTS - _OF_BITS, self._read_scales(i)
-        each = self.of_step // scales[0].shape[1]
-        scales = [self._times_outer(x, each, outer, "super_scale", power) for x in scales]
+        """Adds a step's products to the carried total, and prefetches the next super-groups."""
+        total, super_groups = carry
+        w, size = self.w, self.group_sizes
+        # The compiler pipelines the loads of MMA operands, but not these, which are too narrow.
+        following = self._load_super_groups(jnp.minimum(i + 1, self.steps - 1))
+        power, scales = _WEIGHT_EXPONENT - _CODE_EXPONENT, self._load_scales(i)
+        options = {"size": self.step_weights // scales[0].shape[1], "power": power}
+        scales = [
+            self._apply_super_groups(x, super_groups, "super_scale", **options) for x in scales
+        ]
         if w.minimum is not None:
-            length = self.length["minimum"]
-            group, inside = self._of_groups(length, i, _FEW)
-            minimum = self._load(w.minimum, group, inside)
-            minimum = self._times_outer(minimum, length, outer, "super_minimum", _OF_WEIGHTS)
-            result += _dot(minimum, self._load_x(self.x_sums, group, inside))
-        at = i * self.pairs + jnp.arange(self.pairs)
-        # In this form the compiler sees which of them are neighbours.
-        chunk, pair = lax.div(at, per_chunk), lax.rem(at, per_chunk)
-        read: dict[tuple[int, int], Array] = {}
-        expanded: dict[int, Array] = {}
-        sums = [result] + [jnp.zeros_like(result)] * (self.sums - 1)
-        for piece in range(self.pieces):
-            parts, shifts = [], []
-            for p, (plane, bits) in enumerate(zip(w.codes, form.bits, strict=True)):
-                size = form.chunk * bits // 16  # pairs of a chunk
-                shift, before = divmod(piece * per_chunk, size)
-                if (p, before) not in read:
-                    index = at if size == per_chunk else chunk * size + before + pair
-                    read[p, before] = self._load(plane, index, self._below(at, self.total))
-                parts.append(read[p, before])
+            group, mask = self._groups(size["minimum"], i, _MIN_MMA_K)
+            minimum = self._load(w.minimum, group, mask)
+            options = {"size": size["minimum"], "power": _WEIGHT_EXPONENT}
+            minimum = self._apply_super_groups(minimum, super_groups, "super_minimum", **options)
+            total += _dot(minimum, self._load_x(self.x_sums, group, mask))
+        return self._multiply_codes(i, scales, total), following
+
+    def _multiply_codes(self, step: Array, scales: list[Array], total: Array) -> Array:
+        """Adds the products of a step's codes and scales to `total`."""
+        w, layout, pairs_per_chunk = self.w, self.w.layout, self.pairs_per_chunk
+        index = step * self.step_pairs + jnp.arange(self.step_pairs)
+        # Written as a division, not as shifts, so that the compiler sees contiguous runs of pairs.
+        chunk, pair = lax.div(index, pairs_per_chunk), lax.rem(index, pairs_per_chunk)
+        loaded: dict[tuple[int, int], Array] = {}
+        spread: dict[int, Array] = {}
+        totals = [total] + [jnp.zeros_like(total)] * (self.accumulators - 1)
+        for code in range(self.codes_per_byte):
+            planes, shifts = [], []
+            for p, (plane, bits) in enumerate(zip(w.codes, layout.bits, strict=True)):
+                chunk_pairs = layout.chunk * bits // 16  # of this plane
+                shift, offset = divmod(code * pairs_per_chunk, chunk_pairs)
+                if (p, offset) not in loaded:
+                    whole_chunk = chunk_pairs == pairs_per_chunk
+                    column = index if whole_chunk else chunk * chunk_pairs + offset + pair
+                    loaded[p, offset] = self._load(plane, column, self._mask(index, self.row_pairs))
+                planes.append(loaded[p, offset])
                 shifts.append(shift * bits)
-            group = piece * len(scales) // self.pieces
-            if group not in expanded:
-                expanded[group] = _spread(scales[group], self.pairs)
+            group = code * len(scales) // self.codes_per_byte
+            if group not in spread:
+                spread[group] = _spread(scales[group], self.step_pairs)
             for byte in range(2):
-                x = self._load_x(self.x_pairs, at, self._below(at, self.total), 2 * piece + byte)
-                scaled = _scaled(parts, shifts, byte, form, expanded[group])
-                sums[byte % self.sums] += _dot(scaled, x)
-        return sum(sums[1:], sums[0]), ahead
+                mask = self._mask(index, self.row_pairs)
+                x = self._load_x(self.x_values, index, mask, 2 * code + byte)
+                weights = _scaled_codes(planes, shifts, byte, layout, spread[group])
+                totals[byte % self.accumulators] += _dot(weights, x)
+        return sum(totals[1:], totals[0])
 
 
 def _spread(values: Array, count: int) -> Array:
-    """`[height, groups]`, repeated to `[height, count]`."""
-    height, groups = values.shape
-    shape = (height, groups, count // groups)
-    return jnp.broadcast_to(values[:, :, None], shape).reshape(height, count)
+    """`[rows, groups]`, each value repeated, to `[rows, count]`."""
+    rows, groups = values.shape
+    shape = (rows, groups, count // groups)
+    return jnp.broadcast_to(values[:, :, None], shape).reshape(rows, count)
 
 
 def _dot(a: Array, b: Array) -> Array:
+    """`a @ b.T` on tensor cores, float32."""
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _scaled(
+def _scaled_codes(
     planes: Sequence[Array],
     shifts: Sequence[int],
     byte: int,
-    form: Form,
+    layout: PlaneLayout,
     scale: Array,
 ) -> Array:
-    """Weights without their minima as bfloat16, one of each pair of bytes, `2**_OF_WEIGHTS` times
-    what they are; those of a single plane also `2**shifts[0]` times, by where they are in a byte.
+    """Unpacks one code of each byte pair, and multiplies it with its scale.
 
     Args:
-      planes: pairs of bytes `[height, pairs]` of each plane, uint16.
-      shifts: by how much to shift a byte of each plane, to have the code's bits in front.
+      planes: byte pairs `[rows, pairs]` of each plane, uint16.
+      shifts: position in its byte of each plane's bits of the code.
       byte: which byte of the pairs.
-      form: of the matrix.
-      scale: bfloat16, like the pairs, times `2**(_OF_WEIGHTS - _OF_BITS)`.
+      layout: of the matrix.
+      scale: bfloat16 `[rows, pairs]`, times `2**(_WEIGHT_EXPONENT - _CODE_EXPONENT)`.
+
+    Returns:
+      the weights without their minima, bfloat16 `[rows, pairs]`, times `2**_WEIGHT_EXPONENT`. The
+      codes of a single plane stay where they are in their byte, so that these weights are
+      `2**shifts[0]` times larger; `PackedRows` makes up for it.
     """
-    front = shifts[0] if len(planes) == 1 else 0  # bits before the code that stay
-    shifts = [8 * byte + shift - front for shift in shifts]
-    offset = (128 if form.bits == (8,) else form.offset) * 2**front
+    base = shifts[0] if len(planes) == 1 else 0  # bit at which the code starts
+    shifts = [8 * byte + shift - base for shift in shifts]
+    offset = (128 if layout.bits == (8,) else layout.offset) * 2**base
     if interpreted():
-        code, done = jnp.uint16(0), front
-        for plane, by, bits in zip(planes, shifts, form.bits, strict=True):
-            part = (plane >> jnp.uint16(by)) << jnp.uint16(done - front)
-            code |= part & jnp.uint16((2**bits - 1) << done)
-            done += bits
-        if form.bits == (8,):
-            code ^= jnp.uint16(128)
-        half = _OF_BITS // 2  # the whole power is no normal float32
-        value = (code.astype(jnp.float32) - offset) * 2.0**half
-        return (value * (scale.astype(jnp.float32) * 2.0 ** (_OF_BITS - half))).astype(scale.dtype)
-
-    # Two at once, in the halves of a register. Compute capability 8.0 has no other instruction than
-    # `fma` for numbers.
-    def both(bits: int) -> str:
-        return f"0x{bits * 0x10001:08x}"
-
-    def number(x: float) -> str:
-        return both(int(np.asarray(x, jnp.bfloat16).view(np.uint16)))
-
-    scaled = f"${len(planes) + 1}"
-    lines = [".reg .b32 code, part, by, less;", f"mov.b32 less, {number(-0.0)};"]
-    done = 0
-    for i, (by, bits) in enumerate(zip(shifts, form.bits, strict=True)):
-        by, part = by - done, f"${i + 1}"
-        if by:
-            lines.append(f"sh{'r' if by > 0 else 'l'}.b32 part, {part}, {abs(by)};")
-            part = "part"
-        mask = both((2**bits - 1) << (done + front))
-        # And, then exclusive or: with the bits before, or to add 128 to signed bytes.
-        before = "code" if i else both(128 if bits == 8 else 0)
-        lines.append(f"lop3.b32 code, {part}, {mask}, {before}, 0x6A;")
-        done += bits
-    if offset:
-        lines.append(f"mov.b32 by, {number(-offset * 2.0**_OF_BITS)};")
-        lines.append(f"fma.rn.bf16x2 less, {scaled}, by, less;")
-    lines.append(f"fma.rn.bf16x2 $0, code, {scaled}, less;")
+        return _scaled_codes_by_jax(planes, shifts, layout, scale, base=base, offset=offset)
+    asm = _scaled_codes_ptx(shifts, layout, base, offset)
     [result] = plgpu.elementwise_inline_asm(
-        "{ " + " ".join(lines) + " }",
+        asm,
         args=[*planes, scale],
         constraints=",".join(["=r", *["r"] * (len(planes) + 1)]),
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(scale.shape, jnp.bfloat16)],
     )
     return result
+
+
+def _scaled_codes_by_jax(
+    planes: Sequence[Array],
+    shifts: Sequence[int],
+    layout: PlaneLayout,
+    scale: Array,
+    *,
+    base: int,
+    offset: float,
+) -> Array:
+    """What `_scaled_codes_ptx` computes, bit for bit."""
+    code, done = jnp.uint16(0), base
+    for plane, shift, bits in zip(planes, shifts, layout.bits, strict=True):
+        field = (plane >> jnp.uint16(shift)) << jnp.uint16(done - base)
+        code |= field & jnp.uint16((2**bits - 1) << done)
+        done += bits
+    if layout.bits == (8,):
+        code ^= jnp.uint16(128)
+    half = _CODE_EXPONENT // 2  # the whole power is subnormal in float32
+    value = (code.astype(jnp.float32) - offset) * 2.0**half
+    return (value * (scale.astype(jnp.float32) * 2.0 ** (_CODE_EXPONENT - half))).astype(
+        scale.dtype
+    )
+
+
+def _scaled_codes_ptx(shifts: Sequence[int], layout: PlaneLayout, base: int, offset: float) -> str:
+    """PTX that computes `(code - offset) * scale` for two elements, in the halves of a register.
+
+    The code's bits are read as bfloat16, without a conversion. On compute capability 8.0, `fma` is
+    the only bfloat16 arithmetic instruction.
+
+    Args:
+      shifts: right shift of each plane; `$1`, `$2` ... are the planes, the last operand the scale.
+      layout: of the matrix.
+      base: bit of the result's low byte at which the code starts.
+      offset: subtracted from the code.
+    """
+
+    def both_halves(bits: int) -> str:
+        return f"0x{bits * 0x10001:08x}"
+
+    def bfloat16(x: float) -> str:
+        return both_halves(int(np.asarray(x, jnp.bfloat16).view(np.uint16)))
+
+    scale = f"${len(shifts) + 1}"
+    lines = [".reg .b32 code, field, offset, bias;", f"mov.b32 bias, {bfloat16(-0.0)};"]
+    done = 0
+    for i, (shift, bits) in enumerate(zip(shifts, layout.bits, strict=True)):
+        shift, field = shift - done, f"${i + 1}"
+        if shift:
+            lines.append(f"sh{'r' if shift > 0 else 'l'}.b32 field, {field}, {abs(shift)};")
+            field = "field"
+        mask = both_halves((2**bits - 1) << (done + base))
+        # `(field & mask) ^ code`: the planes have disjoint bits. For signed bytes, flipping the top
+        # bit adds 128, which the offset subtracts.
+        code = "code" if i else both_halves(128 if bits == 8 else 0)
+        lines.append(f"lop3.b32 code, {field}, {mask}, {code}, 0x6A;")
+        done += bits
+    if offset:
+        lines.append(f"mov.b32 offset, {bfloat16(-offset * 2.0**_CODE_EXPONENT)};")
+        lines.append(f"fma.rn.bf16x2 bias, {scale}, offset, bias;")
+    lines.append(f"fma.rn.bf16x2 $0, code, {scale}, bias;")
+    return "{ " + " ".join(lines) + " }"

@@ -20,12 +20,12 @@ from jaxsplit.quant.qtensor import (
     QTensor,
     Weight,
     as_bytes,
-    combine,
+    combine_planes,
+    decode_codes,
     dequantize,
     minima,
     row_bounds,
     scales,
-    value_of,
 )
 
 TOGETHER = 2**28
@@ -133,23 +133,23 @@ def _slices(w: QTensor) -> list[Array]:
       float32 `[out, chunks, width]` each; slice `i` holds the weights `[i * width, (i + 1) *
       width)` of each chunk.
     """
-    form = w.form
-    count = 8 // min(form.bits)
-    width = form.chunk // count
+    layout = w.layout
+    count = 8 // min(layout.bits)
+    width = layout.chunk // count
     slices = []
     for i in range(count):
         pieces = []
-        for plane, bits in zip(w.codes, form.bits, strict=True):
+        for plane, bits in zip(w.codes, layout.bits, strict=True):
             size = plane.dtype.itemsize
-            shift, byte = divmod(i * width, form.chunk * bits // 8)
-            packed = plane.reshape(plane.shape[0], -1, form.chunk * bits // 8 // size)
+            shift, byte = divmod(i * width, layout.chunk * bits // 8)
+            packed = plane.reshape(plane.shape[0], -1, layout.chunk * bits // 8 // size)
             piece = packed[..., byte // size : (byte + width) // size]
             mask = int.from_bytes([2**bits - 1] * size)
             pieces.append(
                 piece if bits == 8 else (piece >> (shift * bits)) & np.asarray(mask, plane.dtype)
             )
-        codes = as_bytes(combine(pieces, form), form)
-        slices.append(value_of(codes, form))
+        codes = as_bytes(combine_planes(pieces, layout), layout)
+        slices.append(decode_codes(codes, layout))
     return slices
 
 
@@ -160,7 +160,7 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
     two would be two kernels.
     """
     slices = _slices(w)
-    chunk, width = w.form.chunk, slices[0].shape[-1]
+    chunk, width = w.layout.chunk, slices[0].shape[-1]
     x = x.reshape(-1, len(slices), width)
 
     def per_chunk(groups: Array) -> Array:

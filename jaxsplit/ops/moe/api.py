@@ -1,6 +1,7 @@
 """Mixtures of experts: routing, and the experts' MLPs.
 
-Each table lists implementations, best first: whether one supports the arguments, and the function.
+`_EXPERTS` lists the implementations of the MLPs, best first, each with the predicate that tells
+whether it supports the arguments.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from jaxsplit.quant import QTensor
 
 __all__ = ["ExpertMatrices", "ExpertParams", "experts", "readers_of", "topk_experts"]
 
-_FEW_PAIRS = 64  # whose products with quantized experts by XLA need little memory
+_FEW_PAIRS = 64  # up to which XLA's matmuls with quantized experts need little memory
 
 
 def topk_experts(
@@ -44,20 +45,20 @@ def topk_experts(
     *,
     rms: RMSStatistics | None = None,
 ) -> tuple[Array, Array]:
-    """The experts of each token, and their weights.
+    """Selects the experts of each token.
 
-    Groups of experts: DeepSeek-AI 2024, arXiv:2412.19437, scored as in llama.cpp.
+    Groups of experts are those of DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437), scored as in
+    llama.cpp.
 
     Args:
       logits: float32 `[..., experts]`.
       config: of the mixture.
-      bias: float32 `[experts]`, added to scores for the selection only; None: no bias.
-      scale: float32 `[experts]` that multiplies weights; None: no scale.
-      rms: statistics of the rows that logits come from, whose division is still to be done; None:
-        there are none.
+      bias: float32 `[experts]`, added to the scores for the selection only; None: no bias.
+      scale: float32 `[experts]`, multiplies the router weights; None: no scale.
+      rms: statistics of a deferred normalization of the router's input; None: it was normalized.
 
     Returns:
-      int32 and float32 `[..., top_k]`.
+      experts, int32 `[..., top_k]`, and router weights, float32 `[..., top_k]`.
     """
     if current_context().policy.kernels and triton_router.supports(config, rows_of(logits)):
         return triton_router.topk_experts(logits, config, bias, scale, rms=rms)
@@ -67,29 +68,29 @@ def topk_experts(
 
 
 def readers_of(x: Like, top_k: int, params: ExpertParams) -> Readers:
-    """Who reads tokens like `x` `[..., time, embed]` that are given to `top_k` experts."""
+    """Who reads tokens like `x`, `[..., time, embed]`, that are routed to `top_k` experts each."""
     if _supports_gemv(x, top_k, params):
         return Readers((Int8Layout(),), xla=False)
     return XLA_ONLY
 
 
 def experts(x: Activations, topk_ids: Array, weights: Array, params: ExpertParams) -> Array:
-    """The weighted sum of the experts' outputs for each token.
+    """The weighted sum of the outputs of each token's experts.
 
     Args:
       x: `[..., time, embed]`.
-      topk_ids: int32 `[..., time, top_k]`, all different.
-      weights: float32 `[..., time, top_k]`.
+      topk_ids: int32 `[..., time, top_k]`, distinct for each token.
+      weights: router weights, float32 `[..., time, top_k]`.
       params: of the experts.
 
     Returns:
       float32 `[parts, ..., time, out]`, to be summed over the parts, and over the devices that hold
       other experts or hidden units.
     """
-    shape, step = x.shape, x.shape[-2] == 1
+    shape, decode = x.shape, x.shape[-2] == 1
     run = next(run for supports, run in _EXPERTS if supports(x, topk_ids.shape[-1], params))
     if run is by_tiles:
-        run = partial(by_tiles, step=step)
+        run = partial(by_tiles, decode=decode)
     topk_ids, weights = (a.reshape(-1, a.shape[-1]) for a in (topk_ids, weights))
     y = run(_as_rows(x), topk_ids, weights, params)
     return y.reshape(len(y), *shape[:-1], -1)
@@ -101,7 +102,8 @@ def _as_rows(x: Activations) -> Activations:
 
 
 def _few_pairs(x: Like, top_k: int, params: ExpertParams) -> bool:
-    """Whether a decode step has few pairs of tokens and experts, all on this device."""
+    """Whether this is a decode step with few pairs of a token and an expert, and whether all
+    experts are quantized and on this device."""
     few = rows_of(x) * top_k <= _FEW_PAIRS and x.shape[-2] == 1
     quantized = all(isinstance(stack, QTensor) for stack in params.stacks)
     return few and quantized and not is_split(params.axis)

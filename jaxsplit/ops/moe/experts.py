@@ -1,4 +1,4 @@
-"""The MLPs of a mixture, for the experts that tokens were routed to."""
+"""The experts' MLPs, for tokens that have been routed."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.matmul.api import GroupedGemmInfo, expert_matmuls, grouped_matmuls, matmul
 from jaxsplit.ops.moe.tiles import ExpertTiles, make_tiles, tile_rows
-from jaxsplit.quant import QTensor, Weight, with_bytes
+from jaxsplit.quant import QTensor, Weight, to_u8
 from jaxsplit.sharding.axes import Axis
 
-_LARGEST_GROUP = 64  # rows that the grouped kernel multiplies at a time
+_MAX_GROUP_ROWS = 64  # that the grouped kernel multiplies at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertMatrices:
-    """One projection of every expert that this device holds.
+    """One projection of all experts that this device holds.
 
     Attributes:
       kernel: `[experts, out, in]`.
@@ -33,31 +33,33 @@ class ExpertMatrices:
     kernel: Weight
     bias: Array | None = None
 
-    def of_expert(self, x: Array, expert: Array) -> Array:
-        """`[rows, in]` to float32 `[rows, out]` by the expert at an index."""
+    def project(self, x: Array, expert: Array) -> Array:
+        """Projects `[rows, in]` with the expert at an index of the stack: float32 `[rows, out]`."""
 
-        def chosen(stack: Array) -> Array:
+        def select(stack: Array) -> Array:
             return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
 
-        w = jax.tree.map(chosen, self.kernel)
-        with forward_context(policy=MatmulPolicy()):  # kernels cannot read it inside the stack
-            y = matmul(x, with_bytes(w) if isinstance(w, QTensor) else w)
-        return y if self.bias is None else y + chosen(self.bias)
+        w = jax.tree.map(select, self.kernel)
+        # Without kernels: XLA fuses the slice into its own loops, but copies it for a kernel.
+        with forward_context(policy=MatmulPolicy()):
+            y = matmul(x, to_u8(w) if isinstance(w, QTensor) else w)
+        return y if self.bias is None else y + select(self.bias)
 
     def add_bias(self, y: Array, experts: Array) -> Array:
-        """`[pairs, out]` with the bias of each pair's expert."""
+        """Adds the bias of each pair's expert to `[pairs, out]`."""
         return y if self.bias is None else (y + self.bias[experts]).astype(y.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertParams:
-    """Experts: MLPs of the same shape, split by experts and by their hidden units.
+    """Experts: MLPs of the same shape, split by expert and by hidden unit.
 
     Attributes:
-      up, gate, down: projections; no gate: plain MLPs.
+      up, gate, down: projections; `gate` is None for MLPs that are not gated.
       activation: as in `MLPConfig`.
-      axis, mlp: of experts, and of hidden units.
+      axis: of experts.
+      mlp: of hidden units.
       weight_on_input: router weights multiply the input of experts, not their output.
     """
 
@@ -71,7 +73,7 @@ class ExpertParams:
 
     @property
     def inputs(self) -> list[ExpertMatrices]:
-        """The projections of the input."""
+        """The projections that read the input."""
         return [self.up] if self.gate is None else [self.up, self.gate]
 
     @property
@@ -81,25 +83,25 @@ class ExpertParams:
 
     @property
     def gathers(self) -> bool:
-        """Whether `down` reads the hidden units of all devices."""
+        """Whether `down` needs the hidden units of all devices."""
         return is_split(self.mlp) and not is_split(self.mlp.columns)
 
     def hidden(self, x: Array, expert: Array) -> Array:
-        """`[rows, embed]` to the hidden units of one expert."""
-        gate = None if self.gate is None else self.gate.of_expert(x, expert)
-        return activate(self.activation, self.up.of_expert(x, expert), gate).astype(x.dtype)
+        """The hidden units of one expert, for `[rows, embed]`."""
+        gate = None if self.gate is None else self.gate.project(x, expert)
+        return activate(self.activation, self.up.project(x, expert), gate).astype(x.dtype)
 
-    def gathered(self, hidden: Array) -> Array:
-        """The hidden units that `down` reads."""
+    def gather(self, hidden: Array) -> Array:
+        """The hidden units that `down` reads: with an all-gather where they are split."""
         return all_gather(hidden, self.mlp) if self.gathers else hidden
 
 
-# The implementations: of tokens `[tokens, embed]`, int32 and float32 `[tokens, top_k]`, to float32
-# `[parts, tokens, out]`.
+# The implementations. All take tokens `[tokens, embed]`, and `topk_ids` and `weights` `[tokens,
+# top_k]`, and return float32 `[parts, tokens, out]`. A pair is a token with one of its experts.
 
 
 def by_gemv(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) -> Array:
-    """All pairs by a kernel that reads experts where they are stored."""
+    """All pairs with the GEMV kernel, which reads experts in place."""
     experts = topk_ids.reshape(-1)
 
     def project(x: Activations, layers: list[ExpertMatrices], dtype: jnp.dtype) -> list[Array]:
@@ -107,81 +109,83 @@ def by_gemv(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) ->
         return [layer.add_bias(y, experts) for layer, y in zip(layers, ys, strict=True)]
 
     up, gate = [*project(x, p.inputs, x.dtype), None][:2]
-    # The weights scale whole rows, which does not change how these are quantized.
+    # Router weights scale whole rows, which leaves their int8 codes unchanged.
     readers = XLA_ONLY if p.gathers else Readers((Int8Layout(),), xla=False)
     h = act_and_mul(up, gate, p.activation, readers, row_scale=weights.reshape(-1, 1))
     if p.gathers:
-        h = Activations(p.gathered(h.array))
+        h = Activations(p.gather(h.array))
     [y] = project(h, [p.down], jnp.float32)
     return jnp.moveaxis(y.reshape(*topk_ids.shape, -1), 1, 0)
 
 
 def by_grouped_gemm(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) -> Array:
-    """All tiles of pairs by a kernel that reads experts where they are stored."""
+    """All pairs, in tiles of one expert, with the grouped GEMM kernel, which reads experts in
+    place."""
     pairs = topk_ids.size
-    rows = min(_LARGEST_GROUP, tile_rows(pairs, p.axis.units, step=False))
+    rows = min(_MAX_GROUP_ROWS, tile_rows(pairs, p.axis.units, decode=False))
     tiles = make_tiles(topk_ids, weights, p.axis, rows)
     pair = tiles.start[:, None] + jnp.arange(rows)
     groups = GroupedGemmInfo(
         matrix=tiles.expert,
-        first=tiles.start,
+        start=tiles.start,
         stop=tiles.stop,
-        read=tiles.token[pair],
+        x_row=tiles.token[pair],
         count=jnp.asarray(tiles.count, jnp.int32),
     )
     stacks, array = [layer.kernel for layer in p.inputs], as_array(x)
     ys = grouped_matmuls(array, stacks, groups, pairs, x.dtype)
     hidden = activate(p.activation, *ys).astype(x.dtype)
-    # Nothing was written for pairs whose expert another device holds.
+    # The kernel writes no results for pairs whose expert another device holds.
     own = (jnp.arange(pairs) < jnp.max(tiles.stop))[:, None]
-    hidden = p.gathered(jnp.where(own, hidden, 0))
-    groups = dataclasses.replace(groups, read=jnp.minimum(pair, pairs - 1))
+    hidden = p.gather(jnp.where(own, hidden, 0))
+    groups = dataclasses.replace(groups, x_row=jnp.minimum(pair, pairs - 1))
     [y] = grouped_matmuls(hidden, [p.down.kernel], groups, pairs)
     y = jnp.where(own, y, 0)[jnp.argsort(tiles.order[:pairs])]
     return (y.reshape(*topk_ids.shape, -1) * weights[..., None]).sum(1)[None]
 
 
 def by_vmap(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) -> Array:
-    """All pairs at once by XLA: no loop around the fused matmuls of single rows."""
+    """All pairs at once with XLA: one-row matmuls fused without a loop around them."""
     experts, weights = topk_ids.reshape(-1), weights.reshape(-1, 1)
-    read = jnp.repeat(as_array(x), topk_ids.shape[1], axis=0)
+    rows = jnp.repeat(as_array(x), topk_ids.shape[1], axis=0)
     if p.weight_on_input:
-        read = (read * weights).astype(x.dtype)
-    hidden = p.gathered(jax.vmap(p.hidden)(read[:, None], experts)[:, 0])
-    y = jax.vmap(p.down.of_expert)(hidden[:, None], experts)[:, 0]
+        rows = (rows * weights).astype(x.dtype)
+    hidden = p.gather(jax.vmap(p.hidden)(rows[:, None], experts)[:, 0])
+    y = jax.vmap(p.down.project)(hidden[:, None], experts)[:, 0]
     if not p.weight_on_input:
         y = y * weights
     return y.reshape(*topk_ids.shape, -1).sum(1)[None]
 
 
 def by_tiles(
-    x: Activations, topk_ids: Array, weights: Array, p: ExpertParams, *, step: bool
+    x: Activations, topk_ids: Array, weights: Array, p: ExpertParams, *, decode: bool
 ) -> Array:
-    """Tiles one after the other, so that one expert at a time is read and dequantized; `step`: x is
-    that of a decode step."""
-    tokens, rows = as_array(x), tile_rows(topk_ids.size, p.axis.units, step=step)
+    """Tiles of one expert in a loop, so that only one expert is dequantized at a time; `decode`: as
+    in `tile_rows`."""
+    tokens, rows = as_array(x), tile_rows(topk_ids.size, p.axis.units, decode=decode)
     tiles = make_tiles(topk_ids, weights, p.axis, rows)
     return _loop_over_tiles(tokens, tiles, p)[None]
 
 
 def _loop_over_tiles(x: Array, tiles: ExpertTiles, p: ExpertParams) -> Array:
-    """Two loops, with the gather between them: devices have different numbers of tiles."""
+    """Loops over all tiles twice, before and after the all-gather of hidden units, which cannot be
+    inside a loop: devices have different numbers of tiles."""
 
-    def weighted(values: Array, tile: Array) -> Array:
+    def apply_weights(values: Array, tile: Array) -> Array:
         return values * tiles.take(tiles.weight, tile)[:, None]
 
     def expand(tile: Array, hidden: Array) -> Array:
-        read = x[tiles.take(tiles.token, tile)]
+        rows = x[tiles.take(tiles.token, tile)]
         if p.weight_on_input:
-            read = weighted(read, tile).astype(x.dtype)
-        return tiles.put(hidden, tile, p.hidden(read, tiles.expert[tile]))
+            rows = apply_weights(rows, tile).astype(x.dtype)
+        return tiles.put(hidden, tile, p.hidden(rows, tiles.expert[tile]))
 
     def reduce(tile: Array, total: Array) -> Array:
-        y = p.down.of_expert(tiles.take(hidden, tile), tiles.expert[tile])
-        y = jnp.where(tiles.own(tile), y if p.weight_on_input else weighted(y, tile), 0)
+        y = p.down.project(tiles.take(hidden, tile), tiles.expert[tile])
+        y = jnp.where(tiles.own(tile), y if p.weight_on_input else apply_weights(y, tile), 0)
         return total.at[tiles.take(tiles.token, tile)].add(y)
 
     hidden = jnp.zeros((len(tiles.token), p.up.kernel.shape[1]), x.dtype)
-    hidden = p.gathered(lax.fori_loop(0, tiles.count, expand, hidden))
+    hidden = p.gather(lax.fori_loop(0, tiles.count, expand, hidden))
     total = jnp.zeros((len(x), p.down.kernel.shape[1]), jnp.float32)
     return lax.fori_loop(0, tiles.count, reduce, total)

@@ -1,17 +1,16 @@
-"""Which MLPs, and which mixtures of them."""
+"""Configurations of MLPs and of mixtures of experts."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """A perceptron with one hidden layer.
+    """An MLP with one hidden layer.
 
     Attributes:
-      intermediate_size: its width.
+      intermediate_size: number of hidden units.
       activation: a name that `jaxsplit.ops.activations.functions.activate` knows.
-      gated: a second projection is multiplied with the activated one (Shazeer 2020,
-        arXiv:2002.05202).
+      gated: the activated projection multiplies a second one (Shazeer 2020, arXiv:2002.05202).
       bias: the projections have biases.
     """
 
@@ -27,22 +26,22 @@ class MoEConfig:
 
     Attributes:
       experts: number of experts.
-      top_k: experts for each token.
-      expert: each of them.
-      routing: an expert's weight is the `softmax` of the router's logits, their `sigmoid`, or
-        `softmax_after_topk`, the softmax over the top-k logits.
-      router_bias: the logits have biases.
-      selection_bias: experts have biases that decide about the choice only (Wang et al. 2024,
-        arXiv:2408.15664).
-      groups: groups of experts, of which the `used_groups` whose two best experts have the largest
-        sums are chosen first; 1: all experts are in one.
+      top_k: experts per token.
+      expert: the MLP of each expert.
+      routing: how logits become router weights: `softmax`, `sigmoid`, or `softmax_after_topk`, the
+        softmax over the top-k logits only.
+      router_bias: the router has a bias.
+      selection_bias: a bias per expert that affects the selection but not the router weights (Wang
+        et al. 2024, arXiv:2408.15664).
+      groups: groups of experts. A token selects its experts from the `used_groups` groups with the
+        largest sums of their two best scores. 1: no groups.
       used_groups: see `groups`.
-      normalize: weights are divided by their sum.
-      scale: multiplies weights.
-      expert_scale: so does a parameter of each expert.
-      apply_router_weight_on_input: weights multiply the input of experts, not their output.
-      shared: an MLP that all tokens go through beside; None: there is none.
-      shared_gate: its output is multiplied with the sigmoid of a projection of the input.
+      normalize: router weights are divided by their sum.
+      scale: multiplies router weights.
+      expert_scale: a parameter per expert multiplies its router weights.
+      apply_router_weight_on_input: router weights multiply the input of experts, not their output.
+      shared: an MLP that every token goes through in addition; None: there is none.
+      shared_gate: the sigmoid of a projection of the input multiplies the output of `shared`.
     """
 
     experts: int

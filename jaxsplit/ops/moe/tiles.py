@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, for matmuls with one expert at a time."""
+"""Sorts tokens by expert, for matmuls with one expert at a time."""
 
 import dataclasses
 import math
@@ -9,24 +9,25 @@ from jax import Array, lax
 from jaxsplit.comm.api import is_split, local_units
 from jaxsplit.sharding.axes import Axis
 
-_LEAST_TILE, _LARGEST_TILE = 8, 128
+_MIN_TILE_ROWS, _MAX_TILE_ROWS = 8, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertTiles:
     """Pairs of a token and one of its experts, sorted by expert and cut into tiles.
 
-    The pairs of a tile belong to one expert. Its rows at or past `stop` are padding: their results
-    are overwritten by the next tile or masked.
+    All pairs of a tile have the same expert. Rows at or past `stop` are padding: their results are
+    overwritten by the next tile or masked.
 
     Attributes:
-      rows: pairs in a tile.
-      count: int32: tiles of the experts that this device holds.
-      expert: int32 `[tiles]`: index of the expert in this device's stack.
-      start, stop: int32 `[tiles]`: the tile's first pair, and the end of the expert's pairs.
-      order: int32 `[pairs + rows - 1]`: the pairs as sorted, padded.
-      token: int32 `[pairs + rows - 1]`: of each pair.
-      weight: float32 `[pairs + rows - 1]`: of each pair.
+      rows: pairs per tile.
+      count: number of tiles of the experts that this device holds, int32.
+      expert: each tile's expert, as an index into this device's stack, int32 `[tiles]`.
+      start: first pair of each tile, int32 `[tiles]`.
+      stop: end of the pairs of its expert, int32 `[tiles]`.
+      order: indices that sort the pairs, padded, int32 `[pairs + rows - 1]`.
+      token: of each sorted pair, int32 `[pairs + rows - 1]`.
+      weight: router weight of each sorted pair, float32 `[pairs + rows - 1]`.
     """
 
     rows: int
@@ -39,26 +40,27 @@ class ExpertTiles:
     weight: Array
 
     def take(self, pairs: Array, tile: Array) -> Array:
-        """The rows of a tile: `[pairs + rows - 1, ...]` to `[rows, ...]`."""
+        """Slices the rows of a tile: `[pairs + rows - 1, ...]` to `[rows, ...]`."""
         return lax.dynamic_slice_in_dim(pairs, self.start[tile], self.rows)
 
     def put(self, pairs: Array, tile: Array, values: Array) -> Array:
-        """The inverse of `take`; tiles have to be put in order."""
+        """Updates the rows of a tile. The padding overwrites rows of later tiles, so tiles must be
+        put in order."""
         return lax.dynamic_update_slice_in_dim(pairs, values, self.start[tile], 0)
 
     def own(self, tile: Array) -> Array:
-        """Which rows of a tile belong to its expert: bool `[rows, 1]`."""
+        """The mask of the rows of a tile that are not padding, bool `[rows, 1]`."""
         return (self.start[tile] + jnp.arange(self.rows) < self.stop[tile])[:, None]
 
 
 def make_tiles(topk_ids: Array, weights: Array, axis: Axis, rows: int) -> ExpertTiles:
-    """Sorts what tokens chose by expert.
+    """Sorts pairs by expert and cuts them into tiles.
 
     Args:
-      topk_ids: int32 `[tokens, used]`: experts.
-      weights: float32 `[tokens, used]`.
-      axis: of the experts, of which this device may hold some.
-      rows: pairs in a tile.
+      topk_ids: experts of each token, int32 `[tokens, top_k]`.
+      weights: router weights, float32 `[tokens, top_k]`.
+      axis: of the experts, which may be split over devices.
+      rows: pairs per tile.
     """
     pairs, top_k = topk_ids.size, topk_ids.shape[1]
     units = local_units(axis)
@@ -76,7 +78,7 @@ def make_tiles(topk_ids: Array, weights: Array, axis: Axis, rows: int) -> Expert
     expert = jnp.minimum((tile[:, None] >= last).sum(1), held - 1)
     return ExpertTiles(
         rows=rows,
-        # A constant trip count makes a faster loop.
+        # A constant trip count makes the loop faster.
         count=pairs if rows == 1 and not is_split(axis) else last[-1],
         expert=expert,
         start=(stops - counts)[expert] + (tile - (last - tiles)[expert]) * rows,
@@ -87,13 +89,14 @@ def make_tiles(topk_ids: Array, weights: Array, axis: Axis, rows: int) -> Expert
     )
 
 
-def tile_rows(pairs: int, experts: int, *, step: bool) -> int:
-    """How many pairs to multiply with an expert at a time.
+def tile_rows(pairs: int, experts: int, *, decode: bool) -> int:
+    """The number of pairs per tile.
 
-    In a decode step single rows read an expert's weights as they are stored, until tokens share
-    experts. Else an expert is dequantized for every tile, about once if pairs are spread evenly.
+    In a decode step tiles of one row read the packed weights, until tokens share experts. Larger
+    tiles dequantize their expert; they are so large that each expert has about one, if the pairs
+    are spread evenly.
     """
     mean = pairs / experts
-    if step and mean <= 2:
+    if decode and mean <= 2:
         return 1
-    return min(_LARGEST_TILE, max(_LEAST_TILE, 1 << (math.ceil(2 * mean) - 1).bit_length()))
+    return min(_MAX_TILE_ROWS, max(_MIN_TILE_ROWS, 1 << (math.ceil(2 * mean) - 1).bit_length()))

@@ -1,4 +1,4 @@
-"""Top-k routing in a kernel for GPUs: one launch instead of six."""
+"""Top-k routing in a single Triton kernel, instead of six launches."""
 
 from functools import partial
 
@@ -12,13 +12,13 @@ from jaxsplit.ops.moe.router import scores_of, weights_of
 from jaxsplit.ops.moe.spec import MoEConfig
 from jaxsplit.pallas import pl, plgpu
 
-_MOST_TOKENS = 64
-"""With more, XLA's operations are no slower."""
+_MAX_TOKENS = 64
+"""With more tokens, XLA's operations are no slower."""
 
 
 def supports(config: MoEConfig, tokens: int) -> bool:
-    """Whether the kernel can route this number of tokens."""
-    return config.groups == 1 and tokens <= _MOST_TOKENS
+    """Whether the kernel supports a mixture and a number of tokens."""
+    return config.groups == 1 and tokens <= _MAX_TOKENS
 
 
 def topk_experts(
@@ -29,7 +29,7 @@ def topk_experts(
     *,
     rms: RMSStatistics | None = None,
 ) -> tuple[Array, Array]:
-    """As `jaxsplit.ops.moe.api.topk_experts`, for experts in one group."""
+    """As `jaxsplit.ops.moe.api.topk_experts`, for experts in a single group."""
     tokens, shape = logits.reshape(-1, config.experts), (*logits.shape[:-1], config.top_k)
     inputs, structure = jax.tree.flatten((tokens, bias, scale, rms))
     topk_ids, weights = pl.pallas_call(
@@ -49,11 +49,11 @@ def topk_experts(
 def _topk_experts_kernel(
     *refs: jax.Ref, structure: jax.tree_util.PyTreeDef, config: MoEConfig
 ) -> None:
-    """The experts of one token.
+    """Selects the experts of one token.
 
     Args:
-      *refs: the inputs; experts and weights.
-      structure: of the inputs.
+      *refs: inputs, then experts and router weights.
+      structure: of the inputs: logits, bias, scale and statistics.
       config: of the mixture.
     """
     logits, bias, scale, rms = jax.tree.unflatten(structure, refs[: structure.num_leaves])
@@ -68,21 +68,21 @@ def _topk_experts_kernel(
     if bias is not None:
         order = order + plgpu.load(bias.at[expert], mask=exists, other=0.0)
     order = jnp.where(exists, order, -jnp.inf)
-    place = jnp.arange(pl.next_power_of_2(config.top_k))
+    rank = jnp.arange(pl.next_power_of_2(config.top_k))
 
     def next_best(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         order, topk_ids, topk_scores = carry
         best = jnp.argmax(order).astype(jnp.int32)
         is_best = expert == best
         score = jnp.sum(jnp.where(is_best, scores, 0.0))
-        topk_ids = jnp.where(place == i, best, topk_ids)
-        topk_scores = jnp.where(place == i, score, topk_scores)
+        topk_ids = jnp.where(rank == i, best, topk_ids)
+        topk_scores = jnp.where(rank == i, score, topk_scores)
         return jnp.where(is_best, -jnp.inf, order), topk_ids, topk_scores
 
-    nothing = jnp.zeros(place.size, jnp.int32), jnp.full(place.size, -jnp.inf)
-    _, topk_ids, topk_scores = lax.fori_loop(0, config.top_k, next_best, (order, *nothing))
-    weights, exists = weights_of(topk_scores, config), place < config.top_k
+    empty = jnp.zeros(rank.size, jnp.int32), jnp.full(rank.size, -jnp.inf)
+    _, topk_ids, topk_scores = lax.fori_loop(0, config.top_k, next_best, (order, *empty))
+    weights, exists = weights_of(topk_scores, config), rank < config.top_k
     if scale is not None:
         weights = weights * plgpu.load(scale.at[topk_ids], mask=exists, other=0.0)
-    plgpu.store(ids_ref.at[token, place], topk_ids, mask=exists)
-    plgpu.store(weights_ref.at[token, place], weights * config.scale, mask=exists)
+    plgpu.store(ids_ref.at[token, rank], topk_ids, mask=exists)
+    plgpu.store(weights_ref.at[token, rank], weights * config.scale, mask=exists)
