@@ -56,12 +56,8 @@ def test_the_call_stack_is_that_of_a_decode_step(recipe_gguf, monkeypatch):
     start = next(i for i, f in enumerate(own) if Path(f.filename).name == "steps.py")
     called = [(f.name, str(Path(f.filename).relative_to(PACKAGE))) for f in own[start:]]
     table = list(rows())
-    first, last = (
-        i
-        for i, row in enumerate(table)
-        if row
-        in (("decode_loop", "engine/steps.py"), ("matmuls", "ops/matmul/triton_gemv_int8.py"))
-    )
+    ends = ("decode_loop", "engine/steps.py"), ("matmuls", "ops/matmul/triton_gemv_int8.py")
+    first, last = map(table.index, ends)
     told = [(name.split(".")[-1], file) for name, file in table[first : last + 1]]
     body = {"advance", "advance_micro_batch"}  # of the loop, inside `decode_loop`
     assert [step for step in called if step[0] not in body] == told
