@@ -109,111 +109,132 @@ def _swap_tiles(tiles: Sequence[Array], peers: PeerGroup) -> list[Array]:
     """`swap` in `_two_shot_kernel`.
 
     A thread stores its words in the buffers of all others, then a flag with the epoch, and polls
-    the others' flags. Behind the room of `one_shot`, buffers have for each thread of the grid: its
-    epoch; the flags of odd and of even epochs by sender; and the senders' words in the same order.
+    the others' flags.
     """
-    devices, (size, dtype) = peers.size, (tiles[0].shape, tiles[0].dtype)
-    threads = _tiles(peers.max_elements, devices) * THREADS
-    epochs = one_shot.buffer_bytes(devices)
-    flags = epochs + 4 * threads
-    words = flags + 4 * threads * 2 * devices
-    mine = address_of(peers.buffer_pointers, 0, size)
-    me = jnp.full(size, peers.buffer_pointers[0].astype(jnp.int32))
-    theirs = [address_of(peers.buffer_pointers, step, size) for step in range(1, devices)]
+    size, pointers = tiles[0].shape, peers.buffer_pointers
+    own = address_of(pointers, 0, size)
+    rank = jnp.full(size, pointers[0].astype(jnp.int32))
+    others = [address_of(pointers, step, size) for step in range(1, peers.size)]
+    ptx = _Ptx(peers, len(tiles))
+    half = _run(ptx.send_and_poll(), tiles, [rank, *own, *itertools.chain(*others)])
+    ptx, steps = _Ptx(peers, 1), range(1, peers.size)
+    return [_run(ptx.receive(step), [half], [rank, *own]) for step in steps]
 
-    quarters = [f"[b+{words + 16 * THREADS * k}]" for k in range(_WORDS // 4)]  # of the words
 
-    def four(first: int, k: int) -> str:
-        return "{" + ", ".join(f"${first + 4 * k + i}" for i in range(4)) + "}"
+def _run(lines: Sequence[str], tiles: Sequence[Array], operands: Sequence[Array]) -> Array:
+    """Runs PTX in each thread. A register holds two elements of a tile, or one of another operand.
+    The results are the first `_WORDS` registers."""
+    registers = _WORDS * len(tiles) + 2 * _WORDS * len(operands)
+    [y] = plgpu.elementwise_inline_asm(
+        "\n".join(["{", *_DECLARATIONS, *lines, "}"]),
+        args=[*tiles, *operands],
+        constraints=",".join(["=&r"] * _WORDS + ["r"] * registers),
+        pack=2 * _WORDS,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(tiles[0].shape, tiles[0].dtype)],
+    )
+    return y
 
-    def slot(buffer: str, sender: str) -> list[str]:
-        """Sets `a` to the flag and `b` to the words of a sender in a device's buffer."""
+
+_DECLARATIONS = (
+    ".reg .pred round;",
+    ".reg .b64 buffer, a, b;",
+    ".reg .b32 tile, thread, epoch, half, place, index, sender, me;",
+    "mov.u32 tile, %ctaid.x;",
+    "mov.u32 thread, %tid.x;",
+)
+
+
+class _Ptx:
+    """The instructions of a thread.
+
+    Behind the room of `one_shot`, buffers have for each thread of the grid: its epoch; the flags of
+    odd and of even epochs by sender; and the senders' words in the same order.
+
+    Args:
+      peers: the devices.
+      tiles: that are among the operands.
+    """
+
+    def __init__(self, peers: PeerGroup, tiles: int):
+        self.ranks, self.tiles = peers.size, tiles
+        self.threads = _tiles(peers.max_elements, peers.size) * THREADS
+        self.epochs = one_shot.buffer_bytes(peers.size)
+        self.flags = self.epochs + 4 * self.threads
+        words = self.flags + 4 * self.threads * 2 * peers.size
+        # Sixteen bytes at a time; neighbouring threads side by side.
+        self.quarters = [f"[b+{words + 16 * THREADS * k}]" for k in range(_WORDS // 4)]
+
+    def operand(self, i: int) -> str:
+        """The register of an operand that is no tile."""
+        return f"${_WORDS * (1 + self.tiles) + 2 * _WORDS * i}"
+
+    def load_buffer(self, i: int) -> str:
+        """Sets `buffer` to an address in two operands."""
+        return f"mov.b64 buffer, {{{self.operand(i)}, {self.operand(i + 1)}}};"
+
+    def locate(self, sender: str) -> list[str]:
+        """Sets `a` to the flag and `b` to the words of a sender in `buffer`."""
         return [
-            f"mad.lo.u32 place, half, {devices}, {sender};",
-            f"mad.lo.u32 place, place, {threads // THREADS}, tile;",
+            f"mad.lo.u32 place, half, {self.ranks}, {sender};",
+            f"mad.lo.u32 place, place, {self.threads // THREADS}, tile;",
             f"mad.lo.u32 index, place, {THREADS}, thread;",
-            f"mad.wide.u32 a, index, 4, {buffer};",
+            "mad.wide.u32 a, index, 4, buffer;",
             f"mad.lo.u32 index, place, {THREADS * _WORDS // 4}, thread;",
-            f"mad.wide.u32 b, index, 16, {buffer};",
+            "mad.wide.u32 b, index, 16, buffer;",
         ]
 
-    def before(step: int) -> list[str]:
-        """Sets `sender` to the rank `step` before this one."""
+    def locate_before(self, step: int) -> list[str]:
+        """As `locate`, of the rank `step` before this one."""
         return [
-            f"add.u32 sender, me, {devices - step};",
-            f"setp.ge.u32 round, sender, {devices};",
-            f"@round sub.u32 sender, sender, {devices};",
+            f"add.u32 sender, me, {self.ranks - step};",
+            f"setp.ge.u32 round, sender, {self.ranks};",
+            f"@round sub.u32 sender, sender, {self.ranks};",
+            *self.locate("sender"),
         ]
 
-    begin = [
-        ".reg .pred round;",
-        ".reg .b64 buffer, a, b;",
-        ".reg .b32 tile, thread, epoch, half, place, index, sender, me;",
-        "mov.u32 tile, %ctaid.x;",
-        "mov.u32 thread, %tid.x;",
-    ]
-
-    def run(lines: Sequence[str], tiles: Sequence[Array], numbers: Sequence[Array]) -> Array:
-        """Instructions of a thread; a register holds two elements of a tile, or one of the other
-        operands. The results are the first `_WORDS` registers."""
-        inputs = _WORDS * len(tiles) + 2 * _WORDS * len(numbers)
-        [y] = plgpu.elementwise_inline_asm(
-            "\n".join(["{", *begin, *lines, "}"]),
-            args=[*tiles, *numbers],
-            constraints=",".join(["=&r"] * _WORDS + ["r"] * inputs),
-            pack=2 * _WORDS,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(size, dtype)],
-        )
-        return y
-
-    def number(i: int, tiles: int) -> str:
-        """The register of one of the other operands."""
-        return f"${_WORDS * (1 + tiles) + 2 * _WORDS * i}"
-
-    def buffer(i: int, tiles: int) -> str:
-        return f"mov.b64 buffer, {{{number(i, tiles)}, {number(i + 1, tiles)}}};"
-
-    given = len(tiles)
-    lines = [
-        f"mov.b32 me, {number(0, given)};",
-        buffer(1, given),
-        f"mad.lo.u32 index, tile, {THREADS}, thread;",
-        "mad.wide.u32 a, index, 4, buffer;",
-        f"ld.relaxed.sys.global.b32 epoch, [a+{epochs}];",
-        "add.u32 epoch, epoch, 1;",
-        f"st.relaxed.sys.global.b32 [a+{epochs}], epoch;",
-        "and.b32 half, epoch, 1;",
-    ]
-    for i in range(devices - 1):
-        lines += [buffer(3 + 2 * i, given), *slot("buffer", "me")]
-        first = _WORDS * (1 + i % given)
-        lines += [f"st.global.v4.b32 {at}, {four(first, k)};" for k, at in enumerate(quarters)]
-    lines += ["fence.acq_rel.sys;"]
-    for i in range(devices - 1):
-        lines += [buffer(3 + 2 * i, given), *slot("buffer", "me")]
-        lines += [f"st.relaxed.sys.global.b32 [a+{flags}], epoch;"]
-    lines += [
-        buffer(1, given),
-        *[f".reg .b32 found{step};" for step in range(1, devices)],
-    ]
-    look = []
-    for step in range(1, devices):
-        look += [*before(step), *slot("buffer", "sender")]
-        look += [f"ld.relaxed.sys.global.b32 found{step}, [a+{flags}];"]
-    look += [f"setp.ne.or.u32 late, found{step}, epoch, late;" for step in range(1, devices)]
-    lines += [*spin_until_ready(look), "fence.acq_rel.sys;"]
-    lines += [f"mov.b32 ${k}, half;" for k in range(_WORDS)]
-    half = run(lines, tiles, [me, *mine, *itertools.chain(*theirs)])
-
-    received = []
-    for step in range(1, devices):
+    def send_and_poll(self) -> list[str]:
+        """Stores the tiles and flags of a new epoch in the others' buffers, and polls theirs. The
+        results are the half of the buffer that the epoch uses."""
         lines = [
-            f"mov.b32 half, ${_WORDS};",
-            f"mov.b32 me, {number(0, 1)};",
-            buffer(1, 1),
-            *before(step),
-            *slot("buffer", "sender"),
-            *[f"ld.relaxed.sys.global.v4.b32 {four(0, k)}, {at};" for k, at in enumerate(quarters)],
+            f"mov.b32 me, {self.operand(0)};",
+            self.load_buffer(1),
+            f"mad.lo.u32 index, tile, {THREADS}, thread;",
+            "mad.wide.u32 a, index, 4, buffer;",
+            f"ld.relaxed.sys.global.b32 epoch, [a+{self.epochs}];",
+            "add.u32 epoch, epoch, 1;",
+            f"st.relaxed.sys.global.b32 [a+{self.epochs}], epoch;",
+            "and.b32 half, epoch, 1;",
         ]
-        received.append(run(lines, [half], [me, *mine]))
-    return received
+        for i in range(self.ranks - 1):
+            lines += [self.load_buffer(3 + 2 * i), *self.locate("me")]
+            first = _WORDS * (1 + i % self.tiles)
+            words = enumerate(self.quarters)
+            lines += [f"st.global.v4.b32 {at}, {_four(first + 4 * k)};" for k, at in words]
+        lines += ["fence.acq_rel.sys;"]
+        for i in range(self.ranks - 1):
+            lines += [self.load_buffer(3 + 2 * i), *self.locate("me")]
+            lines += [f"st.relaxed.sys.global.b32 [a+{self.flags}], epoch;"]
+        steps, poll = range(1, self.ranks), []
+        lines += [self.load_buffer(1), *[f".reg .b32 found{step};" for step in steps]]
+        for step in steps:
+            poll += self.locate_before(step)
+            poll += [f"ld.relaxed.sys.global.b32 found{step}, [a+{self.flags}];"]
+        poll += [f"setp.ne.or.u32 late, found{step}, epoch, late;" for step in steps]
+        lines += [*spin_until_ready(poll), "fence.acq_rel.sys;"]
+        return [*lines, *[f"mov.b32 ${k}, half;" for k in range(_WORDS)]]
+
+    def receive(self, step: int) -> list[str]:
+        """Loads the words of the rank `step` before this one, given the half of the buffer."""
+        words = enumerate(self.quarters)
+        return [
+            f"mov.b32 half, ${_WORDS};",
+            f"mov.b32 me, {self.operand(0)};",
+            self.load_buffer(1),
+            *self.locate_before(step),
+            *[f"ld.relaxed.sys.global.v4.b32 {_four(4 * k)}, {at};" for k, at in words],
+        ]
+
+
+def _four(first: int) -> str:
+    """Four registers, from the first one on."""
+    return "{" + ", ".join(f"${first + i}" for i in range(4)) + "}"
