@@ -128,7 +128,7 @@ def test_a_step_needs_no_other_collectives(recipe_gguf, monkeypatch, mode, mesh,
     assert found.count("pallas_call") > 4 * split.config.layers
     assert not {"psum", "psum_invariant", "all_gather"} & set(found)
     assert any(sending) == (recipe is WIDE)
-    assert split.describe().endswith("| GPUs meet through peer access")
-    assert "meet" not in one.describe()
+    assert split.describe().endswith("| all-reduce through peer access")
+    assert "all-reduce" not in one.describe()
     split = jaxsplit.load(path, split_mode=mode, mesh=mesh, collectives="nccl", **options)
-    assert split.describe().endswith("| GPUs meet through NCCL")
+    assert split.describe().endswith("| all-reduce through NCCL")

@@ -50,9 +50,9 @@ def lm(request, load, recipe_gguf):
 def test_the_host_transfers_without_peer_access(load, recipe_gguf, one, prompts):
     options = {"mesh": "stage:2", "slots": SLOTS, "kernels": True}
     through_kernels = load(recipe_gguf(MODEL), **options)
-    assert through_kernels.describe().endswith("| stages hand over through peer access")
+    assert through_kernels.describe().endswith("| stages transfer through peer access")
     lm = load(recipe_gguf(MODEL), collectives="nccl", **options)
-    assert lm.describe().endswith("| stages hand over through the host")
+    assert lm.describe().endswith("| stages transfer through the host")
     assert not lm.engine.loops
     lm.engine.start_all(dict(enumerate(prompts)), GREEDY)
     assert texts(lm.engine) == [continuation(one.engine, p, GREEDY, COUNT) for p in prompts]

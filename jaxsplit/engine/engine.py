@@ -148,13 +148,13 @@ class Engine:
     def communication(self) -> list[str]:
         """How devices of this process that run kernels communicate in decode steps."""
         found = dict.fromkeys(
-            f"GPUs meet through {runner.collective_backend}"
+            f"all-reduce through {runner.collective_backend}"
             for runner in self.runners
             if runner.collective_backend
         )
         if len(self.runners) > 1 and self.runners[0].policy.kernels:
             way = "peer access" if self._decode_loops.in_ring else "the host"
-            found[f"stages hand over through {way}"] = None
+            found[f"stages transfer through {way}"] = None
         return list(found)
 
     @property

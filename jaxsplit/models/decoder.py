@@ -212,7 +212,7 @@ class Decoder(nnx.Module):
         )
         width = c.blocks[0].per_layer_embedding
         self.per_layer_embeddings = (
-            PerLayerEmbeddings(c.vocab, c.embed, c.layers, width, c.norm, rngs)
+            PerLayerEmbeddings(c.vocab, c.embed, c.layers, width, c.norm, rngs=rngs)
             if self.first and width
             else None
         )

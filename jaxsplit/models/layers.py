@@ -199,14 +199,22 @@ class Embedding(nnx.Module):
 
 
 class PerLayerEmbeddings(nnx.Module):
-    """Embeddings of tokens for each layer, with a projection of those for the stream (Gemma 3n).
+    """An embedding of each token for every layer, plus a projection of its embedding for the stream
+    (Gemma 3n).
 
     Args:
-      width: numbers for each layer.
+      width: of the embedding for one layer.
     """
 
     def __init__(
-        self, vocab: int, embed: int, layers: int, width: int, config: NormConfig, rngs: nnx.Rngs
+        self,
+        vocab: int,
+        embed: int,
+        layers: int,
+        width: int,
+        config: NormConfig,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.embedding = Embedding(vocab, layers * width, rngs=rngs)
         self.project = Linear(EMBED, embed, PER_LAYER, layers * width, rngs=rngs)
@@ -215,10 +223,10 @@ class PerLayerEmbeddings(nnx.Module):
 
     def __call__(self, tokens: Array, x: Array) -> Array:
         """Tokens `[...]` and their scaled embeddings `[..., embed]` to `[..., layers * width]`."""
-        chosen = self.embedding(tokens, x.dtype) * self.width**0.5
+        own = self.embedding(tokens, x.dtype) * self.width**0.5
         projected = self.project(x) * x.shape[-1] ** -0.5
         projected = self.norm(projected.reshape(*tokens.shape, -1, self.width))
-        return ((projected.reshape(chosen.shape) + chosen) * 2**-0.5).astype(x.dtype)
+        return ((projected.reshape(own.shape) + own) * 2**-0.5).astype(x.dtype)
 
 
 class PerLayerEmbedding(nnx.Module):

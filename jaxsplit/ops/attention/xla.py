@@ -174,47 +174,57 @@ def attend(
 
         by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (queries, positions))
         return jnp.moveaxis(lax.map(attend_one, by_time, batch_size=at_once), 0, 1)
-    c, dtype = config, queries.dtype
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    scores = _scores(queries, kv, positions, key_positions, config)
+    weights = _softmax(scores, sinks)
     values, value_scale = kv.values, kv.value_scale
     if values is None:
-        values, value_scale = kv.keys[..., : c.value_dim], kv.key_scale
-    scores = jnp.einsum(
-        "btkgd,bksd->bkgts",
-        queries,
-        kv.keys.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
+        values, value_scale = kv.keys[..., : config.value_dim], kv.key_scale
+    if value_scale is not None:
+        weights = weights * value_scale[:, :, None, None]
+    y = _einsum("bkgts,bksd->btkgd", weights.astype(queries.dtype), values.astype(queries.dtype))
+    return y.astype(queries.dtype).reshape(*y.shape[:2], -1)
+
+
+def _einsum(subscripts: str, *operands: Array) -> Array:
+    """Accumulated in float32."""
+    precision = lax.Precision.HIGHEST if operands[0].dtype == jnp.float32 else None
+    return jnp.einsum(
+        subscripts, *operands, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def _scores(
+    queries: Array,
+    kv: AttentionCache,
+    positions: Array,
+    key_positions: Array,
+    config: AttentionConfig,
+) -> Array:
+    """Masked scores, float32 `[batch, kv_heads, group, time, keys]`."""
+    c = config
+    scores = _einsum("btkgd,bksd->bkgts", queries, kv.keys.astype(queries.dtype))
     if kv.key_scale is not None:
         scores = scores * kv.key_scale[:, :, None, None]
     scores = scores * (queries.shape[-1] ** -0.5 if c.scale is None else c.scale)
     if c.softcap is not None:
         scores = c.softcap * jnp.tanh(scores / c.softcap)
     distance = positions[:, :, None] - key_positions[:, None, :]
-    per_head = (*queries.shape[2:4], 1, 1)
     if c.alibi is not None:
         slopes = jnp.asarray(alibi_slopes(c.heads, c.alibi))[local_units(c.axes[0])]
-        scores = scores - slopes.reshape(per_head) * distance[:, None, None]
+        slopes = slopes.reshape(*queries.shape[2:4], 1, 1)
+        scores = scores - slopes * distance[:, None, None]
     seen = (distance >= 0) & (key_positions[:, None, :] >= 0)
     if c.window is not None:
         reach = positions[:, :, None] % c.window + 1 if c.chunked else c.window
         seen &= distance < reach
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    return jnp.where(seen[:, None, None], scores, -1e30)
+
+
+def _softmax(scores: Array, sinks: Array | None) -> Array:
+    """Over the keys, and over each head's sink, which has no value."""
     if sinks is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
-        sinks = sinks.reshape(per_head)
-        largest = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
-        weights = jnp.exp(scores - largest)
-        weights /= weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest)
-    if value_scale is not None:
-        weights = weights * value_scale[:, :, None, None]
-    y = jnp.einsum(
-        "bkgts,bksd->btkgd",
-        weights.astype(dtype),
-        values.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(dtype).reshape(*y.shape[:2], -1)
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.reshape(*scores.shape[1:3], 1, 1)
+    largest = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
+    weights = jnp.exp(scores - largest)
+    return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest))
