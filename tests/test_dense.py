@@ -1,4 +1,4 @@
-"""Tests of the kernel that makes matrices plain, interpreted, against XLA's arithmetic."""
+"""The dequantize kernel, interpreted, against XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,21 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 QUANTIZED = [name for name, kind in TYPES.items() if kind.block > 1]
 
 
-@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("u32", [False, True])
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_every_type_is_dequantized(name, words):
+def test_every_type_is_dequantized(name, u32):
     kind = TYPES[name]
     w = unpack(name, usual_blocks(fresh_rng(), name, 7, 768 // kind.block))
     assert isinstance(w, QTensor)
     assert triton_dequantize.supports(w)
-    w = to_u32(w) if words else w
+    w = to_u32(w) if u32 else w
     found = triton_dequantize.dequantize([w], jnp.float32)
     expected = jax.jit(dequantize)(w)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
-def test_what_comes_first_changes_nothing():
+def test_after_does_not_change_the_result():
     w = unpack("Q6_K", usual_blocks(fresh_rng(), "Q6_K", 40, 3))
     after = jnp.full((3, 5), jnp.nan)
     found = triton_dequantize.dequantize([w], jnp.bfloat16, after=after)
@@ -37,7 +37,7 @@ def test_what_comes_first_changes_nothing():
     np.testing.assert_array_equal(found, jax.jit(dequantize, static_argnums=1)(w, jnp.bfloat16))
 
 
-def test_rows_are_scaled_so_that_bounds_become_the_largest_number():
+def test_bounds_scale_rows_to_the_largest_number():
     rng = fresh_rng()
     weights = [
         unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
@@ -62,7 +62,7 @@ def test_no_weight_exceeds_the_bound_of_its_row(name):
     assert (bounds <= 100 * largest).all()  # of 2^15, above which all bits of a weight are kept
 
 
-def test_rows_of_several_matrices_follow_one_another():
+def test_rows_of_several_matrices_are_concatenated():
     rng = fresh_rng()
     weights = [
         unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))

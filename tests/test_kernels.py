@@ -1,4 +1,4 @@
-"""Products of rounded activations: the kernel, run without a GPU, and the numbers it stands for."""
+"""int8 activations and the int8 GEMV kernel, interpreted, against float64; models with kernels."""
 
 import functools
 import types
@@ -52,8 +52,8 @@ def test_which_types_have_a_kernel():
     assert found == SUPPORTED
 
 
-def test_rounding_is_that_of_ggml(rng):
-    """The largest magnitude of 32 becomes 127, the others the nearest integers."""
+def test_quantization_is_that_of_ggml(rng):
+    """The largest magnitude of 32 becomes 127, the other values the nearest integers."""
     x = rng.normal(size=(3, 128)).astype(np.float32) * rng.uniform(0, 10, (3, 1))
     x[1, 32:64] = 0
     rounded = int8.quantize_rows(x)
@@ -64,16 +64,16 @@ def test_rounding_is_that_of_ggml(rng):
     assert (error <= 0.5001 * scale[..., None]).all()
 
 
-def test_compiled_or_not_the_same_codes_are_chosen(rng):
-    """Some of a million products are so near to halfway between two codes that it matters whether
-    they are rounded before they are added to."""
+def test_codes_do_not_depend_on_compilation(rng):
+    """Of a million products, some are so close to halfway between two codes that contracting the
+    product into an FMA would change their code."""
     x = rng.normal(size=(256, 2**14)).astype(np.float32)
     compiled = jax.jit(lambda x: int8.quantize_rows(x).codes)(x)
     assert np.array_equal(compiled, int8.quantize_rows(jnp.asarray(x)).codes)
 
 
 @pytest.mark.parametrize("apart", [1, 2, 4, 8])
-def test_slices_that_threads_read_at_once_lie_in_all_banks(rng, apart):
+def test_the_swizzle_avoids_bank_conflicts(rng, apart):
     first = 8 * apart * rng.integers(0, 1000) + rng.integers(0, apart)
     slices = first + apart * np.arange(8)
     places = int8.bank_swizzle(slices)
@@ -86,7 +86,7 @@ def stored(function, operands, **options):
     return store_rows(function, operands, Readers((Int8Layout(),), xla=False), **options)
 
 
-def test_the_kernel_that_quantizes_rows_adds_them_up_first(rng):
+def test_rows_are_summed_before_they_are_quantized(rng):
     stream, *addends = rng.normal(size=(4, 3, 1, 96)).astype(np.float32)
     stream = jnp.asarray(stream, jnp.bfloat16)
     expected = np.float64(stream) + np.sum(np.float64(addends), axis=0)
@@ -100,8 +100,8 @@ def test_the_kernel_that_quantizes_rows_adds_them_up_first(rng):
 
 
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
-def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
-    """The same as computing, dividing and rounding them one after the other."""
+def test_a_fused_function_and_norm_precede_quantization(rng, epsilon):
+    """The result is that of computing, normalizing and quantizing one after the other."""
     x, scale = rng.normal(size=(2, 3, 1344)).astype(np.float32), rng.uniform(0.5, 2, 1344)
     operands = (jnp.asarray(x), jnp.asarray(scale, jnp.float32))
     [rounded], *_ = stored(jnp.multiply, operands, norm=epsilon and (epsilon, 1400))
@@ -113,8 +113,8 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
     assert 1e-7 < nmse(rounded.dequantized(), exact.reshape(6, -1)) < 1e-4
 
 
-# Rows of one step, of some that are read at once, of many; some end inside a step or inside a group
-# of slices, and matrices inside a program.
+# Rows of one step, of several in flight, of many; some do not fill a step or a swizzled run of
+# slices, and the matrices do not fill a program.
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("names", "rows", "columns"),
@@ -125,7 +125,7 @@ def test_rows_are_computed_as_they_are_rounded(rng, epsilon):
         *((["Q4_K"], 1, 9472), (["Q8_0"], 2, 5120), (["Q6_K"], 1, 10240), (["Q4_K"], 1, 8192)),
     ],
 )
-def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
+def test_matmuls_equal_float64(rng, names, rows, columns):
     matrices = [matrix(rng, name, 7 + i, columns) for i, name in enumerate(names)]
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
     [normalized], *_ = stored(lambda x: x, (x,), norm=(1e-6, columns))
@@ -138,7 +138,7 @@ def test_the_kernel_multiplies_rounded_activations(rng, names, rows, columns):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("used", [1, 2])
-def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
+def test_expert_matmuls_equal_float64(rng, used):
     stacks = [
         jax.tree.map(
             lambda *planes: jnp.stack(planes), *[matrix(rng, name, n, 512) for _ in range(3)]
@@ -156,7 +156,7 @@ def test_rows_are_multiplied_with_matrices_of_their_experts(rng, used):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_without_kernels_the_same_numbers_are_computed(rng, rows):
+def test_xla_computes_the_same_without_kernels(rng, rows):
     w = matrix(rng, "Q4_K", 33, 512)
     x = rng.normal(size=(rows, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
@@ -165,13 +165,13 @@ def test_without_kernels_the_same_numbers_are_computed(rng, rows):
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
     assert nmse(y, exact) > 1e-7
-    # No activation is further from its own code than half a step of its block.
+    # No activation is farther from its code than half the scale of its block.
     step = np.abs(x).reshape(rows, -1, 32).max(axis=-1).repeat(32, axis=-1) / 127
     bound = 0.5001 * np.float64(step) @ np.abs(np.float64(dequantize(w))).T
     assert (np.abs(y - exact) <= bound).all()
 
 
-def test_many_rows_are_not_rounded(rng):
+def test_many_rows_are_not_quantized(rng):
     w = matrix(rng, "Q4_K", 33, 512)
     x = rng.normal(size=(triton_gemv_int8.MAX_ROWS + 1, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
@@ -179,7 +179,7 @@ def test_many_rows_are_not_rounded(rng):
     assert nmse(y, np.float64(x) @ np.float64(dequantize(w)).T) <= 1e-10
 
 
-def test_rounded_activations_change_a_model_little(load, recipe_gguf):
+def test_int8_activations_change_a_model_little(load, recipe_gguf):
     path, tokens = recipe_gguf(SHAPES["9-3"], Q8_0), fresh_rng().integers(0, 160, 12).tolist()
     exact = load(path, devices=2)
     rounded = load(path, devices=2, activations="int8")

@@ -1,7 +1,7 @@
 """A NaN must reach the logits, where it is noticed.
 
-In Triton, unlike here, the maximum and the minimum of a number and a NaN are the number. So what
-kernels compute of values that may be NaN has neither.
+In Triton, unlike in the interpreter, the maximum and the minimum of a number and a NaN are the
+number. Kernels must therefore not apply either to values that may be NaN.
 """
 
 import jax
@@ -17,7 +17,7 @@ HIDING = {"max", "min", "clamp", "reduce_max", "reduce_min"}
 
 
 def primitives(jaxpr):
-    """Names of the operations on floats, also of inner functions."""
+    """Names of the operations with floating-point results, including those of inner jaxprs."""
     for equation in jaxpr.eqns:
         inner = [v for v in equation.params.values() if hasattr(v, "jaxpr")]
         for closed in inner:
@@ -39,7 +39,7 @@ def test_activations_keep_nan(name):
             assert np.isnan(activate(name, *operands)).tolist() == [i == 5 for i in range(64)]
 
 
-def test_rounding_to_8_bits_keeps_nan():
+def test_quantization_to_int8_keeps_nan():
     x = fresh_rng().normal(size=(2, 256)).astype(np.float32)
     whole = np.asarray(quantize_rows(x).dequantized())
     assert "reduce_max" not in set(primitives(jax.make_jaxpr(quantize_rows)(x).jaxpr))
@@ -55,7 +55,7 @@ def test_rounding_to_8_bits_keeps_nan():
         assert np.array_equal(found[0], whole[0])
 
 
-def test_the_largest_magnitude():
+def test_largest_magnitude():
     x = fresh_rng().normal(size=(3, 5, 7)).astype(np.float32)
     assert np.array_equal(largest_magnitude(x, -1), np.abs(x).max(-1))
     assert np.array_equal(largest_magnitude(x, 0, keepdims=True), np.abs(x).max(0, keepdims=True))

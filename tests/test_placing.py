@@ -1,4 +1,4 @@
-"""The kernel before attention, run without a GPU, against the steps that it stands for."""
+"""The rope_cache_update kernel, interpreted, against its XLA implementation."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,14 +27,14 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("together", [1, 4], ids=lambda n: f"{n} heads a program")
+@pytest.mark.parametrize("heads_per_program", [1, 4], ids=lambda n: f"{n} heads per program")
 @pytest.mark.parametrize("time", [1, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
-    if together > 1:
+def test_heads_are_rotated_and_cached(name, dtype, time, heads_per_program, monkeypatch):
+    if heads_per_program > 1:
         monkeypatch.setattr(triton_rope_cache_update, "_FEW_TOKENS", 0)
-        monkeypatch.setattr(triton_rope_cache_update, "_MAX_ELEMENTS", 32 * together)
+        monkeypatch.setattr(triton_rope_cache_update, "_MAX_ELEMENTS", 32 * heads_per_program)
     rng, ring = fresh_rng(), "window" in CHOICES[name]
     config = AttentionConfig(HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, **CHOICES[name])
     module = Attention(config, 32, rngs=nnx.Rngs(0))
@@ -45,7 +45,7 @@ def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
-    # One sequence is past the end of a ring, one is padding, as are the last tokens of another.
+    # One sequence wraps around a ring buffer, one is padding, another ends with padding.
     positions = np.array([[7], [LENGTH + 3 if ring else 40], [-1]]) + np.arange(time)
     positions[2] = -1
     positions[0, 3:] = -1
@@ -64,21 +64,21 @@ def test_heads_are_turned_and_kept(name, dtype, time, together, monkeypatch):
     queries, found = triton_rope_cache_update.rope_cache_update(
         query, key, value, batch, cache, **options
     )
-    exact = [x.astype(jnp.float32) for x in (query, key, value)]
-    expected, new, *_ = xla.rope_cache_update(*exact, batch, None, **options)
+    projections = [x.astype(jnp.float32) for x in (query, key, value)]
+    expected, new, *_ = xla.rope_cache_update(*projections, batch, None, **options)
     assert queries.dtype == jnp.bfloat16
     assert nmse(queries, expected) <= 1e-5
     sequence, token = np.nonzero(positions >= 0)
     rows = np.asarray(batch.rows)[sequence]
-    places = positions[sequence, token] % LENGTH
+    index = positions[sequence, token] % LENGTH
     for part in ("key", "value"):
         before, after = (getattr(x, part + "s") for x in (cache, found))
         scale = getattr(found, part + "_scale")
-        kept = after[rows, :, places].astype(jnp.float32)
+        cached = after[rows, :, index].astype(jnp.float32)
         if scale is not None:
-            kept *= scale[rows, :, places][..., None]
-        written = getattr(new, part + "s")[sequence, :, token]
-        assert nmse(kept, written) <= (1e-4 if dtype == "int8" else 1e-5)
+            cached *= scale[rows, :, index][..., None]
+        exact = getattr(new, part + "s")[sequence, :, token]
+        assert nmse(cached, exact) <= (1e-4 if dtype == "int8" else 1e-5)
         untouched = np.array(jnp.abs(after.astype(jnp.float32) - before.astype(jnp.float32)))
-        untouched[rows, :, places] = 0
+        untouched[rows, :, index] = 0
         assert not untouched.any()

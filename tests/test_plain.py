@@ -1,4 +1,4 @@
-"""Products of one row with plain matrices: the kernel, run without a GPU, against float64."""
+"""The bfloat16 GEMV kernel, interpreted, against float64."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +22,10 @@ def matrix(rng, rows, columns):
     return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
 
 
-# Columns of one step, of two that are read at once, of many; some end inside a step.
+# Columns of one step, of two unrolled steps, of many; some do not fill the last step.
 @pytest.mark.parametrize("columns", [256, 320, 1024, 3 * 512, 3 * 512 + 64])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_row_is_multiplied_with_several_matrices(rng, columns, scaled):
+def test_matmuls_equal_float64(rng, columns, scaled):
     matrices = [matrix(rng, rows, columns) for rows in (9, 33)]
     assert all(triton_gemv_bf16.supports(w, jnp.bfloat16) for w in matrices)
     x = jnp.asarray(rng.normal(size=(1, 1, columns)), jnp.bfloat16)
@@ -40,7 +40,7 @@ def test_a_row_is_multiplied_with_several_matrices(rng, columns, scaled):
         assert nmse(y, np.float64(x)[0] @ np.float64(w).T / divisor) <= 1e-11
 
 
-def test_what_has_no_kernel(rng):
+def test_unsupported_dtypes_and_shapes(rng):
     w = matrix(rng, 8, 64)
     assert not triton_gemv_bf16.supports(w.astype(jnp.float16), jnp.float16)
     assert not triton_gemv_bf16.supports(w, jnp.float32)

@@ -1,4 +1,4 @@
-"""Tests of the kernel for some tens of rows, interpreted, against float64 arithmetic."""
+"""The small-M GEMM kernel, interpreted, against float64."""
 
 import dataclasses
 
@@ -31,8 +31,8 @@ def matrix(rng, name, rows, columns):
 
 
 def product(x, w):
-    """What the kernel computes, in float64: weights without minima, scales, minima and sums of
-    activations in bfloat16."""
+    """The matmul in float64, with the kernel's roundings to bfloat16: of scales, scaled codes,
+    minima and sums of activations."""
 
     def bfloat16(values):
         return values.astype(jnp.bfloat16).astype(jnp.float32)
@@ -53,7 +53,7 @@ def readers(matrices):
 
 
 def multiply(x, matrices, **options):
-    """The kernel's products with rows that another kernel has stored."""
+    """The kernel's results, with activations that `store_rows` stored."""
     [rows], *_ = store_rows(lambda x: x, (x,), readers(matrices))
     return triton_small_m_gemm.matmuls(rows, matrices, **options)
 
@@ -62,21 +62,21 @@ def activations(rng, rows, columns):
     return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
 
 
-# Rows that end inside a tile, columns that end inside a step or a part, several layouts at once.
+# Rows that do not fill a tile, columns that do not fill a step or a part, several layouts at once.
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    ("names", "rows", "columns", "parts"),
+    ("names", "rows", "columns", "split_k"),
     [
         *((["Q8_0"], 3, 1536, None), (["Q4_0"], 9, 2816, 3), (["Q5_1"], 2, 1536, 1)),
         *((["Q4_K"], 17, 1280, 2), (["Q3_K"], 40, 768, 1), (["Q5_K"], 5, 1280, None)),
         *((["TQ2_0"], 16, 1536, 2), (["Q6_K", "Q4_K", "Q8_0"], 33, 512, None)),
     ],
 )
-def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
+def test_matmuls_equal_float64(rng, names, rows, columns, split_k):
     matrices = [matrix(rng, name, 70 + i, columns) for i, name in enumerate(names)]
     assert all(triton_small_m_gemm.supports(w, jnp.bfloat16) for w in matrices)
     x = activations(rng, rows, columns)
-    results = multiply(x, matrices, split_k=parts)
+    results = multiply(x, matrices, split_k=split_k)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, product(x, w)) <= 1e-10
         assert (
@@ -90,23 +90,23 @@ def test_the_kernel_multiplies_tens_of_rows(rng, names, rows, columns, parts):
     "name",
     ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0"],
 )
-def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
+def test_ptx_dequantizes_bit_for_bit_like_jax(rng, monkeypatch, name):
     monkeypatch.setattr(
         triton_small_m_gemm.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm
     )
     layout = TYPES[name].layout
     codes_per_byte, per_chunk = packing_of(layout)
     scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
-    for place in range(2 * codes_per_byte):
-        piece, byte = divmod(place, 2)
+    for position in range(2 * codes_per_byte):
+        code, byte = divmod(position, 2)
         planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in layout.bits]
-        shifts = [piece * per_chunk * 16 // (layout.chunk * bits) * bits for bits in layout.bits]
+        shifts = [code * per_chunk * 16 // (layout.chunk * bits) * bits for bits in layout.bits]
         arguments = planes, shifts, byte, layout, scale
         expected = triton_small_m_gemm._scaled_codes(*arguments)
         with forward_context(policy=MatmulPolicy(kernels=True)):
-            made = triton_small_m_gemm._scaled_codes(*arguments)
+            actual = triton_small_m_gemm._scaled_codes(*arguments)
         assert np.count_nonzero(expected) > 100
-        np.testing.assert_array_equal(made, expected)
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -114,8 +114,8 @@ def test_machine_instructions_make_the_same_weights(rng, monkeypatch, name):
     ("name", "rows", "sub_block"),
     [("Q4_K", 6, 128), ("Q4_K", 17, 128), ("Q4_K", 17, 64), ("Q6_K", 17, 128)],
 )
-def test_matrices_whose_super_groups_are_cut(rng, name, rows, sub_block):
-    # A device's heads may end inside a block: what belongs to all of it is then stored repeatedly.
+def test_sub_blocks_with_replicated_super_scales(rng, name, rows, sub_block):
+    # A device's heads may end inside a block, whose super-scale is then replicated.
     raw = usual_blocks(rng, name, 40, 7)
     index = np.arange(7) % (256 // sub_block)
     w = to_u32(unpack(name, raw, sub_block=sub_block, sub_block_index=index))
@@ -126,7 +126,7 @@ def test_matrices_whose_super_groups_are_cut(rng, name, rows, sub_block):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
+def test_store_rows_in_the_orders_of_several_matrices(rng):
     stream, *terms = rng.normal(size=(3, 2, 3, 1280)).astype(np.float32)
     scale = rng.uniform(0.5, 2, 1280).astype(np.float32)
     matrices = [matrix(rng, name, 40, 1280) for name in ("Q4_K", "Q6_K", "Q4_1")]
@@ -143,13 +143,13 @@ def test_rows_are_computed_for_the_orders_of_several_matrices(rng):
     added = np.float64(total).reshape(6, -1)
     root = np.sqrt((added**2).sum(axis=-1, keepdims=True) / 1500 + 0.5)
     for y, w in zip(results, matrices, strict=True):
-        # Rows are divided after they were multiplied, so that they are rounded before it.
+        # The normalization is deferred: rows are rounded before their division.
         expected = product(jnp.asarray(added * scale, jnp.bfloat16), w) / root
         assert nmse(y, expected) <= 1e-10
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_parts_are_left_to_be_added_up(rng):
+def test_split_k_parts_without_their_sum(rng):
     matrices = [matrix(rng, name, rows, 1280) for name, rows in (("Q4_K", 40), ("Q8_0", 33))]
     x = activations(rng, 5, 1280)
     results = multiply(x, matrices, sum_parts=False)
@@ -160,7 +160,7 @@ def test_parts_are_left_to_be_added_up(rng):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
+def test_grouped_gemm_equals_float64(rng):
     stacks = [
         jax.tree.map(lambda *planes: jnp.stack(planes), *[matrix(rng, name, n, 512)] * 2)
         for name, n in (("Q4_K", 40), ("Q6_K", 33))
@@ -172,22 +172,22 @@ def test_groups_of_rows_are_multiplied_with_matrices_of_their_own(rng):
         for stack, (name, n) in zip(stacks, (("Q4_K", 40), ("Q6_K", 33)), strict=True)
     ]
     x = activations(rng, 9, 512)
-    read = rng.integers(0, 9, (4, 8))
-    of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, first, stop
-    matrix_, first, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
+    x_row = rng.integers(0, 9, (4, 8))
+    of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, start, stop
+    matrix_, start, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
     groups = triton_small_m_gemm.GroupedGemmInfo(
-        *map(jnp.asarray, (matrix_, first, stop, np.int32(read), np.int32(len(of_group))))
+        *map(jnp.asarray, (matrix_, start, stop, np.int32(x_row), np.int32(len(of_group))))
     )
     results = multiply(x, stacks, groups=groups, out_rows=12)
     for y, stack in zip(results, stacks, strict=True):
         expected = [
-            product(x[read[i, : stop - first]], jax.tree.map(lambda planes, m=m: planes[m], stack))
-            for i, (m, first, stop) in enumerate(of_group)
+            product(x[x_row[i, : stop - start]], jax.tree.map(lambda planes, m=m: planes[m], stack))
+            for i, (m, start, stop) in enumerate(of_group)
         ]
         assert nmse(y, np.concatenate(expected)) <= 1e-10
 
 
-def test_what_has_no_tiles(rng):
+def test_unsupported_dtypes_and_types(rng):
     w = matrix(rng, "Q4_K", 8, 512)
     assert not triton_small_m_gemm.supports(w, jnp.float32)
     assert not triton_small_m_gemm.supports(matrix(rng, "IQ4_XS", 8, 512), jnp.bfloat16)

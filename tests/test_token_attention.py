@@ -1,4 +1,4 @@
-"""Attention of single tokens in one kernel, run without a GPU, against the steps it stands for."""
+"""The decode attention kernel, interpreted, against its XLA implementation."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,14 +29,14 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("layouts", [(), (Int8Layout(),)], ids=["array", "int8"])
-@pytest.mark.parametrize(("at_once", "splits"), [(256, 4), (7, 2)], ids=["few", "many"])
-def test_a_token_reads_those_before_it_and_itself(
-    monkeypatch, name, kept, layouts, at_once, splits
+@pytest.mark.parametrize(("resident", "splits"), [(256, 4), (7, 2)], ids=["few", "many"])
+def test_a_token_attends_to_earlier_tokens_and_itself(
+    monkeypatch, name, cache_dtype, layouts, resident, splits
 ):
-    monkeypatch.setattr(triton_decode, "_RESIDENT_PROGRAMS", at_once)
+    monkeypatch.setattr(triton_decode, "_RESIDENT_PROGRAMS", resident)
     monkeypatch.setattr(triton_decode, "_MAX_PROGRAMS", 4 * KV_HEADS * splits)
     rng, choice = fresh_rng(), CHOICES[name]
     length = choice.get("window", 700)
@@ -50,11 +50,11 @@ def test_a_token_reads_those_before_it_and_itself(
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
-    # The first token of a text, others with few and with many tokens before them, and padding.
+    # The first token of a sequence, tokens with few and with many tokens before them, and padding.
     positions = np.array([[0], [5], [length - 1 if "window" not in choice else 3 * length], [-1]])
     batch = Batch(jnp.asarray(positions), jnp.asarray([2, 0, 4, 1]))
     query, key, value = (normal(2, 4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
-    cache = AttentionCache.of(*(normal(5, length, KV_HEADS, WIDTH) for _ in range(2)), kept)
+    cache = AttentionCache.of(*(normal(5, length, KV_HEADS, WIDTH) for _ in range(2)), cache_dtype)
     assert triton_decode.supports(config, batch, cache, query[0])
     options = {"config": config, "params": module.params}
     rows, found = triton_decode.decode_attention(
@@ -79,13 +79,13 @@ def test_a_token_reads_those_before_it_and_itself(
     )
     rows = rows.stored[0].dequantized().reshape(y.shape) if layouts else rows.array
     for row in range(3):
-        # Rounding to 8 bits alone is 1e-5 of normal numbers.
+        # Quantizing normally distributed values to int8 alone costs 1e-5.
         assert nmse(rows[row].astype(jnp.float32), y[row]) <= 1e-4, row
-    for old, new, there in zip(
+    for old, new, actual in zip(
         *(x.__dict__.values() for x in (cache, expected, found)), strict=True
     ):
         if old is not None:
-            assert there.dtype == old.dtype
-            assert nmse(there.astype(jnp.float32), new.astype(jnp.float32)) <= 1e-5
-            changed = (np.asarray(old) != np.asarray(there)).any(axis=tuple(range(3, old.ndim)))
-            assert changed.any(axis=1).sum() <= 3  # a place for each token that exists
+            assert actual.dtype == old.dtype
+            assert nmse(actual.astype(jnp.float32), new.astype(jnp.float32)) <= 1e-5
+            changed = (np.asarray(old) != np.asarray(actual)).any(axis=tuple(range(3, old.ndim)))
+            assert changed.any(axis=1).sum() <= 3  # an index for each token that is not padding

@@ -340,12 +340,12 @@ class _Tile:
             return step * count, count
         return divmod_pow2(step * self.step_weights, size)[0], count
 
-    def _groups(self, size: int, step: Array, least: int = 1) -> tuple[Array, Array | None]:
-        """The indices of the groups of a step, padded to `least`, and their mask (None: all)."""
+    def _groups(self, size: int, step: Array, min_count: int = 1) -> tuple[Array, Array | None]:
+        """The indices of the groups of a step, padded to `min_count`, and their mask (None: all)."""
         first, count = self._first_group(size, step)
-        offset = jnp.arange(max(count, least))
+        offset = jnp.arange(max(count, min_count))
         group = offset + first
-        if count < least:
+        if count < min_count:
             return group, (offset < count) & (group < self.columns // size)
         return group, self._mask(group, self.columns // size)
 
