@@ -70,9 +70,9 @@ def load(
         c, mesh, sources, model, dtype=dtype, cache_dtype=cache_dtype, context=context
     )
     tokenizer, vocab = _tokenizer(file, model)
-    policy, words = _policy(c, mesh.devices[0], dtype)
+    policy, as_u32 = _policy(c, mesh.devices[0], dtype)
     models = load_decoders(
-        sources, model, partition, weights=weights, dtype=dtype, words=words, progress=progress
+        sources, model, partition, weights=weights, dtype=dtype, as_u32=as_u32, progress=progress
     )
     engine = Engine(
         models,
@@ -164,7 +164,7 @@ def _partition(
         devices[: math.prod(shape.values())],
         shares=shares,
         weights=weights,
-        cache_row=context * cache_dtype.itemsize,
+        cache_bytes_per_dim=context * cache_dtype.itemsize,
         reduce_dtype=reduce_dtype,
     )
 
@@ -204,10 +204,10 @@ def _check_peer_access(engine: Engine) -> None:
 def _policy(c: LoadConfig, device: jax.Device, dtype: jnp.dtype) -> tuple[MatmulPolicy, bool]:
     """The matmul policy, and whether quantized matrices are stored as the kernels read them."""
     policy = MatmulPolicy.for_device(device, c.kernels)
-    words = policy.kernels and dtype.itemsize == 2
-    rounded = c.activations == "int8" or (c.activations == "auto" and words)
+    as_u32 = policy.kernels and dtype.itemsize == 2
+    rounded = c.activations == "int8" or (c.activations == "auto" and as_u32)
     in_float8 = c.prefill_dtype == "float8"
-    return dataclasses.replace(policy, int8_activations=rounded, float8=in_float8), words
+    return dataclasses.replace(policy, int8_activations=rounded, float8=in_float8), as_u32
 
 
 def named_dtype(name: str) -> jnp.dtype | None:

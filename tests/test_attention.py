@@ -1,5 +1,6 @@
 """Attention through the cache: however a sequence is cut into calls, the logits are the same."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -21,6 +22,7 @@ from jaxsplit.models import (
     NormConfig,
     RopeConfig,
 )
+from jaxsplit.ops.attention import spec
 from jaxsplit.ops.attention import xla as attention_ops
 from jaxsplit.ops.attention.xla import attend
 
@@ -152,3 +154,13 @@ def test_a_cache_of_8_bits_loses_little(name):
         np.dtype("int8"),
         np.dtype("float32"),
     }
+
+
+def test_kernels_refuse_what_they_do_not_know():
+    """Each field of the config is sorted by what it changes; a new one is refused until it is."""
+    sorted_ = (*spec.SHAPE_FIELDS, *spec.HEAD_FIELDS, *spec.SCORE_FIELDS)
+    assert sorted(sorted_) == sorted(f.name for f in dataclasses.fields(AttentionConfig))
+    plain = attention()
+    assert plain.uses_only(*spec.SHAPE_FIELDS, "rope")
+    assert not plain.uses_only(*spec.SHAPE_FIELDS)
+    assert not dataclasses.replace(plain, softcap=1.0).uses_only(*spec.SHAPE_FIELDS, "rope")

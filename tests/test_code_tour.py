@@ -56,7 +56,7 @@ def test_the_call_stack_is_that_of_a_decode_step(recipe_gguf, monkeypatch):
     start = next(i for i, f in enumerate(own) if Path(f.filename).name == "steps.py")
     called = [(f.name, str(Path(f.filename).relative_to(PACKAGE))) for f in own[start:]]
     table = list(rows())
-    ends = ("decode_loop", "engine/steps.py"), ("matmuls", "ops/matmul/triton_gemv_int8.py")
+    ends = ("decode_loop", "engine/steps.py"), ("gemv_int8", "ops/matmul/triton_gemv_int8.py")
     first, last = map(table.index, ends)
     told = [(name.split(".")[-1], file) for name, file in table[first : last + 1]]
     body = {"advance", "advance_micro_batch"}  # of the loop, inside `decode_loop`

@@ -130,7 +130,7 @@ def test_matmuls_equal_float64(rng, names, rows, columns):
     x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
     [normalized], *_ = stored(lambda x: x, (x,), norm=(1e-6, columns))
     for rounded in (int8.quantize_rows(x), normalized):
-        results = triton_gemv_int8.matmuls(rounded, matrices)
+        results = triton_gemv_int8.gemv_int8(rounded, matrices)
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
             assert nmse(y, expected) <= 1e-10
@@ -148,7 +148,7 @@ def test_expert_matmuls_equal_float64(rng, used):
     x = jnp.asarray(rng.normal(size=(2, 512)), jnp.float32)
     experts = jnp.asarray(rng.integers(0, 3, 2 * used), jnp.int32)
     rounded = int8.quantize_rows(x)
-    results = triton_gemv_int8.matmuls(rounded, stacks, experts=experts)
+    results = triton_gemv_int8.gemv_int8(rounded, stacks, experts=experts)
     for y, stack in zip(results, stacks, strict=True):
         dense = np.float64(dequantize(stack))[np.asarray(experts)]
         rows = np.repeat(np.float64(rounded.dequantized()), used, axis=0)
@@ -161,7 +161,7 @@ def test_xla_computes_the_same_without_kernels(rng, rows):
     x = rng.normal(size=(rows, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    [expected] = triton_gemv_int8.matmuls(int8.quantize_rows(x), [w])
+    [expected] = triton_gemv_int8.gemv_int8(int8.quantize_rows(x), [w])
     assert nmse(y, expected) <= 1e-10
     exact = np.float64(x) @ np.float64(dequantize(w)).T
     assert nmse(y, exact) > 1e-7

@@ -34,7 +34,7 @@ BLOCKS = (1, 32, 256)
 
 def by_device(layout):
     """Units by device and slot: int `[devices, slots]`."""
-    return layout.slots.reshape(layout.devices, -1)
+    return layout.units.reshape(layout.devices, -1)
 
 
 def check_elements(layout):
@@ -42,7 +42,7 @@ def check_elements(layout):
     elements = layout.elements()
     assert elements.shape == (layout.size,)
     assert len(elements) % layout.devices == 0
-    for slot, piece in zip(layout.slots, elements.reshape(-1, layout.unit), strict=True):
+    for slot, piece in zip(layout.units, elements.reshape(-1, layout.unit), strict=True):
         if slot < 0:
             assert (piece == -1).all()
         else:
@@ -72,11 +72,11 @@ def test_units_are_shared_out_evenly(devices):
     for count, unit in itertools.product(range(1, 70), (1, 3, 32)):
         layout = even(count, unit, devices)
         assert (layout.unit, layout.devices) == (unit, devices)
-        units = layout.slots[layout.slots >= 0]
+        units = layout.units[layout.units >= 0]
         assert np.array_equal(units, np.arange(count)), "each once, in order"
-        assert len(layout.slots) == devices * math.ceil(count / devices), "more padding than needed"
-        assert np.array_equal(layout.slots[:count], np.arange(count)), "padding comes last"
-        assert (layout.original, layout.size) == (count * unit, len(layout.slots) * unit)
+        assert len(layout.units) == devices * math.ceil(count / devices), "more padding than needed"
+        assert np.array_equal(layout.units[:count], np.arange(count)), "padding comes last"
+        assert (layout.original, layout.size) == (count * unit, len(layout.units) * unit)
         check_elements(layout)
         for block in BLOCKS:
             if layout.original % block == 0:
@@ -88,13 +88,13 @@ def test_every_head_has_a_place_beside_its_key_and_value_head():
         case = f"{heads} heads, {kv_heads} KV heads, {devices} devices"
         query, kv = grouped_heads(heads, kv_heads, 8, devices)
         assert query.devices == kv.devices == devices, case
-        assert sorted(query.slots[query.slots >= 0]) == list(range(heads)), case
-        assert set(kv.slots[kv.slots >= 0]) == set(range(kv_heads)), case
+        assert sorted(query.units[query.units >= 0]) == list(range(heads)), case
+        assert set(kv.units[kv.units >= 0]) == set(range(kv_heads)), case
         # On each device, each key and value slot serves equally many query slots, in order.
-        assert len(query.slots) % len(kv.slots) == 0, case
-        served = np.repeat(by_device(kv), len(query.slots) // len(kv.slots), axis=1)
-        groups = np.where(query.slots < 0, -1, query.slots // (heads // kv_heads))
-        used = query.slots >= 0
+        assert len(query.units) % len(kv.units) == 0, case
+        served = np.repeat(by_device(kv), len(query.units) // len(kv.units), axis=1)
+        groups = np.where(query.units < 0, -1, query.units // (heads // kv_heads))
+        used = query.units >= 0
         assert np.array_equal(served.reshape(-1)[used], groups[used]), case
 
 
@@ -104,10 +104,10 @@ def test_heads_are_padded_and_copied_only_where_they_do_not_divide():
         group = heads // kv_heads
         query, kv = grouped_heads(heads, kv_heads, 8, devices)
         if kv_heads % devices == 0:
-            assert np.array_equal(kv.slots, np.arange(kv_heads)), case
-            assert np.array_equal(query.slots, np.arange(heads)), case
+            assert np.array_equal(kv.units, np.arange(kv_heads)), case
+            assert np.array_equal(query.units, np.arange(heads)), case
         elif devices % kv_heads == 0 and group % (devices // kv_heads) == 0:
-            assert np.array_equal(query.slots, np.arange(heads)), case
+            assert np.array_equal(query.units, np.arange(heads)), case
             assert np.array_equal(by_device(kv)[:, 0], np.arange(devices) // (devices // kv_heads))
         # Never more than whole groups on as few devices as possible.
         most = math.ceil(kv_heads / devices) * group

@@ -55,7 +55,9 @@ MIXTURES = {
         apply_router_weight_on_input=True,
         shared=MLPConfig(48),
     ),
-    "gate of the shared": dataclasses.replace(BASE, shared=MLPConfig(40), shared_gate=True),
+    "gate of the shared": dataclasses.replace(
+        BASE, shared=MLPConfig(40, bias=True), shared_gate=True
+    ),
     "plain": dataclasses.replace(
         BASE, expert=MLPConfig(48, "gelu_tanh", gated=False), top_k=8, expert_scale=True
     ),

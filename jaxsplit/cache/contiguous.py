@@ -92,7 +92,7 @@ class AttentionCache:
         )
         return AttentionCache(keys, values, key_scale, value_scale)
 
-    def dequantized(self, dtype: jnp.dtype) -> Array:
+    def dequantized_keys(self, dtype: jnp.dtype) -> Array:
         """The keys in a floating-point dtype."""
         if self.key_scale is None:
             return self.keys.astype(dtype)

@@ -14,14 +14,14 @@ from jaxsplit.context import current_context
 from jaxsplit.sharding.axes import Axis
 
 
-def peers_over(size: int, *axes: Axis) -> PeerGroup | None:
+def one_shot_peers(size: int, *axes: Axis) -> PeerGroup | None:
     """The peers whose kernels can all-reduce `size` elements over logical axes; None: there are
     none, or they are not the devices that split these axes."""
-    peers = _peers_over(*axes)
+    peers = _peers_of(*axes)
     return peers if one_shot.supports(size) else None
 
 
-def _peers_over(*axes: Axis) -> PeerGroup | None:
+def _peers_of(*axes: Axis) -> PeerGroup | None:
     peers = current_context().peers
     return peers if peers is not None and mesh_axes(*axes) == peers.axes else None
 
@@ -31,32 +31,33 @@ def mesh_axes(*axes: Axis) -> tuple[str, ...]:
     return current_context().rules.mesh_axes(*axes)
 
 
-def all_reduce(x: Array, *axes: Axis, addend_of: jnp.dtype = jnp.float32) -> Array:
+def all_reduce(x: Array, *axes: Axis, residual_dtype: jnp.dtype = jnp.float32) -> Array:
     """Sums `x` over the shards of logical axes: same shape and dtype.
 
     Args:
       x: partial sums.
       *axes: logical axes, split or not.
-      addend_of: dtype of the array that the sum is added to. Large sums for bfloat16 are exchanged
-        in bfloat16, unless the rules name a dtype.
+      residual_dtype: dtype of the stream that the sum is added to. Large sums for a bfloat16 stream
+        are exchanged in bfloat16, unless the rules name a dtype.
     """
     rules = current_context().rules
     mesh_axes = rules.mesh_axes(*axes)
     if not mesh_axes:
         return x
-    if (peers := peers_over(x.size, *axes)) is not None:
+    if (peers := one_shot_peers(x.size, *axes)) is not None:
         return one_shot.all_reduce(x, peers)
     large = not one_shot.supports(x.size)
-    automatic = jnp.bfloat16 if large and addend_of == jnp.bfloat16 else jnp.float32
+    automatic = jnp.bfloat16 if large and residual_dtype == jnp.bfloat16 else jnp.float32
     sent = x.astype(rules.reduce_dtype or automatic)
-    peers = _peers_over(*axes)
+    peers = _peers_of(*axes)
     if peers is not None and two_shot.supports(sent.size, sent.dtype, peers):
         return two_shot.all_reduce(sent, peers).astype(x.dtype)
     return lax.psum(sent, mesh_axes).astype(x.dtype)
 
 
-def all_reduce_units(x: Array, axis: Axis) -> Array:
-    """Sums float32 over the shards of an axis; a unit that several devices hold counts once."""
+def all_reduce_unique_units(x: Array, axis: Axis) -> Array:
+    """Sums float32 over the shards of an axis, where a unit that several devices hold counts once.
+    Each unit must be held by the same number of devices."""
     rules = current_context().rules
     mesh_axes = rules.mesh_axes(axis)
     if not mesh_axes:
@@ -76,7 +77,7 @@ def all_gather(x: Array, axis: Axis, size: int | None = None) -> Array:
     mesh_axes = current_context().rules.mesh_axes(axis)
     if not mesh_axes:
         return x
-    if (peers := peers_over(x.size, axis)) is not None:
+    if (peers := one_shot_peers(x.size, axis)) is not None:
         shards = one_shot.all_gather(x, peers)
         return jnp.concatenate(list(shards), axis=-1)[..., :size]
     return lax.all_gather(x, mesh_axes, axis=x.ndim - 1, tiled=True)[..., :size]

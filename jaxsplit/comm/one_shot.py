@@ -57,7 +57,7 @@ def all_gather(x: Array, peers: PeerGroup) -> Array:
       peers: the devices.
     """
     wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
-    y = _exchange(wide, peers, (peers.size, x.size))
+    y = _exchange(wide, peers, (peers.size, x.size), name="one_shot_all_gather")
     return y.astype(x.dtype).reshape(peers.size, *x.shape)
 
 
@@ -69,12 +69,17 @@ def all_reduce(x: Array, peers: PeerGroup, *, epochs: Array | None = None) -> Ar
       peers: the devices.
       epochs: int32, shaped as `x`: see `all_reduce_block`.
     """
-    y = _exchange(x.astype(jnp.float32), peers, (x.size,), epochs)
+    y = _exchange(x.astype(jnp.float32), peers, (x.size,), epochs, name="one_shot_all_reduce")
     return y.astype(x.dtype).reshape(x.shape)
 
 
 def _exchange(
-    x: Array, peers: PeerGroup, shape: tuple[int, ...], epochs: Array | None = None
+    x: Array,
+    peers: PeerGroup,
+    shape: tuple[int, ...],
+    epochs: Array | None = None,
+    *,
+    name: str,
 ) -> Array:
     epochs = [] if epochs is None else [epochs.reshape(-1)]
     return pl.pallas_call(
@@ -83,7 +88,7 @@ def _exchange(
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpreted(),
-        name="one_shot_all_reduce",
+        name=name,
     )(x.reshape(-1), peers.buffer_pointers, *epochs)
 
 

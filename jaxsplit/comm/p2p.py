@@ -1,10 +1,8 @@
 """Point-to-point messages between pipeline stages, inside kernels: from each stage to the next, and
 from the last to the first.
 
-LL protocol, as in `peers`: each 8-byte store carries a 4-byte payload and a 4-byte epoch. The
-receiver polls until the epoch matches, so no separate flag or fence is needed. A channel buffers
-one message: a device sends the next one only after the answer to this one, which went around the
-ring, has arrived.
+The protocol is that of `peers`. A channel buffers one message: a device sends the next one only
+after the answer to this one, which went around the ring, has arrived.
 """
 
 import dataclasses

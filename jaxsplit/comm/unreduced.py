@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.comm import one_shot
-from jaxsplit.comm.api import all_gather, all_reduce, mesh_axes, peers_over
+from jaxsplit.comm.api import all_gather, all_reduce, mesh_axes, one_shot_peers
 from jaxsplit.sharding.axes import Axis
 
 
@@ -17,7 +17,7 @@ class Unreduced:
     """A matmul output that is not summed yet: over split-K parts, or over devices.
 
     Attributes:
-      parts: `[parts, ..., out]`.
+      parts: `[parts, ..., out]`, float32; a single part may have the dtype of activations.
       epochs: int32 `[..., out]`: the matmul kernel has sent its only part to the peers, under these
         epochs; None: nothing is sent yet.
       bias: float32 `[out]` or `[..., out]`, added once after the sum; None: no bias.
@@ -39,23 +39,27 @@ class Unreduced:
 
     @property
     def local_sum(self) -> Array:
-        """The sum of this device's parts: `[..., out]`."""
+        """The sum of this device's parts, without the bias: `[..., out]`."""
         return self.parts[0] if len(self.parts) == 1 else self.parts.sum(0)
 
     def all_reduce(self, dtype: jnp.dtype) -> Array:
         """The whole sum with the bias, the same on every device: `[..., out]` of a dtype."""
         y = self.local_sum
         if self.epochs is not None:
-            peers = peers_over(y.size, *self.reduce_over)
+            peers = one_shot_peers(y.size, *self.reduce_over)
             y = one_shot.all_reduce(y, peers, epochs=self.epochs).astype(dtype)
         else:
-            y = all_reduce(y, *self.reduce_over, addend_of=dtype).astype(dtype)
+            y = all_reduce(y, *self.reduce_over, residual_dtype=dtype).astype(dtype)
         if self.axis is not None:
             y = all_gather(y, self.axis, self.axis.units)
         return y if self.bias is None else (y + self.bias).astype(dtype)
 
     def __add__(self, other: "Unreduced") -> "Unreduced":
-        """The sum of both, with one all-reduce if the same devices take part in theirs."""
+        """The sum of both, with one all-reduce if the same devices take part in theirs.
+
+        Neither may be sent already: set `fuse_all_reduce=False` around both matmuls.
+        """
+        assert self.epochs is None and other.epochs is None
         if self._devices != other._devices:
             return Unreduced.of(self.all_reduce(jnp.float32) + other.all_reduce(jnp.float32))
         biases = [b for b in (self.bias, other.bias) if b is not None]

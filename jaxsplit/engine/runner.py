@@ -391,7 +391,8 @@ class StageRunner:
             epoch, devices = _REPLICATED, PartitionSpec(*self.stage.mesh.axis_names)
         carry = (caches, by_slot, by_slot, epoch)
         inputs = steps.LoopInputs(_REPLICATED, _REPLICATED, by_slot)
-        specs, key = [self._param_specs, carry, devices, inputs], ("decode_loop", sampler, length)
+        specs = [self._param_specs, carry, devices, inputs]
+        key = ("decode_loop", sampler, length, slots, micro_batches, in_ring)
         return self._program(key, decode_loop, specs, carry, donate=[1], decode=True)
 
     def step_inputs(self) -> Callable:

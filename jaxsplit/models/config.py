@@ -109,8 +109,8 @@ class ModelConfig:
 
     @property
     def colocated_layers(self) -> list[range]:
-        """Layers that have to be on the same devices: those that lend keys and values, and all up
-        to the last that kv_source them."""
+        """Runs of layers that must be in one stage: a KV donor and all layers up to the
+        last one that uses its keys and values."""
         kv_donor = [getattr(block.mixer, "kv_donor", None) for block in self.blocks]
         kv_source = [getattr(block.mixer, "kv_source", None) for block in self.blocks]
         spans = {}

@@ -139,9 +139,9 @@ class Block(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _run(
+def _run_block(
     context: ForwardContext,
-    graph: nnx.GraphDef,
+    graphdef: nnx.GraphDef,
     state: nnx.State,
     stream: tuple[Unreduced | None, Array],
     batch: Batch,
@@ -152,7 +152,7 @@ def _run(
 
     Args:
       context: of the forward pass.
-      graph, state: the block.
+      graphdef, state: the block.
       stream: `y` and `residual`.
       batch, cache, per_layer_embedding: its other arguments.
 
@@ -160,7 +160,7 @@ def _run(
       the stream, the cache, and `batch.shared_kv`.
     """
     with forward_context(context):
-        block = nnx.merge(graph, state)
+        block = nnx.merge(graphdef, state)
         y, residual, cache = block(*stream, batch, cache, per_layer_embedding)
     return (y, residual), cache, batch.shared_kv
 
@@ -282,17 +282,17 @@ class Decoder(nnx.Module):
         factors = {name: factor.get_value() for name, factor in self.freq_factors.items()}
         batch = Batch(positions, slots, factors)
         x, per_layer_embeddings = (
-            self._embed(inputs, positions) if self.first else self._parts(inputs)
+            self._embed(inputs, positions) if self.first else self._split_stream(inputs)
         )
         stream, caches, context = (None, x), [], current_context()
         for i, block in enumerate(self.blocks):
             per_layer_embedding = None
             if per_layer_embeddings is not None:
-                per_layer_embedding, per_layer_embeddings = self._parts(
+                per_layer_embedding, per_layer_embeddings = self._split_stream(
                     per_layer_embeddings, block.config.per_layer_embedding
                 )
             layer_cache = None if cache is None else cache[i]
-            stream, layer_cache, shared_kv = _run(
+            stream, layer_cache, shared_kv = _run_block(
                 context, *nnx.split(block), stream, batch, layer_cache, per_layer_embedding
             )
             batch = dataclasses.replace(batch, shared_kv=shared_kv)
@@ -317,8 +317,9 @@ class Decoder(nnx.Module):
         y = y * c.logit_scale
         return y if c.logit_softcap is None else c.logit_softcap * jnp.tanh(y / c.logit_softcap)
 
-    def _parts(self, x: Array, width: int | None = None) -> tuple[Array, Array | None]:
-        """The residual stream, or so many numbers, and what comes after, if anything does."""
+    def _split_stream(self, x: Array, width: int | None = None) -> tuple[Array, Array | None]:
+        """Splits off the first `width` elements, by default the residual stream; the rest is None
+        if nothing remains."""
         width = width or self.config.embed
         return x[..., :width], x[..., width:] if x.shape[-1] > width else None
 

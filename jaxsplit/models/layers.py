@@ -15,8 +15,8 @@ from jaxsplit.comm.api import all_gather, all_reduce, is_split, shard_index
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.ops.activations.api import as_array
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.matmul import api as ops
-from jaxsplit.ops.matmul.api import Like, Rows, matmul, split_k_matmuls, unreduced_matmul
+from jaxsplit.ops.matmul import api as matmul_ops
+from jaxsplit.ops.matmul.api import Like, Rows, split_k_matmuls, unreduced_matmul
 from jaxsplit.ops.norm import api as norm_ops
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
 from jaxsplit.quant import take_rows
@@ -116,7 +116,7 @@ class Linear(nnx.Module):
         """Who reads inputs of this projection with the rows and dtype of `x`."""
         if self._gathers:
             return XLA_ONLY
-        return ops.readers_of(x, [self.kernel.get_value()])
+        return matmul_ops.readers_of(x, [self.kernel.get_value()])
 
     def unreduced(self, x: Rows) -> Unreduced:
         """`[..., in]` to `[..., out]` before its all-reduce."""
@@ -147,7 +147,7 @@ class Linear(nnx.Module):
 
 def readers_of(x: Like, *linears: Linear | None) -> Readers:
     """Who reads rows like `x` when several projections multiply them; None: no projection."""
-    return ops.readers_of(x, [linear.kernel.get_value() for linear in linears if linear])
+    return matmul_ops.readers_of(x, [linear.kernel.get_value() for linear in linears if linear])
 
 
 def project(x: Rows, *linears: Linear | None, split_k: bool = False) -> list[Unreduced | None]:
@@ -165,19 +165,19 @@ def project(x: Rows, *linears: Linear | None, split_k: bool = False) -> list[Unr
     kernels, x = [linear.kernel.get_value() for linear in present], present[0]._gathered(x)
     if any(linear.bias is not None for linear in present):
         results = []
-        for y, linear in zip(ops.matmuls(x, kernels), present, strict=True):
+        for y, linear in zip(matmul_ops.matmuls(x, kernels), present, strict=True):
             y = y if linear.bias is None else y + linear.bias.get_value()
             results.append(Unreduced.of(y.astype(x.dtype)))
     elif split_k:
         results = split_k_matmuls(x, kernels, x.dtype)
     else:
-        results = [Unreduced.of(y) for y in ops.matmuls(x, kernels, x.dtype)]
+        results = [Unreduced.of(y) for y in matmul_ops.matmuls(x, kernels, x.dtype)]
     following = iter(results)
     return [None if linear is None else next(following) for linear in linears]
 
 
 class Embedding(nnx.Module):
-    """Token embedding, split by vocabulary; `attend` uses the same matrix as output head."""
+    """Token embedding, split by vocabulary; it may be the output head, too."""
 
     def __init__(self, vocab: int, embed: int, *, rngs: nnx.Rngs):
         self.axis = Axis("vocab", vocab)
@@ -191,11 +191,7 @@ class Embedding(nnx.Module):
         held = (local >= 0) & (local < size)
         rows = take_rows(table, jnp.clip(local, 0, size - 1), jnp.float32)
         rows = jnp.where(held[..., None], rows, 0)
-        return all_reduce(rows, self.axis, addend_of=dtype).astype(dtype)
-
-    def attend(self, x: Rows) -> Array:
-        """`[..., embed]` to float32 logits `[..., vocab]` of this device's rows."""
-        return matmul(x, self.table.get_value())
+        return all_reduce(rows, self.axis, residual_dtype=dtype).astype(dtype)
 
 
 class PerLayerEmbeddings(nnx.Module):

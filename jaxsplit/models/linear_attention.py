@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxsplit.cache.contiguous import Batch, RecurrentCache
-from jaxsplit.comm.api import all_reduce_units, is_split, local_units
+from jaxsplit.comm.api import all_reduce_unique_units, is_split, local_units
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import (
@@ -301,7 +301,7 @@ class Mamba2(LinearAttention):
         super().__init__(config, embed, rngs=rngs)
         heads, _ = config.axes
         self.D = param(None, (heads,), (config.value_heads,))
-        self.norm = GroupNorm(config) if config.norm else None
+        self.norm = GroupedRMSNorm(config) if config.norm else None
 
     def _operands(
         self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
@@ -313,7 +313,7 @@ class Mamba2(LinearAttention):
         return y if self.norm is None else self.norm(y)
 
 
-class GroupNorm(nnx.Module):
+class GroupedRMSNorm(nnx.Module):
     """RMSNorm over all value heads of a key head, which may be split over devices."""
 
     def __init__(self, config: LinearAttentionConfig):
@@ -327,10 +327,12 @@ class GroupNorm(nnx.Module):
         """Normalizes float32 `[batch, time, key_heads, group, value_dim]`."""
         squares = jnp.sum(x * x, axis=(-2, -1))
         if self.key_heads.units == 1:
-            squares = all_reduce_units(squares.sum(axis=-1, keepdims=True), self.heads)
+            squares = all_reduce_unique_units(squares.sum(axis=-1, keepdims=True), self.heads)
         elif is_split(self.heads):
             owner = jax.nn.one_hot(local_units(self.key_heads), self.key_heads.units)
-            total = all_reduce_units(jnp.matmul(squares, owner, precision=_HIGHEST), self.heads)
+            total = all_reduce_unique_units(
+                jnp.matmul(squares, owner, precision=_HIGHEST), self.heads
+            )
             squares = jnp.matmul(total, owner.T, precision=_HIGHEST)
         normed = x * lax.rsqrt(squares / self.size + self.epsilon)[..., None, None]
         return normed * self.scale.get_value().reshape(x.shape[2:])

@@ -102,7 +102,7 @@ class LatentAttention(nnx.Module):
     def _expanded(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
         """As `_absorbed`, with the keys and values of each head."""
         c, dtype = self.config, queries.dtype
-        latent = kv.memory.dequantized(dtype)[:, 0]
+        latent = kv.memory.dequantized_keys(dtype)[:, 0]
         latent, rope_key = jnp.split(latent, [c.kv_lora_rank], axis=-1)
         up = self.key_up.get_value()
         keys = _matmul_to_heads(latent, up if c.k_up_transposed else _transposed(up, dtype))

@@ -132,7 +132,8 @@ class MoE(nnx.Module):
         if self.shared_gate is not None:
             gate = x.array.astype(jnp.float32) * self.shared_gate.get_value()
             gate = jax.nn.sigmoid(gate.sum(-1, keepdims=True))
-            shared = dataclasses.replace(shared, parts=(shared.local_sum * gate)[None])
+            bias = None if shared.bias is None else shared.bias * gate
+            shared = dataclasses.replace(shared, parts=(shared.local_sum * gate)[None], bias=bias)
         return self.experts(x, topk_ids, weights) + shared
 
     def route(self, x: Activations) -> tuple[Array, Array]:

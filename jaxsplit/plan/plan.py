@@ -230,7 +230,7 @@ def make_plan(
         None,
         shares=shares,
         weights=weights,
-        cache_row=context * cache_dtype.itemsize,
+        cache_bytes_per_dim=context * cache_dtype.itemsize,
         reduce_dtype=reduce_dtype,
     )
     micro_batches = min(slots, len(partition.stages))

@@ -12,31 +12,31 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class AxisLayout:
-    """The slots of all devices along one logical axis, in device order.
+    """The units of all devices along one logical axis, in device order.
 
     Attributes:
       unit: elements in a unit.
-      slots: int array: the unit in each slot, or -1 for padding; all devices have equally many.
+      units: int array: the unit in each slot, or -1 for padding; all devices have equally many.
       devices: number of shards.
     """
 
     unit: int
-    slots: np.ndarray
+    units: np.ndarray
     devices: int = 1
 
     @property
     def size(self) -> int:
         """Elements of the padded axis."""
-        return self.unit * len(self.slots)
+        return self.unit * len(self.units)
 
     @property
     def original(self) -> int:
         """Elements of the axis before padding."""
-        return self.unit * (int(self.slots.max()) + 1)
+        return self.unit * (int(self.units.max()) + 1)
 
     def elements(self) -> np.ndarray:
         """The original element at each padded index, or -1: int `[size]`."""
-        start = np.where(self.slots < 0, -self.unit, self.slots * self.unit)
+        start = np.where(self.units < 0, -self.unit, self.units * self.unit)
         return np.maximum(start[:, None] + np.arange(self.unit), -1).reshape(-1)
 
     def sub_blocks(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -46,7 +46,7 @@ class AxisLayout:
           the elements of a sub-block (the whole block where the units allow it), the block of each
           sub-block (-1 for padding), and the sub-block's index in it.
         """
-        size = len(self.slots) // self.devices * self.unit
+        size = len(self.units) // self.devices * self.unit
         for sub_block in (block, math.gcd(block, self.unit)):
             if size % sub_block:
                 continue
@@ -64,8 +64,8 @@ class AxisLayout:
 def even(count: int, unit: int, devices: int) -> AxisLayout:
     """Equally many units on each device, the last devices padded."""
     local = math.ceil(count / devices)
-    slots = np.arange(local * devices)
-    return AxisLayout(unit, np.where(slots < count, slots, -1), devices)
+    units = np.arange(local * devices)
+    return AxisLayout(unit, np.where(units < count, units, -1), devices)
 
 
 def grouped_heads(
@@ -80,7 +80,7 @@ def grouped_heads(
     """Layouts of query heads and of the KV heads that groups of them share.
 
     Every device gets the same number of KV heads, and each of these the same number of query heads.
-    Where the counts do not divide, some slots are padding, or, where that costs less, a KV head is
+    Where the counts do not divide, some units are padding, or, where that costs less, a KV head is
     replicated on several devices, each with some of its query heads.
 
     Args:
@@ -105,15 +105,15 @@ def grouped_heads(
     copies = devices * local // kv_heads
     share = math.ceil(group / copies)
     kv_slots = np.full(devices * local, -1)
-    slots = np.full((devices * local, share), -1)
+    units = np.full((devices * local, share), -1)
     for kv in range(kv_heads):
         members = np.arange(heads)[kv::kv_heads] if tiled else np.arange(group) + kv * group
         for copy in range(math.ceil(group / share)):
             slot = kv * copies + copy
             chosen = members[copy * share : (copy + 1) * share]
             kv_slots[slot] = kv
-            slots[slot, : len(chosen)] = chosen
+            units[slot, : len(chosen)] = chosen
     return (
-        AxisLayout(head_dim, slots.reshape(-1), devices),
+        AxisLayout(head_dim, units.reshape(-1), devices),
         AxisLayout(head_dim, kv_slots, devices),
     )

@@ -72,7 +72,7 @@ class Stage:
     @functools.cached_property
     def rules(self) -> AxisRules:
         """Rules for communication over logical axes."""
-        return AxisRules(self.table, self.reduce_dtype, lambda axis: self.layout(axis).slots)
+        return AxisRules(self.table, self.reduce_dtype, lambda axis: self.layout(axis).units)
 
     def spec(self, axes: Sequence[Axis | None]) -> PartitionSpec:
         """Partition spec of an array with these logical axes."""

@@ -38,7 +38,7 @@ def load_decoders(
     *,
     weights: jnp.dtype | None = None,
     dtype: jnp.dtype = jnp.float32,
-    words: bool = False,
+    as_u32: bool = False,
     progress: Progress | None = None,
 ) -> list[Decoder]:
     """Loads a model onto a mesh.
@@ -49,7 +49,7 @@ def load_decoders(
       partition: the mesh and its stages.
       weights: dequantize matrices to this dtype; None keeps them quantized.
       dtype: dtype of the activations.
-      words: store quantized matrices in the format of `jaxsplit.ops.matmul`.
+      as_u32: store code planes as uint32, as the kernels load them.
       progress: called with the bytes loaded.
 
     Returns:
@@ -66,7 +66,7 @@ def load_decoders(
     done = 0
     for model, stage in local:
         loaded = {}
-        for arrays, nbytes in _load(sources, model, stage, weights, words):
+        for arrays, nbytes in _load(sources, model, stage, weights, as_u32):
             loaded |= arrays
             done += nbytes
             if progress:
@@ -77,7 +77,7 @@ def load_decoders(
 
 
 def _load(
-    sources: Sources, model: Decoder, stage: Stage, weights: jnp.dtype | None, words: bool
+    sources: Sources, model: Decoder, stage: Stage, weights: jnp.dtype | None, as_u32: bool
 ) -> Iterator[tuple[dict[str, Weight], int]]:
     """A stage's parameters in batches, with each batch's bytes in the file."""
     params = parameters(model)
@@ -85,7 +85,7 @@ def _load(
         placements = {p: parameter_placement(stage, sources[p], params[p].axes) for p in batch}
         raw = _upload([sources[p] for p in batch], list(placements.values()))
         loaded = {
-            path: _unpack(sources[path], blocks, placements[path], weights, words)
+            path: _unpack(sources[path], blocks, placements[path], weights, as_u32)
             for path, blocks in zip(batch, raw, strict=True)
         }
         jax.block_until_ready(loaded)
@@ -155,7 +155,7 @@ def _unpack(
     raw: jax.Array,
     placement: Placement,
     weights: jnp.dtype | None,
-    words: bool = False,
+    as_u32: bool = False,
 ) -> Weight:
     """Unpacks blocks on their devices. Vectors and biases become float32."""
     spec = placement.sharding.spec
@@ -170,7 +170,7 @@ def _unpack(
         sub_block=placement.sub_block,
         dtype=source.dtype(weights),
         matrix=source.is_matrix,
-        words=words,
+        as_u32=as_u32,
     )
     return unpacker(raw, index)
 
@@ -183,13 +183,13 @@ def _unpacker(
     sub_block: int,
     dtype: jnp.dtype | None,
     matrix: bool,
-    words: bool,
+    as_u32: bool,
 ) -> Callable[[jax.Array, jax.Array], Weight]:
     """The program that unpacks sharded blocks; compiled once for each shape."""
 
     def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
         weight = unpack(ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype)
-        if words and has_int8_kernel(weight):
+        if as_u32 and has_int8_kernel(weight):
             return to_u32(weight)
         return weight if matrix else weight[:, 0]
 

@@ -242,7 +242,7 @@ def split_model(
     *,
     shares: Sequence[float] | None = None,
     weights: jnp.dtype | None = None,
-    cache_row: int = 0,
+    cache_bytes_per_dim: int = 0,
     reduce_dtype: jnp.dtype | None = None,
 ) -> Partition:
     """Lays a model out on devices so that the fullest of them reads the fewest bytes.
@@ -255,7 +255,7 @@ def split_model(
       config: the model.
       mode, shape, devices, shares, reduce_dtype: as in `make_partition`.
       weights: as in `stage_bytes`.
-      cache_row: bytes of the keys in the whole context, for each dimension of a head.
+      cache_bytes_per_dim: bytes of the keys in the whole context, for each dimension of a head.
 
     Raises:
       JaxsplitError: the shares do not fit the mesh.
@@ -282,7 +282,7 @@ def split_model(
             block_multiple={
                 axis: max(block // cut, min(block, 32)) for axis, block in blocks.items()
             },
-            kv_cost=1 + cache_row / (width * config.embed),
+            kv_cost=1 + cache_bytes_per_dim / (width * config.embed),
             reduce_dtype=reduce_dtype,
         )
         for cut in cuts
@@ -321,7 +321,7 @@ def describe_split(
     if idle := sorted(set(range(mesh.size)) - used):
         lines.append(f"without layers: device {', '.join(map(str, idle))}")
     padded = {
-        f"{axis.name} {layout.original // layout.unit} to {len(layout.slots)}": None
+        f"{axis.name} {layout.original // layout.unit} to {len(layout.units)}": None
         for stage in stages
         for param in abstract_parameters(config, stage.layers).values()
         for axis in param.axes

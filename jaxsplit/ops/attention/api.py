@@ -52,9 +52,11 @@ def self_attention(
 ) -> tuple[Activations, AttentionCache | None]:
     """Causal attention of new tokens to earlier ones and themselves.
 
+    Adds the keys and values to `batch.shared_kv` if the config is a `kv_donor`.
+
     Args:
       query, key, value: projections, `[batch, time, heads * width]`; key and value are None where
-        the config borrows those of an earlier layer.
+        the config has a `kv_source`.
       batch: where the tokens belong.
       cache: keys and values of earlier tokens; None: there are none.
       config: heads, rotation, window and so on.

@@ -11,6 +11,21 @@ from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
 from jaxsplit.sharding.axes import Axis, head_axes
 
+SHAPE_FIELDS = (
+    *("heads", "kv_heads", "head_dim", "value_dim"),
+    *("qkv_bias", "out_bias", "gate", "value_is_key", "kv_donor"),
+)
+"""Fields of `AttentionConfig` that do not change what rotation and attention compute."""
+
+HEAD_FIELDS = (
+    *("rope", "query_norm", "key_norm", "value_norm", "norm_over", "norm_first"),
+    *("clip_qkv", "attn_temperature", "kv_source"),
+)
+"""Fields about what is done to heads before attention."""
+
+SCORE_FIELDS = ("scale", "window", "chunked", "softcap", "alibi", "sinks")
+"""Fields about scores."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
@@ -67,6 +82,12 @@ class AttentionConfig:
     value_is_key: bool = False
     kv_donor: str | None = None
     kv_source: str | None = None
+
+    def uses_only(self, *fields: str) -> bool:
+        """Whether all other fields have their defaults: a kernel refuses what it does not know."""
+        return all(
+            f.name in fields or getattr(self, f.name) == f.default for f in dataclasses.fields(self)
+        )
 
     @property
     def axes(self) -> tuple[Axis, Axis]:

@@ -22,7 +22,7 @@ from jaxsplit.ops.activations.layout import (
     store_layouts,
     wrap_layouts,
 )
-from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.spec import HEAD_FIELDS, SHAPE_FIELDS, AttentionConfig
 from jaxsplit.ops.attention.triton_softmax import (
     LOG2_E,
     MIN_MMA_M,
@@ -40,9 +40,9 @@ from jaxsplit.ops.attention.triton_softmax import (
 from jaxsplit.ops.launch import launch_dependents
 from jaxsplit.pallas import pl, plgpu
 
-_KEYS_OF_A_SPLIT = 256
-_MOST_SPLITS = 64
-_WIDEST_HEAD = 256
+_SPLIT_KEYS = 256
+_MAX_SPLITS = 64
+_MAX_HEAD_DIM = 256
 
 
 def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) -> bool:
@@ -52,9 +52,8 @@ def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) ->
         and memory.values is not None
         and memory.keys.dtype.itemsize <= 2
         and max(memory.keys.size, memory.values.size) < 2**31  # elements are counted in 32 bits
-        and max(memory.keys.shape[-1], memory.values.shape[-1]) <= _WIDEST_HEAD
-        and config.alibi is None
-        and not config.chunked
+        and max(memory.keys.shape[-1], memory.values.shape[-1]) <= _MAX_HEAD_DIM
+        and config.uses_only(*SHAPE_FIELDS, *HEAD_FIELDS, "scale", "window", "softcap", "sinks")
     )
 
 
@@ -79,10 +78,10 @@ def tiling_of(rows: int, keys: int, width: int) -> Tiling:
       width: of a head.
     """
     if rows <= MIN_MMA_M:
-        splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _KEYS_OF_A_SPLIT)))
+        splits = min(_MAX_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _SPLIT_KEYS)))
         return Tiling(MIN_MMA_M, 64 if width <= 128 else 32, splits, 4, 3)
     if rows <= 64:
-        splits = min(_MOST_SPLITS, pl.next_power_of_2(pl.cdiv(keys, 2 * _KEYS_OF_A_SPLIT)))
+        splits = min(_MAX_SPLITS, pl.next_power_of_2(pl.cdiv(keys, 2 * _SPLIT_KEYS)))
         return Tiling(pl.next_power_of_2(rows), 64 if width <= 128 else 32, splits, 4, 2)
     return Tiling(128, 64, 1, 8, 3) if width <= 128 else Tiling(64, 32, 1, 4, 2)
 

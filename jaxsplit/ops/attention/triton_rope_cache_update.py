@@ -16,13 +16,21 @@ from jaxsplit.cache.contiguous import AttentionCache, Batch
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
 from jaxsplit.ops.attention.rope import RopeConfig, rope_cos_sin
-from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
+from jaxsplit.ops.attention.spec import (
+    SCORE_FIELDS,
+    SHAPE_FIELDS,
+    AttentionConfig,
+    AttentionParams,
+)
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.pallas import pl, plgpu
 
 _MAX_ELEMENTS = 2048  # of a program
 _WARPS = 4  # of a program
 _FEW_TOKENS = 32  # up to which a program has a single head and a single warp
+
+
+_FIELDS = ("rope", "query_norm", "key_norm", "norm_over", "norm_first")
 
 
 def supports(
@@ -42,11 +50,8 @@ def supports(
         # A chunk may wrap around a ring buffer: two of its tokens would store to one index.
         and (batch.positions.shape[1] == 1 or c.window is None)
         and jnp.dtype(dtype).itemsize == 2
-        and c.kv_source is None
+        and c.uses_only(*SHAPE_FIELDS, *SCORE_FIELDS, *_FIELDS)
         and c.rope is not None
-        and c.clip_qkv is None
-        and c.attn_temperature is None
-        and c.value_norm is None
         and is_rms(c.query_norm)
         and is_rms(c.key_norm)
         and (not normed or (c.norm_over == "head" and c.norm_first))

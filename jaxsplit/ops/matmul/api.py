@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.comm.api import peers_over
+from jaxsplit.comm.api import one_shot_peers
 from jaxsplit.comm.peers import WIDTH, PeerGroup, padded
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context
@@ -80,7 +80,7 @@ def _gemv_int8(
     x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype, peers: PeerGroup | None = None
 ) -> list[Array]:
     rows = in_layout(x, Int8Layout())
-    return triton_gemv_int8.matmuls(rows, weights, dtype, peers=peers)
+    return triton_gemv_int8.gemv_int8(rows, weights, dtype, peers=peers)
 
 
 def _supports_int8_without_kernels(x: Like, w: Weight) -> bool:
@@ -100,7 +100,7 @@ def _supports_small_m_gemm(x: Like, w: Weight) -> bool:
 
 def _small_m_gemm(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
     rows = in_layout(x, PackedLayout.of(weights))
-    return triton_small_m_gemm.matmuls(rows, weights, dtype)
+    return triton_small_m_gemm.small_m_gemm(rows, weights, dtype)
 
 
 def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
@@ -113,7 +113,7 @@ def _gemv_bf16(
     x: Rows, weights: Sequence[Array], dtype: jnp.dtype, peers: PeerGroup | None = None
 ) -> list[Array]:
     rows = in_layout(x, PlainLayout(x.dtype))
-    return triton_gemv_bf16.matmuls(rows, weights, dtype, peers=peers)
+    return triton_gemv_bf16.gemv_bf16(rows, weights, dtype, peers=peers)
 
 
 def _supports_float8(x: Like, w: Weight) -> bool:
@@ -222,7 +222,7 @@ def split_k_matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> lis
     if not all(_supports_small_m_gemm(x, w) for w in weights):
         return [Unreduced.of(y) for y in matmuls(x, weights, dtype)]
     rows = in_layout(x, PackedLayout.of(weights))
-    ys = triton_small_m_gemm.matmuls(rows, weights, sum_parts=False)
+    ys = triton_small_m_gemm.small_m_gemm(rows, weights, sum_parts=False)
     return [Unreduced(y.reshape(len(y), *x.shape[:-1], -1)) for y in ys]
 
 
@@ -244,7 +244,7 @@ def unreduced_matmul(
     """
     [(implementation, _)] = _choose(x, [w])
     size = rows_of(x) * padded(w.shape[0])  # as the kernel that receives rows counts
-    peers = peers_over(size, *reduce_over) if current_context().fuse_all_reduce else None
+    peers = one_shot_peers(size, *reduce_over) if current_context().fuse_all_reduce else None
     whole = w.shape[0] % WIDTH == 0 and bias is None
     if peers is not None and implementation.sends and whole:
         y, epochs = implementation.run(x, [w], jnp.float32, peers)
@@ -268,7 +268,7 @@ def expert_matmuls(
       `[pairs, out]` each.
     """
     rows = in_layout(x, Int8Layout())
-    return triton_gemv_int8.matmuls(rows, stacks, dtype, experts=experts)
+    return triton_gemv_int8.gemv_int8(rows, stacks, dtype, experts=experts)
 
 
 def grouped_matmuls(
@@ -291,7 +291,7 @@ def grouped_matmuls(
       `[results, out]` each.
     """
     rows = in_layout(x, PackedLayout.of(stacks))
-    return triton_small_m_gemm.matmuls(rows, stacks, dtype, groups=groups, out_rows=results)
+    return triton_small_m_gemm.small_m_gemm(rows, stacks, dtype, groups=groups, out_rows=results)
 
 
 def _shaped(y: Array, x: Like) -> Any:

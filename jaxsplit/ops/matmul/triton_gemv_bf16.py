@@ -26,13 +26,13 @@ class Tiling:
 
 
 def supports(w: Array, dtype: jnp.dtype) -> bool:
-    """Whether `matmuls` can multiply activations of a dtype with a matrix."""
+    """Whether `gemv_bf16` can multiply activations of a dtype with a matrix."""
     # Rows whose normalization is deferred may overflow float16. Indices are 32-bit.
     suits = w.dtype == dtype == jnp.bfloat16 and w.size < 2**31
     return suits and w.ndim == 2 and w.shape[-1] % BLOCK == 0
 
 
-def matmuls(
+def gemv_bf16(
     x: PlainRows,
     weights: Sequence[Array],
     dtype: jnp.dtype = jnp.float32,

@@ -37,7 +37,7 @@ _Codes = dict[tuple[str, int], Array]  # loaded codes, by `_Schedule.load_key`
 
 
 def supports(w: QTensor) -> bool:
-    """Whether `matmuls` can multiply with a matrix, once its planes are uint32."""
+    """Whether `gemv_int8` can multiply with a matrix, once its planes are uint32."""
     layout = w.layout
     affine = layout.table is None and layout.decode_scale is None and layout.scale_bits == 8
     sizes = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk in each plane
@@ -75,7 +75,7 @@ class _Tiling:
         return _Tiling(step_bytes=2048 if row_bytes % 2048 == 0 else 1024)
 
 
-def matmuls(
+def gemv_int8(
     x: Int8Rows,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
@@ -264,7 +264,7 @@ class _RowTile:
     Args:
       x: activations.
       w: the matrix, or a stack.
-      experts: as in `matmuls`.
+      experts: as in `gemv_int8`.
       first: index of the first row.
       pair: index of the pair of a row of activations and an expert.
       tiling: of the program.

@@ -93,13 +93,13 @@ class GroupedGemmInfo:
 
 
 def supports(w: QTensor, dtype: jnp.dtype) -> bool:
-    """Whether `matmuls` can multiply activations of a dtype with a matrix."""
+    """Whether `small_m_gemm` can multiply activations of a dtype with a matrix."""
     sum_size = None if w.minimum is None else group_size(w, w.minimum)
     has_sums = sum_size in (None, *SUM_SIZES)
     return dtype == jnp.bfloat16 and triton_gemv_int8.supports(w) and has_sums
 
 
-def matmuls(
+def small_m_gemm(
     x: PackedRows,
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
@@ -341,7 +341,7 @@ class _Tile:
         return divmod_pow2(step * self.step_weights, size)[0], count
 
     def _groups(self, size: int, step: Array, min_count: int = 1) -> tuple[Array, Array | None]:
-        """The indices of the groups of a step, padded to `min_count`, and their mask (None: all)."""
+        """Indices of the groups of a step, padded to `min_count`, and their mask (None: all)."""
         first, count = self._first_group(size, step)
         offset = jnp.arange(max(count, min_count))
         group = offset + first

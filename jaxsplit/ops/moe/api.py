@@ -87,10 +87,8 @@ def experts(x: Activations, topk_ids: Array, weights: Array, params: ExpertParam
       float32 `[parts, ..., time, out]`, to be summed over the parts, and over the devices that hold
       other experts or hidden units.
     """
-    shape, decode = x.shape, x.shape[-2] == 1
+    shape = x.shape
     run = next(run for supports, run in _EXPERTS if supports(x, topk_ids.shape[-1], params))
-    if run is by_tiles:
-        run = partial(by_tiles, decode=decode)
     topk_ids, weights = (a.reshape(-1, a.shape[-1]) for a in (topk_ids, weights))
     y = run(_as_rows(x), topk_ids, weights, params)
     return y.reshape(len(y), *shape[:-1], -1)
@@ -101,10 +99,15 @@ def _as_rows(x: Activations) -> Activations:
     return dataclasses.replace(x, array=x.array.reshape(-1, x.shape[-1]))
 
 
+def _decodes(x: Like, *_: object) -> bool:
+    """Whether this is a decode step: one token of each sequence."""
+    return x.shape[-2] == 1
+
+
 def _few_pairs(x: Like, top_k: int, params: ExpertParams) -> bool:
     """Whether this is a decode step with few pairs of a token and an expert, and whether all
     experts are quantized and on this device."""
-    few = rows_of(x) * top_k <= _FEW_PAIRS and x.shape[-2] == 1
+    few = rows_of(x) * top_k <= _FEW_PAIRS and _decodes(x)
     quantized = all(isinstance(stack, QTensor) for stack in params.stacks)
     return few and quantized and not is_split(params.axis)
 
@@ -126,5 +129,6 @@ _EXPERTS = (
     (_supports_gemv, by_gemv),
     (_supports_grouped_gemm, by_grouped_gemm),
     (_few_pairs, by_vmap),
-    (lambda *_: True, by_tiles),
+    (_decodes, partial(by_tiles, decode=True)),
+    (lambda *_: True, partial(by_tiles, decode=False)),
 )

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.comm.api import is_split, mesh_axes, peers_over
+from jaxsplit.comm.api import is_split, mesh_axes, one_shot_peers
 from jaxsplit.comm.peers import PeerGroup, padded
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.ops.activations.api import apply, store_rows
@@ -80,7 +80,7 @@ def _addend(unreduced: Unreduced, residual: Array) -> tuple[Array, Array | None,
     """The parts that the kernel sums, the epochs under which they were sent, and the peers."""
     u, split = unreduced, mesh_axes(*unreduced.reduce_over)
     size = rows_of(residual) * padded(residual.shape[-1])
-    peers = peers_over(size, *u.reduce_over)
+    peers = one_shot_peers(size, *u.reduce_over)
     gathered = u.axis is not None and is_split(u.axis)
     if gathered or u.bias is not None or (split and peers is None):
         return u.all_reduce(jnp.float32)[None], None, None

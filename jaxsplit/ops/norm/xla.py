@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.comm.api import all_reduce_units
+from jaxsplit.comm.api import all_reduce_unique_units
 from jaxsplit.ops.norm.spec import NormParams
 
 
@@ -16,7 +16,7 @@ def normalize(x: Array, norm: NormParams) -> Array:
     def mean(values: Array) -> Array:
         if group:
             return values.mean(axis=-1, keepdims=True)
-        total = all_reduce_units(values.sum(axis=-1, keepdims=True), norm.axis)
+        total = all_reduce_unique_units(values.sum(axis=-1, keepdims=True), norm.axis)
         return total / norm.size
 
     if norm.config.kind == "layer":

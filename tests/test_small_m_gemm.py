@@ -55,7 +55,7 @@ def readers(matrices):
 def multiply(x, matrices, **options):
     """The kernel's results, with activations that `store_rows` stored."""
     [rows], *_ = store_rows(lambda x: x, (x,), readers(matrices))
-    return triton_small_m_gemm.matmuls(rows, matrices, **options)
+    return triton_small_m_gemm.small_m_gemm(rows, matrices, **options)
 
 
 def activations(rng, rows, columns):
@@ -137,7 +137,7 @@ def test_store_rows_in_the_orders_of_several_matrices(rng):
         addend=(jnp.asarray(terms), None, None),
         norm=(0.5, 1500),
     )
-    results = triton_small_m_gemm.matmuls(rows, matrices)
+    results = triton_small_m_gemm.small_m_gemm(rows, matrices)
     added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
     assert nmse(total, added) <= 1e-5
     added = np.float64(total).reshape(6, -1)

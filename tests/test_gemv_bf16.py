@@ -35,7 +35,7 @@ def test_matmuls_equal_float64(rng, columns, scaled):
     layouts = (PlainLayout(jnp.bfloat16),)
     [row], *_ = store_rows(lambda x: 2 * x, (x,), Readers(layouts, xla=False), norm=norm)
     tiling = triton_gemv_bf16.Tiling(columns=512)
-    results = triton_gemv_bf16.matmuls(row, matrices, tiling=tiling)
+    results = triton_gemv_bf16.gemv_bf16(row, matrices, tiling=tiling)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, np.float64(x)[0] @ np.float64(w).T / divisor) <= 1e-11
 
