@@ -341,7 +341,7 @@ class _Tile:
         return divmod_pow2(step * self.step_weights, size)[0], count
 
     def _groups(self, size: int, step: Array, min_count: int = 1) -> tuple[Array, Array | None]:
-        """The indices of the groups of a step, padded to `min_count`, and their mask (None: all)."""
+        """The groups of a step, padded to `min_count`, and their mask (None: all)."""
         first, count = self._first_group(size, step)
         offset = jnp.arange(max(count, min_count))
         group = offset + first
