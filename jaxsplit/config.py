@@ -17,7 +17,7 @@ from jaxsplit.errors import JaxsplitError
 
 FLOATS = ("bfloat16", "float16", "float32")
 DEFAULT_CONTEXT = 4096
-MOST = 1e6
+MAX_PENALTY = 1e6
 """Of temperatures and penalties: float32 has to hold what they make of logits."""
 
 RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
@@ -180,7 +180,7 @@ class SamplingConfig(Config):
     """
 
     temperature: float = option(
-        0.8, "divides the logits; 0: always the likeliest token", low=0, high=MOST
+        0.8, "divides the logits; 0: always the likeliest token", low=0, high=MAX_PENALTY
     )
     top_k: int = option(40, "keep the k likeliest tokens; 0: all", low=0)
     top_p: float = option(
@@ -192,14 +192,20 @@ class SamplingConfig(Config):
     repeat_penalty: float = option(
         1.0,
         "divides positive logits, multiplies negative ones, of recent tokens; 1: off",
-        low=1 / MOST,
-        high=MOST,
+        low=1 / MAX_PENALTY,
+        high=MAX_PENALTY,
     )
     frequency_penalty: float = option(
-        0.0, "subtracted from a logit for each recent occurrence", low=-MOST, high=MOST
+        0.0,
+        "subtracted from a logit for each recent occurrence",
+        low=-MAX_PENALTY,
+        high=MAX_PENALTY,
     )
     presence_penalty: float = option(
-        0.0, "subtracted from the logit of a token that occurred recently", low=-MOST, high=MOST
+        0.0,
+        "subtracted from the logit of a token that occurred recently",
+        low=-MAX_PENALTY,
+        high=MAX_PENALTY,
     )
     repeat_last_n: int = option(64, "how many of the last tokens are recent; -1: all", low=-1)
     seed: int | None = option(

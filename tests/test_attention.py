@@ -108,14 +108,14 @@ def test_queries_that_are_read_in_parts_give_the_same_logits(monkeypatch, name):
         return [np.asarray(fresh(tokens)), np.asarray(fresh(tokens, positions, cache))]
 
     expected = run()
-    monkeypatch.setattr(attention_ops, "SCORES", 13 * LENGTH)
+    monkeypatch.setattr(attention_ops, "MAX_SCORES", 13 * LENGTH)
     jax.clear_caches()
     for found, whole in zip(run(), expected, strict=True):
         assert nmse(found, whole) <= 1e-12
 
 
 def test_a_long_context_takes_no_more_memory():
-    """Of temporaries, while a prompt is read: a multiple of `SCORES`, not of the context."""
+    """Of temporaries, while a prompt is read: a multiple of `MAX_SCORES`, not of the context."""
     config = attention(rope=None)
 
     def temporaries(context: int) -> int:

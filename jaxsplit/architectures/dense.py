@@ -162,7 +162,7 @@ def _stablelm(header: Header) -> ModelConfig:
 
 
 def _glm4(header: Header) -> ModelConfig:
-    # Models that read images too turn by halves.
+    # Models that read images too rotate by halves.
     interleaved = not header.sections or 0 in header.sections[:2]
     return decoder(header, interleaved=interleaved, block=post_norms(header))
 

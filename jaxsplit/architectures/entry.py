@@ -50,7 +50,7 @@ def decoder(
 
     Args:
       header: of the model file.
-      interleaved: neighbouring dimensions of a head turn together.
+      interleaved: neighbouring dimensions of a head are a pair.
       activation: of MLPs and experts.
       attention, block: fields of `AttentionConfig` and `BlockConfig`, of all layers or of each.
       experts: fields of `MoEConfig`, of layers that have experts.

@@ -215,7 +215,7 @@ class Header:
 
     @property
     def sections(self) -> tuple[int, ...]:
-        """Pairs that turn by time, height and width of images (M-RoPE), which are the same position
+        """Pairs that are rotated by time, height and width of images (M-RoPE), which are the same position
         of text."""
         name = "rope.dimension_sections"
         value = self(name, [])
@@ -238,12 +238,12 @@ class Header:
         return self.size("attention.key_length", self.embed // heads)
 
     def rope(self, head_dim: int, *, interleaved: bool = False, end: str = "") -> RopeConfig:
-        """How heads turn.
+        """The rotary embedding of heads.
 
         Args:
           head_dim: their width.
-          interleaved: neighbours turn together.
-          end: of the key that tells how many of their dimensions turn.
+          interleaved: neighbours are a pair.
+          end: of the key that tells how many of their dimensions are rotated.
         """
         scaling = self("rope.scaling.type", "linear")
         if scaling not in _SCALINGS:

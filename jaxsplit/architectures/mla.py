@@ -15,9 +15,9 @@ def _deepseek2(header: Header) -> ModelConfig:
     whole heads where newer ones give those of the latent vector."""
     fused = not header.has("blk.*.attn_k_b.weight")
     end = "" if fused else "_mla"
-    turning = header.size("rope.dimension_count", least=2)
-    width = header.size(f"attention.key_length{end}", least=turning + 1)
-    rope = header.rope(turning, interleaved=True)
+    rope_dim = header.size("rope.dimension_count", least=2)
+    width = header.size(f"attention.key_length{end}", least=rope_dim + 1)
+    rope = header.rope(rope_dim, interleaved=True)
     stretch = 0.0 if rope.scaling == "none" else math.log(max(1.0, rope.factor))
     multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0)
     magnitude = header.number("rope.scaling.attn_factor", 1.0)
@@ -27,7 +27,7 @@ def _deepseek2(header: Header) -> ModelConfig:
     scale = magnitude * (1 + 0.1 * stretch) * (1 + multiplier * stretch)
     mixer = LatentAttentionConfig(
         heads=header.size("attention.head_count"),
-        head_dim=width - turning,
+        head_dim=width - rope_dim,
         value_dim=header.size(f"attention.value_length{end}"),
         kv_lora_rank=header.size("attention.kv_lora_rank"),
         q_lora_rank=header.size("attention.q_lora_rank", 0, least=0),

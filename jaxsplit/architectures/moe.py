@@ -32,18 +32,18 @@ def _llama4(header: Header) -> ModelConfig:
     # Models with 128 experts have no norms; the norms that the others have come after RoPE.
     norm = NormConfig("rms", header.norm().epsilon, scale=False)
     norms = {"query_norm": norm, "key_norm": norm, "norm_first": False}
-    turning = norms if header.count("expert_count", 0) != 128 else {}
+    rope_norms = norms if header.count("expert_count", 0) != 128 else {}
     # Chunks have one size; a file can only say that there are none.
     chunked, local = header.window(8192, least=0) > 0, header.windowed(4)
     rope, local_rope = rotations(header, interleaved=True)
 
     def attention(layer: int) -> dict[str, Any]:
         if not chunked:
-            return turning | {"rope": rope}
+            return rope_norms | {"rope": rope}
         chunk = {"window": 8192, "chunked": True} if local[layer] else {}
         if layer % 4 == 3:
             return chunk | {"rope": None, "attn_temperature": (0.1, 8192, 1)}
-        return turning | chunk | {"rope": local_rope if local[layer] else rope}
+        return rope_norms | chunk | {"rope": local_rope if local[layer] else rope}
 
     experts = {"routing": "sigmoid", "apply_router_weight_on_input": True}
     return decoder(header, interleaved=True, attention=attention, experts=experts)

@@ -17,7 +17,7 @@ from jaxsplit.errors import JaxsplitError
 
 
 def run(main: Callable[[list[str]], None] | str, *, arguments: int = 0) -> None:
-    """Parses the flags and runs a program; what the user can mend becomes one line and status 2.
+    """Parses the flags and runs a program; what the user can fix becomes one line and status 2.
 
     Args:
       main: takes the arguments that are not flags; or the name of a module with this function and

@@ -24,7 +24,7 @@ from jaxsplit.sharding import Partition
 from jaxsplit.sharding.axes import Axis
 
 
-def never() -> bool:
+def never_cancelled() -> bool:
     """`Engine.is_cancelled` of a call whose caller waits for it."""
     return False
 
@@ -92,7 +92,7 @@ class Engine:
         count = -(-slots // (self._slots_per_device * partition.data))
         self._slots_per_micro_batch = self._slots_per_device * partition.data
         self.slots = slots
-        self.is_cancelled: Callable[[], bool] = never
+        self.is_cancelled: Callable[[], bool] = never_cancelled
         self._peer_access = peer_access
         self._micro_batches = [MicroBatch([]) for _ in range(count)]
         self._sampler: SamplerSpec | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.config import SamplingConfig
-from jaxsplit.engine.engine import Engine, never
+from jaxsplit.engine.engine import Engine, never_cancelled
 from jaxsplit.engine.sampling import NOT_FINITE
 from jaxsplit.errors import JaxsplitError
 
@@ -98,7 +98,7 @@ class EngineThread:
             except BaseException as error:
                 reply.put((None, error))
             finally:
-                self._engine.is_cancelled = never
+                self._engine.is_cancelled = never_cancelled
 
         with self.turn:
             try:

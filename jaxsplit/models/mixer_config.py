@@ -22,11 +22,11 @@ class LatentAttentionConfig:
 
     Attributes:
       heads: how many.
-      head_dim: width of a query or key head, without the part that turns with position.
+      head_dim: width of a query or key head, without the rotated part.
       value_dim: width of a value head.
       kv_lora_rank: width of the latent vector.
       q_lora_rank: width of the vector that queries come from; 0: the layer's input.
-      rope: of the turning part, which all heads share.
+      rope: of the rotated part, whose key all heads share.
       scale: of the scores.
       norm: of the latent vectors.
       k_up_transposed: keys' projections are `[head_dim, latent]`, else `[latent, head_dim]`.
@@ -55,7 +55,7 @@ class LatentAttentionConfig:
         return 1
 
     def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache:
-        """What it keeps of a sequence: latent vectors and the turning part of keys."""
+        """What it keeps of a sequence: latent vectors and the rotated part of keys."""
         return attention_cache(LATENT, context, self.kv_lora_rank + self.rope.dim, None, dtype)
 
 

@@ -14,8 +14,8 @@ from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
 from jaxsplit.engine.runner import cache_specs, peer_buffer_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
-from jaxsplit.ops.attention.xla import SCORES
-from jaxsplit.ops.matmul.xla import TOGETHER
+from jaxsplit.ops.attention.xla import MAX_SCORES
+from jaxsplit.ops.matmul.xla import MAX_CONCAT_BYTES
 from jaxsplit.plan.cost import ProgramCost, trace_decode, trace_prefill
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.roofline import decode_seconds, prefill_seconds, weight_bits
@@ -271,7 +271,7 @@ def _plan_stage(
     read_weights = weights - _unread(sources, config, stage, w.weights, w.slots)
     pairs = w.chunk * w.context
     score_bytes = 0 if kind.kernels else 4 * _widest(config, stage, "heads")
-    scratch = _scratch(config, stage, w.dtype, w.chunk, score_bytes * min(pairs, SCORES))
+    scratch = _scratch(config, stage, w.dtype, w.chunk, score_bytes * min(pairs, MAX_SCORES))
     if kind.kernels and devices > 1:
         scratch += peer_buffer_bytes(config, w.context, devices)
     bits = weight_bits(sources, w.weights)
@@ -381,7 +381,7 @@ def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, sc
     stream = 3 * chunk * config.embed * 4
     hidden = chunk * units * (4 + 2 * size)
     matrix = units * config.embed * size
-    matrices = 2 * matrix if 2 * matrix <= TOGETHER else matrix
+    matrices = 2 * matrix if 2 * matrix <= MAX_CONCAT_BYTES else matrix
     return stream + max(2 * scores, hidden + matrices)
 
 

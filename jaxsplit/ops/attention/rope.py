@@ -21,8 +21,8 @@ class RopeConfig:
       original_context: the context length in training, for YaRN.
       attention_factor: multiplies cosine and sine.
       freq_factors: name of the parameter that divides the frequencies; None: there is none.
-      beta_fast, beta_slow: YaRN scales dimensions that turn less than `beta_slow` times in the
-        original context, keeps those that turn more than `beta_fast` times, and blends between.
+      beta_fast, beta_slow: YaRN scales dimensions with less than `beta_slow` rotations in the
+        original context, keeps those with more than `beta_fast`, and blends between.
     """
 
     dim: int
@@ -52,10 +52,10 @@ class RopeConfig:
         if self.scaling == "linear":
             return scaled.astype(np.float32), self.attention_factor
 
-        def dimension(turns: float) -> float:
-            """The (fractional) pair that turns so often in the original context."""
-            turn = self.original_context / (turns * 2 * math.pi)
-            return self.dim * math.log(turn) / (2 * math.log(self.base))
+        def dimension(rotations: float) -> float:
+            """The (fractional) pair with this many rotations in the original context."""
+            wavelength = self.original_context / (rotations * 2 * math.pi)
+            return self.dim * math.log(wavelength) / (2 * math.log(self.base))
 
         low = max(0, math.floor(dimension(self.beta_fast)))
         high = min(self.dim - 1, math.ceil(dimension(self.beta_slow)))

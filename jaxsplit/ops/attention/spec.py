@@ -35,7 +35,7 @@ class AttentionConfig:
       heads, kv_heads: query heads, and the key and value heads that they share.
       head_dim: width of a query or key head.
       value_dim: width of a value head.
-      rope: how heads turn with their position; None: they do not.
+      rope: rotary position embedding of queries and keys; None: none.
       scale: of the scores; None: `head_dim ** -0.5`.
       window: how many of the last positions a query sees; None: all.
       chunked: instead, only those in the same run of `window` positions.
@@ -46,7 +46,7 @@ class AttentionConfig:
       key_norm: as `query_norm`, of the keys.
       value_norm: of each value head.
       norm_over: see `query_norm`.
-      norm_first: queries and keys are normalized before they turn; else after.
+      norm_first: queries and keys are normalized before they are rotated; else after.
       qkv_bias, out_bias: the projections have biases.
       clip_qkv: bound of queries, keys and values; None: none.
       sinks: each head has a learned score that takes part in the softmax and reads nothing.

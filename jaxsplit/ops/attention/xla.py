@@ -14,7 +14,7 @@ from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.norm.spec import NormParams
 from jaxsplit.ops.norm.xla import normalize
 
-SCORES = 2**21
+MAX_SCORES = 2**21
 """Scores of a head that are computed at a time: more would take too much memory."""
 
 
@@ -158,7 +158,7 @@ def attend(
         kv = jax.tree.map(lambda x: x[slots], kv)
     if key_positions is None:
         key_positions = jnp.arange(kv.length)[None]
-    at_once = max(1, SCORES // kv.length)
+    at_once = max(1, MAX_SCORES // kv.length)
     if queries.shape[1] > at_once:
 
         def attend_one(query: tuple[Array, Array]) -> Array:

@@ -28,7 +28,7 @@ from jaxsplit.quant.qtensor import (
     scales,
 )
 
-TOGETHER = 2**28
+MAX_CONCAT_BYTES = 2**28
 """Bytes up to which the matrices of the same activations are dequantized into one."""
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -72,7 +72,7 @@ def _has_dequantize_kernel(w: Weight) -> bool:
 def _together(weights: Sequence[Weight], dtype: jnp.dtype) -> list[Sequence[Weight]]:
     """Groups of matrices to dequantize into one: all if they are small, else each by itself."""
     size = sum(math.prod(w.shape) for w in weights) * dtype.itemsize
-    if weights and size <= TOGETHER and all(map(_has_dequantize_kernel, weights)):
+    if weights and size <= MAX_CONCAT_BYTES and all(map(_has_dequantize_kernel, weights)):
         return [weights]
     return [[w] for w in weights]
 
