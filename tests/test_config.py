@@ -37,7 +37,7 @@ EXPECTED = {
     "llama-tied-ropefreqs": {
         "heads": 8,
         "tied": True,
-        "rope": {"dim": 32, "base": 500000.0, "factors": "freqs"},
+        "rope": {"dim": 32, "base": 500000.0, "freq_factors": "freqs"},
     },
 }
 

@@ -215,8 +215,7 @@ class Header:
 
     @property
     def sections(self) -> tuple[int, ...]:
-        """Pairs that are rotated by time, height and width of images (M-RoPE), which are the same position
-        of text."""
+        """Pairs that are rotated by time, height and width (M-RoPE); in texts all three are the same."""
         name = "rope.dimension_sections"
         value = self(name, [])
         fits = isinstance(value, list) and len(value) in (0, 3, 4)
