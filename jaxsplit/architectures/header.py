@@ -215,7 +215,7 @@ class Header:
 
     @property
     def sections(self) -> tuple[int, ...]:
-        """Pairs that are rotated by time, height and width (M-RoPE); in texts all three are the same."""
+        """Pairs rotated by time, height and width (M-RoPE), which are the same in texts."""
         name = "rope.dimension_sections"
         value = self(name, [])
         fits = isinstance(value, list) and len(value) in (0, 3, 4)
