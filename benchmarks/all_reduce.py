@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import record
 from absl import flags
-from measure import all_reduce_seconds, counts_up_to, markdown
+from measure import all_reduce_times, counts_up_to, markdown
 
 from jaxsplit.cli.program import run
 
@@ -32,19 +33,24 @@ _COLUMNS = {
 }
 
 
-def _rows(count: int) -> list[dict[str, Any]]:
-    """A row for each size on `count` devices."""
+def _rows(count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row for each size on `count` devices, and rows of the record."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), "tensor")
-    rows = []
+    rows, records = [], []
     for size in _SIZES:
         row: dict[str, Any] = {"devices": count, "bytes": size}
         for way, kernels in (("xla", False), ("kernels", True)):
-            took = all_reduce_seconds(mesh, size, kernels=kernels)
+            times = all_reduce_times(mesh, size, kernels=kernels)
+            took = min(times) if times else None
+            if times:
+                metric = f"all-reduce of {size} bytes, {'kernels' if kernels else 'XLA'}"
+                micro = [time * 1e6 for time in times]
+                records.append(record.make_row(mesh.shape, metric, micro, "µs"))
             sent = 2 * (count - 1) / count * size
             row[way] = "" if took is None else took * 1e6
             row[f"{way}_rate"] = "" if took is None else sent / took / 1e9
         rows.append(row)
-    return rows
+    return rows, records
 
 
 def main(_: list[str]) -> None:
@@ -58,9 +64,13 @@ def main(_: list[str]) -> None:
         "rows": [],
     }
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}", flush=True)
+    records: list[dict[str, Any]] = []
     for count in counts_up_to(len(devices), _COUNTS.value):
         if count > 1:
-            found["rows"] += _rows(count)
+            rows, measured = _rows(count)
+            found["rows"] += rows
+            records += measured
+            record.save(records)
         if _JSON.value:
             Path(_JSON.value).write_text(json.dumps(found, indent=1))
     print(f"\n{markdown(found['rows'], _COLUMNS)}")

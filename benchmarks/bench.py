@@ -22,9 +22,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import record
 from absl import flags
 from measure import WARM_UP, all_reduce_seconds, copy_bandwidth, markdown, matmul_rate
-from random_gguf import model_file
+from random_gguf import model_and_type, model_file
 
 import jaxsplit
 from jaxsplit.cli import options
@@ -166,6 +167,11 @@ def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[fl
             yield "tg", count, depth, repeated(decode, count, depth)
 
 
+def _changed_options() -> dict[str, Any]:
+    """Options of loading that are not the default."""
+    return {name: flag.value for name, flag in _LOAD.items() if flag.value != flag.default}
+
+
 def _decode_limit(plan: Plan, limits: "_Limits", batch: int, filled: float) -> float:
     """Tokens/s of all sequences at the devices' limits, with a fraction of the cache filled."""
     micro_batches = min(batch, len(plan.stages))
@@ -232,6 +238,7 @@ def measure(
             needed = _prefill_flops(sources, config, count, depth)
             limit = count * lm.mesh.size * limits.prompt_flops / needed
             planned = plan.prefill_rate(count)
+        after = f" after {depth}" if depth else ""
         yield {
             "model": file.metadata.get("general.name", file.path.name),
             "gb": sum(source.nbytes for source in sources.values()) / 1e9,
@@ -251,6 +258,18 @@ def measure(
             "load_seconds": loading,
             "first_token_seconds": first_token,
             "compile_seconds": compile_seconds() - compiling,
+            "record": record.make_row(
+                lm.mesh.shape,
+                ("decode" if kind == "tg" else f"prefill {count}") + after,
+                rates,
+                "tokens/s",
+                **model_and_type(file),
+                mode=mode,
+                sequences=batch,
+                options=_changed_options(),
+                limit=limit,
+                plan=planned,
+            ),
         }
 
 
@@ -270,6 +289,7 @@ def main(_: list[str]) -> None:
                 print(f"{row['test']}: {row['rate']:.1f} tokens/s", flush=True)
                 if _JSON.value:
                     Path(_JSON.value).write_text(json.dumps(rows, indent=1))
+                record.save([row["record"] for row in rows])
             gc.collect()
     print(f"\n{markdown(rows, _COLUMNS)}")
 

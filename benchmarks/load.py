@@ -6,12 +6,17 @@ Prints the time to read the file (which leaves it in the page cache), the rate o
 memory to a device, and the time and host memory of a load.
 """
 
+import functools
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import record
 from absl import flags
+from random_gguf import model_and_type
 
 import jaxsplit
 from jaxsplit.cli.program import run
@@ -47,6 +52,23 @@ def _upload_rate() -> float:
     return host.nbytes / (time.perf_counter() - start)
 
 
+def _records(
+    lm: jaxsplit.LM, model: Mapping[str, Any], loads: Sequence[tuple[float, float]], limit: float
+) -> list[dict[str, Any]]:
+    """Rows of the record: the first load and later ones, in seconds and MB of host memory."""
+    fields = {**model, "mode": "graph"}
+    if _WEIGHTS.value != "quantized":
+        fields["options"] = {"weights": _WEIGHTS.value}
+    rows = []
+    for metric, some in (("load, first", loads[:1]), ("load, again", loads[1:])):
+        if some:
+            times, memory = zip(*some, strict=True)
+            make = functools.partial(record.make_row, lm.mesh.shape, **fields)
+            rows += [make(metric, times, "s", limit=limit)]
+            rows += [make(f"{metric}: host memory", memory, "MB")]
+    return rows
+
+
 def main(_: list[str]) -> None:
     """Measures."""
     path = Path(_MODEL.value)
@@ -59,6 +81,9 @@ def main(_: list[str]) -> None:
     rate = _upload_rate()
     print(f"{path.name}: {size / 1e9:.2f} GB; {len(jax.devices())} x {device.device_kind}")
     print(f"read from the page cache {read:.2f} s; upload at {rate / 1e9:.1f} GB/s")
+    file = jaxsplit.llm.open_model(path)
+    largest = max(t.nbytes for t in file.tensors.values())
+    loads: list[tuple[float, float]] = []
     for i in range(_REPEAT.value):
         base, peak = _host_memory(), [0.0]
 
@@ -74,12 +99,13 @@ def main(_: list[str]) -> None:
             progress=watch,
         )
         seconds = time.perf_counter() - start
-        largest = max(t.nbytes for t in jaxsplit.llm.open_model(path).tensors.values())
         print(
             f"load {i + 1}: {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s, "
             f"{seconds / (size / rate):.1f} x the upload alone; host memory + {peak[0]:.0f} MB "
             f"(largest tensor {largest / 1e6:.0f} MB), per device {lm.weight_bytes / 1e9:.2f} GB"
         )
+        loads.append((seconds, peak[0]))
+        record.save(_records(lm, model_and_type(file), loads, size / rate))
         del lm
 
 

@@ -22,14 +22,19 @@ WARM_UP = 2
 """Runs that do not count: the first compiles, and XLA captures the second into a CUDA graph."""
 
 
-def seconds(run: Callable[[], Any], repeat: int = 3) -> float:
-    """The shortest of several runs."""
+def times_of(run: Callable[[], Any], repeat: int = 3) -> list[float]:
+    """Seconds of each of several runs."""
     times = []
     for _ in range(WARM_UP + repeat):
         start = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
-    return min(times[WARM_UP:])
+    return times[WARM_UP:]
+
+
+def seconds(run: Callable[[], Any], repeat: int = 3) -> float:
+    """Seconds of the shortest of several runs."""
+    return min(times_of(run, repeat))
 
 
 def copy_bandwidth(device: jax.Device) -> float:
@@ -60,7 +65,13 @@ def matmul_rate(device: jax.Device, dtype: jnp.dtype) -> float:
 
 
 def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float | None:
-    """Time of an all-reduce over all devices of a mesh, one of several in a row.
+    """The shortest of `all_reduce_times`; 0 on one device."""
+    times = all_reduce_times(mesh, size, kernels=kernels)
+    return None if times is None else min(times)
+
+
+def all_reduce_times(mesh: Mesh, size: int, *, kernels: bool = False) -> list[float] | None:
+    """Times of an all-reduce over all devices of a mesh, one of several in a row.
 
     Args:
       mesh: of any axes.
@@ -68,10 +79,10 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
       kernels: use peer-to-peer kernels (`jaxsplit.comm`) instead of XLA.
 
     Returns:
-      seconds; None: the devices do not support the kernels.
+      seconds, one for each repetition; None: the devices do not support the kernels.
     """
     if mesh.size == 1:
-        return 0.0
+        return [0.0]
     axes, count = ("tensor",), 32
     mesh = Mesh(mesh.devices.reshape(-1), axes)
     few = one_shot.supports(size // 4)
@@ -99,9 +110,9 @@ def all_reduce_seconds(mesh: Mesh, size: int, *, kernels: bool = False) -> float
     local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False)
     options = compiler_options(mesh.devices.flat[0].platform, decode=True)
     add, x = jax.jit(local, compiler_options=options), jnp.ones(numbers, dtype)
-    took = seconds(lambda: add(table, x)) / count
+    times = [took / count for took in times_of(lambda: add(table, x))]
     del owner
-    return took
+    return times
 
 
 class _Owner:

@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import plots
+import record
 from absl import flags
 from measure import WARM_UP, markdown
-from random_gguf import model_file
+from random_gguf import model_and_type, model_file
 
 import jaxsplit
 from jaxsplit.cli.program import run
@@ -63,8 +65,10 @@ _COLUMNS = {
 }
 
 
-def _measure(file: ModelFile, mode: str, mesh: str | None) -> dict[str, Any]:
-    """One row of the table."""
+def _measure(
+    file: ModelFile, mode: str, mesh: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One row of the table, and rows of the record."""
     options = {"split_mode": mode, "mesh": mesh, "ctx_size": _CTX.value, "slots": _SLOTS.value}
     lm = jaxsplit.load(file, dtype=_DTYPE.value, **options)
     engine, config = lm.engine, lm.config
@@ -107,7 +111,22 @@ def _measure(file: ModelFile, mode: str, mesh: str | None) -> dict[str, Any]:
         chunk=chunk,
     )
     full = plan.fullest
-    return {
+    tokens = {f"prefill {length}": (length, prefills), f"decode after {length}": (count, decodes)}
+    records = [
+        record.make_row(
+            lm.mesh.shape,
+            metric,
+            [engine.slots * number / took for took in times],
+            "tokens/s",
+            **model_and_type(file),
+            mode=mode,
+            sequences=engine.slots,
+            options={} if _DTYPE.value == "auto" else {"dtype": _DTYPE.value},
+            plan=plan.prefill_rate(length) if times is prefills else plan.decode_rate,
+        )
+        for metric, (number, times) in tokens.items()
+    ]
+    row = {
         "split": plan.name,
         "devices": lm.mesh.size,
         "load_s": lm.load_seconds,
@@ -125,6 +144,7 @@ def _measure(file: ModelFile, mode: str, mesh: str | None) -> dict[str, Any]:
         "collective_kb": carried / 1e3,
         "collective_kb_plan": plan.collective_bytes / 1e3,
     }
+    return row, records
 
 
 _PANELS = {
@@ -132,30 +152,6 @@ _PANELS = {
     "prefill": "prefill, tokens/s",
     "held_mb": "MB of weights and cache on the fullest device",
 }
-
-
-def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Speed and memory over mesh shape, the plan's prediction below each bar."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("no plot: it needs matplotlib (pip install matplotlib)")
-        return
-    pyplot.switch_backend("Agg")
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 0.5 * len(rows) + 1.8), sharey=True)
-    places = np.arange(len(rows))[::-1]
-    for panel, (key, label) in zip(panels, _PANELS.items(), strict=True):
-        for end, shift, color in (("", 0.19, "#24609b"), ("_plan", -0.19, "#c4d6e8")):
-            values = [row[key + end] for row in rows]
-            panel.barh(places + shift, values, 0.36, label=end[1:] or "measured", color=color)
-        panel.set_xlabel(label)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(places, [row["split"] for row in rows])
-    figure.suptitle(title, fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="upper right", ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main(_: list[str]) -> None:
@@ -172,14 +168,18 @@ def main(_: list[str]) -> None:
     together = f", {_SLOTS.value} sequences" if _SLOTS.value > 1 else ""
     title = f"{_RANDOM.value or Path(_MODEL.value).name} on {where}{together}"
     rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for mode, *mesh in splits:
         shape = mesh[0] if mesh and mode != "none" else None
         print(f"{mode} {shape or ''}", flush=True)
-        rows.append(_measure(file, mode, shape))
+        row, measured = _measure(file, mode, shape)
+        rows.append(row)
+        records += measured
+        record.save(records)
         gc.collect()
         (out / "mesh_shapes.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
         (out / "mesh_shapes.md").write_text(f"{title}\n\n{markdown(rows, _COLUMNS)}")
-        _plot(rows, title, out / "mesh_shapes.png")
+        plots.meshes(rows, _PANELS, title, out / "mesh_shapes.png")
     print(f"{title}\n\n{markdown(rows, _COLUMNS)}")
 
 

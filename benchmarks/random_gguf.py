@@ -215,6 +215,15 @@ def model_file(model: str | None, random: str | None) -> ModelFile:
     return random_model(random) if random else open_model(model)
 
 
+def model_and_type(file: ModelFile) -> dict[str, str | None]:
+    """Name and quantized type of a model, as `record.ROW` has them."""
+    name, _, kind = file.metadata.get("general.name", file.path.stem).partition(":")
+    number = file.metadata.get("general.file_type")
+    if not kind and number is not None:
+        kind = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return {"model": name, "type": kind or None}
+
+
 _KINDS = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
 
 

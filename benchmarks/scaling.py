@@ -6,7 +6,7 @@
 Flags after `--` are passed to bench.py, which runs in its own process for each device count, in
 parallel while GPUs are free. all_reduce.py runs first. Results are kept in the directory, with a
 table and a plot: after --seconds no new process starts, and the same command resumes where it
-stopped.
+stopped. Each process writes its own record with --json_dir.
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import plots
+import record
 from absl import flags
 from measure import counts_up_to, markdown
 
@@ -48,7 +50,6 @@ _COLUMNS = {
     "prefill_layer": "÷ layer",
     "prefill_one": "÷ 1 device",
 }
-_COLORS = {"layer": "#9a9a9a", "row": "#d08a2c", "graph": "#24609b"}
 
 
 @dataclasses.dataclass
@@ -89,6 +90,7 @@ class _Job:
     def start(self, out: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         splits = [f"--split={_split(mode, self.count)}" for mode in self.modes]
         command = [*_python("bench.py"), *arguments, *splits, f"--json={self.growing(out)}"]
+        command += record.flag()
         with open(out / f"{self.name}.log", "w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment
@@ -108,7 +110,7 @@ def _host(out: Path) -> dict[str, Any]:
     file = out / "all_reduce.json"
     if not file.exists():
         counts = [] if _COUNTS.value is None else [f"--counts={','.join(_COUNTS.value)}"]
-        command = [*_python("all_reduce.py"), f"--json={file}", *counts]
+        command = [*_python("all_reduce.py"), f"--json={file}", *counts, *record.flag()]
         if subprocess.run(command, check=False).returncode:
             raise JaxsplitError("all_reduce.py failed")
     return json.loads(file.read_text())
@@ -145,33 +147,8 @@ def _write(out: Path, host: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     table = f"{title}\n\n{markdown(rows, _COLUMNS)}"
     (out / "scaling.md").write_text(table)
     (out / "scaling.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
-    _plot(rows, title, out / "scaling.png")
+    plots.scaling(rows, _MODES.value, title, out / "scaling.png")
     return table
-
-
-def _plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Rates over devices, a line for each mode, the plan's dashed."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("no plot: it needs matplotlib (pip install matplotlib)")
-        return
-    pyplot.switch_backend("Agg")
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4))
-    for panel, kind in zip(panels, ("decode", "prefill"), strict=True):
-        for mode in _MODES.value:
-            points = [r for r in rows if r["mode"] in ("none", mode) and r[kind] != ""]
-            counts, color = [r["devices"] for r in points], _COLORS.get(mode)
-            panel.plot(counts, [r[kind] for r in points], "o-", color=color, label=mode)
-            panel.plot(counts, [r[f"{kind}_plan"] for r in points], "--", color=color, lw=1)
-        panel.set(xlabel="devices", ylabel=f"{kind}, tokens/s", ylim=(0, None))
-        panel.set_xticks(sorted({r["devices"] for r in rows}))
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, title="dashed: plan")
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _measure(
