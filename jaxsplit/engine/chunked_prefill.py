@@ -7,7 +7,7 @@ CHUNKS = (32, 128, 512, 2048)
 
 _OVERHEAD = 500
 """Fixed cost of a chunk in equivalent tokens: reading and dequantizing weights, kernel launches.
-On H100s between 270 (70B) and 950 (8B); benchmarks/RESULTS.md."""
+On H100s between 270 (70B) and 950 (8B); docs/plan.md."""
 
 
 def chunk_lengths(

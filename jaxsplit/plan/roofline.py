@@ -15,7 +15,7 @@ from jaxsplit.weights import Sources
 
 @dataclasses.dataclass(frozen=True)
 class _Efficiency:
-    """Measured fractions of a device's peak rates (benchmarks/RESULTS.md).
+    """Measured fractions of a device's peak rates (docs/plan.md).
 
     Attributes:
       memory: of the bandwidth, in matmuls of a few rows.

@@ -88,7 +88,7 @@ def grouped_heads(
       head_dim: width of a head.
       devices: number of shards.
       kv_cost: bytes read for a KV head and its cache, relative to a query head: the layout that
-        reads fewer bytes decodes faster (benchmarks/RESULTS.md).
+        reads fewer bytes decodes faster (docs/log.md).
       tiled: query head h uses KV head `h % kv_heads`; else neighboring heads share one.
 
     Returns:

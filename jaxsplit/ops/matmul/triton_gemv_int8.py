@@ -62,7 +62,7 @@ class _Tiling:
 
     @staticmethod
     def of(w: QTensor) -> "_Tiling":
-        """The fastest tiling on H200s (benchmarks/RESULTS.md).
+        """The fastest tiling on H200s (docs/design/kernels.md).
 
         All loads of a row of up to 4 KiB are issued at once, so that no load waits for another.
         Longer rows are cut into equal steps where that is possible.
