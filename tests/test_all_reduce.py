@@ -46,7 +46,8 @@ def test_sums_are_the_same_on_all_devices(devices, shape):
     found = on_devices(devices, lambda x, peers: one_shot.all_reduce(x, peers), x)
     assert found.shape == x.shape
     assert (found == found[0]).all()
-    assert nmse(found[0], x.astype(np.float64).sum(axis=0)) <= 1e-12
+    error = np.abs(found[0] - x.astype(np.float64).sum(axis=0))
+    assert (error <= 1e-6 * np.abs(x).sum(axis=0)).all()  # addends may cancel
 
 
 @pytest.mark.parametrize("devices", [2, 3, 8])
