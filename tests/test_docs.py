@@ -76,7 +76,7 @@ def snippets():
                 yield pytest.param(block, id=f"{page.stem} {block.split()[1]}")
 
 
-@pytest.mark.parametrize("code", snippets())
+@pytest.mark.parametrize("code", list(snippets()))
 def test_python_runs(code, smollm2_path, capsys):
     code = code.replace("model.gguf", str(smollm2_path)).replace("n_predict=64", "n_predict=4")
     code = code.replace('?"}]))', '?"}]), n_predict=4)')

@@ -1,0 +1,56 @@
+"""Examples run, on CPU devices."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*command: str | Path, **options: object) -> str:
+    """What an example prints."""
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=400, **options
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_chat_answers_and_remembers(smollm2_path):
+    said = run(sys.executable, EXAMPLES / "chat.py", smollm2_path, input="Say hi.\n")
+    assert said.startswith("> ")
+    assert len(said) > 5
+
+
+def test_texts_are_scored(smollm2_path, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The capital of France is Paris.\nParis France of is the capital.\n", "utf-8")
+    first, second = run(
+        sys.executable, EXAMPLES / "score_texts.py", smollm2_path, texts
+    ).splitlines()
+    assert float(first.split()[0]) > float(second.split()[0])
+
+
+def test_four_cards_are_planned(smollm2_path):
+    lines = run(sys.executable, EXAMPLES / "plan_four_cards.py", smollm2_path).splitlines()
+    assert len(lines) == 4
+    assert all("tokens/s" in line for line in lines)
+
+
+def test_a_decoder_of_ones_own_learns():
+    losses = run(sys.executable, EXAMPLES / "own_decoder.py").splitlines()
+    assert float(losses[-1].split()[-1]) < 0.5 * float(losses[0].split()[-1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_two_hosts_write_one_text(smollm2_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHON": sys.executable, "PORT": str(port)}
+    environment.pop("JAX_NUM_CPU_DEVICES")
+    assert run("bash", EXAMPLES / "two_hosts.sh", env=environment).strip()
