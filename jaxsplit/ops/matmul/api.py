@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.comm.api import one_shot_peers
-from jaxsplit.comm.peers import WIDTH, PeerGroup, padded
+from jaxsplit.comm.peers import WIDTH, padded
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context
 from jaxsplit.ops.activations.api import as_array, in_layout
@@ -27,6 +27,9 @@ from jaxsplit.ops.activations.layout import (
 )
 from jaxsplit.ops.activations.packed import PackedLayout
 from jaxsplit.ops.matmul import triton_gemv_bf16, triton_gemv_int8, triton_small_m_gemm, xla
+from jaxsplit.ops.matmul.triton_gemv_bf16 import gemv_bf16
+from jaxsplit.ops.matmul.triton_gemv_int8 import gemv_int8
+from jaxsplit.ops.matmul.triton_small_m_gemm import small_m_gemm
 from jaxsplit.quant.qtensor import QTensor, Weight
 from jaxsplit.sharding.axes import Axis
 
@@ -69,38 +72,18 @@ def has_small_m_kernel(w: Weight, dtype: jnp.dtype) -> bool:
     return kernels and isinstance(w, QTensor) and triton_small_m_gemm.supports(w, dtype)
 
 
-# The implementations: each supports some matrices, for a number of rows of a dtype.
-
-
 def _supports_gemv_int8(x: Like, w: Weight) -> bool:
     return int8_rows(rows_of(x)) and has_int8_kernel(w)
 
 
-def _gemv_int8(
-    x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype, peers: PeerGroup | None = None
-) -> list[Array]:
-    rows = in_layout(x, Int8Layout())
-    return triton_gemv_int8.gemv_int8(rows, weights, dtype, peers=peers)
-
-
-def _supports_int8_without_kernels(x: Like, w: Weight) -> bool:
+def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
     policy = current_context().policy
     few = rows_of(x) <= MAX_INT8_ROWS
     return policy.int8_activations and not policy.kernels and few and has_int8_kernel(w)
 
 
-def _int8_without_kernels(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
-    rows = quantize_rows(as_array(x).reshape(-1, x.shape[-1])).dequantized()
-    return xla.matmuls(rows, weights, dtype)
-
-
 def _supports_small_m_gemm(x: Like, w: Weight) -> bool:
     return _small_m(rows_of(x)) and has_small_m_kernel(w, x.dtype)
-
-
-def _small_m_gemm(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
-    rows = in_layout(x, PackedLayout.of(weights))
-    return triton_small_m_gemm.small_m_gemm(rows, weights, dtype)
 
 
 def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
@@ -109,24 +92,15 @@ def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
     return single and not isinstance(w, QTensor) and triton_gemv_bf16.supports(w, x.dtype)
 
 
-def _gemv_bf16(
-    x: Rows, weights: Sequence[Array], dtype: jnp.dtype, peers: PeerGroup | None = None
-) -> list[Array]:
-    rows = in_layout(x, PlainLayout(x.dtype))
-    return triton_gemv_bf16.gemv_bf16(rows, weights, dtype, peers=peers)
-
-
 def _supports_float8(x: Like, w: Weight) -> bool:
     many = rows_of(x) > MAX_SMALL_M_ROWS
     return current_context().policy.float8 and many and isinstance(w, QTensor)
 
 
-def _float8(x: Rows, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
-    return xla.float8_matmuls(as_array(x), weights, dtype)
-
-
-def _xla(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
-    return xla.matmuls(as_array(x), weights, dtype)
+def _int8_by_xla(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
+    """The numbers of `gemv_int8`, by XLA."""
+    rows = quantize_rows(x.reshape(-1, x.shape[-1])).dequantized()
+    return xla.matmuls(rows, weights, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,35 +110,51 @@ class _Implementation:
     Attributes:
       name: for people.
       supports: whether it multiplies rows like these with a matrix.
-      run: of rows, matrices and the dtype of the results, `[..., out]` each.
+      run: `(rows, weights, dtype)` to results `[..., out]`; rows in the layout, or an array.
       layout: in which its kernel reads rows of a dtype, for some matrices; None: XLA reads them.
-      sends: its kernel can send its results to peers, given as the last argument of `run`.
+      run_split_k: `(rows, weights)` to float32 `[parts, rows, out]`, left to the reader to sum;
+        None: there is only one part.
+      run_and_send: `(rows, weights, peers)`, of one matrix, to its float32 result, which the kernel
+        has sent to the peers, and its epochs; None: it cannot send.
     """
 
     name: str
     supports: Callable[[Like, Weight], bool]
     run: Callable[..., list[Array]]
     layout: Callable[[Sequence[Weight], jnp.dtype], ActivationLayout] | None = None
-    sends: bool = False
+    run_split_k: Callable[..., list[Array]] | None = None
+    run_and_send: Callable[..., list[Array]] | None = None
+
+    def rows(self, x: Rows, weights: Sequence[Weight]) -> Any:
+        """Rows as `run` reads them."""
+        return in_layout(x, self.layout(weights, x.dtype)) if self.layout else as_array(x)
 
 
 _IMPLEMENTATIONS = (
     _Implementation(
-        "gemv_int8", _supports_gemv_int8, _gemv_int8, lambda ws, dtype: Int8Layout(), sends=True
+        "gemv_int8",
+        _supports_gemv_int8,
+        gemv_int8,
+        layout=lambda weights, dtype: Int8Layout(),
+        run_and_send=lambda rows, weights, peers: gemv_int8(rows, weights, peers=peers),
     ),
-    _Implementation("int8 without kernels", _supports_int8_without_kernels, _int8_without_kernels),
+    _Implementation("int8 by XLA", _supports_int8_by_xla, _int8_by_xla),
     _Implementation(
-        "small_m_gemm", _supports_small_m_gemm, _small_m_gemm, lambda ws, _: PackedLayout.of(ws)
+        "small_m_gemm",
+        _supports_small_m_gemm,
+        small_m_gemm,
+        layout=lambda weights, dtype: PackedLayout.of(weights),
+        run_split_k=lambda rows, weights: small_m_gemm(rows, weights, sum_parts=False),
     ),
     _Implementation(
         "gemv_bf16",
         _supports_gemv_bf16,
-        _gemv_bf16,
-        lambda _, dtype: PlainLayout(dtype),
-        sends=True,
+        gemv_bf16,
+        layout=lambda weights, dtype: PlainLayout(dtype),
+        run_and_send=lambda rows, weights, peers: gemv_bf16(rows, weights, peers=peers),
     ),
-    _Implementation("float8", _supports_float8, _float8),
-    _Implementation("xla", lambda x, w: True, _xla),
+    _Implementation("float8", _supports_float8, xla.float8_matmuls),
+    _Implementation("XLA", lambda x, w: True, xla.matmuls),
 )
 
 
@@ -209,7 +199,8 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
     """
     results: dict[int, Array] = {}
     for implementation, own in _choose(x, weights):
-        ys = implementation.run(x, [weights[i] for i in own], dtype)
+        mine = [weights[i] for i in own]
+        ys = implementation.run(implementation.rows(x, mine), mine, dtype)
         results |= {i: _shaped(y, x) for i, y in zip(own, ys, strict=True)}
     return [results[i] for i in range(len(weights))]
 
@@ -219,10 +210,10 @@ def split_k_matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> lis
 
     The parts are float32; where there is only one, it has the dtype.
     """
-    if not all(_supports_small_m_gemm(x, w) for w in weights):
+    [(implementation, _), *others] = _choose(x, weights)
+    if others or implementation.run_split_k is None:
         return [Unreduced.of(y) for y in matmuls(x, weights, dtype)]
-    rows = in_layout(x, PackedLayout.of(weights))
-    ys = triton_small_m_gemm.small_m_gemm(rows, weights, sum_parts=False)
+    ys = implementation.run_split_k(implementation.rows(x, weights), weights)
     return [Unreduced(y.reshape(len(y), *x.shape[:-1], -1)) for y in ys]
 
 
@@ -246,8 +237,8 @@ def unreduced_matmul(
     size = rows_of(x) * padded(w.shape[0])  # as the kernel that receives rows counts
     peers = one_shot_peers(size, *reduce_over) if current_context().fuse_all_reduce else None
     whole = w.shape[0] % WIDTH == 0 and bias is None
-    if peers is not None and implementation.sends and whole:
-        y, epochs = implementation.run(x, [w], jnp.float32, peers)
+    if peers is not None and implementation.run_and_send and whole:
+        y, epochs = implementation.run_and_send(implementation.rows(x, [w]), [w], peers)
         return Unreduced(_shaped(y, x)[None], _shaped(epochs, x), None, reduce_over, axis)
     [y] = split_k_matmuls(x, [w], jnp.float32)
     return dataclasses.replace(y, bias=bias, reduce_over=reduce_over, axis=axis)
@@ -268,7 +259,7 @@ def expert_matmuls(
       `[pairs, out]` each.
     """
     rows = in_layout(x, Int8Layout())
-    return triton_gemv_int8.gemv_int8(rows, stacks, dtype, experts=experts)
+    return gemv_int8(rows, stacks, dtype, experts=experts)
 
 
 def grouped_matmuls(
@@ -291,7 +282,7 @@ def grouped_matmuls(
       `[results, out]` each.
     """
     rows = in_layout(x, PackedLayout.of(stacks))
-    return triton_small_m_gemm.small_m_gemm(rows, stacks, dtype, groups=groups, out_rows=results)
+    return small_m_gemm(rows, stacks, dtype, groups=groups, out_rows=results)
 
 
 def _shaped(y: Array, x: Like) -> Any:
