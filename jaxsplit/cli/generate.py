@@ -1,4 +1,11 @@
-"""The command line of generation: `python -m jaxsplit.generate`."""
+"""Generate text from a GGUF file on a device mesh.
+
+  jaxsplit generate --model=FILE.gguf --prompt="Once upon a time"
+  jaxsplit generate --model=FILE.gguf --chat --prompt="Why is the sky blue?"
+
+Text goes to standard output, everything else to standard error. Exit status:
+0, or 2 with one line that says what to fix.
+"""
 
 import codecs
 import dataclasses
@@ -10,9 +17,18 @@ from pathlib import Path
 from absl import flags
 
 from jaxsplit.cli import options
-from jaxsplit.cli.program import note, progress_bar, text_alone_on_stdout, with_flags
+from jaxsplit.cli.help import with_flags
+from jaxsplit.cli.program import note, progress_bar, text_alone_on_stdout
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
+
+GROUPS = {
+    "model": "Model and prompt",
+    "n_predict": "Text",
+    "coordinator": "Several processes",
+    "stream_interval": "Program",
+    **options.GROUPS,
+}
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -40,7 +56,6 @@ _STOP = flags.DEFINE_multi_string(
 )
 _SAMPLING = options.define(SamplingConfig, seed=-1)
 _LOAD = options.define(LoadConfig)
-_AUTO = flags.DEFINE_bool("auto", False, "the same as --split_mode=auto")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -60,6 +75,7 @@ options.define_old("decode_block", "stream_interval")
 _COMPILE_CACHE = flags.DEFINE_string(
     "compilation_cache", "auto", "folder of compiled programs; auto: the user's cache; none: off"
 )
+_AUTO = flags.DEFINE_bool("auto", False, "the same as --split_mode=auto")
 _QUIET = flags.DEFINE_bool("quiet", False, "only the text and errors")
 
 

@@ -19,6 +19,15 @@ _DEFINE = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
 }
+GROUPS = {
+    "split_mode": "Split over devices",
+    "weights": "Precision",
+    "kernels": "Execution",
+    "ctx_size": "Context",
+    "temperature": "Sampling",
+}
+"""Headings of `--help`, by the first flag of each group: see `jaxsplit.cli.help`."""
+
 _TYPES = {"devices": int, "tensor_split": str}
 """Of the flags of fields that take other values too in Python."""
 

@@ -1,18 +1,21 @@
 """What all command lines share: streams, interrupts, errors for people, a progress bar."""
 
 import contextlib
+import functools
 import importlib
+import inspect
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TextIO
 
 from absl import app, flags, logging
 
+from jaxsplit.cli.help import HelpFlag, with_flags
 from jaxsplit.errors import JaxsplitError
 
 
@@ -63,22 +66,9 @@ def run(main: Callable[[list[str]], None] | str, *, arguments: int = 0) -> None:
 
     _open_missing_streams()
     with _leave_on_interrupt():
-        program = _import_main(main) if isinstance(main, str) else main
-        app.run(guarded, flags_parser=_parse_flags)
-
-
-def _import_main(name: str) -> Callable[[list[str]], None]:
-    """The `main` of a module, with its flags as those of the program that --help shows."""
-    module = importlib.import_module(name)
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    return module.main
-
-
-def with_flags(message: str) -> str:
-    """A message of the library, whose arguments are flags here: `seed=x` is `--seed=x`."""
-    names = "|".join(re.escape(name) for name in sorted(flags.FLAGS, key=len, reverse=True))
-    return re.sub(rf"(?<![\w.$/-])({names})(?==)", r"--\1", message)
+        module = importlib.import_module(main) if isinstance(main, str) else inspect.getmodule(main)
+        program = module.main if isinstance(main, str) else main
+        app.run(guarded, flags_parser=functools.partial(_parse_flags, module))
 
 
 def note(message: str) -> None:
@@ -195,7 +185,8 @@ def _leave_unread() -> None:
     _leave(1)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(module: ModuleType, argv: list[str]) -> list[str]:
+    flags.DEFINE_flag(HelpFlag(module))
     try:
         if sys.stdout is None:
             raise flags.Error("standard output is closed: there is nowhere to write to")
