@@ -88,10 +88,10 @@ def _type(field: dataclasses.Field) -> type:
     """The type of a field's flag: of `int | None`, it is `int`."""
     if field.name in _TYPES:
         return _TYPES[field.name]
-    if isinstance(field.type, types.UnionType):
-        [only] = [t for t in typing.get_args(field.type) if t is not types.NoneType]
-        return only
-    return field.type
+    found: Any = field.type
+    if isinstance(found, types.UnionType):
+        [found] = [t for t in typing.get_args(found) if t is not types.NoneType]
+    return found
 
 
 def values(holders: Mapping[str, flags.FlagHolder]) -> dict[str, Any]:

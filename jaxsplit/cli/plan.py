@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -60,13 +60,15 @@ def _kinds(count: int) -> "list[DeviceKind]":
     """The kind of each device."""
     from jaxsplit.plan import DeviceKind, device_kind
 
-    changes = {
+    sheet = {
         "memory": (_MEMORY.value, 1e9),
         "bandwidth": (_BANDWIDTH.value, 1e9),
         "flops": (_TFLOPS.value, 1e12),
         "link": (_LINK.value, 1e9),
     }
-    changes = {name: value * unit for name, (value, unit) in changes.items() if value is not None}
+    changes: dict[str, Any] = {
+        name: value * unit for name, (value, unit) in sheet.items() if value is not None
+    }
     if not all(0 < value < math.inf for value in changes.values()):
         raise JaxsplitError("--memory, --bandwidth, --tflops and --link must be above 0 and finite")
     kinds = [
@@ -183,7 +185,8 @@ def _table(title: str, *columns: str) -> "Table":
 def _comparison(plans: "list[Plan]", prompt: int) -> "Table":
     """A line for each plan: the fullest device, a decode step, predicted speed."""
     table = _table(
-        f"{Path(_MODEL.value).name}: the fullest device; collectives of a decode step; predictions",
+        f"{Path(_MODEL.value or '').name}: the fullest device; collectives of a decode step; "
+        "predictions",
         *("split", "fits", "weights", "cache", "scratch", "padding"),
         *("reduce", "gather", "transfer", "bytes", "decode/s", "prefill/s"),
     )

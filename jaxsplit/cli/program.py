@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import inspect
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
 
@@ -66,8 +65,11 @@ def run(main: Callable[[list[str]], None] | str, *, arguments: int = 0) -> None:
 
     _open_missing_streams()
     with _leave_on_interrupt():
-        module = importlib.import_module(main) if isinstance(main, str) else inspect.getmodule(main)
-        program = module.main if isinstance(main, str) else main
+        if isinstance(main, str):
+            module = importlib.import_module(main)
+            program = module.main
+        else:
+            module, program = sys.modules[main.__module__], main
         app.run(guarded, flags_parser=functools.partial(_parse_flags, module))
 
 
@@ -170,7 +172,7 @@ def _one_of_several() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     """Ends a failed program. One of several processes does not wait for the others, which would
     wait for it; they end when they miss it."""
     if _one_of_several():
@@ -179,7 +181,7 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
-def _leave_unread() -> None:
+def _leave_unread() -> NoReturn:
     """Ends a program whose text cannot be written; nor can what is left of it, at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _leave(1)
