@@ -22,7 +22,7 @@ def checked_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def checked_number(name: str, value: Any, kind: type, low: float, high: float) -> int | float:
+def checked_number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
     """An argument's value as an `int` or `float` between two bounds.
 
     Args:
@@ -39,8 +39,7 @@ def checked_number(name: str, value: Any, kind: type, low: float, high: float) -
         convert = operator.index if kind is int else float
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = convert(value)
-    in_range = number is not None and low <= number <= high and abs(number) != math.inf
-    if not in_range:
+    if number is None or not low <= number <= high or abs(number) == math.inf:
         what = "a whole number" if kind is int else "a number"
         given = value if isinstance(value, int | float) else repr(value)
         if high < math.inf:

@@ -49,6 +49,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A frozen dataclass whose fields are made by `option`."""
 

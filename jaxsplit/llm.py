@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,9 @@ def load(
     started = time.perf_counter()
     c: LoadConfig = LoadConfig.of(options, config)
     mesh = _choose_mesh(c)
-    file = path
-    if not isinstance(file, ModelFile):
+    if isinstance(path, ModelFile):
+        file = path
+    else:
         file = open_model(demo_model() if path is None else path)
     context = DEFAULT_CONTEXT if c.ctx_size is None else c.ctx_size
     model = model_config(file, context)
@@ -283,7 +284,7 @@ class LM:
         load_seconds: float,
         asked_context: int = 0,
     ):
-        self.models = tuple(models)
+        self.models: tuple[Decoder, ...] = tuple(models)
         self.engine = engine
         self._thread = EngineThread(engine)
         self.load_seconds = load_seconds
@@ -299,9 +300,10 @@ class LM:
         Raises:
           JaxsplitError: its layers are split into stages.
         """
-        if len(self.models) > 1:
+        first, *others = self.models
+        if others:
             raise JaxsplitError(f"the model is in {len(self.models)} stages; use lm.models")
-        return self.models[0]
+        return first
 
     @property
     def config(self) -> ModelConfig:
@@ -311,7 +313,7 @@ class LM:
     @property
     def mesh(self) -> Mesh:
         """All devices."""
-        return self.engine.partition.mesh
+        return cast(Mesh, self.engine.partition.mesh)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -364,7 +366,8 @@ class LM:
 
         Arguments and errors are those of `stream`.
         """
-        stream = self.stream(prompt, n_predict, **{"block": 32} | options)
+        options = {"block": 32} | options
+        stream = self.stream(prompt, n_predict, **options)
         with self._thread.turn:
             return "".join(stream)
 
@@ -429,10 +432,8 @@ class LM:
     def describe(self) -> str:
         """The model, its split, and how devices communicate, in one line."""
         c, a, context = self.config, self.config.attention, self.engine.context
-        model = (
-            f"{c.architecture}, {c.layers} layers, {a.heads} heads, {a.kv_heads} KV heads, context "
-            f"{context}"
-        )
+        heads = f"{a.heads} heads, {a.kv_heads} KV heads, " if a else ""
+        model = f"{c.architecture}, {c.layers} layers, {heads}context {context}"
         if self._asked_context > context:
             model += f" (all that it was trained for; ctx_size={self._asked_context} is more)"
         device = self.mesh.devices.flat[0]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
@@ -20,7 +22,8 @@ from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
 from jaxsplit.cli import generate as command
-from jaxsplit.cli import program
+from jaxsplit.cli import program, system
+from jaxsplit.cli.main import COMMANDS
 from jaxsplit.config import LoadConfig
 
 ROOT = Path(jaxsplit.__file__).parents[1]
@@ -223,15 +226,155 @@ def test_without_a_model_the_demo_model_is_offered():
     )
 
 
+def jaxsplit_command(*arguments):
+    return run_python("-m", "jaxsplit", *arguments)
+
+
 def test_help_names_every_flag_and_succeeds():
     done = run("--help")
     assert done.code == 0
     assert done.err == ""
     own = flags.FLAGS.get_key_flags_for_module(command)
     assert len(own) > 20
+    words = " ".join(done.out.split())
     for flag in own:
-        assert re.search(rf"--(\[no\])?{flag.name}: ", done.out), flag.name
-        assert " ".join(flag.help.split())[:20] in " ".join(done.out.split()), flag.name
+        if flag.help.startswith("the old name"):
+            assert f"--{flag.name}=" not in done.out
+        else:
+            assert re.search(rf"--(\[no\])?{flag.name}\b", done.out), flag.name
+            assert " ".join(flag.help.partition(">: ")[-1].split())[:20] in words, flag.name
+    assert (
+        "--temperature=X divides the logits; 0: always the likeliest token (default: 0.8)" in words
+    )
+    assert "(default: 0)" in words  # a default that is false in Python
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_of_commands_reads_well_in_a_terminal(name):
+    done = jaxsplit_command(*filter(None, [name, "--help"]))
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) <= 80
+    examples = re.findall(rf"^  jaxsplit {name or '(?:generate|plan)'} ", done.out, re.MULTILINE)
+    assert len(examples) == 2
+    assert jaxsplit_command(*(["help", name] if name else [])).out == done.out
+    if name is None:
+        assert all(re.search(rf"^  {command} ", done.out, re.MULTILINE) for command in COMMANDS)
+
+
+def test_a_command_starts_without_jax():
+    """So that mistakes in flags are told, and Ctrl-C handled, at once."""
+    for name in COMMANDS:
+        program = (
+            "import sys\n"
+            "from jaxsplit.cli.main import main\n"
+            f"sys.argv = ['jaxsplit', {name!r}, '--no_such_flag']\n"
+            "try:\n    main()\n"
+            "except SystemExit as stopped:\n    assert stopped.code == 2\n"
+            "assert not {'jax', 'jaxlib', 'flax', 'rich'} & set(sys.modules)\n"
+        )
+        done = run_python("-c", program)
+        assert done.code == 0, done.err
+        assert re.fullmatch(r"jaxsplit: .*no_such_flag.*--help.*\n", done.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["genrate"], r"'genrate' is not a command; did you mean jaxsplit generate\?.*--help"),
+        (["a b"], r"'a b' is not a command; commands are generate, plan, info, convert.*--help"),
+        (["model.gguf"], r"try jaxsplit generate --model=model.gguf"),
+        (["--prompt=a"], r"--prompt=a comes after a command, as in jaxsplit generate --prompt=a"),
+        (["plan"], r"no model is given; use --model=FILE.gguf"),
+        (["info"], r"give a GGUF file.*--system"),
+        (["info", "--system", "a.gguf"], r"give a GGUF file.*or --system"),
+        (["info", "a.gguf", "b.gguf"], r"unexpected argument 'b.gguf'"),
+        (["convert"], r"--model=FILE.gguf and --out=DIR are both needed"),
+    ],
+)
+def test_a_wrong_command_is_refused(arguments, message):
+    done = jaxsplit_command(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(rf"jaxsplit: .*{message}.*\n", done.err)
+
+
+def test_the_command_has_a_version():
+    done = jaxsplit_command("--version")
+    assert (done.code, done.out, done.err) == (0, f"jaxsplit {jaxsplit.__version__}\n", "")
+
+
+def test_commands_run_their_programs(tiny, lm, folder):
+    arguments = [f"--prompt={PROMPT}", "--n_predict=4", "--temperature=0", "--quiet"]
+    out = folder / "checkpoint"
+    done = jaxsplit_command("convert", f"--model={tiny}", f"--out={out}")
+    assert (done.code, done.out) == (0, ""), done.err
+    done = jaxsplit_command("generate", f"--model={out}", "--devices=1", *arguments)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == PROMPT + text(lm, PROMPT, 4, temperature=0.0) + "\n"
+    assert jaxsplit_command("info", out).out.splitlines()[0] == f"{out}: llama"
+    plans = json.loads(jaxsplit_command("plan", f"--model={tiny}", "--json").out)
+    assert plans[0]["fits"]
+
+
+def test_the_machine_is_described():
+    done = jaxsplit_command("info", "--system", "--json")
+    assert (done.code, done.err) == (0, "")
+    shown = json.loads(done.out)
+    assert shown["system"]["jaxsplit"] == jaxsplit.__version__
+    assert {"Python", "OS", "CPU", "jax", "jaxlib"} <= set(shown["system"])
+    assert shown["environment"]["JAX_NUM_CPU_DEVICES"] == "8"
+    assert [device["kernels"] for device in shown["devices"]] == ["xla"] * 8
+    assert shown["links"] == []
+    lines = jaxsplit_command("info", "--system").out.splitlines()
+    assert f"  jaxsplit: {jaxsplit.__version__}" in lines
+    assert "  0-7: cpu cpu, kernels: xla each" in lines
+
+
+def test_a_machine_without_devices_is_described(monkeypatch):
+    def fail():
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr("jax.local_devices", fail)
+    shown = system.describe_system()
+    assert shown["devices"] == []
+    assert "  none: RuntimeError('no GPU')" in system.system_text(shown).splitlines()
+
+
+def test_gpus_and_their_links_are_described(monkeypatch):
+    """With stand-ins for two GPUs and the CUDA driver."""
+
+    class Driver:
+        def cuDeviceGet(self, handle, ordinal):  # noqa: N802
+            handle._obj.value = ordinal
+            return 0
+
+        def cuDeviceGetP2PAttribute(self, value, attribute, source, target):  # noqa: N802
+            value._obj.value = {1: 0, 2: 1, 3: 0}[attribute] if source.value == 0 else 0
+            return 0 if source.value != target.value else 1
+
+        def cuDriverGetVersion(self, version):  # noqa: N802
+            version._obj.value = 13010
+            return 0
+
+    def gpu(i):
+        return SimpleNamespace(
+            id=i,
+            local_hardware_id=i,
+            platform="gpu",
+            device_kind="NVIDIA T4",
+            compute_capability="7.5",
+            memory_stats=lambda: {"bytes_limit": 12 * 10**9, "bytes_in_use": 10**9},
+        )
+
+    monkeypatch.setattr("jax.local_devices", lambda: [gpu(0), gpu(1)])
+    monkeypatch.setattr(system, "_driver", Driver)
+    shown = system.describe_system()
+    assert shown["system"]["CUDA driver"] == "13.1"
+    text = system.system_text(shown)
+    assert (
+        "  0-1: gpu NVIDIA T4, compute capability 7.5, 12.0 GB for JAX, 11.0 free, kernels: xla"
+        in text
+    )
+    assert "  0 to 1: PCIe, peer access, rank 0\n  1 to 0: PCIe, no peer access, rank 0" in text
 
 
 def test_old_names_of_flags_say_what_replaces_them(generate, lm):
@@ -490,11 +633,11 @@ def test_the_text_ends_before_a_stop_string(generate, lm):
 
 def test_chat_prints_the_answer_only(generate, lm):
     arguments = ["--prompt=Hi <|im_end|> you", "--chat", "--n_predict=12", "--temperature=0"]
-    for system in (None, "Be brief."):
-        messages = [{"role": "system", "content": system}] if system else []
+    for message in (None, "Be brief."):
+        messages = [{"role": "system", "content": message}] if message else []
         messages.append({"role": "user", "content": "Hi <|im_end|> you"})
         answer = text(lm, lm.chat_prompt(messages), 12, temperature=0.0)
-        done = generate(*arguments, *([f"--system={system}"] if system else []))
+        done = generate(*arguments, *([f"--system={message}"] if message else []))
         assert (done.code, done.out) == (0, answer + "\n")
 
 

@@ -75,7 +75,7 @@ def _exaone4(header: Header) -> ModelConfig:
 
 
 def _falcon(header: Header) -> ModelConfig:
-    block = {"parallel": True}
+    block: dict[str, Any] = {"parallel": True}
     if not header.has("blk.*.attn_norm_2.weight"):
         block["mlp_norm"] = None
     return decoder(header, activation="gelu_tanh", block=block)

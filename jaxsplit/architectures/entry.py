@@ -66,7 +66,8 @@ def decoder(
             in_block["mlp"] = header.experts(layer, activation, **experts)
         elif "mlp" not in in_block:
             in_block["mlp"] = header.mlp(layer, activation)
-        return BlockConfig(**{"mixer_norm": norm, "mlp_norm": norm} | in_block)
+        fields: dict[str, Any] = {"mixer_norm": norm, "mlp_norm": norm} | in_block
+        return BlockConfig(**fields)
 
     if not header.flag("attention.causal", True):
         raise header.wrong("attention.causal", False, "true: other models do not generate text")

@@ -7,6 +7,7 @@ from typing import Any
 from jaxsplit.architectures.header import Header
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import ModelConfig
+from jaxsplit.ops.attention.spec import AttentionConfig
 
 HARMLESS: Mapping[str, str] = {
     "classifier.*": "of models that classify",
@@ -39,8 +40,8 @@ def _normalizes(config: ModelConfig) -> bool:
 
 
 def _chunk(config: ModelConfig) -> int | None:
-    mixers = (block.mixer for block in config.blocks)
-    return next((m.window for m in mixers if getattr(m, "chunked", False)), None)
+    attention = (b.mixer for b in config.blocks if isinstance(b.mixer, AttentionConfig))
+    return next((mixer.window for mixer in attention if mixer.chunked), None)
 
 
 REPEATED: Mapping[str, Callable[[ModelConfig], Any]] = {

@@ -302,7 +302,7 @@ class Header:
         value_dim = choices.pop("value_dim", None) or self.size("attention.value_length", head_dim)
         if "rope" not in choices:
             choices["rope"] = self.rope(head_dim, interleaved=interleaved)
-        found = {
+        found: dict[str, Any] = {
             "qkv_bias": self.has("blk.*.attn_q.bias") or self.has("blk.*.attn_qkv.bias"),
             "out_bias": self.has("blk.*.attn_output.bias"),
         }

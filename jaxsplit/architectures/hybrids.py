@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from jaxsplit.architectures.entry import Architecture, decoder, head_norms, scaled
 from jaxsplit.architectures.header import Header
@@ -10,9 +10,10 @@ from jaxsplit.architectures.names import NAMES, Names, Rows, block_names
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import DeltaNetConfig, Mamba2Config, ShortConvConfig
+from jaxsplit.ops.attention.spec import AttentionConfig
 
 
-def _sizes(header: Header) -> dict[str, int]:
+def _sizes(header: Header) -> dict[str, Any]:
     """Fields of `LinearAttentionConfig`."""
     heads = header.size("ssm.time_step_rank")
     key_heads = header.size("ssm.group_count")
@@ -67,17 +68,18 @@ def _lfm2(header: Header, **choices: Any) -> ModelConfig:
 
 
 def _query_and_gate(block: BlockConfig) -> tuple[int, list[int]]:
-    return block.mixer.heads, [block.mixer.head_dim, block.mixer.value_dim]
+    mixer = cast(AttentionConfig, block.mixer)
+    return mixer.heads, [mixer.head_dim, mixer.value_dim]
 
 
 def _beta_and_dt(block: BlockConfig) -> tuple[int, list[int]]:
-    mixer = block.mixer
+    mixer = cast(DeltaNetConfig, block.mixer)
     return mixer.key_heads, [mixer.value_heads // mixer.key_heads] * 2
 
 
 def _all_projections(block: BlockConfig) -> tuple[int, list[int]]:
     """Older files have queries, keys, values and gates in one tensor."""
-    mixer = block.mixer
+    mixer = cast(DeltaNetConfig, block.mixer)
     values = mixer.value_heads // mixer.key_heads * mixer.value_dim
     return mixer.key_heads, [mixer.key_dim, mixer.key_dim, values, values]
 
@@ -143,7 +145,7 @@ _SHORT_CONV = _names(
 )
 
 _NORMALIZED = {"experts": {"normalize": True}}
-_BY_TENSORS = dict.fromkeys(
+_BY_TENSORS: dict[str, str] = dict.fromkeys(
     ("full_attention_interval", "attention.recurrent_layers"),
     "tensors tell which layers are recurrent",
 )

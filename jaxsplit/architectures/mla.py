@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import cast
 
 from jaxsplit.architectures.entry import Architecture, decoder
 from jaxsplit.architectures.header import Header
@@ -45,7 +46,8 @@ def _deepseek2(header: Header) -> ModelConfig:
 
 def _layout(block: BlockConfig) -> tuple[int, list[int]]:
     """Keys and values alternate by head."""
-    return block.mixer.heads, [block.mixer.head_dim, block.mixer.value_dim]
+    mixer = cast(LatentAttentionConfig, block.mixer)
+    return mixer.heads, [mixer.head_dim, mixer.value_dim]
 
 
 ARCHITECTURES = {

@@ -7,12 +7,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile
 from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.ops.moe.spec import MoEConfig
 
 Layout = Callable[[BlockConfig], tuple[int, Sequence[int]]]
 """How the rows of a tensor are divided: into how many groups, and the rows of each part of one."""
@@ -93,7 +95,7 @@ def _qkv(end: str) -> dict[str, list[str | Rows]]:
 
 def _halves(block: BlockConfig) -> tuple[int, list[int]]:
     """Rows of gates and of the others where each expert has both."""
-    moe = getattr(block.mlp, "moe", block.mlp)
+    moe = cast(MoEConfig, getattr(block.mlp, "moe", block.mlp))
     return moe.experts, [moe.expert.intermediate_size] * 2
 
 
@@ -200,12 +202,13 @@ def tensor_names(
             available = _rows(tensor.shape, len(shape) > 1)
             rows, fits = None, available == _rows(shape)
             if isinstance(choice, Rows):
-                siblings = [shapes.get(prefix + sibling) for sibling in choice.after]
-                if None not in siblings:
-                    block, before = config.blocks[int(layer)], map(_rows, siblings)
+                siblings = [prefix + sibling for sibling in choice.after]
+                if all(sibling in shapes for sibling in siblings):
+                    block, before = config.blocks[int(layer)], [_rows(shapes[s]) for s in siblings]
                     rows = choice.of(available, _rows(shape), block, sum(before))
                 fits = rows is not None
-                rows = rows.reshape(shape[:-1] if len(shape) > 1 else shape) if fits else None
+                if rows is not None:
+                    rows = rows.reshape(shape[:-1] if len(shape) > 1 else shape)
             if fits and (len(shape) == 1 or tensor.shape[-1:] == shape[-1:]):
                 found[path] = name, rows
                 taken[name] = taken.get(name, 0) + math.prod(shape)

@@ -4,6 +4,9 @@ Each layer has its own cache, a dataclass of arrays whose first dimension is `sl
 describes such an array before allocation: a mixer's config returns a cache of them.
 """
 
+# Dataclasses of arrays hold descriptions of arrays too, such as `CacheArray`.
+# pyright: reportArgumentType=false, reportAssignmentType=false
+
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,15 @@
-"""The command line of generation: `python -m jaxsplit.generate`."""
+"""Generate text from a GGUF file on a device mesh.
+
+  jaxsplit generate --model=FILE.gguf --prompt="Once upon a time"
+  jaxsplit generate --model=FILE.gguf --chat --prompt="Why is the sky blue?"
+
+Text goes to standard output, everything else to standard error. Exit status:
+0, or 2 with one line that says what to fix.
+"""
 
 import codecs
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -10,9 +18,18 @@ from pathlib import Path
 from absl import flags
 
 from jaxsplit.cli import options
-from jaxsplit.cli.program import note, progress_bar, text_alone_on_stdout, with_flags
+from jaxsplit.cli.help import with_flags
+from jaxsplit.cli.program import note, progress_bar, text_alone_on_stdout
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
+
+GROUPS = {
+    "model": "Model and prompt",
+    "n_predict": "Text",
+    "coordinator": "Several processes",
+    "stream_interval": "Program",
+    **options.GROUPS,
+}
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -40,7 +57,6 @@ _STOP = flags.DEFINE_multi_string(
 )
 _SAMPLING = options.define(SamplingConfig, seed=-1)
 _LOAD = options.define(LoadConfig)
-_AUTO = flags.DEFINE_bool("auto", False, "the same as --split_mode=auto")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -60,6 +76,7 @@ options.define_old("decode_block", "stream_interval")
 _COMPILE_CACHE = flags.DEFINE_string(
     "compilation_cache", "auto", "folder of compiled programs; auto: the user's cache; none: off"
 )
+_AUTO = flags.DEFINE_bool("auto", False, "the same as --split_mode=auto")
 _QUIET = flags.DEFINE_bool("quiet", False, "only the text and errors")
 
 
@@ -115,7 +132,7 @@ def _note(message: str) -> None:
         note(message)
 
 
-def _agree(prompt: str | None) -> str:
+def _agree(prompt: str) -> str:
     """Makes process 0's flags hold in all, but for those about its machine; returns its prompt."""
     from jaxsplit.sharding import broadcast_from_process_0
 
@@ -125,10 +142,10 @@ def _agree(prompt: str | None) -> str:
         for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
         if flag.name not in own
     }
-    values, prompt = broadcast_from_process_0((values, prompt))
+    values, agreed = broadcast_from_process_0((values, prompt))
     for name, value in values.items():
         flags.FLAGS[name].value = value
-    return prompt
+    return agreed
 
 
 def main(_: list[str]) -> None:
@@ -143,7 +160,7 @@ def main(_: list[str]) -> None:
         text_alone_on_stdout()
     several = start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     is_coordinator = not several or jax.process_index() == 0
-    prompt = _prompt() if is_coordinator else None
+    prompt = _prompt() if is_coordinator else ""
     if _SAMPLING["seed"].value == -1:
         flags.FLAGS["seed"].value = int.from_bytes(os.urandom(4), "little")
     if several:
@@ -151,7 +168,8 @@ def main(_: list[str]) -> None:
     if not is_coordinator:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
         flags.FLAGS[_QUIET.name].value = True
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     if _SYSTEM.value is not None and not _CHAT.value:
         raise JaxsplitError("--system needs --chat")
     sampling = SamplingConfig(**options.values(_SAMPLING))
@@ -166,7 +184,8 @@ def main(_: list[str]) -> None:
     if _CHAT.value:
         system = [] if _SYSTEM.value is None else [_unescaped(_SYSTEM.value)]
         messages = [{"role": "system", "content": text} for text in system]
-        prompt_ids = lm.chat_prompt([*messages, {"role": "user", "content": prompt}])
+        messages.append({"role": "user", "content": prompt})
+        prompt_ids = lm.chat_prompt(messages)
     stream = lm.stream(
         prompt_ids,
         _N_PREDICT.value,

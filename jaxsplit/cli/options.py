@@ -19,6 +19,15 @@ _DEFINE = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
 }
+GROUPS = {
+    "split_mode": "Split over devices",
+    "weights": "Precision",
+    "kernels": "Execution",
+    "ctx_size": "Context",
+    "temperature": "Sampling",
+}
+"""Headings of `--help`, by the first flag of each group: see `jaxsplit.cli.help`."""
+
 _TYPES = {"devices": int, "tensor_split": str}
 """Of the flags of fields that take other values too in Python."""
 
@@ -79,10 +88,10 @@ def _type(field: dataclasses.Field) -> type:
     """The type of a field's flag: of `int | None`, it is `int`."""
     if field.name in _TYPES:
         return _TYPES[field.name]
-    if isinstance(field.type, types.UnionType):
-        [only] = [t for t in typing.get_args(field.type) if t is not types.NoneType]
-        return only
-    return field.type
+    found: Any = field.type
+    if isinstance(found, types.UnionType):
+        [found] = [t for t in typing.get_args(found) if t is not types.NoneType]
+    return found
 
 
 def values(holders: Mapping[str, flags.FlagHolder]) -> dict[str, Any]:

@@ -1,28 +1,40 @@
-"""The command line of plans: `python -m jaxsplit.plan`."""
+"""Memory, cost and predicted speed of a model on a mesh, before either is there.
+
+  jaxsplit plan --model=FILE.gguf --devices=4 --device_kind="RTX 3090"
+  jaxsplit plan --model=FILE.gguf --mesh=stage:2,tensor:2 --ctx_size=32768
+
+Only the file's header is read. Without --mesh, all split modes are compared,
+the best first. Exit status: 0, or 2 with one line that says what to fix.
+"""
 
 import dataclasses
 import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 from absl import flags
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from jaxsplit.architectures import model_config
 from jaxsplit.cli import options
 from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.llm import named_dtype, open_model
 from jaxsplit.paths import user_path
-from jaxsplit.plan import DeviceKind, Plan, best_plans, device_kind, make_plan
-from jaxsplit.sharding import parse_mesh, parse_shares, split_mode
-from jaxsplit.weights import parameter_sources
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint directory", required=True)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from jaxsplit.plan import DeviceKind, Plan
+
+GROUPS = {
+    "model": "Model and devices",
+    "prompt_tokens": "Prediction",
+    "memory": "Devices that are not known by name",
+    "json": "Output",
+    **options.GROUPS,
+}
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint directory")
 _KIND = flags.DEFINE_multi_string(
     "device_kind", ["H200"], "kind of the devices; repeat it to give each its own"
 )
@@ -44,15 +56,19 @@ _JSON = flags.DEFINE_bool("json", False, "print JSON")
 _MAX_DEVICES, _MAX_SLOTS = 512, 65536
 
 
-def _kinds(count: int) -> list[DeviceKind]:
+def _kinds(count: int) -> "list[DeviceKind]":
     """The kind of each device."""
-    changes = {
+    from jaxsplit.plan import DeviceKind, device_kind
+
+    sheet = {
         "memory": (_MEMORY.value, 1e9),
         "bandwidth": (_BANDWIDTH.value, 1e9),
         "flops": (_TFLOPS.value, 1e12),
         "link": (_LINK.value, 1e9),
     }
-    changes = {name: value * unit for name, (value, unit) in changes.items() if value is not None}
+    changes: dict[str, Any] = {
+        name: value * unit for name, (value, unit) in sheet.items() if value is not None
+    }
     if not all(0 < value < math.inf for value in changes.values()):
         raise JaxsplitError("--memory, --bandwidth, --tflops and --link must be above 0 and finite")
     kinds = [
@@ -69,8 +85,18 @@ def _kinds(count: int) -> list[DeviceKind]:
     return kinds * (count // len(kinds))
 
 
-def _plans() -> tuple[list[Plan], int]:
+def _plans() -> "tuple[list[Plan], int]":
     """Plans, the best first, and the length of the prompt."""
+    if _MODEL.value is None:
+        raise JaxsplitError("no model is given; use --model=FILE.gguf")
+    import jax.numpy as jnp
+
+    from jaxsplit.architectures import model_config
+    from jaxsplit.llm import named_dtype, open_model
+    from jaxsplit.plan import best_plans, make_plan
+    from jaxsplit.sharding import parse_mesh, parse_shares, split_mode
+    from jaxsplit.weights import parameter_sources
+
     file = open_model(user_path(_MODEL.value, "--model"))
     model = model_config(file)
     sources = parameter_sources(file, model)
@@ -134,6 +160,8 @@ def main(_: list[str]) -> None:
     if _JSON.value:
         print(json.dumps([plan.summary(prompt) for plan in plans], indent=1))
         return
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_comparison(plans, prompt))
     console.print(_details(plans[0]))
@@ -144,17 +172,21 @@ def main(_: list[str]) -> None:
         )
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     return table
 
 
-def _comparison(plans: list[Plan], prompt: int) -> Table:
+def _comparison(plans: "list[Plan]", prompt: int) -> "Table":
     """A line for each plan: the fullest device, a decode step, predicted speed."""
     table = _table(
-        f"{Path(_MODEL.value).name}: the fullest device; collectives of a decode step; predictions",
+        f"{Path(_MODEL.value or '').name}: the fullest device; collectives of a decode step; "
+        "predictions",
         *("split", "fits", "weights", "cache", "scratch", "padding"),
         *("reduce", "gather", "transfer", "bytes", "decode/s", "prefill/s"),
     )
@@ -173,7 +205,7 @@ def _comparison(plans: list[Plan], prompt: int) -> Table:
     return table
 
 
-def _details(plan: Plan) -> Table:
+def _details(plan: "Plan") -> "Table":
     """A line for each device."""
     table = _table(
         f"{plan.name}, by device; the limit is that of its memory's bandwidth",

@@ -1,18 +1,20 @@
 """What all command lines share: streams, interrupts, errors for people, a progress bar."""
 
 import contextlib
+import functools
 import importlib
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from types import ModuleType
+from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
 
+from jaxsplit.cli.help import HelpFlag, with_flags
 from jaxsplit.errors import JaxsplitError
 
 
@@ -63,22 +65,12 @@ def run(main: Callable[[list[str]], None] | str, *, arguments: int = 0) -> None:
 
     _open_missing_streams()
     with _leave_on_interrupt():
-        program = _import_main(main) if isinstance(main, str) else main
-        app.run(guarded, flags_parser=_parse_flags)
-
-
-def _import_main(name: str) -> Callable[[list[str]], None]:
-    """The `main` of a module, with its flags as those of the program that --help shows."""
-    module = importlib.import_module(name)
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    return module.main
-
-
-def with_flags(message: str) -> str:
-    """A message of the library, whose arguments are flags here: `seed=x` is `--seed=x`."""
-    names = "|".join(re.escape(name) for name in sorted(flags.FLAGS, key=len, reverse=True))
-    return re.sub(rf"(?<![\w.$/-])({names})(?==)", r"--\1", message)
+        if isinstance(main, str):
+            module = importlib.import_module(main)
+            program = module.main
+        else:
+            module, program = sys.modules[main.__module__], main
+        app.run(guarded, flags_parser=functools.partial(_parse_flags, module))
 
 
 def note(message: str) -> None:
@@ -180,7 +172,7 @@ def _one_of_several() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     """Ends a failed program. One of several processes does not wait for the others, which would
     wait for it; they end when they miss it."""
     if _one_of_several():
@@ -189,13 +181,14 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
-def _leave_unread() -> None:
+def _leave_unread() -> NoReturn:
     """Ends a program whose text cannot be written; nor can what is left of it, at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _leave(1)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(module: ModuleType, argv: list[str]) -> list[str]:
+    flags.DEFINE_flag(HelpFlag(module))
     try:
         if sys.stdout is None:
             raise flags.Error("standard output is closed: there is nowhere to write to")

@@ -1,6 +1,9 @@
 """Cost of a stage's programs, counted in their jaxprs, which are traced for a mesh that need not
 exist."""
 
+# Shapes stand in for arrays, and the values of a jaxpr have shapes.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 import dataclasses
 import functools
 import math
@@ -10,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.engine.runner import StageRunner, stage_cache
@@ -142,9 +146,7 @@ def _trace_layers(
     return cost.plus(_expert_cost(config, stage, tokens, step=length is None))
 
 
-def _equations(
-    jaxpr: jax.extend.core.Jaxpr, times: int = 1
-) -> Iterator[tuple[jax.extend.core.JaxprEqn, int]]:
+def _equations(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]:
     """All equations with their trip counts, inner jaxprs included.
 
     Of a `cond`, the first branch counts; `while` loops are skipped, as their trip count is unknown.
@@ -173,13 +175,14 @@ def _expert_cost(config: ModelConfig, stage: Stage, tokens: int, *, step: bool) 
         if tile_rows(pairs, moe.experts, decode=step) == 1 and stage.shards(experts) == 1:
             continue  # a loop with a known trip count
         layout = stage.layout(Axis("expert_mlp", moe.expert.intermediate_size))
+        assert layout is not None  # the axis has units
         hidden = layout.size // layout.devices
         matrices = 3 if moe.expert.gated else 2
         flops += 2 * pairs / stage.shards(experts) * matrices * config.embed * hidden
     return ProgramCost(round(flops))
 
 
-def _equation_cost(equation: jax.extend.core.JaxprEqn) -> ProgramCost:
+def _equation_cost(equation: JaxprEqn) -> ProgramCost:
     name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.ops.attention.xla import MAX_SCORES
 from jaxsplit.ops.matmul.xla import MAX_CONCAT_BYTES
+from jaxsplit.ops.moe.spec import MoEConfig
 from jaxsplit.plan.cost import ProgramCost, trace_decode, trace_prefill
 from jaxsplit.plan.devices import DeviceKind, kind_of
 from jaxsplit.plan.roofline import decode_seconds, prefill_seconds, weight_bits
@@ -321,7 +322,7 @@ def _unread(
             share = 0.0 if config.tied and last and path == "embedding.table" else 1.0
         elif param.axes[0].name == "experts":
             mlp = config.blocks[int(path.split(".")[1])].mlp
-            moe = getattr(mlp, "moe", mlp)
+            moe = cast(MoEConfig, getattr(mlp, "moe", mlp))
             share = (1 - moe.top_k / moe.experts) ** (tokens // stage.mesh.shape["data"])
         if share:
             unread += share * parameter_bytes(stage, sources[path], param.axes, weights)
@@ -352,7 +353,7 @@ def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
         for axis in param.axes
         if axis.name == name
     }
-    layouts = [stage.layout(axis) for axis in axes]
+    layouts = [layout for axis in axes if (layout := stage.layout(axis))]
     return max((layout.size // layout.devices for layout in layouts), default=0)
 
 
@@ -401,7 +402,7 @@ def candidates(devices: int, *, experts: bool = False) -> list[tuple[str, dict[s
 
 
 def best_split(
-    sources: Sources, config: ModelConfig, devices: Sequence[jax.Device], **options: object
+    sources: Sources, config: ModelConfig, devices: Sequence[jax.Device], **options: Any
 ) -> tuple[str, dict[str, int]]:
     """The split mode and mesh shape with the fastest predicted decode of those that fit.
 
@@ -427,7 +428,7 @@ def best_split(
 
 
 def best_plans(
-    sources: Sources, config: ModelConfig, kinds: Sequence[DeviceKind], **options: object
+    sources: Sources, config: ModelConfig, kinds: Sequence[DeviceKind], **options: Any
 ) -> list[Plan]:
     """Plans of all split modes on the devices: fitting ones first, then sorted by decode rate.
 

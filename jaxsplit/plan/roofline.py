@@ -93,10 +93,9 @@ def decode_seconds(
     """
     e, count = _EFFICIENCY[kind.kernels], weights * 8 / bits
     reading = read / (kind.bandwidth * (e.few_bits if bits < 8 else e.memory))
-    small_m = dtype == jnp.bfloat16 and rows <= MAX_SMALL_M_ROWS
-    small_m = small_m and e.small_m_flops is not None
-    if bits < 16 and small_m and rows > MAX_INT8_ROWS:
-        matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * e.small_m_flops)
+    small_m = e.small_m_flops if dtype == jnp.bfloat16 and rows <= MAX_SMALL_M_ROWS else None
+    if bits < 16 and small_m is not None and rows > MAX_INT8_ROWS:
+        matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * small_m)
     elif bits < 16 and rows > (MAX_INT8_ROWS if kind.kernels else 1):
         moved = read + 2 * weights * 16 / bits
         matmuls = moved / (kind.bandwidth * _COPY_EFFICIENCY)

@@ -177,9 +177,10 @@ def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
 
 def combine_planes(planes: Iterable[Array], layout: PlaneLayout) -> Array:
     """Combines the partial codes of all planes, lowest bits first, into whole codes."""
-    codes, shift = None, 0
-    for plane, bits in zip(planes, layout.bits, strict=True):
-        codes = plane if codes is None else codes | (plane << shift)
+    codes, *others = planes
+    shift = layout.bits[0]
+    for plane, bits in zip(others, layout.bits[1:], strict=True):
+        codes = codes | (plane << shift)
         shift += bits
     return codes
 

@@ -1,5 +1,8 @@
 """The table of GGML types; unpacks their blocks into planes on the device."""
 
+# Which optional fields a type has follows from its entry in the table.
+# pyright: reportArgumentType=false, reportIndexIssue=false
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial

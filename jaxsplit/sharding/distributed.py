@@ -49,13 +49,13 @@ def start_processes(
     """
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [flag for flag, value in given.items() if value is None]
-    if len(missing) == len(given):
+    if coordinator is None or count is None or index is None:
+        if len(missing) < len(given):
+            raise JaxsplitError(
+                f"{' and '.join(missing)} must be given too: all of {', '.join(given)}, or none"
+            )
         if (found := detected_launcher()) is None:
             return False
-    elif missing:
-        raise JaxsplitError(
-            f"{' and '.join(missing)} must be given too: all of {', '.join(given)}, or none"
-        )
     else:
         found = "the flags"
         if not 0 <= index < count:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,13 @@ class Stage:
     @functools.cached_property
     def rules(self) -> AxisRules:
         """Rules for communication over logical axes."""
-        return AxisRules(self.table, self.reduce_dtype, lambda axis: self.layout(axis).units)
+
+        def units(axis: Axis) -> np.ndarray:
+            layout = self.layout(axis)
+            assert layout is not None  # an axis that is split has units
+            return layout.units
+
+        return AxisRules(self.table, self.reduce_dtype, units)
 
     def spec(self, axes: Sequence[Axis | None]) -> PartitionSpec:
         """Partition spec of an array with these logical axes."""
@@ -169,9 +175,10 @@ class Partition:
     @property
     def global_mesh(self) -> Mesh:
         """All devices as axes `data`, `expert` and `tensor`."""
-        ranks = np.arange(self.mesh.size).reshape(tuple(self.mesh.shape.values()))
-        ranks = _grid(ranks, self.mesh.axis_names).reshape(self.data, 1, -1)
-        return _mesh(ranks, self.mesh.devices.reshape(-1))
+        mesh = cast(Mesh, self.mesh)
+        ranks = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+        ranks = _grid(ranks, mesh.axis_names).reshape(self.data, 1, -1)
+        return cast(Mesh, _mesh(ranks, list(mesh.devices.flat)))
 
 
 class Layers(Protocol):
@@ -182,8 +189,11 @@ class Layers(Protocol):
       colocated_layers: runs of layers that must be in the same stage.
     """
 
-    layers: int
-    colocated_layers: Sequence[range]
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def colocated_layers(self) -> Sequence[range]: ...
 
 
 def make_partition(

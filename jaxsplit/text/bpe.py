@@ -39,16 +39,20 @@ class TokenizerModel(Protocol):
 
     def encode(self, text: bytes) -> list[int]:
         """Tokenizes text without special tokens; invalid UTF-8 is allowed."""
+        ...
 
     def piece(self, token: str) -> bytes:
         """The bytes of a normal token."""
+        ...
 
 
 class ByteLevelBPE:
     """`gpt2`: merges by rank over bytes, within the pre-tokenizer's words."""
 
-    bos = eos = None
-    always_bos = space_prefix = False
+    bos: int | None = None
+    eos: int | None = None
+    always_bos: bool = False
+    space_prefix: bool = False
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
         from tokenizers import Regex, pre_tokenizers
@@ -84,9 +88,11 @@ class SentencePieceBPE:
     Works on bytes, so that tokens and texts that are not UTF-8 need no special cases.
     """
 
-    bos, eos = 1, 2
-    add_bos = True
-    always_bos = clean_spaces = False
+    bos: int | None = 1
+    eos: int | None = 2
+    add_bos: bool = True
+    always_bos: bool = False
+    clean_spaces: bool = False
 
     def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
         self.space_prefix = bool(get(metadata, "tokenizer.ggml.add_space_prefix", bool, True))
@@ -151,8 +157,10 @@ def merge_by_score(symbols: Sequence[bytes], scores: Mapping[bytes, float]) -> l
 class Gemma4BPE:
     """`gemma4`: merges by rank over the characters of a line, with byte tokens."""
 
-    bos = eos = None
-    add_bos = always_bos = True  # Files that say otherwise are wrong.
+    bos: int | None = None
+    eos: int | None = None
+    add_bos: bool = True
+    always_bos: bool = True  # Files that say otherwise are wrong.
     space_prefix = False
     clean_spaces = True
 

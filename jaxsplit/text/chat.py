@@ -130,7 +130,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """`{% generation %}` marks the assistant's text for training; a no-op here."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

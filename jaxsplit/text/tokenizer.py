@@ -129,10 +129,11 @@ class Tokenizer:
                 prefix = b" " if after_special and self._model.space_prefix else b""
                 ids += self._model.encode(prefix + fragment)
                 after_special = False
-        if add_special and self.add_bos and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        if add_eos and self.add_eos and ids[-1:] != [self.eos_id]:
-            ids.append(self.eos_id)
+        bos, eos = self.bos_id, self.eos_id
+        if add_special and self.add_bos and bos is not None and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        if add_eos and self.add_eos and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
         return ids
 
     def decode(

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import jax
@@ -157,7 +157,7 @@ def save_checkpoint(
     partial = partial_directory(path)
     folders: dict[str, list[GGUFTensor]] = {}
     for tensor in file.tensors.values():
-        folders.setdefault(_folder(tensor.name), []).append(tensor)
+        folders.setdefault(_folder(tensor.name), []).append(cast(GGUFTensor, tensor))
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     done, table = 0, {}
     try:
@@ -309,7 +309,8 @@ def restore(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
         arguments[tensor.name] = ocp.ArrayRestoreArgs(
             sharding=sharding, global_shape=shape, strict=False
         )
-    arrays = _restore(sources[0].tensor.folder, [s.tensor for s in sources], items, arguments)
+    tensors = [cast(StoredTensor, source.tensor) for source in sources]
+    arrays = _restore(tensors[0].folder, tensors, items, arguments)
     restored = []
     for source, placement, is_direct in zip(sources, placements, direct, strict=True):
         array = arrays[source.tensor.name]

@@ -7,6 +7,7 @@ of tensors in transfer.
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsplit.formats import GGUFTensor
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul.api import has_int8_kernel
-from jaxsplit.quant import Weight, float32_blocks, to_u32, unpack
+from jaxsplit.quant import QTensor, Weight, float32_blocks, to_u32, unpack
 from jaxsplit.sharding import Partition, Placement, Stage
 from jaxsplit.weights.checkpoint import StoredTensor, restore
 from jaxsplit.weights.sources import (
@@ -114,13 +115,13 @@ def _upload(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
 
 def _upload_mapped(source: Source, placement: Placement) -> jax.Array:
     """Uploads slices of a memory-mapped tensor."""
-    blocks = source.tensor.blocks
+    blocks = cast(GGUFTensor, source.tensor).blocks
     if source.is_dequantized:
         blocks = np.asarray(float32_blocks(source.tensor.type, blocks))
     columns = blocks.shape[-2] if source.is_matrix else 1
     blocks = blocks.reshape(-1, columns, blocks.shape[-1])
 
-    def slices(index: tuple[slice, ...]) -> np.ndarray:
+    def slices(index: Any) -> np.ndarray:
         rows = source.tensor_rows([r[i] for r, i in zip(placement.rows, index[:-2], strict=True)])
         return _take(blocks, rows, placement.columns[index[-2]])
 
@@ -189,8 +190,8 @@ def _unpacker(
 
     def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
         weight = unpack(ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype)
-        if as_u32 and has_int8_kernel(weight):
-            return to_u32(weight)
+        if isinstance(weight, QTensor):
+            return to_u32(weight) if as_u32 and has_int8_kernel(weight) else weight
         return weight if matrix else weight[:, 0]
 
     mesh, spec = sharding.mesh, sharding.spec

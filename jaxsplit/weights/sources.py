@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,9 @@ def abstract_decoder(
     config: ModelConfig, dtype: jnp.dtype = jnp.float32, layers: range | None = None
 ) -> Decoder:
     """A decoder, or some layers of it, with shapes in place of parameters."""
-    return nnx.eval_shape(lambda: Decoder(config, layers=layers, dtype=dtype, rngs=_SameKey()))
+    return nnx.eval_shape(
+        lambda: Decoder(config, layers=layers, dtype=dtype, rngs=cast(nnx.Rngs, _SameKey()))
+    )
 
 
 def parameters(model: Decoder) -> dict[str, nnx.Param]:
@@ -56,10 +59,10 @@ def _abstract_parameters(config: ModelConfig, layers: range) -> dict[str, nnx.Pa
     return parameters(abstract_decoder(config, layers=layers))
 
 
-def _path(model: Decoder, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+def _path(model: Decoder, path: Sequence[Any]) -> tuple[Any, ...]:
     if path[0] == "blocks":
         return (path[0], path[1] + model.layers.start, *path[2:])
-    return path
+    return tuple(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +329,7 @@ def describe_split(
         for param in abstract_parameters(config, stage.layers).values()
         for axis in param.axes
         if axis.units and not axis.name.endswith("_in")
-        for layout in [stage.layout(axis)]
+        for layout in filter(None, [stage.layout(axis)])
         if layout.size > layout.original
     }
     if padded:
