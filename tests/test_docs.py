@@ -36,6 +36,7 @@ def commands():
     for page in PAGES:
         for _, block in FENCE.findall(page.read_text("utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
+                line = re.sub(r"^jaxsplit ", "python -m jaxsplit.", line)
                 found = re.match(r"python -m (jaxsplit\.\w+) (.*?)(?:&|#|$)", line)
                 if found:
                     yield found[1], shlex.split(found[2])
