@@ -211,7 +211,7 @@ NORM = "blk.0.attn_norm.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(format=99), "has checkpoint format 99, this version reads 1"),
+        (lambda header: header.update(format=99), "has checkpoint format 99, this version reads 2"),
         (lambda header: header.pop("format"), "model.json is damaged .'format'"),
         (lambda header: header.pop("tensors"), "model.json is damaged .'tensors'"),
         (lambda header: header.update(tensors=[1]), "model.json is damaged"),
