@@ -153,7 +153,7 @@ class LoadConfig(Config):
     )
     collectives: str = option(
         "auto",
-        "how GPUs of one process exchange partial sums and stages hand over: p2p: kernels write to "
+        "how GPUs of one process all-reduce and stages transfer activations: p2p: kernels write to "
         "one another's memory; nccl: through NCCL and the host; auto: p2p where GPUs can",
         choices=("auto", "p2p", "nccl"),
     )

@@ -299,13 +299,13 @@ def test_tiled_heads_lie_beside_what_they_share():
     """In K-quants, two heads of 128 that share a block of 256 go to different places."""
     for heads, kv_heads, devices in [(32, 16, 1), (32, 16, 4), (48, 16, 3), (6, 3, 2), (6, 2, 4)]:
         query, kv = grouped_heads(heads, kv_heads, 128, devices, tiled=True)
-        assert sorted(query.slots[query.slots >= 0]) == list(range(heads))
-        served = np.repeat(kv.slots, len(query.slots) // len(kv.slots))
-        used = query.slots >= 0
-        assert np.array_equal(query.slots[used] % kv_heads, served[used])
+        assert sorted(query.units[query.units >= 0]) == list(range(heads))
+        served = np.repeat(kv.units, len(query.units) // len(kv.units))
+        used = query.units >= 0
+        assert np.array_equal(query.units[used] % kv_heads, served[used])
         sub_block, block, index = query.sub_blocks(256)
         assert sub_block == 128
-        assert np.array_equal(block[used] * 2 + index[used], query.slots[used])
+        assert np.array_equal(block[used] * 2 + index[used], query.units[used])
 
 
 def test_collectives_of_a_decode_step():

@@ -43,7 +43,7 @@ def lm(request, load, recipe_gguf):
     mesh, kernels = request.param
     found = load(recipe_gguf(MODEL), mesh=mesh, slots=SLOTS, kernels=kernels)
     assert found.engine.loops == kernels
-    assert ("stages hand over" in found.describe()) == kernels
+    assert ("stages transfer" in found.describe()) == kernels
     return found
 
 
