@@ -63,7 +63,7 @@ ROW = {
 
 model: its shape or name; type: of its quantized weights. mode: split mode. mesh: axes and sizes,
 such as `stage:2,tensor:4`; a single device is `tensor:1`. metric: what was measured, such as
-`decode` or `prefill 2048`. sequences: decoded together. options: those that are not the default.
+`decode` or `prefill 2048`. sequences: decoded together. options: non-default ones.
 median, min, max: over the repetitions. unit: of these, of the limit and of the plan. limit: what
 devices of this kind allow, as a rule measured in the same run. plan: what `jaxsplit.plan` predicts.
 """

@@ -47,7 +47,8 @@ def test_sums_are_the_same_on_all_devices(devices, shape):
     assert found.shape == x.shape
     assert (found == found[0]).all()
     error = np.abs(found[0] - x.astype(np.float64).sum(axis=0))
-    assert (error <= 1e-6 * np.abs(x).sum(axis=0)).all()  # addends may cancel
+    # Addends may cancel: the bound of a sum in float32 is relative to their magnitudes.
+    assert (error <= devices * 2.0**-24 * np.abs(x).sum(axis=0)).all()
 
 
 @pytest.mark.parametrize("devices", [2, 3, 8])

@@ -98,7 +98,7 @@ def _supports_float8(x: Like, w: Weight) -> bool:
 
 
 def _int8_by_xla(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
-    """The numbers of `gemv_int8`, by XLA."""
+    """The results of `gemv_int8`, computed by XLA."""
     rows = quantize_rows(x.reshape(-1, x.shape[-1])).dequantized()
     return xla.matmuls(rows, weights, dtype)
 
