@@ -152,7 +152,7 @@ def _tests(lm: jaxsplit.LM, batch: int) -> Iterator[tuple[str, int, int, list[fl
     def decode(count: int, depth: int) -> float:
         read(max(depth, 1))
         start = time.perf_counter()
-        lm.engine.loop(count, count)
+        lm.closed_batch.loop(count, count)
         return time.perf_counter() - start
 
     def repeated(test: Callable[..., float], *arguments: int) -> list[float]:

@@ -17,6 +17,9 @@ from jaxsplit.errors import JaxsplitError
 
 FLOATS = ("bfloat16", "float16", "float32")
 DEFAULT_CONTEXT = 4096
+MAX_LOGIT_BIAS = 300
+"""Tokens of a request whose logits may have a bias, as in OpenAI's API."""
+
 MAX_PENALTY = 1e6
 """Of temperatures and penalties: float32 has to hold what they make of logits."""
 
@@ -209,6 +212,15 @@ class SamplingConfig(Config):
         high=MAX_PENALTY,
     )
     repeat_last_n: int = option(64, "how many of the last tokens are recent; -1: all", low=-1)
+    logit_bias: Any = option(
+        None, "numbers added to the logits of tokens, such as 15:-1.5,42:3; -inf: never"
+    )
+    logprobs: int | None = option(
+        None,
+        "log-probabilities of the tokens, and of so many alternatives to each",
+        low=0,
+        high=20,
+    )
     seed: int | None = option(
         0, "the same seed gives the same text, on any mesh; -1: random", low=-math.inf
     )
@@ -216,4 +228,30 @@ class SamplingConfig(Config):
     def __post_init__(self) -> None:
         if self.seed is None or (type(self.seed) is int and self.seed == -1):
             object.__setattr__(self, "seed", secrets.randbits(32))
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         super().__post_init__()
+
+
+def _bias(given: Any) -> tuple[tuple[int, float], ...] | None:
+    """Biases by token id, in order, from a mapping, pairs, or text such as `15:-1.5,42:3`.
+
+    Raises:
+      JaxsplitError: it is none of these.
+    """
+    if given is None:
+        return None
+    try:
+        if isinstance(given, str):
+            given = [pair.rsplit(":", 1) for pair in given.split(",") if pair]
+        pairs = given.items() if isinstance(given, Mapping) else given
+        bias = {int(token): float(value) for token, value in pairs}
+    except (TypeError, ValueError):
+        raise JaxsplitError(
+            f"logit_bias={given!r} must be numbers by token id, such as 15:-1.5,42:3"
+        ) from None
+    if len(bias) > MAX_LOGIT_BIAS or any(math.isnan(x) or x == math.inf for x in bias.values()):
+        raise JaxsplitError(
+            f"logit_bias has {len(bias)} tokens; at most {MAX_LOGIT_BIAS} can have one, each a "
+            "number or -inf"
+        )
+    return tuple(sorted(bias.items())) or None

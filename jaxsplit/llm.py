@@ -1,11 +1,12 @@
 """A language model on a mesh: from text to text."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,8 +19,16 @@ from jaxsplit.architectures import model_config
 from jaxsplit.arguments import checked_choice, checked_number
 from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig, SamplingConfig
 from jaxsplit.context import MatmulPolicy, compute_capability
-from jaxsplit.engine import Engine, EngineThread
-from jaxsplit.engine.stream import Stream
+from jaxsplit.engine import (
+    ClosedBatch,
+    Engine,
+    Generation,
+    RequestSpec,
+    SchedulerThread,
+    Statistics,
+    Stream,
+)
+from jaxsplit.engine.scheduler import MAX_BLOCK
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
 from jaxsplit.models import Decoder, ModelConfig
@@ -264,8 +273,8 @@ def _auto_dtype(device: jax.Device) -> str:
 class LM:
     """A loaded model. Made by `load`.
 
-    Thread-safe: calls run one at a time. After an exception, such as `KeyboardInterrupt`, the next
-    call works.
+    Thread-safe: requests of all threads run together, on a thread of their own. After an exception,
+    such as `KeyboardInterrupt`, the next call works.
 
     Attributes:
       models: the Flax module of each stage, its parameters sharded over the stage's devices.
@@ -286,7 +295,7 @@ class LM:
     ):
         self.models: tuple[Decoder, ...] = tuple(models)
         self.engine = engine
-        self._thread = EngineThread(engine)
+        self._thread = SchedulerThread(engine)
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._metadata = metadata
@@ -339,6 +348,11 @@ class LM:
         template = ChatTemplate.from_metadata(self._metadata)
         return self.tokenizer.encode(template.render(messages, **variables), parse_special=True)
 
+    @functools.cached_property
+    def closed_batch(self) -> ClosedBatch:
+        """The engine's slots, for direct use in benchmarks: sequences that begin together."""
+        return ClosedBatch(self.engine)
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of parameters on the fullest device of this process."""
@@ -359,51 +373,113 @@ class LM:
         Raises:
           JaxsplitError: too many tokens, or an id outside the vocabulary.
         """
-        return self._thread.logits(self._checked(tokens), one_by_one=one_by_one)
+        ids = self._checked(tokens)
+        if not ids:
+            return np.zeros((0, self.config.vocab), np.float32)
+        request = self._thread.submit(RequestSpec(ids, logits=True, one_by_one=one_by_one))
+        try:
+            request.next()
+        finally:
+            request.cancel()
+        assert request.logits is not None
+        return request.logits
 
-    def generate(self, prompt: str | Sequence[int], n_predict: int = -1, **options: Any) -> str:
-        """Generates the text that follows a prompt, in blocks of 32 tokens on the devices.
+    @property
+    def statistics(self) -> Statistics:
+        """What has been done and is being done: requests, tokens, pages of the cache."""
+        return self._thread.statistics
 
-        Arguments and errors are those of `stream`.
-        """
-        options = {"block": 32} | options
-        stream = self.stream(prompt, n_predict, **options)
-        with self._thread.turn:
-            return "".join(stream)
-
-    def stream(
+    def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         n_predict: int = -1,
         *,
-        stop: str | Sequence[str] | None = None,
-        parse_special: bool = False,
-        show_special: str = "template",
-        block: int | None = None,
-        sampling: SamplingConfig | None = None,
+        progress: bool = False,
         **options: Any,
-    ) -> Stream:
+    ) -> Any:
+        """Generates the text that follows a prompt, or the texts that follow several.
+
+        Args:
+          prompt: text or token ids, or a list of these.
+          progress: show how many of several are done.
+          n_predict, **options: as of `stream`.
+
+        Returns:
+          the text, or a list of texts, in order.
+        """
+        one = isinstance(prompt, str) or not isinstance(prompt, Sequence)
+        if one or all(not isinstance(x, str | Sequence) for x in prompt):
+            return "".join(self.stream(prompt, n_predict, **options))
+        from rich.progress import track
+
+        options = {"block": MAX_BLOCK} | options
+        running = [self.submit(x, n_predict, **options) for x in prompt]
+        try:
+            return [x.result().text for x in track(running, "Generating", disable=not progress)]
+        finally:
+            for generation in running:
+                generation.cancel()
+
+    def stream(self, prompt: str | Sequence[int], n_predict: int = -1, **options: Any) -> Stream:
         """Streams the text that follows a prompt.
+
+        Arguments and errors are those of `submit`.
+
+        Returns:
+          an iterator of strings, with stop reason and timings.
+        """
+        tokens, begin = self._prepared(prompt, n_predict, **options)
+        return Stream(self.engine, tokens, begin)
+
+    def submit(
+        self, prompt: str | Sequence[int], n_predict: int = -1, **options: Any
+    ) -> Generation:
+        """Begins to generate the text that follows a prompt, beside other requests.
 
         Args:
           prompt: text, or token ids.
           n_predict: tokens to generate; -1: until the text or the context ends.
-          stop: one or more strings; the text ends before the first one found.
-          parse_special: recognize special tokens in the prompt's text.
-          show_special: special tokens to show: `template`, the chat template's marks of thinking
-            and tool calls; `all`; or `none`.
-          block: tokens decoded before the host reads them; None: a tenth of a second's worth, at
-            most 32.
-          sampling: config of the sampler.
-          **options: fields of `SamplingConfig` to change: `temperature`, `top_k`, `seed`, ...
+          **options: `stop`: one or more strings; the text ends before the first one found.
+            `stop_ids`: token ids that end the text besides the model's own.
+            `ignore_eos`: the model's own do not.
+            `parse_special`: recognize special tokens in the prompt's text.
+            `show_special`: special tokens to show: `template`, the chat template's marks of
+            thinking and tool calls; `all`; or `none`.
+            `block`: tokens decoded before the host reads them, at most; None: as many as suit.
+            `priority`: requests of a higher one go first; by default 0.
+            `timeout`: seconds after which it ends, however far it is; None: never.
+            `prompt_logprobs`: the prompt's log-probabilities, too.
+            `sampling`: a `SamplingConfig`, of which any other option changes a field:
+            `temperature`, `top_k`, `seed`, ...
 
         Returns:
-          an iterator of strings, with stop reason and timings.
+          an iterator of events, for `for` and for `async for`.
 
         Raises:
           JaxsplitError: the prompt is empty or longer than the context, or a value is out of
-            range or of another type. When pieces are taken: the model's logits are not finite.
+            range or of another type. When events are taken: the model's logits are not finite.
         """
+        _, begin = self._prepared(prompt, n_predict, **options)
+        return begin()
+
+    def _prepared(
+        self,
+        prompt: str | Sequence[int],
+        n_predict: int,
+        *,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        parse_special: bool = False,
+        show_special: str = "template",
+        block: int | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        prompt_logprobs: bool = False,
+        sampling: SamplingConfig | None = None,
+        **options: Any,
+    ) -> tuple[list[int], Callable[[], Generation]]:
+        """Checks the arguments of `submit`: the prompt's ids, and what begins the generation."""
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
         else:
@@ -412,22 +488,34 @@ class LM:
         if not tokens:
             raise JaxsplitError("the prompt is empty; give at least one token")
         n_predict = checked_number("n_predict", n_predict, int, -1, math.inf)
+        priority = checked_number("priority", priority, int, -math.inf, math.inf)
         if block is not None:
             block = checked_number("block", block, int, 1, math.inf)
+        if timeout is not None:
+            timeout = checked_number("timeout", timeout, float, 0, math.inf)
         checked_choice("show_special", show_special, SHOW_SPECIAL)
-        stops = _stop_strings(stop)
+        stops, ends = _stop_strings(stop), set(self._checked(stop_ids, "stop_ids"))
         config = SamplingConfig.of(options, sampling)
-        return Stream(
-            self.engine,
-            self._thread,
-            self.tokenizer,
+        self._checked([token for token, _ in config.logit_bias or ()], "logit_bias")
+        spec = RequestSpec(
             tokens,
-            n_predict=n_predict,
-            stop=stops,
+            config,
+            max_tokens=math.inf if n_predict < 0 else n_predict,
+            stop_ids=ends if ignore_eos else ends | self.engine.stop_ids,
+            priority=priority,
+            timeout=timeout,
             block=block,
-            sampling=config,
-            show_special=show_special,
+            prompt_logprobs=bool(prompt_logprobs),
         )
+        tokenizer = None if isinstance(self._tokenizer, JaxsplitError) else self._tokenizer
+        if tokenizer is None and (stops or isinstance(prompt, str)):
+            tokenizer = self.tokenizer
+
+        def begin() -> Generation:
+            request = self._thread.submit(spec)
+            return Generation(request, tokenizer, stop=stops, show_special=show_special)
+
+        return tokens, begin
 
     def describe(self) -> str:
         """The model, its split, and how devices communicate, in one line."""
@@ -441,7 +529,7 @@ class LM:
         notes = ["XLA runs everything: this JAX has no Pallas-Triton"] if without else []
         return " | ".join([model, self._split, *self.engine.communication, *notes])
 
-    def _checked(self, tokens: Sequence[int]) -> list[int]:
+    def _checked(self, tokens: Sequence[int], name: str = "a prompt") -> list[int]:
         """Token ids as a list.
 
         Raises:
@@ -452,11 +540,13 @@ class LM:
                 raise TypeError
             ids = [operator.index(token) for token in tokens]
         except TypeError:
+            wanted = "a list of token ids (integers)"
+            if name == "a prompt":
+                wanted = f"text or {wanted}"
             raise JaxsplitError(
-                f"a prompt is text or a list of token ids (integers), not {type(tokens).__name__}"
-                f" {repr(tokens)[:40]}"
+                f"{name} is {wanted}, not {type(tokens).__name__} {repr(tokens)[:40]}"
             ) from None
-        if len(ids) > self.engine.context:
+        if name == "a prompt" and len(ids) > self.engine.context:
             raise JaxsplitError(
                 f"the prompt has {len(ids)} tokens, the context {self.engine.context}; shorten "
                 f"the prompt or set ctx_size={self.config.context} at most"

@@ -69,7 +69,7 @@ def test_every_mode_has_the_same_8_bit_cache(load, path, tokens, mode, mesh):
     assert nmse(one_by_one, expected[:7]) <= tolerance
     if mode == "layer":  # nothing is summed in another order
         assert np.array_equal(split.logits(tokens), expected)
-        assert continuation(split.engine, tokens) == continuation(one.engine, tokens)
+        assert continuation(split.closed_batch, tokens) == continuation(one.closed_batch, tokens)
 
 
 # One layer's cache

@@ -35,8 +35,8 @@ def convert(path, out, **options):
 def chosen(path, devices, **options):
     """Logits, and ids that follow a prompt."""
     lm = jaxsplit.load(path, devices=devices, dtype="float32", ctx_size=64, **options)
-    lm.engine.start(TOKENS, SamplingConfig(temperature=0.0))
-    tokens = [*last_tokens(lm.engine), *lm.engine.loop(12, 12)[0].tolist()]
+    lm.closed_batch.start(TOKENS, SamplingConfig(temperature=0.0))
+    tokens = [*last_tokens(lm.closed_batch), *lm.closed_batch.loop(12, 12)[0].tolist()]
     return lm.logits(TOKENS), tokens
 
 

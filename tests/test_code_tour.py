@@ -47,10 +47,10 @@ def test_the_call_stack_is_that_of_a_decode_step(recipe_gguf, monkeypatch):
     path = recipe_gguf(SHAPES["8-2"], Q8_0)
     options = {"dtype": "bfloat16", "activations": "int8", "kernels": "interpret"}
     lm = jaxsplit.load(path, split_mode="none", ctx_size=64, **options)
-    lm.engine.start([1, 2, 3], GREEDY)
+    lm.closed_batch.start([1, 2, 3], GREEDY)
     monkeypatch.setattr(lm.engine, "loops", True)  # as on GPUs
     jax.clear_caches()  # else the layers as they were traced for the prompt serve again
-    lm.engine.loop(2)
+    lm.closed_batch.loop(2)
     found = next(s for s in stacks if "decode_loop" in {f.name for f in s})
     own = [f for f in found if PACKAGE in Path(f.filename).parents]
     start = next(i for i, f in enumerate(own) if Path(f.filename).name == "steps.py")

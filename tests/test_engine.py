@@ -9,7 +9,7 @@ from helpers import GREEDY, continuation, last_tokens, make_recipe, nmse
 from tiny import fresh_rng
 
 import jaxsplit
-from jaxsplit.engine import Engine, SamplingConfig, compile_seconds, compile_timer
+from jaxsplit.engine import ClosedBatch, Engine, SamplingConfig, compile_seconds, compile_timer
 from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
 from jaxsplit.errors import JaxsplitError
 
@@ -33,7 +33,7 @@ def tokens():
 def engine_like(lm, **options):
     policy = lm.engine.runners[0].policy
     options = {"context": 64, "cache_dtype": np.float32, "policy": policy, **options}
-    return Engine(lm.models, lm.engine.partition, **options)
+    return ClosedBatch(Engine(lm.models, lm.engine.partition, **options))
 
 
 def test_chunks_do_not_change_logits(lm, tokens):
@@ -71,7 +71,7 @@ def test_prompt_lengths_share_compiled_programs(lm):
     for length in (1, 3, 7, 8, 9, 15, 16, 17, 30, 64):
         engine.start([5] * length, GREEDY)
         engine.step()
-    for runner in engine.runners:
+    for runner in engine.engine.runners:
         prefills = [program for key, program in runner._programs.items() if key[0] == "prefill"]
         assert len(prefills) == 2
         for program in runner._programs.values():
@@ -89,27 +89,27 @@ def loops(request, lm):
 def test_steps_and_loops_choose_the_same_tokens(lm, tokens, monkeypatch, loops):
     monkeypatch.setattr(lm.engine, "loops", loops)
     for sampling in (GREEDY, SamplingConfig(seed=7), SamplingConfig(repeat_penalty=1.3, seed=8)):
-        lm.engine.start(tokens, sampling)
-        stepped = last_tokens(lm.engine)
+        lm.closed_batch.start(tokens, sampling)
+        stepped = last_tokens(lm.closed_batch)
         for _ in range(20):
-            lm.engine.step()
-            stepped += last_tokens(lm.engine)
-        lm.engine.start(tokens, sampling)
-        looped = last_tokens(lm.engine)
+            lm.closed_batch.step()
+            stepped += last_tokens(lm.closed_batch)
+        lm.closed_batch.start(tokens, sampling)
+        looped = last_tokens(lm.closed_batch)
         for limit in (8, 0, 12):
-            looped += lm.engine.loop(limit, 16)[0].tolist()
+            looped += lm.closed_batch.loop(limit, 16)[0].tolist()
         assert looped == stepped
 
 
 def test_tokens_can_be_read_late_and_more_than_once(lm, tokens):
-    lm.engine.start(tokens, GREEDY)
-    coming = [lm.engine.tokens()]
+    lm.closed_batch.start(tokens, GREEDY)
+    coming = [lm.closed_batch.tokens()]
     for _ in range(5):
-        lm.engine.step()
-        coming.append(lm.engine.tokens())
-    texts = [[int(lm.engine.read(part)[0][0]) for part in coming] for _ in range(2)]
-    assert texts == [continuation(lm.engine, tokens, count=5)] * 2
-    assert all(lm.engine.read(part)[1] for part in coming)
+        lm.closed_batch.step()
+        coming.append(lm.closed_batch.tokens())
+    texts = [[int(lm.closed_batch.read(part)[0][0]) for part in coming] for _ in range(2)]
+    assert texts == [continuation(lm.closed_batch, tokens, count=5)] * 2
+    assert all(lm.closed_batch.read(part)[1] for part in coming)
 
 
 def test_slots_are_independent(lm, tokens):
@@ -139,7 +139,7 @@ def test_a_slot_can_be_used_again(lm, tokens):
 def test_loop_ends_at_an_end_token_and_at_the_context(lm, tokens, loops):
     def engine_with(**options):
         engine = engine_like(lm, **options)
-        engine.loops = loops
+        engine.engine.loops = loops
         return engine
 
     sampling = SamplingConfig(temperature=2.0)  # so that tokens are not always the same few
@@ -165,14 +165,14 @@ def test_steps_end_with_the_last_text(lm, tokens):
     if len(lm.models) > 1:
         pytest.skip("several stages go on: steps are on their way before one has ended")
     engine, count = engine_like(lm, context=16), 0
-    step = engine.step
+    step = engine.engine._step
 
-    def counted():
+    def counted(*arguments):
         nonlocal count
         count += 1
-        step()
+        return step(*arguments)
 
-    engine.step = counted
+    engine.engine._step = counted
     engine.start(tokens[:10], GREEDY)
     assert (engine.loop(30, 30)[0] >= 0).sum() == count == 6
 
@@ -182,21 +182,36 @@ def test_loops_donate_their_buffers(lm, tokens):
     if len(lm.models) > 1 and not lm.engine.loops:
         pytest.skip("stages without peer access decode step by step")
     engine = engine_like(lm)
-    engine.loops = True
+    engine.engine.loops = True
     engine.start(tokens[:4], GREEDY)
     engine.loop(5, 8)
-    [micro_batch] = engine._micro_batches
-    donated = micro_batch.caches, micro_batch.state, micro_batch.output_tokens
-    before, sampler = jax.tree.leaves(donated), micro_batch.sampler
+    inner = engine.engine
+    donated = inner._caches, inner._state, inner._decode_loops._outputs
+
+    def kept():
+        return jax.tree.leaves((inner._params, [held for _, held in inner._rows.values()]))
+
+    before, arguments = jax.tree.leaves(donated), kept()
     engine.loop(8, 8)
-    assert all(array.is_deleted() for array in before)
-    assert micro_batch.sampler is sampler
+    assert [x.shape for x in before if not x.is_deleted()] == []
+    assert all(one is other for one, other in zip(arguments, kept(), strict=True))
+
+
+def test_other_rows_take_the_buffers_of_those_before(lm, tokens):
+    engine = engine_like(lm, slots=2, page=16)
+    engine.start_all({0: tokens[:4], 1: tokens[:9]}, GREEDY)
+    rows = engine._rows()
+    engine.engine.decode(rows, engine._spec(), 2)
+    before = jax.tree.leaves([held for _, held in engine.engine._rows.values()])
+    rows[0][0] = rows[0][0]._replace(pages=[1, 3])
+    engine.engine.decode(rows, engine._spec(), 2)
+    assert any(x.is_deleted() for x in before)
 
 
 def test_the_cache_is_donated(lm, tokens):
     engine = engine_like(lm)
     engine.start(tokens[:4], GREEDY)
-    before = [cache[0].keys for one in engine._micro_batches for cache in one.caches]
+    before = [cache[0].keys for cache in engine.engine._caches]
     engine.step()
     assert all(keys.is_deleted() for keys in before)
 

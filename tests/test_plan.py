@@ -69,7 +69,7 @@ def test_plans_match_the_devices_memory_and_collectives(models, name, split):
     )
     plan = plan_of(models[name], split)
     held: Counter = Counter()
-    arrays = [*[r.params for r in lm.engine.runners], *[m.caches for m in lm.engine._micro_batches]]
+    arrays = [[r.params for r in lm.engine.runners], lm.engine._caches]
     for leaf in jax.tree.leaves(arrays):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes

@@ -13,8 +13,8 @@ from helpers import nmse
 from tiny import fresh_rng
 
 from jaxsplit.cache.layers import Batch, init_cache
-from jaxsplit.engine.runner import StageRunner
-from jaxsplit.engine.steps import PrefillChunk
+from jaxsplit.engine.runner import CacheSize, StageRunner
+from jaxsplit.engine.steps import PrefillChunk, Rows
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
@@ -249,12 +249,15 @@ def logits(config, values, mode, devices, tokens):
     model = abstract_decoder(config)
     for path, param in parameters(model).items():
         param.set_value(place(values[path], param.axes, stage))
-    runner = StageRunner(model, stage, 64, jnp.float32)
-    cache, found, start = runner.empty_cache(1), [], 0
+    runner = StageRunner(model, stage, CacheSize.of_slots(64, 1), jnp.float32)
+    cache, found, start = runner.empty_cache(), [], 0
+    zero = np.zeros(1, np.int32)
+    rows = Rows(zero, zero, zero[None])
     for length in (9, *[1] * (len(tokens) - 9)):
         inputs = np.asarray([tokens[start : start + length]], np.int32)
-        chunk = PrefillChunk(*(np.asarray([n], np.int32) for n in (start, length, 0)))
-        cache, y = runner.prefill(length, all_logits=True)(runner.params, cache, inputs, chunk)
+        chunk = PrefillChunk(*(np.asarray([n], np.int32) for n in (start, length)), rows)
+        program = runner.prefill(1, length, "logits")
+        cache, y = program(runner.params, cache, inputs, chunk, None)
         found.append(np.asarray(y)[0, :, : config.vocab])
         start += length
     return np.concatenate(found)

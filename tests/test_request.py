@@ -216,7 +216,7 @@ def test_calls_after_a_program_that_failed_give_the_texts_they_should(lm, alone,
             getattr(lm, call)([1, 2, 3])
     if lm.engine.loops:
         with pytest.raises(JaxsplitError, match="sequences are lost"):
-            lm.engine.loop(1)
+            lm.closed_batch.loop(1)
     assert lm.generate(PROMPTS[1], COUNT, **GREEDY) == alone[PROMPTS[1]]
     assert text + "".join(stream) == alone[PROMPTS[0]]
 

@@ -188,7 +188,7 @@ def test_a_stage_without_a_share_is_left_out(load, recipe_gguf, tokens):
     assert [stage.layers for stage in lm.engine.partition.stages] == [range(0, 2), range(2, 3)]
     assert list(held(lm)) == [jax.devices()[0], jax.devices()[2]]
     assert nmse(lm.logits(tokens), one.logits(tokens)) <= 1e-9
-    assert continuation(lm.engine, tokens) == continuation(one.engine, tokens)
+    assert continuation(lm.closed_batch, tokens) == continuation(one.closed_batch, tokens)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_devices_of_a_stage_hold_their_shares(load, recipe_gguf, tokens, mode, s
         assert abs(part - share / sum(wanted)) < 0.06
     assert nmse(lm.logits(tokens), one.logits(tokens)) <= 1e-9
     assert nmse(lm.logits(tokens[:7], one_by_one=True), one.logits(tokens[:7])) <= 1e-9
-    assert continuation(lm.engine, tokens) == continuation(one.engine, tokens)
+    assert continuation(lm.closed_batch, tokens) == continuation(one.closed_batch, tokens)
 
 
 def test_shares_go_to_stages_where_there_are_several(load, recipe_gguf, tokens):

@@ -36,7 +36,7 @@ def check_equal(split, one, tokens):
     expected = one.logits(tokens)
     assert nmse(split.logits(tokens), expected) <= 1e-9
     assert nmse(split.logits(tokens[:7], one_by_one=True), expected[:7]) <= 1e-9
-    assert continuation(split.engine, tokens) == continuation(one.engine, tokens)
+    assert continuation(split.closed_batch, tokens) == continuation(one.closed_batch, tokens)
 
 
 # Results

@@ -28,7 +28,7 @@ GROUPS = {
 }
 """Headings of `--help`, by the first flag of each group: see `jaxsplit.cli.help`."""
 
-_TYPES = {"devices": int, "tensor_split": str}
+_TYPES = {"devices": int, "tensor_split": str, "logit_bias": str}
 """Of the flags of fields that take other values too in Python."""
 
 

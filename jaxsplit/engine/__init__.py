@@ -1,18 +1,28 @@
-"""The engine: compiled prefill and decode over a sharded cache, sampling on the devices."""
+"""The engine: compiled programs over a sharded cache, and a scheduler of requests."""
 
 from jaxsplit.config import SamplingConfig
+from jaxsplit.engine.closed_batch import ClosedBatch
 from jaxsplit.engine.compile_timer import compile_seconds
 from jaxsplit.engine.engine import Engine
-from jaxsplit.engine.request import EngineThread, Request
+from jaxsplit.engine.request import Request, RequestSpec, TokenLogprob
 from jaxsplit.engine.runner import compiler_options
-from jaxsplit.engine.stream import Stream
+from jaxsplit.engine.scheduler import Scheduler, Statistics
+from jaxsplit.engine.stream import Event, Generation, Stream
+from jaxsplit.engine.thread import SchedulerThread
 
 __all__ = [
+    "ClosedBatch",
     "Engine",
-    "EngineThread",
+    "Event",
+    "Generation",
     "Request",
+    "RequestSpec",
     "SamplingConfig",
+    "Scheduler",
+    "SchedulerThread",
+    "Statistics",
     "Stream",
+    "TokenLogprob",
     "compile_seconds",
     "compiler_options",
 ]

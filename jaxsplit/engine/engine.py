@@ -1,50 +1,84 @@
 """Prefill and decode of sequences through the pipeline stages of a model."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsplit.cache.layers import Cache
 from jaxsplit.comm.stage_transfer import fetch, transfer
 from jaxsplit.config import SamplingConfig
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy
 from jaxsplit.engine import steps
-from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
-from jaxsplit.engine.device_loop import DecodeLoops, MicroBatch
-from jaxsplit.engine.runner import StageRunner, compile_together
+from jaxsplit.engine.chunked_prefill import CHUNKS
+from jaxsplit.engine.device_loop import DecodeLoops
+from jaxsplit.engine.pending import PendingPrompts, PendingTokens
+from jaxsplit.engine.runner import PAGE, CacheSize, StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import Decoder
 from jaxsplit.sharding import Partition
-from jaxsplit.sharding.axes import Axis
+
+MAX_STOP_IDS = 16
+"""Tokens that stop a slot on the devices; the host looks for all."""
 
 
-def never_cancelled() -> bool:
-    """`Engine.is_cancelled` of a call whose caller waits for it."""
-    return False
+class Row(NamedTuple):
+    """A sequence of a program.
+
+    Attributes:
+      slot: of its decode state, on its data replica.
+      pages: of the cache, in order.
+      state: where its rings and recurrent states are.
+    """
+
+    slot: int
+    pages: Sequence[int]
+    state: int
+
+
+class Prompt(NamedTuple):
+    """A part of a prompt.
+
+    Attributes:
+      row: the sequence.
+      start: position of the first token.
+      tokens: the tokens to read.
+      ends: whether these are the last ones: the next token is sampled.
+      targets: for log-probabilities, the token after each of these; None: none are wanted.
+    """
+
+    row: Row
+    start: int
+    tokens: Sequence[int]
+    ends: bool
+    targets: Sequence[int] | None = None
 
 
 class Engine:
-    """Runs a model on a mesh: slots, each holding one sequence.
+    """Runs a model on a mesh: compiled programs over a sharded cache.
 
-    Slots are sharded over the `data` axis and grouped into micro-batches for the stages: while one
-    micro-batch is in a stage, another can be in the next. Calls return once the work is enqueued.
+    Sequences are on the replicas of the `data` axis. The stages work on micro-batches of rows:
+    while one is in a stage, another can be in the next. Calls return once the work is enqueued.
 
-    An engine is not thread-safe; `EngineThread` serves callers on any number of threads. Programs
-    donate the cache. If a call fails halfway, all sequences are lost; the next `start` or `logits`
-    allocates a new cache.
+    An engine is not thread-safe; the scheduler runs it on a thread of its own. Programs donate the
+    cache: if a call fails halfway, all sequences are lost.
 
     Args:
       models: the decoder of each stage, its parameters on the stage's mesh.
       partition: the stages.
-      context: length of each slot's cache, in tokens.
+      context: most tokens of a sequence.
       cache_dtype: dtype of keys and values.
-      slots: sequences that are decoded together.
+      slots: sequences that can be decoded together.
+      cache_tokens: tokens whose keys and values are kept, on each data replica; None: a context of
+        each slot.
+      checkpoints: copies of rings and recurrent states that are kept besides, on each replica.
+      page: tokens of a page.
       vocab: tokens of the vocabulary; larger ids are never sampled; None: all rows of the head.
       stop_ids: tokens that stop a slot.
       chunks: lengths for which prefill is compiled; longer prompts are read in chunks.
@@ -54,8 +88,9 @@ class Engine:
 
     Attributes:
       stop_ids: tokens that stop a slot.
-      is_cancelled: whether the caller has stopped waiting. The engine asks before each chunk of a
-        prompt and each block of steps, and raises `CancelledError`.
+      size: of the cache of a data replica.
+      slots_per_replica: slots of a data replica.
+      lost: whether a call failed halfway; `reset` makes the engine work again.
       loops: whether decode loops run on the devices. Not on CPUs, where XLA takes twice as long for
         a step inside a loop, and not across stages without peer access.
     """
@@ -68,6 +103,9 @@ class Engine:
         context: int,
         cache_dtype: jnp.dtype,
         slots: int = 1,
+        cache_tokens: int | None = None,
+        checkpoints: int = 0,
+        page: int = PAGE,
         vocab: int | None = None,
         stop_ids: Sequence[int] = (),
         chunks: Sequence[int] = CHUNKS,
@@ -78,71 +116,55 @@ class Engine:
         self.config = models[0].config
         self.context = context
         self.chunks = chunks
+        self.slots = slots
+        self.slots_per_replica = -(-slots // partition.data)
+        size = CacheSize.of_slots(context, self.slots_per_replica, page)
+        if cache_tokens is not None:
+            size = dataclasses.replace(size, pages=max(1, cache_tokens // size.page))
+        self.size = dataclasses.replace(size, states=size.states + checkpoints)
         self.runners = [
             StageRunner(
-                model, stage, context, cache_dtype, policy, vocab=vocab, peer_access=peer_access
+                model, stage, self.size, cache_dtype, policy, vocab=vocab, peer_access=peer_access
             )
             for model, stage in zip(models, partition.stages, strict=True)
         ]
         self.stop_ids = frozenset(stop_ids)
-        stop_ids = np.asarray(sorted(stop_ids) or [-1], np.int32)
-        self._stop_ids = self.runners[-1].put(stop_ids)
-        count = min(slots, len(self.runners))
-        self._slots_per_device = -(-slots // (count * partition.data))  # of one micro-batch
-        count = -(-slots // (self._slots_per_device * partition.data))
-        self._slots_per_micro_batch = self._slots_per_device * partition.data
-        self.slots = slots
-        self.is_cancelled: Callable[[], bool] = never_cancelled
         self._peer_access = peer_access
-        self._micro_batches = [MicroBatch([]) for _ in range(count)]
-        self._sampler: SamplerSpec | None = None
-        self._sampling: dict[int, SamplingConfig] = {}  # of started slots
+        self._caches: list[Cache] = []
         self.reset()
         platform = partition.stages[0].mesh.devices.flat[0].platform
         several = len(self.runners) > 1
         self.loops = self._decode_loops.in_ring if several else platform != "cpu"
 
     def reset(self) -> None:
-        """Drops all sequences and reallocates the cache.
-
-        Attention multiplies masked values of earlier sequences by 0, so no NaN may remain.
-        """
-        self._sampling = {}
-        for one in self._micro_batches:  # frees the old buffers first
-            one.caches, one.state, one.step_inputs, one.output_tokens = [], None, None, None
-        slots = self._slots_per_micro_batch
-        for one in self._micro_batches:
-            one.caches = [runner.empty_cache(slots) for runner in self.runners]
+        """Drops all sequences and reallocates the cache."""
+        self._rows: dict[tuple, tuple[steps.Rows, list[steps.Rows]]] = {}
+        self._caches, self._state, self._params = [], None, None  # frees the old buffers first
+        self._caches = [runner.empty_cache() for runner in self.runners]
+        last, count = self.runners[-1], self.slots_per_replica * self.partition.data
+        self._state = last.empty_state(count)
+        unused = self._slot_params([(SamplingConfig(temperature=0.0), (), 0)] * count)
+        self._params = last.put(unused, by_slot=True)
         self._decode_loops = DecodeLoops(
             self.runners,
-            self._stop_ids,
-            self._slots_per_device,
-            len(self._micro_batches),
+            self.slots_per_replica,
+            len(self.runners),
             peer_access=self._peer_access,
         )
-        self._lost = False
+        self.lost = False
 
     @contextlib.contextmanager
-    def _consuming(self, *, new: bool = False) -> Iterator[None]:
+    def _consuming(self) -> Iterator[None]:
         """Runs programs that donate caches and states; an exception loses them.
 
-        Args:
-          new: the call starts new sequences and may reset the engine.
-
         Raises:
-          JaxsplitError: an earlier call lost the sequences that this one would continue.
+          JaxsplitError: an earlier call has lost the sequences.
         """
-        if self._lost and not new:
+        if self.lost:
             raise JaxsplitError("an earlier call failed and its sequences are lost; start new ones")
-        if self._lost:
-            self.reset()
-        self._lost = True
+        self.lost = True
         yield
-        self._lost = False
-
-    def _check_cancelled(self) -> None:
-        if self.is_cancelled():
-            raise CancelledError
+        self.lost = False
 
     @property
     def communication(self) -> list[str]:
@@ -160,297 +182,340 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values on the fullest device of this process."""
-        return _bytes_on_fullest([one.caches for one in self._micro_batches])
+        return _bytes_on_fullest(self._caches)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of parameters on the fullest device of this process."""
         return _bytes_on_fullest([r.params for r in self.runners if r.stage.is_local])
 
+    @property
+    def stateful(self) -> bool:
+        """Whether layers have rings or recurrent states, which cannot be cut back."""
+        return any(runner.stateful for runner in self.runners)
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that may be sampled."""
+        return self.runners[-1].vocab
+
     def _transfer(self, tree: Any, like: Any, source: int, target: int) -> Any:
         """Transfers arrays from one stage's devices to another's."""
         stages = self.partition.stages
         return transfer(tree, like, stages[source].mesh, stages[target].mesh)
 
-    # Prefill
+    # What a scheduler runs
 
-    def _prefill(
+    def host_rows(self, rows: Sequence[Sequence[Row | None]], count: int) -> steps.Rows:
+        """Rows of a program, for each data replica, filled up to `count`: int32 arrays of NumPy."""
+        slots = np.full((len(rows), count), self.slots_per_replica, np.int32)
+        states = np.full((len(rows), count), self.size.states, np.int32)
+        pages = np.zeros((len(rows), count, self.size.pages_per_sequence), np.int32)
+        for replica, own in enumerate(rows):
+            for i, row in enumerate(own):
+                if row is not None:
+                    slots[replica, i], states[replica, i] = row.slot, row.state
+                    pages[replica, i, : len(row.pages)] = row.pages
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps.Rows(slots, states, pages))
+
+    def _slot_params(
+        self, slots: Sequence[tuple[SamplingConfig, Collection[int], int]]
+    ) -> steps.SlotParams:
+        """Parameters of slots: sampling, tokens that stop it, position of its last token."""
+        stop_ids = np.full((len(slots), MAX_STOP_IDS), -1, np.int32)
+        for row, (_, ids, _) in zip(stop_ids, slots, strict=True):
+            few = sorted(ids)[:MAX_STOP_IDS]
+            row[: len(few)] = few
+        sampler = SamplerParams.of([config for config, _, _ in slots], self.context)
+        end = np.asarray([min(end, self.context) for _, _, end in slots], np.int32)
+        return steps.SlotParams(sampler, stop_ids, end)
+
+    def assign(
         self,
-        micro_batch: MicroBatch,
-        local: int,
-        prompts: Sequence[Sequence[int]],
+        replica: int,
+        slot: int,
+        tokens: Sequence[int],
+        sampling: SamplingConfig,
         *,
-        all_logits: bool = False,
-        chunks: Sequence[int] | None = None,
-        queued: int = 1,
-    ) -> Iterator[tuple[jax.Array | None, np.ndarray, np.ndarray, int]]:
-        """Reads prompts into empty slots, one for each data replica, chunk by chunk.
-
-        Args:
-          micro_batch: the slots' micro-batch.
-          local: index of each slot on its device.
-          prompts: one for each data replica; empty ones are skipped.
-          all_logits: logits of all positions, not of each chunk's last one only.
-          chunks: compiled chunk lengths; None: those of the engine.
-          queued: as in `chunk_lengths`.
-
-        Yields:
-          the logits of a chunk, the start and the count of tokens read of each prompt, int32
-          `[data]`, and the chunk's length.
-        """
-        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-        done = np.zeros_like(lengths)
-        slot = np.full_like(lengths, local)
-        stages = len(self.runners)
-        for length in chunk_lengths(lengths.max(), chunks or self.chunks, stages, queued):
-            self._check_cancelled()
-            count = np.minimum(lengths - done, length)
-            programs = [runner.prefill(length, all_logits=all_logits) for runner in self.runners]
-            if stages > 1:
-                compile_together(programs, partial(self._prefill_arguments, length))
-            x: Any = np.zeros((len(prompts), length), np.int32)
-            for row, (prompt, start, n) in enumerate(zip(prompts, done, count, strict=True)):
-                x[row, :n] = prompt[start : start + n]
-            for i, (runner, program) in enumerate(zip(self.runners, programs, strict=True)):
-                if i:
-                    x = self._transfer(x, runner.input_shape(len(prompts), length), i - 1, i)
-                chunk = steps.PrefillChunk(done.copy(), count, slot)
-                micro_batch.caches[i], x = program(runner.params, micro_batch.caches[i], x, chunk)
-            yield x, done.copy(), count, length
-            done += count
-
-    def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
-        """Logits after each token: float32 `[time, vocab]`. Overwrites slot 0.
-
-        Args:
-          tokens: at most `context`.
-          one_by_one: one token at a time through the cache, as in decoding.
-        """
-        prompts = [tokens, *[()] * (self.partition.data - 1)]
-        last = self.runners[-1].stage
-        rows = last.layout(Axis("vocab", self.config.vocab)).size
-        parts = [np.zeros((0, self.config.vocab), np.float32)]
-        chunks = [1] if one_by_one else None
-        with self._consuming(new=True):
-            for logits, _, count, length in self._prefill(
-                self._micro_batches[0], 0, prompts, all_logits=True, chunks=chunks
-            ):
-                like = jax.ShapeDtypeStruct((len(prompts), length, rows), np.float32)
-                whole = np.asarray(self._fetchable(logits, like))
-                parts.append(whole[0, : count[0], : self.config.vocab])
-        found = np.concatenate(parts)
-        if not np.isfinite(found).all():
-            self.reset()
-        return found
-
-    def start(
-        self, tokens: Sequence[int], sampling: Sequence[SamplingConfig] | SamplingConfig, slot=0
+        stop_ids: Collection[int] = (),
+        end: int | None = None,
     ) -> None:
-        """Reads a prompt into a slot and samples the token that follows it.
+        """Begins a sequence in a slot: the tokens so far, which penalties count, and how to go on.
 
         Args:
-          tokens: 1 to `context` ids.
-          sampling: config of this slot, or a config for each slot.
-          slot: index of the slot; its previous sequence is dropped.
-
-        Raises:
-          JaxsplitError: slots that are still decoding need another `SamplerSpec`.
+          replica, slot: the slot.
+          tokens: the prompt.
+          sampling: how tokens are chosen.
+          stop_ids: tokens that stop the slot; of more than `MAX_STOP_IDS`, the others do not.
+          end: position of the last token; None: the context's.
         """
-        self.start_all({slot: tokens}, sampling)
-
-    def start_all(
-        self,
-        prompts: Mapping[int, Sequence[int]],
-        sampling: Sequence[SamplingConfig] | SamplingConfig,
-    ) -> None:
-        """Reads prompts into slots, in parallel over the `data` axis; otherwise as `start`."""
-        one = isinstance(sampling, SamplingConfig)
-        started = {slot: sampling if one else sampling[slot] for slot in prompts}
-        others = {} if self._lost else self._sampling
-        kept = {slot: others[slot] for slot in others.keys() - prompts.keys()}
-        specs = {SamplerSpec.of(c, self.context) for c in (*started.values(), *kept.values())}
-        if len(specs) > 1:
-            raise JaxsplitError(
-                "slots are decoded together only if their top_k and repeat_last_n agree, and "
-                "whether they are greedy and penalized; start all of them anew"
+        data, end = self.partition.data, self.context if end is None else end
+        slots = np.full(data, self.slots_per_replica, np.int32)
+        slots[replica] = slot
+        history = np.full((data, self.context + 1), -1, np.int32)
+        history[replica, : len(tokens)] = tokens
+        new = self._slot_params([(sampling, stop_ids, end)] * data)
+        with self._consuming():
+            self._state, self._params = self.runners[-1].assign()(
+                self._state, self._params, slots, history, new
             )
-        with self._consuming(new=True):
-            (self._sampler,) = specs
-            self._sampling = kept | started
-            self._start_all(prompts)
 
-    def _start_all(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        window, data = self._window(self._sampler), self.partition.data
-        per_device, per_batch = self._slots_per_device, self._slots_per_micro_batch
-        runner, unused = self.runners[-1], next(iter(self._sampling.values()))
-        for i, one in enumerate(self._micro_batches):
-            first = i * per_batch
-            configs = [self._sampling.get(first + slot, unused) for slot in range(per_batch)]
-            one.sampler = runner.put(SamplerParams.of(configs), by_slot=True)
-            if one.state is None or one.state.recent.shape[1] != window:
-                one.state, one.step_inputs = runner.empty_state(per_batch, window), None
-            for local in range(per_device):
-                slots = [first + replica * per_device + local for replica in range(data)]
-                if any(slot in prompts for slot in slots):
-                    rows = [prompts.get(slot, ()) for slot in slots]
-                    self._start(one, local, rows, queued=-(-len(prompts) // data))
+    def copy(self, replica: int, *, pages: Sequence = (), states: Sequence = ()) -> None:
+        """Copies pages and states of a data replica: pairs of indices, from and to."""
+        size = max(1, _power_of_2(max(len(pages), len(states))))
 
-    @staticmethod
-    def _window(sampler: SamplerSpec) -> int:
-        # XLA:GPU fails on empty arrays when it compiles for several devices.
-        return max(1, sampler.window)
+        def pairs(given: Sequence, none: int) -> np.ndarray:
+            found = np.full((self.partition.data, size, 2), none, np.int32)
+            for i, pair in enumerate(given):
+                found[replica, i] = pair
+            return found.reshape(-1, 2)
 
-    def _start(
+        both = pairs(pages, self.size.pages), pairs(states, self.size.states)
+        with self._consuming():
+            for i, runner in enumerate(self.runners):
+                self._caches[i] = runner.copy()(self._caches[i], *both)
+
+    def read_prompts(
         self,
-        micro_batch: MicroBatch,
-        local: int,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[Prompt]],
         *,
-        queued: int,
-    ) -> None:
-        window = self._window(self._sampler)
-        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-        recent = np.full((len(prompts), window), -1, np.int32)
-        for row, prompt in zip(recent, prompts, strict=True):
-            last = prompt[-window:]
-            row[window - len(last) :] = last
-        inputs = steps.SamplerInputs(self._stop_ids, micro_batch.sampler)
-        for logits, done, count, _ in self._prefill(micro_batch, local, prompts, queued=queued):
-            ended = (count > 0) & (done + count == lengths)
-            if not ended.any():
-                continue
-            slot = np.where(ended, local, -1).astype(np.int32)
-            prompt = steps.PromptEnd(recent, lengths, slot)
-            program = self.runners[-1].sample_first(self._sampler)
-            micro_batch.state, micro_batch.step_inputs = program(
-                logits, micro_batch.state, prompt, inputs
-            )
-
-    # Decode
-
-    def step(self) -> None:
-        """Enqueues a decode step: one token in each active slot."""
-        with self._consuming():
-            self._step()
-
-    def _step(self) -> None:
-        inputs_like = jax.ShapeDtypeStruct((self._slots_per_micro_batch, 2), np.int32)
-        for one in self._micro_batches:
-            x, inputs = None, self._transfer(self._step_inputs(one), inputs_like, -1, 0)
-            for i, runner in enumerate(self.runners[:-1]):
-                program = runner.decode_layers()
-                one.caches[i], x = program(runner.params, one.caches[i], x, inputs)
-                x_like = self.runners[i + 1].input_shape(self._slots_per_micro_batch, 1)
-                x, inputs = self._transfer((x, inputs), (x_like, inputs_like), i, i + 1)
-            runner = self.runners[-1]
-            sampler = steps.SamplerInputs(self._stop_ids, one.sampler)
-            program = runner.decode_and_sample(self._sampler)
-            one.caches[-1], one.state, one.step_inputs = program(
-                runner.params, one.caches[-1], x, one.state, sampler
-            )
-
-    def tokens(self) -> list[jax.Array]:
-        """The slots' last tokens, still being computed; `read` waits for them."""
-        like = jax.ShapeDtypeStruct((self._slots_per_micro_batch, 2), np.int32)
-        return [self._fetchable(self._step_inputs(one), like) for one in self._micro_batches]
-
-    def _step_inputs(self, micro_batch: MicroBatch) -> jax.Array | None:
-        if micro_batch.step_inputs is None:
-            micro_batch.step_inputs = self.runners[-1].step_inputs()(micro_batch.state)
-        return micro_batch.step_inputs
-
-    def read(self, tokens: Sequence[jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-        """Waits for the result of `tokens`: int32 `[slots]`, and which slots are active, bool.
-
-        A token is `NOT_FINITE` where the model's logits were not finite.
-        """
-        with self._consuming():  # errors of the device surface here
-            inputs = np.concatenate([np.asarray(x) for x in tokens])[: self.slots]
-        return inputs[:, 0], inputs[:, 1] >= 0
-
-    def loop(self, limit: int, length: int = 32) -> np.ndarray:
-        """Decodes up to `limit` tokens in each active slot, on the devices if the engine `loops`.
+        rows: int,
+        length: int,
+        sampler: SamplerSpec,
+        wanted: str = "last",
+    ) -> PendingPrompts:
+        """Reads a part of each of some prompts, and samples the next token of those that end.
 
         Args:
-          limit: steps to run.
-          length: size of the output buffer, for which the loop is compiled; caps `limit`.
-
-        Returns:
-          int32 `[slots, limit]`: -1 where a slot had stopped, `NOT_FINITE` where the model's logits
-          were not finite, which stops the slot.
+          prompts: for each data replica.
+          rows: of the program, on each replica, for which it is compiled.
+          length: tokens of each row, for which it is compiled.
+          sampler: the spec of the prompts that end.
+          wanted: as in `StageRunner.prefill`.
         """
-        self._check_cancelled()
-        limit = min(limit, length)
-        if not self.loops:
-            return self._step_loop(limit)
         with self._consuming():
-            return self._device_loop(limit, length)
+            return self._read_prompts(prompts, rows, length, sampler, wanted)
 
-    def _device_loop(self, limit: int, length: int) -> np.ndarray:
-        self._decode_loops.run(self._micro_batches, self._sampler, limit, length)
-        like = jax.ShapeDtypeStruct((self._slots_per_micro_batch, length), np.int32)
-        tokens = [self._fetchable(one.output_tokens, like) for one in self._micro_batches]
-        # NumPy views of an array on several CPUs may keep its buffer alive (jax 0.11).
-        tokens = [x.addressable_data(0) if x.is_fully_replicated else x for x in tokens]
-        return np.concatenate([np.array(x) for x in tokens])[: self.slots, :limit]
+    def _read_prompts(
+        self,
+        prompts: Sequence[Sequence[Prompt]],
+        rows: int,
+        length: int,
+        sampler: SamplerSpec,
+        wanted: str,
+    ) -> PendingPrompts:
+        data, stages = self.partition.data, len(self.runners)
+        host = self.host_rows([[one.row for one in own] for own in prompts], rows)
+        start, count = np.zeros((2, data, rows), np.int32)
+        x: Any = np.zeros((data, rows, length), np.int32)
+        targets = np.full((data, rows, length), -1, np.int32)
+        slots = host.slots.reshape(data, rows).copy()
+        for replica, own in enumerate(prompts):
+            for i, one in enumerate(own):
+                start[replica, i], count[replica, i] = one.start, len(one.tokens)
+                x[replica, i, : len(one.tokens)] = one.tokens
+                if one.targets is not None:
+                    targets[replica, i, : len(one.targets)] = one.targets
+                if not one.ends:
+                    slots[replica, i] = self.slots_per_replica
+        ends = wanted != "logits" and any(one.ends for own in prompts for one in own)
+        x, targets = x.reshape(-1, length), targets.reshape(-1, length)
+        chunk = steps.PrefillChunk(start.reshape(-1), count.reshape(-1), host)
+        programs = [runner.prefill(rows, length, wanted) for runner in self.runners]
+        if stages > 1:
+            arguments = partial(self._prefill_arguments, rows, length)
+            compile_together(programs, arguments)
+        given = targets if wanted == "logprobs" else None
+        for i, (runner, program) in enumerate(zip(self.runners, programs, strict=True)):
+            if i:
+                x = self._transfer(x, runner.input_shape(data * rows, length), i - 1, i)
+            self._caches[i], x = program(runner.params, self._caches[i], x, chunk, given)
+        details = None
+        if wanted == "logprobs":
+            x, details = x if x is not None else (None, None)
+        outputs = None
+        if ends:
+            last = dataclasses.replace(
+                chunk, rows=dataclasses.replace(host, slots=slots.reshape(-1))
+            )
+            self._state, outputs = self.runners[-1].sample_first(sampler)(
+                x, self._state, last, self._params
+            )
+        logits = x if wanted == "logits" else None
+        return PendingPrompts(
+            self,
+            (data, rows, length),
+            sampler,
+            outputs,
+            details,
+            logits,
+            ends=ends,
+            wanted=wanted,
+        )
 
-    def _step_loop(self, limit: int) -> np.ndarray:
+    def decode(
+        self,
+        rows: Sequence[Sequence[Row]],
+        sampler: SamplerSpec,
+        limit: int,
+        *,
+        length: int = 32,
+        on_host: bool = False,
+    ) -> PendingTokens:
+        """Decodes up to `limit` tokens of each row, on the devices if the engine `loops`.
+
+        Args:
+          rows: for each data replica.
+          sampler: the spec of these rows.
+          limit: steps.
+          length: steps that the outputs have room for; caps `limit`.
+          on_host: step by step from the host.
+        """
+        count = min(len(self.runners), max(map(len, rows)))  # micro-batches
+        size = _power_of_2(-(-max(map(len, rows)) // count))
+        size = min(size, self.slots_per_replica)
+        count = -(-max(map(len, rows)) // size)
+        batches = [[own[i * size : (i + 1) * size] for own in rows] for i in range(count)]
+        with self._consuming():
+            held = [self._device_rows(i, batch, size, count) for i, batch in enumerate(batches)]
+            by_stage = [list(one) for one in zip(*held, strict=True)]
+            if self.loops and not on_host:
+                return self._device_loop(by_stage, sampler, min(limit, length), length)
+            return self._step_loop(by_stage, sampler, min(limit, length))
+
+    def _device_rows(
+        self, index: int, rows: Sequence[Sequence[Row | None]], size: int, count: int
+    ) -> list[steps.Rows]:
+        """A micro-batch's rows on each stage, in the same buffers as those before."""
+        host, key = self.host_rows(rows, size), (index, size, count)
+        before, held = self._rows.get(key, (None, None))
+        if before is None:
+            held = [runner.put(host, by_slot=True) for runner in self.runners]
+        elif not all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(host))):
+            del self._rows[key]
+            held = [
+                runner.overwrite()(old, runner.put(host, by_slot=True))
+                for runner, old in zip(self.runners, held, strict=True)
+            ]
+        self._rows[key] = host, held
+        return held
+
+    def _device_loop(
+        self,
+        rows: list[list[steps.Rows]],
+        sampler: SamplerSpec,
+        limit: int,
+        length: int,
+    ) -> PendingTokens:
+        self._caches, self._state, outputs = self._decode_loops.run(
+            self._caches, self._state, rows, self._params, sampler, limit=limit, length=length
+        )
+        copies = [
+            self.runners[-1].copied()(one) for one in outputs
+        ]  # the next loop overwrites them
+        size = self._size_of(rows, 0)
+        return PendingTokens(self, size, sampler, [[one] for one in copies], length, limit)
+
+    def _step_loop(
+        self, rows: list[list[steps.Rows]], sampler: SamplerSpec, limit: int
+    ) -> PendingTokens:
         """Decodes step by step from the host.
 
         Several stages: all steps are enqueued before the first is read. One stage: each step is
-        read, which lets the loop end with the last active slot; CPUs have no queue to fill anyway.
+        read, which lets the loop end with the last active row; CPUs have no queue to fill anyway.
         """
-        pending = [self.tokens()]
+        columns, last = [], self.runners[-1]
+        inputs = [last.step_inputs()(self._state, one) for one in rows[-1]]
         for _ in range(limit):
-            self._check_cancelled()
-            self.step()
-            pending.append(self.tokens())
-            if len(self.runners) == 1 and not self.read(pending[-1])[1].any():
+            if len(self.runners) == 1 and (np.asarray(inputs[0])[:, 1] < 0).all():
                 break
-        read = [self.read(tokens) for tokens in pending]
-        columns = [
-            np.where(active, token, -1)
-            for (_, active), (token, _) in zip(read[:-1], read[1:], strict=True)
-        ]
-        output = np.full((self.slots, limit), -1, np.int32)
-        for i, column in enumerate(columns):
-            output[:, i] = column
-        return output
+            sampled, inputs = self._step(rows, sampler, inputs)
+            columns.append(sampled)
+        size = self._size_of(rows, 0)
+        by_batch = [[column[i] for column in columns] for i in range(len(rows[0]))]
+        return PendingTokens(self, size, sampler, by_batch, 1, limit)
 
-    def _fetchable(self, x: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """An array of the last stage as one that this process can read."""
-        return fetch(x, like, self.partition.stages[-1].mesh, self.partition.global_mesh)
+    def _step(
+        self, rows: list[list[steps.Rows]], sampler: SamplerSpec, inputs: list[jax.Array | None]
+    ) -> tuple[list[steps.Outputs], list[jax.Array | None]]:
+        """A decode step of each micro-batch, from and to their `steps.step_inputs`."""
+        outputs, following, last = [], [], self.runners[-1]
+        for batch, given in enumerate(inputs):
+            size = self._size_of(rows, batch)
+            like = jax.ShapeDtypeStruct((size, 2), np.int32)
+            x, given = None, self._transfer(given, like, -1, 0)
+            for i, runner in enumerate(self.runners[:-1]):
+                program = runner.decode_layers()
+                self._caches[i], x = program(
+                    runner.params, self._caches[i], x, given, rows[i][batch]
+                )
+                x_like = self.runners[i + 1].input_shape(size, 1)
+                x, given = self._transfer((x, given), (x_like, like), i, i + 1)
+            program = last.decode_and_sample(sampler)
+            self._caches[-1], self._state, sampled, new = program(
+                last.params, self._caches[-1], x, self._state, rows[-1][batch], self._params
+            )
+            outputs.append(sampled)
+            following.append(new)
+        return outputs, following
+
+    def step_inputs(self, rows: Sequence[Sequence[Row]]) -> jax.Array | None:
+        """`steps.step_inputs` of rows, on the last stage, still being computed."""
+        host = self.host_rows(rows, self.slots_per_replica)
+        return self.runners[-1].step_inputs()(self._state, host)
+
+    @staticmethod
+    def _size_of(rows: list[list[steps.Rows]], batch: int) -> int:
+        return rows[0][batch].slots.shape[0]
+
+    def fetch(self, tree: Any, like: Any) -> Any:
+        """Arrays of the last stage as NumPy arrays in every process; waits for them.
+
+        Args:
+          tree: the arrays; None in a process without a device of the last stage.
+          like: their global shapes and dtypes.
+        """
+        leaves, structure = jax.tree.flatten(like)
+        arrays = [None] * len(leaves) if tree is None else jax.tree.leaves(tree)
+        last, everywhere = self.partition.stages[-1].mesh, self.partition.global_mesh
+        with self._consuming():  # errors of the device surface here
+            found = [fetch(x, one, last, everywhere) for x, one in zip(arrays, leaves, strict=True)]
+            # NumPy views of an array on several CPUs may keep its buffer alive (jax 0.11).
+            found = [x.addressable_data(0) if x.is_fully_replicated else x for x in found]
+            return jax.tree.unflatten(structure, [np.array(x) for x in found])
 
     # Inspection
 
-    def _prefill_arguments(self, length: int, stage: int) -> tuple:
-        cache = self._micro_batches[0].caches[stage]
-        return self.runners[stage].prefill_arguments(length, cache)
+    def _prefill_arguments(self, rows: int, length: int, stage: int) -> tuple:
+        return self.runners[stage].prefill_arguments(rows, length, self._caches[stage])
 
     def trace_prefill(self, length: int) -> list[jax.stages.Traced]:
         """Traces each stage's prefill of a chunk, without compiling it."""
         return [
-            runner.prefill(length, all_logits=False).trace(*self._prefill_arguments(length, i))
+            runner.prefill(1, length).trace(*self._prefill_arguments(1, length, i))
             for i, runner in enumerate(self.runners)
         ]
 
-    def trace_step(self, sampling: SamplingConfig) -> list[jax.stages.Traced]:
-        """Traces each stage's decode step, without compiling it."""
+    def trace_step(self, sampling: SamplingConfig, rows: int = 1) -> list[jax.stages.Traced]:
+        """Traces each stage's decode step of `rows` rows on each device, without compiling it."""
         traced, sampler = [], SamplerSpec.of(sampling, self.context)
-        slots = self._slots_per_micro_batch
+        host = self.host_rows([[]] * self.partition.data, rows)
+        count = len(host.slots)
         for i, runner in enumerate(self.runners):
-            x = runner.input_shape(slots, 1) if i else None
-            cache = self._micro_batches[0].caches[i]
+            x = runner.input_shape(count, 1) if i else None
             if runner.last:
-                state = runner.empty_state(slots, self._window(sampler))
-                params = SamplerParams.of([sampling] * slots)
-                inputs = steps.SamplerInputs(self._stop_ids, params)
-                arguments = (runner.params, cache, x, state, inputs)
+                arguments = (runner.params, self._caches[i], x, self._state, host, self._params)
                 traced.append(runner.decode_and_sample(sampler).trace(*arguments))
             else:
-                inputs = jax.ShapeDtypeStruct((slots, 2), np.int32)
-                traced.append(runner.decode_layers().trace(runner.params, cache, x, inputs))
+                inputs = jax.ShapeDtypeStruct((count, 2), np.int32)
+                arguments = (runner.params, self._caches[i], x, inputs, host)
+                traced.append(runner.decode_layers().trace(*arguments))
         return traced
+
+
+def _power_of_2(x: int) -> int:
+    """The smallest power of 2 that is at least `x`."""
+    return 1 << max(x - 1, 0).bit_length()
 
 
 def _bytes_on_fullest(tree: Any) -> int:

@@ -1,179 +1,182 @@
-"""Requests from any thread, served one at a time on the thread that runs the engine."""
+"""What a caller wants of the engine, and what has come of it."""
 
-import atexit
 import dataclasses
+import math
 import queue
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxsplit.config import SamplingConfig
-from jaxsplit.engine.engine import Engine, never_cancelled
-from jaxsplit.engine.sampling import NOT_FINITE
-from jaxsplit.errors import JaxsplitError
+
+STOP, LENGTH, CONTEXT, CANCELLED, DEADLINE = "stop", "length", "context", "cancelled", "deadline"
 
 
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt and the tokens that follow it.
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, before any sampling option.
+
+    Attributes:
+      token: its id.
+      logprob: natural logarithm of its probability.
+      top: ids and log-probabilities of the likeliest tokens at its place, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """When things happened to a request: seconds of `time.perf_counter`, 0 if they did not.
+
+    Attributes:
+      submitted: it was handed in.
+      started: the first chunk of its prompt was enqueued.
+      first_token, last_token: these tokens arrived on the host.
+    """
+
+    submitted: float = 0.0
+    started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestSpec:
+    """What is wanted.
 
     Attributes:
       prompt: ids, 1 to the context's length.
-      sampling: config of the sampler.
-      limit: maximum number of tokens; infinity: until the context is full.
-      tokens: ids decoded so far, the stop token included.
+      sampling: how tokens are chosen.
+      max_tokens: most tokens to generate; infinity: until the text or the context ends.
+      stop_ids: tokens that end the text.
+      priority: requests of a higher one go first.
+      timeout: seconds after which it ends, however far it is; None: never.
+      block: tokens that are decoded before the host reads them, at most; None: as many as suit.
+      prompt_logprobs: the prompt's log-probabilities are wanted.
+      logits: the prompt's logits are wanted, and no tokens; `one_by_one`: one token at a time.
+      share_prefix: use what the cache has of the prompt.
     """
 
     prompt: Sequence[int]
-    sampling: SamplingConfig
-    limit: float
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    max_tokens: float = math.inf
+    stop_ids: Collection[int] = ()
+    priority: int = 0
+    timeout: float | None = None
+    block: int | None = None
+    prompt_logprobs: bool = False
+    logits: bool = False
+    one_by_one: bool = False
+    share_prefix: bool = True
+
+    @property
+    def wanted(self) -> str:
+        """What its prompt is read for, as in `StageRunner.prefill`."""
+        return "logits" if self.logits else "logprobs" if self.prompt_logprobs else "last"
 
 
-_MIN_TURN = 32
-"""Tokens that a request decodes at least when its turn comes again."""
-
-
-def _serve(calls: "queue.SimpleQueue[Callable | None]") -> None:
-    """Runs calls until there is None."""
-    while True:
-        call = calls.get()
-        if call is None:
-            return
-        call()
-        del call  # frees what it refers to while this waits for the next
-
-
-_threads: "weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue]" = (
-    weakref.WeakKeyDictionary()
-)
-
-
-@atexit.register
-def _end_threads() -> None:
-    """JAX must not run on a thread while the interpreter shuts down."""
-    for thread, calls in [*_threads.items()]:
-        calls.put(None)
-        thread.join()
-
-
-class EngineThread:
-    """Runs an engine on its own thread, for callers on any thread.
-
-    Calls run one at a time. An exception that a signal raises in a caller, such as
-    `KeyboardInterrupt`, never interrupts the engine: the caller stops waiting, and the engine's
-    thread cancels the call before its next chunk or step.
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """News of a request.
 
     Attributes:
-      turn: a lock; a caller holds it to make several calls without others in between.
+      tokens: ids that have arrived, the stop token included.
+      logprobs: of these, if wanted.
+      finish_reason: `stop`, `length`, `context`, `cancelled` or `deadline`; None: it goes on.
+      error: why it failed.
     """
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self._calls: queue.SimpleQueue[Callable | None] = queue.SimpleQueue()
-        self._current: Request | None = None  # the cache holds its tokens
-        self.turn = threading.RLock()
-        name, arguments = "jaxsplit-engine", (self._calls,)
-        thread = threading.Thread(target=_serve, args=arguments, name=name, daemon=True)
-        thread.start()
-        weakref.finalize(self, self._calls.put, None).atexit = False
-        _threads[thread] = self._calls
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
+    finish_reason: str | None = None
+    error: BaseException | None = None
 
-    def _call(self, function: Callable, *arguments: Any) -> Any:
-        """Runs a function on the engine's thread; cancels it if the caller stops waiting.
+    @property
+    def last(self) -> bool:
+        """Whether nothing follows."""
+        return self.finish_reason is not None or self.error is not None
 
-        Locks written in Python, as executors and events have, may stay locked when a signal raises
-        in them. A `SimpleQueue` has none.
+
+class Request:
+    """A request and what has come of it. Made by `Scheduler.submit`.
+
+    Attributes:
+      spec: what is wanted.
+      id: its number.
+      tokens: ids generated so far, the stop token included.
+      cached_tokens: tokens of the prompt that were in the cache; -1: it has not begun.
+      prompt_logprobs: of the prompt's tokens but the first, if wanted.
+      logits: float32 `[time, vocab]`, if wanted, once it is done.
+      timings: when things happened.
+    """
+
+    def __init__(self, spec: RequestSpec, number: int, cancel: Callable[["Request"], None]):
+        self.spec, self.id = spec, number
+        self.tokens: list[int] = []
+        self.cached_tokens = -1
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.logits: np.ndarray | None = None
+        self.timings = Timings(submitted=time.perf_counter())
+        self._cancel = cancel
+        self._news: queue.SimpleQueue[Progress] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._listener: Callable[[], None] | None = None
+        self.done = False
+
+    def cancel(self) -> None:
+        """Ends it, at once."""
+        if not self.done:
+            self._cancel(self)
+
+    def next(self) -> Progress:
+        """Waits for news. Raises what it failed with.
+
+        A `SimpleQueue` has no lock written in Python, which might stay locked if a signal raises an
+        exception here.
         """
-        cancelled: list[bool] = []
-        reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        return self._checked(self._news.get())
 
-        def run() -> None:
-            self._engine.is_cancelled = lambda: bool(cancelled)
-            try:
-                reply.put((function(*arguments), None))
-            except BaseException as error:
-                reply.put((None, error))
-            finally:
-                self._engine.is_cancelled = never_cancelled
-
-        with self.turn:
-            try:
-                self._calls.put(run)
-                value, error = reply.get()
-            except BaseException:
-                cancelled.append(True)
-                raise
+    def next_now(self) -> Progress | None:
+        """News, if there are any."""
         try:
-            if error is not None:
-                raise error
-            return value
+            return self._checked(self._news.get_nowait())
+        except queue.Empty:
+            return None
+
+    @staticmethod
+    def _checked(news: Progress) -> Progress:
+        if news.error is None:
+            return news
+        try:
+            raise news.error
         finally:
-            del error  # its traceback refers to this frame
+            del news  # its traceback refers to this frame
 
-    def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
-        """As `Engine.logits`."""
-        return self._call(self._logits, tokens, one_by_one)
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Calls a function whenever there are news, on the engine's thread."""
+        self._listener = listener
 
-    def _logits(self, tokens: Sequence[int], one_by_one: bool) -> np.ndarray:
-        self._current = None
-        return self._engine.logits(tokens, one_by_one=one_by_one)
+    def deliver(self, news: Progress, **timings: float) -> None:
+        """Hands over news, on the engine's thread."""
+        self.tokens += news.tokens
+        self.timings = dataclasses.replace(self.timings, **timings)
+        self.done |= news.last
+        self._news.put(news)
+        if self._listener is not None:
+            self._listener()
 
-    def advance(self, request: Request, count: int, length: int) -> bool:
-        """Decodes the next tokens of a request.
 
-        If another call has used the cache since, the request is decoded again from its prompt,
-        which gives the same tokens, and then at least `_MIN_TURN` tokens further, so that
-        alternating requests do not restart for each token.
-
-        Args:
-          request: its `tokens` are extended.
-          count: tokens to decode, at least 1.
-          length: steps of a loop on the device.
-
-        Returns:
-          whether the request is unfinished.
-
-        Raises:
-          JaxsplitError: logits are not finite, or decoding again gave other tokens.
-        """
-        return self._call(self._advance, request, count, length)
-
-    def _advance(self, request: Request, count: int, length: int) -> bool:
-        engine, before = self._engine, request.tokens
-        most = min(request.limit, engine.context - len(request.prompt) + 1)
-        goal = len(before) + count
-        tokens = [*before]
-        if self._current is not request:
-            goal = max(goal, len(before) + _MIN_TURN) if before else goal
-            tokens = []
-        self._current = None  # until all tokens are there
-        goal = min(goal, most)
-        while len(tokens) < goal and not (tokens and tokens[-1] in engine.stop_ids):
-            if tokens:
-                row = engine.loop(min(length, goal - len(tokens)), length)[0]
-                new = row[row != -1].tolist()
-            else:
-                engine.start(request.prompt, request.sampling)
-                new = [int(engine.read(engine.tokens())[0][0])]
-            if NOT_FINITE in new:
-                engine.reset()
-                raise JaxsplitError(
-                    f"the model's logits are not finite after {len(request.prompt) + len(tokens)} "
-                    "tokens: try dtype=float32; if that does not help, the file's weights are "
-                    "damaged"
-                )
-            if not new:
-                break
-            tokens += new
-        if tokens[: len(before)] != before:
-            raise JaxsplitError(
-                "another call used the model between two pieces of this text, and decoding the "
-                "text again gave other tokens; generate it at once, or load the model twice"
-            )
-        request.tokens = tokens
-        self._current = request
-        return len(tokens) == goal < most and tokens[-1] not in engine.stop_ids
+def token_logprobs(outputs: Any, at: tuple[int, ...], count: int) -> TokenLogprob:
+    """One entry of `steps.Outputs` in NumPy, with `count` alternatives."""
+    top = zip(outputs.top_ids[at][:count], outputs.top_logprobs[at][:count], strict=True)
+    return TokenLogprob(
+        int(outputs.tokens[at]),
+        float(outputs.logprobs[at]),
+        tuple((int(token), float(logprob)) for token, logprob in top),
+    )

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsplit.cache.layers import Cache, init_cache
+from jaxsplit.cache.layers import Cache, in_pages, init_cache
 from jaxsplit.comm import two_shot
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.peers import PeerGroup
@@ -21,7 +21,7 @@ from jaxsplit.comm.symmetric_memory import allocate_peer_buffers
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy, forward_context
 from jaxsplit.engine import steps
 from jaxsplit.engine.chunked_prefill import CHUNKS
-from jaxsplit.engine.sampling import SamplerSpec
+from jaxsplit.engine.sampling import SamplerSpec, log_probabilities
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.sharding import Stage
 from jaxsplit.sharding.axes import SLOTS, Axis
@@ -30,6 +30,9 @@ _IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHIL
 """Commands captured into CUDA graphs: XLA's default and WHILE, so that loops need no host."""
 
 _REPLICATED = PartitionSpec()
+
+PAGE = 256
+"""Tokens of a page."""
 
 
 def compiler_options(platform: str | None, *, decode: bool) -> dict[str, Any] | None:
@@ -61,17 +64,52 @@ def peer_buffer_bytes(config: ModelConfig, context: int, devices: int) -> int:
     return two_shot.buffer_bytes(devices, _all_reduce_capacity(config, context))
 
 
-def stage_cache(
-    config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
-) -> Cache:
+@dataclasses.dataclass(frozen=True)
+class CacheSize:
+    """How large the cache of one data replica is.
+
+    Attributes:
+      context: most tokens of a sequence.
+      page: tokens of a page.
+      pages: how many there are.
+      states: sequences, and checkpoints of sequences, whose rings and recurrent states are kept.
+    """
+
+    context: int
+    page: int
+    pages: int
+    states: int
+
+    @classmethod
+    def of_slots(cls, context: int, slots: int, page: int = PAGE) -> "CacheSize":
+        """Enough for some slots, each with a whole context."""
+        page = min(page, context)
+        return cls(context, page, -(-context // page) * slots, slots)
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Pages of a sequence as long as the context."""
+        return -(-self.context // self.page)
+
+
+def _layers(config: ModelConfig, stage: Stage, size: CacheSize, dtype: jnp.dtype) -> list[Any]:
+    return in_pages(config.cache(size.context, dtype, stage.layers), size.page)
+
+
+def stage_cache(config: ModelConfig, stage: Stage, size: CacheSize, dtype: jnp.dtype) -> Cache:
     """The empty cache of a stage's layers, in global shapes."""
-    layers = config.cache(context, dtype, stage.layers)
-    return init_cache(layers, slots, lambda array: stage.padded(array.shape, array.axes))
+    data = stage.mesh.shape["data"]
+    return init_cache(
+        _layers(config, stage, size, dtype),
+        size.states * data,
+        lambda array: stage.padded(array.shape, array.axes),
+        pages=size.pages * data,
+    )
 
 
-def cache_specs(config: ModelConfig, stage: Stage, context: int, dtype: jnp.dtype) -> Any:
+def cache_specs(config: ModelConfig, stage: Stage, size: CacheSize, dtype: jnp.dtype) -> Any:
     """Partition specs of a stage's cache."""
-    layers = config.cache(context, dtype, stage.layers)
+    layers = _layers(config, stage, size, dtype)
     return jax.tree.map(lambda array: _trimmed(stage.spec(array.all_axes)), layers)
 
 
@@ -117,6 +155,13 @@ def compile_together(programs: Sequence[Callable], arguments: Callable[[int], tu
             list(threads.map(lambda one: one[1].compile(*arguments(one[0])), pending))
 
 
+def decode_state(slots: int, context: int) -> steps.DecodeState:
+    """The state of inactive slots, in global shapes."""
+    zeros = jnp.zeros(slots, jnp.int32)
+    history = jnp.full((slots, context + 1), -1, jnp.int32)
+    return steps.DecodeState(zeros, zeros, jnp.zeros(slots, bool), history)
+
+
 class StageRunner:
     """The compiled programs of one pipeline stage.
 
@@ -126,7 +171,7 @@ class StageRunner:
     Args:
       model: the stage's decoder, its parameters on the stage's mesh.
       stage: layers, mesh and sharding rules.
-      context: length of each slot's cache, in tokens.
+      size: of the cache.
       cache_dtype: dtype of keys and values.
       policy: how matrices are multiplied.
       vocab: tokens of the vocabulary; larger ids are never sampled; None: all rows of the head.
@@ -137,7 +182,7 @@ class StageRunner:
         self,
         model: Decoder,
         stage: Stage,
-        context: int,
+        size: CacheSize,
         cache_dtype: jnp.dtype,
         policy: MatmulPolicy = DEFAULT_POLICY,
         *,
@@ -146,7 +191,7 @@ class StageRunner:
     ):
         self.stage = stage
         self.policy = policy
-        self.context = context
+        self.size = size
         self.cache_dtype = cache_dtype
         self.config = model.config
         self.vocab = self.config.vocab if vocab is None else vocab
@@ -164,7 +209,10 @@ class StageRunner:
             jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
         )
         self._slot_spec = _trimmed(stage.spec((SLOTS,)))
-        self._cache_spec = cache_specs(model.config, stage, context, cache_dtype)
+        self._paged = jax.tree.map(
+            lambda array: array.paged, _layers(model.config, stage, size, cache_dtype)
+        )
+        self._cache_spec = cache_specs(model.config, stage, size, cache_dtype)
         self._programs: dict[Any, _Program] = {}
         self._reduce_axes = tuple(a for a in ("expert", "tensor") if stage.mesh.shape[a] > 1)
         self._buffer_pointers = self._allocate_peer_buffers() if peer_access else None
@@ -185,37 +233,36 @@ class StageRunner:
             count = math.prod(mesh.shape[axis] for axis in self._reduce_axes)
             return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
 
-        size = functools.partial(peer_buffer_bytes, self.config, self.context)
+        size = functools.partial(peer_buffer_bytes, self.config, self.size.context)
         return allocate_peer_buffers(mesh, self._reduce_axes, size, self)
 
     def _peers(self, buffer_pointers: jax.Array | None) -> PeerGroup | None:
         """The peers of a device, by its own row of pointers."""
         if buffer_pointers is None:
             return None
-        capacity = _all_reduce_capacity(self.config, self.context)
+        capacity = _all_reduce_capacity(self.config, self.size.context)
         return PeerGroup(buffer_pointers.reshape(-1), self._reduce_axes, capacity)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether layers have rings or recurrent states."""
+        return not all(jax.tree.leaves(self._paged))
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.stage.mesh, spec)
 
-    def empty_cache(self, slots: int) -> Cache | None:
-        """Allocates the cache of `slots` slots, filled with zeros."""
+    def empty_cache(self) -> Cache | None:
+        """Allocates the cache, filled with zeros."""
         if not self.stage.is_local:
             return None
-        sizes = (self.stage, slots, self.context, self.cache_dtype)
-        make = functools.partial(stage_cache, self.config, *sizes)
+        make = functools.partial(stage_cache, self.config, self.stage, self.size, self.cache_dtype)
         return jax.jit(make, out_shardings=jax.tree.map(self.sharding, self._cache_spec))()
 
-    def empty_state(self, slots: int, window: int) -> steps.DecodeState | None:
+    def empty_state(self, slots: int) -> steps.DecodeState | None:
         """Allocates the decode state of inactive slots."""
         if not self.stage.is_local:
             return None
-
-        def make() -> steps.DecodeState:
-            zeros = jnp.zeros(slots, jnp.int32)
-            recent = jnp.full((slots, window), -1, jnp.int32)
-            return steps.DecodeState(zeros, zeros, jnp.zeros(slots, bool), recent)
-
+        make = functools.partial(decode_state, slots, self.size.context)
         return jax.jit(make, out_shardings=self.sharding(self._slot_spec))()
 
     def put(self, tree: Any, *, by_slot: bool = False) -> Any:
@@ -274,105 +321,121 @@ class StageRunner:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
 
     def _step_spec(self, sampler: SamplerSpec) -> steps.StepSpec:
-        return steps.StepSpec(sampler, self.vocab, self.context)
+        return steps.StepSpec(sampler, self.vocab)
 
-    def prefill(self, length: int, *, all_logits: bool) -> Callable:
-        """Reads a chunk of a prompt: `(params, cache, inputs, chunk)` to the cache and the output.
+    def prefill(self, rows: int, length: int, wanted: str = "last") -> Callable:
+        """Reads a chunk of some prompts: `(params, cache, inputs, chunk, targets)` to the cache and
+        the output. `targets` are None but for log-probabilities.
 
-        The last stage's output is logits, of all positions or of the last one read: float32
-        `[data, length, vocab]` or `[data, vocab]`.
+        Args:
+          rows: prompts on each device.
+          length: tokens of a chunk.
+          wanted: what the last stage returns: `last`: the logits after the last token that was
+            read, float32 `[rows, vocab]`; `logits`: after all tokens, `[rows, length, vocab]`;
+            `logprobs`: as `last`, and `log_probabilities` of the targets, int32 `[rows, length]`,
+            as `Outputs`.
         """
 
-        def prefill(params, cache, inputs, chunk):
+        def prefill(params, cache, inputs, chunk, targets):
             model = self._model(params)
             cache, x = steps.prefill(model, cache, inputs, chunk)
             if not self.last:
                 return cache, x
-            if all_logits:
-                return cache, model.logits(x)
+            if wanted == "last":
+                index = jnp.maximum(chunk.count - 1, 0)[:, None, None]
+                return cache, model.logits(jnp.take_along_axis(x, index, axis=1)[:, 0])
+            logits = model.logits(x)
+            if wanted == "logits":
+                return cache, logits
             index = jnp.maximum(chunk.count - 1, 0)[:, None, None]
-            return cache, model.logits(jnp.take_along_axis(x, index, axis=1)[:, 0])
+            last = jnp.take_along_axis(logits, index, axis=1)[:, 0]
+            details = log_probabilities(logits, targets, vocab=self.vocab)
+            return cache, (last, steps.Outputs(targets, *details))
 
         vocab = self.stage.spec((SLOTS, Axis("vocab")))
-        if not self.last:
-            out = self._slot_spec
-        else:
-            out = PartitionSpec(vocab[0], None, vocab[1]) if all_logits else vocab
+        out = {
+            "last": vocab,
+            "logits": PartitionSpec(vocab[0], None, vocab[1]),
+            "logprobs": (vocab, self._slot_spec),
+        }[wanted]
         return self._program(
-            ("prefill", length, all_logits),
+            ("prefill", rows, length, wanted),
             prefill,
-            [self._param_specs, self._cache_spec, self._slot_spec, self._slot_spec],
-            (self._cache_spec, out),
+            [self._param_specs, self._cache_spec, *[self._slot_spec] * 3],
+            (self._cache_spec, out if self.last else self._slot_spec),
             donate=[1],
             decode=length == 1,
         )
 
-    def prefill_arguments(self, length: int, cache: Cache | None) -> tuple:
+    def prefill_arguments(self, rows: int, length: int, cache: Cache | None) -> tuple:
         """Arguments for which `prefill` can be compiled ahead of time."""
-        zeros = np.zeros(self.stage.mesh.shape["data"], np.int32)
-        inputs = np.zeros((len(zeros), length), np.int32)
+        count = rows * self.stage.mesh.shape["data"]
+        zeros = np.zeros(count, np.int32)
+        pages = np.zeros((count, self.size.pages_per_sequence), np.int32)
+        inputs = np.zeros((count, length), np.int32)
         if not self.first:
             like = self.input_shape(*inputs.shape)
             sharding = self.sharding(self._slot_spec)
             inputs = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
-        return self.params, cache, inputs, steps.PrefillChunk(zeros, zeros, zeros)
+        chunk = steps.PrefillChunk(zeros, zeros, steps.Rows(zeros, zeros, pages))
+        return self.params, cache, inputs, chunk, None
 
     def sample_first(self, sampler: SamplerSpec) -> Callable:
-        """Samples the first token after a prompt: `(logits, state, prompt, inputs)` to the state
-        and its `steps.step_inputs`."""
+        """Samples the first token after some prompts, `steps.sample_first`: `(logits, state, chunk,
+        slot_params)` to the state and the outputs. The state is donated."""
         spec, by_slot = self._step_spec(sampler), self._slot_spec
 
-        def sample_first(logits, state, prompt, inputs):
-            state = steps.sample_first(logits, state, prompt, inputs, spec)
-            return state, steps.step_inputs(state)
+        def sample_first(logits, state, chunk, slot_params):
+            return steps.sample_first(logits, state, chunk, slot_params, spec)
 
-        logits = self.stage.spec((SLOTS, Axis("vocab")))
-        specs = [logits, by_slot, by_slot, steps.SamplerInputs(_REPLICATED, by_slot)]
-        return self._program(("sample_first", sampler), sample_first, specs, (by_slot, by_slot))
+        specs = [self.stage.spec((SLOTS, Axis("vocab"))), by_slot, by_slot, by_slot]
+        key, out = ("sample_first", sampler), (by_slot, by_slot)
+        return self._program(key, sample_first, specs, out, donate=[1])
 
     def decode_layers(self) -> Callable:
-        """A decode step of a stage that is not the last: `(params, cache, x, inputs)` to the cache
-        and `x`."""
+        """A decode step of a stage that is not the last: `(params, cache, x, inputs, rows)` to the
+        cache and `x`."""
 
-        def decode_layers(params, cache, x, inputs):
-            return steps.decode_layers(self._model(params), cache, x, inputs)
+        def decode_layers(params, cache, x, inputs, rows):
+            return steps.decode_layers(self._model(params), cache, x, inputs, rows)
 
-        specs = [self._param_specs, self._cache_spec, self._slot_spec, self._slot_spec]
+        specs = [self._param_specs, self._cache_spec, *[self._slot_spec] * 3]
         out = (self._cache_spec, self._slot_spec)
         return self._program("decode_layers", decode_layers, specs, out, donate=[1], decode=True)
 
     def decode_and_sample(self, sampler: SamplerSpec) -> Callable:
-        """A decode step of the last stage: `(params, cache, x, state, inputs)` to the cache, the
-        state and its `steps.step_inputs`."""
+        """A decode step of the last stage: `(params, cache, x, state, rows, slot_params)` to the
+        cache, the state, the outputs and the next `steps.step_inputs`."""
         spec, by_slot = self._step_spec(sampler), self._slot_spec
 
-        def decode_and_sample(params, cache, x, state, inputs):
+        def decode_and_sample(params, cache, x, state, rows, slot_params):
             model = self._model(params)
-            cache, state = steps.decode_and_sample(model, cache, x, state, inputs, spec=spec)
-            return cache, state, steps.step_inputs(state)
+            cache, state, outputs = steps.decode_and_sample(
+                model, cache, x, state, rows, slot_params, spec=spec
+            )
+            return cache, state, outputs, steps.step_inputs(state, rows)
 
-        inputs = steps.SamplerInputs(_REPLICATED, by_slot)
-        specs = [self._param_specs, self._cache_spec, by_slot, by_slot, inputs]
-        out, key = (self._cache_spec, by_slot, by_slot), ("decode_and_sample", sampler)
-        return self._program(key, decode_and_sample, specs, out, donate=[1], decode=True)
+        specs = [self._param_specs, self._cache_spec, *[by_slot] * 4]
+        out, key = (self._cache_spec, *[by_slot] * 3), ("decode_and_sample", sampler)
+        return self._program(key, decode_and_sample, specs, out, donate=[1, 3], decode=True)
 
     def decode_loop(
-        self, sampler: SamplerSpec, length: int, slots: int, micro_batches: int, *, in_ring: bool
+        self, sampler: SamplerSpec, length: int, rows: int, micro_batches: int, *, in_ring: bool
     ) -> Callable:
-        """Several decode steps, `steps.decode_loop`: `(params, carry, buffer_pointers, inputs)` to
-        the carry.
+        """Several decode steps of a stage, `steps.decode_loop`: `(params, carry, buffer_pointers,
+        inputs)` to the carry.
 
-        The carry is donated: caches, states and output tokens of the micro-batches, as in
+        The carry is donated: the cache, the state, the outputs of the micro-batches, as in
         `steps.LoopState`, and the ring's epoch.
 
         Args:
           sampler: static half of the sampler.
-          length: of the output tokens.
-          slots: slots of a micro-batch on each device.
+          length: steps that the outputs have room for.
+          rows: of a micro-batch on each device.
           micro_batches: how many there are.
           in_ring: stages transfer through a `Ring`; else its epoch and `buffer_pointers` are None.
         """
-        spec, incoming = self._step_spec(sampler), self.incoming_shapes(slots)
+        spec, incoming = self._step_spec(sampler), self.incoming_shapes(rows)
 
         def decode_loop(params, carry, buffer_pointers, inputs):
             *arrays, epoch = carry
@@ -382,28 +445,53 @@ class StageRunner:
             state = steps.LoopState(jnp.zeros((), jnp.int32), *arrays, ring)
             state = steps.decode_loop(self._model(params), state, inputs, spec, incoming)
             epoch = None if state.ring is None else state.ring.epoch
-            return state.caches, state.states, state.output_tokens, epoch
+            return state.cache, state.state, state.outputs, epoch
 
-        caches = [self._cache_spec] * micro_batches
-        by_slot = [self._slot_spec] * micro_batches if self.last else []
+        by_slot = self._slot_spec
         epoch = devices = None
         if in_ring:
             epoch, devices = _REPLICATED, PartitionSpec(*self.stage.mesh.axis_names)
-        carry = (caches, by_slot, by_slot, epoch)
-        inputs = steps.LoopInputs(_REPLICATED, _REPLICATED, by_slot)
+        last = by_slot if self.last else None
+        carry = (self._cache_spec, last, [by_slot] * micro_batches if self.last else [], epoch)
+        inputs = steps.LoopInputs(_REPLICATED, [by_slot] * micro_batches, last)
         specs = [self._param_specs, carry, devices, inputs]
-        key = ("decode_loop", sampler, length, slots, micro_batches, in_ring)
+        key = ("decode_loop", sampler, length, rows, micro_batches, in_ring)
         return self._program(key, decode_loop, specs, carry, donate=[1], decode=True)
 
     def step_inputs(self) -> Callable:
-        """A state to its `steps.step_inputs`."""
-        return self._program("step_inputs", steps.step_inputs, [self._slot_spec], self._slot_spec)
+        """`(state, rows)` to their `steps.step_inputs`."""
+        specs = [self._slot_spec, self._slot_spec]
+        return self._program("step_inputs", steps.step_inputs, specs, self._slot_spec)
 
-    def incoming_shapes(self, slots: int) -> list[jax.ShapeDtypeStruct]:
-        """What the previous stage sends in a decode step, for `slots` slots on each device: its
+    def overwrite(self) -> Callable:
+        """`(old, new)`, arrays by slot, to what is new, in the buffers of what is old: programs
+        whose arguments keep their addresses need no new CUDA graph."""
+        specs = [self._slot_spec, self._slot_spec]
+        return self._program("overwrite", steps.overwritten, specs, self._slot_spec, donate=[0])
+
+    def copied(self) -> Callable:
+        """Arrays by slot to copies of them."""
+        body = functools.partial(jax.tree.map, jnp.copy)
+        return self._program("copied", body, [self._slot_spec], self._slot_spec)
+
+    def assign(self) -> Callable:
+        """`(state, slot_params, slots, history, new)`, all by slot, to the state and the parameters
+        with some slots begun anew: int32 `[rows]`, their history, and parameters `[rows]`."""
+        by_slot = self._slot_spec
+        return self._program("assign", steps.assign, [by_slot] * 5, (by_slot, by_slot), [0, 1])
+
+    def copy(self) -> Callable:
+        """`(cache, pages, states)` to the cache with pages and states copied: int32 `[copies, 2]`
+        on each data replica, from and to; those out of range are not."""
+        specs, out = [self._cache_spec, self._slot_spec, self._slot_spec], self._cache_spec
+        body = functools.partial(steps.copied, paged=self._paged)
+        return self._program("copy", body, specs, out, donate=[0])
+
+    def incoming_shapes(self, rows: int) -> list[jax.ShapeDtypeStruct]:
+        """What the previous stage sends in a decode step, for `rows` rows on each device: its
         output, unless this is the first stage, and the step inputs."""
-        inputs = jax.ShapeDtypeStruct((slots, 2), jnp.int32)
-        return [inputs] if self.first else [self.input_shape(slots, 1), inputs]
+        inputs = jax.ShapeDtypeStruct((rows, 2), jnp.int32)
+        return [inputs] if self.first else [self.input_shape(rows, 1), inputs]
 
     def input_shape(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the previous stage's output, `[*shape, width]`."""

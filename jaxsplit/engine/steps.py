@@ -1,16 +1,28 @@
-"""The pure functions that each device runs: prefill a chunk, decode a step, sample a token."""
+"""The pure functions that each device runs: prefill chunks, decode steps, sample tokens.
+
+A device holds `slots` sequences. A program takes some of them, its rows: their slots, and where
+they are in the cache. Rows that exist only to fill a program up have a slot past the last one.
+"""
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxsplit.cache.layers import Cache
 from jaxsplit.comm.p2p import Ring
-from jaxsplit.engine.sampling import NOT_FINITE, SamplerParams, SamplerSpec, sample
+from jaxsplit.engine.sampling import (
+    NOT_FINITE,
+    SamplerParams,
+    SamplerSpec,
+    log_probabilities,
+    sample,
+)
 from jaxsplit.models import Decoder
 
 
@@ -21,58 +33,58 @@ class StepSpec:
     Attributes:
       sampler: the static half of the sampler.
       vocab: rows of the head that are tokens; the others are padding.
-      context: length of the cache in tokens. A slot stops when its next token would not fit.
     """
 
     sampler: SamplerSpec
     vocab: int
-    context: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The sequences that a program works on, int32.
+
+    Attributes:
+      slots: `[rows]`: where their decode state is.
+      states: `[rows]`: where their rings and recurrent states are in the cache.
+      pages: `[rows, pages]`: the pages of the cache that each has, in order.
+    """
+
+    slots: Array
+    states: Array
+    pages: Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillChunk:
-    """Which tokens of a prompt a prefill call reads, and into which slot, int32 `[1]` each.
+    """Which tokens of its prompts a prefill reads, int32 `[rows]` each.
 
     Attributes:
       start: position of the first token.
-      count: tokens to read; the rest of the input is padding.
-      slot: slot of the cache.
+      count: tokens to read; the rest of the row is padding.
+      rows: the sequences.
     """
 
     start: Array
     count: Array
-    slot: Array
+    rows: Rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PromptEnd:
-    """A prompt that has been read, as the sampler of its first token needs it.
+class SlotParams:
+    """What the host has set for each slot.
 
     Attributes:
-      recent: int32 `[1, window]`: the prompt's last tokens.
-      position: int32 `[1]`: the prompt's length.
-      slot: int32 `[1]`: slot of the prompt; negative: none, the state stays as it is.
+      sampler: how its tokens are chosen.
+      stop_ids: int32 `[slots, stop_ids]`: tokens that stop it, padded with -1.
+      end: int32 `[slots]`: position of its last token.
     """
 
-    recent: Array
-    position: Array
-    slot: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplerInputs:
-    """Arrays that the sampler reads and never changes.
-
-    Attributes:
-      stop_ids: int32 `[stop_ids]`: tokens that stop a slot.
-      params: temperature, thresholds, penalties and seed of each slot.
-    """
-
+    sampler: SamplerParams
     stop_ids: Array
-    params: SamplerParams
+    end: Array
 
 
 @jax.tree_util.register_dataclass
@@ -85,13 +97,41 @@ class DecodeState:
         not finite.
       position: int32 `[slots]`: position of that token.
       active: bool `[slots]`: whether the slot is still decoding.
-      recent: int32 `[slots, window]`: the last tokens, the newest last, padded with -1.
+      history: int32 `[slots, context + 1]`: tokens by position, for penalties; later ones are
+        those of an earlier sequence.
     """
 
     token: Array
     position: Array
     active: Array
-    recent: Array
+    history: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Tokens that were sampled, and their log-probabilities as of `log_probabilities`.
+
+    Attributes:
+      tokens: int32 `[rows, steps]`, -1 where there is none.
+      logprobs, top_ids, top_logprobs: `[rows, steps]`, then `[rows, steps, alternatives]` twice;
+        None: not wanted.
+    """
+
+    tokens: Array
+    logprobs: Array | None = None
+    top_ids: Array | None = None
+    top_logprobs: Array | None = None
+
+    @staticmethod
+    def empty(rows: int, steps: int, alternatives: int = 0) -> "Outputs":
+        """Without any token, in NumPy."""
+        tokens = np.full((rows, steps), -1, np.int32)
+        if not alternatives:
+            return Outputs(tokens)
+        top = (rows, steps, alternatives)
+        logprobs = np.zeros((rows, steps), np.float32)
+        return Outputs(tokens, logprobs, np.zeros(top, np.int32), np.zeros(top, np.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -101,17 +141,16 @@ class LoopState:
 
     Attributes:
       step: int32: steps done.
-      caches: the stage's cache for each micro-batch.
-      states: decode state of each micro-batch; empty unless this is the last stage.
-      output_tokens: int32 `[slots, length]` of each micro-batch, -1 where there is no token,
-        `NOT_FINITE` where the logits were not finite; empty unless this is the last stage.
+      cache: the stage's cache.
+      state: decode state of all slots; None unless this is the last stage.
+      outputs: of each micro-batch; empty unless this is the last stage.
       ring: link to the neighboring stages; None with a single stage.
     """
 
     step: Array
-    caches: Sequence[Cache]
-    states: Sequence[DecodeState]
-    output_tokens: Sequence[Array]
+    cache: Cache
+    state: DecodeState | None
+    outputs: Sequence[Outputs]
     ring: Ring | None
 
 
@@ -121,117 +160,206 @@ class LoopInputs:
     """Arrays that `decode_loop` reads and never changes.
 
     Attributes:
-      limit: int32: steps to run, at most the length of `LoopState.output_tokens`.
-      stop_ids: int32 `[stop_ids]`: tokens that stop a slot; None unless this is the last stage.
-      params: sampler parameters of each micro-batch; empty unless this is the last stage.
+      limit: int32: steps to run, at most those that `LoopState.outputs` have room for.
+      rows: of each micro-batch.
+      params: of all slots; None unless this is the last stage.
     """
 
     limit: Array
-    stop_ids: Array | None
-    params: Sequence[SamplerParams]
+    rows: Sequence[Rows]
+    params: SlotParams | None
 
 
 def prefill(
     model: Decoder, cache: Cache, inputs: Array, chunk: PrefillChunk
 ) -> tuple[Cache, Array]:
-    """Reads a chunk of a prompt into a slot of the cache.
+    """Reads a chunk of each of some prompts.
 
     Args:
       model: decoder of this stage.
       cache: its cache.
-      inputs: tokens, int32 `[1, length]`, or the previous stage's output `[1, length, embed]`.
-      chunk: which of them to read, and the slot.
+      inputs: tokens, int32 `[rows, length]`, or the previous stage's `[rows, length, embed]`.
+      chunk: which of them to read, and where their sequences are.
 
     Returns:
-      the cache and the last layer's output, `[1, length, embed]`.
+      the cache and the last layer's output, `[rows, length, embed]`.
     """
     steps = jnp.arange(inputs.shape[1])
     positions = jnp.where(steps < chunk.count[:, None], chunk.start[:, None] + steps, -1)
-    x, cache = model.hidden(inputs, positions, cache, chunk.slot)
+    rows = chunk.rows
+    x, cache = model.hidden(inputs, positions, cache, rows.states, rows.pages)
     return cache, x
 
 
 def sample_first(
-    logits: Array, state: DecodeState, prompt: PromptEnd, inputs: SamplerInputs, spec: StepSpec
-) -> DecodeState:
-    """Samples the first token after a prompt.
+    logits: Array, state: DecodeState, chunk: PrefillChunk, params: SlotParams, spec: StepSpec
+) -> tuple[DecodeState, Outputs]:
+    """Samples the first token after some prompts.
 
     Args:
-      logits: float32 `[1, vocab / devices]` of the prompt's last token.
+      logits: float32 `[rows, vocab / devices]` of the prompts' last tokens.
       state: state of all slots.
-      prompt: the prompt's end and its slot.
-      inputs: arrays of the sampler.
+      chunk: the prompts' last chunks; rows whose prompts go on have a slot past the last one.
+      params: of all slots.
       spec: static values.
 
     Returns:
-      the state with the prompt's slot set.
+      the state with the slots set, and their tokens.
     """
-    slot, position = prompt.slot, prompt.position
-    params = jax.tree.map(lambda value: value[slot], inputs.params)
-    token = sample(logits, position, prompt.recent, params, spec.sampler, vocab=spec.vocab)
-    active = _continues(token, position, inputs.stop_ids, spec)
-    first = DecodeState(token, position, active, _append(prompt.recent, token))
-    index = jnp.where(slot < 0, state.token.shape[0], slot)
-    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), state, first)
+    rows, position = chunk.rows, chunk.start + chunk.count
+    state, token, outputs = _sample(logits, position, state, rows, params, spec)
+    active = _continues(token, position, rows, params)
+    return _set(state, rows, token, position, active), outputs
 
 
-def _continues(token: Array, position: Array, stop_ids: Array, spec: StepSpec) -> Array:
-    """Whether decoding goes on after a token: bool `[slots]`."""
-    return (token != NOT_FINITE) & ~jnp.isin(token, stop_ids) & (position < spec.context)
+def _sample(
+    logits: Array,
+    position: Array,
+    state: DecodeState,
+    rows: Rows,
+    params: SlotParams,
+    spec: StepSpec,
+) -> tuple[DecodeState, Array, Outputs]:
+    """Samples tokens at positions, int32 `[rows]`, and adds them to the history."""
+    sampler, slots = spec.sampler, rows.slots
+    recent = jnp.zeros((len(slots), 0), jnp.int32)
+    if sampler.window:
+        at = position[:, None] + jnp.arange(-sampler.window, 0)
+        recent = state.history.at[slots[:, None], at].get(mode="fill", fill_value=-1)
+        recent = jnp.where(at >= 0, recent, -1)
+    own = jax.tree.map(lambda x: x[slots], params.sampler)
+    token = sample(logits, position, recent, own, sampler, vocab=spec.vocab)
+    if sampler.window:
+        history = state.history.at[slots, position].set(token, mode="drop")
+        state = dataclasses.replace(state, history=history)
+    details = ()
+    if sampler.logprobs:
+        details = [x[:, None] for x in log_probabilities(logits, token, vocab=spec.vocab)]
+    return state, token, Outputs(token[:, None], *details)
 
 
-def _append(recent: Array, token: Array) -> Array:
-    return jnp.concatenate([recent, token[:, None]], axis=1)[:, 1:]
+def _continues(token: Array, position: Array, rows: Rows, params: SlotParams) -> Array:
+    """Whether decoding goes on after a token: bool `[rows]`."""
+    stops = (token[:, None] == params.stop_ids[rows.slots]).any(axis=1)
+    return (token != NOT_FINITE) & ~stops & (position < params.end[rows.slots])
 
 
-def step_inputs(state: DecodeState) -> Array:
-    """Inputs of the next step: int32 `[slots, 2]`, each slot's last token and its position, -1
-    where the slot has stopped."""
-    return jnp.stack([state.token, jnp.where(state.active, state.position, -1)], axis=1)
+def _set(
+    state: DecodeState, rows: Rows, token: Array, position: Array, active: Array
+) -> DecodeState:
+    """The state with what some slots have now."""
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[rows.slots].set(new, mode="drop")
+
+    return dataclasses.replace(
+        state,
+        token=put(state.token, token),
+        position=put(state.position, position),
+        active=put(state.active, active),
+    )
+
+
+def step_inputs(state: DecodeState, rows: Rows) -> Array:
+    """Inputs of the next step: int32 `[rows, 2]`, each slot's last token and its position, -1 where
+    the slot has stopped."""
+    slots = rows.slots
+    active = state.active[slots] & (slots < state.active.shape[0])
+    return jnp.stack([state.token[slots], jnp.where(active, state.position[slots], -1)], axis=1)
+
+
+def assign(
+    state: DecodeState, params: SlotParams, slots: Array, history: Array, new: SlotParams
+) -> tuple[DecodeState, SlotParams]:
+    """Begins sequences in slots, which stay inactive until their prompts have been read.
+
+    Args:
+      state, params: of all slots.
+      slots: int32 `[rows]`; those past the last one are ignored.
+      history: int32 `[rows, context + 1]`: the prompts, padded with -1.
+      new: the slots' parameters, `[rows, ...]`.
+    """
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[slots].set(new, mode="drop")
+
+    state = dataclasses.replace(
+        state,
+        active=put(state.active, jnp.zeros(len(slots), bool)),
+        history=put(state.history, history),
+    )
+    return state, jax.tree.map(put, params, new)
+
+
+def copied(cache: Cache, pages: Array, states: Array, *, paged: Any) -> Cache:
+    """The cache with pages and states copied.
+
+    Args:
+      cache: of this stage.
+      pages, states: int32 `[copies, 2]`: from and to; those out of range are not copied.
+      paged: as the cache, bool: whether an array is in pages.
+    """
+
+    def of(x: Array, paged: bool) -> Array:
+        source, target = (pages if paged else states).T
+        return x.at[target].set(x[source], mode="drop")
+
+    return jax.tree.map(of, cache, paged)
+
+
+def overwritten(old: Any, new: Any) -> Any:
+    """What is new. What is old is read, since `jax.jit` drops unread arguments, donated ones
+    too."""
+    return jax.tree.map(lambda x, y: jnp.where(x == x, y, y), old, new)
 
 
 def decode_layers(
-    model: Decoder, cache: Cache, x: Array | None, inputs: Array
+    model: Decoder, cache: Cache, x: Array | None, inputs: Array, rows: Rows
 ) -> tuple[Cache, Array]:
     """A decode step of a stage that is not the last.
 
     Args:
       model: decoder of this stage.
       cache: its cache.
-      x: `[slots, 1, embed]`, the previous stage's output; None in the first stage.
-      inputs: int32 `[slots, 2]` from `step_inputs`.
+      x: `[rows, 1, embed]`, the previous stage's output; None in the first stage.
+      inputs: int32 `[rows, 2]` from `step_inputs`.
+      rows: the sequences.
 
     Returns:
-      the cache and the output `[slots, 1, embed]`.
+      the cache and the output `[rows, 1, embed]`.
     """
-    x, cache = model.hidden(inputs[:, :1] if x is None else x, inputs[:, 1:], cache)
+    x = inputs[:, :1] if x is None else x
+    x, cache = model.hidden(x, inputs[:, 1:], cache, rows.states, rows.pages)
     return cache, x
 
 
 def sample_next(
-    logits: Array, state: DecodeState, inputs: SamplerInputs, spec: StepSpec
-) -> DecodeState:
-    """Samples the next token of each slot.
+    logits: Array, state: DecodeState, rows: Rows, params: SlotParams, spec: StepSpec
+) -> tuple[DecodeState, Outputs]:
+    """Samples the next token of each row.
 
     Args:
-      logits: float32 `[slots, vocab / devices]` of the slots' last tokens.
-      state: state of the slots.
-      inputs: arrays of the sampler.
+      logits: float32 `[rows, vocab / devices]` of the rows' last tokens.
+      state: state of all slots.
+      rows: the sequences.
+      params: of all slots.
       spec: static values.
 
     Returns:
-      the state with the new tokens.
+      the state with the new tokens, and the tokens.
     """
-    position = state.position + 1
-    token = sample(logits, position, state.recent, inputs.params, spec.sampler, vocab=spec.vocab)
-    token = jnp.where(state.active, token, state.token)
-    position = state.position + state.active
-    continues = _continues(token, position, inputs.stop_ids, spec)
-    return DecodeState(
-        token=token,
-        position=position,
-        active=state.active & continues,
-        recent=jnp.where(state.active[:, None], _append(state.recent, token), state.recent),
+    before = step_inputs(state, rows)
+    was_active = before[:, 1] >= 0
+    position = state.position[rows.slots] + was_active
+    # The history of a slot that has stopped stays as it is.
+    at = jnp.where(was_active, position, state.history.shape[1])
+    state, token, outputs = _sample(logits, at, state, rows, params, spec)
+    active = was_active & _continues(token, position, rows, params)
+    token = jnp.where(was_active, token, before[:, 0])
+    shown = jnp.where(was_active, token, -1)[:, None]
+    return (
+        _set(state, rows, token, position, active),
+        dataclasses.replace(outputs, tokens=shown),
     )
 
 
@@ -240,17 +368,19 @@ def decode_and_sample(
     cache: Cache,
     x: Array | None,
     state: DecodeState,
-    inputs: SamplerInputs,
+    rows: Rows,
+    params: SlotParams,
     *,
     spec: StepSpec,
-) -> tuple[Cache, DecodeState]:
-    """A decode step of the last stage: its layers, then the next token of each slot.
+) -> tuple[Cache, DecodeState, Outputs]:
+    """A decode step of the last stage: its layers, then the next token of each row.
 
     Arguments are those of `decode_layers` and `sample_next`.
     """
-    tokens = step_inputs(state)
-    logits, cache = model(tokens[:, :1] if x is None else x, tokens[:, 1:], cache)
-    return cache, sample_next(logits[:, 0], state, inputs, spec)
+    tokens = step_inputs(state, rows)
+    x = tokens[:, :1] if x is None else x
+    logits, cache = model(x, tokens[:, 1:], cache, rows.states, rows.pages)
+    return cache, *sample_next(logits[:, 0], state, rows, params, spec)
 
 
 def decode_loop(
@@ -264,9 +394,9 @@ def decode_loop(
 
     Args:
       model: decoder of this stage.
-      state: initial carry; the contents of `output_tokens` are overwritten.
-      inputs: limit and sampler arrays. A single stage stops early once none of this data replica's
-        slots is active.
+      state: initial carry; the contents of `outputs` are overwritten.
+      inputs: limit, rows and what the sampler needs. A single stage stops early once none of this
+        data replica's rows is active.
       spec: static values.
       incoming: arrays that the previous stage sends: its output, unless this is the first stage,
         and the `step_inputs`.
@@ -275,44 +405,49 @@ def decode_loop(
       the final carry.
     """
     # Filled with -1 by reading the old tokens: `jax.jit` drops unread arguments, donated ones too.
-    output_tokens = [jnp.where(x < -1, -1, jnp.minimum(x, -1)) for x in state.output_tokens]
+    outputs = [
+        dataclasses.replace(x, tokens=jnp.where(x.tokens < -1, -1, jnp.minimum(x.tokens, -1)))
+        for x in state.outputs
+    ]
     ring = state.ring
-    if ring is not None:
-        for channel, one in enumerate(state.states):
-            ring = ring.send(_to_words([step_inputs(one)]), channel, wanted=inputs.limit > 0)
+    if ring is not None and state.state is not None:
+        for channel, rows in enumerate(inputs.rows):
+            words = _to_words([step_inputs(state.state, rows)])
+            ring = ring.send(words, channel, wanted=inputs.limit > 0)
 
     def unfinished(state: LoopState) -> Array:
         if state.ring is not None:
             return state.step < inputs.limit
         # No collective crosses the `data` axis in a step, so each replica may stop on its own.
-        return (state.step < inputs.limit) & state.states[0].active.any()
+        active = step_inputs(state.state, inputs.rows[0])[:, 1] >= 0
+        return (state.step < inputs.limit) & active.any()
 
     def advance(state: LoopState) -> LoopState:
-        for i in range(len(state.caches)):
+        for i in range(len(inputs.rows)):
             state = advance_micro_batch(state, i)
         step, ring = state.step + 1, state.ring and state.ring.next_round()
         return dataclasses.replace(state, step=step, ring=ring)
 
     def advance_micro_batch(state: LoopState, i: int) -> LoopState:
-        ring, x, tokens = state.ring, None, None
+        ring, x, tokens, rows = state.ring, None, None, inputs.rows[i]
         if ring is not None:
             words, ring = ring.receive(word_count(incoming), i)
             *before, tokens = _from_words(words, incoming)
             x = before[0] if before else None
         if model.last:
-            sampler = SamplerInputs(inputs.stop_ids, inputs.params[i])
-            state, outgoing = _decode_last(model, x, state, i, sampler, spec=spec)
+            state = _decode_last(model, x, state, i, inputs, spec=spec)
+            outgoing = [step_inputs(state.state, rows)]
             # The tokens that the first stage receives belong to the next step.
             ahead, wanted = 1, state.step + 1 < inputs.limit
         else:
-            cache, x = decode_layers(model, state.caches[i], x, tokens)
-            state = dataclasses.replace(state, caches=_replaced(state.caches, i, cache))
+            cache, x = decode_layers(model, state.cache, x, tokens, rows)
+            state = dataclasses.replace(state, cache=cache)
             outgoing, ahead, wanted = [x, tokens], 0, True
         if ring is not None:
             ring = ring.send(_to_words(outgoing), i, ahead=ahead, wanted=wanted)
         return dataclasses.replace(state, ring=ring)
 
-    state = dataclasses.replace(state, output_tokens=output_tokens, ring=ring)
+    state = dataclasses.replace(state, outputs=outputs, ring=ring)
     return lax.while_loop(unfinished, advance, state)
 
 
@@ -321,22 +456,22 @@ def _decode_last(
     x: Array | None,
     state: LoopState,
     i: int,
-    inputs: SamplerInputs,
+    inputs: LoopInputs,
     *,
     spec: StepSpec,
-) -> tuple[LoopState, list[Array]]:
-    """The last stage's step of micro-batch `i`: the new carry, and the arrays to send."""
-    old = state.states[i]
-    cache, new = decode_and_sample(model, state.caches[i], x, old, inputs, spec=spec)
-    column = jnp.where(old.active, new.token, -1)
-    tokens = lax.dynamic_update_index_in_dim(state.output_tokens[i], column, state.step, 1)
-    state = dataclasses.replace(
-        state,
-        caches=_replaced(state.caches, i, cache),
-        states=_replaced(state.states, i, new),
-        output_tokens=_replaced(state.output_tokens, i, tokens),
+) -> LoopState:
+    """The last stage's step of micro-batch `i`."""
+    cache, new, sampled = decode_and_sample(
+        model, state.cache, x, state.state, inputs.rows[i], inputs.params, spec=spec
     )
-    return state, [step_inputs(new)]
+
+    def put(all_steps: Array, one: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(all_steps, one, state.step, 1)
+
+    outputs = jax.tree.map(put, state.outputs[i], sampled)
+    return dataclasses.replace(
+        state, cache=cache, state=new, outputs=_replaced(state.outputs, i, outputs)
+    )
 
 
 def _replaced(items: Sequence, i: int, item: object) -> list:

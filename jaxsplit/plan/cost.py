@@ -16,9 +16,9 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.engine.runner import StageRunner, stage_cache
+from jaxsplit.engine.runner import CacheSize, StageRunner, decode_state, stage_cache
 from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
-from jaxsplit.engine.steps import DecodeState, PrefillChunk, SamplerInputs
+from jaxsplit.engine.steps import PrefillChunk, Rows, SlotParams
 from jaxsplit.models import BlockConfig, ModelConfig, MoEConfig
 from jaxsplit.ops.moe.tiles import tile_rows
 from jaxsplit.sharding import Stage
@@ -119,30 +119,37 @@ def _trace_layers(
     for param in parameters(model).values():
         shape = stage.padded(param.shape, param.axes)
         param.set_value(jax.ShapeDtypeStruct(shape, dtype))
-    runner = StageRunner(model, stage, context, dtype)
-    cache = jax.eval_shape(lambda: stage_cache(config, stage, slots, context, dtype))
+    data = stage.mesh.shape["data"]
+    size = CacheSize.of_slots(context, slots // data)
+    runner = StageRunner(model, stage, size, dtype)
+    cache = jax.eval_shape(lambda: stage_cache(config, stage, size, dtype))
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.dtype(np.int32))
+
+    def rows(count: int) -> Rows:
+        return Rows(ints((count,)), ints((count,)), ints((count, size.pages_per_sequence)))
+
     if length is not None:
-        data = stage.mesh.shape["data"]
         x = ints((data, length)) if runner.first else runner.input_shape(data, length)
-        program = runner.prefill(length, all_logits=False)
-        arguments = (runner.params, cache, x, PrefillChunk(*[ints((data,))] * 3))
+        program = runner.prefill(1, length)
+        chunk = PrefillChunk(ints((data,)), ints((data,)), rows(data))
+        arguments = (runner.params, cache, x, chunk, None)
     elif runner.last:
         sampling = SamplingConfig(temperature=0.0)
-        state = DecodeState(
-            ints((slots,)), ints((slots,)), jax.ShapeDtypeStruct((slots,), bool), ints((slots, 1))
-        )
+        state = jax.eval_shape(lambda: decode_state(slots, context))
         x = None if runner.first else runner.input_shape(slots, 1)
-        inputs = SamplerInputs(np.zeros(1, np.int32), SamplerParams.of([sampling] * slots))
+        params = SlotParams(
+            SamplerParams.of([sampling] * slots), np.zeros((slots, 1), np.int32), ints((slots,))
+        )
         program = runner.decode_and_sample(SamplerSpec.of(sampling, context))
-        arguments = (runner.params, cache, x, state, inputs)
+        arguments = (runner.params, cache, x, state, rows(slots), params)
     else:
         x = None if runner.first else runner.input_shape(slots, 1)
-        program, arguments = runner.decode_layers(), (runner.params, cache, x, ints((slots, 2)))
+        program = runner.decode_layers()
+        arguments = (runner.params, cache, x, ints((slots, 2)), rows(slots))
     cost = ProgramCost()
     for equation, times in _equations(jax.make_jaxpr(program)(*arguments).jaxpr):
         cost = cost.plus(_equation_cost(equation), times)
-    tokens = slots // stage.mesh.shape["data"] if length is None else length
+    tokens = slots // data if length is None else length
     return cost.plus(_expert_cost(config, stage, tokens, step=length is None))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
-from jaxsplit.engine.runner import cache_specs, peer_buffer_bytes, stage_cache
+from jaxsplit.engine.runner import CacheSize, cache_specs, peer_buffer_bytes, stage_cache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.ops.attention.xla import MAX_SCORES
@@ -266,7 +266,7 @@ def _plan_stage(
 ) -> StagePlan:
     kind, devices = _slowest(kinds), stage.mesh.size // stage.mesh.shape["data"]
     weights, padding = stage_bytes(sources, config, stage, w.weights)
-    cache = _cache_bytes(config, stage, w.slots, w.context, w.cache_dtype)
+    cache = _cache_bytes(config, stage, w.slots, w.context, w.cache_dtype)  # of a micro-batch
     decode = trace_decode(config, stage, w.dtype, w.context, w.slots)
     prefill = trace_prefill(config, stage, w.dtype, w.context, w.chunk)
     read_weights = weights - _unread(sources, config, stage, w.weights, w.slots)
@@ -333,8 +333,9 @@ def _cache_bytes(
     config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
 ) -> int:
     """Bytes of keys and values on each device of a stage."""
-    cache = jax.eval_shape(lambda: stage_cache(config, stage, slots, context, dtype))
-    specs = cache_specs(config, stage, context, dtype)
+    size = CacheSize.of_slots(context, slots // stage.mesh.shape["data"])
+    cache = jax.eval_shape(lambda: stage_cache(config, stage, size, dtype))
+    specs = cache_specs(config, stage, size, dtype)
     sizes = jax.tree.map(
         lambda x, spec: (
             math.prod(NamedSharding(stage.mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize

@@ -236,8 +236,9 @@ def _flash_attention_kernel(
         key_position = index
         if not in_order:
             key_position = plgpu.load(key_positions.at[key_row, index], mask=mask, other=-1)
+            mask &= key_position >= 0
         distance = position[:, None] - key_position[None]
-        seen = (distance >= 0) & (mask & (key_position >= 0))[None]
+        seen = (distance >= 0) & mask[None]
         if config.window is not None:
             seen &= distance < config.window
         return softmax_update(state, qs, load_kv(kv, at, mask), seen, score)

@@ -179,7 +179,11 @@ def attend(
     values, value_scale = kv.values, kv.value_scale
     if values is None:
         values, value_scale = kv.keys[..., : config.value_dim], kv.key_scale
+    # What earlier sequences left in masked places may not be finite, and 0 times that is NaN.
+    exists = (key_positions >= 0) & (key_positions <= positions.max(axis=1, keepdims=True))
+    values = jnp.where(exists[:, None, :, None], values, jnp.zeros((), values.dtype))
     if value_scale is not None:
+        value_scale = jnp.where(exists[:, None], value_scale, 0)
         weights = weights * value_scale[:, :, None, None]
     y = _einsum("bkgts,bksd->btkgd", weights.astype(queries.dtype), values.astype(queries.dtype))
     return y.astype(queries.dtype).reshape(*y.shape[:2], -1)

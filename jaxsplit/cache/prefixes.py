@@ -1,0 +1,372 @@
+"""Which sequence has which pages. Prefixes are shared, and kept until their pages are needed.
+
+A tree has a node for each page that earlier tokens fill: its path from the root is the text before.
+A sequence refers to the nodes of its prefix and has pages of its own for what follows. A page that
+fills up becomes a node. A page that a finished sequence has filled in part becomes a leaf, which
+later sequences copy.
+
+The rings of sliding windows and recurrent states cannot be cut back to an earlier token. For models
+with such layers, a prefix is known only up to a checkpoint, a copy of their state.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+Copy = tuple[int, int]
+"""From and to."""
+
+
+class _Node:
+    """A page and its tokens; fewer than fit only in a leaf.
+
+    Attributes:
+      tokens: ids.
+      page: index in the cache.
+      parent: the page before; None: this is the root, which has no page.
+      children: by their tokens.
+      users: running sequences that refer to it.
+      states: checkpoints, by the number of this page's tokens that they include.
+    """
+
+    __slots__ = ("children", "page", "parent", "states", "tokens", "users")
+
+    def __init__(self, tokens: tuple[int, ...], page: int, parent: "_Node | None"):
+        self.tokens, self.page, self.parent = tokens, page, parent
+        self.children: dict[tuple[int, ...], _Node] = {}
+        self.users = 0
+        self.states: dict[int, int] = {}
+
+
+@dataclasses.dataclass(eq=False)
+class Allocation:
+    """What a sequence has of the cache.
+
+    Attributes:
+      nodes: shared pages of its prefix.
+      own: pages after these.
+      state: where its rings and recurrent states are.
+      cached: tokens of its prompt that were there already.
+    """
+
+    nodes: list[_Node]
+    own: list[int]
+    state: int
+    cached: int
+
+    @property
+    def pages(self) -> list[int]:
+        """All pages, in order."""
+        return [*(node.page for node in self.nodes), *self.own]
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A new sequence: what it has, and what has to be copied before it begins.
+
+    Attributes:
+      allocation: what it has.
+      pages, states: copies to make.
+    """
+
+    allocation: Allocation
+    pages: Sequence[Copy]
+    states: Sequence[Copy]
+
+
+class PrefixCache:
+    """The pages and states of one data replica.
+
+    Args:
+      pages: how many there are.
+      page: tokens of a page.
+      states: places for rings and recurrent states: of running sequences, and checkpoints.
+      stateful: whether the model has such layers; else prefixes need no checkpoints.
+    """
+
+    def __init__(self, pages: int, page: int, states: int, *, stateful: bool):
+        self.page, self.stateful = page, stateful
+        self._free = list(range(pages))[::-1]
+        self._free_states = list(range(states))[::-1]
+        self._root = _Node((), -1, None)
+        self._idle: collections.OrderedDict[_Node, None] = collections.OrderedDict()
+        self._unused = 0  # nodes without users
+        self._checkpoints: collections.OrderedDict[tuple[_Node, int], None] = (
+            collections.OrderedDict()
+        )
+        self._running: set[Allocation] = set()
+        self.total = pages
+
+    @property
+    def available(self) -> int:
+        """Pages that are free, or would be if unused prefixes were forgotten."""
+        return len(self._free) + self._unused
+
+    @property
+    def cached(self) -> int:
+        """Pages that keep prefixes which no running sequence uses."""
+        return self._unused
+
+    # A sequence's life
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """How many of a prompt's first tokens are in the cache."""
+        return self._match(tokens)[2]
+
+    def begin(self, tokens: Sequence[int], *, share: bool = True) -> Begun | None:
+        """Pages for a prompt: those of the longest prefix that is known, and new ones.
+
+        Args:
+          tokens: the prompt. At least its last token has to be read.
+          share: use known prefixes.
+
+        Returns:
+          None: there are too few pages.
+        """
+        nodes, tail, cached, checkpoint = self._match(tokens) if share else ([], None, 0, None)
+        for node in nodes:
+            self._use(node)
+        source = None if checkpoint is None else checkpoint[0].states[checkpoint[1]]
+        if checkpoint is not None:
+            self._checkpoints.move_to_end(checkpoint)
+        own = self._allocate(-(-len(tokens) // self.page) - len(nodes))
+        state = None if own is None else self._allocate_state()
+        if own is None or state is None:
+            for node in nodes:
+                self._leave(node)
+            self._free += own or []
+            return None
+        # Copies come before whatever overwrites their sources, which may have been given away.
+        pages = [] if tail is None else [(tail.page, own[0])]
+        if tail is not None and tail in self._idle:
+            self._idle.move_to_end(tail)
+        allocation = Allocation(nodes, own, state, cached)
+        self._running.add(allocation)
+        return Begun(allocation, pages, [] if source is None else [(source, state)])
+
+    def extend(self, allocation: Allocation, tokens: int) -> bool:
+        """Adds pages for as many tokens in all; False: there are too few."""
+        missing = -(-tokens // self.page) - len(allocation.nodes) - len(allocation.own)
+        pages = self._allocate(missing)
+        if pages is None:
+            return False
+        allocation.own += pages
+        return True
+
+    def commit(self, allocation: Allocation, tokens: Sequence[int]) -> None:
+        """Makes full pages known to other sequences.
+
+        Args:
+          allocation: of the sequence.
+          tokens: those whose keys and values have been computed.
+        """
+        nodes = allocation.nodes
+        while allocation.own and (len(nodes) + 1) * self.page <= len(tokens):
+            start = len(nodes) * self.page
+            full = tuple(tokens[start : start + self.page])
+            nodes.append(self._insert(nodes[-1] if nodes else self._root, full, allocation))
+            self._use(nodes[-1])
+
+    def _insert(self, parent: _Node, tokens: tuple[int, ...], allocation: Allocation) -> _Node:
+        """The child with these tokens: a new one of the first own page, or one that is there."""
+        page, known = allocation.own.pop(0), parent.children.get(tokens)
+        if known is not None:
+            self._free.append(page)
+            return known
+        for shorter in [n for t, n in parent.children.items() if t == tokens[: len(t)]]:
+            if not shorter.users and not shorter.states:
+                self._forget(shorter)
+        self._idle.pop(parent, None)
+        node = parent.children[tokens] = _Node(tokens, page, parent)
+        self._unused += 1
+        self._idle[node] = None
+        return node
+
+    def checkpoint(self, allocation: Allocation, tokens: Sequence[int]) -> Copy | None:
+        """Room for a copy of a sequence's state.
+
+        Args:
+          allocation: of the sequence.
+          tokens: those that the state includes; they fill their pages.
+
+        Returns:
+          the copy to make; None: there is no room, or the checkpoint exists.
+        """
+        self.commit(allocation, tokens)
+        count = len(tokens) // self.page
+        if not self.stateful or not count or len(tokens) % self.page:
+            return None
+        node = allocation.nodes[count - 1]
+        if self.page in node.states:
+            self._checkpoints.move_to_end((node, self.page))
+            return None
+        state = self._allocate_state()
+        if state is None:
+            return None
+        self._keep_state(node, self.page, state)
+        return allocation.state, state
+
+    def release(
+        self,
+        allocation: Allocation,
+        tokens: Sequence[int],
+        *,
+        keep: bool = True,
+        keep_state: bool = True,
+    ) -> None:
+        """Ends a sequence.
+
+        Args:
+          allocation: what it had.
+          tokens: those whose keys and values have been computed.
+          keep: keep its tokens for later sequences; else only the pages that are known already.
+          keep_state: its state includes exactly these tokens: keep it, too.
+        """
+        self._running.remove(allocation)
+        if keep:
+            self.commit(allocation, tokens)
+        parent = allocation.nodes[-1] if allocation.nodes else self._root
+        rest = tuple(tokens[len(allocation.nodes) * self.page :])
+        holder, offset = parent, len(parent.tokens)
+        if keep and rest and allocation.own:
+            holder, offset = self._keep_rest(parent, rest, allocation), len(rest)
+        self._free += allocation.own
+        keep_state &= keep and self.stateful and holder is not self._root
+        if keep_state and offset not in holder.states:
+            self._keep_state(holder, offset, allocation.state)
+        else:
+            self._free_states.append(allocation.state)
+        for node in allocation.nodes:
+            self._leave(node)
+
+    def _keep_rest(self, parent: _Node, rest: tuple[int, ...], allocation: Allocation) -> _Node:
+        """The leaf that begins with the tokens of a page filled in part."""
+        for tokens, node in parent.children.items():
+            if tokens[: len(rest)] == rest:
+                return node
+        return self._insert(parent, rest, allocation)
+
+    # Nodes
+
+    def _match(
+        self, tokens: Sequence[int]
+    ) -> tuple[list[_Node], _Node | None, int, tuple[_Node, int] | None]:
+        """The known prefix of a prompt: nodes of full pages, a page to copy the next tokens from,
+        how many tokens that is, and the checkpoint."""
+        limit, node, nodes = len(tokens) - 1, self._root, []
+        while (len(nodes) + 1) * self.page <= limit:
+            start = len(nodes) * self.page
+            following = node.children.get(tuple(tokens[start : start + self.page]))
+            if following is None:
+                break
+            node = following
+            nodes.append(node)
+        rest = tuple(tokens[len(nodes) * self.page : limit][: self.page])
+        tail, count = None, 0
+        for known, child in node.children.items():
+            common = _common(known, rest)
+            if self.stateful:
+                common = max((n for n in child.states if n <= common), default=0)
+            if common > count:
+                tail, count = child, common
+        if not self.stateful:
+            return nodes, tail, len(nodes) * self.page + count, None
+        if tail is not None:
+            return nodes, tail, len(nodes) * self.page + count, (tail, count)
+        while nodes:
+            best = max(nodes[-1].states, default=0)
+            if best == self.page:
+                return nodes, None, len(nodes) * self.page, (nodes[-1], best)
+            last = nodes.pop()
+            if best:  # a checkpoint within a page that has been filled since
+                return nodes, last, len(nodes) * self.page + best, (last, best)
+        return [], None, 0, None
+
+    def _use(self, node: _Node) -> None:
+        if not node.users:
+            self._unused -= 1
+            self._idle.pop(node, None)
+        node.users += 1
+
+    def _leave(self, node: _Node) -> None:
+        node.users -= 1
+        if not node.users:
+            self._unused += 1
+            if not node.children:
+                self._idle[node] = None
+
+    def _allocate(self, count: int) -> list[int] | None:
+        """Free pages, some of unused prefixes if need be."""
+        if count > self.available:
+            return None
+        while len(self._free) < count:
+            self._forget(next(iter(self._idle)))
+        return [self._free.pop() for _ in range(count)]
+
+    def _forget(self, node: _Node) -> None:
+        """Frees the page and the checkpoints of an unused leaf."""
+        parent = node.parent
+        assert parent is not None
+        assert not node.users
+        assert not node.children
+        del parent.children[node.tokens]
+        self._idle.pop(node, None)
+        self._unused -= 1
+        self._free.append(node.page)
+        for offset, state in node.states.items():
+            del self._checkpoints[node, offset]
+            self._free_states.append(state)
+        if parent is not self._root and not parent.users and not parent.children:
+            self._idle[parent] = None
+            self._idle.move_to_end(parent, last=False)
+
+    # States
+
+    def _keep_state(self, node: _Node, offset: int, state: int) -> None:
+        node.states[offset] = state
+        self._checkpoints[node, offset] = None
+
+    def _allocate_state(self) -> int | None:
+        if not self._free_states and self._checkpoints:
+            (node, offset), _ = self._checkpoints.popitem(last=False)
+            self._free_states.append(node.states.pop(offset))
+        return self._free_states.pop() if self._free_states else None
+
+    # Checks
+
+    def check(self) -> None:
+        """Raises AssertionError unless every page is free or has one owner, and so on."""
+        nodes = list(self._nodes())
+        owned = [n.page for n in nodes] + [p for a in self._running for p in a.own]
+        assert sorted(owned + self._free) == list(range(self.total))
+        users: collections.Counter = collections.Counter()
+        for allocation in self._running:
+            users.update(allocation.nodes)
+        assert all(n.users == users[n] for n in nodes)
+        assert set(users) <= set(nodes)
+        assert self._unused == sum(not n.users for n in nodes)
+        assert set(self._idle) == {n for n in nodes if not n.users and not n.children}
+        states = [s for n in nodes for s in n.states.values()]
+        states += [a.state for a in self._running] + self._free_states
+        assert len(set(states)) == len(states)
+        assert {(n, o) for n in nodes for o in n.states} == set(self._checkpoints)
+        for node in nodes:
+            assert len(node.tokens) == self.page or not node.children
+            assert node.parent is not None
+            assert node.parent.children[node.tokens] is node
+            assert not node.users or node.parent is self._root or node.parent.users
+
+    def _nodes(self) -> Iterator[_Node]:
+        waiting = list(self._root.children.values())
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += node.children.values()
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(other))

@@ -1,0 +1,707 @@
+"""Which sequences the devices work on next.
+
+A request waits until its prompt fits into the cache. Its prompt is read in chunks, then it is
+decoded together with others, in blocks of steps, until it ends. Requests join and leave between
+blocks. A sequence that needs a page when there is none preempts the youngest: what that one has
+computed is forgotten, and computed again later.
+
+Some units of work are always in flight: while the devices work on one, the results of the one
+before are read. Sequences that have ended stay in blocks that are already in flight, masked.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsplit.cache.prefixes import Allocation, PrefixCache
+from jaxsplit.engine.chunked_prefill import chunk_lengths
+from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Prompt, Row
+from jaxsplit.engine.pending import PendingPrompts, PendingTokens
+from jaxsplit.engine.request import (
+    CANCELLED,
+    CONTEXT,
+    DEADLINE,
+    LENGTH,
+    STOP,
+    Progress,
+    Request,
+    TokenLogprob,
+    token_logprobs,
+)
+from jaxsplit.engine.sampling import NOT_FINITE, SamplerSpec
+from jaxsplit.errors import JaxsplitError
+
+MAX_BLOCK = 32
+"""Steps of a decode block at most."""
+
+BLOCK_SECONDS = 0.04
+"""Of a block of several sequences."""
+
+STREAM_SECONDS = 0.1
+"""Of a block of a single one."""
+
+_FIRST_BLOCK = 4
+"""Steps of a block whose speed is not known yet."""
+
+_PACKED_ROWS = (1, 4, 16, 64)
+"""Prompts that are read at a time, for which prefill is compiled."""
+
+_CHUNK_TOKENS = 500
+"""Fixed cost of a chunk in equivalent tokens, as in `chunked_prefill`."""
+
+_MAX_DETAIL = 512
+"""Tokens of a chunk at most whose log-probabilities are computed: each has a row of logits."""
+
+_RESERVE = 128
+"""Tokens that must fit into the cache after a prompt, before it is read."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Sequence:
+    """A request that waits or is being worked on.
+
+    Attributes:
+      request: what is wanted.
+      tokens: the prompt, and what has been generated.
+      spec: of its sampler.
+      replica, slot, allocation: where it is; None: it waits.
+      prompt: tokens to read before it decodes: of a preempted sequence, also those generated.
+      read: how many of these have been enqueued.
+      sampled: tokens that have been enqueued since, at most.
+      in_flight: units that are not read yet.
+    """
+
+    request: Request
+    tokens: list[int]
+    spec: SamplerSpec
+    replica: int = 0
+    slot: int = -1
+    allocation: Allocation | None = None
+    prompt: int = 0
+    read: int = 0
+    sampled: int = 0
+    in_flight: int = 0
+    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The first in this order goes first."""
+        return -self.request.spec.priority, self.request.id
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its prompt has been enqueued."""
+        return self.read == self.prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """Work that has been enqueued.
+
+    Attributes:
+      sequences: of each data replica, in the order of the rows.
+      pending: its results.
+      key: what its time depends on.
+      steps: of a block; 0: it reads prompts.
+      enqueued: when.
+      parts: what was read of each prompt.
+    """
+
+    sequences: Sequence[Sequence[_Sequence]]
+    pending: PendingTokens | PendingPrompts
+    key: tuple
+    steps: int
+    enqueued: float
+    parts: Sequence[Sequence[Prompt]] = ()
+
+    def rows(self) -> Iterator[tuple[tuple[int, int], _Sequence]]:
+        """The sequences and their places in the results."""
+        for replica, own in enumerate(self.sequences):
+            for row, sequence in enumerate(own):
+                yield (replica, row), sequence
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What a scheduler has done and is doing.
+
+    Attributes:
+      waiting, running: requests.
+      pages, free_pages, cached_pages: of the cache: all, those without content, and those that keep
+        prefixes which no running sequence uses.
+      page: tokens of a page.
+      prompt_tokens, cached_tokens, generated_tokens: in all; cached ones were not read again.
+      preemptions, finished: in all.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pages: int = 0
+    free_pages: int = 0
+    cached_pages: int = 0
+    page: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+
+
+class Scheduler:
+    """Runs requests on an engine, a unit of work at a time. Not thread-safe.
+
+    Args:
+      engine: that does the work.
+      itl_budget: seconds that reading a prompt may delay the tokens of other requests.
+      measures: decide by measured times; else by fixed numbers of tokens, the same everywhere.
+
+    Attributes:
+      statistics: what it has done and is doing.
+    """
+
+    def __init__(self, engine: Engine, *, itl_budget: float = 0.1, measures: bool = True):
+        self.engine, self.itl_budget, self.measures = engine, itl_budget, measures
+        self.statistics = Statistics()
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []
+        self._units: collections.deque[_Unit] = collections.deque()
+        self._most_in_flight = 1 + len(engine.runners)
+        self._seconds: dict[tuple, float] = {}
+        self._last_read = 0.0
+        self._prompts_last = False
+        self._make_caches()
+
+    def _make_caches(self) -> None:
+        engine, size = self.engine, self.engine.size
+        self._stateful = engine.stateful
+        self._caches = [
+            PrefixCache(size.pages, size.page, size.states, stateful=self._stateful)
+            for _ in range(engine.partition.data)
+        ]
+        count = engine.slots_per_replica
+        self._free_slots = [list(range(count))[::-1] for _ in self._caches]
+
+    # Requests
+
+    def check(self, request: Request) -> None:
+        """Refuses what could never run.
+
+        Raises:
+          JaxsplitError: the prompt and its tokens do not fit into the cache.
+        """
+        spec, size = request.spec, self.engine.size
+        needed = min(len(spec.prompt) + max(spec.max_tokens - 1, 0), size.context)
+        if -(-needed // size.page) > size.pages:
+            raise JaxsplitError(
+                f"the prompt has {len(spec.prompt)} tokens and may generate "
+                f"{int(needed) - len(spec.prompt)}; the cache has room for "
+                f"{size.pages * size.page}: ask for less, or set a larger cache_tokens"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        tokens = [*request.spec.prompt]
+        spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
+        sequence = _Sequence(request, tokens, spec)
+        try:
+            self.check(request)
+        except JaxsplitError as error:
+            request.deliver(Progress(error=error))
+            return
+        self._waiting.append(sequence)
+        self._waiting.sort(key=lambda one: one.order)
+
+    def cancel(self, request: Request, reason: str = CANCELLED) -> None:
+        """Ends a request, if it has not ended."""
+        for sequence in [*self._waiting, *self._running]:
+            if sequence.request is request:
+                self._end(sequence, Progress(finish_reason=reason), exact=False)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._running or self._units)
+
+    # A turn
+
+    def step(self) -> None:
+        """Enqueues a unit of work, and reads the results of earlier ones."""
+        self._end_late_ones()
+        unit = None
+        if len(self._units) < self._most_in_flight:
+            unit = self._guarded(self._next_unit)
+        if unit is not None:
+            self._units.append(unit)
+            for _, sequence in unit.rows():
+                sequence.in_flight += 1
+        if self._units and (unit is None or len(self._units) >= self._most_in_flight):
+            self._guarded(self._read_oldest)
+        stats = self.statistics
+        stats.waiting, stats.running = len(self._waiting), len(self._running)
+        stats.pages, stats.page = sum(c.total for c in self._caches), self.engine.size.page
+        stats.cached_pages = sum(c.cached for c in self._caches)
+        stats.free_pages = sum(c.available for c in self._caches) - stats.cached_pages
+
+    def _end_late_ones(self) -> None:
+        now = time.perf_counter()
+        for sequence in [*self._waiting, *self._running]:
+            spec = sequence.request.spec
+            if spec.timeout is not None and now > sequence.request.timings.submitted + spec.timeout:
+                self.cancel(sequence.request, DEADLINE)
+
+    def _guarded(self, function: Any) -> Any:
+        """Runs a part of a turn. If it fails, so do the requests that it worked on; the others are
+        computed again."""
+        working: list[_Sequence] = []
+        try:
+            return function(working)
+        except Exception as error:
+            self._units.clear()
+            self.engine.reset()
+            failed = set(map(id, working)) or set(map(id, self._running))
+            for sequence in self._running:
+                sequence.allocation, sequence.slot, sequence.in_flight = None, -1, 0
+                if id(sequence) in failed:
+                    sequence.request.deliver(Progress(error=error))
+                else:
+                    self._waiting.append(sequence)
+            self._running = []
+            self._waiting.sort(key=lambda one: one.order)
+            self._make_caches()
+            return None
+
+    def _next_unit(self, working: list[_Sequence]) -> _Unit | None:
+        """Enqueues a unit of work; None: there is none to enqueue now."""
+        self._admit(working)
+        reading = [s for s in self._running if not s.decodes]
+        decoding = [s for s in self._running if s.decodes and self._steps_left(s) > 0]
+        if reading and not (decoding and self._prompts_last):
+            self._prompts_last = True
+            return self._read_prompts(reading, bool(decoding), working)
+        self._prompts_last = False
+        return self._decode(decoding, bool(reading or self._waiting), working) if decoding else None
+
+    # Admission
+
+    def _admit(self, working: list[_Sequence]) -> None:
+        """Begins waiting requests, in order, as long as they fit."""
+        while self._waiting and self._begin(self._waiting[0], working):
+            self._running.append(self._waiting.pop(0))
+
+    def _begin(self, sequence: _Sequence, working: list[_Sequence]) -> bool:
+        spec, size = sequence.request.spec, self.engine.size
+        # The replica that has the longest prefix; among equals, that with most room.
+        replicas = [r for r, free in enumerate(self._free_slots) if free]
+        share = spec.share_prefix and spec.wanted == "last"
+        replicas.sort(
+            key=lambda r: (
+                -self._caches[r].match(sequence.tokens) if share else 0,
+                -self._caches[r].available,
+            )
+        )
+        for replica in replicas:
+            cache, before = self._caches[replica], len(sequence.tokens)
+            running = any(s.replica == replica for s in self._running)
+            reserve = 0 if spec.logits or not running else _RESERVE
+            pages = -(-min(before + reserve, size.context) // size.page)
+            if running and cache.available < pages - cache.match(sequence.tokens) // size.page:
+                continue
+            begun = cache.begin(sequence.tokens, share=share)
+            if begun is None:
+                continue
+            slot = self._free_slots[replica].pop()
+            sequence.allocation, sequence.replica, sequence.slot = begun.allocation, replica, slot
+            sequence.prompt, sequence.read = before, begun.allocation.cached
+            sequence.sampled = 0
+            working.append(sequence)
+            if begun.pages or begun.states:
+                self.engine.copy(replica, pages=begun.pages, states=begun.states)
+            request = sequence.request
+            if not spec.logits:
+                stops = spec.stop_ids
+                self.engine.assign(
+                    replica,
+                    slot,
+                    sequence.tokens,
+                    spec.sampling,
+                    stop_ids=stops,
+                    end=self._end_position(sequence),
+                )
+            working.remove(sequence)
+            if request.cached_tokens < 0:
+                request.cached_tokens = begun.allocation.cached
+                self.statistics.prompt_tokens += before
+                self.statistics.cached_tokens += begun.allocation.cached
+            return True
+        return False
+
+    def _end_position(self, sequence: _Sequence) -> int:
+        """Position of the last token."""
+        spec = sequence.request.spec
+        return int(min(self.engine.context, len(spec.prompt) + spec.max_tokens - 1))
+
+    def _steps_left(self, sequence: _Sequence) -> int:
+        """Steps that it may still take, were all of those in flight to succeed."""
+        if sequence.request.spec.logits:
+            return 0
+        return self._end_position(sequence) - (sequence.prompt + sequence.sampled - 1)
+
+    # Prompts
+
+    def _read_prompts(
+        self, reading: list[_Sequence], decoding: bool, working: list[_Sequence]
+    ) -> _Unit:
+        """Enqueues chunks of some prompts."""
+        reading.sort(key=lambda one: one.order)
+        first = reading[0]
+        wanted = first.request.spec.wanted
+        length = self._chunk(first, decoding, len(reading))
+        alike = [
+            s
+            for s in reading
+            if s is first
+            or (wanted == "last" == s.request.spec.wanted and self._fits(s, length, decoding))
+        ]
+        rows = self._packed(alike, length, decoding) if wanted == "last" else 1
+        sequences: list[list[_Sequence]] = [[] for _ in self._caches]
+        for sequence in alike:
+            if len(sequences[sequence.replica]) < rows:
+                sequences[sequence.replica].append(sequence)
+        working += itertools.chain(*sequences)
+        parts = [[self._part(s, length) for s in own] for own in sequences]
+        spec = SamplerSpec.join(
+            s.spec
+            for own, p in zip(sequences, parts, strict=True)
+            for s, one in zip(own, p, strict=True)
+            if one.ends
+        )
+        now = time.perf_counter()
+        pending = self.engine.read_prompts(
+            parts, rows=rows, length=length, sampler=spec, wanted=wanted
+        )
+        for own, these in zip(sequences, parts, strict=True):
+            for sequence, part in zip(own, these, strict=True):
+                if not sequence.request.timings.started:
+                    timings = dataclasses.replace(sequence.request.timings, started=now)
+                    sequence.request.timings = timings
+                sequence.read += len(part.tokens)
+                sequence.sampled += part.ends
+                self._save_state(sequence)
+        return _Unit(sequences, pending, ("prompts", rows, length, wanted), 0, now, parts)
+
+    def _part(self, sequence: _Sequence, length: int) -> Prompt:
+        """The next tokens of a prompt."""
+        assert sequence.allocation is not None
+        start, spec = sequence.read, sequence.request.spec
+        stop = min(start + length, self._until(sequence))
+        targets = None
+        if spec.wanted == "logprobs":
+            targets = [*sequence.tokens[start + 1 : stop + 1]]
+        return Prompt(
+            self._row(sequence),
+            start,
+            sequence.tokens[start:stop],
+            ends=stop == sequence.prompt and not spec.logits,
+            targets=targets,
+        )
+
+    def _until(self, sequence: _Sequence) -> int:
+        """Where the next chunk of a prompt has to end: where a checkpoint of the state is wanted,
+        which is after its last full page."""
+        if not self._stateful:
+            return sequence.prompt
+        last_page = (sequence.prompt - 1) // self.engine.size.page * self.engine.size.page
+        return last_page if sequence.read < last_page else sequence.prompt
+
+    def _save_state(self, sequence: _Sequence) -> None:
+        """Keeps a checkpoint of the state after a chunk that ends with a page."""
+        if not self._stateful or sequence.read % self.engine.size.page:
+            return
+        assert sequence.allocation is not None
+        cache = self._caches[sequence.replica]
+        copy = cache.checkpoint(sequence.allocation, sequence.tokens[: sequence.read])
+        if copy is not None:
+            self.engine.copy(sequence.replica, states=[copy])
+
+    def _row(self, sequence: _Sequence) -> Row:
+        assert sequence.allocation is not None
+        return Row(sequence.slot, sequence.allocation.pages, sequence.allocation.state)
+
+    def _chunk(self, sequence: _Sequence, decoding: bool, queued: int) -> int:
+        """Length of the next chunk of a prompt."""
+        spec = sequence.request.spec
+        if spec.one_by_one:
+            return 1
+        left = self._until(sequence) - sequence.read
+        chunks = [c for c in self.engine.chunks if not decoding or self._in_budget(1, c)]
+        if spec.wanted == "logprobs":
+            chunks = [c for c in chunks if c <= _MAX_DETAIL]
+        chunks = chunks or [min(self.engine.chunks)]
+        return chunk_lengths(left, chunks, len(self.engine.runners), queued)[0]
+
+    def _in_budget(self, rows: int, length: int) -> bool:
+        """Whether a chunk delays the tokens of others no longer than they may be."""
+        known = {k: s for k, s in self._seconds.items() if k[0] == "prompts" and s < math.inf}
+        if not known or not self.measures:
+            return rows * length <= _MAX_DETAIL
+        seconds = known.get(("prompts", rows, length, "last"))
+        if seconds is None:  # as the nearest chunk that was measured
+            size = rows * length
+            key = min(known, key=lambda k: abs(math.log(k[1] * k[2] / size)))
+            seconds = known[key] * (size + _CHUNK_TOKENS) / (key[1] * key[2] + _CHUNK_TOKENS)
+        return seconds <= self.itl_budget
+
+    def _fits(self, sequence: _Sequence, length: int, decoding: bool) -> bool:
+        """Whether the next chunk of a prompt has about this length."""
+        left = self._until(sequence) - sequence.read
+        return left <= length or self._chunk(sequence, decoding, 1) == length
+
+    def _packed(self, alike: list[_Sequence], length: int, decoding: bool) -> int:
+        """How many prompts to read at a time, on each data replica."""
+        count = max(collections.Counter(s.replica for s in alike).values())
+        most = max(self.engine.chunks)
+
+        def cost(rows: int) -> float:
+            return (rows * length + _CHUNK_TOKENS) / min(rows, count)
+
+        options = [
+            rows
+            for rows in _PACKED_ROWS
+            if rows == 1
+            or (
+                rows <= self.engine.slots_per_replica
+                and rows * length <= most
+                and (not decoding or self._in_budget(rows, length))
+            )
+        ]
+        return min(options, key=cost)
+
+    # Decoding
+
+    def _decode(
+        self, decoding: list[_Sequence], busy: bool, working: list[_Sequence]
+    ) -> _Unit | None:
+        """Enqueues a block of steps. None: units in flight have to be read first."""
+        steps = self._block(decoding, busy)
+        for sequence in sorted(decoding, key=lambda one: one.order):
+            if sequence not in self._running:
+                continue  # preempted
+            needed = min(
+                sequence.prompt + sequence.sampled - 1 + steps, self._end_position(sequence)
+            )
+            assert sequence.allocation is not None
+            cache = self._caches[sequence.replica]
+            while not cache.extend(sequence.allocation, needed):
+                if self._units:
+                    return None  # to know all tokens of those that are preempted
+                self._preempt(sequence.replica)
+                if sequence not in self._running:
+                    break
+        decoding = [s for s in decoding if s in self._running]
+        if not decoding:
+            return None
+        sequences: list[list[_Sequence]] = [[] for _ in self._caches]
+        for sequence in decoding:
+            sequences[sequence.replica].append(sequence)
+        working += decoding
+        spec = SamplerSpec.join(s.spec for s in decoding)
+        rows = [[self._row(s) for s in own] for own in sequences]
+        now = time.perf_counter()
+        pending = self.engine.decode(rows, spec, steps, length=MAX_BLOCK)
+        for sequence in decoding:
+            sequence.sampled += min(steps, self._steps_left(sequence))
+        key = ("steps", 1 << (max(map(len, rows)) - 1).bit_length(), spec)
+        return _Unit(sequences, pending, key, steps, now)
+
+    def _block(self, decoding: list[_Sequence], busy: bool) -> int:
+        """Steps of the next block."""
+        asked = [s.request.spec.block for s in decoding if s.request.spec.block is not None]
+        left = max(map(self._steps_left, decoding))
+        if asked:
+            return (
+                min(*asked, left, MAX_BLOCK) if len(asked) > 1 else min(asked[0], left, MAX_BLOCK)
+            )
+        if not self.measures:
+            return min(MAX_BLOCK // 4, left)
+        rows = collections.Counter(s.replica for s in decoding).most_common(1)[0][1]
+        spec = SamplerSpec.join(s.spec for s in decoding)
+        seconds = self._seconds.get(("steps", 1 << (rows - 1).bit_length(), spec))
+        if seconds is None:
+            return min(_FIRST_BLOCK, left)
+        target = STREAM_SECONDS if len(self._running) == 1 and not busy else BLOCK_SECONDS
+        if busy:
+            target /= 2
+        return max(1, min(MAX_BLOCK, left, int(target / max(seconds, 1e-6))))
+
+    def _preempt(self, replica: int) -> None:
+        """Puts the youngest sequence of a replica back into the queue."""
+        youngest = max((s for s in self._running if s.replica == replica), key=lambda s: s.order)
+        self._leave(youngest, exact=True)
+        self._waiting.append(youngest)
+        self._waiting.sort(key=lambda one: one.order)
+        self.statistics.preemptions += 1
+
+    def _leave(self, sequence: _Sequence, *, exact: bool, keep: bool = True) -> None:
+        """Takes a sequence off its slot; `exact`: its state includes all known tokens but the
+        last, and nothing else."""
+        self._running.remove(sequence)
+        allocation, sequence.allocation = sequence.allocation, None
+        assert allocation is not None
+        computed = sequence.read
+        if sequence.decodes:  # but for the last token, which has not been read
+            computed = max(sequence.prompt, len(sequence.tokens) - 1)
+        self._caches[sequence.replica].release(
+            allocation,
+            sequence.tokens[:computed],
+            keep=keep,
+            keep_state=exact and sequence.decodes,
+        )
+        self._free_slots[sequence.replica].append(sequence.slot)
+        sequence.slot, sequence.read, sequence.prompt = -1, 0, 0
+
+    def _end(
+        self, sequence: _Sequence, news: Progress, *, exact: bool, keep: bool = True, **times: float
+    ) -> None:
+        """Ends a request."""
+        if sequence in self._running:
+            self._leave(sequence, exact=exact, keep=keep)
+        else:
+            self._waiting.remove(sequence)
+        self.statistics.finished += 1
+        sequence.request.deliver(news, **times)
+
+    # Results
+
+    def _read_oldest(self, working: list[_Sequence]) -> None:
+        """Waits for the oldest unit, and hands its results over."""
+        unit = self._units.popleft()
+        working += [sequence for _, sequence in unit.rows()]
+        outputs, details = unit.pending.read(), None
+        logits = None
+        if isinstance(unit.pending, PendingPrompts):
+            details = unit.pending.details()
+            if unit.key[-1] == "logits":
+                logits = unit.pending.logits()
+        now = time.perf_counter()
+        self._measure(unit, now)
+        for at, sequence in unit.rows():
+            sequence.in_flight -= 1
+            if sequence not in self._running:
+                continue
+            if unit.parts:
+                part = unit.parts[at[0]][at[1]]
+                self._take_details(sequence, part, at, details, logits, now)
+                if not part.ends or sequence not in self._running:
+                    continue
+            if outputs is not None:
+                self._take_tokens(sequence, outputs, at, now)
+
+    def _measure(self, unit: _Unit, now: float) -> None:
+        """Notes how long a unit took: since it was enqueued, or the one before it was done."""
+        seconds = (now - max(unit.enqueued, self._last_read)) / max(unit.steps, 1)
+        self._last_read = now
+        before = self._seconds.get(unit.key)
+        # The first one has been compiled, too.
+        if before is None and unit.key not in self._seconds:
+            self._seconds[unit.key] = math.inf
+            return
+        assert before is not None
+        self._seconds[unit.key] = seconds if before == math.inf else 0.7 * before + 0.3 * seconds
+
+    def _take_details(
+        self,
+        sequence: _Sequence,
+        part: Prompt,
+        at: tuple[int, int],
+        details: Any,
+        logits: np.ndarray | None,
+        now: float,
+    ) -> None:
+        """Takes log-probabilities or logits of a part of a prompt."""
+        request = sequence.request
+        if details is not None:
+            count = request.spec.sampling.logprobs or 0
+            known = len(request.prompt_logprobs)
+            for i in range(len(part.targets or ())):
+                if part.start + i >= known:
+                    request.prompt_logprobs.append(token_logprobs(details, (*at, i), count))
+        if logits is not None:
+            sequence.logits.append(logits[at][: len(part.tokens)])
+            if part.start + len(part.tokens) == sequence.prompt:
+                request.logits = np.concatenate(sequence.logits)
+                finite = bool(np.isfinite(request.logits).all())
+                news = Progress(finish_reason=LENGTH)
+                self._end(sequence, news, exact=False, keep=finite, last_token=now)
+
+    def _take_tokens(
+        self, sequence: _Sequence, outputs: Any, at: tuple[int, int], now: float
+    ) -> None:
+        """Takes the tokens of a row."""
+        request, spec = sequence.request, sequence.request.spec
+        if spec.max_tokens == 0:
+            self._end(sequence, Progress(finish_reason=LENGTH), exact=False, last_token=now)
+            return
+        new: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        reason, end = None, self._end_position(sequence)
+        for i, token in enumerate(outputs.tokens[at].tolist()):
+            if token == -1:
+                break
+            if token == NOT_FINITE:
+                self._fail_not_finite(sequence)
+                return
+            new.append(token)
+            if spec.sampling.logprobs is not None:
+                logprobs.append(token_logprobs(outputs, (*at, i), spec.sampling.logprobs))
+            position = len(sequence.tokens) + len(new) - 1
+            if token in spec.stop_ids:
+                reason = STOP
+            elif len(request.tokens) + len(new) >= spec.max_tokens:
+                reason = LENGTH
+            elif position >= end:
+                reason = CONTEXT
+            if reason is not None:
+                break
+        if not new:
+            return
+        sequence.tokens += new
+        self.statistics.generated_tokens += len(new)
+        times = {"last_token": now}
+        if not request.tokens:
+            times["first_token"] = now
+        news = Progress(new, logprobs, reason)
+        if reason is not None:
+            self._end(sequence, news, exact=self._stopped_on_device(sequence, reason), **times)
+            return
+        assert sequence.allocation is not None
+        self._caches[sequence.replica].commit(
+            sequence.allocation, sequence.tokens[: len(sequence.tokens) - 1]
+        )
+        request.deliver(news, **times)
+
+    def _stopped_on_device(self, sequence: _Sequence, reason: str) -> bool:
+        """Whether the devices knew why a sequence ended, so that they did not go on."""
+        return reason != STOP or len(sequence.request.spec.stop_ids) <= MAX_STOP_IDS
+
+    def _fail_not_finite(self, sequence: _Sequence) -> None:
+        error = JaxsplitError(
+            f"the model's logits are not finite after {len(sequence.tokens)} tokens: try "
+            "dtype=float32; if that does not help, the file's weights are damaged"
+        )
+        self._end(sequence, Progress(error=error), exact=False, keep=False)
+
+    # Checks
+
+    def check_pages(self) -> None:
+        """Raises AssertionError unless every page is free or has one owner, and so on."""
+        for replica, cache in enumerate(self._caches):
+            cache.check()
+            slots = [s.slot for s in self._running if s.replica == replica]
+            slots += self._free_slots[replica]
+            assert sorted(slots) == list(range(self.engine.slots_per_replica))
