@@ -242,8 +242,9 @@ def _bias(given: Any) -> tuple[tuple[int, float], ...] | None:
         return None
     try:
         if isinstance(given, str):
-            given = [pair.rsplit(":", 1) for pair in given.split(",") if pair]
-        pairs = given.items() if isinstance(given, Mapping) else given
+            pairs = [pair.rsplit(":", 1) for pair in given.split(",") if pair]
+        else:
+            pairs = given.items() if isinstance(given, Mapping) else given
         bias = {int(token): float(value) for token, value in pairs}
     except (TypeError, ValueError):
         raise JaxsplitError(

@@ -4,7 +4,6 @@ import itertools
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from tiny import byte_alphabet, fresh_rng, write_tiny_model
 
 import jaxsplit
+from jaxsplit.engine import Request
 from jaxsplit.errors import JaxsplitError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,40 +72,12 @@ def test_calls_between_two_pieces_of_a_stream_do_not_change_it(lm, alone, betwee
     assert text + "".join(stream) == alone[PROMPTS[0]]
 
 
-def test_taking_turns_costs_at_most_as_many_tokens_again(lm, monkeypatch):
-    """A stream that is overtaken goes on as far as it has come, so that tokens are decoded three
-    times at most."""
-    decoded, loop = [], lm.engine.loop
-    monkeypatch.setattr(
-        lm.engine, "loop", lambda limit, length: decoded.append(limit) or loop(limit, length)
-    )
-    streams = [lm.stream(prompt, 128, block=1, **GREEDY) for prompt in PROMPTS[:2]]
-    for _ in itertools.zip_longest(*streams):
-        pass
-    assert sum(decoded) <= 3 * 2 * 128
-
-
-def test_an_overtaken_stream_goes_on_without_a_long_wait(lm, monkeypatch):
-    stream = lm.stream(PROMPTS[0], 200, block=1, **GREEDY)
-    for _ in range(60):
-        next(stream)
-    decoded, loop = [], lm.engine.loop
-    monkeypatch.setattr(
-        lm.engine, "loop", lambda limit, length: decoded.append(limit) or loop(limit, length)
-    )
-    lm.logits([1, 2])
-    next(stream)
-    assert 60 <= sum(decoded) < 60 + 40  # what it had, and one block
-
-
-def test_generated_texts_do_not_overtake_one_another(lm, alone, monkeypatch):
-    started, start = [], lm.engine.start
-    monkeypatch.setattr(lm.engine, "start", lambda *a: started.append(a) or start(*a))
-    calls = [(lm.generate, (prompt, COUNT), {**GREEDY, "block": 2}) for prompt in PROMPTS * 2]
-    with ThreadPoolExecutor(6) as pool:
-        texts = [pool.submit(call, *args, **options) for call, args, options in calls]
-        assert [found.result() for found in texts] == [*alone.values()] * 2
-    assert len(started) == 6
+def test_several_prompts_give_their_texts_in_order(lm, alone):
+    assert lm.generate([*PROMPTS, *PROMPTS[:2]], COUNT, **GREEDY) == [
+        alone[prompt] for prompt in (*PROMPTS, *PROMPTS[:2])
+    ]
+    ids = [lm.tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert lm.generate(ids, COUNT, **GREEDY) == [*alone.values()]
 
 
 def test_threads_get_the_texts_of_calls_alone(lm, alone):
@@ -191,7 +163,7 @@ def test_an_interrupted_stream_says_so(lm, monkeypatch):
     stream = lm.stream(PROMPTS[0], COUNT, block=1, **GREEDY)
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(lm._thread, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Request, "next", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert stream.stop_reason == "interrupted"
@@ -214,9 +186,6 @@ def test_calls_after_a_program_that_failed_give_the_texts_they_should(lm, alone,
         patch.setattr(runner, "prefill", lambda *_, **__: fail)
         with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
             getattr(lm, call)([1, 2, 3])
-    if lm.engine.loops:
-        with pytest.raises(JaxsplitError, match="sequences are lost"):
-            lm.closed_batch.loop(1)
     assert lm.generate(PROMPTS[1], COUNT, **GREEDY) == alone[PROMPTS[1]]
     assert text + "".join(stream) == alone[PROMPTS[0]]
 
@@ -340,8 +309,8 @@ def test_texts_show_the_markers_of_thoughts_that_the_template_spells(tmp_path):
         ((b"hello",), r"text or a list of token ids.* bytes"),
         ((None,), r"text or a list of token ids.* NoneType"),
         (([104.0, 101.0],), r"text or a list of token ids"),
-        (([[104, 101]],), r"text or a list of token ids"),
-        ((["a"],), r"text or a list of token ids"),
+        (([["a"]],), r"text or a list of token ids"),
+        (([None],), r"text or a list of token ids"),
         (({1: 2},), r"text or a list of token ids.* dict"),
         ((memoryview(b"hi"),), r"text or a list of token ids.* memoryview"),
         (([],), "the prompt is empty"),
@@ -373,6 +342,14 @@ def test_a_wrong_prompt_is_refused_by_name(lm, arguments, message):
         ({"stop": [""]}, "stop="),
         ({"stop": 5}, "stop=5"),
         ({"show_special": "some"}, "show_special=some"),
+        ({"stop_ids": [1.5]}, "stop_ids is a list of token ids"),
+        ({"stop_ids": [263]}, "token ids must lie between 0 and 262"),
+        ({"logit_bias": {5000: 1.0}}, "token ids must lie between"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias"),
+        ({"logit_bias": "5=3"}, "logit_bias='5=3' must be"),
+        ({"logprobs": 21}, "logprobs=21"),
+        ({"priority": 1.5}, "priority=1.5"),
+        ({"timeout": -1}, "timeout=-1"),
     ],
     ids=str,
 )

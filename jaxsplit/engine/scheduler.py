@@ -128,6 +128,22 @@ class _Unit:
 
 
 @dataclasses.dataclass
+class Counters:
+    """What a scheduler has done so far.
+
+    Attributes:
+      prompt_tokens, cached_tokens, generated_tokens: in all; cached ones were not read again.
+      preemptions, finished: how often; how many requests.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistics:
     """What a scheduler has done and is doing.
 
@@ -136,21 +152,16 @@ class Statistics:
       pages, free_pages, cached_pages: of the cache: all, those without content, and those that keep
         prefixes which no running sequence uses.
       page: tokens of a page.
-      prompt_tokens, cached_tokens, generated_tokens: in all; cached ones were not read again.
-      preemptions, finished: in all.
+      counters: what it has done so far.
     """
 
-    waiting: int = 0
-    running: int = 0
-    pages: int = 0
-    free_pages: int = 0
-    cached_pages: int = 0
-    page: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    finished: int = 0
+    waiting: int
+    running: int
+    pages: int
+    free_pages: int
+    cached_pages: int
+    page: int
+    counters: Counters
 
 
 class Scheduler:
@@ -162,12 +173,12 @@ class Scheduler:
       measures: decide by measured times; else by fixed numbers of tokens, the same everywhere.
 
     Attributes:
-      statistics: what it has done and is doing.
+      counters: what it has done so far.
     """
 
     def __init__(self, engine: Engine, *, itl_budget: float = 0.1, measures: bool = True):
         self.engine, self.itl_budget, self.measures = engine, itl_budget, measures
-        self.statistics = Statistics()
+        self.counters = Counters()
         self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
         self._units: collections.deque[_Unit] = collections.deque()
@@ -242,11 +253,20 @@ class Scheduler:
                 sequence.in_flight += 1
         if self._units and (unit is None or len(self._units) >= self._most_in_flight):
             self._guarded(self._read_oldest)
-        stats = self.statistics
-        stats.waiting, stats.running = len(self._waiting), len(self._running)
-        stats.pages, stats.page = sum(c.total for c in self._caches), self.engine.size.page
-        stats.cached_pages = sum(c.cached for c in self._caches)
-        stats.free_pages = sum(c.available for c in self._caches) - stats.cached_pages
+
+    @property
+    def statistics(self) -> Statistics:
+        """What it has done and is doing; may be asked for on any thread."""
+        cached = sum(cache.cached for cache in self._caches)
+        return Statistics(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            pages=sum(cache.total for cache in self._caches),
+            free_pages=sum(cache.available for cache in self._caches) - cached,
+            cached_pages=cached,
+            page=self.engine.size.page,
+            counters=dataclasses.replace(self.counters),
+        )
 
     def _end_late_ones(self) -> None:
         now = time.perf_counter()
@@ -336,8 +356,8 @@ class Scheduler:
             working.remove(sequence)
             if request.cached_tokens < 0:
                 request.cached_tokens = begun.allocation.cached
-                self.statistics.prompt_tokens += before
-                self.statistics.cached_tokens += begun.allocation.cached
+                self.counters.prompt_tokens += before
+                self.counters.cached_tokens += begun.allocation.cached
             return True
         return False
 
@@ -545,7 +565,7 @@ class Scheduler:
         self._leave(youngest, exact=True)
         self._waiting.append(youngest)
         self._waiting.sort(key=lambda one: one.order)
-        self.statistics.preemptions += 1
+        self.counters.preemptions += 1
 
     def _leave(self, sequence: _Sequence, *, exact: bool, keep: bool = True) -> None:
         """Takes a sequence off its slot; `exact`: its state includes all known tokens but the
@@ -573,7 +593,7 @@ class Scheduler:
             self._leave(sequence, exact=exact, keep=keep)
         else:
             self._waiting.remove(sequence)
-        self.statistics.finished += 1
+        self.counters.finished += 1
         sequence.request.deliver(news, **times)
 
     # Results
@@ -671,7 +691,7 @@ class Scheduler:
         if not new:
             return
         sequence.tokens += new
-        self.statistics.generated_tokens += len(new)
+        self.counters.generated_tokens += len(new)
         times = {"last_token": now}
         if not request.tokens:
             times["first_token"] = now

@@ -1,7 +1,6 @@
 """The thread that runs the engine, for callers on any thread."""
 
 import atexit
-import dataclasses
 import functools
 import itertools
 import queue
@@ -88,7 +87,7 @@ class SchedulerThread:
     @property
     def statistics(self) -> Statistics:
         """What has been done and is being done."""
-        return dataclasses.replace(self._scheduler.statistics)
+        return self._scheduler.statistics
 
     def run(self, function: Callable[[Scheduler], Any]) -> Any:
         """Runs a function on the engine's thread, between two units of work."""
