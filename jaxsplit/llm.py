@@ -336,8 +336,11 @@ class LM:
         Raises:
           JaxsplitError: the file has no chat template, or it refuses the messages.
         """
-        template = ChatTemplate.from_metadata(self._metadata)
-        return self.tokenizer.encode(template.render(messages, **variables), parse_special=True)
+        return self.tokenizer.encode(self.chat_text(messages, **variables), parse_special=True)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+        """The text that `chat_prompt` encodes; arguments and errors are the same."""
+        return ChatTemplate.from_metadata(self._metadata).render(messages, **variables)
 
     @property
     def weight_bytes(self) -> int:
