@@ -13,7 +13,7 @@ PACKAGE = Path(jaxsplit.__file__).parent
 ROOMS = """
 __init__ generate gguf lm
 cli
-conversation
+conversation perplexity
 llm
 plan
 engine
