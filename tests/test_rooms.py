@@ -26,7 +26,7 @@ context
 cache
 quant
 sharding
-formats text
+formats text hub
 config pallas
 arguments paths
 lazy errors

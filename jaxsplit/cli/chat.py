@@ -23,7 +23,7 @@ from absl import flags
 
 from jaxsplit.cli import options
 from jaxsplit.cli.help import with_flags
-from jaxsplit.cli.program import interrupts_raise, note, progress_bar
+from jaxsplit.cli.program import interrupts_raise, local_model, note, progress_bar
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 
@@ -40,7 +40,7 @@ GROUPS = {
 _MODEL = flags.DEFINE_string(
     "model",
     None,
-    "GGUF file (any one of a model in several) or checkpoint directory (default: demo model)",
+    options.MODEL_HELP + " (default: demo model)",
 )
 _SYSTEM = flags.DEFINE_string("system", None, "system message; \\n, \\t and \\\\ are escapes")
 _N_PREDICT = flags.DEFINE_integer(
@@ -347,8 +347,9 @@ def main(_: list[str]) -> None:
     sampling = SamplingConfig(**options.values(_SAMPLING))
     config = LoadConfig(**options.values(_LOAD))
     entered = _messages()
+    model = None if _MODEL.value is None else local_model(_MODEL.value)
     with progress_bar("loading", quiet=_QUIET.value) as progress:
-        lm = jaxsplit.load(_MODEL.value, config=config, progress=progress)
+        lm = jaxsplit.load(model, config=config, progress=progress)
     conversation = Conversation(lm)
     if _SYSTEM.value is not None:
         conversation.system = options.unescaped(_SYSTEM.value)

@@ -18,7 +18,7 @@ from absl import flags
 
 from jaxsplit.cli import options
 from jaxsplit.cli.help import with_flags
-from jaxsplit.cli.program import note, progress_bar, text_alone_on_stdout
+from jaxsplit.cli.program import local_model, note, progress_bar, text_alone_on_stdout
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 
@@ -33,7 +33,7 @@ GROUPS = {
 _MODEL = flags.DEFINE_string(
     "model",
     None,
-    "GGUF file (any one of a model in several) or checkpoint directory (default: demo model)",
+    options.MODEL_HELP + " (default: demo model)",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; \\n, \\t and \\\\ are escapes")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "read the prompt from a file; -: stdin")
@@ -156,8 +156,9 @@ def main(_: list[str]) -> None:
         raise JaxsplitError(f"--auto and --split_mode={config.split_mode}: leave one out")
     if _AUTO.value:
         config = dataclasses.replace(config, split_mode="auto")
+    model = None if _MODEL.value is None else local_model(_MODEL.value)
     with progress_bar("loading", quiet=_QUIET.value) as progress:
-        lm = jaxsplit.load(_MODEL.value, config=config, progress=progress)
+        lm = jaxsplit.load(model, config=config, progress=progress)
     prompt_ids: str | list[int] = prompt
     if _CHAT.value:
         system = [] if _SYSTEM.value is None else [options.unescaped(_SYSTEM.value)]

@@ -30,6 +30,12 @@ GROUPS = {
 }
 """Headings of `--help`, by the first flag of each group: see `jaxsplit.cli.help`."""
 
+MODEL_HELP = (
+    "GGUF file (any one of a model in several), checkpoint directory, or owner/repo[:type] of the "
+    "Hugging Face Hub"
+)
+"""Of the flag `--model`."""
+
 _TYPES = {"devices": int, "tensor_split": str}
 """Of the flags of fields that take other values too in Python."""
 

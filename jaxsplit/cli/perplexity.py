@@ -20,7 +20,7 @@ from absl import flags
 
 from jaxsplit.cli import options
 from jaxsplit.cli.help import with_flags
-from jaxsplit.cli.program import note, on_interrupt, progress_bar
+from jaxsplit.cli.program import local_model, note, on_interrupt, progress_bar
 from jaxsplit.config import LoadConfig
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.paths import os_errors, user_path
@@ -40,7 +40,7 @@ GROUPS = {
 _MODEL = flags.DEFINE_string(
     "model",
     None,
-    "GGUF file (any one of a model in several) or checkpoint directory (default: demo model)",
+    options.MODEL_HELP + " (default: demo model)",
 )
 _FILE = flags.DEFINE_string("file", None, "file of the text; a line end at its end is left out")
 _CHUNKS = flags.DEFINE_integer("chunks", -1, "read the first N chunks; -1: all", lower_bound=-1)
@@ -72,8 +72,9 @@ def main(_: list[str]) -> None:
     import jaxsplit
 
     config = LoadConfig(ctx_size=_CTX_SIZE.value, **options.values(_LOAD))
+    model = None if _MODEL.value is None else local_model(_MODEL.value)
     with progress_bar("loading", quiet=_QUIET.value) as progress:
-        lm = jaxsplit.load(_MODEL.value, config=config, progress=progress)
+        lm = jaxsplit.load(model, config=config, progress=progress)
     if not _QUIET.value:
         note(with_flags(lm.describe()))
     chunks = _chunks(lm, text, base)

@@ -145,6 +145,17 @@ def interrupts_raise() -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
 
 
+def local_model(model: str, name: str = "--model") -> str:
+    """The path of a model that a flag names, fetched from the Hugging Face Hub if need be.
+
+    The Hub's library has progress bars of its own, and removes half a file when it is interrupted.
+    """
+    from jaxsplit.hub import find_model
+
+    with interrupts_raise():
+        return str(find_model(model, name))
+
+
 _cleanup: list[Callable[[], object]] = []
 
 
