@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 from absl.testing import flagsaver
+from helpers import command_module
 from tiny import CHATML, fresh_rng, write_tiny_model
 
 import jaxsplit
-from jaxsplit.cli import chat as command
 from jaxsplit.cli import program
 from jaxsplit.conversation import Conversation
 from jaxsplit.errors import JaxsplitError
@@ -242,8 +242,14 @@ def test_a_bad_file_is_refused(tmp_path, content, message):
 # The program, without a terminal
 
 
+@pytest.fixture(scope="module")
+def command():
+    with command_module("chat") as module:
+        yield module
+
+
 @pytest.fixture
-def chat(tiny, lm, capsys, monkeypatch):
+def chat(command, tiny, lm, capsys, monkeypatch):
     """`chat(lines, *flags)`: exit status, and lines of standard output and standard error."""
     monkeypatch.setattr(jaxsplit, "load", lambda *_, **__: lm)
 
@@ -431,10 +437,12 @@ def test_on_a_terminal_an_interrupt_stops_the_answer(tmp_path):
         terminal.wait_for(PROMPT)
         terminal.write("/stats\r")
         terminal.wait_for(r"\[interrupted\]  context \d+ of 32768")
-        terminal.write("/clear\r\x04")
+        terminal.wait_for(PROMPT)
+        terminal.write("\x04")
         assert terminal.status() == 0
     finally:
         terminal.process.kill()
+        terminal.process.wait()
         os.close(terminal.master)
     kept = history.read_text()
     assert "+Tell\n+me\n" in kept and "+/stats\n" in kept

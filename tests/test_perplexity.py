@@ -9,10 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from helpers import command_module
 from tiny import write_tiny_model
 
 import jaxsplit
-from jaxsplit.cli import perplexity as command
 from jaxsplit.cli import program
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.perplexity import (
@@ -192,8 +192,14 @@ def test_a_file_appears_only_when_it_is_complete(lms, folder):
 # The program
 
 
+@pytest.fixture(scope="module")
+def command():
+    with command_module("perplexity") as module:
+        yield module
+
+
 @pytest.fixture
-def run(models, lms, capsys, monkeypatch):
+def run(command, models, lms, capsys, monkeypatch):
     """`run(*flags, model=0)`: exit status, standard output and standard error."""
 
     def call(*arguments, model=0):
