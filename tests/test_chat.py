@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -361,6 +362,34 @@ def test_a_model_without_a_template_is_refused(chat, lm, monkeypatch):
     assert re.fullmatch(r"jaxsplit: the file has no chat template .*\n", err)
 
 
+HEED_INTERRUPTS = (  # which are ignored in what a shell runs with `&`
+    "import os, signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+def test_an_interrupt_stops_the_answer_and_the_next_line_is_taken(tmp_path):
+    path = write_tiny_model(tmp_path / "long.gguf", context=32768)
+    arguments = [f"--model={path}", "--devices=1", "--stream_interval=1", "--ctx_size=32768"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEED_INTERRUPTS, "-m", "jaxsplit", "chat", *arguments, "--quiet"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"one\n/stats\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    assert re.match(rb"\[interrupted\]  context \d+ of 32768", process.stderr.readline())
+    process.send_signal(signal.SIGINT)  # while it waits for input, it ends
+    assert process.wait(30) == 130
+    assert not process.stderr.read()
+    process.communicate()
+
+
 # On a terminal
 
 
@@ -378,8 +407,8 @@ PROMPT = "\x1b\\[0m>"
 class Terminal:
     """A program on a terminal of its own."""
 
-    def __init__(self, *arguments):
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    def __init__(self, *arguments, path=ROOT):
+        path = os.pathsep.join([str(path), str(ROOT), os.environ.get("PYTHONPATH", "")])
         chosen = {"PYTHONPATH": path, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
@@ -392,6 +421,11 @@ class Terminal:
         )
         os.close(slave)
         self.output = ""
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
 
     def write(self, text):
         os.write(self.master, text.encode())
@@ -412,6 +446,16 @@ class Terminal:
     def status(self):
         self.wait_for("\0")
         return self.process.wait(60)
+
+
+def test_without_the_line_editor_a_line_says_what_to_install(tmp_path):
+    (tmp_path / "prompt_toolkit.py").write_text("raise ImportError")
+    terminal = Terminal("chat", path=tmp_path)
+    try:
+        terminal.wait_for("jaxsplit: chat on a terminal needs prompt_toolkit; install it with: pip")
+        assert terminal.status() == 2
+    finally:
+        terminal.close()
 
 
 def test_on_a_terminal_an_interrupt_stops_the_answer(tmp_path):
@@ -441,9 +485,7 @@ def test_on_a_terminal_an_interrupt_stops_the_answer(tmp_path):
         terminal.write("\x04")
         assert terminal.status() == 0
     finally:
-        terminal.process.kill()
-        terminal.process.wait()
-        os.close(terminal.master)
+        terminal.close()
     kept = history.read_text()
     assert "+Tell\n+me\n" in kept and "+/stats\n" in kept
     assert history.stat().st_mode & 0o777 == 0o600

@@ -139,8 +139,8 @@ class Chat:
                 self._conversation.add_answer(prompt, stream.tokens)
                 used = len(prompt.ids) + len(stream.tokens)
                 self._stats = (
-                    f"[{stream.stop_reason}]  context {used} of {self._lm.engine.context} tokens | "
-                    f"{stream.timings()}"
+                    f"[{stream.stop_reason or 'interrupted'}]  context {used} of "
+                    f"{self._lm.engine.context} tokens | {stream.timings()}"
                 )
         if stream.stop_reason == "context full":
             note("[context full: /clear starts a new conversation]")
@@ -229,21 +229,23 @@ def _printer() -> Callable[[list[tuple[bool, str]]], None]:
 
         return show
     from rich.console import Console
-    from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
 
     def show_styled(pieces: list[tuple[bool, str]]) -> None:
         for is_reasoning, text in pieces:
-            styled = Text(_CONTROL.sub("\ufffd", text), style="dim" if is_reasoning else "")
-            console.print(styled, end="")
+            style = "dim" if is_reasoning else None
+            console.out(_CONTROL.sub("\ufffd", text), style=style, highlight=False, end="")
 
     return show_styled
 
 
-def _messages() -> Iterator[str]:
-    """Messages and commands that a person enters. A line that ends with a backslash goes on."""
-    read = _terminal_reader() if _interactive() else _plain_reader
+def _messages(read: Callable[[bool], str]) -> Iterator[str]:
+    """Messages and commands that a person enters. A line that ends with a backslash goes on.
+
+    Args:
+      read: reads a line, told whether it goes on with the one before; raises `EOFError`.
+    """
     while True:
         text = ""
         try:
@@ -346,7 +348,7 @@ def main(_: list[str]) -> None:
             stream.reconfigure(errors="replace")
     sampling = SamplingConfig(**options.values(_SAMPLING))
     config = LoadConfig(**options.values(_LOAD))
-    entered = _messages()
+    read = _terminal_reader() if _interactive() else _plain_reader
     model = None if _MODEL.value is None else local_model(_MODEL.value)
     with progress_bar("loading", quiet=_QUIET.value) as progress:
         lm = jaxsplit.load(model, config=config, progress=progress)
@@ -360,6 +362,6 @@ def main(_: list[str]) -> None:
             note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the chat")
     chat = Chat(lm, conversation, sampling)
     with interrupts_raise():
-        for text in entered:
+        for text in _messages(read):
             if not chat.take(text):
                 break
