@@ -24,7 +24,8 @@ from jaxsplit.paths import os_errors, user_path
 
 PERCENTILES = (100, 99.9, 99, 95, 90, 50, 10, 5, 1, 0)
 _FORMAT = 1
-_BLOCK = 1 << 22  # elements that a thread takes at a time
+_BLOCK = 1 << 22  # elements that a thread takes at a time, 32 MiB in float64
+_THREADS = 8
 _LOWEST = -60000.0  # of log-probabilities, which float16 has to hold
 
 
@@ -123,7 +124,7 @@ def _normalized(logits: np.ndarray) -> np.ndarray:
 def _in_blocks(function: Callable[[slice], Any], rows: int, vocab: int) -> list[np.ndarray]:
     """Arrays that a function computes of a few rows at a time, on several threads."""
     step = max(1, _BLOCK // vocab)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         done = list(pool.map(function, (slice(at, at + step) for at in range(0, rows, step))))
     parts = [tuple(vars(d).values()) if isinstance(d, Scores) else d for d in done]
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]

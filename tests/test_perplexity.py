@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from helpers import command_module
+from helpers import DATA, command_module
 from tiny import write_tiny_model
 
 import jaxsplit
@@ -90,6 +90,20 @@ def test_perplexity_is_that_of_a_plain_computation(lms, bos):
     assert result.perplexity.value == pytest.approx(math.exp(nll), rel=1e-12)
     assert result.perplexity.error == pytest.approx(math.exp(nll) * error, rel=1e-9)
     assert result.divergence is None
+
+
+def test_perplexity_is_that_of_the_reference(quick_compilation, smollm2_path):
+    """llama.cpp's log-probabilities of the tokens of a text, in one chunk."""
+    data = np.load(DATA / "smollm2" / "text.npz")
+    tokens, log_probs = data["english_tokens"], data["english_logprobs"]
+    context = len(tokens)
+    scored = log_probs[context // 2 :]  # of the token after each
+    lm = jaxsplit.load(smollm2_path, devices=1, ctx_size=256)
+    result = evaluate(lm.logits, split_text(tokens.tolist(), context, None))
+    assert result.tokens == len(scored) == context - 1 - context // 2
+    assert result.perplexity.value == pytest.approx(math.exp(-scored.mean()), rel=1e-3)
+    error = scored.std() / math.sqrt(len(scored) - 1)
+    assert result.perplexity.error == pytest.approx(math.exp(-scored.mean()) * error, rel=1e-2)
 
 
 def test_odd_contexts_and_short_texts():
