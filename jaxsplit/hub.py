@@ -184,9 +184,10 @@ def _errors(repo: str) -> Iterator[None]:
         kind = _Unreachable if status >= 500 or status == 429 else JaxsplitError
         raise kind(f"{where} refuses {repo} with HTTP status {status}; try again later") from None
     except OSError as error:
-        if error.errno is not None and error.filename is not None:
+        if error.errno is not None:
             raise JaxsplitError(
-                f"{repo} cannot be written to the cache: {error.filename}: {error.strerror}"
+                f"{repo} cannot be written to {constants.HF_HUB_CACHE}: {error.strerror}; free the "
+                "disk, or set HF_HOME to another directory"
             ) from None
         raise _unreachable(where, repo, error) from None
     except Exception as error:  # of httpx, httpx2 or requests, whichever the library uses

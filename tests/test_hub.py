@@ -318,6 +318,27 @@ def test_what_the_hub_refuses_is_one_line(hub, run):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("home", "limit", "message"), [("pid/home", "", "Not a directory"), ("home", "100", "File too")]
+)
+def test_a_cache_that_cannot_be_written_is_one_line(hub, run, tmp_path, home, limit, message):
+    """A file in place of a directory; a file system that takes no more."""
+    (tmp_path / "pid").touch()
+    program = (
+        "import resource, sys\n"
+        f"limit = {limit or 'resource.RLIM_INFINITY'}\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "from jaxsplit.cli.main import main\n"
+        "sys.argv = ['jaxsplit', 'info', 'owner/tiny-GGUF']\n"
+        "main()\n"
+    )
+    done = run(arguments=("-c", program), HF_HOME=str(tmp_path / home))
+    assert done.returncode == 2
+    pattern = rf"jaxsplit: owner/tiny-GGUF cannot be written to /.*: {message}.*; free the disk,.*"
+    assert re.fullmatch(pattern, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_interrupt_leaves_no_half_file(hub, run, tmp_path):
     """The command line ends at once on Ctrl-C otherwise."""
     hub.repos["owner/big"] = {"big-Q4_K_M.gguf": bytes(24 << 20)}
