@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -87,11 +87,11 @@ def score(logits: np.ndarray, targets: np.ndarray) -> Scores:
     if not np.isfinite(logits).all():
         raise JaxsplitError("the model's logits are not finite: try dtype=float32")
 
-    def one(rows: slice) -> Scores:
+    def one(rows: slice) -> tuple[np.ndarray, ...]:
         log_probs = _normalized(logits[rows])
         nll = -np.take_along_axis(log_probs, targets[rows, None], 1)[:, 0]
         rounded = np.maximum(log_probs, _LOWEST).astype(np.float16)
-        return Scores(nll, logits[rows].argmax(1).astype(np.int32), rounded)
+        return nll, logits[rows].argmax(1).astype(np.int32), rounded
 
     return Scores(*_in_blocks(one, *logits.shape))
 
@@ -106,7 +106,7 @@ def divergence(base: np.ndarray, other: np.ndarray) -> np.ndarray:
       base, other: float16 `[tokens, vocab]` log-probabilities.
     """
 
-    def one(rows: slice) -> tuple[np.ndarray]:
+    def one(rows: slice) -> tuple[np.ndarray, ...]:
         p, q = _normalized(base[rows]), _normalized(other[rows])
         return (np.maximum(np.sum(np.exp(p) * (p - q), 1), 0.0),)
 
@@ -121,12 +121,13 @@ def _normalized(logits: np.ndarray) -> np.ndarray:
     return x
 
 
-def _in_blocks(function: Callable[[slice], Any], rows: int, vocab: int) -> list[np.ndarray]:
+def _in_blocks(
+    function: Callable[[slice], tuple[np.ndarray, ...]], rows: int, vocab: int
+) -> list[np.ndarray]:
     """Arrays that a function computes of a few rows at a time, on several threads."""
     step = max(1, _BLOCK // vocab)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        done = list(pool.map(function, (slice(at, at + step) for at in range(0, rows, step))))
-    parts = [tuple(vars(d).values()) if isinstance(d, Scores) else d for d in done]
+        parts = pool.map(function, (slice(at, at + step) for at in range(0, rows, step)))
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 

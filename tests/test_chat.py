@@ -294,7 +294,16 @@ def test_a_backslash_goes_on_to_the_next_line_and_escapes_are_for_flags(chat, lm
 def test_commands(chat, lm, tmp_path):
     path = tmp_path / "a b.json"
     lines = [
-        *("one", f"/save {path}", "/clear", "/regen", "/stats", "/system", "/system Be brief."),
+        *(
+            "one",
+            f"/save {path}",
+            "/clear",
+            "/regen",
+            "/stats",
+            "/system",
+            "/system\\",
+            "Be brief.",
+        ),
         *("/system", "two", "/stats", f"/load {path}", "/regen", "/load", "/nothing", "/help"),
         *(" /one", "/quit", "three"),
     ]

@@ -83,13 +83,13 @@ class Chat:
                 if text.strip():
                     self._ask(text)
                 return True
-            name, _, argument = text.partition(" ")
+            name, *rest = text.split(maxsplit=1)
             if name not in COMMANDS:
                 raise JaxsplitError(
                     f"{name} is not a command; commands are {', '.join(COMMANDS)}; a space before "
                     "it makes it a message"
                 )
-            return COMMANDS[name].run(self, argument.strip()) is not False
+            return COMMANDS[name].run(self, "".join(rest).strip()) is not False
         except JaxsplitError as error:
             note(f"jaxsplit: {with_flags(str(error))}")
         except KeyboardInterrupt:
