@@ -31,10 +31,10 @@ from jaxsplit.engine import (
 from jaxsplit.engine.scheduler import MAX_BLOCK
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
+from jaxsplit.hub import find_model
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul import float8
 from jaxsplit.pallas import has_triton
-from jaxsplit.paths import user_path
 from jaxsplit.plan import best_split
 from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
@@ -53,7 +53,8 @@ def load(
     """Loads a GGUF file onto devices.
 
     Args:
-      path: the file, any file of a split model, or an open one; None: the demo model, if installed.
+      path: the file, any file of a split model, or an open one; or `owner/repo` or
+        `owner/repo:type`, a model of the Hugging Face Hub; None: the demo model, if installed.
       config: how to load it; None: a `LoadConfig()`.
       progress: called with the bytes loaded and the bytes in all.
       **options: fields of `LoadConfig` to change: `split_mode`, `devices`, `mesh`, `weights`,
@@ -228,10 +229,14 @@ def named_dtype(name: str) -> jnp.dtype | None:
 def open_model(path: str | Path) -> ModelFile:
     """Opens a GGUF file or a checkpoint directory, and reads its header.
 
+    Args:
+      path: of the file or directory, or the name of a model on the Hugging Face Hub, which is
+        fetched: `owner/repo` or `owner/repo:type`.
+
     Raises:
-      JaxsplitError: it is neither, or damaged.
+      JaxsplitError: it is neither, or damaged, or cannot be fetched.
     """
-    path = user_path(path)
+    path = find_model(path)
     return open_checkpoint(path) if is_checkpoint(path) else open_gguf(path)
 
 
@@ -345,8 +350,11 @@ class LM:
         Raises:
           JaxsplitError: the file has no chat template, or it refuses the messages.
         """
-        template = ChatTemplate.from_metadata(self._metadata)
-        return self.tokenizer.encode(template.render(messages, **variables), parse_special=True)
+        return self.tokenizer.encode(self.chat_text(messages, **variables), parse_special=True)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+        """The text that `chat_prompt` encodes; arguments and errors are the same."""
+        return ChatTemplate.from_metadata(self._metadata).render(messages, **variables)
 
     @functools.cached_property
     def closed_batch(self) -> ClosedBatch:

@@ -1,13 +1,19 @@
-"""Reference data and tiny models for the tests."""
+"""Reference data, tiny models and commands for the tests."""
 
+import contextlib
+import importlib
 import json
 import math
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import gguf
 import jax
 import numpy as np
+from absl import flags
 
 from jaxsplit.engine import SamplingConfig
 from jaxsplit.formats import ModelFile, TensorInfo
@@ -15,6 +21,28 @@ from jaxsplit.formats import ModelFile, TensorInfo
 DATA = Path(__file__).parent / "data"
 GREEDY = SamplingConfig(temperature=0.0)
 Q8_0 = {"norm.weight": "F32", ".weight": "Q8_0"}
+
+
+@contextlib.contextmanager
+def command_module(name: str) -> Iterator[ModuleType]:
+    """The module of a command, whose flags are the only ones: commands have flags in common."""
+
+    def defined() -> list[str]:
+        by_module = flags.FLAGS.flags_by_module_dict().items()
+        return [module for module, own in by_module if own and module.startswith("jaxsplit.cli.")]
+
+    def remove(modules: list[str]) -> None:
+        by_module = flags.FLAGS.flags_by_module_dict()
+        flags.FLAGS.remove_flag_values({f.name: f for m in modules for f in by_module[m]})
+
+    others = defined()
+    remove(others)
+    loaded = sys.modules.get(f"jaxsplit.cli.{name}")
+    yield importlib.reload(loaded) if loaded else importlib.import_module(f"jaxsplit.cli.{name}")
+    remove(defined())
+    for module in others:
+        if hasattr(sys.modules[module], "main"):
+            importlib.reload(sys.modules[module])
 
 
 def nmse(actual: np.ndarray, expected: np.ndarray) -> float:

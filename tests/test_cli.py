@@ -281,7 +281,10 @@ def test_a_command_starts_without_jax():
     ("arguments", "message"),
     [
         (["genrate"], r"'genrate' is not a command; did you mean jaxsplit generate\?.*--help"),
-        (["a b"], r"'a b' is not a command; commands are generate, plan, info, convert.*--help"),
+        (
+            ["a b"],
+            r"'a b' is not a command; commands are generate, chat, plan, info.*--help",
+        ),
         (["model.gguf"], r"try jaxsplit generate --model=model.gguf"),
         (["--prompt=a"], r"--prompt=a comes after a command, as in jaxsplit generate --prompt=a"),
         (["plan"], r"no model is given; use --model=FILE.gguf"),

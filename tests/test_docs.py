@@ -44,9 +44,8 @@ def commands():
 
 def flags_of(module: str) -> set[str]:
     """The flags that its `--help` lists."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--helpfull"], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "jaxsplit", module.removeprefix("jaxsplit."), "--helpfull"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return set(re.findall(r"^\s+(?:-\w,)?--(?:\[no\])?(\w+)", done.stdout, re.MULTILINE))
 
 

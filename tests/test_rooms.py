@@ -13,6 +13,7 @@ PACKAGE = Path(jaxsplit.__file__).parent
 ROOMS = """
 __init__ generate gguf lm
 cli
+conversation perplexity
 llm
 plan
 engine
@@ -25,7 +26,7 @@ context
 cache
 quant
 sharding
-formats text
+formats text hub
 config pallas
 arguments paths
 lazy errors

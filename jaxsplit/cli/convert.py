@@ -13,11 +13,12 @@ import sys
 
 from absl import flags
 
-from jaxsplit.cli.program import on_interrupt, progress_bar
+from jaxsplit.cli import options
+from jaxsplit.cli.program import local_model, on_interrupt, progress_bar
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.paths import user_path
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file, any one of a model in several files")
+_MODEL = flags.DEFINE_string("model", None, options.MODEL_HELP)
 _OUT = flags.DEFINE_string("out", None, "directory to write, which must not exist")
 _WEIGHTS = flags.DEFINE_enum(
     "weights",
@@ -35,7 +36,8 @@ def main(_: list[str]) -> None:
 
     if not _MODEL.value or not _OUT.value:
         raise JaxsplitError("--model=FILE.gguf and --out=DIR are both needed")
-    path, out = user_path(_MODEL.value, "--model"), user_path(_OUT.value, "--out")
+    out = user_path(_OUT.value, "--out")
+    path = user_path(local_model(_MODEL.value), "--model")
     if is_checkpoint(path):
         raise JaxsplitError(f"{path} is a checkpoint directory already; --model takes a GGUF file")
     file = open_gguf(path)

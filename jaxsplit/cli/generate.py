@@ -11,7 +11,6 @@ import codecs
 import dataclasses
 import io
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from absl import flags
 
 from jaxsplit.cli import options
 from jaxsplit.cli.help import with_flags
-from jaxsplit.cli.program import note, progress_bar, text_alone_on_stdout
+from jaxsplit.cli.program import local_model, note, progress_bar, text_alone_on_stdout
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 
@@ -34,7 +33,7 @@ GROUPS = {
 _MODEL = flags.DEFINE_string(
     "model",
     None,
-    "GGUF file (any one of a model in several) or checkpoint directory (default: demo model)",
+    options.MODEL_HELP + " (default: demo model)",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; \\n, \\t and \\\\ are escapes")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "read the prompt from a file; -: stdin")
@@ -73,9 +72,7 @@ _INTERVAL = flags.DEFINE_integer(
     lower_bound=1,
 )
 options.define_old("decode_block", "stream_interval")
-_COMPILE_CACHE = flags.DEFINE_string(
-    "compilation_cache", "auto", "folder of compiled programs; auto: the user's cache; none: off"
-)
+_COMPILE_CACHE = options.define_compilation_cache()
 _AUTO = flags.DEFINE_bool("auto", False, "the same as --split_mode=auto")
 _QUIET = flags.DEFINE_bool("quiet", False, "only the text and errors")
 
@@ -87,7 +84,7 @@ def _prompt() -> str:
         return _decoded(_read_prompt_file(_PROMPT_FILE.value))
     if _PROMPT.value is None:
         raise JaxsplitError('no prompt is given; use --prompt="..." or --prompt_file=FILE')
-    return _unescaped(_PROMPT.value)
+    return options.unescaped(_PROMPT.value)
 
 
 def _read_prompt_file(path: str) -> bytes:
@@ -106,25 +103,6 @@ def _decoded(data: bytes) -> str:
     """The text of a file in UTF-8, or in UTF-16 with a byte order mark; U+FFFD for other bytes."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig", "replace")
-
-
-def _unescaped(text: str) -> str:
-    meant = {"n": "\n", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nt\\])", lambda escape: meant[escape[1]], text)
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs, unless the environment already says where."""
-    if _COMPILE_CACHE.value == "none" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    import jax
-    import platformdirs
-
-    folder = os.path.expanduser(_COMPILE_CACHE.value)
-    if folder == "auto":
-        folder = platformdirs.user_cache_dir("jaxsplit", appauthor=False)
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _note(message: str) -> None:
@@ -150,7 +128,7 @@ def _agree(prompt: str) -> str:
 
 def main(_: list[str]) -> None:
     """Generates text as the flags say."""
-    _use_compilation_cache()
+    options.use_compilation_cache(_COMPILE_CACHE.value)
     import jax
 
     import jaxsplit
@@ -178,18 +156,19 @@ def main(_: list[str]) -> None:
         raise JaxsplitError(f"--auto and --split_mode={config.split_mode}: leave one out")
     if _AUTO.value:
         config = dataclasses.replace(config, split_mode="auto")
+    model = None if _MODEL.value is None else local_model(_MODEL.value)
     with progress_bar("loading", quiet=_QUIET.value) as progress:
-        lm = jaxsplit.load(_MODEL.value, config=config, progress=progress)
+        lm = jaxsplit.load(model, config=config, progress=progress)
     prompt_ids: str | list[int] = prompt
     if _CHAT.value:
-        system = [] if _SYSTEM.value is None else [_unescaped(_SYSTEM.value)]
+        system = [] if _SYSTEM.value is None else [options.unescaped(_SYSTEM.value)]
         messages = [{"role": "system", "content": text} for text in system]
         messages.append({"role": "user", "content": prompt})
         prompt_ids = lm.chat_prompt(messages)
     stream = lm.stream(
         prompt_ids,
         _N_PREDICT.value,
-        stop=[_unescaped(stop) for stop in _STOP.value],
+        stop=[options.unescaped(stop) for stop in _STOP.value],
         parse_special=_PARSE_SPECIAL.value,
         show_special=_SHOW_SPECIAL.value,
         block=_INTERVAL.value,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from jaxsplit.cli.program import local_model
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.paths import user_path
 
 if TYPE_CHECKING:
     from jaxsplit.formats import ModelFile, TensorInfo
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
         return
     from jaxsplit.llm import open_model
 
-    shown = describe(open_model(user_path(argv[0], "the file")))
+    shown = describe(open_model(local_model(argv[0], "the file")))
     if _JSON.value:
         print(json.dumps(shown, indent=1))
     else:

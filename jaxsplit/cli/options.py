@@ -1,6 +1,8 @@
 """Flags that are fields of a config: see `jaxsplit.config`."""
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -27,6 +29,12 @@ GROUPS = {
     "temperature": "Sampling",
 }
 """Headings of `--help`, by the first flag of each group: see `jaxsplit.cli.help`."""
+
+MODEL_HELP = (
+    "GGUF file (any one of a model in several), checkpoint directory, or owner/repo[:type] of the "
+    "Hugging Face Hub"
+)
+"""Of the flag `--model`."""
 
 _TYPES = {"devices": int, "tensor_split": str, "logit_bias": str}
 """Of the flags of fields that take other values too in Python."""
@@ -97,3 +105,36 @@ def _type(field: dataclasses.Field) -> type:
 def values(holders: Mapping[str, flags.FlagHolder]) -> dict[str, Any]:
     """The flags' values by the names of their fields."""
     return {name: holder.value for name, holder in holders.items()}
+
+
+def define_compilation_cache() -> flags.FlagHolder:
+    """Defines `--compilation_cache`, for `use_compilation_cache`."""
+    return flags.DEFINE_string(
+        "compilation_cache",
+        "auto",
+        "folder of compiled programs; auto: the user's cache; none: off",
+    )
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs, unless the environment already says where.
+
+    Args:
+      folder: of the programs; `auto`: the user's cache; `none`: they are not kept.
+    """
+    if folder == "none" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+    import platformdirs
+
+    folder = os.path.expanduser(folder)
+    if folder == "auto":
+        folder = platformdirs.user_cache_dir("jaxsplit", appauthor=False)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def unescaped(text: str) -> str:
+    """A flag's text with its escapes `\\n`, `\\t` and `\\\\` replaced."""
+    meant = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda escape: meant[escape[1]], text)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from jaxsplit.cli import options
+from jaxsplit.cli.program import local_model
 from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.paths import user_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,7 @@ GROUPS = {
     **options.GROUPS,
 }
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file or checkpoint directory")
+_MODEL = flags.DEFINE_string("model", None, options.MODEL_HELP)
 _KIND = flags.DEFINE_multi_string(
     "device_kind", ["H200"], "kind of the devices; repeat it to give each its own"
 )
@@ -97,7 +97,7 @@ def _plans() -> "tuple[list[Plan], int]":
     from jaxsplit.sharding import parse_mesh, parse_shares, split_mode
     from jaxsplit.weights import parameter_sources
 
-    file = open_model(user_path(_MODEL.value, "--model"))
+    file = open_model(local_model(_MODEL.value))
     model = model_config(file)
     sources = parameter_sources(file, model)
     chosen = options.values(_LOAD)

@@ -129,6 +129,33 @@ def _leave_on_interrupt() -> Iterator[None]:
         os.close(writing)  # ends the thread
 
 
+@contextlib.contextmanager
+def interrupts_raise() -> Iterator[None]:
+    """Within, Ctrl-C raises `KeyboardInterrupt` instead of ending the process."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    wakeup = signal.set_wakeup_fd(-1)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.set_wakeup_fd(wakeup)
+
+
+def local_model(model: str, name: str = "--model") -> str:
+    """The path of a model that a flag names, fetched from the Hugging Face Hub if need be.
+
+    The Hub's library has progress bars of its own, and removes half a file when it is interrupted.
+    """
+    from jaxsplit.hub import find_model
+
+    with interrupts_raise():
+        return str(find_model(model, name))
+
+
 _cleanup: list[Callable[[], object]] = []
 
 
