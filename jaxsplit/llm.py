@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsplit.architectures import model_config
-from jaxsplit.arguments import checked_choice, checked_number
+from jaxsplit.arguments import checked_bool, checked_choice, checked_number
 from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig, SamplingConfig
 from jaxsplit.context import MatmulPolicy, compute_capability
 from jaxsplit.engine import (
@@ -488,6 +488,9 @@ class LM:
         **options: Any,
     ) -> tuple[list[int], Callable[[], Generation]]:
         """Checks the arguments of `submit`: the prompt's ids, and what begins the generation."""
+        ignore_eos = checked_bool("ignore_eos", ignore_eos)
+        parse_special = checked_bool("parse_special", parse_special)
+        prompt_logprobs = checked_bool("prompt_logprobs", prompt_logprobs)
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
         else:
@@ -513,7 +516,7 @@ class LM:
             priority=priority,
             timeout=timeout,
             block=block,
-            prompt_logprobs=bool(prompt_logprobs),
+            prompt_logprobs=prompt_logprobs,
         )
         tokenizer = None if isinstance(self._tokenizer, JaxsplitError) else self._tokenizer
         if tokenizer is None and (stops or isinstance(prompt, str)):
