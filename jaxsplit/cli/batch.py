@@ -462,7 +462,7 @@ def _object(line: bytes, *, first: bool = False) -> dict[str, Any]:
             f"the line is not UTF-8: byte {error.start} is {line[error.start]:#x}"
         ) from None
     except json.JSONDecodeError as error:
-        raise JaxsplitError(f"the line is not JSON: {error.msg} at column {error.colno}") from None
+        raise JaxsplitError(f"the line is not JSON: column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise JaxsplitError(f"the line is not JSON: {error}") from None
     if not isinstance(found, dict):
