@@ -26,11 +26,11 @@ from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.request import (
     CANCELLED,
     CONTEXT,
-    DEADLINE,
     LENGTH,
     STOP,
     Progress,
     Request,
+    RequestSpec,
     TokenLogprob,
     token_logprobs,
 )
@@ -200,13 +200,13 @@ class Scheduler:
 
     # Requests
 
-    def check(self, request: Request) -> None:
+    def check(self, spec: RequestSpec) -> None:
         """Refuses what could never run.
 
         Raises:
           JaxsplitError: the prompt and its tokens do not fit into the cache.
         """
-        spec, size = request.spec, self.engine.size
+        size = self.engine.size
         needed = min(len(spec.prompt) + max(spec.max_tokens - 1, 0), size.context)
         if -(-needed // size.page) > size.pages:
             raise JaxsplitError(
@@ -216,22 +216,15 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
-        tokens = [*request.spec.prompt]
+        """Queues a request that `check` has passed."""
         spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
-        sequence = _Sequence(request, tokens, spec)
-        try:
-            self.check(request)
-        except JaxsplitError as error:
-            request.deliver(Progress(error=error))
-            return
-        self._waiting.append(sequence)
+        self._waiting.append(_Sequence(request, [*request.spec.prompt], spec))
         self._waiting.sort(key=lambda one: one.order)
 
-    def cancel(self, request: Request, reason: str = CANCELLED) -> None:
-        """Ends a request, if it has not ended."""
+    def cancel(self, number: int, reason: str = CANCELLED) -> None:
+        """Ends the request of a number, if it has not ended."""
         for sequence in [*self._waiting, *self._running]:
-            if sequence.request is request:
+            if sequence.request.id == number:
                 self._end(sequence, Progress(finish_reason=reason), exact=False)
 
     @property
@@ -243,7 +236,6 @@ class Scheduler:
 
     def step(self) -> None:
         """Enqueues a unit of work, and reads the results of earlier ones."""
-        self._end_late_ones()
         unit = None
         if len(self._units) < self._most_in_flight:
             unit = self._guarded(self._next_unit)
@@ -268,12 +260,14 @@ class Scheduler:
             counters=dataclasses.replace(self.counters),
         )
 
-    def _end_late_ones(self) -> None:
-        now = time.perf_counter()
-        for sequence in [*self._waiting, *self._running]:
-            spec = sequence.request.spec
-            if spec.timeout is not None and now > sequence.request.timings.submitted + spec.timeout:
-                self.cancel(sequence.request, DEADLINE)
+    def late(self) -> list[int]:
+        """Numbers of requests whose time is over."""
+        now, found = time.perf_counter(), []
+        for sequence in (*self._waiting, *self._running):
+            timeout = sequence.request.spec.timeout
+            if timeout is not None and now > sequence.request.timings.submitted + timeout:
+                found.append(sequence.request.id)
+        return found
 
     def _guarded(self, function: Any) -> Any:
         """Runs a part of a turn. If it fails, so do the requests that it worked on; the others are
