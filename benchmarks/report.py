@@ -37,7 +37,7 @@ on shapes and types, not on values. `decode` generates after a prompt of one tok
 plan, at times on other devices of the same kind. Decode reads the weights and the filled part of \
 the cache once per step, at the bandwidth of a copy. Prefill runs matmuls at the rate of one large \
 matrix product. Both ignore communication. The limit of a load is the upload alone.
-- **plan**: what `python -m jaxsplit.plan` predicts ([plan.md](plan.md)).
+- **plan**: what `jaxsplit plan` predicts ([plan.md](plan.md)).
 - **prefill_dtype=float8** is less exact: [by how much](design/kernels.md#float8).
 - –: not recorded.
 
