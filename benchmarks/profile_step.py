@@ -18,10 +18,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from measure import WARM_UP, markdown
-from random_gguf import model_file
 
 import jaxsplit
+from jaxsplit.bench.measure import WARM_UP, markdown
+from jaxsplit.bench.random_model import model_file
 from jaxsplit.cli.program import run
 from jaxsplit.errors import JaxsplitError
 

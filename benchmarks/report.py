@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import plots
-import record
 from absl import flags
-from measure import markdown
 
+from jaxsplit.bench import record
+from jaxsplit.bench.measure import markdown
 from jaxsplit.cli.program import run
 
 _DOCS = Path(__file__).parent.parent / "docs"
 
-_RESULTS_DIR = flags.DEFINE_string("results_dir", str(record.RESULTS), "folder of the records")
+RESULTS = Path(__file__).with_name("results")
+
+_RESULTS_DIR = flags.DEFINE_string("results_dir", str(RESULTS), "folder of the records")
 _REPORT = flags.DEFINE_string("report", str(_DOCS / "results.md"), "the report to write")
 _PLOT_DIR = flags.DEFINE_string("plot_dir", str(_DOCS), "folder for the plots")
 

@@ -100,6 +100,7 @@ def flags_of(*program: str) -> set[str]:
     """The flags that its `--help` lists."""
     done = subprocess.run(
         [sys.executable, *program, "--helpfull"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,

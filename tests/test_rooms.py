@@ -13,6 +13,7 @@ PACKAGE = Path(jaxsplit.__file__).parent
 ROOMS = """
 __init__ generate gguf lm
 cli
+bench
 llm
 plan
 engine

@@ -35,6 +35,7 @@ COMMANDS = {
     "generate": Command("jaxsplit.cli.generate", "generate text from a model"),
     "plan": Command("jaxsplit.cli.plan", "memory, cost and predicted speed of a model on devices"),
     "info": Command("jaxsplit.cli.info", "what is in a model file, or on this machine", 1),
+    "bench": Command("jaxsplit.cli.bench", "measure prefill and decode rates"),
     "convert": Command("jaxsplit.cli.convert", "convert a GGUF file to a checkpoint directory"),
 }
 
