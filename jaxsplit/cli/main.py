@@ -37,6 +37,7 @@ COMMANDS = {
     "info": Command("jaxsplit.cli.info", "what is in a model file, or on this machine", 1),
     "bench": Command("jaxsplit.cli.bench", "measure prefill and decode rates"),
     "convert": Command("jaxsplit.cli.convert", "convert a GGUF file to a checkpoint directory"),
+    "completion": Command("jaxsplit.cli.completion", "print a script that completes commands", 1),
 }
 
 
