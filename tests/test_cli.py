@@ -293,7 +293,10 @@ def test_a_command_starts_without_jax():
         (["info", "--system", "a.gguf"], r"give a GGUF file.*or --system"),
         (["info", "a.gguf", "b.gguf"], r"unexpected argument 'b.gguf'"),
         (["bench"], r"give either --model=FILE or --random=SHAPE:TYPE"),
-        (["bench", "--random=llama-8b"], r"'llama-8b' is not SHAPE:TYPE; shapes are llama-1b"),
+        (
+            ["bench", "--random=llama-8b"],
+            r"'llama-8b' is not SHAPE:TYPE; shapes are llama-tiny, llama-1b",
+        ),
         (["bench", "-p", "1,a"], r"--n_prompt=1,a is not a list of integers"),
         (["convert"], r"--model=FILE.gguf and --out=DIR are both needed"),
     ],

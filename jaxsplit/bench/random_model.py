@@ -99,6 +99,7 @@ class Shape:
 
 
 SHAPES = {
+    "llama-tiny": Shape(256, 2, 8, 4, 32, 768, vocab=4096),
     "llama-1b": Shape(2048, 16, 32, 8, 64, 8192, tied=True),
     "llama-8b": Shape(4096, 32, 32, 8, 128, 14336),
     "llama-70b": Shape(8192, 80, 64, 8, 128, 28672),

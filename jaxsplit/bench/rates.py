@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -145,7 +146,11 @@ class Benchmark:
       mesh: such as `stage:2,tensor:4`; None: all devices.
       batch: sequences that are decoded together.
       tests: what is measured.
-      options: fields of `LoadConfig` by name, at least `weights` and `prefill_dtype`.
+      options: fields of `LoadConfig` by name, others than these.
+
+    Attributes:
+      lm: the loaded model.
+      plan: its plan.
     """
 
     def __init__(
@@ -155,26 +160,27 @@ class Benchmark:
         mesh: str | None,
         batch: int,
         tests: Tests,
-        options: Mapping[str, Any],
+        options: Mapping[str, Any] = MappingProxyType({}),
     ):
+        config = LoadConfig(**options)
         self._file, self._mode, self._batch, self._tests = file, mode, batch, tests
         self._options = options
         start, self._compiled_before = time.perf_counter(), compile_seconds()
-        self._lm = jaxsplit.load(
+        self.lm = jaxsplit.load(
             file, split_mode=mode, mesh=mesh, **options, ctx_size=tests.context, slots=batch
         )
         self._load_seconds = time.perf_counter() - start
         self._shortest = min(filter(None, tests.prompts), default=1)
-        self._first_token_seconds = self._load_seconds + _read(self._lm, batch, self._shortest)
+        self._first_token_seconds = self._load_seconds + _read(self.lm, batch, self._shortest)
         self._compile_seconds = compile_seconds() - self._compiled_before
-        lm, dtype = self._lm, self._lm.models[0].dtype
+        lm, dtype = self.lm, self.lm.models[0].dtype
         self._sources = parameter_sources(file, lm.config)
-        stored = named_dtype(options["weights"])
-        in_float8 = options["prefill_dtype"] == "float8" and weight_bits(self._sources, stored) < 16
+        stored = named_dtype(config.weights)
+        in_float8 = config.prefill_dtype == "float8" and weight_bits(self._sources, stored) < 16
         devices = jax.sharding.Mesh(lm.mesh.devices.reshape(-1), "tensor")
         of_prompts = jax.numpy.dtype(float8.DTYPE) if in_float8 else dtype
         self._limits = _limits(devices, dtype, of_prompts, lm.config.embed * batch)
-        self._plan = make_plan(
+        self.plan = make_plan(
             self._sources,
             lm.config,
             mode,
@@ -191,7 +197,7 @@ class Benchmark:
     def describe(self) -> str:
         """The split, the limits, and the seconds until the first token."""
         return (
-            f"{self._plan.name}, batch {self._batch}: {self._limits}\n"
+            f"{self.plan.name}, batch {self._batch}: {self._limits}\n"
             f"loaded in {self._load_seconds:.1f} s, {self._shortest} tokens read after "
             f"{self._first_token_seconds:.1f} s in all, of which {self._compile_seconds:.1f} s to "
             "trace and compile"
@@ -213,7 +219,7 @@ class Benchmark:
 
     def _times(self) -> Iterator[tuple[str, int, int, list[float]]]:
         """Each test: its kind, tokens, depth and times in seconds."""
-        lm, tests = self._lm, self._tests
+        lm, tests = self.lm, self._tests
         read = functools.partial(_read, lm, self._batch)
 
         def decode(count: int, depth: int) -> float:
@@ -234,7 +240,7 @@ class Benchmark:
                 yield "tg", count, depth, repeated(decode, count, depth)
 
     def _row(self, kind: str, count: int, depth: int, rates: list[float]) -> dict[str, Any]:
-        lm, plan, limits = self._lm, self._plan, self._limits
+        lm, plan, limits = self.lm, self.plan, self._limits
         if kind == "tg":
             filled = (max(depth, 1) + count / 2) / lm.engine.context
             limit = _decode_limit(plan, limits, self._batch, filled)
