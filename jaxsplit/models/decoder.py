@@ -261,7 +261,9 @@ class Decoder(nnx.Module):
 
         Args:
           inputs: tokens, or the output `[batch, time, width]` of the part before.
-          positions, cache, slots: as in `__call__`.
+          positions: as in `__call__`.
+          cache: as in `__call__`.
+          slots: as in `__call__`.
 
         Returns:
           `[batch, time, width]` and the cache; the width is `ModelConfig.stream_width`.
