@@ -15,7 +15,7 @@ from helpers import DATA, nmse, recipe
 
 import jaxsplit
 from jaxsplit.architectures import ARCHITECTURES
-from jaxsplit.cache.contiguous import init_cache
+from jaxsplit.cache.layers import init_cache
 from jaxsplit.errors import JaxsplitError
 
 VARIANTS = sorted(path.stem for path in (DATA / "arch").glob("*.json"))

@@ -11,7 +11,7 @@ from flax import nnx
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.cache.contiguous import AttentionCache, init_cache
+from jaxsplit.cache.layers import AttentionCache, init_cache
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,

@@ -7,7 +7,7 @@ import pytest
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.cache.contiguous import AttentionCache
+from jaxsplit.cache.layers import AttentionCache
 from jaxsplit.models import AttentionConfig
 from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
@@ -106,8 +106,8 @@ def test_sequences_in_any_slots(time):
     queries, memory, positions = inputs(fresh_rng(), 3, time, 16, 16)
     config, slots = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16), jnp.asarray([2, 0])
     few = queries[:2], memory, positions[:2]
-    options = {"config": config, "slots": slots}
+    options = {"config": config, "pages": slots[:, None]}
     found = triton_flash.flash_attention(*few, **options).array
     exact = *jax.tree.map(lambda x: x.astype(jnp.float32), few[:2]), few[2]
-    assert nmse(found, attend(*exact, config=config, slots=slots)) <= 2e-5
-    assert nmse(found, attend(*exact, config=config, slots=slots[::-1])) > 1e-2
+    assert nmse(found, attend(*exact, config=config, pages=slots[:, None])) <= 2e-5
+    assert nmse(found, attend(*exact, config=config, pages=slots[::-1, None])) > 1e-2

@@ -12,7 +12,7 @@ from flax import nnx
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.cache.contiguous import Batch, init_cache
+from jaxsplit.cache.layers import Batch, init_cache
 from jaxsplit.engine.runner import StageRunner
 from jaxsplit.engine.steps import PrefillChunk
 from jaxsplit.models import (

@@ -7,7 +7,7 @@ from flax import nnx
 from helpers import nmse
 from tiny import fresh_rng
 
-from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
 from jaxsplit.ops.attention import triton_rope_cache_update, xla

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsplit.cache.contiguous import Cache
+from jaxsplit.cache.layers import Cache
 from jaxsplit.comm import p2p
 from jaxsplit.comm.symmetric_memory import allocate_ring_buffers
 from jaxsplit.engine import steps

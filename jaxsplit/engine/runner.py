@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsplit.cache.contiguous import Cache, init_cache
+from jaxsplit.cache.layers import Cache, init_cache
 from jaxsplit.comm import two_shot
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.peers import PeerGroup

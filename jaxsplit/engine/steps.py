@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsplit.cache.contiguous import Cache
+from jaxsplit.cache.layers import Cache
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.engine.sampling import NOT_FINITE, SamplerParams, SamplerSpec, sample
 from jaxsplit.models import Decoder

@@ -1,6 +1,6 @@
 """The decoder as Flax NNX modules; usable alone, without files, meshes or engine."""
 
-from jaxsplit.cache.contiguous import (
+from jaxsplit.cache.layers import (
     AttentionCache,
     Batch,
     Cache,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.models.layers import Linear, Norm, project, readers_of
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers

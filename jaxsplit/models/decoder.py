@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsplit.cache.contiguous import Batch, Cache
+from jaxsplit.cache.layers import Batch, Cache
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.attention import Attention
@@ -234,6 +234,7 @@ class Decoder(nnx.Module):
         positions: Array | None = None,
         cache: Cache | None = None,
         slots: Array | None = None,
+        pages: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Logits of every position.
 
@@ -243,11 +244,13 @@ class Decoder(nnx.Module):
             None counts from 0.
           cache: what earlier tokens left, from `init_cache`; None: there are none.
           slots: int32 `[batch]`: where in the cache the sequences are; None: in order.
+          pages: int32 `[batch, pages]`: the pages of the cache that each sequence has, in order;
+            None: its slot.
 
         Returns:
           float32 logits `[batch, time, vocab]` and the cache with these tokens added.
         """
-        stream, cache = self._layers(tokens, positions, cache, slots)
+        stream, cache = self._layers(tokens, positions, cache, slots, pages)
         return self._logits(*stream), cache
 
     def hidden(
@@ -256,19 +259,18 @@ class Decoder(nnx.Module):
         positions: Array | None = None,
         cache: Cache | None = None,
         slots: Array | None = None,
+        pages: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """The last layer's output.
 
         Args:
           inputs: tokens, or the output `[batch, time, width]` of the part before.
-          positions: as in `__call__`.
-          cache: as in `__call__`.
-          slots: as in `__call__`.
+          positions, cache, slots, pages: as in `__call__`.
 
         Returns:
           `[batch, time, width]` and the cache; the width is `ModelConfig.stream_width`.
         """
-        (y, residual), cache = self._layers(inputs, positions, cache, slots)
+        (y, residual), cache = self._layers(inputs, positions, cache, slots, pages)
         return add(y, residual), cache
 
     def _layers(
@@ -277,12 +279,13 @@ class Decoder(nnx.Module):
         positions: Array | None,
         cache: Cache | None,
         slots: Array | None,
+        pages: Array | None,
     ) -> tuple[tuple[Unreduced | None, Array], Cache | None]:
         """`hidden`, as what the last layer has computed and the stream to add it to."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = {name: factor.get_value() for name, factor in self.freq_factors.items()}
-        batch = Batch(positions, slots, factors)
+        batch = Batch(positions, slots, pages, factors)
         x, per_layer_embeddings = (
             self._embed(inputs, positions) if self.first else self._split_stream(inputs)
         )

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxsplit.cache.contiguous import Batch, RecurrentCache
+from jaxsplit.cache.layers import Batch, RecurrentCache
 from jaxsplit.comm.api import all_reduce_unique_units, is_split, local_units
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.models.layers import Linear, Norm, param, readers_of

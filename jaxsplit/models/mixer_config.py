@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxsplit.cache.contiguous import (
+from jaxsplit.cache.layers import (
     AttentionCache,
     RecurrentCache,
     attention_cache,

@@ -15,6 +15,7 @@ communicates (`jaxsplit.comm.api`).
 `embed_out`  rows of the matrices that write to the residual stream
 `expert_out` the same for those of the experts
 `slots`      sequences in the cache
+`pages`      pages of keys and values in the cache
 
 Splitting columns (`heads_in`, `mlp_in`) needs an all-reduce. Splitting rows only, or reading a
 sharded axis whole (`embed_out`, `heads`, `mlp`), needs an all-gather. Experts need an all-reduce
@@ -55,6 +56,7 @@ HEAD_DIM = Axis("head_dim")
 LATENT = Axis("latent")
 PER_LAYER = Axis("per_layer_embedding")
 SLOTS = Axis("slots")
+PAGES = Axis("pages")
 
 
 def head_axes(heads: int, kv_heads: int, *, tiled: bool = False) -> tuple[Axis, Axis]:

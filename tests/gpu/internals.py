@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 
 import jaxsplit
-from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.peers import PeerGroup
@@ -317,7 +317,11 @@ def flash_attention(
     """Queries `[batch, time, kv_heads, group, width]`, already turned, and the cache that they
     read: `[batch, time, heads * width]` bfloat16."""
     assert triton_flash.supports(queries, cache, layer.config)
-    options = {"key_positions": key_positions, "sinks": sinks, "slots": slots}
+    options = {
+        "key_positions": key_positions,
+        "sinks": sinks,
+        "pages": None if slots is None else slots[:, None],
+    }
     with _kernels(pdl=False):  # XLA reads the results here
         y = triton_flash.flash_attention(queries, cache, positions, config=layer.config, **options)
     return y.array

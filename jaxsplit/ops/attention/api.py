@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
@@ -26,16 +26,17 @@ class KV:
     """Keys and values that queries attend to.
 
     Attributes:
-      memory: `[sequences, kv_heads, keys, width]` each. Scales of 8-bit ones multiply the scores
-        and the weights, so that keys and values are used as they are stored.
+      memory: `[pages, kv_heads, page, width]` each. Scales of 8-bit ones multiply the scores and
+        the weights, so that keys and values are used as they are stored.
       positions: of the keys, int32 `[batch or 1, keys]`, negative where there is no key; None: a
         key's position is its index.
-      slots: int32 `[batch]`: which sequence of the memory each one is; None: all in order.
+      pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: the n-th sequence
+        has page n.
     """
 
     memory: AttentionCache
     positions: Array | None = None
-    slots: Array | None = None
+    pages: Array | None = None
 
 
 def self_attention(
@@ -194,10 +195,14 @@ def _update_by_kernel(
         config=config,
         params=params,
     )
-    positions = None if config.window is None else cache.positions(batch.positions[:, 0])
+    ring = config.window is not None
+    positions, pages = (
+        cache.positions(batch.positions[:, 0]) if ring else None,
+        batch.pages_of(ring=ring),
+    )
     if config.kv_donor is not None:
-        return queries, KV(cache.read(batch), positions), cache
-    return queries, KV(cache, positions, batch.slots), cache
+        return queries, KV(cache.read(pages), positions), cache
+    return queries, KV(cache, positions, pages), cache
 
 
 def _update_by_xla(*projections: Any, **options: Any) -> tuple[Array, KV, AttentionCache | None]:
@@ -228,7 +233,7 @@ def _flash(
         config=config,
         key_positions=kv.positions,
         sinks=sinks,
-        slots=kv.slots,
+        pages=kv.pages,
         layouts=() if readers.xla else readers.layouts,
     )
 
@@ -249,7 +254,7 @@ def _attend_by_xla(
         config=config,
         key_positions=kv.positions,
         sinks=sinks,
-        slots=kv.slots,
+        pages=kv.pages,
     )
     return Activations(y)
 

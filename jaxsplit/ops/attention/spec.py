@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.cache.contiguous import AttentionCache, attention_cache
+from jaxsplit.cache.layers import AttentionCache, attention_cache
 from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
 from jaxsplit.sharding.axes import Axis, head_axes
@@ -100,7 +100,9 @@ class AttentionConfig:
             return None
         length = context if self.window is None else min(self.window, context)
         _, kv_heads = self.axes
-        return attention_cache(kv_heads, length, self.head_dim, self.value_dim, dtype)
+        return attention_cache(
+            kv_heads, length, self.head_dim, self.value_dim, dtype, ring=self.window is not None
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
 from jaxsplit.ops.activations.layout import (
@@ -40,6 +40,7 @@ from jaxsplit.ops.attention.triton_softmax import (
     in_pairs,
     in_parts,
     load_kv,
+    locate,
     padded,
     parts_of,
     scores_of,
@@ -98,7 +99,7 @@ def decode_attention(
     Args:
       query, key, value: projections, `[parts, batch, 1, heads * width]`; the kernel sums the
         split-K parts.
-      batch: slots and positions of the tokens; nothing is written for padding.
+      batch: positions and pages of the tokens; nothing is written for padding.
       cache: keys and values of earlier tokens.
       config: a supported layer.
       params: parameters of the norms, and sinks.
@@ -108,9 +109,10 @@ def decode_attention(
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
     """
-    sequences, (kv_heads, length) = query.shape[1], cache.keys.shape[1:3]
-    value_dim = cache.values.shape[-1]
-    inputs = _kernel_inputs((query, key, value), batch, config, params, kv_heads)
+    sequences, kv_heads, value_dim = query.shape[1], cache.keys.shape[1], cache.values.shape[-1]
+    pages = batch.pages_of(ring=config.window is not None)
+    length = _length_of(cache, pages)
+    inputs = _kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
     group = inputs[0].shape[3]
     leaves, structure = jax.tree.flatten(inputs)
     cache_leaves, cache_structure = jax.tree.flatten(in_pairs(cache))
@@ -153,9 +155,15 @@ def decode_attention(
     return Activations(None, out_layouts, stored, like=like), cache
 
 
+def _length_of(cache: AttentionCache, pages: Array | jax.Ref | None) -> int:
+    """Positions of a sequence's pages."""
+    return cache.keys.shape[2] * (1 if pages is None else pages.shape[1])
+
+
 def _kernel_inputs(
     projections: Sequence[Array],
     batch: Batch,
+    pages: Array | None,
     config: AttentionConfig,
     params: AttentionParams,
     kv_heads: int,
@@ -165,6 +173,7 @@ def _kernel_inputs(
     Args:
       projections: query, key and value, `[parts, sequences, 1, heads * width]`.
       batch, config, params: as in `decode_attention`.
+      pages: as of `Batch.pages_of`.
       kv_heads: number of KV heads.
     """
     query, key, value = projections
@@ -177,7 +186,7 @@ def _kernel_inputs(
         query,
         *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
         batch.positions.reshape(-1),
-        batch.slots,
+        pages,
         cos,
         sin,
         list(params.norm_scales),
@@ -349,19 +358,18 @@ def _decode_attention_kernel(
     """
     structure, cache_structure = structures
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    query, key, value, positions, slots, cos, sin, scales, sinks, finished = inputs
+    query, key, value, positions, pages, cos, sin, scales, sinks, finished = inputs
     outs = refs[structure.num_leaves + cache_structure.num_leaves :]
     count = len(outs) - cache_structure.num_leaves
     cache = jax.tree.unflatten(cache_structure, outs[count:])
     splits, out_refs = _Splits(*outs[:3], finished), outs[3:count]
-    c, group, length = config, query.shape[3], cache.keys.shape[2]
+    c, group, length = config, query.shape[3], _length_of(cache, pages)
     head_dim, value_dim, parts = key.shape[-1], value.shape[-1], parts_of(cache)
     head, split = pl.program_id(0), pl.program_id(2)
     sequence = launch_dependents(pl.program_id(1), early)
 
     # All loads are issued before any of their results is used.
     position = positions[sequence]
-    slot = sequence if slots is None else slots[sequence]
     heads = _Heads(head_dim, padded(head_dim, parts), c.rope, (cos, sin), sequence)
     row, value_column = jnp.arange(tiling.rows), jnp.arange(padded(value_dim, parts))
     row_mask = row < group
@@ -372,7 +380,7 @@ def _decode_attention_kernel(
     )
 
     used, start, stop = _split_range(position, length, split, tiling)
-    keys = _SplitKeys(cache, slot, head, position, start, stop, tiling, c.window)
+    keys = _SplitKeys(cache, pages, sequence, head, position, start, stop, tiling, c.window)
 
     @pl.when(split < used)
     def _() -> None:
@@ -413,7 +421,8 @@ class _SplitKeys(NamedTuple):
 
     Attributes:
       cache: references to the cache.
-      slot, head: indices in the cache.
+      pages: reference to the pages of each sequence, or None, as of `Batch.pages_of`.
+      sequence, head: indices of the sequence and of the KV head.
       position: of the new token.
       start, stop: range of keys.
       tiling: of a program.
@@ -421,7 +430,8 @@ class _SplitKeys(NamedTuple):
     """
 
     cache: AttentionCache
-    slot: Array
+    pages: jax.Ref | None
+    sequence: Array
     head: Array
     position: Array
     start: Array
@@ -434,12 +444,22 @@ class _SplitKeys(NamedTuple):
         """Whether a step loads the keys of the next one before it multiplies its own."""
         return self.tiling.stages == 1
 
+    @property
+    def length(self) -> int:
+        """Positions of the sequence's pages."""
+        return _length_of(self.cache, self.pages)
+
+    def at(self, index: Array) -> tuple[Array, Array, Array]:
+        """Page, head and place in the page of positions."""
+        page, place = locate(self.pages, self.sequence, index, self.cache.keys.shape[2])
+        return page, self.head, place
+
     def load(self, step: Array | int) -> tuple[AttentionCache, Array]:
         """Loads the keys and values of a step, and computes the mask of the visible keys.
 
         With `prefetch` the mask includes key 0, which `_replace_first` fills in.
         """
-        position, length = self.position, self.cache.keys.shape[2]
+        position, length = self.position, self.length
         key = self.start + step * self.tiling.keys + jnp.arange(self.tiling.keys)
         index, visible = key - 1, key < self.stop
         if self.window is not None:
@@ -449,7 +469,7 @@ class _SplitKeys(NamedTuple):
                 (distance > 0) & (distance < self.window) & (distance <= position)
             )
         cached = visible & (key > 0)
-        kv = load_kv(self.cache, (self.slot, self.head, index), cached)
+        kv = load_kv(self.cache, self.at(index), cached)
         return kv, visible if self.prefetch else cached
 
 
@@ -501,10 +521,8 @@ def _attend_split(
 
     @pl.when(split == 0)
     def _() -> None:
-        length = cache.keys.shape[2]
-        exists = (position >= 0) & ((position < length) | (config.window is not None))
-        index = jnp.maximum(position, 0) % length
-        _store_token(cache, new, (keys.slot, keys.head, index), exists)
+        exists = (position >= 0) & ((position < keys.length) | (config.window is not None))
+        _store_token(cache, new, keys.at(jnp.maximum(position, 0) % keys.length), exists)
 
     def update(state: SoftmaxState, kv: AttentionCache, visible: Array) -> SoftmaxState:
         return softmax_update(state, q_parts, kv, visible[None], score)
@@ -591,14 +609,14 @@ def _finished_splits(splits: _Splits, used: Array, sequence: Array, head: Array)
 def _store_token(
     cache: AttentionCache, new: AttentionCache, index: tuple[Array, Array, Array], exists: Array
 ) -> None:
-    """Stores the key and value of a token in the cache, at slot, head and index in the slot."""
+    """Stores the key and value of a token in the cache, at page, head and index in the page."""
     for ref, x in ((cache.keys, new.keys), (cache.values, new.values)):
         column = jnp.arange(x.shape[0])
         plgpu.store(ref.at[(*index, column)], x, mask=(column < ref.shape[-1]) & exists)
-    slot, head, position = index
+    page, head, position = index
     for ref, x in ((cache.key_scale, new.key_scale), (cache.value_scale, new.value_scale)):
         if ref is not None:
-            plgpu.store(ref.at[slot, head, position + jnp.arange(1)], x, mask=jnp.full(1, exists))
+            plgpu.store(ref.at[page, head, position + jnp.arange(1)], x, mask=jnp.full(1, exists))
 
 
 def _quantize(x: Array, dtype: jnp.dtype) -> tuple[Array, Array, Array | None]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsplit.cache.contiguous import AttentionCache
+from jaxsplit.cache.layers import AttentionCache
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.layout import (
     BLOCK,
@@ -32,6 +32,7 @@ from jaxsplit.ops.attention.triton_softmax import (
     in_pairs,
     in_parts,
     load_kv,
+    locate,
     padded,
     parts_of,
     scores_of,
@@ -94,7 +95,7 @@ def flash_attention(
     config: AttentionConfig,
     key_positions: Array | None = None,
     sinks: Array | None = None,
-    slots: Array | None = None,
+    pages: Array | None = None,
     layouts: Sequence[ActivationLayout] = (),
     tiling: Tiling | None = None,
 ) -> Activations:
@@ -108,12 +109,13 @@ def flash_attention(
     batch, time, kv_heads, group, _ = queries.shape
     value_dim = kv.values.shape[-1]
     width = pl.next_power_of_2(max(kv.keys.shape[-1], value_dim))
-    tiling = tiling or tiling_of(time * group, kv.length, width)
+    length = kv.length if pages is None else kv.length * pages.shape[1]
+    tiling = tiling or tiling_of(time * group, length, width)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
     of_one = sinks if tiling.splits == 1 else None
     # With more rows, converting int8 is a small part of the work.
     stored = in_pairs(kv) if tiling.rows <= MIN_MMA_M else kv
-    inputs = (queries, stored, positions, key_positions, of_one, slots)
+    inputs = (queries, stored, positions, key_positions, of_one, pages)
     leaves, structure = jax.tree.flatten(inputs)
     shape = (batch, time, kv_heads, group)
     out = jax.ShapeDtypeStruct((*shape, value_dim), queries.dtype)
@@ -192,16 +194,16 @@ def _flash_attention_kernel(
     """Some rows of the queries that share a key head, with all keys that they see or a split of
     them."""
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    queries, kv, positions, key_positions, sinks, slots = inputs
+    queries, kv, positions, key_positions, sinks, pages = inputs
     out_refs = refs[structure.num_leaves :]
     parts = parts_of(kv)
     time, group = queries.shape[1], queries.shape[3]
-    value_dim, length = kv.values.shape[-1] * parts, kv.keys.shape[2]
+    value_dim, page_length = kv.values.shape[-1] * parts, kv.keys.shape[2]
+    length = page_length if pages is None else page_length * pages.shape[1]
     tiles = pl.cdiv(time * group, tiling.rows)
     # The last queries see the most keys: they start first.
     tile, split = tiles - 1 - pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
     head, sequence = pl.program_id(1), pl.program_id(2)
-    slot = sequence if slots is None else slots[sequence]
 
     if tiling.splits > 1:
         tile = launch_dependents(tile)
@@ -220,8 +222,14 @@ def _flash_attention_kernel(
 
     def step(i: Array, state: SoftmaxState, *, all_seen: bool) -> SoftmaxState:
         """Attends to some more keys; `all_seen`: without a mask."""
-        index = start + i * tiling.keys + jnp.arange(tiling.keys)
-        at = slot, head, index
+        first, offset = start + i * tiling.keys, jnp.arange(tiling.keys)
+        index = first + offset
+        if page_length % tiling.keys:
+            page, place = locate(pages, sequence, index, page_length)
+        else:  # `first` is a multiple of the tile: one page has all of it
+            page, place = locate(pages, sequence, first, page_length)
+            place = place + offset
+        at = page, head, place
         if all_seen:
             return softmax_update(state, qs, load_kv(kv, at, None), None, score)
         mask = index < stop

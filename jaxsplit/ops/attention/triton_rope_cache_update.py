@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
 from jaxsplit.ops.attention.rope import RopeConfig, rope_cos_sin
@@ -22,6 +22,7 @@ from jaxsplit.ops.attention.spec import (
     AttentionConfig,
     AttentionParams,
 )
+from jaxsplit.ops.attention.triton_softmax import locate
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.pallas import pl, plgpu
 
@@ -72,7 +73,7 @@ def rope_cache_update(
 
     Args:
       query, key, value: projections, `[batch, time, heads * width]`.
-      batch: slots and positions of the tokens; nothing is written for padding.
+      batch: positions and pages of the tokens; nothing is written for padding.
       cache: keys and values of earlier tokens.
       config: a supported layer.
       params: parameters of the norms.
@@ -88,7 +89,7 @@ def rope_cache_update(
         key.reshape(tokens, kv_heads, -1),
         value.reshape(tokens, kv_heads, -1),
         batch.positions,
-        batch.slots,
+        batch.pages_of(ring=c.window is not None),
         cos.reshape(tokens, -1),
         sin.reshape(tokens, -1),
         params.norm_scales,
@@ -142,7 +143,7 @@ def _rope_cache_update_kernel(
     """
     structure, cache_structure = structures
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    query, key, value, positions, slots, cos, sin, scales = inputs
+    query, key, value, positions, pages, cos, sin, scales = inputs
     queries_ref, *cache_refs = refs[structure.num_leaves + cache_structure.num_leaves :]
     cache = jax.tree.unflatten(cache_structure, cache_refs)
     token, program = pl.program_id(0), pl.program_id(1)
@@ -162,12 +163,13 @@ def _rope_cache_update_kernel(
     def _() -> None:
         first = (program - query_programs) * heads_per_program[1]
         head = first + jnp.arange(heads_per_program[1])
-        length, (_, time) = cache.keys.shape[2], positions.shape
+        page_length, (_, time) = cache.keys.shape[2], positions.shape
+        length = page_length if pages is None else page_length * pages.shape[1]
         sequence = token // time
         position = positions[sequence, token % time]
-        slot = sequence if slots is None else slots[sequence]
         exists = (position >= 0) & (ring | (position < length))
-        target = _CacheRows(slot, head, jnp.maximum(position, 0) % length, exists)
+        page, index = locate(pages, sequence, jnp.maximum(position, 0) % length, page_length)
+        target = _CacheRows(page, head, index, exists)
         value_columns = _ColumnRange(0, value_dim)
         values = _load_tile(value, token, head, value_columns)
         keys = rotation.load_heads(key, head, norms[1], scales[1])
@@ -266,10 +268,10 @@ class _Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class _CacheRows:
-    """Where a token's keys and values go: slot, heads `[heads]`, index in the slot; and whether the
+    """Where a token's keys and values go: page, heads `[heads]`, index in the page; and whether the
     token exists."""
 
-    slot: Array
+    page: Array
     head: Array
     index: Array
     exists: Array
@@ -285,13 +287,13 @@ def _store(
     """Stores a token's keys or values in the cache, quantized to int8 if it has scales.
 
     Args:
-      ref: `[slots, heads, length, width]`.
-      scale_ref: `[slots, heads, length]`, or None.
+      ref: `[pages, heads, length, width]`.
+      scale_ref: `[pages, heads, length]`, or None.
       target: where to store them.
       xs: for each range of columns, float32 `[heads, columns]`.
       ranges: the ranges of columns.
     """
-    slot, head, index, exists = target.slot, target.head, target.index, target.exists
+    page, head, index, exists = target.page, target.head, target.index, target.exists
     heads = ref.shape[1]
     if scale_ref is not None:
         largest = [largest_magnitude(x, 1) for x in xs]
@@ -300,7 +302,7 @@ def _store(
         divisor = jnp.where(scale > 0, scale, 1)[:, None]
         xs = [jnp.floor(x / divisor + 0.5) for x in xs]
         mask = exists & (head < heads)
-        plgpu.store(scale_ref.at[slot, head, index], scale, mask=mask)
+        plgpu.store(scale_ref.at[page, head, index], scale, mask=mask)
     for columns, x in zip(ranges, xs, strict=True):
         (row, column), mask = columns.tile(head, heads)
-        plgpu.store(ref.at[slot, row, index, column], x.astype(ref.dtype), mask=mask & exists)
+        plgpu.store(ref.at[page, row, index, column], x.astype(ref.dtype), mask=mask & exists)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.cache.contiguous import AttentionCache
+from jaxsplit.cache.layers import AttentionCache
 from jaxsplit.context import interpreted
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.pallas import pl, plgpu
@@ -107,6 +107,27 @@ def broadcast_along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
     return jnp.broadcast_to(x.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
 
 
+def locate(
+    pages: jax.Ref | None, sequence: Array, index: Array, length: int
+) -> tuple[Array, Array]:
+    """Page and place in the page of positions of a sequence, in a kernel.
+
+    Args:
+      pages: int32 `[sequences, pages]`, or None, as in `Batch.pages_of`.
+      sequence: index of the sequence.
+      index: positions, any shape; those outside of the pages are masked by the caller.
+      length: of a page.
+    """
+    if pages is None:
+        return sequence, index
+    count = pages.shape[1]
+    if count == 1:
+        return pages[sequence, 0], index
+    nth = jnp.clip(index // length, 0, count - 1)
+    page = plgpu.load(pages.at[sequence, nth]) if nth.ndim else pages[sequence, nth]
+    return page, index - nth * length
+
+
 class SoftmaxState(NamedTuple):
     """The online softmax of some queries over the keys so far.
 
@@ -144,13 +165,13 @@ def load_kv(
 
     Args:
       kv: of references, perhaps `in_pairs`.
-      at: slot, head and positions `[keys]`.
+      at: page or pages `[keys]`, head, and places in the page `[keys]`.
       mask: bool `[keys]`: the keys to load; None: all.
 
     Returns:
       keys and values `[keys, columns]`, scales `[keys]`.
     """
-    slot, head, position = at
+    page, head, position = at
     parts = parts_of(kv)
 
     def load(ref: jax.Ref, index: tuple, mask: Array | None) -> Array:
@@ -166,10 +187,11 @@ def load_kv(
             tile_mask = column < width
             if mask is not None:
                 tile_mask &= broadcast_along(mask, shape, 0)
-        return load(ref, (slot, head, broadcast_along(position, shape, 0), column), tile_mask)
+        of_row = broadcast_along(page, shape, 0) if page.ndim else page
+        return load(ref, (of_row, head, broadcast_along(position, shape, 0), column), tile_mask)
 
     def scale_of(ref: jax.Ref | None) -> Array | None:
-        return None if ref is None else load(ref, (slot, head, position), mask)
+        return None if ref is None else load(ref, (page, head, position), mask)
 
     return AttentionCache(
         tile_of(kv.keys),

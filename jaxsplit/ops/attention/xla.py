@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxsplit.cache.contiguous import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.api import local_units
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
@@ -121,15 +121,16 @@ def update_cache(
     new = AttentionCache.of(keys, values, cache.keys.dtype)
     if window is None:
         cache = cache.write(new, batch)
-        return cache.read(batch), None, cache
+        return cache.read(batch.pages_of(ring=False)), None, cache
+    pages = batch.pages_of(ring=True)
     if keys.shape[1] == 1:
-        cache = cache.write(new, batch)
-        return cache.read(batch), cache.positions(batch.positions[:, 0]), cache
+        cache = cache.write(new, batch, ring=True)
+        return cache.read(pages), cache.positions(batch.positions[:, 0]), cache
     # The last of many tokens take the places of keys that the first still look at.
-    kv = cache.read(batch).followed_by(new)
+    kv = cache.read(pages).followed_by(new)
     earlier = cache.positions(batch.positions[:, 0] - 1)
     positions = jnp.concatenate([earlier, batch.positions], axis=1)
-    return kv, positions, cache.write(new, batch)
+    return kv, positions, cache.write(new, batch, ring=True)
 
 
 def alibi_slopes(heads: int, largest: float) -> np.ndarray:
@@ -151,11 +152,10 @@ def attend(
     config: AttentionConfig,
     key_positions: Array | None = None,
     sinks: Array | None = None,
-    slots: Array | None = None,
+    pages: Array | None = None,
 ) -> Array:
     """As `jaxsplit.ops.attention.api.attend`; the result is an array."""
-    if slots is not None:
-        kv = jax.tree.map(lambda x: x[slots], kv)
+    kv = kv.read(pages)
     if key_positions is None:
         key_positions = jnp.arange(kv.length)[None]
     at_once = max(1, MAX_SCORES // kv.length)

@@ -1,7 +1,11 @@
-"""A decoder's cache: keys, values and recurrent states of the tokens so far, one slot a sequence.
+"""What layers keep of earlier tokens: keys, values and recurrent states.
 
-Each layer has its own cache, a dataclass of arrays whose first dimension is `slots`. `CacheArray`
-describes such an array before allocation: a mixer's config returns a cache of them.
+Each layer has its own cache, a dataclass of arrays. Recurrent states and the rings of sliding
+windows have a slot for each sequence. The keys and values of other attention layers are in pages: a
+sequence lists those that hold its tokens, in order, and sequences may share pages. A cache whose
+pages are as long as the context has one for each sequence: the sequence's slot.
+
+`CacheArray` describes an array before allocation: a mixer's config returns a cache of them.
 """
 
 # Dataclasses of arrays hold descriptions of arrays too, such as `CacheArray`.
@@ -16,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.sharding.axes import SLOTS, Axis
+from jaxsplit.sharding.axes import PAGES, SLOTS, Axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +28,21 @@ class CacheArray:
     """Shape, axes and dtype of an array of a cache.
 
     Attributes:
-      shape: of one slot, unpadded.
+      shape: of one slot or page, unpadded.
       axes: logical axes of the dimensions of `shape`; None: replicated.
       dtype: of the elements.
+      paged: the array is in pages; else each sequence has a slot.
     """
 
     shape: tuple[int, ...]
     axes: tuple[Axis | None, ...]
     dtype: jnp.dtype
+    paged: bool = False
 
     @property
     def all_axes(self) -> tuple[Axis | None, ...]:
-        """The axes, with `slots` first."""
-        return (SLOTS, *self.axes)
+        """The axes, with the one of slots or pages first."""
+        return (PAGES if self.paged else SLOTS, *self.axes)
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +54,7 @@ class Batch:
       positions: int32 `[batch, time]`, consecutive in each sequence; negative for padding, which
         comes last.
       slots: int32 `[batch]`: the slot of each sequence; None: all slots in order.
+      pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: its slot.
       freq_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
       shared_kv: keys and values that layers share with later ones, and the keys' positions, by
         name.
@@ -55,6 +62,7 @@ class Batch:
 
     positions: Array
     slots: Array | None = None
+    pages: Array | None = None
     freq_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     shared_kv: dict[str, tuple["AttentionCache", Array | None]] = dataclasses.field(
         default_factory=dict
@@ -65,17 +73,27 @@ class Batch:
         """The slot of each sequence: int32 `[batch]`."""
         return jnp.arange(self.positions.shape[0]) if self.slots is None else self.slots
 
+    def pages_of(self, *, ring: bool) -> Array | None:
+        """The pages of each sequence, int32 `[batch, pages]`; None: the n-th sequence has page n.
+
+        Args:
+          ring: of a sliding window's layer, whose ring is a single page: the slot.
+        """
+        if self.pages is not None and not ring:
+            return self.pages
+        return None if self.slots is None else self.slots[:, None]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache:
-    """Keys and values of one layer, a ring buffer: position p is at index `p % length`.
+    """Keys and values of one layer. Position p of a sequence is at `p % length` of its pages.
 
     Attributes:
-      keys: `[slots, kv_heads, length, head_dim]`.
-      values: `[slots, kv_heads, length, value_dim]`; None: the keys' first dimensions.
-      key_scale, value_scale: float32 `[slots, kv_heads, length]` that multiply int8 keys and
-        values; None for other dtypes.
+      keys: `[pages, kv_heads, page, head_dim]`.
+      values: `[pages, kv_heads, page, value_dim]`; None: the keys' first dimensions.
+      key_scale, value_scale: float32 `[pages, kv_heads, page]` that multiply int8 keys and values;
+        None for other dtypes.
     """
 
     keys: Array
@@ -103,27 +121,44 @@ class AttentionCache:
 
     @property
     def length(self) -> int:
-        """Number of positions kept."""
+        """Positions of a page."""
         return self.keys.shape[2]
 
-    def write(self, new: "AttentionCache", batch: Batch) -> "AttentionCache":
-        """Writes new tokens; if there are more than fit, the last of them."""
-        positions = batch.positions
+    def write(self, new: "AttentionCache", batch: Batch, *, ring: bool = False) -> "AttentionCache":
+        """Writes new tokens; if there are more than fit, the last of them.
+
+        Args:
+          new: `[batch, kv_heads, time, width]`.
+          batch: where the tokens belong.
+          ring: as in `Batch.pages_of`.
+        """
+        positions, pages = batch.positions, batch.pages_of(ring=ring)
+        pages = batch.rows[:, None] if pages is None else pages
+        length = pages.shape[1] * self.length
         last = positions.max(axis=1, keepdims=True)
-        kept = (positions >= 0) & (positions > last - self.length)
-        target = jnp.where(kept, positions % self.length, self.length)
-        index = (batch.rows[:, None], slice(None), target)
+        kept = (positions >= 0) & (positions > last - length)
+        target = positions % length
+        page = jnp.take_along_axis(pages, target // self.length, axis=1)
+        index = (jnp.where(kept, page, self.keys.shape[0]), slice(None), target % self.length)
         return jax.tree.map(
             lambda old, add: old.at[index].set(add.swapaxes(1, 2), mode="drop"), self, new
         )
 
-    def read(self, batch: Batch) -> "AttentionCache":
-        """Gathers the keys and values of the batch's slots."""
-        return self if batch.slots is None else jax.tree.map(lambda x: x[batch.slots], self)
+    def read(self, pages: Array | None) -> "AttentionCache":
+        """Gathers the pages of each sequence, `[batch, pages]`, as one long page; None: all are
+        whole sequences, in order."""
+        if pages is None:
+            return self
+
+        def of(x: Array) -> Array:
+            x = jnp.moveaxis(x[pages], 1, 2)
+            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+        return jax.tree.map(of, self)
 
     def positions(self, last: Array) -> Array:
         """Position at each index once `last`, int32 `[batch]`, is written: int32 `[batch, length]`,
-        negative where there is none."""
+        negative where there is none. Of a sequence in a single page."""
         return last[:, None] - (last[:, None] - jnp.arange(self.length)) % self.length
 
     def followed_by(self, new: "AttentionCache") -> "AttentionCache":
@@ -141,21 +176,28 @@ def _to_int8(x: Array) -> tuple[Array, Array]:
 
 
 def attention_cache(
-    kv_heads: Axis, length: int, head_dim: int, value_dim: int | None, dtype: jnp.dtype
+    kv_heads: Axis,
+    length: int,
+    head_dim: int,
+    value_dim: int | None,
+    dtype: jnp.dtype,
+    *,
+    ring: bool = False,
 ) -> AttentionCache:
     """`AttentionCache` of `CacheArray`s; int8 has a scale for each head and position.
 
     Args:
       kv_heads: axis of the heads; without units: a single, replicated head.
-      length: number of positions kept.
+      length: positions of a page, or of the ring.
       head_dim, value_dim: widths; `value_dim` None: values are the keys' first dimensions.
       dtype: of keys and values.
+      ring: of a sliding window: in slots, not in pages.
     """
     heads = max(kv_heads.units, 1)
 
     def array(*width: int, dtype: jnp.dtype = dtype) -> CacheArray:
         shape = (heads, length, *width)
-        return CacheArray(shape, (kv_heads, *[None] * (len(shape) - 1)), dtype)
+        return CacheArray(shape, (kv_heads, *[None] * (len(shape) - 1)), dtype, paged=not ring)
 
     scaled = jnp.dtype(dtype) == jnp.int8
     scale = array(dtype=jnp.float32) if scaled else None
@@ -223,6 +265,8 @@ def init_cache(
     layers: Sequence[Any],
     slots: int,
     padded: Callable[[CacheArray], Sequence[int]] = lambda array: array.shape,
+    *,
+    pages: int | None = None,
 ) -> Cache:
     """Allocates a cache, filled with zeros.
 
@@ -230,10 +274,32 @@ def init_cache(
       layers: caches of `CacheArray`s, as from `ModelConfig.cache`.
       slots: number of sequences.
       padded: global shape of an array, padded for its sharding.
+      pages: number of pages; None: one for each slot.
     """
-    return jax.tree.map(lambda a: jnp.zeros((slots, *padded(a)), a.dtype), list(layers))
+    paged = slots if pages is None else pages
+
+    def empty(a: CacheArray) -> Array:
+        return jnp.zeros((paged if a.paged else slots, *padded(a)), a.dtype)
+
+    return jax.tree.map(empty, list(layers))
 
 
-def cache_bytes(layers: Sequence[Any]) -> int:
-    """Bytes of one slot, unpadded."""
-    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(layers))
+def in_pages(layers: Sequence[Any], length: int) -> list[Any]:
+    """Caches of `CacheArray`s with pages of another length.
+
+    Args:
+      layers: as from `ModelConfig.cache`, whose pages are as long as the context.
+      length: positions of a page.
+    """
+
+    def of(a: CacheArray) -> CacheArray:
+        heads, _, *width = a.shape
+        return dataclasses.replace(a, shape=(heads, length, *width)) if a.paged else a
+
+    return jax.tree.map(of, list(layers))
+
+
+def sequence_bytes(layers: Sequence[Any], *, paged: bool) -> int:
+    """Bytes of one page, or of one slot, unpadded."""
+    arrays = [a for a in jax.tree.leaves(layers) if a.paged == paged]
+    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays)
