@@ -135,8 +135,8 @@ def test_flags_in_tables_exist():
 # Commands
 
 
-def script(block: Block) -> str:
-    """The block's own commands, on placeholders that `test_commands_run` replaces."""
+def script(block: Block) -> list[str]:
+    """The block's own commands, few tokens each."""
     lines = []
     for line in block.lines:
         if PROGRAM.match(line) and not line.startswith("make "):
@@ -147,19 +147,19 @@ def script(block: Block) -> str:
             lines.append(line)
     if any(line.endswith("&") for line in lines):
         lines.append("wait")
-    return "\n".join(lines)
+    return lines
 
 
 def scripts() -> dict[str, str]:
-    """The commands of all blocks that are run, each once, and the first place of each."""
-    found: dict[str, str] = {}
+    """The commands of each page that are run, without those of the pages before."""
+    found: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for block in BLOCKS:
         if block.language in ("", "sh", "bash") and not block.mark.startswith("not run: "):
-            together = "export " in block.text
-            for part in [script(block)] if together else script(block).splitlines():
-                found.setdefault(part, block.page.stem)
-    found.pop("", None)
-    return found
+            lines = [line for line in script(block) if line not in seen]
+            found.setdefault(block.page.stem, []).extend(lines)
+            seen.update(lines)
+    return {page: "\n".join(lines) for page, lines in found.items() if lines}
 
 
 @pytest.fixture(scope="module")
@@ -184,22 +184,20 @@ def environment(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(
-    "text", [pytest.param(text, id=f"{page}: {text[:50]}") for text, page in scripts().items()]
-)
-def test_commands_run(text, tiny, environment, tmp_path):
+@pytest.mark.parametrize(("page", "text"), scripts().items(), ids=scripts())
+def test_commands_run(page, text, tiny, environment, tmp_path):
+    """In a folder with the files that they name: models are the tiny one, texts the README."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    for placeholder, value in {
-        "FILE.gguf": str(tiny),
-        "localhost:1234": f"localhost:{port}",
-        "=DIR": f"={tmp_path / 'out'}",
-    }.items():
-        text = text.replace(placeholder, value)
+        text = text.replace("localhost:1234", f"localhost:{free.getsockname()[1]}")
+    for name in set(re.findall(r"=([\w.-]+\.gguf)", text)):
+        (tmp_path / name).symlink_to(tiny)
+    for name in set(re.findall(r"file=([\w.-]+\.(?:txt|raw))", text)):
+        (tmp_path / name).symlink_to(ROOT / "README.md")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text],
-        cwd=ROOT,
+        ["bash", "-euxo", "pipefail", "-c", text],
+        cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
