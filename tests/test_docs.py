@@ -199,7 +199,7 @@ def test_commands_run(page, text, tiny, environment, tmp_path):
         ["bash", "-euxo", "pipefail", "-c", text],
         cwd=tmp_path,
         env=environment,
-        stdin=subprocess.DEVNULL,
+        input="Hi.\n",  # of a chat
         capture_output=True,
         text=True,
         timeout=300,
