@@ -55,8 +55,8 @@ _PACKED_ROWS = (1, 4, 16, 64)
 _CHUNK_TOKENS = 500
 """Fixed cost of a chunk in equivalent tokens, as in `chunked_prefill`."""
 
-_MAX_DETAIL = 512
-"""Tokens of a chunk at most whose log-probabilities are computed: each has a row of logits."""
+MAX_DETAIL = 512
+"""Tokens of a chunk at most of which logits are computed, not of the last one only."""
 
 _RESERVE = 128
 """Tokens that must fit into the cache after a prompt, before it is read."""
@@ -189,6 +189,7 @@ class Scheduler:
         self._make_caches()
 
     def _make_caches(self) -> None:
+        self.engine.overwritten = False
         engine, size = self.engine, self.engine.size
         self._stateful = engine.stateful
         self._caches = [
@@ -236,6 +237,8 @@ class Scheduler:
 
     def step(self) -> None:
         """Enqueues a unit of work, and reads the results of earlier ones."""
+        if self.engine.overwritten and not (self._running or self._units):
+            self._make_caches()
         unit = None
         if len(self._units) < self._most_in_flight:
             unit = self._guarded(self._next_unit)
@@ -454,8 +457,8 @@ class Scheduler:
             return 1
         left = self._until(sequence) - sequence.read
         chunks = [c for c in self.engine.chunks if not decoding or self._in_budget(1, c)]
-        if spec.wanted == "logprobs":
-            chunks = [c for c in chunks if c <= _MAX_DETAIL]
+        if spec.wanted != "last":
+            chunks = [c for c in chunks if c <= MAX_DETAIL]
         chunks = chunks or [min(self.engine.chunks)]
         return chunk_lengths(left, chunks, len(self.engine.runners), queued)[0]
 
@@ -463,7 +466,7 @@ class Scheduler:
         """Whether a chunk delays the tokens of others no longer than they may be."""
         known = {k: s for k, s in self._seconds.items() if k[0] == "prompts" and s < math.inf}
         if not known or not self.measures:
-            return rows * length <= _MAX_DETAIL
+            return rows * length <= MAX_DETAIL
         seconds = known.get(("prompts", rows, length, "last"))
         if seconds is None:  # as the nearest chunk that was measured
             size = rows * length
