@@ -90,6 +90,7 @@ class Engine:
       stop_ids: tokens that stop a slot.
       size: of the cache of a data replica.
       slots_per_replica: slots of a data replica.
+      overwritten: whether the cache may hold other than the scheduler believes.
       lost: whether a call failed halfway; `reset` makes the engine work again.
       loops: whether decode loops run on the devices. Not on CPUs, where XLA takes twice as long for
         a step inside a loop, and not across stages without peer access.
@@ -138,6 +139,7 @@ class Engine:
 
     def reset(self) -> None:
         """Drops all sequences and reallocates the cache."""
+        self.overwritten = True
         self._rows: dict[tuple, tuple[steps.Rows, list[steps.Rows]]] = {}
         self._caches, self._state, self._params = [], None, None  # frees the old buffers first
         self._caches = [runner.empty_cache() for runner in self.runners]
