@@ -163,6 +163,17 @@ def test_lines_may_have_all_options_of_submit():
     assert {*fields} <= {*OPTIONS}
 
 
+def test_the_documentation_has_all_options():
+    page = (Path(__file__).parent.parent / "docs" / "batches.md").read_text("utf-8")
+    keys = {key for row in re.findall(r"^\| (`.+?) \|", page, re.M) for key in row.split("`")[1::2]}
+    assert keys == {"id", "prompt", "messages", *OPTIONS}
+    examples = [
+        json.loads(line) for line in re.findall(r'^{"(?!id": "france", "text).*', page, re.M)
+    ]
+    assert len(examples) == 3
+    assert all(example.keys() <= keys for example in examples)
+
+
 def test_each_line_draws_a_seed_of_its_own(run):
     lines = [{"prompt": "hello"}] * 4
     found, _ = run(lines, seed=-1, temperature=1.0, n_predict=16)

@@ -204,7 +204,7 @@ class Batch:
         system: str | None = None,
     ):
         checked_number("n_predict", options.get("n_predict", -1), int, -1, float("inf"))
-        self._options, self._chat, self._system = options, chat, system
+        self._options, self._chat, self._system = dict(options), chat, system
         self._prompts = _opened(prompts)
         if out != "-" and _is_file(self._prompts, out):
             raise JaxsplitError(f"--prompts and --out={out} are the same file; give another one")

@@ -104,7 +104,7 @@ def _prompt() -> str:
     return options.unescaped(_PROMPT.value)
 
 
-def _batch() -> batch.Batch:
+def _batch(prompts: str) -> batch.Batch:
     """The requests of --prompts."""
     for flag in (_PROMPT, _PROMPT_FILE):
         if flag.value is not None:
@@ -119,7 +119,7 @@ def _batch() -> batch.Batch:
     }
     system = None if _SYSTEM.value is None else options.unescaped(_SYSTEM.value)
     out = "-" if _OUT.value is None else _OUT.value
-    return batch.Batch(_PROMPTS.value, out, given, chat=_CHAT.value, system=system)
+    return batch.Batch(prompts, out, given, chat=_CHAT.value, system=system)
 
 
 def _run(requests: batch.Batch, lm: "LM") -> None:
@@ -206,7 +206,7 @@ def main(_: list[str]) -> None:
         raise JaxsplitError(f"--auto and --split_mode={config.split_mode}: leave one out")
     if _AUTO.value:
         config = dataclasses.replace(config, split_mode="auto")
-    requests = _batch() if several_prompts else None
+    requests = None if _PROMPTS.value is None else _batch(_PROMPTS.value)
     model = None if _MODEL.value is None else local_model(_MODEL.value)
     with progress_bar("loading", quiet=_QUIET.value) as progress:
         lm = jaxsplit.load(model, config=config, progress=progress)
