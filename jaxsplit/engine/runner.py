@@ -507,11 +507,12 @@ class StageRunner:
         specs = [self._slot_spec, self._slot_spec]
         return self._program("step_inputs", steps.step_inputs, specs, self._slot_spec)
 
-    def overwrite(self) -> Callable:
-        """`(old, new)`, arrays by slot, to what is new, in the buffers of what is old: programs
-        whose arguments keep their addresses need no new CUDA graph."""
-        specs = [self._slot_spec, self._slot_spec]
-        return self._program("overwrite", steps.overwritten, specs, self._slot_spec, donate=[0])
+    def overwrite(self, *, by_slot: bool = True) -> Callable:
+        """`(old, new)`, arrays by slot or replicated, to what is new, in the buffers of what is
+        old: programs whose arguments keep their addresses need no new CUDA graph."""
+        spec = self._slot_spec if by_slot else _REPLICATED
+        key = "overwrite", by_slot
+        return self._program(key, steps.overwritten, [spec, spec], spec, donate=[0])
 
     def copied(self) -> Callable:
         """Arrays by slot to copies of them."""

@@ -184,7 +184,8 @@ class Scheduler:
         self._units: collections.deque[_Unit] = collections.deque()
         self._most_in_flight = 1 + len(engine.runners)
         self._seconds: dict[tuple, float] = {}
-        self._last_read = 0.0
+        self._last_read = self._last_added = 0.0
+        self._interval = 1.0  # seconds between requests, a moving average
         self._prompts_last = False
         self._make_caches()
 
@@ -218,6 +219,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request that `check` has passed."""
+        now = time.perf_counter()
+        since, self._last_added = min(now - self._last_added, 1.0), now
+        self._interval = 0.8 * self._interval + 0.2 * since
         spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
         self._waiting.append(_Sequence(request, [*request.spec.prompt], spec))
         self._waiting.sort(key=lambda one: one.order)
@@ -298,11 +302,21 @@ class Scheduler:
         self._admit(working)
         reading = [s for s in self._running if not s.decodes]
         decoding = [s for s in self._running if s.decodes and self._steps_left(s) > 0]
-        if reading and not (decoding and self._prompts_last):
+        waits = decoding and (self._prompts_last or self._more_come(reading))
+        if reading and not waits:
             self._prompts_last = True
             return self._read_prompts(reading, bool(decoding), working)
         self._prompts_last = False
         return self._decode(decoding, bool(reading or self._waiting), working) if decoding else None
+
+    def _more_come(self, reading: list[_Sequence]) -> bool:
+        """Whether short prompts should wait for others to be read with: a chunk has a fixed cost,
+        and meanwhile the devices decode."""
+        if not self.measures or self._interval > self.itl_budget / 2:
+            return False
+        tokens = sum(self._until(s) - s.read for s in reading)
+        oldest = min((s.request.timings.submitted for s in reading), default=0.0)
+        return tokens < _CHUNK_TOKENS and time.perf_counter() - oldest < self.itl_budget
 
     # Admission
 
