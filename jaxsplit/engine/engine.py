@@ -138,6 +138,7 @@ class Engine:
 
     def reset(self) -> None:
         """Drops all sequences and reallocates the cache."""
+        self.lost = True
         self._rows: dict[tuple, tuple[steps.Rows, list[steps.Rows]]] = {}
         self._caches, self._state, self._params = [], None, None  # frees the old buffers first
         self._caches = [runner.empty_cache() for runner in self.runners]

@@ -207,7 +207,8 @@ class Scheduler:
           JaxsplitError: the prompt and its tokens do not fit into the cache.
         """
         spec, size = request.spec, self.engine.size
-        needed = min(len(spec.prompt) + max(spec.max_tokens - 1, 0), size.context)
+        generated = 0 if spec.logits else max(spec.max_tokens - 1, 0)
+        needed = min(len(spec.prompt) + generated, size.context)
         if -(-needed // size.page) > size.pages:
             raise JaxsplitError(
                 f"the prompt has {len(spec.prompt)} tokens and may generate "
@@ -276,25 +277,33 @@ class Scheduler:
                 self.cancel(sequence.request, DEADLINE)
 
     def _guarded(self, function: Any) -> Any:
-        """Runs a part of a turn. If it fails, so do the requests that it worked on; the others are
-        computed again."""
+        """Runs a part of a turn. If it fails, so do the requests that it worked on."""
         working: list[_Sequence] = []
         try:
             return function(working)
         except Exception as error:
-            self._units.clear()
+            self._recover(working or self._running or self._waiting[:1], error)
+
+    def _recover(self, failed: Sequence[_Sequence], error: Exception) -> None:
+        """Ends some requests, after a failure that lost all sequences; the others begin again. If
+        the cache cannot be allocated, all end."""
+        every = [*self._running, *self._waiting]
+        failed = [*failed]
+        self._units.clear()
+        self._running, self._waiting = [], []
+        try:
             self.engine.reset()
-            failed = set(map(id, working)) or set(map(id, self._running))
-            for sequence in self._running:
-                sequence.allocation, sequence.slot, sequence.in_flight = None, -1, 0
-                if id(sequence) in failed:
-                    sequence.request.deliver(Progress(error=error))
-                else:
-                    self._waiting.append(sequence)
-            self._running = []
-            self._waiting.sort(key=lambda one: one.order)
-            self._make_caches()
-            return None
+        except Exception as another:
+            failed, error = every, another
+        self._make_caches()
+        for sequence in every:
+            sequence.allocation, sequence.slot, sequence.in_flight = None, -1, 0
+            if sequence in failed:
+                self.counters.finished += 1
+                sequence.request.deliver(Progress(error=error))
+            else:
+                self._waiting.append(sequence)
+        self._waiting.sort(key=lambda one: one.order)
 
     def _next_unit(self, working: list[_Sequence]) -> _Unit | None:
         """Enqueues a unit of work; None: there is none to enqueue now."""
@@ -338,7 +347,7 @@ class Scheduler:
             slot = self._free_slots[replica].pop()
             sequence.allocation, sequence.replica, sequence.slot = begun.allocation, replica, slot
             sequence.prompt, sequence.read = before, begun.allocation.cached
-            sequence.sampled = 0
+            sequence.sampled, sequence.logits = 0, []
             working.append(sequence)
             if begun.pages or begun.states:
                 self.engine.copy(replica, pages=begun.pages, states=begun.states)
@@ -422,7 +431,8 @@ class Scheduler:
         stop = min(start + length, self._until(sequence))
         targets = None
         if spec.wanted == "logprobs":
-            targets = [*sequence.tokens[start + 1 : stop + 1]]
+            # A preempted sequence also reads what it has generated.
+            targets = [*spec.prompt[start + 1 : stop + 1]]
         return Prompt(
             self._row(sequence),
             start,
@@ -664,7 +674,7 @@ class Scheduler:
     ) -> None:
         """Takes the tokens of a row."""
         request, spec = sequence.request, sequence.request.spec
-        if spec.max_tokens == 0:
+        if spec.max_tokens == 0 and outputs.tokens[at][0] != NOT_FINITE:
             self._end(sequence, Progress(finish_reason=LENGTH), exact=False, last_token=now)
             return
         new: list[int] = []

@@ -1,0 +1,276 @@
+"""Requests that run together: each has the tokens and log-probabilities that it has alone."""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsplit.engine import Engine, Request, RequestSpec, SamplingConfig, Scheduler, scheduler
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONTEXT, PAGE, SLOTS, VOCAB, LOGPROBS = 64, 8, 4, 160, 3
+GREEDY = SamplingConfig(temperature=0.0, logprobs=LOGPROBS)
+ATOL = 1e-5
+"""Of log-probabilities, together and alone."""
+
+REFERENCE_ATOL = 1e-4
+"""Of log-probabilities and those of a model without cache: sums in float32 in another order."""
+
+MESHES = {
+    "none": {"split_mode": "none"},
+    "graph:3": {"split_mode": "graph", "devices": 3},
+    "stage:2,tensor:2": {"mesh": "stage:2,tensor:2"},
+    "data:2,tensor:2": {"mesh": "data:2,tensor:2"},
+}
+# Plain, windows, recurrent states of three kinds, latent attention, and mixtures.
+NAMES = ("llama", "gemma3", "qwen35", "granitehybrid", "lfm2", "deepseek2", "qwen3moe")
+
+
+class Player:
+    """Hands requests to a scheduler, and takes what comes.
+
+    Args:
+      engine: whose sequences are dropped first.
+    """
+
+    def __init__(self, engine):
+        engine.reset()
+        self.scheduler = Scheduler(engine, measures=False)
+        self.news, self._numbers = {}, itertools.count()
+
+    def submit(self, spec):
+        request = Request(spec, next(self._numbers), self.scheduler.cancel)
+        self.news[request] = []
+        self.scheduler.check(request)
+        self.scheduler.add(request)
+        return request
+
+    def step(self):
+        self.scheduler.step()
+        self.scheduler.check_pages()
+        for request, news in self.news.items():
+            while not request._news.empty():
+                news.append(request._news.get())
+
+    def run(self):
+        for _ in range(3000):
+            if self.scheduler.idle:
+                break
+            self.step()
+        self.step()
+        assert self.scheduler.idle
+        statistics = self.scheduler.statistics
+        assert (statistics.waiting, statistics.running) == (0, 0)
+        assert statistics.free_pages + statistics.cached_pages == statistics.pages
+        assert statistics.counters.finished == len(self.news)
+
+    def result(self, request):
+        return Result.of(request, self.news[request])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What has come of a request."""
+
+    tokens: list
+    logprobs: list
+    prompt_logprobs: list
+    reason: str | None
+    error: BaseException | None
+
+    @classmethod
+    def of(cls, request, news):
+        assert [one.last for one in news] == [False] * (len(news) - 1) + [True]
+        logprobs = [x for one in news for x in one.logprobs]
+        tokens = [x for one in news for x in one.tokens]
+        assert tokens == request.tokens
+        last = news[-1]
+        return cls(tokens, logprobs, request.prompt_logprobs, last.finish_reason, last.error)
+
+    def check(self, alone):
+        """Whether it is what the request has alone, or begins so if it was cancelled."""
+        assert self.error is None
+        if self.reason in ("cancelled", "deadline"):
+            alone = dataclasses.replace(
+                alone,
+                tokens=alone.tokens[: len(self.tokens)],
+                logprobs=alone.logprobs[: len(self.tokens)],
+                prompt_logprobs=alone.prompt_logprobs[: len(self.prompt_logprobs)],
+                reason=self.reason,
+            )
+        assert (self.tokens, self.reason) == (alone.tokens, alone.reason)
+        for found, expected in (
+            (self.logprobs, alone.logprobs),
+            (self.prompt_logprobs, alone.prompt_logprobs),
+        ):
+            assert len(found) == len(expected)
+            for one, other in zip(found, expected, strict=True):
+                assert one.token == other.token
+                np.testing.assert_allclose(one.logprob, other.logprob, rtol=0, atol=ATOL)
+                values = [[x for _, x in each.top] for each in (one, other)]
+                np.testing.assert_allclose(*values, rtol=0, atol=ATOL)
+
+
+class Model:
+    """An engine with a small cache, and what requests have alone."""
+
+    def __init__(self, lm, reference, *, pages, checkpoints=2):
+        policy = lm.engine.runners[0].policy
+        self.engine = Engine(
+            lm.models,
+            lm.engine.partition,
+            context=CONTEXT,
+            cache_dtype=np.dtype("float32"),
+            slots=SLOTS,
+            cache_tokens=pages * PAGE,
+            checkpoints=checkpoints,
+            page=PAGE,
+            vocab=lm.engine.vocab,
+            chunks=(8, 32),
+            policy=policy,
+        )
+        self._forward = jax.jit(lambda tokens: reference.model(tokens)[0])
+        self._alone = {}
+
+    def log_probabilities(self, tokens):
+        """Float64 `[time, vocab]` of a model without cache, from logits in float32."""
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(self._forward(padded)[0], np.float64)[: len(tokens)]
+        largest = logits.max(axis=-1, keepdims=True)
+        return logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+
+    def alone(self, spec):
+        """What a request has alone, in an empty cache."""
+        key = dataclasses.replace(spec, prompt=tuple(spec.prompt), priority=0)
+        if key not in self._alone:
+            player = Player(self.engine)
+            request = player.submit(spec)
+            player.run()
+            self._alone[key] = player.result(request)
+            self.check_reference(spec, self._alone[key])
+        return self._alone[key]
+
+    def check_reference(self, spec, result):
+        tokens = [*spec.prompt, *result.tokens]
+        expected = self.log_probabilities(tokens[:CONTEXT])
+        entries = [(len(spec.prompt) - 1 + i, x) for i, x in enumerate(result.logprobs)]
+        entries += [*enumerate(result.prompt_logprobs)]
+        assert len(result.prompt_logprobs) == (len(spec.prompt) - 1) * spec.prompt_logprobs
+        for at, entry in entries:
+            assert entry.token == tokens[at + 1]
+            np.testing.assert_allclose(
+                entry.logprob, expected[at, entry.token], rtol=0, atol=REFERENCE_ATOL
+            )
+            for rank, (token, value) in enumerate(entry.top):
+                np.testing.assert_allclose(value, expected[at, token], rtol=0, atol=REFERENCE_ATOL)
+                best = np.sort(expected[at])[::-1][rank]
+                np.testing.assert_allclose(value, best, rtol=0, atol=REFERENCE_ATOL)
+        if spec.sampling == GREEDY:
+            for i, token in enumerate(result.tokens):
+                row = expected[len(spec.prompt) - 1 + i]
+                assert row[token] >= row.max() - REFERENCE_ATOL
+
+
+def random_spec(rng, base, *, rich=True):
+    """A request whose prompt may begin as others do."""
+    shared = base[: rng.integers(0, CONTEXT if rng.random() < 0.3 else 20)]
+    own = rng.integers(0, VOCAB, rng.integers(0, 12)).tolist()
+    prompt = [*shared, *own][:CONTEXT] or [int(rng.integers(VOCAB))]
+    sampling = GREEDY
+    if rich and rng.random() < 0.5:
+        sampling = SamplingConfig(
+            temperature=float(rng.uniform(0.3, 1.5)),
+            top_k=int(rng.choice([0, 70])),
+            top_p=float(rng.choice([0.7, 0.95, 1.0])),
+            repeat_penalty=float(rng.uniform(1.05, 1.5)),
+            presence_penalty=float(rng.uniform(0, 1)),
+            repeat_last_n=int(rng.choice([3, 20, 64, -1])),
+            logit_bias={int(token): 2.0 for token in rng.integers(0, VOCAB, 3)},
+            logprobs=int(rng.integers(0, LOGPROBS + 1)),
+            seed=int(rng.integers(2**32)),
+        )
+    return RequestSpec(
+        prompt,
+        sampling,
+        max_tokens=float("inf") if rng.random() < 0.2 else int(rng.integers(0, CONTEXT)),
+        stop_ids=tuple(rng.integers(0, VOCAB, rng.choice([0, 4, 20])).tolist()),
+        priority=int(rng.integers(0, 2)),
+        prompt_logprobs=bool(rng.random() < 0.15),
+        share_prefix=bool(rng.random() < 0.9),
+    )
+
+
+def play(model, specs, rng, *, cancels=0.03):
+    """Runs requests that arrive at random and may be cancelled; checks all."""
+    player, waiting, running = Player(model.engine), [*specs], {}
+    while waiting or not player.scheduler.idle:
+        what = rng.random()
+        if waiting and what < 0.35:
+            spec = waiting.pop()
+            running[player.submit(spec)] = spec
+        elif running and what < 0.35 + cancels:
+            [*running][rng.integers(len(running))].cancel()
+        else:
+            player.step()
+        assert len(player.scheduler._units) <= 1 + len(model.engine.runners)
+    player.run()
+    results = [(spec, player.result(request)) for request, spec in running.items()]
+    counters = player.scheduler.counters
+    for spec, result in results:
+        result.check(model.alone(spec))
+    print(counters, [result.reason for _, result in results])
+    return counters
+
+
+@functools.cache
+def seed_of(*names):
+    return zlib.crc32(repr(names).encode())
+
+
+@pytest.fixture(scope="module")
+def model(load, recipe_gguf):
+    """`model(name, mesh, pages)`: made once."""
+
+    @functools.cache
+    def make(name, mesh, pages=10):
+        path = recipe_gguf(name)
+        reference = load(path, ctx_size=CONTEXT, **MESHES["none"])
+        return Model(load(path, ctx_size=CONTEXT, **MESHES[mesh]), reference, pages=pages)
+
+    return make
+
+
+def check_together(model, name, mesh, monkeypatch, count=16):
+    monkeypatch.setattr(scheduler, "_RESERVE", PAGE)
+    rng = np.random.default_rng(seed_of(name, mesh))
+    base = rng.integers(0, VOCAB, CONTEXT).tolist()
+    found, specs = model(name, mesh), [random_spec(rng, base) for _ in range(count)]
+    counters = play(found, specs, rng)
+    assert counters.preemptions
+    assert counters.cached_tokens
+
+
+OTHERS = [mesh for mesh in MESHES if mesh != "none"]
+PLACES = [
+    *itertools.product(["llama"], MESHES),
+    *((name, "none") for name in NAMES[1:]),
+    *((name, OTHERS[i % 3]) for i, name in enumerate(NAMES[1:])),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), PLACES)
+def test_requests_together_have_what_they_have_alone(model, name, mesh, monkeypatch):
+    check_together(model, name, mesh, monkeypatch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_layer_on_every_mesh(model, name, mesh, monkeypatch):
+    check_together(model, name, mesh, monkeypatch, count=60)
