@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import record
 from absl import flags
-from measure import all_reduce_times, counts_up_to, markdown
 
+from jaxsplit.bench import record
+from jaxsplit.bench.measure import all_reduce_times, counts_up_to, markdown
+from jaxsplit.cli import options
 from jaxsplit.cli.program import run
 
 _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")
 _JSON = flags.DEFINE_string("json", None, "write the rows to this file too")
+_JSON_DIR = options.define_json_dir()
 
 _SIZES = [2**n for n in (13, 14, 16, 18, 20, 22, 24, 26)]
 _COLUMNS = {
@@ -70,7 +72,7 @@ def main(_: list[str]) -> None:
             rows, measured = _rows(count)
             found["rows"] += rows
             records += measured
-            record.save(records)
+            record.save(records, _JSON_DIR.value)
         if _JSON.value:
             Path(_JSON.value).write_text(json.dumps(found, indent=1))
     print(f"\n{markdown(found['rows'], _COLUMNS)}")

@@ -14,16 +14,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import record
 from absl import flags
-from random_gguf import model_and_type
 
 import jaxsplit
+from jaxsplit.bench import record
+from jaxsplit.bench.random_model import model_and_type
+from jaxsplit.cli import options
 from jaxsplit.cli.program import run
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
 _DEVICES = flags.DEFINE_integer("devices", None, "use only the first N devices")
-_WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit.generate")
+_WEIGHTS = flags.DEFINE_string("weights", "quantized", "as in jaxsplit generate")
+_JSON_DIR = options.define_json_dir()
 _REPEAT = flags.DEFINE_integer("repeat", 2, "how often to load; programs are compiled in the first")
 
 
@@ -105,7 +107,7 @@ def main(_: list[str]) -> None:
             f"(largest tensor {largest / 1e6:.0f} MB), per device {lm.weight_bytes / 1e9:.2f} GB"
         )
         loads.append((seconds, peak[0]))
-        record.save(_records(lm, model_and_type(file), loads, size / rate))
+        record.save(_records(lm, model_and_type(file), loads, size / rate), _JSON_DIR.value)
         del lm
 
 

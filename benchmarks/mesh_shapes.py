@@ -18,12 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 import plots
-import record
 from absl import flags
-from measure import WARM_UP, markdown
-from random_gguf import model_and_type, model_file
 
 import jaxsplit
+from jaxsplit.bench import record
+from jaxsplit.bench.measure import WARM_UP, markdown
+from jaxsplit.bench.random_model import model_and_type, model_file
+from jaxsplit.cli import options
 from jaxsplit.cli.program import run
 from jaxsplit.formats import ModelFile
 from jaxsplit.plan import candidates, collectives, kind_of, make_plan
@@ -41,6 +42,7 @@ _GENERATE = flags.DEFINE_integer("n_predict", 32, "tokens to decode", lower_boun
 _CTX = flags.DEFINE_integer("ctx_size", 1024, "tokens of context", lower_bound=2)
 _SLOTS = flags.DEFINE_integer("slots", 1, "sequences that are decoded together", lower_bound=1)
 _DTYPE = flags.DEFINE_string("dtype", "auto", "of activations")
+_JSON_DIR = options.define_json_dir()
 _REPEAT = flags.DEFINE_integer(
     "repeat", 3, "how often to measure; the median counts", lower_bound=1
 )
@@ -71,7 +73,7 @@ def _measure(
     """One row of the table, and rows of the record."""
     options = {"split_mode": mode, "mesh": mesh, "ctx_size": _CTX.value, "slots": _SLOTS.value}
     lm = jaxsplit.load(file, dtype=_DTYPE.value, **options)
-    engine, config = lm.engine, lm.config
+    engine, batch, config = lm.engine, lm.closed_batch, lm.config
     greedy = jaxsplit.SamplingConfig(temperature=0.0)
     rng = np.random.default_rng(0)
     length = min(_PROMPT.value, engine.context - 1)
@@ -80,10 +82,10 @@ def _measure(
     prefills, decodes = [], []
     for _ in range(WARM_UP + _REPEAT.value):
         begin = time.perf_counter()
-        engine.start_all(prompts, greedy)
-        engine.read(engine.tokens())
+        batch.start_all(prompts, greedy)
+        batch.read(batch.tokens())
         middle = time.perf_counter()
-        engine.loop(count, count)
+        batch.loop(count, count)
         prefills.append(middle - begin)
         decodes.append(time.perf_counter() - middle)
     compiling = prefills[0] + decodes[0]
@@ -175,7 +177,7 @@ def main(_: list[str]) -> None:
         row, measured = _measure(file, mode, shape)
         rows.append(row)
         records += measured
-        record.save(records)
+        record.save(records, _JSON_DIR.value)
         gc.collect()
         (out / "mesh_shapes.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
         (out / "mesh_shapes.md").write_text(f"{title}\n\n{markdown(rows, _COLUMNS)}")

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from measure import WARM_UP, markdown
-from random_gguf import model_file
 
 import jaxsplit
+from jaxsplit.bench.measure import WARM_UP, markdown
+from jaxsplit.bench.random_model import model_file
 from jaxsplit.cli.program import run
 from jaxsplit.errors import JaxsplitError
 
@@ -53,17 +53,17 @@ class _Event(NamedTuple):
 
 def _profiled(lm: jaxsplit.LM) -> dict[str, list[_Event]]:
     """Events of each GPU in some steps, in order."""
-    engine, rng = lm.engine, np.random.default_rng(0)
+    batch, rng = lm.closed_batch, np.random.default_rng(0)
     prompts = {
         slot: rng.integers(0, lm.config.vocab, _DEPTH.value).tolist()
         for slot in range(_BATCH.value)
     }
-    engine.start_all(prompts, jaxsplit.SamplingConfig(temperature=0.0))
+    batch.start_all(prompts, jaxsplit.SamplingConfig(temperature=0.0))
 
     def steps(count: int) -> None:
         for _ in range(count):
-            engine.step()
-        engine.read(engine.tokens())
+            batch.step()
+        batch.read(batch.tokens())
 
     steps(WARM_UP + 1)
     with tempfile.TemporaryDirectory() as folder:

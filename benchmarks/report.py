@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import plots
-import record
 from absl import flags
-from measure import markdown
 
+from jaxsplit.bench import record
+from jaxsplit.bench.measure import markdown
 from jaxsplit.cli.program import run
 
 _DOCS = Path(__file__).parent.parent / "docs"
 
-_RESULTS_DIR = flags.DEFINE_string("results_dir", str(record.RESULTS), "folder of the records")
+RESULTS = Path(__file__).with_name("results")
+
+_RESULTS_DIR = flags.DEFINE_string("results_dir", str(RESULTS), "folder of the records")
 _REPORT = flags.DEFINE_string("report", str(_DOCS / "results.md"), "the report to write")
 _PLOT_DIR = flags.DEFINE_string("plot_dir", str(_DOCS), "folder for the plots")
 
@@ -37,7 +39,7 @@ on shapes and types, not on values. `decode` generates after a prompt of one tok
 plan, at times on other devices of the same kind. Decode reads the weights and the filled part of \
 the cache once per step, at the bandwidth of a copy. Prefill runs matmuls at the rate of one large \
 matrix product. Both ignore communication. The limit of a load is the upload alone.
-- **plan**: what `python -m jaxsplit.plan` predicts ([plan.md](plan.md)).
+- **plan**: what `jaxsplit plan` predicts ([plan.md](plan.md)).
 - **prefill_dtype=float8** is less exact: [by how much](design/kernels.md#float8).
 - –: not recorded.
 

@@ -3,8 +3,8 @@
   python benchmarks/scaling.py --out=DIR -- --random=llama-70b:Q4_K_M -p 2048 -n 64
   JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --out=DIR -- --model=FILE.gguf -p 64 -n 8
 
-Flags after `--` are passed to bench.py, which runs in its own process for each device count, in
-parallel while GPUs are free. all_reduce.py runs first. Results are kept in the directory, with a
+Flags after `--` go to `jaxsplit bench`, which runs in its own process for each device count,
+in parallel while GPUs are free. all_reduce.py runs first. Results are kept in the directory, with a
 table and a plot: after --seconds no new process starts, and the same command resumes where it
 stopped. Each process writes its own record with --json_dir.
 """
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import plots
-import record
 from absl import flags
-from measure import counts_up_to, markdown
 
+from jaxsplit.bench.measure import counts_up_to, markdown
+from jaxsplit.cli import options
 from jaxsplit.cli.program import run
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.sharding import SPLIT_MODES
@@ -34,6 +34,7 @@ from jaxsplit.sharding import SPLIT_MODES
 _OUT = flags.DEFINE_string("out", None, "directory for the results", required=True)
 _COUNTS = flags.DEFINE_list("counts", None, "numbers of devices (default: 1, 2, 4, … all)")
 _MODES = flags.DEFINE_list("modes", "graph,layer,row", "split modes on more than one device")
+_JSON_DIR = options.define_json_dir()
 _SECONDS = flags.DEFINE_float("seconds", 540.0, "time after which no new process starts")
 
 _COLUMNS = {
@@ -60,7 +61,7 @@ class _Job:
       count: number of devices.
       modes: split modes still to be measured.
       devices: ids of its devices.
-      process: the running bench.py.
+      process: the running `jaxsplit bench`.
     """
 
     count: int
@@ -89,8 +90,8 @@ class _Job:
 
     def start(self, out: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         splits = [f"--split={_split(mode, self.count)}" for mode in self.modes]
-        command = [*_python("bench.py"), *arguments, *splits, f"--json={self.growing(out)}"]
-        command += record.flag()
+        results = [f"--json={self.growing(out)}", *_json_dir()]
+        command = [sys.executable, "-m", "jaxsplit", "bench", *arguments, *splits, *results]
         with open(out / f"{self.name}.log", "w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment
@@ -99,6 +100,10 @@ class _Job:
 
 def _python(script: str) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name(script))]
+
+
+def _json_dir() -> list[str]:
+    return [] if _JSON_DIR.value is None else [f"--json_dir={_JSON_DIR.value}"]
 
 
 def _split(mode: str, count: int) -> str:
@@ -110,7 +115,7 @@ def _host(out: Path) -> dict[str, Any]:
     file = out / "all_reduce.json"
     if not file.exists():
         counts = [] if _COUNTS.value is None else [f"--counts={','.join(_COUNTS.value)}"]
-        command = [*_python("all_reduce.py"), f"--json={file}", *counts, *record.flag()]
+        command = [*_python("all_reduce.py"), f"--json={file}", *counts, *_json_dir()]
         if subprocess.run(command, check=False).returncode:
             raise JaxsplitError("all_reduce.py failed")
     return json.loads(file.read_text())

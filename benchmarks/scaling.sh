@@ -9,7 +9,7 @@
 # What is in DIR is not measured again: the same command goes on where it stopped.
 # PYTHON is the interpreter (default: python).
 set -euo pipefail
-out=${1:?"usage: benchmarks/scaling.sh DIR [flags of bench.py]"}
+out=${1:?"usage: benchmarks/scaling.sh DIR [flags of jaxsplit bench]"}
 shift
 here=$(dirname "$0")
 limit=${LIMIT:-480}

@@ -166,7 +166,23 @@ class LoadConfig(Config):
         f"(default: at most {DEFAULT_CONTEXT})",
         low=0,
     )
-    slots: int = option(1, "sequences that can be decoded together", low=1)
+    slots: int | None = option(
+        None,
+        "sequences that are decoded together, at most (default: 4 on CPUs, else 32, or as many as "
+        "memory allows)",
+        low=1,
+    )
+    cache_tokens: int | None = option(
+        None,
+        "tokens whose keys and values are kept, of all sequences together, on each replica of the "
+        "data axis (default: what the devices' memory has room for; on CPUs, two contexts)",
+        low=1,
+    )
+    itl_budget: float = option(
+        0.1,
+        "seconds that reading a prompt may delay the tokens of other requests",
+        low=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

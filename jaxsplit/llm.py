@@ -28,7 +28,9 @@ from jaxsplit.engine import (
     Statistics,
     Stream,
 )
-from jaxsplit.engine.scheduler import MAX_BLOCK
+from jaxsplit.engine.chunked_prefill import CHUNKS
+from jaxsplit.engine.runner import CacheSize, bytes_per_device, fitting_pages
+from jaxsplit.engine.scheduler import MAX_BLOCK, MAX_DETAIL
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
 from jaxsplit.hub import find_model
@@ -36,7 +38,9 @@ from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul import float8
 from jaxsplit.pallas import has_triton
 from jaxsplit.plan import best_split
+from jaxsplit.plan.plan import scratch_bytes
 from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
+from jaxsplit.sharding.partition import free_memory
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
 from jaxsplit.weights import Sources, describe_split, parameter_sources, split_model
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
@@ -85,10 +89,15 @@ def load(
     models = load_decoders(
         sources, model, partition, weights=weights, dtype=dtype, as_u32=as_u32, progress=progress
     )
+    slots, cache_tokens, checkpoints = _cache_size(
+        c, model, partition, dtype, cache_dtype, context, kernels=policy.kernels
+    )
     engine = Engine(
         models,
         partition,
-        slots=c.slots,
+        slots=slots,
+        cache_tokens=cache_tokens,
+        checkpoints=checkpoints,
         context=context,
         cache_dtype=cache_dtype,
         vocab=vocab,
@@ -106,6 +115,7 @@ def load(
         split=describe_split(sources, model, partition, weights),
         load_seconds=time.perf_counter() - started,
         asked_context=c.ctx_size or 0,
+        itl_budget=c.itl_budget,
     )
 
 
@@ -165,7 +175,7 @@ def _partition(
             cache_dtype=cache_dtype,
             reduce_dtype=reduce_dtype,
             context=context,
-            slots=c.slots,
+            slots=c.slots or 1,
         )
     return split_model(
         sources,
@@ -178,6 +188,77 @@ def _partition(
         cache_bytes_per_dim=context * cache_dtype.itemsize,
         reduce_dtype=reduce_dtype,
     )
+
+
+_MARGIN = 0.04
+"""Share of a device's memory that stays free beside the cache and known temporaries."""
+
+_SLOTS = 32
+"""Sequences that are decoded together by default."""
+
+
+def _cache_size(
+    c: LoadConfig,
+    model: ModelConfig,
+    partition: Partition,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+    context: int,
+    *,
+    kernels: bool,
+) -> tuple[int, int | None, int]:
+    """Slots, tokens in the cache of each data replica, and checkpoints of rings and states.
+
+    By default the cache takes what the devices have left: a part for what a sequence keeps besides
+    pages, the rest for pages.
+
+    Raises:
+      JaxsplitError: there is no room for a single page.
+    """
+    layers = model.cache(context, cache_dtype)
+    stateful = any(not a.paged for a in jax.tree.leaves(layers))
+    free = _free_memory(model, partition, dtype, context, kernels=kernels)
+    if free is None:
+        slots = c.slots or 4
+        pages = CacheSize.of_slots(context, min(slots, 2))
+        tokens = c.cache_tokens or (pages.pages * pages.page if slots > 1 else None)
+        return slots, tokens, slots if stateful else 0
+    slots = c.slots or _SLOTS * partition.data
+    size = CacheSize.of_slots(context, 1)
+    if stateful and c.slots is None:
+        row = dataclasses.replace(size, pages=0)
+        held = [bytes_per_device(model, s, row, cache_dtype) for s in partition.stages]
+        fitting = min(x // (8 * h) if h else slots for x, h in zip(free, held, strict=True))
+        slots = max(1, min(slots, int(fitting) * partition.data))
+    per_replica = -(-slots // partition.data)
+    checkpoints = per_replica if stateful else 0
+    size = dataclasses.replace(size, states=per_replica + checkpoints)
+    pages = fitting_pages(model, partition.stages, free, size, cache_dtype)
+    if c.cache_tokens is not None:
+        return slots, c.cache_tokens, checkpoints
+    if not pages:
+        raise JaxsplitError(
+            "the devices have no memory left for keys and values: a smaller ctx_size, fewer slots, "
+            "cache_dtype=int8 or more devices may help"
+        )
+    return slots, pages * size.page, checkpoints
+
+
+def _free_memory(
+    model: ModelConfig, partition: Partition, dtype: jnp.dtype, context: int, *, kernels: bool
+) -> list[float] | None:
+    """Bytes that the fullest device of each stage has left for the cache; None: unknown."""
+    found = []
+    for stage in partition.stages:
+        devices = [*stage.mesh.devices.flat]
+        if (free := free_memory(devices)) is None:
+            return None
+        chunk = min(max(CHUNKS), context)
+        scratch = scratch_bytes(model, stage, dtype, chunk=chunk, context=context, kernels=kernels)
+        logits = 2 * 4 * MAX_DETAIL * model.vocab
+        margin = _MARGIN * max(d.memory_stats()["bytes_limit"] for d in devices)
+        found.append(min(free) - scratch - logits - margin)
+    return found
 
 
 def _tokenizer(file: ModelFile, model: ModelConfig) -> tuple[Tokenizer | JaxsplitError, int]:
@@ -297,10 +378,11 @@ class LM:
         split: str,
         load_seconds: float,
         asked_context: int = 0,
+        itl_budget: float = 0.1,
     ):
         self.models: tuple[Decoder, ...] = tuple(models)
         self.engine = engine
-        self._thread = SchedulerThread(engine)
+        self._thread = SchedulerThread(engine, itl_budget=itl_budget)
         self.load_seconds = load_seconds
         self._tokenizer = tokenizer
         self._metadata = metadata
@@ -391,6 +473,11 @@ class LM:
             request.cancel()
         assert request.logits is not None
         return request.logits
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Runs a function on the engine's thread, between two units of work: for what uses the
+        engine without its scheduler. In a single process only."""
+        return self._thread.run(lambda _: function())
 
     @property
     def statistics(self) -> Statistics:

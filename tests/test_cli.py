@@ -21,6 +21,7 @@ from absl.testing import flagsaver
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
+from jaxsplit.bench import record
 from jaxsplit.cli import generate as command
 from jaxsplit.cli import program, system
 from jaxsplit.cli.main import COMMANDS
@@ -283,7 +284,7 @@ def test_a_command_starts_without_jax():
         (["genrate"], r"'genrate' is not a command; did you mean jaxsplit generate\?.*--help"),
         (
             ["a b"],
-            r"'a b' is not a command; commands are generate, chat, plan, info.*--help",
+            r"'a b' is not a command; commands are generate, .*, convert.*--help",
         ),
         (["model.gguf"], r"try jaxsplit generate --model=model.gguf"),
         (["--prompt=a"], r"--prompt=a comes after a command, as in jaxsplit generate --prompt=a"),
@@ -291,6 +292,12 @@ def test_a_command_starts_without_jax():
         (["info"], r"give a GGUF file.*--system"),
         (["info", "--system", "a.gguf"], r"give a GGUF file.*or --system"),
         (["info", "a.gguf", "b.gguf"], r"unexpected argument 'b.gguf'"),
+        (["bench"], r"give either --model=FILE or --random=SHAPE:TYPE"),
+        (
+            ["bench", "--random=llama-8b"],
+            r"'llama-8b' is not SHAPE:TYPE; shapes are llama-tiny, llama-1b",
+        ),
+        (["bench", "-p", "1,a"], r"--n_prompt=1,a is not a list of integers"),
         (["convert"], r"--model=FILE.gguf and --out=DIR are both needed"),
     ],
 )
@@ -316,6 +323,20 @@ def test_commands_run_their_programs(tiny, lm, folder):
     assert jaxsplit_command("info", out).out.splitlines()[0] == f"{out}: llama"
     plans = json.loads(jaxsplit_command("plan", f"--model={tiny}", "--json").out)
     assert plans[0]["fits"]
+
+
+def test_rates_are_measured_beside_their_limits(tiny, tmp_path):
+    arguments = ["-p", "8", "-n", "4", "-b", "2", "-r", "1", "--split=layer@stage:2"]
+    done = jaxsplit_command("bench", f"--model={tiny}", *arguments, f"--json_dir={tmp_path}")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(
+        r"^\| tiny.gguf \| \S+ \| layer stage:2 \| 2 \| tg4 \|", done.out, re.MULTILINE
+    )
+    [run] = record.load(tmp_path)
+    assert (run["benchmark"], run["command"][:22]) == ("bench", "jaxsplit bench --model")
+    found = [(row["metric"], row["sequences"], row["mesh"]) for row in run["rows"]]
+    assert found == [("prefill 8", 2, "stage:2"), ("decode", 2, "stage:2")]
+    assert all(row["limit"] > 0 and row["plan"] > 0 for row in run["rows"])
 
 
 def test_the_machine_is_described():

@@ -46,6 +46,23 @@ def test_a_decoder_of_ones_own_learns():
     assert float(losses[-1].split()[-1]) < 0.5 * float(losses[0].split()[-1])
 
 
+def test_the_notebook_runs(monkeypatch):
+    """It has no outputs in the repository; its last cell compares logits."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(EXAMPLES / "mesh_shapes.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in cells if cell.outputs or cell.execution_count]
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    images = [
+        output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})
+    ]
+    assert len(images) == 2
+    (compared,) = cells[-1].outputs
+    assert compared.text.count("largest difference") == 3
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_two_hosts_write_one_text(smollm2_path):
     with socket.socket() as free:

@@ -83,6 +83,8 @@ def test_an_installed_wheel_has_the_command(built, tmp_path):
     command = tmp_path / "lib" / "bin" / "jaxsplit"
     done = run(command, "--version", cwd=tmp_path, path=tmp_path / "lib")
     assert (done.returncode, done.stdout) == (0, f"jaxsplit {jaxsplit.__version__}\n"), done.stderr
+    done = run(command, "bench", "--help", cwd=tmp_path, path=tmp_path / "lib")
+    assert done.stdout.startswith("Measure prefill and decode rates"), done.stderr
     shown = run(
         "-c", "import jaxsplit; print(jaxsplit.__file__)", cwd=tmp_path, path=tmp_path / "lib"
     )

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import record  # noqa: E402
 import report  # noqa: E402
+
+from jaxsplit.bench import record  # noqa: E402
 
 TODAY = datetime.date(2026, 2, 10)
 
@@ -88,14 +89,15 @@ def test_a_report_has_the_newest_row_of_each_split():
 def test_the_checked_in_report_is_made_from_the_checked_in_records():
     text = (ROOT / "docs" / "results.md").read_text("utf-8")
     made = re.search(r"Made on (\S+) by", text).group(1)
-    expected = report.report(record.load(), datetime.date.fromisoformat(made), with_plots=True)
+    runs = record.load(report.RESULTS)
+    expected = report.report(runs, datetime.date.fromisoformat(made), with_plots=True)
     assert text == expected, "run python benchmarks/report.py"
     for plot in re.findall(r"\((\w+\.png)\)", text):
         assert (ROOT / "docs" / plot).exists()
 
 
 def test_checked_in_records_are_written_as_save_writes_them():
-    paths = sorted(record.RESULTS.glob("*.json"))
+    paths = sorted(report.RESULTS.glob("*.json"))
     assert paths
     for path in paths:
         text = path.read_text("utf-8")
@@ -126,28 +128,23 @@ def test_records_that_do_not_fit_the_schema_are_refused(where, name, value, mess
 
 
 def test_save_writes_a_record_of_this_process(tmp_path, monkeypatch):
-    class Flag:
-        value = str(tmp_path / "results")
-
-    monkeypatch.setattr(record, "_JSON_DIR", Flag)
+    folder = tmp_path / "results"
     monkeypatch.setattr(sys, "argv", ["benchmarks/bench.py", "-p", "a b"])
     measured = [row(2, "decode", [1.0, 4.0, 2.0], limit=3.0), row(1, "decode", [1 / 3])]
-    record.save(measured[:1])
-    record.save(measured)
-    (found,) = record.load(tmp_path / "results")
+    record.save(measured[:1], folder)
+    record.save(measured, folder)
+    (found,) = record.load(folder)
     assert (found["benchmark"], found["device"]) == ("bench", "cpu")
     assert found["command"] == "python benchmarks/bench.py -p 'a b'"
     assert [r["median"] for r in found["rows"]] == [2.0, 0.333333]
     assert [r["mode"] for r in found["rows"]] == ["graph", "none"]
     assert record.share_of_limit(found["rows"][0]) == pytest.approx(2 / 3)
-    assert record.flag() == [f"--json_dir={Flag.value}"]
 
 
-def test_without_json_dir_nothing_is_written(tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record, "_JSON_DIR", type("Flag", (), {"value": None}))
-    record.save([row(2, "decode", [1.0])])
-    assert not list(tmp_path.iterdir()) and record.flag() == []
+    record.save([row(2, "decode", [1.0])], None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plots_join_the_metrics_of_a_split():

@@ -14,6 +14,7 @@ ROOMS = """
 __init__ generate gguf lm
 cli
 conversation perplexity
+bench
 llm
 plan
 engine

@@ -41,10 +41,10 @@ def help_text(module: ModuleType) -> str:
     width = min(80, shutil.get_terminal_size().columns)
     headings = getattr(module, "GROUPS", {})
     groups: list[list[str]] = []
-    for flag in _shown_flags(module):
+    for flag in shown_flags(module):
         if flag.name in headings or not groups:
             groups.append([f"{headings.get(flag.name, 'Flags')}:"])
-        groups[-1] += _entry(_name(flag), _description(flag), width)
+        groups[-1] += _entry(_name(flag), description(flag), width)
     groups.append(["Common:"])
     for name, help in _COMMON:
         groups[-1] += _entry(name, help, width)
@@ -57,7 +57,7 @@ def with_flags(message: str) -> str:
     return re.sub(rf"(?<![\w.$/-])({names})(?==)", r"--\1", message)
 
 
-def _shown_flags(module: ModuleType) -> Iterator[flags.Flag]:
+def shown_flags(module: ModuleType) -> Iterator[flags.Flag]:
     """The flags of a module in their order, without old names of flags."""
     for flag in flags.FLAGS.get_key_flags_for_module(module):
         if not (flag.help or "").startswith("the old name of"):
@@ -72,7 +72,7 @@ def _name(flag: flags.Flag) -> str:
     return f"{short}--{flag.name}={placeholder}"
 
 
-def _description(flag: flags.Flag) -> str:
+def description(flag: flags.Flag) -> str:
     help = with_flags(" ".join((flag.help or "").split()))
     if isinstance(flag, flags.EnumFlag):
         help = f"{help.partition('>: ')[2]} ({' | '.join(flag.parser.enum_values)})"

@@ -36,8 +36,10 @@ COMMANDS = {
     "chat": Command("jaxsplit.cli.chat", "talk with a model on the terminal"),
     "plan": Command("jaxsplit.cli.plan", "memory, cost and predicted speed of a model on devices"),
     "info": Command("jaxsplit.cli.info", "what is in a model file, or on this machine", 1),
+    "bench": Command("jaxsplit.cli.bench", "measure prefill and decode rates"),
     "convert": Command("jaxsplit.cli.convert", "convert a GGUF file to a checkpoint directory"),
     "perplexity": Command("jaxsplit.cli.perplexity", "how well a model predicts a text"),
+    "completion": Command("jaxsplit.cli.completion", "print a script that completes commands", 1),
 }
 
 

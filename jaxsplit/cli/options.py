@@ -88,6 +88,15 @@ def define_old(old: str, new: str, values: Mapping[Any, Any] | None = None) -> N
     flags.register_validator(old, renamed)
 
 
+def define_json_dir() -> flags.FlagHolder:
+    """Defines `--json_dir`, of programs that measure: see `jaxsplit.bench.record`."""
+    return flags.DEFINE_string(
+        "json_dir",
+        None,
+        "also write a record of this run to this folder, such as benchmarks/results",
+    )
+
+
 def _flag_type(flag: flags.Flag) -> type:
     return {"bool": bool, "int": int, "float": float}.get(flag.flag_type(), str)
 

@@ -111,7 +111,7 @@ def _plans() -> "tuple[list[Plan], int]":
         raise JaxsplitError(f"devices={count} must be at least 1")
     if count > _MAX_DEVICES:
         raise JaxsplitError(f"{count:,} devices are too many; plan at most {_MAX_DEVICES:,}")
-    if c.slots > _MAX_SLOTS:
+    if (c.slots or 1) > _MAX_SLOTS:
         raise JaxsplitError(f"slots={c.slots} are too many; plan at most {_MAX_SLOTS:,}")
     if shape and math.prod(shape.values()) != count:
         raise JaxsplitError(
@@ -129,7 +129,7 @@ def _plans() -> "tuple[list[Plan], int]":
         "reduce_dtype": reduce_dtype,
         "cache_dtype": cache_dtype,
         "context": context,
-        "slots": c.slots,
+        "slots": c.slots or 1,
     }
     prompt = min(512, context) if _PROMPT.value is None else _PROMPT.value
     if prompt > context:

@@ -81,7 +81,7 @@ def _exchange(
     *,
     name: str,
 ) -> Array:
-    epochs = [] if epochs is None else [epochs.reshape(-1)]
+    sent = [] if epochs is None else [epochs.reshape(-1)]
     return pl.pallas_call(
         partial(_one_shot_kernel, axes=peers.axes),
         grid=(pl.cdiv(x.size, WIDTH),),
@@ -89,7 +89,7 @@ def _exchange(
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpreted(),
         name=name,
-    )(x.reshape(-1), peers.buffer_pointers, *epochs)
+    )(x.reshape(-1), peers.buffer_pointers, *sent)
 
 
 def _one_shot_kernel(

@@ -37,13 +37,14 @@ class PeerGroup:
 
     Attributes:
       buffer_pointers: this device's rank, then the addresses of its own buffer and of those of the
-        next ranks in turn, each as two words, low word first: uint32 `[1 + 2 * ranks]`.
+        next ranks in turn, each as two words, low word first: uint32 `[1 + 2 * ranks]`; inside a
+        kernel, the reference to it.
       axes: the mesh axes along which the devices lie.
       max_elements: largest two-shot all-reduce that the buffers have room for, in elements of 2
         bytes.
     """
 
-    buffer_pointers: Array
+    buffer_pointers: Array | jax.Ref
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     max_elements: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -64,7 +65,7 @@ def interleaved(index: Array) -> Array:
     return index % PER_THREAD * THREADS + index // PER_THREAD
 
 
-def address_of(pointers: jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
+def address_of(pointers: Array | jax.Ref, step: int, shape: Sequence[int]) -> list[Array]:
     """The address of the buffer of the rank `step` after this one, for each element: its low and
     its high word."""
     return [jnp.full(shape, pointers[1 + 2 * step + word]) for word in range(2)]

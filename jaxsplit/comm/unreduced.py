@@ -47,6 +47,7 @@ class Unreduced:
         y = self.local_sum
         if self.epochs is not None:
             peers = one_shot_peers(y.size, *self.reduce_over)
+            assert peers is not None  # as when the matmul kernel was chosen
             y = one_shot.all_reduce(y, peers, epochs=self.epochs).astype(dtype)
         else:
             y = all_reduce(y, *self.reduce_over, residual_dtype=dtype).astype(dtype)

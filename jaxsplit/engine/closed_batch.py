@@ -17,10 +17,17 @@ class ClosedBatch:
     """The slots of an engine, each with pages for a whole context.
 
     What else uses the engine overwrites the sequences.
+
+    Args:
+      engine: that does the work.
+      slots: how many, from the first on; None: as many as fit.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, slots: int | None = None):
         self.engine = engine
+        fitting = engine.size.pages // engine.size.pages_per_sequence
+        most = engine.slots if fitting >= engine.slots_per_replica else fitting
+        self.slots = most if slots is None else slots
         self._sampling: dict[int, SamplingConfig] = {}
 
     def reset(self) -> None:
@@ -29,6 +36,8 @@ class ClosedBatch:
         self.engine.reset()
 
     def _recover(self) -> None:
+        """Before new sequences."""
+        self.engine.overwritten = True
         if self.engine.lost:
             self.reset()
 
@@ -47,7 +56,7 @@ class ClosedBatch:
     def _rows(self) -> list[list[Row]]:
         """All slots, for each data replica."""
         rows: list[list[Row]] = [[] for _ in range(self.engine.partition.data)]
-        for slot in range(self.engine.slots):
+        for slot in range(self.slots):
             replica, row = self._row_of(slot)
             rows[replica].append(row)
         return rows
@@ -150,7 +159,7 @@ class ClosedBatch:
         """
         count = self.engine.slots_per_replica * self.engine.partition.data
         inputs = self.engine.fetch(tokens, jax.ShapeDtypeStruct((count, 2), np.int32))
-        inputs = inputs[: self.engine.slots]
+        inputs = inputs[: self.slots]
         return inputs[:, 0], inputs[:, 1] >= 0
 
     def loop(self, limit: int, length: int = 32) -> np.ndarray:
@@ -166,4 +175,4 @@ class ClosedBatch:
         """
         pending = self.engine.decode(self._rows(), self._spec(), limit, length=length)
         tokens = pending.read().tokens[:, : self.engine.slots_per_replica]
-        return np.concatenate(list(tokens))[: self.engine.slots]
+        return np.concatenate(list(tokens))[: self.slots]

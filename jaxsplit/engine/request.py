@@ -75,6 +75,15 @@ class RequestSpec:
     one_by_one: bool = False
     share_prefix: bool = True
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return dataclasses.asdict(self) | {"stop_ids": sorted(self.stop_ids)}
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> "RequestSpec":
+        """The inverse of `to_json`."""
+        return cls(**given | {"sampling": SamplingConfig(**given["sampling"])})
+
     @property
     def wanted(self) -> str:
         """What its prompt is read for, as in `StageRunner.prefill`."""

@@ -113,6 +113,50 @@ def cache_specs(config: ModelConfig, stage: Stage, size: CacheSize, dtype: jnp.d
     return jax.tree.map(lambda array: _trimmed(stage.spec(array.all_axes)), layers)
 
 
+def bytes_per_device(config: ModelConfig, stage: Stage, size: CacheSize, dtype: jnp.dtype) -> int:
+    """Bytes of a stage's cache on each of its devices."""
+    cache = jax.eval_shape(lambda: stage_cache(config, stage, size, dtype))
+    sizes = jax.tree.map(
+        lambda x, spec: (
+            math.prod(NamedSharding(stage.mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
+        ),
+        cache,
+        cache_specs(config, stage, size, dtype),
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+MAX_ELEMENTS = 2**31
+"""Kernels count the elements of an array of a layer's cache in 32 bits."""
+
+
+def fitting_pages(
+    config: ModelConfig,
+    stages: Sequence[Stage],
+    free: Sequence[float],
+    size: CacheSize,
+    dtype: jnp.dtype,
+) -> int:
+    """How many pages fit on the devices, on each data replica.
+
+    Args:
+      config: the model.
+      stages: of its layers.
+      free: bytes that each device of a stage has left, for each stage.
+      size: of the cache; its pages do not count.
+      dtype: of keys and values.
+    """
+    most = []
+    for stage, left in zip(stages, free, strict=True):
+        none, one = (dataclasses.replace(size, pages=count) for count in (0, 1))
+        states = bytes_per_device(config, stage, none, dtype)
+        page = bytes_per_device(config, stage, one, dtype) - states
+        arrays = jax.eval_shape(lambda stage=stage, one=one: stage_cache(config, stage, one, dtype))
+        largest = max((x.size for x in jax.tree.leaves(arrays)), default=1)
+        most.append(min((left - states) // page if page else MAX_ELEMENTS, MAX_ELEMENTS // largest))
+    return max(0, int(min(most)))
+
+
 @dataclasses.dataclass
 class _Program:
     """A jitted function whose arguments always have the same shapes.
@@ -367,7 +411,9 @@ class StageRunner:
             decode=length == 1,
         )
 
-    def prefill_arguments(self, rows: int, length: int, cache: Cache | None) -> tuple:
+    def prefill_arguments(
+        self, rows: int, length: int, cache: Cache | None, wanted: str = "last"
+    ) -> tuple:
         """Arguments for which `prefill` can be compiled ahead of time."""
         count = rows * self.stage.mesh.shape["data"]
         zeros = np.zeros(count, np.int32)
@@ -378,7 +424,8 @@ class StageRunner:
             sharding = self.sharding(self._slot_spec)
             inputs = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
         chunk = steps.PrefillChunk(zeros, zeros, steps.Rows(zeros, zeros, pages))
-        return self.params, cache, inputs, chunk, None
+        targets = np.zeros((count, length), np.int32) if wanted == "logprobs" else None
+        return self.params, cache, inputs, chunk, targets
 
     def sample_first(self, sampler: SamplerSpec) -> Callable:
         """Samples the first token after some prompts, `steps.sample_first`: `(logits, state, chunk,

@@ -26,11 +26,11 @@ from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.request import (
     CANCELLED,
     CONTEXT,
-    DEADLINE,
     LENGTH,
     STOP,
     Progress,
     Request,
+    RequestSpec,
     TokenLogprob,
     token_logprobs,
 )
@@ -55,8 +55,8 @@ _PACKED_ROWS = (1, 4, 16, 64)
 _CHUNK_TOKENS = 500
 """Fixed cost of a chunk in equivalent tokens, as in `chunked_prefill`."""
 
-_MAX_DETAIL = 512
-"""Tokens of a chunk at most whose log-probabilities are computed: each has a row of logits."""
+MAX_DETAIL = 512
+"""Tokens of a chunk at most of which logits are computed, not of the last one only."""
 
 _RESERVE = 128
 """Tokens that must fit into the cache after a prompt, before it is read."""
@@ -189,6 +189,7 @@ class Scheduler:
         self._make_caches()
 
     def _make_caches(self) -> None:
+        self.engine.overwritten = False
         engine, size = self.engine, self.engine.size
         self._stateful = engine.stateful
         self._caches = [
@@ -200,13 +201,13 @@ class Scheduler:
 
     # Requests
 
-    def check(self, request: Request) -> None:
+    def check(self, spec: RequestSpec) -> None:
         """Refuses what could never run.
 
         Raises:
           JaxsplitError: the prompt and its tokens do not fit into the cache.
         """
-        spec, size = request.spec, self.engine.size
+        size = self.engine.size
         generated = 0 if spec.logits else max(spec.max_tokens - 1, 0)
         needed = min(len(spec.prompt) + generated, size.context)
         if -(-needed // size.page) > size.pages:
@@ -217,22 +218,15 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
-        tokens = [*request.spec.prompt]
+        """Queues a request that `check` has passed."""
         spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
-        sequence = _Sequence(request, tokens, spec)
-        try:
-            self.check(request)
-        except JaxsplitError as error:
-            request.deliver(Progress(error=error))
-            return
-        self._waiting.append(sequence)
+        self._waiting.append(_Sequence(request, [*request.spec.prompt], spec))
         self._waiting.sort(key=lambda one: one.order)
 
-    def cancel(self, request: Request, reason: str = CANCELLED) -> None:
-        """Ends a request, if it has not ended."""
+    def cancel(self, number: int, reason: str = CANCELLED) -> None:
+        """Ends the request of a number, if it has not ended."""
         for sequence in [*self._waiting, *self._running]:
-            if sequence.request is request:
+            if sequence.request.id == number:
                 self._end(sequence, Progress(finish_reason=reason), exact=False)
 
     @property
@@ -244,7 +238,8 @@ class Scheduler:
 
     def step(self) -> None:
         """Enqueues a unit of work, and reads the results of earlier ones."""
-        self._end_late_ones()
+        if self.engine.overwritten and not (self._running or self._units):
+            self._make_caches()
         unit = None
         if len(self._units) < self._most_in_flight:
             unit = self._guarded(self._next_unit)
@@ -269,12 +264,14 @@ class Scheduler:
             counters=dataclasses.replace(self.counters),
         )
 
-    def _end_late_ones(self) -> None:
-        now = time.perf_counter()
-        for sequence in [*self._waiting, *self._running]:
-            spec = sequence.request.spec
-            if spec.timeout is not None and now > sequence.request.timings.submitted + spec.timeout:
-                self.cancel(sequence.request, DEADLINE)
+    def late(self) -> list[int]:
+        """Numbers of requests whose time is over."""
+        now, found = time.perf_counter(), []
+        for sequence in (*self._waiting, *self._running):
+            timeout = sequence.request.spec.timeout
+            if timeout is not None and now > sequence.request.timings.submitted + timeout:
+                found.append(sequence.request.id)
+        return found
 
     def _guarded(self, function: Any) -> Any:
         """Runs a part of a turn. If it fails, so do the requests that it worked on."""
@@ -470,8 +467,8 @@ class Scheduler:
             return 1
         left = self._until(sequence) - sequence.read
         chunks = [c for c in self.engine.chunks if not decoding or self._in_budget(1, c)]
-        if spec.wanted == "logprobs":
-            chunks = [c for c in chunks if c <= _MAX_DETAIL]
+        if spec.wanted != "last":
+            chunks = [c for c in chunks if c <= MAX_DETAIL]
         chunks = chunks or [min(self.engine.chunks)]
         return chunk_lengths(left, chunks, len(self.engine.runners), queued)[0]
 
@@ -479,7 +476,7 @@ class Scheduler:
         """Whether a chunk delays the tokens of others no longer than they may be."""
         known = {k: s for k, s in self._seconds.items() if k[0] == "prompts" and s < math.inf}
         if not known or not self.measures:
-            return rows * length <= _MAX_DETAIL
+            return rows * length <= MAX_DETAIL
         seconds = known.get(("prompts", rows, length, "last"))
         if seconds is None:  # as the nearest chunk that was measured
             size = rows * length

@@ -1,4 +1,9 @@
-"""The thread that runs the engine, for callers on any thread."""
+"""The thread that runs the engine, for callers on any thread.
+
+Of several processes, process 0 decides: before each turn of its scheduler it publishes the commands
+of its callers, and the others' schedulers, given the same commands, decide the same. Callers of the
+other processes are to call the same in the same order.
+"""
 
 import atexit
 import functools
@@ -7,13 +12,31 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxsplit.engine.engine import Engine
-from jaxsplit.engine.request import Request, RequestSpec
+from jaxsplit.engine.request import CANCELLED, DEADLINE, Request, RequestSpec
 from jaxsplit.engine.scheduler import Scheduler, Statistics
+from jaxsplit.sharding.distributed import Bulletin
 
-Command = Callable[[Scheduler], None]
+
+class _Submit(NamedTuple):
+    request: Request
+
+
+class _Cancel(NamedTuple):
+    number: int
+    reason: str
+
+
+class _Run(NamedTuple):
+    function: Callable[[], None]
+
+
+_Command = _Submit | _Cancel | _Run | None
+"""None ends the thread."""
 
 _threads: "weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue]" = (
     weakref.WeakKeyDictionary()
@@ -28,28 +51,6 @@ def _end_threads() -> None:
         thread.join()
 
 
-def _serve(scheduler: Scheduler, commands: "queue.SimpleQueue[Command | None]") -> None:
-    """Runs a scheduler until there is the command None."""
-    while True:
-        given = _taken(commands, wait=scheduler.idle)
-        for command in given:
-            if command is None:
-                return
-            command(scheduler)
-        del given  # frees what it refers to while this waits for the next
-        scheduler.step()
-
-
-def _taken(commands: queue.SimpleQueue, *, wait: bool) -> list[Command | None]:
-    """All commands that are there; with `wait`, at least one."""
-    taken = [commands.get()] if wait else []
-    while True:
-        try:
-            taken.append(commands.get_nowait())
-        except queue.Empty:
-            return taken
-
-
 class SchedulerThread:
     """Runs a scheduler on a thread of its own.
 
@@ -62,12 +63,19 @@ class SchedulerThread:
     """
 
     def __init__(self, engine: Engine, **options: Any):
-        self._scheduler = Scheduler(engine, **options)
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        several = jax.process_count() > 1
+        self._scheduler = Scheduler(engine, measures=not several, **options)
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        name, arguments = "jaxsplit-engine", (self._scheduler, self._commands)
-        thread = threading.Thread(target=_serve, args=arguments, name=name, daemon=True)
+        self._requests = _Requests(self._commands)
+        serve, arguments = _serve, (self._scheduler, self._commands, None)
+        if several:
+            bulletin = Bulletin()
+            arguments = (self._scheduler, self._commands, bulletin)
+            if jax.process_index():
+                serve, arguments = _follow, (*arguments, self._requests)
+        thread = threading.Thread(target=serve, args=arguments, name="jaxsplit-engine", daemon=True)
         thread.start()
         weakref.finalize(self, self._commands.put, None).atexit = False
         _threads[thread] = self._commands
@@ -78,10 +86,10 @@ class SchedulerThread:
         Raises:
           JaxsplitError: it could never run.
         """
+        self._scheduler.check(spec)
         with self._lock:
-            request = Request(spec, next(self._numbers), functools.partial(_cancel, self._commands))
-            self._scheduler.check(request)
-            self._commands.put(lambda scheduler: scheduler.add(request))
+            request = self._requests.claim(next(self._numbers), spec)
+            self._commands.put(_Submit(request))
         return request
 
     @property
@@ -90,16 +98,17 @@ class SchedulerThread:
         return self._scheduler.statistics
 
     def run(self, function: Callable[[Scheduler], Any]) -> Any:
-        """Runs a function on the engine's thread, between two units of work."""
+        """Runs a function on the engine's thread, between two units of work; in a single process
+        only."""
         reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-        def command(scheduler: Scheduler) -> None:
+        def command() -> None:
             try:
-                reply.put((function(scheduler), None))
+                reply.put((function(self._scheduler), None))
             except BaseException as error:
                 reply.put((None, error))
 
-        self._commands.put(command)
+        self._commands.put(_Run(command))
         value, error = reply.get()
         if error is None:
             return value
@@ -109,5 +118,96 @@ class SchedulerThread:
             del error  # its traceback refers to this frame
 
 
+class _Requests:
+    """The requests of a process by their numbers, until both its caller and the commands of process
+    0 have mentioned them."""
+
+    _MOST_UNCLAIMED = 256
+
+    def __init__(self, commands: queue.SimpleQueue):
+        self._commands, self._lock = commands, threading.Lock()
+        self._once: dict[int, Request] = {}
+
+    def claim(self, number: int, spec: RequestSpec) -> Request:
+        """The request, mentioned once more."""
+        with self._lock:
+            if (found := self._once.pop(number, None)) is not None:
+                return found
+            request = Request(spec, number, functools.partial(_cancel, self._commands))
+            if jax.process_index():  # process 0 has no need to be reminded
+                self._once[number] = request
+            while len(self._once) > self._MOST_UNCLAIMED:
+                del self._once[next(iter(self._once))]
+            return request
+
+
 def _cancel(commands: queue.SimpleQueue, request: Request) -> None:
-    commands.put(lambda scheduler: scheduler.cancel(request))
+    commands.put(_Cancel(request.id, CANCELLED))
+
+
+def _taken(commands: queue.SimpleQueue, *, wait: bool) -> list[_Command]:
+    """All commands that are there; with `wait`, at least one."""
+    taken = [commands.get()] if wait else []
+    while True:
+        try:
+            taken.append(commands.get_nowait())
+        except queue.Empty:
+            return taken
+
+
+def _serve(
+    scheduler: Scheduler, commands: "queue.SimpleQueue[_Command]", bulletin: Bulletin | None
+) -> None:
+    """Runs a scheduler until there is the command None; tells the other processes."""
+    while True:
+        given = _taken(commands, wait=scheduler.idle)
+        given += [_Cancel(number, DEADLINE) for number in scheduler.late()]
+        if bulletin is not None:
+            bulletin.publish([_encoded(c) for c in given if not isinstance(c, _Run)])
+        for command in given:
+            if command is None:
+                return
+            _obey(scheduler, command)
+            del command
+        del given  # frees what it refers to while this waits for the next
+        scheduler.step()
+
+
+def _follow(
+    scheduler: Scheduler,
+    commands: "queue.SimpleQueue[_Command]",
+    bulletin: Bulletin,
+    requests: _Requests,
+) -> None:
+    """Runs a scheduler by the commands of process 0."""
+    while True:
+        published = bulletin.read(lambda: None in _taken(commands, wait=False))
+        if published is None:
+            return
+        for one in published:
+            if one is None:
+                return
+            if "cancel" in one:
+                _obey(scheduler, _Cancel(one["cancel"], one["reason"]))
+            else:
+                request = requests.claim(one["submit"], RequestSpec.from_json(one["spec"]))
+                _obey(scheduler, _Submit(request))
+        scheduler.step()
+
+
+def _obey(scheduler: Scheduler, command: _Submit | _Cancel | _Run) -> None:
+    if isinstance(command, _Submit):
+        scheduler.add(command.request)
+    elif isinstance(command, _Cancel):
+        scheduler.cancel(command.number, command.reason)
+    else:
+        command.function()
+
+
+def _encoded(command: _Command) -> Any:
+    """A command as JSON holds it."""
+    if isinstance(command, _Submit):
+        return {"submit": command.request.id, "spec": command.request.spec.to_json()}
+    if isinstance(command, _Cancel):
+        return {"cancel": command.number, "reason": command.reason}
+    return None

@@ -8,10 +8,9 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
-from jaxsplit.engine.runner import CacheSize, cache_specs, peer_buffer_bytes, stage_cache
+from jaxsplit.engine.runner import CacheSize, bytes_per_device, peer_buffer_bytes
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.ops.attention.xla import MAX_SCORES
@@ -264,7 +263,7 @@ def _plan_stage(
     kinds: Sequence[DeviceKind],
     w: _Workload,
 ) -> StagePlan:
-    kind, devices = _slowest(kinds), stage.mesh.size // stage.mesh.shape["data"]
+    kind = _slowest(kinds)
     weights, padding = stage_bytes(sources, config, stage, w.weights)
     cache = _cache_bytes(config, stage, w.slots, w.context, w.cache_dtype)  # of a micro-batch
     decode = trace_decode(config, stage, w.dtype, w.context, w.slots)
@@ -272,9 +271,9 @@ def _plan_stage(
     read_weights = weights - _unread(sources, config, stage, w.weights, w.slots)
     pairs = w.chunk * w.context
     score_bytes = 0 if kind.kernels else 4 * _widest(config, stage, "heads")
-    scratch = _scratch(config, stage, w.dtype, w.chunk, score_bytes * min(pairs, MAX_SCORES))
-    if kind.kernels and devices > 1:
-        scratch += peer_buffer_bytes(config, w.context, devices)
+    scratch = scratch_bytes(
+        config, stage, w.dtype, chunk=w.chunk, context=w.context, kernels=kind.kernels
+    )
     bits = weight_bits(sources, w.weights)
     return StagePlan(
         stage=stage,
@@ -334,16 +333,7 @@ def _cache_bytes(
 ) -> int:
     """Bytes of keys and values on each device of a stage."""
     size = CacheSize.of_slots(context, slots // stage.mesh.shape["data"])
-    cache = jax.eval_shape(lambda: stage_cache(config, stage, size, dtype))
-    specs = cache_specs(config, stage, size, dtype)
-    sizes = jax.tree.map(
-        lambda x, spec: (
-            math.prod(NamedSharding(stage.mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
-        ),
-        cache,
-        specs,
-    )
-    return sum(jax.tree.leaves(sizes))
+    return bytes_per_device(config, stage, size, dtype)
 
 
 def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
@@ -370,6 +360,32 @@ def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
             if field.name != "name"
         },
     )
+
+
+def scratch_bytes(
+    config: ModelConfig,
+    stage: Stage,
+    dtype: jnp.dtype,
+    *,
+    chunk: int,
+    context: int,
+    kernels: bool,
+) -> int:
+    """Bytes of temporaries and of buffers for peers on each device of a stage.
+
+    Args:
+      config: the model.
+      stage: of its layers.
+      dtype: of activations.
+      chunk: tokens in the longest prefill chunk.
+      context: most tokens of a sequence.
+      kernels: kernels compute, so that no scores reach memory.
+    """
+    pairs = min(chunk * context, MAX_SCORES)
+    scores = 0 if kernels else 4 * _widest(config, stage, "heads") * pairs
+    scratch = _scratch(config, stage, dtype, chunk, scores)
+    devices = stage.mesh.size // stage.mesh.shape["data"]
+    return scratch + (peer_buffer_bytes(config, context, devices) if kernels and devices > 1 else 0)
 
 
 def _scratch(config: ModelConfig, stage: Stage, dtype: jnp.dtype, chunk: int, scores: int) -> int:

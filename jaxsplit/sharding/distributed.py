@@ -1,8 +1,10 @@
 """Several processes, on one host or many, that run the same program (`jax.distributed`)."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -91,3 +93,53 @@ def broadcast_from_process_0(value: Any) -> Any:
     padded = np.zeros(size, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(np.asarray(broadcast_one_to_all(padded), np.uint8).tobytes())
+
+
+class Bulletin:
+    """What process 0 publishes and the others read, in order, beside the devices.
+
+    All processes make it at the same time. It uses the key-value store of `jax.distributed`.
+    """
+
+    _KEPT = 64
+    """Messages that stay there: no process is farther behind than units of work are in flight."""
+
+    def __init__(self) -> None:
+        from jax._src import distributed  # there is no public way to the store
+
+        self._client = distributed.global_state.client
+        self._name = f"jaxsplit/{broadcast_from_process_0(secrets.token_hex(8))}"
+        self._count = 0
+
+    def publish(self, message: Any) -> None:
+        """Publishes anything that JSON can hold; in process 0."""
+        self._client.key_value_set(f"{self._name}/{self._count}", json.dumps(message))
+        if self._count >= self._KEPT:
+            self._client.key_value_delete(f"{self._name}/{self._count - self._KEPT}")
+        self._count += 1
+
+    def read(self, given_up: Callable[[], bool]) -> Any:
+        """Waits for the next message; None: the caller has given up.
+
+        Raises:
+          RuntimeError: process 0 has ended.
+        """
+        while not given_up():
+            with contextlib.suppress(_DeadlineExceeded):
+                found = _get(self._client, f"{self._name}/{self._count}")
+                self._count += 1
+                return json.loads(found)
+        return None
+
+
+class _DeadlineExceeded(Exception):
+    """Nothing has been published for a second."""
+
+
+def _get(client: Any, key: str) -> str:
+    try:
+        return client.blocking_key_value_get(key, 1000)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            raise _DeadlineExceeded from None
+        raise

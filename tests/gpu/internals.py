@@ -24,7 +24,7 @@ from jaxsplit.comm.symmetric_memory import allocate_peer_buffers, allocate_ring_
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import SamplingConfig, compiler_options, runner, steps
 from jaxsplit.engine.runner import StageRunner
-from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
+from jaxsplit.engine.sampling import SamplerSpec
 from jaxsplit.formats import ModelFile
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
@@ -381,19 +381,20 @@ def trace_for(
     mesh = there.stage.mesh
     mesh = Mesh(np.reshape(devices, mesh.devices.shape), mesh.axis_names)
     stage = dataclasses.replace(there.stage, mesh=mesh)
-    sizes = there.context, there.cache_dtype, there.policy
+    sizes = there.size, there.cache_dtype, there.policy
     here = StageRunner(lm.model, stage, *sizes, vocab=there.vocab, peer_access=False)
     here._buffer_pointers = _shapes(there._buffer_pointers)
-    params, [cache] = _shapes(here.params), _shapes(lm.engine._micro_batches[0].caches)
+    params, [cache] = _shapes(here.params), _shapes(lm.engine._caches)
+    count = jax.ShapeDtypeStruct((1,), np.int32)
+    pages = jax.ShapeDtypeStruct((1, there.size.pages_per_sequence), np.int32)
+    rows = steps.Rows(count, count, pages)
     if prefill:
-        chunk = steps.PrefillChunk(*[jax.ShapeDtypeStruct((1,), np.int32)] * 3)
         tokens = jax.ShapeDtypeStruct((1, prefill), np.int32)
-        return here.prefill(prefill, all_logits=False).trace(params, cache, tokens, chunk)
-    greedy = SamplingConfig(temperature=0.0)
-    state = _shapes(there.empty_state(1, 1))
-    inputs = steps.SamplerInputs(np.zeros(1, np.int32), SamplerParams.of([greedy]))
-    program = here.decode_and_sample(SamplerSpec.of(greedy, here.context))
-    return program.trace(params, cache, None, state, inputs)
+        chunk = steps.PrefillChunk(count, count, rows)
+        return here.prefill(1, prefill).trace(params, cache, tokens, chunk, None)
+    sampler = SamplerSpec.of(SamplingConfig(temperature=0.0), there.size.context)
+    state, slot_params = _shapes(lm.engine._state), _shapes(lm.engine._params)
+    return here.decode_and_sample(sampler).trace(params, cache, None, state, rows, slot_params)
 
 
 def _shapes(tree: object) -> object:

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: measured rates of the devices, and tables."""
+"""Measured rates of the devices, and tables of what is measured."""
 
 import functools
 import time

@@ -1,7 +1,7 @@
 """Records of measurements: one JSON file for each run of a benchmark, with `--json_dir`.
 
-`report.py` makes docs/results.md from the files in benchmarks/results. Nothing here needs JAX or a
-device before a run is saved.
+`benchmarks/report.py` makes docs/results.md from the files in benchmarks/results. Nothing here
+needs JAX or a device before a run is saved.
 """
 
 import datetime
@@ -16,13 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-RESULTS = Path(__file__).with_name("results")
-
-_JSON_DIR = flags.DEFINE_string(
-    "json_dir", None, "also write a record of this run to this folder, such as benchmarks/results"
-)
+import jaxsplit
 
 RUN = {
     "benchmark": str,
@@ -38,10 +32,10 @@ RUN = {
 }
 """Fields of a run, all of them required:
 
-benchmark: the script, without its suffix. engine: the program that was measured. device: kind of
-device, as JAX names it. count: devices that the run could see. driver, jax: versions. commit: of
-this repository. command: the command line. date: UTC, `YYYY-MM-DD` or `YYYY-MM-DDTHH:MM:SSZ`.
-None: not known.
+benchmark: the sub-command, or the script without its suffix. engine: the program that was measured.
+device: kind of device, as JAX names it. count: devices that the run could see. driver, jax:
+versions. commit: of this repository, if the package is in it. command: the command line. date: UTC,
+`YYYY-MM-DD` or `YYYY-MM-DDTHH:MM:SSZ`. None: not known.
 """
 
 ROW = {
@@ -136,7 +130,7 @@ def make_row(
       **fields: other fields of `ROW`. On one device, any split mode is `none`.
     """
     sizes = {axis: size for axis, size in mesh.items() if size > 1} or {"tensor": 1}
-    row = dict.fromkeys(ROW) | {
+    row: dict[str, Any] = dict.fromkeys(ROW) | {
         "sequences": 1,
         "options": {},
         "mesh": ",".join(f"{axis}:{size}" for axis, size in sizes.items()),
@@ -152,32 +146,28 @@ def make_row(
     return row
 
 
-def flag() -> list[str]:
-    """The flag `--json_dir`, for another process."""
-    return [] if _JSON_DIR.value is None else [f"--json_dir={_JSON_DIR.value}"]
-
-
-def save(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the record of this process, if `--json_dir` asks for it; a later call replaces it."""
-    if _JSON_DIR.value is None:
+def save(rows: Sequence[Mapping[str, Any]], folder: str | Path | None) -> None:
+    """Writes the record of this process to a folder, if one is given; a later call replaces it."""
+    if folder is None:
         return
     import jax
 
-    devices = jax.devices()
+    devices, [program, *arguments] = jax.devices(), sys.argv
+    command = program.split() if program.startswith("jaxsplit ") else ["python", program]
     run = {
-        "benchmark": Path(sys.argv[0]).stem,
+        "benchmark": Path(command[1]).stem,
         "engine": "jaxsplit",
         "device": devices[0].device_kind,
         "count": len(devices),
         "driver": _driver(),
         "jax": jax.__version__,
         "commit": _commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*command, *arguments]),
         "date": _START.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "rows": list(rows),
     }
     check(run)
-    folder = Path(_JSON_DIR.value)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"\W+", "-", run["device"].lower()).strip("-")
     stem = f"{_START:%Y%m%dT%H%M%S}-{run['benchmark']}-{device}-x{run['count']}"
@@ -187,7 +177,7 @@ def save(rows: Sequence[Mapping[str, Any]]) -> None:
 _START = datetime.datetime.now(datetime.UTC)
 
 
-def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
+def load(folder: Path) -> list[dict[str, Any]]:
     """All runs of a folder, checked, in the order of their file names."""
     runs = []
     for path in sorted(folder.glob("*.json")):
@@ -220,10 +210,14 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this repository, `-dirty` with local changes."""
+    """The commit of this repository, `-dirty` with local changes; None for an installed package,
+    which may lie in another repository."""
+    root = Path(jaxsplit.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
