@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 import itertools
+import shutil
 import zlib
 
+import gguf
 import jax
 import numpy as np
 import pytest
 
 from jaxsplit.engine import Engine, Request, RequestSpec, SamplingConfig, Scheduler, scheduler
+from jaxsplit.errors import JaxsplitError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -179,7 +182,7 @@ class Model:
 
 def random_spec(rng, base, *, rich=True):
     """A request whose prompt may begin as others do."""
-    shared = base[: rng.integers(0, CONTEXT if rng.random() < 0.3 else 20)]
+    shared = base[: rng.choice([0, 5, 18, 18, 18, 34, 60])]
     own = rng.integers(0, VOCAB, rng.integers(0, 12)).tolist()
     prompt = [*shared, *own][:CONTEXT] or [int(rng.integers(VOCAB))]
     sampling = GREEDY
@@ -256,11 +259,12 @@ def check_together(model, name, mesh, monkeypatch, count=16):
     assert counters.cached_tokens
 
 
-OTHERS = [mesh for mesh in MESHES if mesh != "none"]
 PLACES = [
     *itertools.product(["llama"], MESHES),
     *((name, "none") for name in NAMES[1:]),
-    *((name, OTHERS[i % 3]) for i, name in enumerate(NAMES[1:])),
+    ("gemma3", "graph:3"),
+    ("qwen35", "stage:2,tensor:2"),
+    ("granitehybrid", "data:2,tensor:2"),
 ]
 
 
@@ -274,3 +278,117 @@ def test_requests_together_have_what_they_have_alone(model, name, mesh, monkeypa
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_layer_on_every_mesh(model, name, mesh, monkeypatch):
     check_together(model, name, mesh, monkeypatch, count=60)
+
+
+def test_samplers_of_all_kinds_together(model):
+    """Each as alone, though one program chooses the tokens of all."""
+    found, rng = model("llama", "none"), np.random.default_rng(1)
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repeat_penalty": 1.3, "repeat_last_n": 7},
+        {"temperature": 1.5, "top_k": 5, "seed": 3},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.8, "min_p": 0.1, "seed": 4},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 5},
+        {"temperature": 1.0, "top_k": 5, "presence_penalty": 1.0, "seed": 6},
+        {"temperature": 0.0, "logit_bias": {7: 100.0, 9: -float("inf")}},
+        {"temperature": 1.0, "seed": 8, "logprobs": 0},
+    ]
+    specs = [
+        RequestSpec(
+            rng.integers(0, VOCAB, rng.integers(1, 20)).tolist(),
+            SamplingConfig(**kind),
+            max_tokens=int(rng.integers(1, 20)),
+        )
+        for kind in kinds * 2
+    ]
+    play(found, specs, rng, cancels=0.0)
+    (biased,) = {found.alone(s).tokens[0] for s in specs if s.sampling.logit_bias}
+    assert biased == 7
+
+
+# Failures
+
+
+def broken_model(load, recipe_gguf, tmp_path, name, token):
+    """A model in which the embedding of a token is not a number."""
+    path = shutil.copy(recipe_gguf(name), tmp_path / f"{name}.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    next(t for t in reader.tensors if t.name == "token_embd.weight").data[token] = np.nan
+    reader.data.flush()
+    lm = load(path, ctx_size=CONTEXT, **MESHES["none"])
+    return Model(lm, lm, pages=10)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "lfm2", "deepseek2", "qwen3moe"])
+def test_a_request_whose_logits_are_not_finite_harms_no_other(load, recipe_gguf, tmp_path, name):
+    rng, bad = np.random.default_rng(2), 100
+    found = broken_model(load, recipe_gguf, tmp_path, name, bad)
+    texts = [rng.integers(0, bad, rng.integers(1, 40)).tolist() for _ in range(6)]
+    good = [RequestSpec(text, GREEDY, max_tokens=8, stop_ids=range(bad, VOCAB)) for text in texts]
+    spoiled = [[*text[:20], bad, *text[20:30]] for text in texts[:4]]
+    expected = [found.alone(spec) for spec in good]
+    player = Player(found.engine)
+    failing, running = [], []
+    for i, spec in enumerate(good):
+        if i < len(spoiled):
+            failing.append(player.submit(RequestSpec(spoiled[i], GREEDY, max_tokens=8)))
+        running.append(player.submit(spec))
+        for _ in range(3):
+            player.step()
+    player.run()
+    for request in failing:
+        with pytest.raises(JaxsplitError, match=rf"not finite after {len(request.spec.prompt)} t"):
+            raise player.result(request).error
+    for request, alone in zip(running, expected, strict=True):
+        player.result(request).check(alone)
+
+
+def failing_once(monkeypatch, target, name):
+    """Makes the next call of a method fail as when a device's memory is full."""
+    original, error = getattr(target, name), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    def fail(*_, **__):
+        monkeypatch.setattr(target, name, original)
+        raise error
+
+    monkeypatch.setattr(target, name, fail)
+    return error
+
+
+@pytest.mark.parametrize("what", ["assign", "copy", "read_prompts", "decode", "fetch", "reset"])
+def test_a_failure_ends_the_requests_that_it_concerns(model, monkeypatch, what):
+    """The others begin again; if the cache cannot be allocated, all end, and later ones run."""
+    found, rng = model("llama", "none"), np.random.default_rng(3)
+    texts = [rng.integers(0, VOCAB, 20).tolist() for _ in range(3)]
+    texts.append([*texts[0], 5, 6, 7])
+    specs = [RequestSpec(text, GREEDY, max_tokens=20) for text in texts]
+    expected = {id(spec): found.alone(spec) for spec in specs}
+    player = Player(found.engine)
+    first = [player.submit(spec) for spec in specs[:2]]
+    while not all(request.tokens for request in first):
+        player.step()
+    if what == "reset":
+        error = failing_once(monkeypatch, found.engine, "reset")
+        failing_once(monkeypatch, found.engine, "decode")
+    else:
+        error = failing_once(monkeypatch, found.engine, what)
+    requests = [*first, *(player.submit(spec) for spec in specs[2:])]
+    player.run()
+    failed = []
+    for request, spec in zip(requests, specs, strict=True):
+        result = player.result(request)
+        if result.error is None:
+            result.check(expected[id(spec)])
+        else:
+            assert result.error is error
+            failed.append(request)
+    assert failed
+    if what in ("assign", "copy", "read_prompts"):
+        assert len(failed) == 1 or what == "read_prompts"
+        assert not {*failed} & {*first}
+    later = player.submit(specs[0])
+    player.run()
+    if what == "reset":
+        later = player.submit(specs[0])
+        player.run()
+    player.result(later).check(found.alone(specs[0]))
