@@ -106,7 +106,7 @@ class Device:
         self.cache.commit(sequence.allocation, sequence.tokens)
 
     def checkpoint(self, sequence):
-        copy = self.cache.checkpoint(sequence.allocation, sequence.tokens)
+        copy = self.cache.checkpoint(sequence.allocation, len(sequence.tokens))
         if copy is not None:
             assert copy[0] == sequence.allocation.state
             self.states[copy[1]] = self.states[copy[0]]
@@ -136,6 +136,9 @@ class Device:
                 assert self.states[sequence.allocation.state] == tuple(sequence.tokens)
         nodes = [*cache._nodes()]
         assert len(nodes) <= cache.total
+        for (allocation, count), state in cache._pending.items():
+            (tokens,) = (s.tokens for s in self.running if s.allocation is allocation)
+            assert self.states[state] == tuple(tokens[:count])
         assert len(cache._checkpoints) <= len(self.states)
         for node in nodes:  # what any later sequence may find
             path, above = [], node

@@ -160,8 +160,8 @@ class Model:
         return self._alone[key]
 
     def check_reference(self, spec, result):
-        tokens = [*spec.prompt, *result.tokens]
-        expected = self.log_probabilities(tokens[:CONTEXT])
+        tokens = [*spec.prompt, *result.tokens]  # the last one may have no embedding
+        expected = self.log_probabilities(tokens[:-1])
         entries = [(len(spec.prompt) - 1 + i, x) for i, x in enumerate(result.logprobs)]
         entries += [*enumerate(result.prompt_logprobs)]
         assert len(result.prompt_logprobs) == (len(spec.prompt) - 1) * spec.prompt_logprobs
@@ -319,7 +319,7 @@ def broken_model(load, recipe_gguf, tmp_path, name, token):
     return Model(lm, lm, pages=10)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "lfm2", "deepseek2", "qwen3moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2", "qwen3moe"])
 def test_a_request_whose_logits_are_not_finite_harms_no_other(load, recipe_gguf, tmp_path, name):
     rng, bad = np.random.default_rng(2), 100
     found = broken_model(load, recipe_gguf, tmp_path, name, bad)
@@ -358,12 +358,15 @@ def failing_once(monkeypatch, target, name):
 @pytest.mark.parametrize("what", ["assign", "copy", "read_prompts", "decode", "fetch", "reset"])
 def test_a_failure_ends_the_requests_that_it_concerns(model, monkeypatch, what):
     """The others begin again; if the cache cannot be allocated, all end, and later ones run."""
+    monkeypatch.setattr(scheduler, "_RESERVE", PAGE)
     found, rng = model("llama", "none"), np.random.default_rng(3)
-    texts = [rng.integers(0, VOCAB, 20).tolist() for _ in range(3)]
-    texts.append([*texts[0], 5, 6, 7])
-    specs = [RequestSpec(text, GREEDY, max_tokens=20) for text in texts]
+    texts = [rng.integers(0, VOCAB, 12).tolist() for _ in range(3)]
+    texts.append([*texts[2], 5, 6, 7])
+    specs = [RequestSpec(text, GREEDY, max_tokens=12) for text in texts]
     expected = {id(spec): found.alone(spec) for spec in specs}
     player = Player(found.engine)
+    player.submit(dataclasses.replace(specs[2], max_tokens=1))
+    player.run()
     first = [player.submit(spec) for spec in specs[:2]]
     while not all(request.tokens for request in first):
         player.step()

@@ -75,6 +75,8 @@ class _Sequence:
       read: how many of these have been enqueued.
       sampled: tokens that have been enqueued since, at most.
       in_flight: units that are not read yet.
+      finite: whether the logits after its prompt have arrived, and are finite. Until then, nothing
+        that has been computed is known to other sequences: a NaN spreads to all tokens of a chunk.
     """
 
     request: Request
@@ -87,6 +89,7 @@ class _Sequence:
     read: int = 0
     sampled: int = 0
     in_flight: int = 0
+    finite: bool = False
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     @property
@@ -344,7 +347,7 @@ class Scheduler:
             slot = self._free_slots[replica].pop()
             sequence.allocation, sequence.replica, sequence.slot = begun.allocation, replica, slot
             sequence.prompt, sequence.read = before, begun.allocation.cached
-            sequence.sampled, sequence.logits = 0, []
+            sequence.sampled, sequence.finite, sequence.logits = 0, False, []
             working.append(sequence)
             if begun.pages or begun.states:
                 self.engine.copy(replica, pages=begun.pages, states=begun.states)
@@ -452,7 +455,7 @@ class Scheduler:
             return
         assert sequence.allocation is not None
         cache = self._caches[sequence.replica]
-        copy = cache.checkpoint(sequence.allocation, sequence.tokens[: sequence.read])
+        copy = cache.checkpoint(sequence.allocation, sequence.read)
         if copy is not None:
             self.engine.copy(sequence.replica, states=[copy])
 
@@ -574,7 +577,7 @@ class Scheduler:
         self._waiting.sort(key=lambda one: one.order)
         self.counters.preemptions += 1
 
-    def _leave(self, sequence: _Sequence, *, exact: bool, keep: bool = True) -> None:
+    def _leave(self, sequence: _Sequence, *, exact: bool) -> None:
         """Takes a sequence off its slot; `exact`: its state includes all known tokens but the
         last, and nothing else."""
         self._running.remove(sequence)
@@ -586,18 +589,16 @@ class Scheduler:
         self._caches[sequence.replica].release(
             allocation,
             sequence.tokens[:computed],
-            keep=keep,
+            keep=sequence.finite,
             keep_state=exact and sequence.decodes,
         )
         self._free_slots[sequence.replica].append(sequence.slot)
         sequence.slot, sequence.read, sequence.prompt = -1, 0, 0
 
-    def _end(
-        self, sequence: _Sequence, news: Progress, *, exact: bool, keep: bool = True, **times: float
-    ) -> None:
+    def _end(self, sequence: _Sequence, news: Progress, *, exact: bool, **times: float) -> None:
         """Ends a request."""
         if sequence in self._running:
-            self._leave(sequence, exact=exact, keep=keep)
+            self._leave(sequence, exact=exact)
         else:
             self._waiting.remove(sequence)
         self.counters.finished += 1
@@ -662,26 +663,28 @@ class Scheduler:
             sequence.logits.append(logits[at][: len(part.tokens)])
             if part.start + len(part.tokens) == sequence.prompt:
                 request.logits = np.concatenate(sequence.logits)
-                finite = bool(np.isfinite(request.logits).all())
+                sequence.finite = bool(np.isfinite(request.logits).all())
                 news = Progress(finish_reason=LENGTH)
-                self._end(sequence, news, exact=False, keep=finite, last_token=now)
+                self._end(sequence, news, exact=False, last_token=now)
 
     def _take_tokens(
         self, sequence: _Sequence, outputs: Any, at: tuple[int, int], now: float
     ) -> None:
         """Takes the tokens of a row."""
         request, spec = sequence.request, sequence.request.spec
-        if spec.max_tokens == 0 and outputs.tokens[at][0] != NOT_FINITE:
+        tokens = outputs.tokens[at].tolist()
+        if spec.max_tokens == 0 and tokens[0] != NOT_FINITE:
+            sequence.finite = True
             self._end(sequence, Progress(finish_reason=LENGTH), exact=False, last_token=now)
             return
         new: list[int] = []
         logprobs: list[TokenLogprob] = []
         reason, end = None, self._end_position(sequence)
-        for i, token in enumerate(outputs.tokens[at].tolist()):
+        for i, token in enumerate(tokens):
             if token == -1:
                 break
             if token == NOT_FINITE:
-                self._fail_not_finite(sequence)
+                self._fail_not_finite(sequence, len(sequence.tokens) + len(new))
                 return
             new.append(token)
             if spec.sampling.logprobs is not None:
@@ -697,6 +700,7 @@ class Scheduler:
                 break
         if not new:
             return
+        sequence.finite = True
         sequence.tokens += new
         self.counters.generated_tokens += len(new)
         times = {"last_token": now}
@@ -716,12 +720,13 @@ class Scheduler:
         """Whether the devices knew why a sequence ended, so that they did not go on."""
         return reason != STOP or len(sequence.request.spec.stop_ids) <= MAX_STOP_IDS
 
-    def _fail_not_finite(self, sequence: _Sequence) -> None:
+    def _fail_not_finite(self, sequence: _Sequence, tokens: int) -> None:
         error = JaxsplitError(
-            f"the model's logits are not finite after {len(sequence.tokens)} tokens: try "
+            f"the model's logits are not finite after {tokens} tokens: try "
             "dtype=float32; if that does not help, the file's weights are damaged"
         )
-        self._end(sequence, Progress(error=error), exact=False, keep=False)
+        sequence.finite = False
+        self._end(sequence, Progress(error=error), exact=False)
 
     # Checks
 
