@@ -306,6 +306,31 @@ def test_samplers_of_all_kinds_together(model):
     assert biased == 7
 
 
+@pytest.mark.parametrize("options", [{"logits": True}, {"prompt_logprobs": True}], ids=str)
+def test_a_preempted_request_has_the_details_of_its_prompt_once(model, monkeypatch, options):
+    """The cache has 10 pages; the older one needs 8, the younger one 6 and then more."""
+    found, rng = model("llama", "none"), np.random.default_rng(4)
+    monkeypatch.setattr(found.engine, "chunks", (8,))
+    monkeypatch.setattr(scheduler, "_RESERVE", PAGE)
+    older = RequestSpec(rng.integers(0, VOCAB, 10).tolist(), GREEDY)
+    younger = RequestSpec(rng.integers(0, VOCAB, 47).tolist(), GREEDY, **options)
+    expected = None if younger.logits else found.alone(younger)
+    player = Player(found.engine)
+    requests = [player.submit(older), player.submit(younger)]
+    player.run()
+    assert player.scheduler.counters.preemptions
+    player.result(requests[0]).check(found.alone(older))
+    if expected is not None:
+        player.result(requests[1]).check(expected)
+        return
+    logits = np.asarray(requests[1].logits, np.float64)
+    assert logits.shape == (47, len(found.log_probabilities(younger.prompt)[0]))
+    log_sums = np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(
+        logits - log_sums, found.log_probabilities(younger.prompt), rtol=0, atol=REFERENCE_ATOL
+    )
+
+
 # Failures
 
 
@@ -329,6 +354,10 @@ def test_a_request_whose_logits_are_not_finite_harms_no_other(load, recipe_gguf,
     expected = [found.alone(spec) for spec in good]
     player = Player(found.engine)
     failing, running = [], []
+    # What a prompt that was not read to its end has left is not trusted.
+    begun = player.submit(RequestSpec(spoiled[0], GREEDY))
+    player.step()
+    begun.cancel()
     for i, spec in enumerate(good):
         if i < len(spoiled):
             failing.append(player.submit(RequestSpec(spoiled[i], GREEDY, max_tokens=8)))

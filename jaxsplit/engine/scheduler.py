@@ -313,8 +313,11 @@ class Scheduler:
         if reading and not (decoding and self._prompts_last):
             self._prompts_last = True
             return self._read_prompts(reading, bool(decoding), working)
-        self._prompts_last = False
-        return self._decode(decoding, bool(reading or self._waiting), working) if decoding else None
+        if not decoding:
+            return None
+        unit = self._decode(decoding, bool(reading or self._waiting), working)
+        self._prompts_last &= unit is None  # no prompt is read before there is a block
+        return unit
 
     # Admission
 
