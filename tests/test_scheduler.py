@@ -10,6 +10,8 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxsplit.engine import Engine, Request, RequestSpec, SamplingConfig, Scheduler, scheduler
 from jaxsplit.errors import JaxsplitError
@@ -30,6 +32,7 @@ MESHES = {
     "stage:2,tensor:2": {"mesh": "stage:2,tensor:2"},
     "data:2,tensor:2": {"mesh": "data:2,tensor:2"},
 }
+TEXT = np.random.default_rng(0).integers(0, VOCAB, CONTEXT).tolist()
 # Plain, windows, recurrent states of three kinds, latent attention, and mixtures.
 NAMES = ("llama", "gemma3", "qwen35", "granitehybrid", "lfm2", "deepseek2", "qwen3moe")
 
@@ -278,6 +281,71 @@ def test_requests_together_have_what_they_have_alone(model, name, mesh, monkeypa
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_layer_on_every_mesh(model, name, mesh, monkeypatch):
     check_together(model, name, mesh, monkeypatch, count=60)
+
+
+RICH = SamplingConfig(
+    temperature=1.0, top_k=0, repeat_penalty=1.2, logit_bias={3: 2.0}, logprobs=1, seed=11
+)
+REQUESTS = st.builds(
+    lambda cut, own, **options: RequestSpec([*TEXT[:cut], *own], **options),
+    st.sampled_from([1, 5, 8, 17, 40, 61]),
+    st.lists(st.integers(0, 1), max_size=3),
+    sampling=st.sampled_from([GREEDY, RICH]),
+    max_tokens=st.sampled_from([0, 1, 9, 30, float("inf")]),
+    priority=st.integers(0, 1),
+    prompt_logprobs=st.sampled_from([False, False, False, True]),
+    share_prefix=st.sampled_from([True, True, False]),
+)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), REQUESTS),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("step"), st.integers(1, 8)),
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen35"])
+def test_any_schedule_gives_what_requests_have_alone(model, name, monkeypatch):
+    monkeypatch.setattr(scheduler, "_RESERVE", PAGE)
+    found = model(name, "none")
+
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @given(ACTIONS)
+    def check(actions):
+        player, running = Player(found.engine), {}
+        for what, value in actions:
+            if what == "submit":
+                running[player.submit(value)] = value
+            elif what == "cancel" and running:
+                [*running][value % len(running)].cancel()
+            elif what == "step":
+                for _ in range(value):
+                    player.step()
+        player.run()
+        results = {request: player.result(request) for request in running}
+        for request, spec in running.items():
+            results[request].check(found.alone(spec))
+
+    check()
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(load, recipe_gguf):
+    """Before it is queued; logits need room for the prompt only."""
+    lm = load(recipe_gguf("llama"), ctx_size=CONTEXT, **MESHES["none"])
+    small = Scheduler(Model(lm, lm, pages=4).engine)
+    small.check(RequestSpec([1] * 20, max_tokens=13))
+    small.check(RequestSpec([1] * 32, max_tokens=0))
+    small.check(RequestSpec([1] * 32, logits=True))
+    for prompt, most, message in (
+        (20, 14, "20 tokens and may generate 13; the cache has room for 32: .* cache_tokens"),
+        (20, float("inf"), "20 tokens and may generate 44; the cache has room for 32"),
+        (33, 0, "33 tokens"),
+    ):
+        with pytest.raises(JaxsplitError, match=message):
+            small.check(RequestSpec([1] * prompt, max_tokens=most))
 
 
 def test_samplers_of_all_kinds_together(model):
