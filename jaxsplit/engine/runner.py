@@ -411,7 +411,9 @@ class StageRunner:
             decode=length == 1,
         )
 
-    def prefill_arguments(self, rows: int, length: int, cache: Cache | None) -> tuple:
+    def prefill_arguments(
+        self, rows: int, length: int, cache: Cache | None, wanted: str = "last"
+    ) -> tuple:
         """Arguments for which `prefill` can be compiled ahead of time."""
         count = rows * self.stage.mesh.shape["data"]
         zeros = np.zeros(count, np.int32)
@@ -422,7 +424,8 @@ class StageRunner:
             sharding = self.sharding(self._slot_spec)
             inputs = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
         chunk = steps.PrefillChunk(zeros, zeros, steps.Rows(zeros, zeros, pages))
-        return self.params, cache, inputs, chunk, None
+        targets = np.zeros((count, length), np.int32) if wanted == "logprobs" else None
+        return self.params, cache, inputs, chunk, targets
 
     def sample_first(self, sampler: SamplerSpec) -> Callable:
         """Samples the first token after some prompts, `steps.sample_first`: `(logits, state, chunk,
