@@ -341,7 +341,8 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if stop is None or isinstance(stop, str):
         stops = () if stop is None else (stop,)
     else:
-        stops = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        several = isinstance(stop, Iterable) and not isinstance(stop, Mapping)
+        stops = tuple(stop) if several else (stop,)
     if not all(isinstance(text, str) and text for text in stops):
         raise JaxsplitError(f"stop={stop!r} must be a string, or several, none of them empty")
     return stops

@@ -245,6 +245,8 @@ WRONG = [
     ({"prompt": "a", "logprobs": 99}, "logprobs=99 is not"),
     ({"prompt": "a", "stop": ""}, "stop='' must be a string, or several, none of them empty"),
     ({"prompt": "a", "stop": [1]}, "stop=.* must be a string"),
+    ({"prompt": "a", "stop": {"b": 1}}, "stop=.* must be a string"),
+    (b'{"prompt": "a", "logit_bias": [[1e999, 1]]}\n', "infinity|logit_bias"),
     ({"prompt": "a", "stop_ids": 5}, "stop_ids is a list of token ids"),
     ({"prompt": "a", "stop_ids": [500]}, "token ids must lie between"),
     ({"prompt": "a", "ignore_eos": "false"}, "ignore_eos='false' must be true or false"),

@@ -13,7 +13,15 @@ from tiny import fresh_rng
 
 from jaxsplit.context import forward_context
 from jaxsplit.engine import SamplingConfig
-from jaxsplit.engine.sampling import NOT_FINITE, SamplerParams, SamplerSpec, penalize, sample
+from jaxsplit.engine.sampling import (
+    MAX_TOP_LOGPROBS,
+    NOT_FINITE,
+    SamplerParams,
+    SamplerSpec,
+    log_probabilities,
+    penalize,
+    sample,
+)
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.sharding import even
 from jaxsplit.sharding.axes import AxisRules
@@ -402,6 +410,84 @@ def test_slots_whose_logits_are_not_finite_choose_no_token(rng, devices):
         assert np.asarray(tokens)[:5].tolist() == [NOT_FINITE] * 5
         assert tokens[6] == only
         assert ((tokens[5:] >= 0) & (tokens[5:] < vocab)).all()
+
+
+# Slots of one program
+
+
+def test_a_joined_spec_chooses_what_each_slot_chooses_alone(rng):
+    configs = [
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(temperature=0.0, repeat_last_n=WINDOW, **PENALTIES),
+        SamplingConfig(temperature=2.0, top_k=5, top_p=1.0, min_p=0.0),
+        SamplingConfig(temperature=2.0, top_k=5, repeat_last_n=3, **PENALTIES),
+        SamplingConfig(temperature=2.0, top_k=40, top_p=0.7),
+        SamplingConfig(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0),
+        SamplingConfig(temperature=2.0, top_k=0, logit_bias={3: 4.0, 9: -math.inf}),
+    ]
+    count = 64 * len(configs)
+    configs = [dataclasses.replace(c, seed=i) for i, c in enumerate(configs * 64)]
+    logits = np.stack([clear_logits(rng, dataclasses.replace(c))[0] for c in configs])
+    recent = rng.integers(0, VOCAB, (count, WINDOW)).astype(np.int32)
+    positions = rng.integers(0, 100, count).astype(np.int32)
+
+    def choose(rows, spec):
+        return sample_jit(
+            logits[rows],
+            positions[rows],
+            recent[rows, WINDOW - spec.window :],
+            SamplerParams.of([configs[i] for i in rows], WINDOW),
+            spec,
+            vocab=VOCAB,
+        )
+
+    specs = [SamplerSpec.of(config, WINDOW) for config in configs]
+    joined = SamplerSpec.join(specs)
+    assert joined == SamplerSpec(0, WINDOW, bias=True)
+    together = np.asarray(choose(np.arange(count), joined))
+    for spec in {*specs}:
+        rows = np.asarray([i for i, one in enumerate(specs) if one == spec])
+        assert np.array_equal(choose(rows, spec), together[rows]), spec
+    assert not (together[6::7] == 9).any()
+
+
+@functools.cache
+def log_probabilities_of(devices, vocab):
+    """`log_probabilities` of `[slots, padded vocab]`, split over so many devices."""
+    mesh = jax.make_mesh((devices,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    rules = AxisRules({"vocab": ("tensor",)} if devices > 1 else {})
+
+    def local(logits, tokens):
+        with forward_context(rules=rules):
+            return log_probabilities(logits, tokens, vocab=vocab)
+
+    specs, out = (PartitionSpec(None, None, "tensor"), PartitionSpec()), PartitionSpec()
+    return jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("vocab", [101, 9])
+def test_log_probabilities_are_those_of_numpy(rng, devices, vocab):
+    """In float64; alternatives in the order of their ids where they are equally likely."""
+    shape = (4, 6, vocab)
+    logits = rng.normal(scale=6, size=shape).astype(np.float32)
+    logits[1] = np.float32(rng.integers(-8, 9, shape[1:]) / 2)
+    logits[2, :, ::2] = -np.inf
+    logits[3] += 50
+    tokens = rng.integers(0, vocab, shape[:2]).astype(np.int32)
+    padding = even(vocab, 1, devices).size - vocab
+    padded = np.pad(logits, ((0, 0), (0, 0), (0, padding)), constant_values=1000)
+    own, ids, values = map(np.asarray, log_probabilities_of(devices, vocab)(padded, tokens))
+
+    exact = np.float64(logits)
+    exact -= exact.max(axis=-1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    order = np.argsort(-exact, axis=-1, kind="stable")[..., :MAX_TOP_LOGPROBS]
+    assert np.array_equal(ids, order)
+    options = {"rtol": 1e-6, "atol": 1e-5}
+    np.testing.assert_allclose(values, np.take_along_axis(exact, order, axis=-1), **options)
+    expected = np.take_along_axis(exact, tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(own, expected, **options)
 
 
 # Refusals

@@ -94,6 +94,9 @@ class PrefixCache:
         self._checkpoints: collections.OrderedDict[tuple[_Node, int], None] = (
             collections.OrderedDict()
         )
+        self._pending: collections.OrderedDict[tuple[Allocation, int], int] = (
+            collections.OrderedDict()
+        )  # states of checkpoints after so many tokens that are not known yet
         self._running: set[Allocation] = set()
         self.total = pages
 
@@ -154,11 +157,11 @@ class PrefixCache:
         return True
 
     def commit(self, allocation: Allocation, tokens: Sequence[int]) -> None:
-        """Makes full pages known to other sequences.
+        """Makes full pages known to other sequences, and the checkpoints among them.
 
         Args:
           allocation: of the sequence.
-          tokens: those whose keys and values have been computed.
+          tokens: those whose keys and values have been computed and are right.
         """
         nodes = allocation.nodes
         while allocation.own and (len(nodes) + 1) * self.page <= len(tokens):
@@ -166,6 +169,10 @@ class PrefixCache:
             full = tuple(tokens[start : start + self.page])
             nodes.append(self._insert(nodes[-1] if nodes else self._root, full, allocation))
             self._use(nodes[-1])
+        for key in [k for k in self._pending if k[0] is allocation]:
+            if key[1] <= len(nodes) * self.page:
+                state = self._pending.pop(key)
+                self._keep_state(nodes[key[1] // self.page - 1], self.page, state)
 
     def _insert(self, parent: _Node, tokens: tuple[int, ...], allocation: Allocation) -> _Node:
         """The child with these tokens: a new one of the first own page, or one that is there."""
@@ -182,28 +189,23 @@ class PrefixCache:
         self._idle[node] = None
         return node
 
-    def checkpoint(self, allocation: Allocation, tokens: Sequence[int]) -> Copy | None:
-        """Room for a copy of a sequence's state.
+    def checkpoint(self, allocation: Allocation, tokens: int) -> Copy | None:
+        """Room for a copy of a sequence's state, which becomes known with the pages before it.
 
         Args:
           allocation: of the sequence.
-          tokens: those that the state includes; they fill their pages.
+          tokens: how many the state includes.
 
         Returns:
-          the copy to make; None: there is no room, or the checkpoint exists.
+          the copy to make; None: there is no room, or the tokens do not fill their pages.
         """
-        self.commit(allocation, tokens)
-        count = len(tokens) // self.page
-        if not self.stateful or not count or len(tokens) % self.page:
+        if not self.stateful or not tokens or tokens % self.page:
             return None
-        node = allocation.nodes[count - 1]
-        if self.page in node.states:
-            self._checkpoints.move_to_end((node, self.page))
-            return None
-        state = self._allocate_state()
+        state = self._pending.pop((allocation, tokens), None)
+        state = self._allocate_state() if state is None else state
         if state is None:
             return None
-        self._keep_state(node, self.page, state)
+        self._pending[allocation, tokens] = state
         return allocation.state, state
 
     def release(
@@ -218,7 +220,7 @@ class PrefixCache:
 
         Args:
           allocation: what it had.
-          tokens: those whose keys and values have been computed.
+          tokens: those whose keys and values have been computed and, if kept, are right.
           keep: keep its tokens for later sequences; else only the pages that are known already.
           keep_state: its state includes exactly these tokens: keep it, too.
         """
@@ -231,8 +233,9 @@ class PrefixCache:
         if keep and rest and allocation.own:
             holder, offset = self._keep_rest(parent, rest, allocation), len(rest)
         self._free += allocation.own
-        keep_state &= keep and self.stateful and holder is not self._root
-        if keep_state and offset not in holder.states:
+        for key in [k for k in self._pending if k[0] is allocation]:
+            self._free_states.append(self._pending.pop(key))
+        if keep_state and keep and self.stateful and holder is not self._root:
             self._keep_state(holder, offset, allocation.state)
         else:
             self._free_states.append(allocation.state)
@@ -323,13 +326,21 @@ class PrefixCache:
     # States
 
     def _keep_state(self, node: _Node, offset: int, state: int) -> None:
-        node.states[offset] = state
-        self._checkpoints[node, offset] = None
+        """Makes a checkpoint known, unless there is one already."""
+        if offset in node.states:
+            self._free_states.append(state)
+        else:
+            node.states[offset] = state
+            self._checkpoints[node, offset] = None
+        self._checkpoints.move_to_end((node, offset))
 
     def _allocate_state(self) -> int | None:
+        """A free state, that of the oldest checkpoint if need be."""
         if not self._free_states and self._checkpoints:
             (node, offset), _ = self._checkpoints.popitem(last=False)
             self._free_states.append(node.states.pop(offset))
+        if not self._free_states and self._pending:
+            self._free_states.append(self._pending.popitem(last=False)[1])
         return self._free_states.pop() if self._free_states else None
 
     # Checks
@@ -348,6 +359,8 @@ class PrefixCache:
         assert set(self._idle) == {n for n in nodes if not n.users and not n.children}
         states = [s for n in nodes for s in n.states.values()]
         states += [a.state for a in self._running] + self._free_states
+        states += self._pending.values()
+        assert all(allocation in self._running for allocation, _ in self._pending)
         assert len(set(states)) == len(states)
         assert {(n, o) for n in nodes for o in n.states} == set(self._checkpoints)
         for node in nodes:

@@ -290,8 +290,10 @@ class Batch:
             own = {name: request[name] for name in OPTIONS if name in request}
             return _Running(id, line.number, lm.submit(prompt, **(self._options | own)))
         except JaxsplitError as error:
-            self._fail(id, line.number, error)
-            return None
+            self._fail(id, line.number, str(error))
+        except Exception as error:  # nothing that one line says ends the others
+            self._fail(id, line.number, f"{type(error).__name__}: {error}")
+        return None
 
     def _prompt(self, lm: "LM", request: Mapping[str, Any]) -> Any:
         """The prompt of a line: text or ids."""
@@ -327,7 +329,7 @@ class Batch:
                 one.logprobs += event.logprobs
                 totals.tokens += len(event.tokens)
         except JaxsplitError as error:
-            self._fail(one.id, one.number, error)
+            self._fail(one.id, one.number, str(error))
             return True
         request = generation.request
         spec = request.spec
@@ -349,8 +351,8 @@ class Batch:
         totals.completion_tokens += one.tokens
         return True
 
-    def _fail(self, id: Id, number: int, error: JaxsplitError) -> None:
-        self._results.write({"id": id, "line": number, "error": str(error)})
+    def _fail(self, id: Id, number: int, error: str) -> None:
+        self._results.write({"id": id, "line": number, "error": error})
         self.totals.failed += 1
 
 

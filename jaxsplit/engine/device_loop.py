@@ -38,7 +38,8 @@ class DecodeLoops:
         peer_access: bool,
     ):
         self._runners = runners
-        self._limits: dict[int, list[jax.Array]] = {}
+        self._limit = 0
+        self._limits = [runner.put(np.zeros((), np.int32)) for runner in runners]
         self._outputs: dict[tuple, list[steps.Outputs]] = {}
         shapes = [runner.incoming_shapes(most_rows) for runner in runners]
         words = max(map(steps.word_count, shapes))
@@ -94,9 +95,13 @@ class DecodeLoops:
           the caches and the state, and the outputs of each micro-batch, which the next call
           overwrites.
         """
-        if limit not in self._limits:
+        if limit != self._limit:
             value = np.asarray(limit, np.int32)
-            self._limits[limit] = [runner.put(value) for runner in self._runners]
+            self._limits = [
+                runner.overwrite(by_slot=False)(old, value)
+                for runner, old in zip(self._runners, self._limits, strict=True)
+            ]
+            self._limit = limit
         count, data = len(rows[-1]), self._runners[0].stage.mesh.shape["data"]
         of_batch = rows[-1][0].slots.shape[0]
         last = self._runners[-1]
@@ -118,7 +123,7 @@ class DecodeLoops:
                 self._outputs[key] if own else [],
                 self._epochs[i],
             )
-            inputs = steps.LoopInputs(self._limits[limit][i], rows[i], params if own else None)
+            inputs = steps.LoopInputs(self._limits[i], rows[i], params if own else None)
             arguments.append((runner.params, carry, self._buffer_pointers[i], inputs))
         carries = _run_together(programs, arguments)
         self._epochs = [carry[-1] for carry in carries]

@@ -139,7 +139,7 @@ class Engine:
 
     def reset(self) -> None:
         """Drops all sequences and reallocates the cache."""
-        self.overwritten = True
+        self.lost = self.overwritten = True
         self._rows: dict[tuple, tuple[steps.Rows, list[steps.Rows]]] = {}
         self._caches, self._state, self._params = [], None, None  # frees the old buffers first
         self._caches = [runner.empty_cache() for runner in self.runners]
@@ -325,7 +325,7 @@ class Engine:
         chunk = steps.PrefillChunk(start.reshape(-1), count.reshape(-1), host)
         programs = [runner.prefill(rows, length, wanted) for runner in self.runners]
         if stages > 1:
-            arguments = partial(self._prefill_arguments, rows, length)
+            arguments = partial(self._prefill_arguments, rows, length, wanted=wanted)
             compile_together(programs, arguments)
         given = targets if wanted == "logprobs" else None
         for i, (runner, program) in enumerate(zip(self.runners, programs, strict=True)):
@@ -488,8 +488,8 @@ class Engine:
 
     # Inspection
 
-    def _prefill_arguments(self, rows: int, length: int, stage: int) -> tuple:
-        return self.runners[stage].prefill_arguments(rows, length, self._caches[stage])
+    def _prefill_arguments(self, rows: int, length: int, stage: int, wanted: str = "last") -> tuple:
+        return self.runners[stage].prefill_arguments(rows, length, self._caches[stage], wanted)
 
     def trace_prefill(self, length: int) -> list[jax.stages.Traced]:
         """Traces each stage's prefill of a chunk, without compiling it."""

@@ -411,7 +411,9 @@ class StageRunner:
             decode=length == 1,
         )
 
-    def prefill_arguments(self, rows: int, length: int, cache: Cache | None) -> tuple:
+    def prefill_arguments(
+        self, rows: int, length: int, cache: Cache | None, wanted: str = "last"
+    ) -> tuple:
         """Arguments for which `prefill` can be compiled ahead of time."""
         count = rows * self.stage.mesh.shape["data"]
         zeros = np.zeros(count, np.int32)
@@ -422,7 +424,8 @@ class StageRunner:
             sharding = self.sharding(self._slot_spec)
             inputs = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
         chunk = steps.PrefillChunk(zeros, zeros, steps.Rows(zeros, zeros, pages))
-        return self.params, cache, inputs, chunk, None
+        targets = np.zeros((count, length), np.int32) if wanted == "logprobs" else None
+        return self.params, cache, inputs, chunk, targets
 
     def sample_first(self, sampler: SamplerSpec) -> Callable:
         """Samples the first token after some prompts, `steps.sample_first`: `(logits, state, chunk,
@@ -507,11 +510,12 @@ class StageRunner:
         specs = [self._slot_spec, self._slot_spec]
         return self._program("step_inputs", steps.step_inputs, specs, self._slot_spec)
 
-    def overwrite(self) -> Callable:
-        """`(old, new)`, arrays by slot, to what is new, in the buffers of what is old: programs
-        whose arguments keep their addresses need no new CUDA graph."""
-        specs = [self._slot_spec, self._slot_spec]
-        return self._program("overwrite", steps.overwritten, specs, self._slot_spec, donate=[0])
+    def overwrite(self, *, by_slot: bool = True) -> Callable:
+        """`(old, new)`, arrays by slot or replicated, to what is new, in the buffers of what is
+        old: programs whose arguments keep their addresses need no new CUDA graph."""
+        spec = self._slot_spec if by_slot else _REPLICATED
+        key = "overwrite", by_slot
+        return self._program(key, steps.overwritten, [spec, spec], spec, donate=[0])
 
     def copied(self) -> Callable:
         """Arrays by slot to copies of them."""

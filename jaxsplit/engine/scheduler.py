@@ -75,6 +75,8 @@ class _Sequence:
       read: how many of these have been enqueued.
       sampled: tokens that have been enqueued since, at most.
       in_flight: units that are not read yet.
+      finite: whether the logits after its prompt have arrived, and are finite. Until then, nothing
+        that has been computed is known to other sequences: a NaN spreads to all tokens of a chunk.
     """
 
     request: Request
@@ -87,6 +89,7 @@ class _Sequence:
     read: int = 0
     sampled: int = 0
     in_flight: int = 0
+    finite: bool = False
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     @property
@@ -184,7 +187,8 @@ class Scheduler:
         self._units: collections.deque[_Unit] = collections.deque()
         self._most_in_flight = 1 + len(engine.runners)
         self._seconds: dict[tuple, float] = {}
-        self._last_read = 0.0
+        self._last_read = self._last_added = 0.0
+        self._interval = 1.0  # seconds between requests, a moving average
         self._prompts_last = False
         self._make_caches()
 
@@ -208,7 +212,8 @@ class Scheduler:
           JaxsplitError: the prompt and its tokens do not fit into the cache.
         """
         size = self.engine.size
-        needed = min(len(spec.prompt) + max(spec.max_tokens - 1, 0), size.context)
+        generated = 0 if spec.logits else max(spec.max_tokens - 1, 0)
+        needed = min(len(spec.prompt) + generated, size.context)
         if -(-needed // size.page) > size.pages:
             raise JaxsplitError(
                 f"the prompt has {len(spec.prompt)} tokens and may generate "
@@ -218,6 +223,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request that `check` has passed."""
+        now = time.perf_counter()
+        since, self._last_added = min(now - self._last_added, 1.0), now
+        self._interval = 0.8 * self._interval + 0.2 * since
         spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
         self._waiting.append(_Sequence(request, [*request.spec.prompt], spec))
         self._waiting.sort(key=lambda one: one.order)
@@ -273,36 +281,57 @@ class Scheduler:
         return found
 
     def _guarded(self, function: Any) -> Any:
-        """Runs a part of a turn. If it fails, so do the requests that it worked on; the others are
-        computed again."""
+        """Runs a part of a turn. If it fails, so do the requests that it worked on."""
         working: list[_Sequence] = []
         try:
             return function(working)
         except Exception as error:
-            self._units.clear()
+            self._recover(working or self._running or self._waiting[:1], error)
+
+    def _recover(self, failed: Sequence[_Sequence], error: Exception) -> None:
+        """Ends some requests, after a failure that lost all sequences; the others begin again. If
+        the cache cannot be allocated, all end."""
+        every = [*self._running, *self._waiting]
+        failed = [*failed]
+        self._units.clear()
+        self._running, self._waiting = [], []
+        try:
             self.engine.reset()
-            failed = set(map(id, working)) or set(map(id, self._running))
-            for sequence in self._running:
-                sequence.allocation, sequence.slot, sequence.in_flight = None, -1, 0
-                if id(sequence) in failed:
-                    sequence.request.deliver(Progress(error=error))
-                else:
-                    self._waiting.append(sequence)
-            self._running = []
-            self._waiting.sort(key=lambda one: one.order)
-            self._make_caches()
-            return None
+        except Exception as another:
+            failed, error = every, another
+        self._make_caches()
+        for sequence in every:
+            sequence.allocation, sequence.slot, sequence.in_flight = None, -1, 0
+            if sequence in failed:
+                self.counters.finished += 1
+                sequence.request.deliver(Progress(error=error))
+            else:
+                self._waiting.append(sequence)
+        self._waiting.sort(key=lambda one: one.order)
 
     def _next_unit(self, working: list[_Sequence]) -> _Unit | None:
         """Enqueues a unit of work; None: there is none to enqueue now."""
         self._admit(working)
         reading = [s for s in self._running if not s.decodes]
         decoding = [s for s in self._running if s.decodes and self._steps_left(s) > 0]
-        if reading and not (decoding and self._prompts_last):
+        waits = decoding and (self._prompts_last or self._more_come(reading))
+        if reading and not waits:
             self._prompts_last = True
             return self._read_prompts(reading, bool(decoding), working)
-        self._prompts_last = False
-        return self._decode(decoding, bool(reading or self._waiting), working) if decoding else None
+        if not decoding:
+            return None
+        unit = self._decode(decoding, bool(reading or self._waiting), working)
+        self._prompts_last &= unit is None  # no prompt is read before there is a block
+        return unit
+
+    def _more_come(self, reading: list[_Sequence]) -> bool:
+        """Whether short prompts should wait for others to be read with: a chunk has a fixed cost,
+        and meanwhile the devices decode."""
+        if not self.measures or self._interval > self.itl_budget / 2:
+            return False
+        tokens = sum(self._until(s) - s.read for s in reading)
+        oldest = min((s.request.timings.submitted for s in reading), default=0.0)
+        return tokens < _CHUNK_TOKENS and time.perf_counter() - oldest < self.itl_budget
 
     # Admission
 
@@ -335,7 +364,7 @@ class Scheduler:
             slot = self._free_slots[replica].pop()
             sequence.allocation, sequence.replica, sequence.slot = begun.allocation, replica, slot
             sequence.prompt, sequence.read = before, begun.allocation.cached
-            sequence.sampled = 0
+            sequence.sampled, sequence.finite, sequence.logits = 0, False, []
             working.append(sequence)
             if begun.pages or begun.states:
                 self.engine.copy(replica, pages=begun.pages, states=begun.states)
@@ -419,7 +448,8 @@ class Scheduler:
         stop = min(start + length, self._until(sequence))
         targets = None
         if spec.wanted == "logprobs":
-            targets = [*sequence.tokens[start + 1 : stop + 1]]
+            # A preempted sequence also reads what it has generated.
+            targets = [*spec.prompt[start + 1 : stop + 1]]
         return Prompt(
             self._row(sequence),
             start,
@@ -442,7 +472,7 @@ class Scheduler:
             return
         assert sequence.allocation is not None
         cache = self._caches[sequence.replica]
-        copy = cache.checkpoint(sequence.allocation, sequence.tokens[: sequence.read])
+        copy = cache.checkpoint(sequence.allocation, sequence.read)
         if copy is not None:
             self.engine.copy(sequence.replica, states=[copy])
 
@@ -564,7 +594,7 @@ class Scheduler:
         self._waiting.sort(key=lambda one: one.order)
         self.counters.preemptions += 1
 
-    def _leave(self, sequence: _Sequence, *, exact: bool, keep: bool = True) -> None:
+    def _leave(self, sequence: _Sequence, *, exact: bool) -> None:
         """Takes a sequence off its slot; `exact`: its state includes all known tokens but the
         last, and nothing else."""
         self._running.remove(sequence)
@@ -576,18 +606,16 @@ class Scheduler:
         self._caches[sequence.replica].release(
             allocation,
             sequence.tokens[:computed],
-            keep=keep,
+            keep=sequence.finite,
             keep_state=exact and sequence.decodes,
         )
         self._free_slots[sequence.replica].append(sequence.slot)
         sequence.slot, sequence.read, sequence.prompt = -1, 0, 0
 
-    def _end(
-        self, sequence: _Sequence, news: Progress, *, exact: bool, keep: bool = True, **times: float
-    ) -> None:
+    def _end(self, sequence: _Sequence, news: Progress, *, exact: bool, **times: float) -> None:
         """Ends a request."""
         if sequence in self._running:
-            self._leave(sequence, exact=exact, keep=keep)
+            self._leave(sequence, exact=exact)
         else:
             self._waiting.remove(sequence)
         self.counters.finished += 1
@@ -652,26 +680,28 @@ class Scheduler:
             sequence.logits.append(logits[at][: len(part.tokens)])
             if part.start + len(part.tokens) == sequence.prompt:
                 request.logits = np.concatenate(sequence.logits)
-                finite = bool(np.isfinite(request.logits).all())
+                sequence.finite = bool(np.isfinite(request.logits).all())
                 news = Progress(finish_reason=LENGTH)
-                self._end(sequence, news, exact=False, keep=finite, last_token=now)
+                self._end(sequence, news, exact=False, last_token=now)
 
     def _take_tokens(
         self, sequence: _Sequence, outputs: Any, at: tuple[int, int], now: float
     ) -> None:
         """Takes the tokens of a row."""
         request, spec = sequence.request, sequence.request.spec
-        if spec.max_tokens == 0:
+        tokens = outputs.tokens[at].tolist()
+        if spec.max_tokens == 0 and tokens[0] != NOT_FINITE:
+            sequence.finite = True
             self._end(sequence, Progress(finish_reason=LENGTH), exact=False, last_token=now)
             return
         new: list[int] = []
         logprobs: list[TokenLogprob] = []
         reason, end = None, self._end_position(sequence)
-        for i, token in enumerate(outputs.tokens[at].tolist()):
+        for i, token in enumerate(tokens):
             if token == -1:
                 break
             if token == NOT_FINITE:
-                self._fail_not_finite(sequence)
+                self._fail_not_finite(sequence, len(sequence.tokens) + len(new))
                 return
             new.append(token)
             if spec.sampling.logprobs is not None:
@@ -687,6 +717,7 @@ class Scheduler:
                 break
         if not new:
             return
+        sequence.finite = True
         sequence.tokens += new
         self.counters.generated_tokens += len(new)
         times = {"last_token": now}
@@ -706,12 +737,13 @@ class Scheduler:
         """Whether the devices knew why a sequence ended, so that they did not go on."""
         return reason != STOP or len(sequence.request.spec.stop_ids) <= MAX_STOP_IDS
 
-    def _fail_not_finite(self, sequence: _Sequence) -> None:
+    def _fail_not_finite(self, sequence: _Sequence, tokens: int) -> None:
         error = JaxsplitError(
-            f"the model's logits are not finite after {len(sequence.tokens)} tokens: try "
+            f"the model's logits are not finite after {tokens} tokens: try "
             "dtype=float32; if that does not help, the file's weights are damaged"
         )
-        self._end(sequence, Progress(error=error), exact=False, keep=False)
+        sequence.finite = False
+        self._end(sequence, Progress(error=error), exact=False)
 
     # Checks
 

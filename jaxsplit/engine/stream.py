@@ -6,6 +6,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 from jaxsplit.engine.compile_timer import compile_seconds
 from jaxsplit.engine.engine import Engine
@@ -49,7 +50,7 @@ class Generation:
     Attributes:
       request: its tokens, log-probabilities and timings.
       text: so far.
-      finish_reason: as in `Event`.
+      finish_reason: as in `Event`; `error`: it failed, which its iterator has raised.
       stop_string: the one that ended it, or None.
     """
 
@@ -77,7 +78,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[Event]:
         while self.finish_reason is None:
-            yield self._event(self.request.next())
+            yield self._event(self._taken(self.request.next))
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
@@ -97,7 +98,7 @@ class Generation:
 
     def next_now(self) -> Event | None:
         """The next event, if it is there."""
-        news = self.request.next_now()
+        news = self._taken(self.request.next_now)
         return None if news is None else self._event(news)
 
     def result(self) -> "Generation":
@@ -105,6 +106,14 @@ class Generation:
         for _ in self:
             pass
         return self
+
+    def _taken(self, take: Callable[[], Any]) -> Any:
+        """News; once the request has failed, none follow."""
+        try:
+            return take()
+        except Exception:
+            self.finish_reason = "error"
+            raise
 
     def _event(self, news: Progress) -> Event:
         """The text of some tokens."""
@@ -125,6 +134,7 @@ class Generation:
             rest = self._held + (self._decoder.flush() if self._decoder else "")
             more, self._held, self.stop_string = _split_at_stop(rest, self._stop)
             ready += more + self._held
+            reason = reason if self.stop_string is None else "stop"
         self.text += ready
         self.finish_reason = reason
         return Event(ready, news.tokens[:count], news.logprobs[:count], reason)
