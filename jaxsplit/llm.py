@@ -338,11 +338,9 @@ def demo_model() -> Path:
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    if stop is None or isinstance(stop, str):
-        stops = () if stop is None else (stop,)
-    else:
-        several = isinstance(stop, Iterable) and not isinstance(stop, Mapping)
-        stops = tuple(stop) if several else (stop,)
+    stops: tuple[Any, ...] = () if stop is None else (stop,)
+    if isinstance(stop, Iterable) and not isinstance(stop, str | Mapping):
+        stops = tuple(stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise JaxsplitError(f"stop={stop!r} must be a string, or several, none of them empty")
     return stops

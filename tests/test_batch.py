@@ -493,7 +493,7 @@ def test_the_command_continues_and_tells_errors(generate, tmp_path):
     flags = [f"--prompts={source}", f"--out={out}", "--n_predict=2"]
     code, printed, err = generate(*flags, "--quiet")
     assert (code, printed) == (1, "")
-    assert err == "jaxsplit: 1 lines of --prompts have failed; their results say why\n"
+    assert err == "jaxsplit: lines of --prompts that failed: 1; their results say why\n"
     first = results(out)
     code, _, err = generate(*flags)
     assert code == 1

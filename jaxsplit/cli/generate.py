@@ -128,7 +128,7 @@ def _run(requests: batch.Batch, lm: "LM") -> None:
         totals = requests.run(lm, show)
     _note(f"{totals} | load {lm.load_seconds:.2f} s")
     if totals.failed:
-        note(f"jaxsplit: {totals.failed} lines of --prompts have failed; their results say why")
+        note(f"jaxsplit: lines of --prompts that failed: {totals.failed}; their results say why")
         sys.exit(1)
 
 
