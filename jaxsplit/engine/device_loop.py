@@ -66,6 +66,37 @@ class DecodeLoops:
             return [*jnp.asarray(p2p.host_buffer_pointers(len(meshes), meshes[0].devices.shape))]
         return allocate_ring_buffers(meshes, size, self)
 
+    def prepared(
+        self, sampler: SamplerSpec, size: int, length: int, rows: steps.Rows, held: tuple
+    ) -> tuple[Callable, tuple]:
+        """The program of a single stage's loop over one micro-batch, and what to compile it for.
+
+        Args:
+          sampler, length: as in `run`.
+          size: rows on each device.
+          rows: of NumPy.
+          held: the caches, the state and the parameters.
+        """
+        [runner] = self._runners
+        caches, state, params = held
+        outputs = steps.Outputs.empty(len(rows.slots), length, self._alternatives(sampler))
+        carry = (
+            runner.shapes_of(caches[0]),
+            runner.shapes_of(state),
+            [runner.shapes_by_slot(outputs)],
+            None,
+        )
+        inputs = steps.LoopInputs(
+            runner.shapes_of(self._limits[0]),
+            [runner.shapes_by_slot(rows)],
+            runner.shapes_of(params),
+        )
+        program = runner.decode_loop(sampler, length, size, 1, in_ring=False)
+        return program, (runner.shapes_of(runner.params), carry, None, inputs)
+
+    def _alternatives(self, sampler: SamplerSpec) -> int:
+        return min(MAX_TOP_LOGPROBS, self._runners[-1].vocab) if sampler.logprobs else 0
+
     def run(
         self,
         caches: Sequence[Cache],
@@ -107,8 +138,7 @@ class DecodeLoops:
         last = self._runners[-1]
         key = (of_batch, count, length, sampler.logprobs)
         if key not in self._outputs:
-            alternatives = min(MAX_TOP_LOGPROBS, last.vocab) if sampler.logprobs else 0
-            empty = steps.Outputs.empty(of_batch, length, alternatives)
+            empty = steps.Outputs.empty(of_batch, length, self._alternatives(sampler))
             self._outputs[key] = [last.put(empty, by_slot=True) for _ in range(count)]
         programs = [
             runner.decode_loop(sampler, length, of_batch // data, count, in_ring=self.in_ring)

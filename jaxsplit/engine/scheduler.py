@@ -415,18 +415,19 @@ class Scheduler:
             or (wanted == "last" == s.request.spec.wanted and self._fits(s, length, decoding))
         ]
         rows = self._packed(alike, length, decoding) if wanted == "last" else 1
+        spec = SamplerSpec.join(s.spec for s in alike)
+        if self.measures and not self.engine.is_ready(rows, length, wanted, spec):
+            # Meanwhile, one prompt at a time, in chunks whose program is there.
+            left = self._until(first) - first.read
+            chunks = sorted(self.engine.ready_chunks(wanted))
+            if chunks:
+                rows, length = 1, next((c for c in chunks if c >= left), chunks[-1])
         sequences: list[list[_Sequence]] = [[] for _ in self._caches]
         for sequence in alike:
             if len(sequences[sequence.replica]) < rows:
                 sequences[sequence.replica].append(sequence)
         working += itertools.chain(*sequences)
         parts = [[self._part(s, length) for s in own] for own in sequences]
-        spec = SamplerSpec.join(
-            s.spec
-            for own, p in zip(sequences, parts, strict=True)
-            for s, one in zip(own, p, strict=True)
-            if one.ends
-        )
         now = time.perf_counter()
         pending = self.engine.read_prompts(
             parts, rows=rows, length=length, sampler=spec, wanted=wanted
