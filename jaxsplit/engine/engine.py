@@ -200,6 +200,11 @@ class Engine:
         return any(runner.stateful for runner in self.runners)
 
     @property
+    def compiled_at(self) -> float:
+        """When a call last waited for a compiler, by `time.perf_counter`."""
+        return max(runner.compiled_at for runner in self.runners)
+
+    @property
     def vocab(self) -> int:
         """Tokens that may be sampled."""
         return self.runners[-1].vocab

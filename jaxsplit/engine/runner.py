@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -166,12 +167,14 @@ class _Program:
       buffer_pointers: as `allocate_peer_buffers` returns them; None without peer-to-peer kernels.
       executable: the function compiled ahead of time; None: compiled by its first call.
       called: whether it has been called.
+      compiled_at: when a call had compiled it, by `time.perf_counter`; 0: none has.
     """
 
     function: Any
     buffer_pointers: jax.Array | None
     executable: Callable | None = None
     called: bool = False
+    compiled_at: float = 0.0
 
     @property
     def ready(self) -> bool:
@@ -179,9 +182,14 @@ class _Program:
         return self.called or self.executable is not None
 
     def __call__(self, *arguments: Any) -> Any:
-        function = self.function if self.called else self.executable or self.function
+        function, ready = (
+            self.function if self.called else self.executable or self.function,
+            self.ready,
+        )
         result = function(self.buffer_pointers, *arguments)
         self.called |= function is self.function  # what has run once stays as it is
+        if not ready:
+            self.compiled_at = time.perf_counter()
         return result
 
     def trace(self, *arguments: Any) -> jax.stages.Traced:
@@ -296,6 +304,11 @@ class StageRunner:
             return None
         capacity = _all_reduce_capacity(self.config, self.size.context)
         return PeerGroup(buffer_pointers.reshape(-1), self._reduce_axes, capacity)
+
+    @property
+    def compiled_at(self) -> float:
+        """When a call last had to compile its program, by `time.perf_counter`."""
+        return max((p.compiled_at for p in self._programs.values()), default=0.0)
 
     @property
     def logits_spec(self) -> PartitionSpec:

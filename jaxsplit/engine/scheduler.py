@@ -495,14 +495,15 @@ class Scheduler:
 
     def _in_budget(self, rows: int, length: int) -> bool:
         """Whether a chunk delays the tokens of others no longer than they may be."""
-        known = {k: s for k, s in self._seconds.items() if k[0] == "prompts" and s < math.inf}
+        known = {k: s for k, s in self._seconds.items() if k[0] == "prompts"}
         if not known or not self.measures:
             return rows * length <= MAX_DETAIL
-        seconds = known.get(("prompts", rows, length, "last"))
-        if seconds is None:  # as the nearest chunk that was measured
-            size = rows * length
-            key = min(known, key=lambda k: abs(math.log(k[1] * k[2] / size)))
-            seconds = known[key] * (size + _CHUNK_TOKENS) / (key[1] * key[2] + _CHUNK_TOKENS)
+        size = rows * length
+        # By all chunks that were measured: one that took long once must not be shunned for ever.
+        seconds = min(
+            s * max(1, (size + _CHUNK_TOKENS) / (r * n + _CHUNK_TOKENS))
+            for (_, r, n, _), s in known.items()
+        )
         return seconds <= self.itl_budget
 
     def _fits(self, sequence: _Sequence, length: int, decoding: bool) -> bool:
@@ -649,16 +650,17 @@ class Scheduler:
                 self._take_tokens(sequence, outputs, at, now)
 
     def _measure(self, unit: _Unit, now: float) -> None:
-        """Notes how long a unit took: since it was enqueued, or the one before it was done."""
-        seconds = (now - max(unit.enqueued, self._last_read)) / max(unit.steps, 1)
+        """Notes how long a unit took: since it was enqueued, or the one before it was done.
+
+        Whatever else happens on the host makes it longer: the least counts, and is forgotten
+        slowly.
+        """
+        since = max(unit.enqueued, self._last_read)
         self._last_read = now
-        before = self._seconds.get(unit.key)
-        # The first one has been compiled, too.
-        if before is None and unit.key not in self._seconds:
-            self._seconds[unit.key] = math.inf
-            return
-        assert before is not None
-        self._seconds[unit.key] = seconds if before == math.inf else 0.7 * before + 0.3 * seconds
+        if self.engine.compiled_at < unit.enqueued:
+            seconds = (now - since) / max(unit.steps, 1)
+            before = self._seconds.get(unit.key, math.inf)
+            self._seconds[unit.key] = min(seconds, 1.05 * before)
 
     def _take_details(
         self,
