@@ -176,8 +176,10 @@ def test_calls_after_a_program_that_failed_give_the_texts_they_should(lm, alone,
     stream = lm.stream(PROMPTS[0], COUNT, block=1, **GREEDY)
     text = next(stream)
     runner = lm.engine.runners[-1]
+    prefill = runner.prefill
 
     def fail(_, cache, *arguments):
+        patch.setattr(runner, "prefill", prefill)  # the stream, if it still runs, begins again
         for leaf in jax.tree.leaves(cache):
             leaf.delete()
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
