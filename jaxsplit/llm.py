@@ -30,7 +30,7 @@ from jaxsplit.engine import (
 )
 from jaxsplit.engine.chunked_prefill import CHUNKS
 from jaxsplit.engine.runner import CacheSize, bytes_per_device, fitting_pages
-from jaxsplit.engine.scheduler import MAX_BLOCK, MAX_DETAIL
+from jaxsplit.engine.scheduler import MAX_DETAIL
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
 from jaxsplit.hub import find_model
@@ -506,7 +506,6 @@ class LM:
             return "".join(self.stream(prompt, n_predict, **options))
         from rich.progress import track
 
-        options = {"block": MAX_BLOCK} | options
         running = [self.submit(x, n_predict, **options) for x in prompt]
         try:
             return [x.result().text for x in track(running, "Generating", disable=not progress)]
