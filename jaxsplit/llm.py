@@ -30,7 +30,6 @@ from jaxsplit.engine import (
 )
 from jaxsplit.engine.chunked_prefill import CHUNKS
 from jaxsplit.engine.runner import CacheSize, bytes_per_device, fitting_pages
-from jaxsplit.engine.scheduler import MAX_DETAIL
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
 from jaxsplit.hub import find_model
@@ -38,7 +37,7 @@ from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul import float8
 from jaxsplit.pallas import has_triton
 from jaxsplit.plan import best_split
-from jaxsplit.plan.plan import scratch_bytes
+from jaxsplit.plan.plan import cache_room, scratch_bytes
 from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
 from jaxsplit.sharding.partition import free_memory
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
@@ -190,9 +189,6 @@ def _partition(
     )
 
 
-_MARGIN = 0.04
-"""Share of a device's memory that stays free beside the cache and known temporaries."""
-
 _SLOTS = 32
 """Sequences that are decoded together by default."""
 
@@ -250,14 +246,17 @@ def _free_memory(
     """Bytes that the fullest device of each stage has left for the cache; None: unknown."""
     found = []
     for stage in partition.stages:
-        devices = [*stage.mesh.devices.flat]
+        devices = cast(Mesh, stage.mesh).devices.flatten().tolist()
         if (free := free_memory(devices)) is None:
             return None
         chunk = min(max(CHUNKS), context)
         scratch = scratch_bytes(model, stage, dtype, chunk=chunk, context=context, kernels=kernels)
-        logits = 2 * 4 * MAX_DETAIL * model.vocab
-        margin = _MARGIN * max(d.memory_stats()["bytes_limit"] for d in devices)
-        found.append(min(free) - scratch - logits - margin)
+        limits = [(d.memory_stats() or {}).get("bytes_limit", 0) for d in devices]
+        room = [
+            cache_room(limit, scratch, model) - (limit - left)
+            for limit, left in zip(limits, free, strict=True)
+        ]
+        found.append(min(room))
     return found
 
 
@@ -503,10 +502,10 @@ class LM:
         """
         one = isinstance(prompt, str) or not isinstance(prompt, Sequence)
         if one or all(not isinstance(x, str | Sequence) for x in prompt):
-            return "".join(self.stream(prompt, n_predict, **options))
+            return "".join(self.stream(cast(Sequence[int], prompt), n_predict, **options))
         from rich.progress import track
 
-        running = [self.submit(x, n_predict, **options) for x in prompt]
+        running = [self.submit(cast(str, x), n_predict, **options) for x in prompt]
         try:
             return [x.result().text for x in track(running, "Generating", disable=not progress)]
         finally:

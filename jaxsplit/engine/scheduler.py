@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.cache.prefixes import Allocation, PrefixCache
-from jaxsplit.engine.chunked_prefill import chunk_lengths
+from jaxsplit.engine.chunked_prefill import MAX_LOGITS, chunk_lengths
 from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Prompt, Row
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.request import (
@@ -54,9 +54,6 @@ _PACKED_ROWS = (1, 4, 16, 64)
 
 _CHUNK_TOKENS = 500
 """Fixed cost of a chunk in equivalent tokens, as in `chunked_prefill`."""
-
-MAX_DETAIL = 512
-"""Tokens of a chunk at most of which logits are computed, not of the last one only."""
 
 _RESERVE = 128
 """Tokens that must fit into the cache after a prompt, before it is read."""
@@ -489,7 +486,7 @@ class Scheduler:
         left = self._until(sequence) - sequence.read
         chunks = [c for c in self.engine.chunks if not decoding or self._in_budget(1, c)]
         if spec.wanted != "last":
-            chunks = [c for c in chunks if c <= MAX_DETAIL]
+            chunks = [c for c in chunks if c <= MAX_LOGITS]
         chunks = chunks or [min(self.engine.chunks)]
         return chunk_lengths(left, chunks, len(self.engine.runners), queued)[0]
 
@@ -497,7 +494,7 @@ class Scheduler:
         """Whether a chunk delays the tokens of others no longer than they may be."""
         known = {k: s for k, s in self._seconds.items() if k[0] == "prompts"}
         if not known or not self.measures:
-            return rows * length <= MAX_DETAIL
+            return rows * length <= MAX_LOGITS
         size = rows * length
         # By all chunks that were measured: one that took long once must not be shunned for ever.
         seconds = min(
