@@ -52,6 +52,42 @@ def test_two_processes_give_the_text_of_one(model, split):
     assert not other
 
 
+MANY = """
+import sys, json, jaxsplit
+from jaxsplit.sharding.distributed import start_processes
+model, mesh, *process = sys.argv[1:]
+if process:
+    start_processes(process[0], 2, int(process[1]))
+lm = jaxsplit.load(model, mesh=mesh, slots=3, ctx_size=64, dtype="float32")
+prompts = ["the hello", "the hello the", "a", "lo", "hello hello"]
+texts = lm.generate(prompts, 10, temperature=0.0)
+started = [lm.submit(prompt, 40, temperature=0.0) for prompt in prompts]
+started[1].cancel()
+texts += [one.result().text for one in started if one is not started[1]]
+print(json.dumps(texts))
+"""
+
+
+@pytest.mark.parametrize("mesh", ["tensor:2", "data:2"])
+def test_two_processes_run_many_requests(model, mesh):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+
+    def begin(devices, *arguments):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        command, pipe = [sys.executable, "-c", MANY, str(model), *arguments], subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    several = [begin(1, mesh, coordinator, str(index)) for index in range(2)]
+    found = [process.communicate(timeout=180) for process in several]
+    assert [process.returncode for process in several] == [0, 0], found
+    alone, error = begin(2, mesh).communicate(timeout=180)
+    assert alone, error
+    texts = [text.splitlines()[-1] for text, _ in found]  # Gloo says something, too
+    assert texts == [alone.splitlines()[-1]] * 2
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_the_other_ends_with_a_message(model, victim):
     processes = pair(model, "--n_predict=1000000", "--ctx_size=0")

@@ -94,6 +94,7 @@ class Engine:
       slots_per_replica: slots of a data replica.
       overwritten: whether the cache may hold other than the scheduler believes.
       lost: whether a call failed halfway; `reset` makes the engine work again.
+      most_in_flight: units of work that may be enqueued before the first is read.
       loops: whether decode loops run on the devices. Not on CPUs, where XLA takes twice as long for
         a step inside a loop, and not across stages without peer access.
     """
@@ -139,6 +140,10 @@ class Engine:
         platform = partition.stages[0].mesh.devices.flat[0].platform
         several = len(self.runners) > 1
         self.loops = self._decode_loops.in_ring if several else platform != "cpu"
+        # Programs that do not depend on one another run on a CPU in any order: of several
+        # processes, each might wait for another one's collective.
+        alone = platform == "cpu" and jax.process_count() > 1
+        self.most_in_flight = 1 if alone else 1 + len(self.runners)
 
     def reset(self) -> None:
         """Drops all sequences and reallocates the cache."""

@@ -182,7 +182,7 @@ class Scheduler:
         self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
         self._units: collections.deque[_Unit] = collections.deque()
-        self._most_in_flight = 1 + len(engine.runners)
+        self._most_in_flight = engine.most_in_flight
         self._seconds: dict[tuple, float] = {}
         self._last_read = self._last_added = 0.0
         self._interval = 1.0  # seconds between requests, a moving average
