@@ -22,6 +22,17 @@ def checked_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
+def checked_bool(name: str, value: Any) -> bool:
+    """An argument's value, if it is a truth value.
+
+    Raises:
+      JaxsplitError: it is of another type, such as the text "false".
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise JaxsplitError(f"{name}={value!r} must be true or false")
+    return bool(value)
+
+
 def checked_number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
     """An argument's value as an `int` or `float` between two bounds.
 

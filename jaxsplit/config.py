@@ -262,7 +262,7 @@ def _bias(given: Any) -> tuple[tuple[int, float], ...] | None:
         else:
             pairs = given.items() if isinstance(given, Mapping) else given
         bias = {int(token): float(value) for token, value in pairs}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise JaxsplitError(
             f"logit_bias={given!r} must be numbers by token id, such as 15:-1.5,42:3"
         ) from None

@@ -157,11 +157,17 @@ class Conversation:
         messages = found.get("messages") if isinstance(found, dict) else found
         if not isinstance(messages, list):
             raise JaxsplitError(f'{source} has no messages: {{"messages": [...]}} is expected')
-        self.messages = [_checked(m, f"{source}: message {n}") for n, m in enumerate(messages, 1)]
+        self.messages = [
+            checked_message(m, f"{source}: message {n}") for n, m in enumerate(messages, 1)
+        ]
 
 
-def _checked(message: Any, where: str) -> dict[str, str]:
+def checked_message(message: Any, where: str) -> dict[str, str]:
     """A message of a file, its content as one text.
+
+    Args:
+      message: in the format of OpenAI's chat completions, its content text or parts of text.
+      where: begins the error's message.
 
     Raises:
       JaxsplitError: it is not a message, or has another role or content than texts.

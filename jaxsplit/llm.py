@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsplit.architectures import model_config
-from jaxsplit.arguments import checked_choice, checked_number
+from jaxsplit.arguments import checked_bool, checked_choice, checked_number
 from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig, SamplingConfig
 from jaxsplit.context import MatmulPolicy, compute_capability
 from jaxsplit.engine import (
@@ -30,7 +30,6 @@ from jaxsplit.engine import (
 )
 from jaxsplit.engine.chunked_prefill import CHUNKS
 from jaxsplit.engine.runner import CacheSize, bytes_per_device, fitting_pages
-from jaxsplit.engine.scheduler import MAX_BLOCK, MAX_DETAIL
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
 from jaxsplit.hub import find_model
@@ -38,7 +37,7 @@ from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul import float8
 from jaxsplit.pallas import has_triton
 from jaxsplit.plan import best_split
-from jaxsplit.plan.plan import scratch_bytes
+from jaxsplit.plan.plan import cache_room, scratch_bytes
 from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
 from jaxsplit.sharding.partition import free_memory
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
@@ -190,9 +189,6 @@ def _partition(
     )
 
 
-_MARGIN = 0.04
-"""Share of a device's memory that stays free beside the cache and known temporaries."""
-
 _SLOTS = 32
 """Sequences that are decoded together by default."""
 
@@ -250,14 +246,17 @@ def _free_memory(
     """Bytes that the fullest device of each stage has left for the cache; None: unknown."""
     found = []
     for stage in partition.stages:
-        devices = [*stage.mesh.devices.flat]
+        devices = cast(Mesh, stage.mesh).devices.flatten().tolist()
         if (free := free_memory(devices)) is None:
             return None
         chunk = min(max(CHUNKS), context)
         scratch = scratch_bytes(model, stage, dtype, chunk=chunk, context=context, kernels=kernels)
-        logits = 2 * 4 * MAX_DETAIL * model.vocab
-        margin = _MARGIN * max(d.memory_stats()["bytes_limit"] for d in devices)
-        found.append(min(free) - scratch - logits - margin)
+        limits = [(d.memory_stats() or {}).get("bytes_limit", 0) for d in devices]
+        room = [
+            cache_room(limit, scratch, model) - (limit - left)
+            for limit, left in zip(limits, free, strict=True)
+        ]
+        found.append(min(room))
     return found
 
 
@@ -338,10 +337,9 @@ def demo_model() -> Path:
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    if stop is None or isinstance(stop, str):
-        stops = () if stop is None else (stop,)
-    else:
-        stops = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    stops: tuple[Any, ...] = () if stop is None else (stop,)
+    if isinstance(stop, Iterable) and not isinstance(stop, str | Mapping):
+        stops = tuple(stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise JaxsplitError(f"stop={stop!r} must be a string, or several, none of them empty")
     return stops
@@ -504,11 +502,10 @@ class LM:
         """
         one = isinstance(prompt, str) or not isinstance(prompt, Sequence)
         if one or all(not isinstance(x, str | Sequence) for x in prompt):
-            return "".join(self.stream(prompt, n_predict, **options))
+            return "".join(self.stream(cast(Sequence[int], prompt), n_predict, **options))
         from rich.progress import track
 
-        options = {"block": MAX_BLOCK} | options
-        running = [self.submit(x, n_predict, **options) for x in prompt]
+        running = [self.submit(cast(str, x), n_predict, **options) for x in prompt]
         try:
             return [x.result().text for x in track(running, "Generating", disable=not progress)]
         finally:
@@ -575,6 +572,9 @@ class LM:
         **options: Any,
     ) -> tuple[list[int], Callable[[], Generation]]:
         """Checks the arguments of `submit`: the prompt's ids, and what begins the generation."""
+        ignore_eos = checked_bool("ignore_eos", ignore_eos)
+        parse_special = checked_bool("parse_special", parse_special)
+        prompt_logprobs = checked_bool("prompt_logprobs", prompt_logprobs)
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
         else:
@@ -600,7 +600,7 @@ class LM:
             priority=priority,
             timeout=timeout,
             block=block,
-            prompt_logprobs=bool(prompt_logprobs),
+            prompt_logprobs=prompt_logprobs,
         )
         tokenizer = None if isinstance(self._tokenizer, JaxsplitError) else self._tokenizer
         if tokenizer is None and (stops or isinstance(prompt, str)):

@@ -3,8 +3,10 @@
   jaxsplit generate --model=FILE.gguf --prompt="Once upon a time"
   jaxsplit generate --model=FILE.gguf --chat --prompt="Why is the sky blue?"
 
-Text goes to standard output, everything else to standard error. Exit status:
-0, or 2 with one line that says what to fix.
+Text goes to standard output, everything else to standard error. With --prompts,
+many requests run together, and each result is a JSON line of --out; the same
+command goes on where it was stopped. Exit status: 0; 2 with one line that says
+what to fix; 1 if lines of --prompts have failed.
 """
 
 import codecs
@@ -13,14 +15,18 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from jaxsplit.cli import options
+from jaxsplit.cli import batch, options
 from jaxsplit.cli.help import with_flags
 from jaxsplit.cli.program import local_model, note, progress_bar, text_alone_on_stdout
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
+
+if TYPE_CHECKING:
+    from jaxsplit.llm import LM
 
 GROUPS = {
     "model": "Model and prompt",
@@ -37,6 +43,17 @@ _MODEL = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; \\n, \\t and \\\\ are escapes")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "read the prompt from a file; -: stdin")
+_PROMPTS = flags.DEFINE_string(
+    "prompts",
+    None,
+    'run many requests: a JSON object a line, such as {"id": 1, "prompt": "..."}, with messages '
+    "instead of prompt, or with options by the names of their flags; -: stdin",
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "file for the results of --prompts, which it continues (default: standard output)",
+)
 _CHAT = flags.DEFINE_bool("chat", False, "put the prompt into the model's chat template")
 _SYSTEM = flags.DEFINE_string("system", None, "system message, with --chat; escapes as in --prompt")
 _PARSE_SPECIAL = flags.DEFINE_bool(
@@ -85,6 +102,34 @@ def _prompt() -> str:
     if _PROMPT.value is None:
         raise JaxsplitError('no prompt is given; use --prompt="..." or --prompt_file=FILE')
     return options.unescaped(_PROMPT.value)
+
+
+def _batch(prompts: str) -> batch.Batch:
+    """The requests of --prompts."""
+    for flag in (_PROMPT, _PROMPT_FILE):
+        if flag.value is not None:
+            raise JaxsplitError(f"--prompts and --{flag.name} are both given; leave one out")
+    given = {
+        "n_predict": _N_PREDICT.value,
+        "stop": [options.unescaped(stop) for stop in _STOP.value],
+        "parse_special": _PARSE_SPECIAL.value,
+        "show_special": _SHOW_SPECIAL.value,
+        "block": _INTERVAL.value,
+        **options.values(_SAMPLING),
+    }
+    system = None if _SYSTEM.value is None else options.unescaped(_SYSTEM.value)
+    out = "-" if _OUT.value is None else _OUT.value
+    return batch.Batch(prompts, out, given, chat=_CHAT.value, system=system)
+
+
+def _run(requests: batch.Batch, lm: "LM") -> None:
+    """Runs the requests of --prompts."""
+    with batch.progress(lambda: requests.lines, quiet=_QUIET.value) as show:
+        totals = requests.run(lm, show)
+    _note(f"{totals} | load {lm.load_seconds:.2f} s")
+    if totals.failed:
+        note(f"jaxsplit: lines of --prompts that failed: {totals.failed}; their results say why")
+        sys.exit(1)
 
 
 def _read_prompt_file(path: str) -> bytes:
@@ -138,8 +183,13 @@ def main(_: list[str]) -> None:
         text_alone_on_stdout()
     several = start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     is_coordinator = not several or jax.process_index() == 0
-    prompt = _prompt() if is_coordinator else ""
-    if _SAMPLING["seed"].value == -1:
+    several_prompts = _PROMPTS.value is not None
+    if _OUT.value is not None and not several_prompts:
+        raise JaxsplitError("--out needs --prompts")
+    if several and several_prompts:
+        raise JaxsplitError("--prompts is for one process; split the file to use several")
+    prompt = _prompt() if is_coordinator and not several_prompts else ""
+    if _SAMPLING["seed"].value == -1 and not several_prompts:  # there, each line draws its own
         flags.FLAGS["seed"].value = int.from_bytes(os.urandom(4), "little")
     if several:
         prompt = _agree(prompt)
@@ -156,9 +206,14 @@ def main(_: list[str]) -> None:
         raise JaxsplitError(f"--auto and --split_mode={config.split_mode}: leave one out")
     if _AUTO.value:
         config = dataclasses.replace(config, split_mode="auto")
+    requests = None if _PROMPTS.value is None else _batch(_PROMPTS.value)
     model = None if _MODEL.value is None else local_model(_MODEL.value)
     with progress_bar("loading", quiet=_QUIET.value) as progress:
         lm = jaxsplit.load(model, config=config, progress=progress)
+    if requests is not None:
+        _note(with_flags(lm.describe()))
+        _run(requests, lm)
+        return
     prompt_ids: str | list[int] = prompt
     if _CHAT.value:
         system = [] if _SYSTEM.value is None else [options.unescaped(_SYSTEM.value)]

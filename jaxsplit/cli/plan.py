@@ -165,6 +165,7 @@ def main(_: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_comparison(plans, prompt))
     console.print(_details(plans[0]))
+    console.print(f"By default, the cache would have room for {plans[0].cache_tokens:,} tokens.")
     if not plans[0].fits:
         console.print(
             "Nothing fits. More devices may, a shorter --ctx_size, --cache_dtype=int8, or a file "

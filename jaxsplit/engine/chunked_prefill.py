@@ -5,6 +5,9 @@ from collections.abc import Sequence
 CHUNKS = (32, 128, 512, 2048)
 """Chunk lengths for which prefill is compiled."""
 
+MAX_LOGITS = 512
+"""Tokens of a chunk at most of which logits are computed, not of the last one only."""
+
 _OVERHEAD = 500
 """Fixed cost of a chunk in equivalent tokens: reading and dequantizing weights, kernel launches.
 On H100s between 270 (70B) and 950 (8B); docs/plan.md."""

@@ -38,7 +38,8 @@ class DecodeLoops:
         peer_access: bool,
     ):
         self._runners = runners
-        self._limits: dict[int, list[jax.Array]] = {}
+        self._limit = 0
+        self._limits = [runner.put(np.zeros((), np.int32)) for runner in runners]
         self._outputs: dict[tuple, list[steps.Outputs]] = {}
         shapes = [runner.incoming_shapes(most_rows) for runner in runners]
         words = max(map(steps.word_count, shapes))
@@ -64,6 +65,37 @@ class DecodeLoops:
                 return None
             return [*jnp.asarray(p2p.host_buffer_pointers(len(meshes), meshes[0].devices.shape))]
         return allocate_ring_buffers(meshes, size, self)
+
+    def prepared(
+        self, sampler: SamplerSpec, size: int, length: int, rows: steps.Rows, held: tuple
+    ) -> tuple[Callable, tuple]:
+        """The program of a single stage's loop over one micro-batch, and what to compile it for.
+
+        Args:
+          sampler, length: as in `run`.
+          size: rows on each device.
+          rows: of NumPy.
+          held: the caches, the state and the parameters.
+        """
+        [runner] = self._runners
+        caches, state, params = held
+        outputs = steps.Outputs.empty(len(rows.slots), length, self._alternatives(sampler))
+        carry = (
+            runner.shapes_of(caches[0]),
+            runner.shapes_of(state),
+            [runner.shapes_by_slot(outputs)],
+            None,
+        )
+        inputs = steps.LoopInputs(
+            runner.shapes_of(self._limits[0]),
+            [runner.shapes_by_slot(rows)],
+            runner.shapes_of(params),
+        )
+        program = runner.decode_loop(sampler, length, size, 1, in_ring=False)
+        return program, (runner.shapes_of(runner.params), carry, None, inputs)
+
+    def _alternatives(self, sampler: SamplerSpec) -> int:
+        return min(MAX_TOP_LOGPROBS, self._runners[-1].vocab) if sampler.logprobs else 0
 
     def run(
         self,
@@ -94,16 +126,19 @@ class DecodeLoops:
           the caches and the state, and the outputs of each micro-batch, which the next call
           overwrites.
         """
-        if limit not in self._limits:
+        if limit != self._limit:
             value = np.asarray(limit, np.int32)
-            self._limits[limit] = [runner.put(value) for runner in self._runners]
+            self._limits = [
+                runner.overwrite(by_slot=False)(old, value)
+                for runner, old in zip(self._runners, self._limits, strict=True)
+            ]
+            self._limit = limit
         count, data = len(rows[-1]), self._runners[0].stage.mesh.shape["data"]
         of_batch = rows[-1][0].slots.shape[0]
         last = self._runners[-1]
         key = (of_batch, count, length, sampler.logprobs)
         if key not in self._outputs:
-            alternatives = min(MAX_TOP_LOGPROBS, last.vocab) if sampler.logprobs else 0
-            empty = steps.Outputs.empty(of_batch, length, alternatives)
+            empty = steps.Outputs.empty(of_batch, length, self._alternatives(sampler))
             self._outputs[key] = [last.put(empty, by_slot=True) for _ in range(count)]
         programs = [
             runner.decode_loop(sampler, length, of_batch // data, count, in_ring=self.in_ring)
@@ -118,7 +153,7 @@ class DecodeLoops:
                 self._outputs[key] if own else [],
                 self._epochs[i],
             )
-            inputs = steps.LoopInputs(self._limits[limit][i], rows[i], params if own else None)
+            inputs = steps.LoopInputs(self._limits[i], rows[i], params if own else None)
             arguments.append((runner.params, carry, self._buffer_pointers[i], inputs))
         carries = _run_together(programs, arguments)
         self._epochs = [carry[-1] for carry in carries]

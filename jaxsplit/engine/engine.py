@@ -20,9 +20,11 @@ from jaxsplit.engine.device_loop import DecodeLoops
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.runner import PAGE, CacheSize, StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
+from jaxsplit.engine.workers import Background
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import Decoder
 from jaxsplit.sharding import Partition
+from jaxsplit.sharding.axes import Axis
 
 MAX_STOP_IDS = 16
 """Tokens that stop a slot on the devices; the host looks for all."""
@@ -132,6 +134,7 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         self._peer_access = peer_access
         self._caches: list[Cache] = []
+        self._background = Background()
         self.reset()
         platform = partition.stages[0].mesh.devices.flat[0].platform
         several = len(self.runners) > 1
@@ -195,6 +198,11 @@ class Engine:
     def stateful(self) -> bool:
         """Whether layers have rings or recurrent states, which cannot be cut back."""
         return any(runner.stateful for runner in self.runners)
+
+    @property
+    def compiled_at(self) -> float:
+        """When a call last waited for a compiler, by `time.perf_counter`."""
+        return max(runner.compiled_at for runner in self.runners)
 
     @property
     def vocab(self) -> int:
@@ -340,7 +348,7 @@ class Engine:
             last = dataclasses.replace(
                 chunk, rows=dataclasses.replace(host, slots=slots.reshape(-1))
             )
-            self._state, outputs = self.runners[-1].sample_first(sampler)(
+            self._state, outputs = self.runners[-1].sample_first(sampler, rows)(
                 x, self._state, last, self._params
             )
         logits = x if wanted == "logits" else None
@@ -373,17 +381,84 @@ class Engine:
           length: steps that the outputs have room for; caps `limit`.
           on_host: step by step from the host.
         """
-        count = min(len(self.runners), max(map(len, rows)))  # micro-batches
-        size = _power_of_2(-(-max(map(len, rows)) // count))
-        size = min(size, self.slots_per_replica)
-        count = -(-max(map(len, rows)) // size)
-        batches = [[own[i * size : (i + 1) * size] for own in rows] for i in range(count)]
+        most, looping = max(map(len, rows)), self.loops and not on_host
+        count = min(len(self.runners), most)  # micro-batches
+        size = min(_power_of_2(-(-most // count)), self.slots_per_replica)
+        if looping and count == 1:
+            size = self._ready_size(sampler, size, length)
+        batches = [[own[i : i + size] for own in rows] for i in range(0, most, size)]
+        # A single stage has nothing to overlap: its micro-batches are loops one after the other.
+        count = 1 if len(self.runners) == 1 else len(batches)
+        limit = min(limit, length)
         with self._consuming():
             held = [self._device_rows(i, batch, size, count) for i, batch in enumerate(batches)]
-            by_stage = [list(one) for one in zip(*held, strict=True)]
-            if self.loops and not on_host:
-                return self._device_loop(by_stage, sampler, min(limit, length), length)
-            return self._step_loop(by_stage, sampler, min(limit, length))
+            if not looping:
+                by_stage = [list(one) for one in zip(*held, strict=True)]
+                return self._step_loop(by_stage, sampler, limit)
+            found = []
+            for i in range(0, len(held), count):
+                by_stage = [list(one) for one in zip(*held[i : i + count], strict=True)]
+                found += self._device_loop(by_stage, sampler, limit, length)
+        size *= self.partition.data
+        return PendingTokens(self, size, sampler, [[one] for one in found], length, limit)
+
+    def _ready_size(self, sampler: SamplerSpec, wanted: int, length: int) -> int:
+        """Rows of a decode loop: as many as wanted, or, while its program is compiled in the
+        background, as many as a program that is ready has."""
+        runner = self.runners[0]
+        ready = [
+            size
+            for size in (1 << i for i in range(self.slots_per_replica.bit_length()))
+            if runner.decode_loop(sampler, length, size, 1, in_ring=False).ready
+        ]
+        if wanted in ready or not ready:
+            return wanted
+        program, arguments = self._decode_loops.prepared(
+            sampler,
+            wanted,
+            length,
+            self.host_rows([[]] * self.partition.data, wanted),
+            (self._caches, self._state, self._params),
+        )
+        self._background.add(("loop", sampler, wanted, length), lambda: program.compile(*arguments))
+        larger = [size for size in ready if wanted < size <= 4 * wanted]
+        return min(larger) if larger else max((s for s in ready if s < wanted), default=min(ready))
+
+    def is_ready(self, rows: int, length: int, wanted: str, sampler: SamplerSpec) -> bool:
+        """Whether prompts of these shapes can be read without compiling. If not, their programs
+        are compiled in the background from now on: where devices decode in loops, so that the
+        host is free, and for a single stage."""
+        runner, data = self.runners[0], self.partition.data
+        program, first = runner.prefill(rows, length, wanted), runner.sample_first(sampler, rows)
+        if not self.loops or len(self.runners) > 1 or (program.ready and first.ready):
+            return True
+        cache, state, params = map(runner.shapes_of, (self._caches[0], self._state, self._params))
+        arguments = runner.prefill_arguments(rows, length, cache)
+        if wanted == "logprobs":
+            arguments = (*arguments[:-1], np.zeros((data * rows, length), np.int32))
+        chunk = arguments[3]
+
+        def task() -> None:
+            if not program.ready:
+                program.compile(runner.shapes_of(arguments[0]), *arguments[1:])
+            if not first.ready and wanted != "logits":
+                padded = runner.stage.layout(Axis("vocab", self.config.vocab)).size
+                logits = jax.ShapeDtypeStruct(
+                    (data * rows, padded), np.float32, sharding=runner.sharding(runner.logits_spec)
+                )
+                first.compile(logits, state, chunk, params)
+
+        self._background.add(("prompts", rows, length, wanted, sampler), task)
+        return False
+
+    def wait_for_programs(self) -> None:
+        """Waits until the programs that are compiled in the background are ready."""
+        self._background.wait()
+
+    def ready_chunks(self, wanted: str) -> list[int]:
+        """Lengths of which a single prompt's chunk can be read without compiling."""
+        runner = self.runners[0]
+        return [c for c in self.chunks if runner.prefill(1, c, wanted).ready]
 
     def _device_rows(
         self, index: int, rows: Sequence[Sequence[Row | None]], size: int, count: int
@@ -403,20 +478,13 @@ class Engine:
         return held
 
     def _device_loop(
-        self,
-        rows: list[list[steps.Rows]],
-        sampler: SamplerSpec,
-        limit: int,
-        length: int,
-    ) -> PendingTokens:
+        self, rows: list[list[steps.Rows]], sampler: SamplerSpec, limit: int, length: int
+    ) -> list[steps.Outputs | None]:
+        """The outputs of each micro-batch."""
         self._caches, self._state, outputs = self._decode_loops.run(
             self._caches, self._state, rows, self._params, sampler, limit=limit, length=length
         )
-        copies = [
-            self.runners[-1].copied()(one) for one in outputs
-        ]  # the next loop overwrites them
-        size = self._size_of(rows, 0)
-        return PendingTokens(self, size, sampler, [[one] for one in copies], length, limit)
+        return [self.runners[-1].copied()(one) for one in outputs]  # the next loop overwrites them
 
     def _step_loop(
         self, rows: list[list[steps.Rows]], sampler: SamplerSpec, limit: int

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from jaxsplit.engine.engine import Engine
 
 
-def _outputs_like(engine: "Engine", rows: int, steps: int, *, logprobs: bool) -> Outputs:
+@functools.cache
+def _outputs_like(vocab: int, rows: int, steps: int, *, logprobs: bool) -> Outputs:
     """Shapes and dtypes of outputs."""
-    alternatives = min(MAX_TOP_LOGPROBS, engine.vocab) if logprobs else 0
+    alternatives = min(MAX_TOP_LOGPROBS, vocab) if logprobs else 0
     return jax.eval_shape(functools.partial(Outputs.empty, rows, steps, alternatives))
 
 
@@ -42,7 +43,7 @@ class PendingTokens:
         limit: int,
     ):
         self._engine, self._batches, self._limit = engine, batches, limit
-        self._like = _outputs_like(engine, rows, width, logprobs=sampler.logprobs)
+        self._like = _outputs_like(engine.vocab, rows, width, logprobs=sampler.logprobs)
 
     def read(self) -> Outputs:
         """Waits for them: `[data, rows, limit]`, micro-batches one after the other."""
@@ -100,7 +101,7 @@ class PendingPrompts:
         if not self._ends:
             return None
         logprobs = self._sampler.logprobs
-        like = _outputs_like(self._engine, data * rows, 1, logprobs=logprobs)
+        like = _outputs_like(self._engine.vocab, data * rows, 1, logprobs=logprobs)
         return self._by_replica(self._engine.fetch(self._outputs, like))
 
     def details(self) -> Outputs | None:
@@ -109,7 +110,7 @@ class PendingPrompts:
         data, rows, length = self._shape
         if self._wanted != "logprobs":
             return None
-        like = _outputs_like(self._engine, data * rows, length, logprobs=True)
+        like = _outputs_like(self._engine.vocab, data * rows, length, logprobs=True)
         return self._by_replica(self._engine.fetch(self._details, like))
 
     def logits(self) -> np.ndarray:

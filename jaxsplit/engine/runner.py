@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -165,14 +166,31 @@ class _Program:
       function: takes the peers' buffer pointers, then the arguments.
       buffer_pointers: as `allocate_peer_buffers` returns them; None without peer-to-peer kernels.
       executable: the function compiled ahead of time; None: compiled by its first call.
+      called: whether it has been called.
+      compiled_at: when a call had compiled it, by `time.perf_counter`; 0: none has.
     """
 
     function: Any
     buffer_pointers: jax.Array | None
     executable: Callable | None = None
+    called: bool = False
+    compiled_at: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call need not compile it."""
+        return self.called or self.executable is not None
 
     def __call__(self, *arguments: Any) -> Any:
-        return (self.executable or self.function)(self.buffer_pointers, *arguments)
+        function, ready = (
+            self.function if self.called else self.executable or self.function,
+            self.ready,
+        )
+        result = function(self.buffer_pointers, *arguments)
+        self.called |= function is self.function  # what has run once stays as it is
+        if not ready:
+            self.compiled_at = time.perf_counter()
+        return result
 
     def trace(self, *arguments: Any) -> jax.stages.Traced:
         return self.function.trace(self.buffer_pointers, *arguments)
@@ -286,6 +304,16 @@ class StageRunner:
             return None
         capacity = _all_reduce_capacity(self.config, self.size.context)
         return PeerGroup(buffer_pointers.reshape(-1), self._reduce_axes, capacity)
+
+    @property
+    def compiled_at(self) -> float:
+        """When a call last had to compile its program, by `time.perf_counter`."""
+        return max((p.compiled_at for p in self._programs.values()), default=0.0)
+
+    @property
+    def logits_spec(self) -> PartitionSpec:
+        """Of logits `[rows, vocab]`."""
+        return self.stage.spec((SLOTS, Axis("vocab")))
 
     @property
     def stateful(self) -> bool:
@@ -427,16 +455,17 @@ class StageRunner:
         targets = np.zeros((count, length), np.int32) if wanted == "logprobs" else None
         return self.params, cache, inputs, chunk, targets
 
-    def sample_first(self, sampler: SamplerSpec) -> Callable:
-        """Samples the first token after some prompts, `steps.sample_first`: `(logits, state, chunk,
-        slot_params)` to the state and the outputs. The state is donated."""
+    def sample_first(self, sampler: SamplerSpec, rows: int) -> Callable:
+        """Samples the first token after some prompts, `rows` on each device,
+        `steps.sample_first`: `(logits, state, chunk, slot_params)` to the state and the outputs.
+        The state is donated."""
         spec, by_slot = self._step_spec(sampler), self._slot_spec
 
         def sample_first(logits, state, chunk, slot_params):
             return steps.sample_first(logits, state, chunk, slot_params, spec)
 
         specs = [self.stage.spec((SLOTS, Axis("vocab"))), by_slot, by_slot, by_slot]
-        key, out = ("sample_first", sampler), (by_slot, by_slot)
+        key, out = ("sample_first", sampler, rows), (by_slot, by_slot)
         return self._program(key, sample_first, specs, out, donate=[1])
 
     def decode_layers(self) -> Callable:
@@ -505,16 +534,30 @@ class StageRunner:
         key = ("decode_loop", sampler, length, rows, micro_batches, in_ring)
         return self._program(key, decode_loop, specs, carry, donate=[1], decode=True)
 
+    def shapes_of(self, tree: Any) -> Any:
+        """Arrays on the stage's devices as what programs can be compiled for."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+        )
+
+    def shapes_by_slot(self, tree: Any) -> Any:
+        """As `shapes_of`, of NumPy arrays that will be sharded by slot."""
+        sharding = self.sharding(self._slot_spec)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
     def step_inputs(self) -> Callable:
         """`(state, rows)` to their `steps.step_inputs`."""
         specs = [self._slot_spec, self._slot_spec]
         return self._program("step_inputs", steps.step_inputs, specs, self._slot_spec)
 
-    def overwrite(self) -> Callable:
-        """`(old, new)`, arrays by slot, to what is new, in the buffers of what is old: programs
-        whose arguments keep their addresses need no new CUDA graph."""
-        specs = [self._slot_spec, self._slot_spec]
-        return self._program("overwrite", steps.overwritten, specs, self._slot_spec, donate=[0])
+    def overwrite(self, *, by_slot: bool = True) -> Callable:
+        """`(old, new)`, arrays by slot or replicated, to what is new, in the buffers of what is
+        old: programs whose arguments keep their addresses need no new CUDA graph."""
+        spec = self._slot_spec if by_slot else _REPLICATED
+        key = "overwrite", by_slot
+        return self._program(key, steps.overwritten, [spec, spec], spec, donate=[0])
 
     def copied(self) -> Callable:
         """Arrays by slot to copies of them."""

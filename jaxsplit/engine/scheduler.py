@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.cache.prefixes import Allocation, PrefixCache
-from jaxsplit.engine.chunked_prefill import chunk_lengths
+from jaxsplit.engine.chunked_prefill import MAX_LOGITS, chunk_lengths
 from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Prompt, Row
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.request import (
@@ -54,9 +54,6 @@ _PACKED_ROWS = (1, 4, 16, 64)
 
 _CHUNK_TOKENS = 500
 """Fixed cost of a chunk in equivalent tokens, as in `chunked_prefill`."""
-
-MAX_DETAIL = 512
-"""Tokens of a chunk at most of which logits are computed, not of the last one only."""
 
 _RESERVE = 128
 """Tokens that must fit into the cache after a prompt, before it is read."""
@@ -187,7 +184,8 @@ class Scheduler:
         self._units: collections.deque[_Unit] = collections.deque()
         self._most_in_flight = 1 + len(engine.runners)
         self._seconds: dict[tuple, float] = {}
-        self._last_read = 0.0
+        self._last_read = self._last_added = 0.0
+        self._interval = 1.0  # seconds between requests, a moving average
         self._prompts_last = False
         self._make_caches()
 
@@ -222,6 +220,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request that `check` has passed."""
+        now = time.perf_counter()
+        since, self._last_added = min(now - self._last_added, 1.0), now
+        self._interval = 0.8 * self._interval + 0.2 * since
         spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
         self._waiting.append(_Sequence(request, [*request.spec.prompt], spec))
         self._waiting.sort(key=lambda one: one.order)
@@ -310,7 +311,8 @@ class Scheduler:
         self._admit(working)
         reading = [s for s in self._running if not s.decodes]
         decoding = [s for s in self._running if s.decodes and self._steps_left(s) > 0]
-        if reading and not (decoding and self._prompts_last):
+        waits = decoding and (self._prompts_last or self._more_come(reading))
+        if reading and not waits:
             self._prompts_last = True
             return self._read_prompts(reading, bool(decoding), working)
         if not decoding:
@@ -318,6 +320,15 @@ class Scheduler:
         unit = self._decode(decoding, bool(reading or self._waiting), working)
         self._prompts_last &= unit is None  # no prompt is read before there is a block
         return unit
+
+    def _more_come(self, reading: list[_Sequence]) -> bool:
+        """Whether short prompts should wait for others to be read with: a chunk has a fixed cost,
+        and meanwhile the devices decode."""
+        if not self.measures or self._interval > self.itl_budget / 2:
+            return False
+        tokens = sum(self._until(s) - s.read for s in reading)
+        oldest = min((s.request.timings.submitted for s in reading), default=0.0)
+        return tokens < _CHUNK_TOKENS and time.perf_counter() - oldest < self.itl_budget
 
     # Admission
 
@@ -401,18 +412,19 @@ class Scheduler:
             or (wanted == "last" == s.request.spec.wanted and self._fits(s, length, decoding))
         ]
         rows = self._packed(alike, length, decoding) if wanted == "last" else 1
+        spec = SamplerSpec.join(s.spec for s in alike)
+        if self.measures and not self.engine.is_ready(rows, length, wanted, spec):
+            # Meanwhile, one prompt at a time, in chunks whose program is there.
+            left = self._until(first) - first.read
+            chunks = sorted(self.engine.ready_chunks(wanted))
+            if chunks:
+                rows, length = 1, next((c for c in chunks if c >= left), chunks[-1])
         sequences: list[list[_Sequence]] = [[] for _ in self._caches]
         for sequence in alike:
             if len(sequences[sequence.replica]) < rows:
                 sequences[sequence.replica].append(sequence)
         working += itertools.chain(*sequences)
         parts = [[self._part(s, length) for s in own] for own in sequences]
-        spec = SamplerSpec.join(
-            s.spec
-            for own, p in zip(sequences, parts, strict=True)
-            for s, one in zip(own, p, strict=True)
-            if one.ends
-        )
         now = time.perf_counter()
         pending = self.engine.read_prompts(
             parts, rows=rows, length=length, sampler=spec, wanted=wanted
@@ -474,20 +486,21 @@ class Scheduler:
         left = self._until(sequence) - sequence.read
         chunks = [c for c in self.engine.chunks if not decoding or self._in_budget(1, c)]
         if spec.wanted != "last":
-            chunks = [c for c in chunks if c <= MAX_DETAIL]
+            chunks = [c for c in chunks if c <= MAX_LOGITS]
         chunks = chunks or [min(self.engine.chunks)]
         return chunk_lengths(left, chunks, len(self.engine.runners), queued)[0]
 
     def _in_budget(self, rows: int, length: int) -> bool:
         """Whether a chunk delays the tokens of others no longer than they may be."""
-        known = {k: s for k, s in self._seconds.items() if k[0] == "prompts" and s < math.inf}
+        known = {k: s for k, s in self._seconds.items() if k[0] == "prompts"}
         if not known or not self.measures:
-            return rows * length <= MAX_DETAIL
-        seconds = known.get(("prompts", rows, length, "last"))
-        if seconds is None:  # as the nearest chunk that was measured
-            size = rows * length
-            key = min(known, key=lambda k: abs(math.log(k[1] * k[2] / size)))
-            seconds = known[key] * (size + _CHUNK_TOKENS) / (key[1] * key[2] + _CHUNK_TOKENS)
+            return rows * length <= MAX_LOGITS
+        size = rows * length
+        # By all chunks that were measured: one that took long once must not be shunned for ever.
+        seconds = min(
+            s * max(1, (size + _CHUNK_TOKENS) / (r * n + _CHUNK_TOKENS))
+            for (_, r, n, _), s in known.items()
+        )
         return seconds <= self.itl_budget
 
     def _fits(self, sequence: _Sequence, length: int, decoding: bool) -> bool:
@@ -634,16 +647,17 @@ class Scheduler:
                 self._take_tokens(sequence, outputs, at, now)
 
     def _measure(self, unit: _Unit, now: float) -> None:
-        """Notes how long a unit took: since it was enqueued, or the one before it was done."""
-        seconds = (now - max(unit.enqueued, self._last_read)) / max(unit.steps, 1)
+        """Notes how long a unit took: since it was enqueued, or the one before it was done.
+
+        Whatever else happens on the host makes it longer: the least counts, and is forgotten
+        slowly.
+        """
+        since = max(unit.enqueued, self._last_read)
         self._last_read = now
-        before = self._seconds.get(unit.key)
-        # The first one has been compiled, too.
-        if before is None and unit.key not in self._seconds:
-            self._seconds[unit.key] = math.inf
-            return
-        assert before is not None
-        self._seconds[unit.key] = seconds if before == math.inf else 0.7 * before + 0.3 * seconds
+        if self.engine.compiled_at < unit.enqueued:
+            seconds = (now - since) / max(unit.steps, 1)
+            before = self._seconds.get(unit.key, math.inf)
+            self._seconds[unit.key] = min(seconds, 1.05 * before)
 
     def _take_details(
         self,

@@ -89,12 +89,17 @@ class Generation:
 
         self.request.listen(wake)
         while self.finish_reason is None:
-            news = self._taken(self.request.next_now)
-            if news is None:
+            event = self.next_now()
+            if event is None:
                 await ready.wait()
                 ready.clear()
                 continue
-            yield self._event(news)
+            yield event
+
+    def next_now(self) -> Event | None:
+        """The next event, if it is there."""
+        news = self._taken(self.request.next_now)
+        return None if news is None else self._event(news)
 
     def result(self) -> "Generation":
         """Waits until it is finished."""

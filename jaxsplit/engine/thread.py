@@ -5,12 +5,10 @@ of its callers, and the others' schedulers, given the same commands, decide the 
 other processes are to call the same in the same order.
 """
 
-import atexit
 import functools
 import itertools
 import queue
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import jax
 from jaxsplit.engine.engine import Engine
 from jaxsplit.engine.request import CANCELLED, DEADLINE, Request, RequestSpec
 from jaxsplit.engine.scheduler import Scheduler, Statistics
+from jaxsplit.engine.workers import start_worker
 from jaxsplit.sharding.distributed import Bulletin
 
 
@@ -37,18 +36,6 @@ class _Run(NamedTuple):
 
 _Command = _Submit | _Cancel | _Run | None
 """None ends the thread."""
-
-_threads: "weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue]" = (
-    weakref.WeakKeyDictionary()
-)
-
-
-@atexit.register
-def _end_threads() -> None:
-    """JAX must not run on a thread while the interpreter shuts down."""
-    for thread, commands in [*_threads.items()]:
-        commands.put(None)
-        thread.join()
 
 
 class SchedulerThread:
@@ -75,10 +62,7 @@ class SchedulerThread:
             arguments = (self._scheduler, self._commands, bulletin)
             if jax.process_index():
                 serve, arguments = _follow, (*arguments, self._requests)
-        thread = threading.Thread(target=serve, args=arguments, name="jaxsplit-engine", daemon=True)
-        thread.start()
-        weakref.finalize(self, self._commands.put, None).atexit = False
-        _threads[thread] = self._commands
+        start_worker("jaxsplit-engine", serve, *arguments, tasks=self._commands, owner=self)
 
     def submit(self, spec: RequestSpec) -> Request:
         """Queues a request.

@@ -9,8 +9,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxsplit.engine.chunked_prefill import CHUNKS, chunk_lengths
-from jaxsplit.engine.runner import CacheSize, bytes_per_device, peer_buffer_bytes
+from jaxsplit.engine.chunked_prefill import CHUNKS, MAX_LOGITS, chunk_lengths
+from jaxsplit.engine.runner import CacheSize, bytes_per_device, fitting_pages, peer_buffer_bytes
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import ModelConfig
 from jaxsplit.ops.attention.xla import MAX_SCORES
@@ -65,6 +65,8 @@ class Plan:
       transfers: stage transfers in a decode step, one for each stage boundary, and their bytes:
         activations, and each slot's token and position.
       kinds: of the devices, by rank.
+      cache_tokens: tokens that the cache of each data replica would hold if it took the rest of the
+        devices' memory.
     """
 
     partition: Partition
@@ -73,6 +75,7 @@ class Plan:
     slots: int
     transfers: tuple[int, int]
     kinds: tuple[DeviceKind, ...]
+    cache_tokens: int
 
     @property
     def name(self) -> str:
@@ -144,6 +147,7 @@ class Plan:
                 }
                 for s in self.stages
             ],
+            "cache_tokens": self.cache_tokens,
             "transfers": self.transfers[0],
             "transfer_bytes": self.transfers[1],
             "decode_tokens_per_s": self.decode_rate,
@@ -253,7 +257,15 @@ def make_plan(
     widths = [config.stream_width(stage.layers.start) for stage in partition.stages[1:]]
     size = batch_slots // partition.data * sum(width * dtype.itemsize + 8 for width in widths)
     transfers = (boundaries, size)
-    return Plan(partition, tuple(stages), workload.chunk, slots, transfers, tuple(kinds))
+    free = [
+        cache_room(min(kinds[rank].memory for rank in one.stage.ranks.flat), one.scratch, config)
+        - one.weights
+        for one in stages
+    ]
+    cache = CacheSize.of_slots(context, -(-slots // partition.data))
+    pages = fitting_pages(config, partition.stages, free, cache, cache_dtype)
+    tokens = pages * cache.page
+    return Plan(partition, tuple(stages), workload.chunk, slots, transfers, tuple(kinds), tokens)
 
 
 def _plan_stage(
@@ -360,6 +372,21 @@ def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
             if field.name != "name"
         },
     )
+
+
+_MARGIN = 0.04
+"""Share of a device's memory that stays free beside weights, cache and known temporaries."""
+
+
+def cache_room(memory: float, scratch: float, config: ModelConfig) -> float:
+    """Bytes of a device that are left for weights and cache.
+
+    Args:
+      memory: of the device.
+      scratch: as of `scratch_bytes`.
+      config: of the model, of whose tokens some logits are kept.
+    """
+    return memory * (1 - _MARGIN) - scratch - 2 * 4 * MAX_LOGITS * config.vocab
 
 
 def scratch_bytes(

@@ -107,7 +107,7 @@ class Bulletin:
     def __init__(self) -> None:
         from jax._src import distributed  # there is no public way to the store
 
-        self._client = distributed.global_state.client
+        self._client: Any = distributed.global_state.client
         self._name = f"jaxsplit/{broadcast_from_process_0(secrets.token_hex(8))}"
         self._count = 0
 

@@ -43,6 +43,7 @@ from jaxsplit.pallas import pl, plgpu
 
 _SPLIT_KEYS = 256
 _MAX_SPLITS = 64
+_PROGRAMS = 128  # as a large GPU runs at a time
 _MAX_HEAD_DIM = 256
 
 
@@ -70,13 +71,15 @@ class Tiling:
     stages: int
 
 
-def tiling_of(rows: int, keys: int, width: int) -> Tiling:
+def tiling_of(rows: int, keys: int, width: int, heads: int = _PROGRAMS) -> Tiling:
     """The fastest tiling that was measured.
 
     Args:
       rows: queries of all heads that share a KV head.
       keys: most keys that there may be.
       width: of a head.
+      heads: KV heads of all sequences together. If tiles and heads are few, programs split the
+        keys, too.
     """
     if rows <= MIN_MMA_M:
         splits = min(_MAX_SPLITS, pl.next_power_of_2(pl.cdiv(keys, _SPLIT_KEYS)))
@@ -84,7 +87,11 @@ def tiling_of(rows: int, keys: int, width: int) -> Tiling:
     if rows <= 64:
         splits = min(_MAX_SPLITS, pl.next_power_of_2(pl.cdiv(keys, 2 * _SPLIT_KEYS)))
         return Tiling(pl.next_power_of_2(rows), 64 if width <= 128 else 32, splits, 4, 2)
-    return Tiling(128, 64, 1, 8, 3) if width <= 128 else Tiling(64, 32, 1, 4, 2)
+    tiling = Tiling(128, 64, 1, 8, 3) if width <= 128 else Tiling(64, 32, 1, 4, 2)
+    programs = heads * pl.cdiv(rows, tiling.rows)
+    splits = min(pl.cdiv(_PROGRAMS, programs), pl.cdiv(keys, 4 * _SPLIT_KEYS))
+    splits = 1 << (splits.bit_length() - 1)  # a power of two
+    return dataclasses.replace(tiling, splits=splits)
 
 
 def flash_attention(
@@ -110,7 +117,7 @@ def flash_attention(
     value_dim = kv.values.shape[-1]
     width = pl.next_power_of_2(max(kv.keys.shape[-1], value_dim))
     length = kv.length if pages is None else kv.length * pages.shape[1]
-    tiling = tiling or tiling_of(time * group, length, width)
+    tiling = tiling or tiling_of(time * group, length, width, kv_heads * batch)
     scale = queries.shape[-1] ** -0.5 if config.scale is None else config.scale
     of_one = sinks if tiling.splits == 1 else None
     # With more rows, converting int8 is a small part of the work.
