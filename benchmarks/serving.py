@@ -6,8 +6,8 @@
 - `single`: tokens/s of one sequence, beside a decode loop without a scheduler.
 - `arrivals`: output tokens/s of a constant number of requests of 128 + 128 tokens that begin at
   random times, beside reading and decoding them all together.
-- `packed`: seconds until 16 prompts of 128 tokens have their first tokens.
-- `shared`: seconds to the first token of a prompt that shares 4096 tokens with an earlier one.
+- `packed`: milliseconds until 16 prompts of 128 tokens have their first tokens.
+- `shared`: milliseconds to the first token of a prompt that shares 4096 tokens with an earlier one.
 - `budget`: how long a prompt of 16384 tokens delays the tokens of 8 sequences, beside the budget.
 """
 
@@ -70,19 +70,19 @@ class Serving:
         return (count - 1) / (times.last_token - times.first_token), self.lm.run(loop)
 
     def packed(self, prompts: int, length: int) -> float:
-        """Seconds until all prompts have their first token."""
+        """Milliseconds until all prompts have their first token."""
         given = [self.prompt(length) for _ in range(prompts)]
         start = time.perf_counter()
         found = [self.submit(prompt, 1) for prompt in given]
-        return max(x.result().request.timings.first_token for x in found) - start
+        return 1e3 * (max(x.result().request.timings.first_token for x in found) - start)
 
     def shared(self, length: int, more: int) -> float:
-        """Seconds to the first token of a prompt whose beginning is known."""
+        """Milliseconds to the first token of a prompt whose beginning is known."""
         prefix = self.prompt(length)
         self.submit(prefix + self.prompt(more), 2).result()
         request = self.submit(prefix + self.prompt(more), 1).result().request
         assert request.cached_tokens >= length, request.cached_tokens
-        return request.timings.first_token - request.timings.submitted
+        return 1e3 * (request.timings.first_token - request.timings.submitted)
 
     def together(self, sequences: int, length: int, count: int) -> float:
         """Output tokens/s of a closed batch: all begin together, and end together."""
@@ -118,9 +118,9 @@ class Serving:
         first, last = start + spread, sorted(ends)[-sequences]
         return sum(first <= end <= last for end in ends) * count / (last - first)
 
-    def budget(self, sequences: int, length: int, count: int) -> tuple[float, float]:
-        """Longest time between two pieces of text of other sequences, while a long prompt is read
-        and before that."""
+    def budget(self, sequences: int, length: int, count: int) -> float:
+        """Longest time between two pieces of text of other sequences while a long prompt is read, a
+        chunk and a block, in milliseconds."""
         gaps: list[tuple[float, float]] = []
         lock = threading.Lock()
 
@@ -145,7 +145,8 @@ class Serving:
         during = [gap for at, gap in gaps if start < at < end + 0.05]
         usual = [gap for at, gap in gaps if at < start]
         print(f"  the prompt took {end - start:.2f} s")
-        return max(during, default=0.0), statistics.median(usual[len(usual) // 2 :])
+        print(f"  usual: {statistics.median(usual[len(usual) // 2 :]):.4f} s")
+        return 1e3 * max(during, default=0.0)
 
 
 def main(_: list[str]) -> None:
@@ -187,25 +188,40 @@ def main(_: list[str]) -> None:
 
     many, wanted = _SEQUENCES.value, _TESTS.value
     if "single" in wanted:
-        measure("single", "tokens/s", lambda: serving.single(256 // n))
+        measure("decode, scheduled", "tokens/s", lambda: serving.single(256 // n))
     if "packed" in wanted:
-        measure("packed", "s", lambda: serving.packed(16, 128 // n), limit=0.08, sequences=16)
+        measure(
+            "first tokens of 16 prompts of 128",
+            "ms",
+            lambda: serving.packed(16, 128 // n),
+            sequences=16,
+        )
     if "shared" in wanted:
-        measure("shared", "s", lambda: serving.shared(4096 // n, 32 // n), limit=0.015)
+        measure(
+            "first token after 4096 shared ones", "ms", lambda: serving.shared(4096 // n, 32 // n)
+        )
     if "arrivals" in wanted:
         shape = 128 // n, 128 // n
         together = measure(
-            "together", "tokens/s", lambda: serving.together(many, *shape), sequences=many
+            "128 + 128 tokens, together",
+            "tokens/s",
+            lambda: serving.together(many, *shape),
+            sequences=many,
         )
         measure(
-            "arrivals",
+            "128 + 128 tokens, at random times",
             "tokens/s",
             lambda: serving.arrivals(_REQUESTS.value, many, *shape),
             limit=statistics.median(together),
             sequences=many,
         )
     if "budget" in wanted:
-        measure("budget", "s", lambda: serving.budget(8, 16384 // n, 1500 // n), sequences=8)
+        measure(
+            "longest wait for a prompt of 16384",
+            "ms",
+            lambda: serving.budget(8, 16384 // n, 1500 // n),
+            sequences=8,
+        )
     print(lm.statistics)
     record.save(rows, _JSON_DIR.value)
 

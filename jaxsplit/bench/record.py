@@ -62,7 +62,7 @@ median, min, max: over the repetitions. unit: of these, of the limit and of the 
 devices of this kind allow, as a rule measured in the same run. plan: what `jaxsplit.plan` predicts.
 """
 
-_TIMES = {"s", "µs"}
+_TIMES = {"s", "ms", "µs"}
 
 
 def mesh_size(mesh: str) -> int:
