@@ -23,13 +23,12 @@ GREEDY = SamplingConfig(temperature=0.0, logprobs=LOGPROBS)
 ATOL = 1e-5
 """Of most log-probabilities, together and alone."""
 
-ROUNDING = 1e-4
+ROUNDING = 3e-4
 """Of all, and of those of a model without cache: sums in float32 in another order."""
 
 MESHES = {
     "none": {"split_mode": "none"},
     "graph:3": {"split_mode": "graph", "devices": 3},
-    "stage:2": {"mesh": "stage:2"},
     "stage:2,tensor:2": {"mesh": "stage:2,tensor:2"},
     "data:2,tensor:2": {"mesh": "data:2,tensor:2"},
 }
@@ -240,17 +239,13 @@ def seed_of(*names):
 
 @pytest.fixture(scope="module")
 def model(load, recipe_gguf):
-    """`model(name, mesh, loops)`: made once. With `loops`, devices decode by themselves; stages
-    then transfer in kernels."""
+    """`model(name, mesh, loops)`: made once. With `loops`, devices decode by themselves."""
 
     @functools.lru_cache(maxsize=3)  # each program takes memory maps
     def make(name, mesh, *, loops=False):
         path = recipe_gguf(name)
         reference = load(path, ctx_size=CONTEXT, **MESHES["none"])
-        kernels = loops and mesh == "stage:2"
-        lm = load(path, ctx_size=CONTEXT, kernels=kernels, **MESHES[mesh])
-        found = Model(lm, reference, pages=10)
-        assert found.engine.loops == kernels
+        found = Model(load(path, ctx_size=CONTEXT, **MESHES[mesh]), reference, pages=10)
         found.engine.loops = loops
         return found
 
@@ -268,7 +263,7 @@ def check_together(model, name, mesh, monkeypatch, count=16, **options):
 
 
 PLACES = [
-    *(("llama", mesh) for mesh in MESHES if mesh != "stage:2"),
+    *(("llama", mesh) for mesh in MESHES),
     *((name, "none") for name in NAMES[1:]),
     ("gemma3", "graph:3"),
     ("qwen35", "stage:2,tensor:2"),
@@ -281,7 +276,7 @@ def test_requests_together_have_what_they_have_alone(model, name, mesh, monkeypa
     check_together(model, name, mesh, monkeypatch)
 
 
-@pytest.mark.parametrize("mesh", ["none", "stage:2", "data:2,tensor:2"])
+@pytest.mark.parametrize("mesh", ["none", "data:2,tensor:2"])
 def test_devices_that_decode_by_themselves(model, mesh, monkeypatch):
     check_together(model, "llama", mesh, monkeypatch, loops=True)
 

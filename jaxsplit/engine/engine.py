@@ -438,9 +438,7 @@ class Engine:
         if not self.loops or len(self.runners) > 1 or (program.ready and first.ready):
             return True
         cache, state, params = map(runner.shapes_of, (self._caches[0], self._state, self._params))
-        arguments = runner.prefill_arguments(rows, length, cache)
-        if wanted == "logprobs":
-            arguments = (*arguments[:-1], np.zeros((data * rows, length), np.int32))
+        arguments = runner.prefill_arguments(rows, length, cache, wanted)
         chunk = arguments[3]
 
         def task() -> None:
