@@ -14,7 +14,7 @@ from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.context import MatmulPolicy, forward_context
-from jaxsplit.engine import Engine
+from jaxsplit.engine import ClosedBatch
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
@@ -198,9 +198,9 @@ def test_a_model_with_kernels_is_the_one_without(recipe_gguf, options):
         """Logits token by token, and what greedy steps choose after each text."""
         lm = jaxsplit.load(path, kernels=kernels, **options)
         logits = np.concatenate([lm.logits(text, one_by_one=True) for text in texts])
-        return logits, [chosen(lm.engine, text) for text in texts]
+        return logits, [chosen(lm.closed_batch, text) for text in texts]
 
-    def chosen(engine: Engine, text: list[int]) -> list[int]:
+    def chosen(engine: ClosedBatch, text: list[int]) -> list[int]:
         engine.start(text, jaxsplit.SamplingConfig(temperature=0.0))
         for _ in range(3):
             engine.step()

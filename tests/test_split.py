@@ -167,7 +167,7 @@ def test_same_seed_same_text_on_any_mesh(load, recipe_gguf, tokens):
     path = recipe_gguf(SHAPES["9-3"])
     sampling = SamplingConfig(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=1234)
     texts = [
-        continuation(load_once(path, mode, devices=devices).engine, tokens, sampling, 24)
+        continuation(load_once(path, mode, devices=devices).closed_batch, tokens, sampling, 24)
         for mode, devices in (("graph", 1), ("graph", 2), ("graph", 8), ("row", 3), ("layer", 2))
     ]
     assert texts[1:] == texts[:1] * 4

@@ -499,8 +499,9 @@ class Engine:
         """
         columns, last = [], self.runners[-1]
         inputs = [last.step_inputs()(self._state, one) for one in rows[-1]]
+        like = jax.ShapeDtypeStruct((self._size_of(rows, 0), 2), np.int32)
         for _ in range(limit):
-            if len(self.runners) == 1 and (np.asarray(inputs[0])[:, 1] < 0).all():
+            if len(self.runners) == 1 and (self._fetch(inputs[0], like)[:, 1] < 0).all():
                 break
             sampled, inputs = self._step(rows, sampler, inputs)
             columns.append(sampled)
@@ -548,14 +549,17 @@ class Engine:
           tree: the arrays; None in a process without a device of the last stage.
           like: their global shapes and dtypes.
         """
+        with self._consuming():  # errors of the device surface here
+            return self._fetch(tree, like)
+
+    def _fetch(self, tree: Any, like: Any) -> Any:
         leaves, structure = jax.tree.flatten(like)
         arrays = [None] * len(leaves) if tree is None else jax.tree.leaves(tree)
         last, everywhere = self.partition.stages[-1].mesh, self.partition.global_mesh
-        with self._consuming():  # errors of the device surface here
-            found = [fetch(x, one, last, everywhere) for x, one in zip(arrays, leaves, strict=True)]
-            # NumPy views of an array on several CPUs may keep its buffer alive (jax 0.11).
-            found = [x.addressable_data(0) if x.is_fully_replicated else x for x in found]
-            return jax.tree.unflatten(structure, [np.array(x) for x in found])
+        found = [fetch(x, one, last, everywhere) for x, one in zip(arrays, leaves, strict=True)]
+        # NumPy views of an array on several CPUs may keep its buffer alive (jax 0.11).
+        found = [x.addressable_data(0) if x.is_fully_replicated else x for x in found]
+        return jax.tree.unflatten(structure, [np.array(x) for x in found])
 
     # Inspection
 
