@@ -59,7 +59,7 @@ def load():
     def get(path: Path, *, kernels: bool = False, **options) -> jaxsplit.LM:
         key = (path, kernels, str(sorted(options.items())))
         if key not in loaded:
-            options = {"dtype": "float32", "ctx_size": 256, **options}
+            options = {"dtype": "float32", "ctx_size": 256, "slots": 1, **options}
             options |= {"kernels": "interpret"} if kernels else {}
             loaded[key] = jaxsplit.load(path, **options)
         return loaded[key]
