@@ -329,3 +329,17 @@ def test_the_second_turn_of_a_chat_reads_only_what_is_new(lm):
     history = [80, 81, *range(40), *first.request.tokens]
     second = lm.submit([*history, 1, 2, 3], 6, **GREEDY).result()
     assert second.request.cached_tokens == len(history) - 1
+
+
+def test_an_error_of_the_scheduler_ends_all_requests_and_no_later_ones(lm, monkeypatch):
+    expected = lm.generate("hello", 8, temperature=0.0)
+    scheduler = lm._thread._scheduler
+
+    def fail(*_):
+        monkeypatch.undo()
+        raise ZeroDivisionError("of the scheduler")
+
+    monkeypatch.setattr(scheduler, "_guarded", fail)
+    with pytest.raises(ZeroDivisionError, match="of the scheduler"):
+        lm.generate("hello", 8, temperature=0.0)
+    assert lm.generate("hello", 8, temperature=0.0) == expected

@@ -389,7 +389,7 @@ class Engine:
         most, looping = max(map(len, rows)), self.loops and not on_host
         count = min(len(self.runners), most)  # micro-batches
         size = min(_power_of_2(-(-most // count)), self.slots_per_replica)
-        if looping and count == 1:
+        if looping and len(self.runners) == 1:
             size = self._ready_size(sampler, size, length)
         batches = [[own[i : i + size] for own in rows] for i in range(0, most, size)]
         # A single stage has nothing to overlap: its micro-batches are loops one after the other.
@@ -410,10 +410,10 @@ class Engine:
     def _ready_size(self, sampler: SamplerSpec, wanted: int, length: int) -> int:
         """Rows of a decode loop: as many as wanted, or, while its program is compiled in the
         background, as many as a program that is ready has."""
-        runner = self.runners[0]
+        runner, most = self.runners[0], self.slots_per_replica
         ready = [
             size
-            for size in (1 << i for i in range(self.slots_per_replica.bit_length()))
+            for size in (*(1 << i for i in range((most - 1).bit_length())), most)
             if runner.decode_loop(sampler, length, size, 1, in_ring=False).ready
         ]
         if wanted in ready or not ready:

@@ -285,6 +285,10 @@ class Scheduler:
         except Exception as error:
             self._recover(working or self._running or self._waiting[:1], error)
 
+    def abandon(self, error: Exception) -> None:
+        """Ends all requests, after an error of the scheduler itself."""
+        self._recover([*self._running, *self._waiting], error)
+
     def _recover(self, failed: Sequence[_Sequence], error: Exception) -> None:
         """Ends some requests, after a failure that lost all sequences; the others begin again. If
         the cache cannot be allocated, all end."""

@@ -154,7 +154,7 @@ def _serve(
             _obey(scheduler, command)
             del command
         del given  # frees what it refers to while this waits for the next
-        scheduler.step()
+        _step(scheduler)
 
 
 def _follow(
@@ -176,7 +176,15 @@ def _follow(
             else:
                 request = requests.claim(one["submit"], RequestSpec.from_json(one["spec"]))
                 _obey(scheduler, _Submit(request))
+        _step(scheduler)
+
+
+def _step(scheduler: Scheduler) -> None:
+    """A turn of the scheduler. No error may end the thread: callers would wait for ever."""
+    try:
         scheduler.step()
+    except Exception as error:
+        scheduler.abandon(error)
 
 
 def _obey(scheduler: Scheduler, command: _Submit | _Cancel | _Run) -> None:
