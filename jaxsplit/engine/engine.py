@@ -140,9 +140,9 @@ class Engine:
         platform = partition.stages[0].mesh.devices.flat[0].platform
         several = len(self.runners) > 1
         self.loops = self._decode_loops.in_ring if several else platform != "cpu"
-        # Programs that do not depend on one another run on a CPU in any order: of several
-        # processes, each might wait for another one's collective.
-        alone = platform == "cpu" and jax.process_count() > 1
+        # Programs that do not depend on one another run on a CPU in any order, so that processes
+        # or stages might wait for one another for ever.
+        alone = platform == "cpu" and (jax.process_count() > 1 or (several and self.loops))
         self.most_in_flight = 1 if alone else 1 + len(self.runners)
 
     def reset(self) -> None:
