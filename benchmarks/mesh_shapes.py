@@ -72,6 +72,7 @@ def _measure(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One row of the table, and rows of the record."""
     options = {"split_mode": mode, "mesh": mesh, "ctx_size": _CTX.value, "slots": _SLOTS.value}
+    options["cache_tokens"] = _SLOTS.value * _CTX.value
     lm = jaxsplit.load(file, dtype=_DTYPE.value, **options)
     engine, batch, config = lm.engine, lm.closed_batch, lm.config
     greedy = jaxsplit.SamplingConfig(temperature=0.0)

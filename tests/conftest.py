@@ -60,6 +60,7 @@ def load():
         key = (path, kernels, str(sorted(options.items())))
         if key not in loaded:
             options = {"dtype": "float32", "ctx_size": 256, "slots": 1, **options}
+            options.setdefault("cache_tokens", options["slots"] * options["ctx_size"])
             options |= {"kernels": "interpret"} if kernels else {}
             loaded[key] = jaxsplit.load(path, **options)
         return loaded[key]

@@ -65,7 +65,7 @@ def plan_of(path, split, kind="CPU", **options):
 def test_plans_match_the_devices_memory_and_collectives(models, name, split):
     mode, _, mesh = split.partition("@")
     lm = jaxsplit.load(
-        models[name], split_mode=mode, mesh=mesh or None, dtype="float32", ctx_size=64
+        models[name], split_mode=mode, mesh=mesh or None, dtype="float32", ctx_size=64, slots=1
     )
     plan = plan_of(models[name], split)
     held: Counter = Counter()

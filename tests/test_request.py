@@ -184,6 +184,7 @@ def test_calls_after_a_program_that_failed_give_the_texts_they_should(lm, alone,
             leaf.delete()
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
+    fail.ready = True
     with monkeypatch.context() as patch:
         patch.setattr(runner, "prefill", lambda *_, **__: fail)
         with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):

@@ -167,7 +167,13 @@ class Benchmark:
         self._options = options
         start, self._compiled_before = time.perf_counter(), compile_seconds()
         self.lm = jaxsplit.load(
-            file, split_mode=mode, mesh=mesh, **options, ctx_size=tests.context, slots=batch
+            file,
+            split_mode=mode,
+            mesh=mesh,
+            **options,
+            ctx_size=tests.context,
+            slots=batch,
+            cache_tokens=batch * tests.context,
         )
         self._load_seconds = time.perf_counter() - start
         self._shortest = min(filter(None, tests.prompts), default=1)

@@ -144,15 +144,26 @@ class AttentionCache:
             lambda old, add: old.at[index].set(add.swapaxes(1, 2), mode="drop"), self, new
         )
 
-    def read(self, pages: Array | None) -> "AttentionCache":
-        """Gathers the pages of each sequence, `[batch, pages]`, as one long page; None: all are
-        whole sequences, in order."""
+    def read(self, pages: Array | None, filled: Array | None = None) -> "AttentionCache":
+        """Gathers the pages of each sequence as one long page.
+
+        Args:
+          pages: int32 `[batch, pages]`; None: all pages are whole sequences, in order, and are
+            returned as they are.
+          filled: int32 `[batch]`: how many positions have been written. The others are 0: what is
+            there may not be finite, and a weight of 0 times that is NaN.
+        """
         if pages is None:
             return self
 
         def of(x: Array) -> Array:
             x = jnp.moveaxis(x[pages], 1, 2)
-            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+            x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
+            if filled is None:
+                return x
+            exists = jnp.arange(x.shape[2]) < filled[:, None]
+            exists = exists.reshape(len(x), 1, -1, *[1] * (x.ndim - 3))
+            return jnp.where(exists, x, jnp.zeros((), x.dtype))
 
         return jax.tree.map(of, self)
 

@@ -277,7 +277,9 @@ def _plan_stage(
 ) -> StagePlan:
     kind = _slowest(kinds)
     weights, padding = stage_bytes(sources, config, stage, w.weights)
-    cache = _cache_bytes(config, stage, w.slots, w.context, w.cache_dtype)  # of a micro-batch
+    sizes = w.slots, w.context, w.cache_dtype
+    cache = _cache_bytes(config, stage, *sizes)  # that a micro-batch reads
+    held = _cache_bytes(config, stage, *sizes, checkpoints=True)
     decode = trace_decode(config, stage, w.dtype, w.context, w.slots)
     prefill = trace_prefill(config, stage, w.dtype, w.context, w.chunk)
     read_weights = weights - _unread(sources, config, stage, w.weights, w.slots)
@@ -290,7 +292,7 @@ def _plan_stage(
     return StagePlan(
         stage=stage,
         weights=weights,
-        cache=cache * w.micro_batches,
+        cache=held * w.micro_batches,
         scratch=scratch,
         padding=padding,
         read=read_weights + cache,
@@ -341,10 +343,18 @@ def _unread(
 
 
 def _cache_bytes(
-    config: ModelConfig, stage: Stage, slots: int, context: int, dtype: jnp.dtype
+    config: ModelConfig,
+    stage: Stage,
+    slots: int,
+    context: int,
+    dtype: jnp.dtype,
+    *,
+    checkpoints: bool = False,
 ) -> int:
-    """Bytes of keys and values on each device of a stage."""
+    """Bytes of keys, values and states on each device of a stage; with a checkpoint of each state,
+    or without."""
     size = CacheSize.of_slots(context, slots // stage.mesh.shape["data"])
+    size = dataclasses.replace(size, states=size.states * (2 if checkpoints else 1))
     return bytes_per_device(config, stage, size, dtype)
 
 

@@ -201,7 +201,7 @@ def _update_by_kernel(
         batch.pages_of(ring=ring),
     )
     if config.kv_donor is not None:
-        return queries, KV(cache.read(pages), positions), cache
+        return queries, KV(cache.read(pages, batch.positions.max(axis=1) + 1), positions), cache
     return queries, KV(cache, positions, pages), cache
 
 

@@ -119,15 +119,16 @@ def update_cache(
     if cache is None:
         return AttentionCache.of(keys, values, keys.dtype), batch.positions, None
     new = AttentionCache.of(keys, values, cache.keys.dtype)
+    filled = batch.positions.max(axis=1) + 1
     if window is None:
         cache = cache.write(new, batch)
-        return cache.read(batch.pages_of(ring=False)), None, cache
+        return cache.read(batch.pages_of(ring=False), filled), None, cache
     pages = batch.pages_of(ring=True)
     if keys.shape[1] == 1:
         cache = cache.write(new, batch, ring=True)
-        return cache.read(pages), cache.positions(batch.positions[:, 0]), cache
+        return cache.read(pages, filled), cache.positions(batch.positions[:, 0]), cache
     # The last of many tokens take the places of keys that the first still look at.
-    kv = cache.read(pages).followed_by(new)
+    kv = cache.read(pages, batch.positions[:, 0]).followed_by(new)
     earlier = cache.positions(batch.positions[:, 0] - 1)
     positions = jnp.concatenate([earlier, batch.positions], axis=1)
     return kv, positions, cache.write(new, batch, ring=True)
@@ -155,7 +156,7 @@ def attend(
     pages: Array | None = None,
 ) -> Array:
     """As `jaxsplit.ops.attention.api.attend`; the result is an array."""
-    kv = kv.read(pages)
+    kv = kv.read(pages, positions.max(axis=1) + 1)
     if key_positions is None:
         key_positions = jnp.arange(kv.length)[None]
     at_once = max(1, MAX_SCORES // kv.length)
@@ -179,11 +180,7 @@ def attend(
     values, value_scale = kv.values, kv.value_scale
     if values is None:
         values, value_scale = kv.keys[..., : config.value_dim], kv.key_scale
-    # What earlier sequences left in masked places may not be finite, and 0 times that is NaN.
-    exists = (key_positions >= 0) & (key_positions <= positions.max(axis=1, keepdims=True))
-    values = jnp.where(exists[:, None, :, None], values, jnp.zeros((), values.dtype))
     if value_scale is not None:
-        value_scale = jnp.where(exists[:, None], value_scale, 0)
         weights = weights * value_scale[:, :, None, None]
     y = _einsum("bkgts,bksd->btkgd", weights.astype(queries.dtype), values.astype(queries.dtype))
     return y.astype(queries.dtype).reshape(*y.shape[:2], -1)
