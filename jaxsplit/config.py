@@ -233,7 +233,7 @@ class SamplingConfig(Config):
     )
     logprobs: int | None = option(
         None,
-        "log-probabilities of the tokens, and of so many alternatives to each",
+        "return the log-probability of each token and of its N likeliest alternatives",
         low=0,
         high=20,
     )

@@ -179,7 +179,7 @@ def random_model(spec: str) -> ModelFile:
     """The model of `shape:type`, such as `llama-8b:Q8_0`, as if it had been read from a file.
 
     Raises:
-      JaxsplitError: the shape or the type is unknown; the message lists those that are not.
+      JaxsplitError: the shape or the type is unknown; the message lists the known ones.
     """
     name, _, mix = spec.partition(":")
     if name not in SHAPES or _MIXES.get(mix, mix) not in _SCALES:

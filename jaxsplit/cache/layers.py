@@ -12,7 +12,6 @@ pages are as long as the context has one for each sequence: the sequence's slot.
 # pyright: reportArgumentType=false, reportAssignmentType=false
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -308,9 +307,3 @@ def in_pages(layers: Sequence[Any], length: int) -> list[Any]:
         return dataclasses.replace(a, shape=(heads, length, *width)) if a.paged else a
 
     return jax.tree.map(of, list(layers))
-
-
-def sequence_bytes(layers: Sequence[Any], *, paged: bool) -> int:
-    """Bytes of one page, or of one slot, unpadded."""
-    arrays = [a for a in jax.tree.leaves(layers) if a.paged == paged]
-    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays)

@@ -96,7 +96,7 @@ class PrefixCache:
         )
         self._pending: collections.OrderedDict[tuple[Allocation, int], int] = (
             collections.OrderedDict()
-        )  # states of checkpoints after so many tokens that are not known yet
+        )  # checkpoints of running sequences, by token count, until their pages are known
         self._running: set[Allocation] = set()
         self.total = pages
 

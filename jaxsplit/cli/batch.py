@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from jaxsplit.arguments import checked_number
+from jaxsplit.cli.program import counting_bar
 from jaxsplit.config import SamplingConfig
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.paths import os_errors, user_path
@@ -376,7 +377,8 @@ class _Running:
 
 
 _Events = queue.SimpleQueue[_Line | int | Exception | None]
-"""Lines; numbers of lines whose requests have news; a failure of reading, or None: its end."""
+"""A line that was read, the number of a line whose request has news, an error of reading, or None
+at the end of the file."""
 
 
 class _Clock:
@@ -503,19 +505,8 @@ def progress(lines: Callable[[], int | None], *, quiet: bool) -> Iterator[Callab
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task, shown = bar.add_task("generating", total=lines()), 0.0
+    with counting_bar("generating", lines(), quiet=quiet) as update:
+        shown = 0.0
 
         def show(totals: Totals) -> None:
             nonlocal shown
@@ -524,8 +515,7 @@ def progress(lines: Callable[[], int | None], *, quiet: bool) -> Iterator[Callab
                 return
             shown = now
             errors = f", {totals.failed} errors" if totals.failed else ""
-            bar.update(
-                task,
+            update(
                 completed=totals.skipped + totals.finished + totals.failed,
                 description=f"{totals.rate:.1f} tokens/s{errors}",
             )

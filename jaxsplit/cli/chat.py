@@ -37,11 +37,7 @@ GROUPS = {
     **options.GROUPS,
 }
 
-_MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    options.MODEL_HELP + " (default: demo model)",
-)
+_MODEL = options.define_model()
 _SYSTEM = flags.DEFINE_string("system", None, "system message; \\n, \\t and \\\\ are escapes")
 _N_PREDICT = flags.DEFINE_integer(
     "n_predict", -1, "tokens of an answer at most; -1: until it ends", lower_bound=-1

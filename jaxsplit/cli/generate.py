@@ -36,11 +36,7 @@ GROUPS = {
     **options.GROUPS,
 }
 
-_MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    options.MODEL_HELP + " (default: demo model)",
-)
+_MODEL = options.define_model()
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt; \\n, \\t and \\\\ are escapes")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "read the prompt from a file; -: stdin")
 _PROMPTS = flags.DEFINE_string(

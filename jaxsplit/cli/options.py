@@ -88,6 +88,11 @@ def define_old(old: str, new: str, values: Mapping[Any, Any] | None = None) -> N
     flags.register_validator(old, renamed)
 
 
+def define_model() -> flags.FlagHolder:
+    """Defines `--model`, of programs that run one."""
+    return flags.DEFINE_string("model", None, MODEL_HELP + " (default: demo model)")
+
+
 def define_json_dir() -> flags.FlagHolder:
     """Defines `--json_dir`, of programs that measure: see `jaxsplit.bench.record`."""
     return flags.DEFINE_string(

@@ -12,7 +12,6 @@ saved logits of another model, or of the same one with other options, such as
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,13 @@ from absl import flags
 
 from jaxsplit.cli import options
 from jaxsplit.cli.help import with_flags
-from jaxsplit.cli.program import local_model, note, on_interrupt, progress_bar
+from jaxsplit.cli.program import (
+    counting_bar,
+    local_model,
+    note,
+    on_interrupt,
+    progress_bar,
+)
 from jaxsplit.config import LoadConfig
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.paths import os_errors, user_path
@@ -37,11 +42,7 @@ GROUPS = {
     **options.GROUPS,
 }
 
-_MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    options.MODEL_HELP + " (default: demo model)",
-)
+_MODEL = options.define_model()
 _FILE = flags.DEFINE_string("file", None, "file of the text; a line end at its end is left out")
 _CHUNKS = flags.DEFINE_integer("chunks", -1, "read the first N chunks; -1: all", lower_bound=-1)
 _SAVE = flags.DEFINE_string("save_logits", None, "write the logits to this file")
@@ -142,24 +143,10 @@ def _writer(lm: "LM", chunks: "np.ndarray", path: str) -> "LogitsWriter":
 @contextlib.contextmanager
 def _bar(total: int) -> Iterator[Callable[[int, float], None]]:
     """A progress bar in chunks, with the perplexity so far."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True, quiet=_QUIET.value or not sys.stderr.isatty())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("perplexity", total=total)
-
-        def show(done: int, perplexity: float) -> None:
-            bar.update(task, completed=done, description=f"perplexity {perplexity:.4f}")
-
-        yield show
+    with counting_bar("perplexity", total, quiet=_QUIET.value) as update:
+        yield lambda done, perplexity: update(
+            completed=done, description=f"perplexity {perplexity:.4f}"
+        )
 
 
 def _lines(result: "Result") -> list[str]:

@@ -246,3 +246,30 @@ def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, 
     with Progress(*columns, TransferSpeedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def counting_bar(label: str, total: int | None, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A bar of things done, on standard error; nothing if that is not a terminal.
+
+    Args:
+      label: shown beside the bar.
+      total: how many there are; None: not known.
+      quiet: show nothing.
+
+    Yields:
+      takes `completed`, how many are done, and `description`, a new label.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        yield functools.partial(bar.update, bar.add_task(label, total=total))

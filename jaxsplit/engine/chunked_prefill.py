@@ -8,7 +8,7 @@ CHUNKS = (32, 128, 512, 2048)
 MAX_LOGITS = 512
 """Tokens of a chunk at most of which logits are computed, not of the last one only."""
 
-_OVERHEAD = 500
+CHUNK_OVERHEAD = 500
 """Fixed cost of a chunk in equivalent tokens: reading and dequantizing weights, kernel launches.
 On H100s between 270 (70B) and 950 (8B); docs/plan.md."""
 
@@ -37,7 +37,7 @@ def chunk_lengths(
         return lengths
 
     def time(lengths: list[int]) -> int:
-        each = [length + _OVERHEAD for length in lengths]
+        each = [length + CHUNK_OVERHEAD for length in lengths]
         return queued * sum(each) + (stages - 1) * max(each, default=0)
 
     return min((cut(longest) for longest in sorted(chunks, reverse=True)), key=time)

@@ -277,7 +277,7 @@ class Engine:
 
     def copy(self, replica: int, *, pages: Sequence = (), states: Sequence = ()) -> None:
         """Copies pages and states of a data replica: pairs of indices, from and to."""
-        size = max(1, _power_of_2(max(len(pages), len(states))))
+        size = max(1, power_of_2(max(len(pages), len(states))))
 
         def pairs(given: Sequence, none: int) -> np.ndarray:
             found = np.full((self.partition.data, size, 2), none, np.int32)
@@ -388,7 +388,7 @@ class Engine:
         """
         most, looping = max(map(len, rows)), self.loops and not on_host
         count = min(len(self.runners), most)  # micro-batches
-        size = min(_power_of_2(-(-most // count)), self.slots_per_replica)
+        size = min(power_of_2(-(-most // count)), self.slots_per_replica)
         if looping and len(self.runners) == 1:
             size = self._ready_size(sampler, size, length)
         batches = [[own[i : i + size] for own in rows] for i in range(0, most, size)]
@@ -418,14 +418,11 @@ class Engine:
         ]
         if wanted in ready or not ready:
             return wanted
-        program, arguments = self._decode_loops.prepared(
-            sampler,
-            wanted,
-            length,
-            self.host_rows([[]] * self.partition.data, wanted),
-            (self._caches, self._state, self._params),
-        )
-        self._background.add(("loop", sampler, wanted, length), lambda: program.compile(*arguments))
+        if (key := ("loop", sampler, wanted, length)) not in self._background:
+            rows = self.host_rows([[]] * self.partition.data, wanted)
+            held = self._caches, self._state, self._params
+            program, arguments = self._decode_loops.prepared(sampler, wanted, length, rows, held)
+            self._background.add(key, lambda: program.compile(*arguments))
         larger = [size for size in ready if wanted < size <= 4 * wanted]
         return min(larger) if larger else max((s for s in ready if s < wanted), default=min(ready))
 
@@ -437,6 +434,8 @@ class Engine:
         program, first = runner.prefill(rows, length, wanted), runner.sample_first(sampler, rows)
         if not self.loops or len(self.runners) > 1 or (program.ready and first.ready):
             return True
+        if (key := ("prompts", rows, length, wanted, sampler)) in self._background:
+            return False
         cache, state, params = map(runner.shapes_of, (self._caches[0], self._state, self._params))
         arguments = runner.prefill_arguments(rows, length, cache, wanted)
         chunk = arguments[3]
@@ -451,7 +450,7 @@ class Engine:
                 )
                 first.compile(logits, state, chunk, params)
 
-        self._background.add(("prompts", rows, length, wanted, sampler), task)
+        self._background.add(key, task)
         return False
 
     def wait_for_programs(self) -> None:
@@ -590,7 +589,7 @@ class Engine:
         return traced
 
 
-def _power_of_2(x: int) -> int:
+def power_of_2(x: int) -> int:
     """The smallest power of 2 that is at least `x`."""
     return 1 << max(x - 1, 0).bit_length()
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.cache.prefixes import Allocation, PrefixCache
-from jaxsplit.engine.chunked_prefill import MAX_LOGITS, chunk_lengths
-from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Prompt, Row
+from jaxsplit.engine.chunked_prefill import CHUNK_OVERHEAD, MAX_LOGITS, chunk_lengths
+from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Prompt, Row, power_of_2
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.request import (
     CANCELLED,
@@ -52,9 +52,6 @@ _FIRST_BLOCK = 4
 _PACKED_ROWS = (1, 4, 16, 64)
 """Prompts that are read at a time, for which prefill is compiled."""
 
-_CHUNK_TOKENS = 500
-"""Fixed cost of a chunk in equivalent tokens, as in `chunked_prefill`."""
-
 _RESERVE = 128
 """Tokens that must fit into the cache after a prompt, before it is read."""
 
@@ -71,7 +68,6 @@ class _Sequence:
       prompt: tokens to read before it decodes: of a preempted sequence, also those generated.
       read: how many of these have been enqueued.
       sampled: tokens that have been enqueued since, at most.
-      in_flight: units that are not read yet.
       finite: whether the logits after its prompt have arrived, and are finite. Until then, nothing
         that has been computed is known to other sequences: a NaN spreads to all tokens of a chunk.
     """
@@ -85,7 +81,6 @@ class _Sequence:
     prompt: int = 0
     read: int = 0
     sampled: int = 0
-    in_flight: int = 0
     finite: bool = False
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
 
@@ -170,7 +165,8 @@ class Scheduler:
     Args:
       engine: that does the work.
       itl_budget: seconds that reading a prompt may delay the tokens of other requests.
-      measures: decide by measured times; else by fixed numbers of tokens, the same everywhere.
+      measures: choose chunk and block lengths by measured times; else they are fixed, so that
+        all processes choose alike.
 
     Attributes:
       counters: what it has done so far.
@@ -249,8 +245,6 @@ class Scheduler:
             unit = self._guarded(self._next_unit)
         if unit is not None:
             self._units.append(unit)
-            for _, sequence in unit.rows():
-                sequence.in_flight += 1
         if self._units and (unit is None or len(self._units) >= self._most_in_flight):
             self._guarded(self._read_oldest)
 
@@ -302,7 +296,7 @@ class Scheduler:
             failed, error = every, another
         self._make_caches()
         for sequence in every:
-            sequence.allocation, sequence.slot, sequence.in_flight = None, -1, 0
+            sequence.allocation, sequence.slot = None, -1
             if sequence in failed:
                 self.counters.finished += 1
                 sequence.request.deliver(Progress(error=error))
@@ -332,7 +326,7 @@ class Scheduler:
             return False
         tokens = sum(self._until(s) - s.read for s in reading)
         oldest = min((s.request.timings.submitted for s in reading), default=0.0)
-        return tokens < _CHUNK_TOKENS and time.perf_counter() - oldest < self.itl_budget
+        return tokens < CHUNK_OVERHEAD and time.perf_counter() - oldest < self.itl_budget
 
     # Admission
 
@@ -502,7 +496,7 @@ class Scheduler:
         size = rows * length
         # By all chunks that were measured: one that took long once must not be shunned for ever.
         seconds = min(
-            s * max(1, (size + _CHUNK_TOKENS) / (r * n + _CHUNK_TOKENS))
+            s * max(1, (size + CHUNK_OVERHEAD) / (r * n + CHUNK_OVERHEAD))
             for (_, r, n, _), s in known.items()
         )
         return seconds <= self.itl_budget
@@ -518,7 +512,7 @@ class Scheduler:
         most = max(self.engine.chunks)
 
         def cost(rows: int) -> float:
-            return (rows * length + _CHUNK_TOKENS) / min(rows, count)
+            return (rows * length + CHUNK_OVERHEAD) / min(rows, count)
 
         options = [
             rows
@@ -566,7 +560,7 @@ class Scheduler:
         pending = self.engine.decode(rows, spec, steps, length=MAX_BLOCK)
         for sequence in decoding:
             sequence.sampled += min(steps, self._steps_left(sequence))
-        key = ("steps", 1 << (max(map(len, rows)) - 1).bit_length(), spec)
+        key = ("steps", power_of_2(max(map(len, rows))), spec)
         return _Unit(sequences, pending, key, steps, now)
 
     def _block(self, decoding: list[_Sequence], busy: bool) -> int:
@@ -574,14 +568,12 @@ class Scheduler:
         asked = [s.request.spec.block for s in decoding if s.request.spec.block is not None]
         left = max(map(self._steps_left, decoding))
         if asked:
-            return (
-                min(*asked, left, MAX_BLOCK) if len(asked) > 1 else min(asked[0], left, MAX_BLOCK)
-            )
+            return min(*asked, left, MAX_BLOCK)
         if not self.measures:
             return min(MAX_BLOCK // 4, left)
         rows = collections.Counter(s.replica for s in decoding).most_common(1)[0][1]
         spec = SamplerSpec.join(s.spec for s in decoding)
-        seconds = self._seconds.get(("steps", 1 << (rows - 1).bit_length(), spec))
+        seconds = self._seconds.get(("steps", power_of_2(rows), spec))
         if seconds is None:
             return min(_FIRST_BLOCK, left)
         target = STREAM_SECONDS if len(self._running) == 1 and not busy else BLOCK_SECONDS
@@ -639,7 +631,6 @@ class Scheduler:
         now = time.perf_counter()
         self._measure(unit, now)
         for at, sequence in unit.rows():
-            sequence.in_flight -= 1
             if sequence not in self._running:
                 continue
             if unit.parts:

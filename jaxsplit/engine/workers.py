@@ -47,11 +47,14 @@ class Background:
         self._keys: set[Any] = set()
         start_worker("jaxsplit-compiler", _run_tasks, self._tasks, tasks=self._tasks, owner=self)
 
+    def __contains__(self, key: Any) -> bool:
+        """Whether a task of this key has been added."""
+        return key in self._keys
+
     def add(self, key: Any, task: Callable[[], None]) -> None:
-        """Runs a task, unless one of this key has been added before."""
-        if key not in self._keys:
-            self._keys.add(key)
-            self._tasks.put(task)
+        """Runs a task, the only one of its key."""
+        self._keys.add(key)
+        self._tasks.put(task)
 
     def wait(self) -> None:
         """Waits until all tasks so far have been run."""
