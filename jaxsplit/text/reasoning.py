@@ -43,6 +43,9 @@ class ReasoningParser:
         self._inside = self._decided and self._close != ""
         self._reasoning: list[str] = []
         self._content: list[str] = []
+        self._taken = 0, 0  # of these
+        self._started = False, False
+        self._line_ends = ""  # after the reasoning that was taken
 
     @property
     def reasoning(self) -> str:
@@ -99,6 +102,21 @@ class ReasoningParser:
         rest = self._take(len(self._held))
         (self._reasoning if self._inside else self._content).append(rest)
         return [(self._inside, rest)] if rest else []
+
+    def take(self) -> tuple[str, str]:
+        """Returns what reasoning and content have gained since the last call."""
+        texts = self._reasoning, self._content
+        reasoning, content = ("".join(t[n:]) for t, n in zip(texts, self._taken, strict=True))
+        self._taken = len(self._reasoning), len(self._content)
+        reasoning = self._line_ends + reasoning
+        if not self._started[0]:
+            reasoning = reasoning.lstrip("\n")
+        if not self._started[1] and self._open is not None:
+            content = content.lstrip("\n")
+        kept = reasoning.rstrip("\n")
+        self._line_ends = reasoning[len(kept) :]
+        self._started = self._started[0] or bool(kept), self._started[1] or bool(content)
+        return kept, content
 
     def _take(self, length: int) -> str:
         taken, self._held = self._held[:length], self._held[length:]
