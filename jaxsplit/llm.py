@@ -40,7 +40,7 @@ from jaxsplit.plan import best_split
 from jaxsplit.plan.plan import cache_room, scratch_bytes
 from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
 from jaxsplit.sharding.partition import free_memory
-from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
+from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Grammar, Grammars, Tokenizer
 from jaxsplit.weights import Sources, describe_split, parameter_sources, split_model
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.weights.loader import Progress, load_decoders
@@ -380,9 +380,10 @@ class LM:
     ):
         self.models: tuple[Decoder, ...] = tuple(models)
         self.engine = engine
-        self._thread = SchedulerThread(engine, itl_budget=itl_budget)
-        self.load_seconds = load_seconds
         self._tokenizer = tokenizer
+        self._grammars = None if isinstance(tokenizer, JaxsplitError) else Grammars(tokenizer)
+        self._thread = SchedulerThread(engine, itl_budget=itl_budget, grammars=self._grammars)
+        self.load_seconds = load_seconds
         self._metadata = metadata
         self._split = split
         self._asked_context = asked_context
@@ -541,6 +542,7 @@ class LM:
             `priority`: requests of a higher one go first; by default 0.
             `timeout`: seconds after which it ends, however far it is; None: never.
             `prompt_logprobs`: the prompt's log-probabilities, too.
+            `grammar`: a `Grammar` that the text must satisfy.
             `sampling`: a `SamplingConfig`, of which any other option changes a field:
             `temperature`, `top_k`, `seed`, ...
 
@@ -548,8 +550,9 @@ class LM:
           an iterator of events, for `for` and for `async for`.
 
         Raises:
-          JaxsplitError: the prompt is empty or longer than the context, or a value is out of
-            range or of another type. When events are taken: the model's logits are not finite.
+          JaxsplitError: the prompt is empty or longer than the context, a value is out of range
+            or of another type, or the grammar is invalid. When events are taken: the model's
+            logits are not finite, or a text under a grammar cannot go on.
         """
         _, begin = self._prepared(prompt, n_predict, **options)
         return begin()
@@ -568,6 +571,7 @@ class LM:
         priority: int = 0,
         timeout: float | None = None,
         prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> tuple[list[int], Callable[[], Generation]]:
@@ -590,6 +594,12 @@ class LM:
             timeout = checked_number("timeout", timeout, float, 0, math.inf)
         checked_choice("show_special", show_special, SHOW_SPECIAL)
         stops, ends = _stop_strings(stop), set(self._checked(stop_ids, "stop_ids"))
+        if grammar is not None:
+            if not isinstance(grammar, Grammar):
+                raise JaxsplitError(f"grammar={grammar!r:.40} must be a jaxsplit.Grammar")
+            _ = self.tokenizer  # raises if there is none
+            assert self._grammars is not None
+            self._grammars.check(grammar)
         config = SamplingConfig.of(options, sampling)
         self._checked([token for token, _ in config.logit_bias or ()], "logit_bias")
         spec = RequestSpec(
@@ -601,6 +611,7 @@ class LM:
             timeout=timeout,
             block=block,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )
         tokenizer = None if isinstance(self._tokenizer, JaxsplitError) else self._tokenizer
         if tokenizer is None and (stops or isinstance(prompt, str)):

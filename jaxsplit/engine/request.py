@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.config import SamplingConfig
+from jaxsplit.text.grammar import Grammar
 
 STOP, LENGTH, CONTEXT, CANCELLED, DEADLINE = "stop", "length", "context", "cancelled", "deadline"
 
@@ -61,6 +62,7 @@ class RequestSpec:
       prompt_logprobs: the prompt's log-probabilities are wanted.
       logits: the prompt's logits are wanted, and no tokens; `one_by_one`: one token at a time.
       share_prefix: use what the cache has of the prompt.
+      grammar: what the text must satisfy.
     """
 
     prompt: Sequence[int]
@@ -74,6 +76,7 @@ class RequestSpec:
     logits: bool = False
     one_by_one: bool = False
     share_prefix: bool = True
+    grammar: Grammar | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -82,7 +85,9 @@ class RequestSpec:
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> "RequestSpec":
         """The inverse of `to_json`."""
-        return cls(**given | {"sampling": SamplingConfig(**given["sampling"])})
+        grammar = given["grammar"] and Grammar(**given["grammar"])
+        sampling = SamplingConfig(**given["sampling"])
+        return cls(**given | {"sampling": sampling, "grammar": grammar})
 
     @property
     def wanted(self) -> str:
