@@ -152,7 +152,7 @@ def decode_attention(
         return Activations(arrays[0].reshape(sequences, 1, columns)), cache
     like = jax.ShapeDtypeStruct((sequences, 1, columns), dtype)
     stored = wrap_layouts(out_layouts, arrays, sequences, columns)
-    return Activations(None, out_layouts, stored, like=like), cache
+    return Activations(like, out_layouts, stored), cache
 
 
 def _length_of(cache: AttentionCache, pages: Array | jax.Ref | None) -> int:

@@ -188,7 +188,7 @@ def _combine(
     if not layouts:
         return Activations(arrays[0].reshape(shape))
     stored = wrap_layouts(layouts, arrays, rows, shape[-1])
-    return Activations(None, tuple(layouts), stored, like=jax.ShapeDtypeStruct(shape, dtype))
+    return Activations(jax.ShapeDtypeStruct(shape, dtype), tuple(layouts), stored)
 
 
 def _flash_attention_kernel(
