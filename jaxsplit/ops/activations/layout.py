@@ -157,7 +157,7 @@ class Activations:
 
     @property
     def array(self) -> Array:
-        """The rows, of activations that have them as an array."""
+        """The rows, unless they exist in their layouts only."""
         assert not isinstance(self.rows, jax.ShapeDtypeStruct), "stored in layouts only"
         return self.rows
 

@@ -6,7 +6,8 @@ element-wise but for the mean square, which consumers divide by: one launch does
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -131,8 +132,7 @@ def _store_rows_kernel(
     else:
         parts, epochs, peers = addend
         stream = load(first)
-        y, *split_k = [load(parts, part) for part in range(parts.shape[0])]
-        y = sum(split_k, y)
+        y = reduce(add, (load(parts, part) for part in range(parts.shape[0])))
         if peers is not None:
             y = one_shot.all_reduce_block(
                 y,
