@@ -406,6 +406,11 @@ class LM:
         return self.models[0].config
 
     @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The file's metadata: GGUF keys to plain Python values."""
+        return self._metadata
+
+    @property
     def mesh(self) -> Mesh:
         """All devices."""
         return cast(Mesh, self.engine.partition.mesh)
@@ -543,6 +548,7 @@ class LM:
             `timeout`: seconds after which it ends, however far it is; None: never.
             `prompt_logprobs`: the prompt's log-probabilities, too.
             `grammar`: a `Grammar` that the text must satisfy.
+            `share_prefix`: use what the cache has of the prompt.
             `sampling`: a `SamplingConfig`, of which any other option changes a field:
             `temperature`, `top_k`, `seed`, ...
 
@@ -572,6 +578,7 @@ class LM:
         timeout: float | None = None,
         prompt_logprobs: bool = False,
         grammar: Grammar | None = None,
+        share_prefix: bool = True,
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> tuple[list[int], Callable[[], Generation]]:
@@ -579,6 +586,7 @@ class LM:
         ignore_eos = checked_bool("ignore_eos", ignore_eos)
         parse_special = checked_bool("parse_special", parse_special)
         prompt_logprobs = checked_bool("prompt_logprobs", prompt_logprobs)
+        share_prefix = checked_bool("share_prefix", share_prefix)
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
         else:
@@ -612,6 +620,7 @@ class LM:
             block=block,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            share_prefix=share_prefix,
         )
         tokenizer = None if isinstance(self._tokenizer, JaxsplitError) else self._tokenizer
         if tokenizer is None and (stops or isinstance(prompt, str)):
