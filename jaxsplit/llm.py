@@ -110,7 +110,7 @@ def load(
         models,
         engine,
         tokenizer,
-        file.metadata,
+        file,
         split=describe_split(sources, model, partition, weights),
         load_seconds=time.perf_counter() - started,
         asked_context=c.ctx_size or 0,
@@ -362,6 +362,7 @@ class LM:
 
     Attributes:
       models: the Flax module of each stage, its parameters sharded over the stage's devices.
+      file: the header of the model's file.
       engine: the compiled programs and the cache, shared by all calls.
       load_seconds: time that loading took.
     """
@@ -371,7 +372,7 @@ class LM:
         models: Sequence[Decoder],
         engine: Engine,
         tokenizer: Tokenizer | JaxsplitError,
-        metadata: Mapping[str, Any],
+        file: ModelFile,
         *,
         split: str,
         load_seconds: float,
@@ -379,12 +380,12 @@ class LM:
         itl_budget: float = 0.1,
     ):
         self.models: tuple[Decoder, ...] = tuple(models)
+        self.file = file
         self.engine = engine
         self._tokenizer = tokenizer
         self._grammars = None if isinstance(tokenizer, JaxsplitError) else Grammars(tokenizer)
         self._thread = SchedulerThread(engine, itl_budget=itl_budget, grammars=self._grammars)
         self.load_seconds = load_seconds
-        self._metadata = metadata
         self._split = split
         self._asked_context = asked_context
 
@@ -404,11 +405,6 @@ class LM:
     def config(self) -> ModelConfig:
         """The model's config."""
         return self.models[0].config
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The file's metadata: GGUF keys to plain Python values."""
-        return self._metadata
 
     @property
     def mesh(self) -> Mesh:
@@ -440,7 +436,7 @@ class LM:
 
     def chat_text(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
         """The text that `chat_prompt` encodes; arguments and errors are the same."""
-        return ChatTemplate.from_metadata(self._metadata).render(messages, **variables)
+        return ChatTemplate.from_metadata(self.file.metadata).render(messages, **variables)
 
     @functools.cached_property
     def closed_batch(self) -> ClosedBatch:
@@ -470,13 +466,33 @@ class LM:
         ids = self._checked(tokens)
         if not ids:
             return np.zeros((0, self.config.vocab), np.float32)
-        request = self._thread.submit(RequestSpec(ids, logits=True, one_by_one=one_by_one))
+        return self._read("logits", ids, one_by_one=one_by_one)
+
+    def hidden(self, tokens: Sequence[int]) -> np.ndarray:
+        """What the head reads after each token, the last layer's normalized output: float32
+        `[time, embed]`.
+
+        Args:
+          tokens: ids, at most the context's length.
+
+        Raises:
+          JaxsplitError: too many tokens, or an id outside the vocabulary.
+        """
+        ids = self._checked(tokens)
+        if not ids:
+            return np.zeros((0, self.config.embed), np.float32)
+        return self._read("hidden", ids)
+
+    def _read(self, outputs: str, ids: list[int], *, one_by_one: bool = False) -> np.ndarray:
+        """Reads a prompt for what is in `RequestSpec.outputs`."""
+        spec = RequestSpec(ids, outputs=outputs, one_by_one=one_by_one)
+        request = self._thread.submit(spec)
         try:
             request.next()
         finally:
             request.cancel()
-        assert request.logits is not None
-        return request.logits
+        assert request.outputs is not None
+        return request.outputs
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Runs a function on the engine's thread, between two units of work: for what uses the

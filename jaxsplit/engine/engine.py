@@ -340,7 +340,7 @@ class Engine:
                     targets[replica, i, : len(one.targets)] = one.targets
                 if not one.ends:
                     slots[replica, i] = self.slots_per_replica
-        ends = wanted != "logits" and any(one.ends for own in prompts for one in own)
+        ends = wanted in ("last", "logprobs") and any(one.ends for own in prompts for one in own)
         x, targets = x.reshape(-1, length), targets.reshape(-1, length)
         chunk = steps.PrefillChunk(start.reshape(-1), count.reshape(-1), host)
         programs = [runner.prefill(rows, length, wanted) for runner in self.runners]
@@ -364,14 +364,14 @@ class Engine:
             self._state, outputs = self.runners[-1].sample_first(sampler, rows)(
                 x, self._state, last, self._params, mask
             )
-        logits = x if wanted == "logits" else None
+        values = x if wanted in ("logits", "hidden") else None
         return PendingPrompts(
             self,
             (data, rows, length),
             sampler,
             outputs,
             details,
-            logits,
+            values,
             ends=ends,
             wanted=wanted,
         )
@@ -455,7 +455,7 @@ class Engine:
         def task() -> None:
             if not program.ready:
                 program.compile(runner.shapes_of(arguments[0]), *arguments[1:])
-            if not first.ready and wanted != "logits":
+            if not first.ready and wanted in ("last", "logprobs"):
                 padded = runner.stage.layout(Axis("vocab", self.config.vocab)).size
                 logits = jax.ShapeDtypeStruct(
                     (data * rows, padded), np.float32, sharding=runner.sharding(runner.logits_spec)

@@ -404,6 +404,7 @@ class StageRunner:
           length: tokens of a chunk.
           wanted: what the last stage returns: `last`: the logits after the last token that was
             read, float32 `[rows, vocab]`; `logits`: after all tokens, `[rows, length, vocab]`;
+            `hidden`: what the head reads, float32 `[rows, length, embed]`;
             `logprobs`: as `last`, and `log_probabilities` of the targets, int32 `[rows, length]`,
             as `Outputs`.
         """
@@ -416,6 +417,8 @@ class StageRunner:
             if wanted == "last":
                 index = jnp.maximum(chunk.count - 1, 0)[:, None, None]
                 return cache, model.logits(jnp.take_along_axis(x, index, axis=1)[:, 0])
+            if wanted == "hidden":
+                return cache, model.normalized(x).astype(jnp.float32)
             logits = model.logits(x)
             if wanted == "logits":
                 return cache, logits
@@ -428,6 +431,7 @@ class StageRunner:
         out = {
             "last": vocab,
             "logits": PartitionSpec(vocab[0], None, vocab[1]),
+            "hidden": self._slot_spec,
             "logprobs": (vocab, self._slot_spec),
         }[wanted]
         return self._program(

@@ -91,7 +91,7 @@ class _Sequence:
     read: int = 0
     sampled: int = 0
     finite: bool = False
-    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
+    outputs: list[np.ndarray] = dataclasses.field(default_factory=list)
     matcher: Matcher | None = None
 
     @property
@@ -224,7 +224,7 @@ class Scheduler:
           JaxsplitError: the prompt and its tokens do not fit into the cache.
         """
         size = self.engine.size
-        generated = 0 if spec.logits else max(spec.max_tokens - 1, 0)
+        generated = 0 if spec.reads_only else max(spec.max_tokens - 1, 0)
         needed = min(len(spec.prompt) + generated, size.context)
         if -(-needed // size.page) > size.pages:
             raise JaxsplitError(
@@ -384,7 +384,7 @@ class Scheduler:
         for replica in replicas:
             cache, before = self._caches[replica], len(sequence.tokens)
             running = any(s.replica == replica for s in self._running)
-            reserve = 0 if spec.logits or not running else _RESERVE
+            reserve = 0 if spec.reads_only or not running else _RESERVE
             pages = -(-min(before + reserve, size.context) // size.page)
             if running and cache.available < pages - cache.match(sequence.tokens) // size.page:
                 continue
@@ -394,12 +394,12 @@ class Scheduler:
             slot = self._free_slots[replica].pop()
             sequence.allocation, sequence.replica, sequence.slot = begun.allocation, replica, slot
             sequence.prompt, sequence.read = before, begun.allocation.cached
-            sequence.sampled, sequence.finite, sequence.logits = 0, False, []
+            sequence.sampled, sequence.finite, sequence.outputs = 0, False, []
             working.append(sequence)
             if begun.pages or begun.states:
                 self.engine.copy(replica, pages=begun.pages, states=begun.states)
             request = sequence.request
-            if not spec.logits:
+            if not spec.reads_only:
                 stops = spec.stop_ids
                 self.engine.assign(
                     replica,
@@ -424,7 +424,7 @@ class Scheduler:
 
     def _steps_left(self, sequence: _Sequence) -> int:
         """Steps that it may still take, were all of those in flight to succeed."""
-        if sequence.request.spec.logits:
+        if sequence.request.spec.reads_only:
             return 0
         return self._end_position(sequence) - (sequence.prompt + sequence.sampled - 1)
 
@@ -498,7 +498,7 @@ class Scheduler:
             self._row(sequence),
             start,
             sequence.tokens[start:stop],
-            ends=stop == sequence.prompt and not spec.logits,
+            ends=stop == sequence.prompt and not spec.reads_only,
             targets=targets,
         )
 
@@ -676,11 +676,10 @@ class Scheduler:
         unit = self._units.popleft()
         working += [sequence for _, sequence in unit.rows()]
         outputs, details = unit.pending.read(), None
-        logits = None
+        values = None
         if isinstance(unit.pending, PendingPrompts):
             details = unit.pending.details()
-            if unit.key[-1] == "logits":
-                logits = unit.pending.logits()
+            values = unit.pending.values()
         now = time.perf_counter()
         self._measure(unit, now)
         for at, sequence in unit.rows():
@@ -688,7 +687,7 @@ class Scheduler:
                 continue
             if unit.parts:
                 part = unit.parts[at[0]][at[1]]
-                self._take_details(sequence, part, at, details, logits, now)
+                self._take_details(sequence, part, at, details, values, now)
                 if not part.ends or sequence not in self._running:
                     continue
             if outputs is not None:
@@ -713,10 +712,10 @@ class Scheduler:
         part: Prompt,
         at: tuple[int, int],
         details: Any,
-        logits: np.ndarray | None,
+        values: np.ndarray | None,
         now: float,
     ) -> None:
-        """Takes log-probabilities or logits of a part of a prompt."""
+        """Takes log-probabilities, logits or hidden states of a part of a prompt."""
         request = sequence.request
         if details is not None:
             count = request.spec.sampling.logprobs or 0
@@ -724,11 +723,11 @@ class Scheduler:
             for i in range(len(part.targets or ())):
                 if part.start + i >= known:
                     request.prompt_logprobs.append(token_logprobs(details, (*at, i), count))
-        if logits is not None:
-            sequence.logits.append(logits[at][: len(part.tokens)])
+        if values is not None:
+            sequence.outputs.append(values[at][: len(part.tokens)])
             if part.start + len(part.tokens) == sequence.prompt:
-                request.logits = np.concatenate(sequence.logits)
-                sequence.finite = bool(np.isfinite(request.logits).all())
+                request.outputs = np.concatenate(sequence.outputs)
+                sequence.finite = bool(np.isfinite(request.outputs).all())
                 news = Progress(finish_reason=LENGTH)
                 self._end(sequence, news, exact=False, last_token=now)
 

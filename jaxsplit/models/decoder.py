@@ -310,6 +310,10 @@ class Decoder(nnx.Module):
         """`[..., embed]` to float32 logits `[..., vocab]`; on a mesh, of this device's rows."""
         return self._logits(None, x)
 
+    def normalized(self, x: Array) -> Array:
+        """The last layer's output as the head reads it, `[..., embed]`."""
+        return x if self.norm is None else self.norm(x)
+
     def _logits(self, y: Unreduced | None, residual: Array) -> Array:
         """Logits of the stream with what the last layer has computed."""
         c, head = self.config, self.embedding if self.head is None else self.head

@@ -2,10 +2,9 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -19,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from jaxsplit.server import chat, completions, llama, models, page, responses, schemas
 from jaxsplit.server.errors import ApiError, of_exception, of_validation
 from jaxsplit.server.guard import Guard
-from jaxsplit.server.openapi import document
+from jaxsplit.server.openapi import Endpoint, document
 from jaxsplit.server.service import Service
 from jaxsplit.server.streaming import Stream
 
@@ -27,33 +26,6 @@ _LOG = logging.getLogger(__name__)
 
 _BODY_SECONDS = 60
 """In which a body has to arrive."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """An entry of the table of endpoints.
-
-    Attributes:
-      method, path: of HTTP.
-      handler: takes the `Service`, what is in the path, and the decoded body.
-      received: the type of the body; None: there is none.
-      sent: the type of the response; a string: its media type.
-      chunks: the types of the objects of a stream.
-      others: more paths of the same.
-    """
-
-    method: str
-    path: str
-    handler: Callable[..., Awaitable[Any]]
-    received: Any = None
-    sent: Any = None
-    chunks: Any = None
-    others: tuple[str, ...] = ()
-
-    @property
-    def summary(self) -> str:
-        """The first line of the handler's docstring."""
-        return (self.handler.__doc__ or "").strip().splitlines()[0]
 
 
 async def _metrics(service: Service) -> bytes:
@@ -124,7 +96,7 @@ ENDPOINTS = (
         llama.completion,
         received=schemas.LlamaRequest,
         sent=schemas.LlamaCompletion | list[schemas.LlamaCompletion],
-        chunks=schemas.LlamaChunk | schemas.LlamaCompletion,
+        chunks=schemas.LlamaChunk,
         others=("/completions",),
     ),
     Endpoint(
@@ -211,8 +183,10 @@ class _Handler:
             raise ApiError(408, f"the body has not arrived in {_BODY_SECONDS} s") from None
         try:
             return [msgspec.json.decode(data, type=self._endpoint.received)]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except msgspec.DecodeError as error:
             raise of_validation(error) from None
+        except UnicodeDecodeError:
+            raise ApiError(400, "the body is not UTF-8") from None
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
 

@@ -27,7 +27,7 @@ class ServerConfig(Config):
         None, "origins whose pages may use the server, with commas between; *: any (default: none)"
     )
     timeout: float = option(3600.0, "seconds that a request may take", low=0.001)
-    max_queue: int = option(256, "requests that may wait; more are refused (429)", low=1)
+    max_queue: int = option(256, "texts that may wait to be begun; more are refused (429)", low=1)
     max_connections: int = option(1024, "connections; more are refused (503)", low=1)
     max_body: int = option(16, "MiB of a request", low=1)
     sse_ping_interval: float = option(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import UNSET
 
@@ -21,7 +21,12 @@ from jaxsplit.server.schemas import (
 from jaxsplit.server.service import FINGERPRINT, Service
 from jaxsplit.server.streaming import Stream
 
-_STOP_TYPES = {"stop": "eos", "length": "limit", "context": "limit", "deadline": "limit"}
+_STOP_TYPES: dict[str | None, Literal["eos", "limit"]] = {
+    "stop": "eos",
+    "length": "limit",
+    "context": "limit",
+    "deadline": "limit",
+}
 
 
 async def completion(
@@ -67,7 +72,7 @@ def _finished(
         generation_settings=settings(service, running, index),
         prompt=tokenizer.decode(own.spec.prompt, show_special="all", continuation=True),
         has_new_line="\n" in generation.text,
-        stop_type="word" if word else _STOP_TYPES.get(generation.finish_reason or "", "none"),
+        stop_type="word" if word else _STOP_TYPES.get(generation.finish_reason, "none"),
         stopping_word=word or "",
         tokens_cached=len(own.spec.prompt) + len(own.tokens),
         timings=service.timings(running, index),

@@ -1,9 +1,9 @@
 """`/v1/models`, `/v1/embeddings`, `/health`, `/metrics`."""
 
 import base64
+import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxsplit.server import schemas
@@ -37,14 +37,14 @@ async def model(service: Service, name: str) -> schemas.Model:
 
 def _model(service: Service) -> schemas.Model:
     lm, config = service.lm, service.lm.config
-    params: Any = [x for one in lm.models for x in jax.tree.leaves(one)]
+    tensors = lm.file.tensors.values()
     meta = schemas.ModelMeta(
         n_vocab=config.vocab,
         n_ctx_train=config.context,
         n_ctx=lm.engine.context,
         n_embd=config.embed,
-        n_params=lm.parameter_count,
-        size=sum(x.nbytes for x in params),
+        n_params=sum(math.prod(tensor.shape) for tensor in tensors),
+        size=sum(tensor.nbytes for tensor in tensors),
     )
     return schemas.Model(id=service.name, created=service.started, meta=meta)
 

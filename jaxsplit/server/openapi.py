@@ -1,8 +1,9 @@
-"""The OpenAPI document, from the table of endpoints and the types of what is sent."""
+"""Endpoints, and the OpenAPI document that describes them."""
 
+import dataclasses
 import re
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 import msgspec
 
@@ -10,18 +11,31 @@ from jaxsplit import __version__
 from jaxsplit.server.errors import ErrorResponse
 
 
-class Described(Protocol):
-    """What the document needs of an endpoint: see `jaxsplit.server.app.Endpoint`."""
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """An entry of the table of endpoints.
+
+    Attributes:
+      method, path: of HTTP.
+      handler: takes the `Service`, what is in the path, and the decoded body.
+      received: the type of the body; None: there is none.
+      sent: the type of the response; a string: its media type.
+      chunks: the types of the objects of a stream.
+      others: more paths of the same.
+    """
 
     method: str
     path: str
-    received: Any
-    sent: Any
-    chunks: Any
-    others: tuple[str, ...]
+    handler: Callable[..., Awaitable[Any]]
+    received: Any = None
+    sent: Any = None
+    chunks: Any = None
+    others: tuple[str, ...] = ()
 
     @property
-    def summary(self) -> str: ...
+    def summary(self) -> str:
+        """The first line of the handler's docstring."""
+        return (self.handler.__doc__ or "").strip().splitlines()[0]
 
 
 _ERRORS = {
@@ -34,7 +48,7 @@ _ERRORS = {
 }
 
 
-def document(endpoints: Iterable[Described]) -> dict[str, Any]:
+def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
     """The document, OpenAPI 3.1."""
     endpoints = list(endpoints)
     types: list[Any] = [ErrorResponse]
@@ -61,7 +75,7 @@ def document(endpoints: Iterable[Described]) -> dict[str, Any]:
     }
 
 
-def _operation(one: Described, by_type: dict[str, Any], path: str) -> dict[str, Any]:
+def _operation(one: Endpoint, by_type: dict[str, Any], path: str) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if isinstance(one.sent, str):
         content[one.sent.partition(";")[0]] = {"schema": {}}

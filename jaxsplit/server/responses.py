@@ -168,7 +168,7 @@ class ResponseObject(Sent, kw_only=True):
     created_at: int
     status: str
     model: str
-    output: list[OutputMessage | OutputCall | OutputReasoning | Any]
+    output: list[Any]
     usage: ResponseUsage | None = None
     error: None = None
     incomplete_details: Json | None = None
@@ -326,7 +326,7 @@ class _Items:
         self._service, self._running, self._chat = service, running, chat
         self._parser = chat.parser()
         self._number = 0
-        self._open: str | None = None  # kind of the last item, if it goes on
+        self._item: Any = None  # the last one, while it goes on
         sampling = running.generations[0].request.spec.sampling
         choice = request.tool_choice or "auto"
         format: Any = request.text.format if request.text else None
@@ -394,37 +394,34 @@ class _Items:
         """Which item, in an event."""
         return {
             "output_index": len(self.response.output) - 1,
-            "item_id": self.response.output[-1].id,
+            "item_id": self._item.id,
         }
 
     def _begin(self, item: Output) -> StreamEvent:
         self.response.output.append(item)
-        self._open = item.type
+        self._item = item
         at = len(self.response.output) - 1
         return self._event("response.output_item.added", output_index=at, item=item)
 
-    _PARTS = {
-        "message": (OutputText, "response.output_text"),
-        "reasoning": (ReasoningText, "response.reasoning_text"),
+    _TEXTS = {
+        "message": (OutputMessage, "msg", OutputText, "response.output_text"),
+        "reasoning": (OutputReasoning, "rs", ReasoningText, "response.reasoning_text"),
     }
-    """Of kinds of items: the type of their content, and the names of its events."""
+    """Items with text: their types, prefixes of ids, types of their content, and its events."""
 
     def _text(self, kind: str, text: str) -> Iterator[StreamEvent]:
         """More of a message or of reasoning."""
-        part, name = self._PARTS[kind]
-        if self._open != kind:
+        make, prefix, part, name = self._TEXTS[kind]
+        if self._item is None or self._item.type != kind:
             yield from self._close("completed")
             number = secrets.token_hex(12)
-            if kind == "message":
-                item: Output = OutputMessage(id=f"msg_{number}", status="in_progress", content=[])
-            else:
-                item = OutputReasoning(id=f"rs_{number}", status="in_progress", content=[])
+            item = make(id=f"{prefix}_{number}", status="in_progress", content=[])
             yield self._begin(item)
-            item.content.append(part(text=""))
+            self._item.content.append(part(text=""))
             yield self._event(
                 "response.content_part.added", **self._at(), content_index=0, part=part(text="")
             )
-        self.response.output[-1].content[0].text += text
+        self._item.content[0].text += text
         extra = {"logprobs": []} if kind == "message" else {}
         yield self._event(f"{name}.delta", **self._at(), content_index=0, delta=text, **extra)
 
@@ -443,17 +440,17 @@ class _Items:
                 )
             )
         if arguments:
-            self.response.output[-1].arguments += arguments
+            self._item.arguments += arguments
             kind = "response.function_call_arguments.delta"
             yield self._event(kind, **self._at(), delta=arguments)
 
     def _close(self, status: str) -> Iterator[StreamEvent]:
         """Ends the item that goes on, if there is one."""
-        if self._open is None:
+        if self._item is None:
             return
-        item, at = self.response.output[-1], self._at()
+        item, at, kind = self._item, self._at(), self._item.type
         item.status = status
-        if self._open == "function_call":
+        if kind == "function_call":
             yield self._event(
                 "response.function_call_arguments.done",
                 **at,
@@ -461,12 +458,11 @@ class _Items:
                 arguments=item.arguments,
             )
         else:
-            _, name = self._PARTS[self._open]
-            text = item.content[0].text
-            extra = {"logprobs": []} if self._open == "message" else {}
+            name, text = self._TEXTS[kind][-1], item.content[0].text
+            extra = {"logprobs": []} if kind == "message" else {}
             yield self._event(f"{name}.done", **at, content_index=0, text=text, **extra)
             yield self._event(
                 "response.content_part.done", **at, content_index=0, part=item.content[0]
             )
         yield self._event("response.output_item.done", output_index=at["output_index"], item=item)
-        self._open = None
+        self._item = None

@@ -58,12 +58,13 @@ class Server(uvicorn.Server):
             self.config.load()
         except (OSError, ssl.SSLError, ValueError) as error:
             raise JaxsplitError(f"ssl_key_file, ssl_cert_file: {error}") from None
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
-            self._socket = self.config.bind_socket()
-        except SystemExit:  # uvicorn has logged why
+            self._socket = socket.create_server((config.host, config.port), family=family)
+        except OSError as error:
             raise JaxsplitError(
-                f"port={config.port} of host={config.host} is not to be had: another server may "
-                "be running there; try another port"
+                f"port={config.port} of host={config.host} is not to be had: {error.strerror}; try "
+                "another"
             ) from None
         name = f"[{config.host}]" if ":" in config.host else config.host
         port = self._socket.getsockname()[1]
@@ -115,7 +116,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _tls(config: ServerConfig) -> dict[str, str]:
+def _tls(config: ServerConfig) -> dict[str, Any]:
     """Settings of uvicorn."""
     key, certificate = config.ssl_key_file, config.ssl_cert_file
     if key is None and certificate is None:

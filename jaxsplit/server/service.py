@@ -109,11 +109,11 @@ class Service:
         """
         self.path, self.name = path, self.config.alias or Path(path).stem
         if self.template_source is not None:
-            own = ChatTemplate.from_metadata(dict(lm.metadata) | _AS_TEMPLATE)
+            own = ChatTemplate.from_metadata(dict(lm.file.metadata) | _AS_TEMPLATE)
             self._template = ChatTemplate(self.template_source, own.bos_token, own.eos_token)
         else:
             try:
-                self._template = ChatTemplate.from_metadata(lm.metadata)
+                self._template = ChatTemplate.from_metadata(lm.file.metadata)
             except JaxsplitError as error:
                 self._template = error
         self.texts = EncodedTexts(lm.tokenizer)
@@ -129,12 +129,11 @@ class Service:
         """The model.
 
         Raises:
-          ApiError: it is being loaded, or the server ends.
+          ApiError: it is being loaded.
         """
-        if self.state == "ok" and self._lm is not None:
-            return self._lm
-        reason = "the server is ending" if self.state == "draining" else "loading the model"
-        raise ApiError(503, f"{reason}; try again later", headers={"Retry-After": "5"})
+        if self.state == "loading" or self._lm is None:
+            raise ApiError(503, "the model is being loaded; try again later", headers=_LATER)
+        return self._lm
 
     @property
     def template(self) -> ChatTemplate:
@@ -238,6 +237,8 @@ class Service:
           ApiError, JaxsplitError: a prompt is too long, too many wait, or a value does not suit.
         """
         lm = self.lm
+        if self.state == "draining":
+            raise ApiError(503, "the server is ending; try again later", headers=_LATER)
         for prompt in prompts:
             if len(prompt) >= lm.engine.context and n_predict != 0:
                 raise ApiError(
@@ -249,14 +250,7 @@ class Service:
                     n_prompt_tokens=len(prompt),
                     n_ctx=lm.engine.context,
                 )
-        count = len(prompts) * copies
-        if lm.statistics.waiting + count > self.config.max_queue:
-            raise ApiError(
-                429,
-                f"{lm.statistics.waiting} requests are waiting, at most {self.config.max_queue} "
-                "may (--max_queue); try again later",
-                headers={"Retry-After": "1"},
-            )
+        self._check_queue(len(prompts) * copies)
         sampling = self.sampling_config(fields)
         timeout = self.config.timeout
         if fields.t_max_predict_ms is not None:
@@ -289,6 +283,25 @@ class Service:
         running = Running(generations, self._waker, copies)
         self.active.add(running)
         return running
+
+    def _check_queue(self, count: int) -> None:
+        """Refuses requests of which too many would wait."""
+        most = self.config.max_queue
+        waiting = sum(
+            not generation.request.timings.started
+            for running in self.active
+            for generation in running.generations
+        )
+        if count > most:
+            raise ApiError(
+                400, f"this asks for {count} texts at once; at most {most} may wait (--max_queue)"
+            )
+        if waiting + count > most:
+            raise ApiError(
+                429,
+                f"{waiting} texts are waiting, at most {most} may (--max_queue); try again later",
+                headers={"Retry-After": "1"},
+            )
 
     def end(self, running: Running) -> None:
         """Ends what has begun, finished or not, and counts it."""
@@ -383,6 +396,8 @@ class Service:
             predicted_per_second=1e3 * steps / predicted if predicted else 0.0,
         )
 
+
+_LATER = {"Retry-After": "5"}
 
 _AS_TEMPLATE = {"tokenizer.chat_template": "-"}
 """Metadata of a model without a template, for the texts of its BOS and EOS."""

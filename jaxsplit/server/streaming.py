@@ -1,7 +1,7 @@
 """Server-sent events, from the events of generations."""
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -50,7 +50,9 @@ class Stream(AsyncIterator[bytes]):
         self._running.cancel()
 
 
-async def _frames(service: Service, running: Running, renderer: Renderer) -> AsyncIterator[bytes]:
+async def _frames(
+    service: Service, running: Running, renderer: Renderer
+) -> AsyncGenerator[bytes, None]:
     try:
         yield b"".join(map(_frame, renderer.start()))
         async for found in running.events(service.config.sse_ping_interval):
