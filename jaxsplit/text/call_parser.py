@@ -8,20 +8,18 @@ how the text is cut.
 import itertools
 import json
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any, TypeVar
 
-from jaxsplit.text.tool_calls import ToolFormat, parts_of
+from jaxsplit.text.tool_calls import JSON_TYPES, Schemas, ToolFormat, json_types, parts_of
 
 T = TypeVar("T")
 Piece = tuple[str, str]
 """Kind and text: `reasoning`, `content`, the `name` of a call, or a part of its `arguments`."""
 Parse = Generator[Piece | None, None, T]
-Schemas = Mapping[str, Mapping[str, Any]]
 
 _SPACE = re.compile(r"\s*")
 _SEPARATOR = re.compile(r"[\s,;]*")
-_CLOSING_BRACKETS = re.compile(r"[\s\]}]*")
 _BETWEEN_STRINGS = re.compile(r'[^"{}\[\]]*')
 _INSIDE_STRING = re.compile(r'(?:[^"\\]+|\\.)*', re.DOTALL)
 _SCALAR = re.compile(r"[\w.+-]*")
@@ -31,8 +29,9 @@ _NAME_KEYS = ("name", "tool_name")
 _ARGUMENTS_KEYS = ("arguments", "parameters")
 _OTHER_KEYS = ("id", "type", "tool_call_id")
 _KEY_LENGTH = 200  # the longest key of an argument, or id of a call, in characters
-_TYPES = {bool: "boolean", int: "number", float: "number", dict: "object", list: "array"}
-_TYPES |= {str: "string", type(None): "null"}
+_MESSAGE_START, _CHANNEL, _MESSAGE = "<|start|>assistant", "<|channel|>", "<|message|>"
+_MESSAGE_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
 _PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -155,7 +154,8 @@ class CallParser:
             return False
         while (yield from self._try(self._call_object())):
             pass
-        yield from self._match(_CLOSING_BRACKETS)  # also too many of them
+        while (yield from self._literal("]")) or (yield from self._literal("}")):
+            pass  # Models also write too many of them.
         return True
 
     def _call_object(self) -> Parse[bool]:
@@ -231,13 +231,27 @@ class CallParser:
             yield "arguments", "{" if not self._parameters_taken else ", "
             self._parameters_taken += 1
             yield "arguments", json.dumps(key, ensure_ascii=False) + ": "
-            value = yield from self._until(closing)
+            schema = properties.get(key)
+            value = yield from self._parameter_value(closing, json_types(schema))
             if value is None:
                 return False
-            if "\n{value}\n" in self._format.parameter:
-                value = value.removeprefix("\n").removesuffix("\n")
-            yield "arguments", _to_json(value, properties.get(key))
+            yield "arguments", value
         return True
+
+    def _parameter_value(self, closing: str, types: set[str]) -> Parse[str | None]:
+        """Takes an argument that is written as plain text, and the mark after it, as JSON."""
+        start = self._at
+        if types and "string" not in types and (yield from self._try(self._value())):
+            end = self._at  # The mark may be in a string of the value.
+            if (yield from self._literal(closing)):
+                return _to_json(self._text[start:end], types)
+            self._at = start
+        text = yield from self._until(closing)
+        if text is None:
+            return None
+        if "\n{value}\n" in self._format.parameter:
+            text = text.removeprefix("\n").removesuffix("\n")
+        return _to_json(text, types)
 
     # JSON
 
@@ -351,9 +365,9 @@ class CallParser:
 
     # Pieces
 
-    def _content(self, end: int) -> Parse[None]:
+    def _content(self, end: int, kind: str = "content") -> Parse[None]:
         if end > self._at:
-            yield "content", self._text[self._at : end]
+            yield kind, self._text[self._at : end]
         self._text, self._at = self._text[end:], 0
 
     def _hand_over(self, arguments: str) -> Parse[None]:
@@ -368,6 +382,80 @@ class CallParser:
             yield "arguments", self._text[self._streamed : self._at]
             self._text = self._text[self._at :]
             self._at = self._streamed = 0
+
+
+class ChannelParser(CallParser):
+    """Splits answers of gpt-oss, which consist of messages in channels.
+
+    A message is `<|start|>assistant<|channel|>CHANNEL<|message|>TEXT<|end|>`; the prompt has the
+    start of the first. That of the channel `analysis` is reasoning. One to a function, in either of
+    `<|start|>assistant to=functions.NAME<|channel|>…` and `<|channel|>… to=functions.NAME …`, is a
+    call. (https://cookbook.openai.com/articles/openai-harmony)
+    """
+
+    def __init__(
+        self, format: ToolFormat, tools: Schemas, prompt: str = "", parse_reasoning: bool = True
+    ):
+        """Starts an answer.
+
+        Args:
+          format: of the calls.
+          tools: JSON schemas of the arguments of the functions that may be called, by name.
+          prompt: text of the prompt, which may end inside of a message.
+          parse_reasoning: `False` leaves reasoning in the content, with its marks.
+        """
+        super().__init__(format, tools)
+        self._parse_reasoning = parse_reasoning
+        _, start, header = prompt.rpartition("<|start|>")
+        if header.startswith("assistant"):
+            header, message, _ = header.partition(_MESSAGE)
+            self._text = start + header + message
+        self._prompted = len(self._text)  # The prompt's part is no content.
+
+    def _answer(self) -> Parse[None]:
+        marks = _MESSAGE_START, _CHANNEL, *_MESSAGE_ENDS
+        mark = re.compile("|".join(map(re.escape, marks)))
+        kind, with_marks = "content", False
+        while True:
+            found = mark.search(self._text, self._at)
+            yield from self._content(found.start() if found else self._held_from(marks), kind)
+            if not found:
+                if not (yield from self._more()):
+                    break
+            elif found.group() in _MESSAGE_ENDS:
+                self._at = len(found.group())
+                if with_marks:
+                    yield from self._restored(0)
+                kind, with_marks = "content", False
+            else:
+                header = yield from self._until(_MESSAGE, _KEY_LENGTH)
+                if header is None:
+                    yield from self._content(len(found.group()), kind)
+                    continue
+                prompted, self._prompted = self._prompted, 0
+                recipient = _RECIPIENT.search(header)
+                self._name = recipient.group(1) if recipient else ""
+                calls = self._calls
+                if self._name in self._tools:
+                    yield from self._try(self._arguments())
+                if self._calls > calls:
+                    kind, with_marks = "content", False
+                    continue
+                is_reasoning = _CHANNEL + "analysis" in header and not recipient
+                kind = "reasoning" if is_reasoning and self._parse_reasoning else "content"
+                with_marks = bool(recipient) or (is_reasoning and not self._parse_reasoning)
+                if with_marks:
+                    yield from self._restored(prompted)
+
+    def _restored(self, start: int) -> Parse[None]:
+        """Hands over what was taken, from `start` on."""
+        end, self._at = self._at, start
+        yield from self._content(end)
+
+    def _content(self, end: int, kind: str = "content") -> Parse[None]:
+        self._at = min(end, max(self._at, self._prompted))
+        self._prompted = max(0, self._prompted - end)
+        yield from super()._content(end, kind)
 
 
 def _loads(text: str, strict: bool = True) -> Any:
@@ -399,28 +487,14 @@ def _as_object(text: str) -> str | None:
     return text if isinstance(value, dict) else None
 
 
-def _to_json(text: str, schema: Any) -> str:
-    """The JSON text of an argument that was written as plain text."""
-    types = _types(schema)
+def _to_json(text: str, types: set[str]) -> str:
+    """The JSON text of an argument of given types that was written as plain text."""
     if types != {"string"}:
         written = _PYTHON_CONSTANTS.get(text.strip(), text.strip())
         try:
-            kind = _TYPES[type(_loads(written))]
+            kind = JSON_TYPES[type(_loads(written))]
         except ValueError:
             kind = "string"
         if kind != "string" and (kind in types or not types):
             return written
     return json.dumps(text, ensure_ascii=False)
-
-
-def _types(schema: Any) -> set[str]:
-    """Types that a JSON schema permits; none if it does not say so."""
-    if not isinstance(schema, Mapping):
-        return set()
-    if "type" in schema:
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        return {"number" if type == "integer" else type for type in types}
-    if "const" in schema or "enum" in schema:
-        return {_TYPES.get(type(v), "") for v in schema.get("enum") or [schema.get("const")]}
-    choices = [_types(choice) for key in ("anyOf", "oneOf") for choice in schema.get(key) or ()]
-    return set().union(*choices) if all(choices) else set()
