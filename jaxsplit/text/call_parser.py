@@ -240,13 +240,16 @@ class CallParser:
 
     def _parameter_value(self, closing: str, types: set[str]) -> Parse[str | None]:
         """Takes an argument that is written as plain text, and the mark after it, as JSON."""
-        start = self._at
-        if types and "string" not in types and (yield from self._try(self._value())):
-            end = self._at  # The mark may be in a string of the value.
-            if (yield from self._literal(closing)):
-                return _to_json(self._text[start:end], types)
-            self._at = start
-        text = yield from self._until(closing)
+        start, text = self._at, None
+        if types and "string" not in types:
+            yield from self._match(_SPACE)
+            # The mark may also be in a string of the value.
+            if (yield from self._value()) and (yield from self._literal(closing)):
+                text = self._text[start : self._at - len(closing)]
+            else:
+                self._at = start
+        if text is None:
+            text = yield from self._until(closing)
         if text is None:
             return None
         if "\n{value}\n" in self._format.parameter:
