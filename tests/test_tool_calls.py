@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.text import ChatTemplate
 from jaxsplit.text.answer import AnswerParser, Delta, ToolCall, ToolCallDelta
 from jaxsplit.text.tool_calls import FORMATS, tool_format
 
@@ -69,6 +70,19 @@ EXAMPLES = {
         '<minimax:tool_call>\n<invoke name="weather">\n'
         '<parameter name="city">Zürich, "x" [1}</parameter>\n<parameter name="days">2</parameter>\n'
         '</invoke>\n<invoke name="time">\n</invoke>\n</minimax:tool_call>',
+    ),
+    "lfm2": (
+        "<|tool_list_start|>",
+        "<|tool_call_start|>[weather(city='Zürich, \"x\" [1}', days=2), time()]<|tool_call_end|>",
+    ),
+    "lfm2.5": (
+        '"<|tool_call_start|>[" + (tool_calls_ns.tool_calls | join(", ")) + "]<|tool_call_end|>"',
+        "<|tool_call_start|>[weather(city='Zürich, \"x\" [1}', days=2), time()]<|tool_call_end|>",
+    ),
+    "gemma": (
+        "'<|tool_call>call:' + function['name'] + '{'",
+        '<|tool_call>call:weather{city:<|"|>Zürich, "x" [1}<|"|>,days:2}<tool_call|>'
+        "<|tool_call>call:time{}<tool_call|>",
     ),
     "mistral": (
         "'[TOOL_CALLS]' + tool_call.function.name ... '[CALL_ID]' + tool_call.id ... '[ARGS]'",
@@ -200,6 +214,61 @@ def test_calls_of_other_functions_are_content(name):
     template, text = EXAMPLES[name]
     text = text.replace("weather", "launch").replace("time", "launch_now")
     assert parse(text, template)[0] == ("", text, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("hermes", {"<tool_call>", "</tool_call>"}),
+        ("glm", {"<tool_call>", "<arg_key>", "</arg_value>"}),
+        ("command-r", {"<|START_ACTION|>", "<|END_ACTION|>"}),
+        ("mistral", {"[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"}),
+        ("deepseek-r1", {"<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>"}),
+        ("kimi-k2", {"<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"}),
+        ("gemma", {"<|tool_call>", "<tool_call|>", '<|"|>'}),
+        ("lfm2", {"<|tool_list_start|>", "<|tool_call_start|>"}),
+    ],
+)
+def test_marks_that_are_control_tokens_are_in_the_text(name, tokens):
+    template = ChatTemplate(EXAMPLES[name][0].replace("{{", "").replace("{%", ""))
+    assert template.find_markup(tokens | {"<s>", "<|im_end|>", "<unused1>"}) == tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "arguments"),
+    [
+        (
+            "lfm2",
+            "weather(city=\"it's\", days=-2, metric=True, where={'lat': 1.5}, tags=['a'])",
+            '{"city": "it\'s", "days": -2, "metric": true, "where": {"lat": 1.5}, "tags": ["a"]}',
+        ),
+        ("lfm2", "weather('Zürich')", None),
+        ("lfm2", "weather(city=open('f'))", None),
+        ("lfm2", "weather(**{})", None),
+        ("lfm2", "weather(days=1e999)", None),
+        ("lfm2", "weather(city='\\d')", '{"city": "\\\\d"}'),
+        ("lfm2", "weather(days=" + "[" * 9999, None),
+        (
+            "gemma",
+            'call:weather{city:<|"|>a "b", {c:1}<|"|>,where:{lat:1.5},tags:[<|"|>x<|"|>]}',
+            '{"city":"a \\"b\\", {c:1}","where":{"lat":1.5},"tags":["x"]}',
+        ),
+        ("gemma", 'call:weather{city:<|"|>a}', None),
+        ("gemma", "call:weather{city:a}", None),
+        ("gemma", "call:weather[1]", None),
+    ],
+)
+def test_other_notations_become_json(name, call, arguments):
+    begin, end = {
+        "lfm2": ("<|tool_call_start|>[", "]<|tool_call_end|>"),
+        "gemma": ("<|tool_call>", "<tool_call|>"),
+    }[name]
+    text = begin + call + end
+    (_, content, calls), _ = parse(text, EXAMPLES[name][0])
+    if arguments is None:
+        assert (content, calls) == (text, [])
+    else:
+        assert (content, calls) == ("", [ToolCall("weather", arguments)])
 
 
 # Streaming
@@ -386,8 +455,10 @@ def test_reasoning_of_gpt_oss_can_stay_in_the_content():
 
 # Grammars
 
+WITHOUT_GRAMMAR = {"lfm2", "lfm2.5", "gemma"}
+WITH_GRAMMAR = sorted(EXAMPLES.keys() - WITHOUT_GRAMMAR)
 # Their templates write calls exactly as the grammar does.
-EXACT = sorted(EXAMPLES.keys() - {"mistral", "mistral-array", "command-r", "phi-4-mini"})
+EXACT = sorted({*WITH_GRAMMAR} - {"mistral", "mistral-array", "command-r", "phi-4-mini"})
 # Of some formats, marks that are tokens of the vocabulary.
 TOKENS = {
     "hermes": ("<tool_call>", "</tool_call>", "<think>", "</think>"),
@@ -457,7 +528,7 @@ def test_grammars_permit_the_calls_of_the_template(name, tokens):
     assert matcher.is_accepting()
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", WITH_GRAMMAR)
 @pytest.mark.parametrize("prompt", ["", "<think>\n"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_what_a_grammar_permits_is_parsed(name, prompt, parallel):
@@ -497,6 +568,12 @@ def test_a_grammar_can_be_of_one_function():
 
 def test_nothing_is_constrained_unless_a_call_is_required():
     assert tool_format(HERMES).grammar(TOOLS, required=False) is None
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_GRAMMAR))
+def test_formats_without_a_grammar_are_refused(name):
+    with pytest.raises(JaxsplitError, match=f"{name}.*tool_choice='auto'"):
+        tool_format(EXAMPLES[name][0]).grammar(TOOLS, required=True)
 
 
 @pytest.mark.parametrize("strict", [False, True])

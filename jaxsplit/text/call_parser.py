@@ -9,9 +9,10 @@ import itertools
 import json
 import re
 from collections.abc import Generator
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from jaxsplit.text.tool_calls import JSON_TYPES, Schemas, ToolFormat, json_types, parts_of
+from jaxsplit.text.notations import DECODERS, as_object, from_text, json_types, loads
+from jaxsplit.text.tool_calls import Schemas, ToolFormat, parts_of
 
 T = TypeVar("T")
 Piece = tuple[str, str]
@@ -32,7 +33,6 @@ _KEY_LENGTH = 200  # the longest key of an argument, or id of a call, in charact
 _MESSAGE_START, _CHANNEL, _MESSAGE = "<|start|>assistant", "<|channel|>", "<|message|>"
 _MESSAGE_ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
-_PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 
 
 class CallParser:
@@ -125,6 +125,8 @@ class CallParser:
                     taken = yield from self._call_objects()
                 case "parameters":
                     taken = yield from self._parameters()
+                case "python" | "gemma":
+                    taken = yield from self._decoded(field, following)
             if not taken:
                 return False
         if self._format.parameter:  # The pattern is complete, and so are the arguments.
@@ -185,7 +187,7 @@ class CallParser:
                     start = self._at
                     if not (yield from self._value()):
                         return False
-                    arguments = _as_object(self._text[start : self._at])
+                    arguments = as_object(self._text[start : self._at])
                     if arguments is None:
                         return False
             elif key not in _OTHER_KEYS or not (yield from self._value()):
@@ -211,7 +213,7 @@ class CallParser:
             return complete
         if not (yield from self._value()):
             return False
-        arguments = _as_object(self._text[start : self._at])
+        arguments = as_object(self._text[start : self._at])
         if arguments is None:
             return False
         yield from self._hand_over(arguments)
@@ -254,7 +256,20 @@ class CallParser:
             return None
         if "\n{value}\n" in self._format.parameter:
             text = text.removeprefix("\n").removesuffix("\n")
-        return _to_json(text, types)
+        return from_text(text, types)
+
+    def _decoded(self, notation: str, mark: str) -> Parse[bool]:
+        """Takes the text before a mark, and hands over the calls that it stands for."""
+        start = self._at
+        if (yield from self._until(mark, keep=True)) is None:
+            self._at = len(self._text)
+        calls = DECODERS[notation](self._text[start : self._at])
+        if not calls or any(name not in self._tools for name, _ in calls):
+            return False
+        for name, arguments in calls:
+            self._name = name
+            yield from self._hand_over(arguments)
+        return True
 
     # JSON
 
@@ -298,7 +313,7 @@ class CallParser:
         if not (yield from self._string()):
             return None
         try:
-            return _loads(self._text[start : self._at], strict=False)
+            return loads(self._text[start : self._at], strict=False)
         except ValueError:
             return None
 
@@ -459,45 +474,3 @@ class ChannelParser(CallParser):
         self._at = min(end, max(self._at, self._prompted))
         self._prompted = max(0, self._prompted - end)
         yield from super()._content(end, kind)
-
-
-def _loads(text: str, strict: bool = True) -> Any:
-    """A JSON text's value.
-
-    Raises:
-      ValueError: it is no JSON text.
-    """
-
-    def reject(constant: str) -> None:
-        raise ValueError(constant)
-
-    try:
-        return json.loads(text, strict=strict, parse_constant=reject)
-    except RecursionError as error:
-        raise ValueError("too deep") from error
-
-
-def _as_object(text: str) -> str | None:
-    """The arguments that a JSON value stands for: an object, also one in a string, or none."""
-    try:
-        value = _loads(text, strict=False)
-        if isinstance(value, str):
-            text, value = value, _loads(value or "null", strict=False)
-    except ValueError:
-        return None
-    if value is None:
-        return "{}"
-    return text if isinstance(value, dict) else None
-
-
-def _to_json(text: str, types: set[str]) -> str:
-    """The JSON text of an argument of given types that was written as plain text."""
-    if types != {"string"}:
-        written = _PYTHON_CONSTANTS.get(text.strip(), text.strip())
-        try:
-            kind = JSON_TYPES[type(_loads(written))]
-        except ValueError:
-            kind = "string"
-        if kind != "string" and (kind in types or not types):
-            return written
-    return json.dumps(text, ensure_ascii=False)

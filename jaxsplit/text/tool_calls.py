@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.text.notations import json_types
 from jaxsplit.text.reasoning import MARKS
 
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -29,7 +30,8 @@ class ToolFormat:
     - `{arguments}`: a JSON object;
     - `{call}`, `{calls}`: the pattern `object`, or a JSON array of such objects;
     - `{parameters}`: the arguments one by one, each by the pattern `parameter`, in which `{key}`
-      and `{value}` are plain text.
+      and `{value}` are plain text;
+    - `{python}`, `{gemma}`: calls in a notation of `jaxsplit.text.notations`.
 
     White space in a pattern stands for any white space, or for none.
 
@@ -95,10 +97,15 @@ class ToolFormat:
           a grammar in llguidance's dialect of Lark; `None` if any answer is permitted.
 
         Raises:
-          JaxsplitError: no tool has the given name.
+          JaxsplitError: no tool has the given name, or there is no grammar of this format.
         """
         if not required and name is None:
             return None
+        if "{python}" in self.call or "{gemma}" in self.call:
+            raise JaxsplitError(
+                f"tool_choice requires a call, which models with tool calls like those of "
+                f"{self.name} do not support; use tool_choice='auto'"
+            )
         return _Grammar(self, special_tokens or {}).answer(tools, parallel, name, prompt)
 
 
@@ -107,6 +114,8 @@ def parts_of(pattern: str) -> Iterator[tuple[str, str | None]]:
     for literal, field, _, _ in string.Formatter().parse(pattern):
         yield literal.strip(), field
 
+
+_LFM2 = "<|tool_call_start|>{python}<|tool_call_end|>"
 
 FORMATS = (
     # Qwen3-Coder, Qwen3.5
@@ -153,6 +162,11 @@ FORMATS = (
         end="</minimax:tool_call>",
         parameter='<parameter name="{key}">{value}</parameter>\n',
     ),
+    # LFM2, LFM2.5
+    ToolFormat("lfm2", ("<|tool_list_start|>",), _LFM2),
+    ToolFormat("lfm2.5", ("<|tool_call_start|>",), _LFM2),
+    # Gemma 4
+    ToolFormat("gemma", ("<|tool_call>call:",), "<|tool_call>{gemma}<tool_call|>"),
     # Mistral from 2025 on
     ToolFormat(
         "mistral",
@@ -249,23 +263,6 @@ def tool_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, A
 
 def _functions(tools: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     return (tool.get("function", tool) for tool in tools)
-
-
-def json_types(schema: Any) -> set[str]:
-    """Types that a JSON schema permits, `integer` as `number`; none if it does not say so."""
-    if not isinstance(schema, Mapping):
-        return set()
-    if "type" in schema:
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        return {"number" if type == "integer" else type for type in types}
-    if "const" in schema or "enum" in schema:
-        return {JSON_TYPES[type(v)] for v in schema.get("enum") or [schema.get("const")]}
-    choices = [json_types(choice) for key in ("anyOf", "oneOf") for choice in schema.get(key) or ()]
-    return set().union(*choices) if all(choices) else set()
-
-
-JSON_TYPES = {bool: "boolean", int: "number", float: "number", dict: "object", list: "array"}
-JSON_TYPES |= {str: "string", type(None): "null"}
 
 
 class _Grammar:
