@@ -271,6 +271,26 @@ def test_other_notations_become_json(name, call, arguments):
         assert (content, calls) == ("", [ToolCall("weather", arguments)])
 
 
+@pytest.mark.parametrize(
+    ("tools", "error"),
+    [
+        (["f"], r"tools\[0\] is 'f', but must be like"),
+        ([{"type": "function", "function": {}}], r"tools\[0\] is .* but must be like"),
+        ([{"function": {"name": "a b"}}], r"name of tools\[0\] is 'a b'"),
+        ([{"function": {"name": "f", "parameters": "x"}}], "parameters of tool 'f' are 'x'"),
+        ([{"function": {"name": "f", "parameters": {"properties": [1]}}}], "parameters of tool"),
+        ([{"function": {"name": "f", "parameters": {"required": "x"}}}], "parameters of tool"),
+    ],
+)
+def test_invalid_tools_are_refused(tools, error):
+    for make in (
+        lambda: AnswerParser(template=HERMES, tools=tools),
+        lambda: tool_format(HERMES).grammar(tools, required=True),
+    ):
+        with pytest.raises(JaxsplitError, match=error):
+            make()
+
+
 # Streaming
 
 
@@ -367,6 +387,12 @@ def test_only_what_may_become_a_mark_is_held_back():
             ['{"city": "A"'],
         ),
         (QWEN_CODER, "<tool_call><function=weather><parameter=city>A", "A", ['{"city": ']),
+        (
+            QWEN_CODER,
+            "<tool_call><function=weather><parameter=city>A</parameter>\n<parameter=da",
+            "\n<parameter=da",
+            ['{"city": "A"'],
+        ),
     ],
 )
 def test_what_does_not_parse_is_content(template, text, content, calls):
@@ -552,6 +578,37 @@ def test_what_a_grammar_permits_is_parsed(name, prompt, parallel):
             validate(arguments, schemas[call])
         counts.append(len(calls))
     assert (max(counts) > 1) == (parallel and name != "gpt-oss")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "reasoning", "permitted"),
+    [
+        ("hermes", "assistant\n", "<think>\nso\n</think>\n\n", True),
+        ("hermes", "assistant\n", "", True),
+        ("hermes", "assistant\n<think>\n", "so\n</think>\n\n", True),
+        ("hermes", "assistant\n<think>\n", "", False),
+        ("hermes", "assistant\n<think>\n\n</think>\n\n", "", True),
+        ("hermes", "assistant\n<think>\n\n</think>\n\n", "<think>so</think>", False),
+        (
+            "gpt-oss",
+            "<|start|>user<|message|>Hi<|end|><|start|>assistant",
+            "<|channel|>analysis<|message|>so<|end|><|start|>assistant",
+            True,
+        ),
+        ("gpt-oss", "<|start|>user<|message|>Hi<|end|><|start|>assistant", "", True),
+        ("hermes", "assistant\n", "I look. ", False),
+    ],
+)
+def test_reasoning_precedes_a_required_call(name, prompt, reasoning, permitted):
+    template, call = EXAMPLES[name]
+    vocabulary = Vocabulary()
+    format = tool_format(template + "<think></think>")
+    matcher = vocabulary.matcher(format.grammar(TOOLS, required=True, prompt=prompt))
+    consumed = matcher.consume_tokens(vocabulary.encode(reasoning + call))
+    assert (consumed and matcher.is_accepting()) == permitted
+    if permitted:
+        (_, content, calls), _ = parse(reasoning + call, template, prompt=prompt)
+        assert content == "" and calls
 
 
 def test_a_grammar_can_be_of_one_function():

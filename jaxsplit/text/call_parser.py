@@ -224,9 +224,13 @@ class CallParser:
         (opening, _), (between, _), (closing, _) = parts_of(self._format.parameter)
         properties = self._tools[self._name].get("properties") or {}
         self._parameters_taken = 0
-        while (yield from self._literal(opening)):
+        while True:
+            start = self._at
+            if not (yield from self._literal(opening)):
+                return True
             key = yield from self._until(between, _KEY_LENGTH)
             if key is None:
+                self._at = start
                 return False
             if not self._parameters_taken:
                 yield from self._hand_over("")
@@ -238,7 +242,6 @@ class CallParser:
             if value is None:
                 return False
             yield "arguments", value
-        return True
 
     def _parameter_value(self, closing: str, types: set[str]) -> Parse[str | None]:
         """Takes an argument that is written as plain text, and the mark after it, as JSON."""

@@ -20,13 +20,18 @@ def json_types(schema: Any) -> set[str]:
     """Types that a JSON schema permits, `integer` as `number`; none if it does not say so."""
     if not isinstance(schema, Mapping):
         return set()
-    if "type" in schema:
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        return {"number" if type == "integer" else type for type in types}
-    if "const" in schema or "enum" in schema:
-        return {JSON_TYPES[type(v)] for v in schema.get("enum") or [schema.get("const")]}
-    choices = [json_types(choice) for key in ("anyOf", "oneOf") for choice in schema.get(key) or ()]
-    return set().union(*choices) if all(choices) else set()
+    if types := schema.get("type"):
+        types = types if isinstance(types, list) else [types]
+        return {"number" if type == "integer" else str(type) for type in types}
+    if "const" in schema:
+        return {JSON_TYPES[type(schema["const"])]}
+    if isinstance(schema.get("enum"), list):
+        return {JSON_TYPES[type(value)] for value in schema["enum"]}
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            choices = [json_types(choice) for choice in schema[key]]
+            return set().union(*choices) if all(choices) else set()
+    return set()
 
 
 def loads(text: str, strict: bool = True) -> Any:

@@ -7,6 +7,7 @@ Python's format strings; both the parser (`jaxsplit.text.call_parser`) and the g
 import dataclasses
 import json
 import re
+import reprlib
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -115,6 +116,8 @@ def parts_of(pattern: str) -> Iterator[tuple[str, str | None]]:
         yield literal.strip(), field
 
 
+_NAME = re.compile(r"[\w.:/-]+")
+_COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
 _LFM2 = "<|tool_call_start|>{python}<|tool_call_end|>"
 
 FORMATS = (
@@ -257,12 +260,36 @@ def tool_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, A
 
     Args:
       tools: in OpenAI's form, `{"type": "function", "function": {"name": …, "parameters": …}}`.
+
+    Raises:
+      JaxsplitError: a tool has another form.
     """
     return {f["name"]: f.get("parameters") or {} for f in _functions(tools)}
 
 
 def _functions(tools: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    return (tool.get("function", tool) for tool in tools)
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str):
+            raise JaxsplitError(
+                f"tools[{index}] is {reprlib.repr(tool)}, but must be like "
+                '{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}'
+            )
+        if not _NAME.fullmatch(name):
+            raise JaxsplitError(
+                f"the name of tools[{index}] is {name!r}, but must be of letters, digits and _-.:/"
+            )
+        schema = function.get("parameters") or {}
+        if not isinstance(schema, Mapping) or not all(
+            isinstance(schema.get(key) or kind(), kind)
+            for key, kind in (("properties", dict), ("required", list))
+        ):
+            raise JaxsplitError(
+                f"the parameters of tool {name!r} are {reprlib.repr(schema)}, but must be "
+                'a JSON schema such as {"type": "object", "properties": {}, "required": []}'
+            )
+        yield function
 
 
 class _Grammar:
@@ -303,11 +330,12 @@ class _Grammar:
         return "\n".join([f"start: {self._reasoning(prompt)} {calls}", *self._rules, ""])
 
     def _reasoning(self, prompt: str) -> str:
-        end = prompt.rstrip()
+        """The rest of what the prompt has begun, or as much as the model likes."""
+        end, channels = prompt.rstrip(), self._format.channels
         marks = self._format.reasoning
-        if any(end.endswith(closing) for _, closing in marks):
-            return ""
-        space = "" if self._format.channels else '("\\n" "\\n"?)?'
+        if not channels and any(end.endswith(closing) for _, closing in marks):
+            return ""  # The template has closed it.
+        space = "" if channels else '("\\n" "\\n"?)?'
         for opening, closing in marks:
             if end.endswith(opening):
                 return f"{self._text_until(closing)} {space}"
@@ -315,8 +343,8 @@ class _Grammar:
         return f"({' | '.join(thoughts)})?" if marks else ""
 
     def _function(self, pattern: str, function: Mapping[str, Any]) -> str:
-        schema = function.get("parameters") or {"type": "object", "additionalProperties": False}
-        if "properties" in schema:
+        schema = {"type": "object"} | (function.get("parameters") or {"properties": {}})
+        if "properties" in schema and not schema.keys() & _COMBINING:
             schema = {"additionalProperties": False} | schema
         strict = bool(function.get("strict"))
         return self._pattern(
