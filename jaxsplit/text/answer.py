@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxsplit.text.call_parser import CallParser, Piece
+from jaxsplit.text.call_parser import CallParser, ChannelParser, Piece
 from jaxsplit.text.reasoning import ReasoningParser
 from jaxsplit.text.tool_calls import tool_format, tool_schemas
 
@@ -68,10 +68,16 @@ class AnswerParser:
           parse_reasoning: `False` leaves reasoning in the content, with its marks. It is not
             searched for calls either way.
         """
-        format = tool_format(template)
-        self._call_parser = CallParser(format, tool_schemas(tools)) if format and tools else None
-        self._reasoning_parser = ReasoningParser(prompt)
+        format, schemas = tool_format(template), tool_schemas(tools)
         self._parse_reasoning = parse_reasoning
+        self._reasoning_parser: ReasoningParser | None = None
+        self._call_parser: CallParser | None = None
+        if format and format.channels:
+            self._call_parser = ChannelParser(format, schemas, prompt, parse_reasoning)
+        else:
+            self._reasoning_parser = ReasoningParser(prompt)
+            if format and schemas:
+                self._call_parser = CallParser(format, schemas)
         self._texts: dict[str, list[str]] = {"reasoning": [], "content": []}
         self._calls: list[tuple[str, list[str]]] = []
 
@@ -91,23 +97,30 @@ class AnswerParser:
         return [ToolCall(name, "".join(arguments)) for name, arguments in self._calls]
 
     def push(self, text: str) -> list[Delta]:
-        """Takes the next piece of the answer; returns what is decided by it."""
-        return self._deltas(self._pieces(self._reasoning_parser.push(text)))
+        """Takes the next piece of the answer; returns what it decides."""
+        return self._deltas(self._pieces(text))
 
     def finish(self) -> list[Delta]:
         """Ends the answer; returns what was held back."""
-        deltas = self._deltas(self._pieces(self._reasoning_parser.flush()))
-        return deltas + self._deltas(self._call_parser.finish()) if self._call_parser else deltas
+        return self._deltas(self._pieces(None))
 
-    def _pieces(self, shown: Iterable[tuple[bool, str]]) -> Iterator[Piece]:
-        if self._parse_reasoning:
-            reasoning, content = self._reasoning_parser.take()
-            yield "reasoning", reasoning
+    def _pieces(self, text: str | None) -> Iterator[Piece]:
+        """Pieces of the answer after a piece of its text, or after the end."""
+        content = text or ""
+        if parser := self._reasoning_parser:
+            shown = parser.flush() if text is None else parser.push(text)
+            if self._parse_reasoning:
+                reasoning, content = parser.take()
+                yield "reasoning", reasoning
+            else:
+                yield "content", "".join(piece for is_reasoning, piece in shown if is_reasoning)
+                content = "".join(piece for is_reasoning, piece in shown if not is_reasoning)
+        if parser := self._call_parser:
+            yield from parser.push(content)
+            if text is None:
+                yield from parser.finish()
         else:
-            shown = list(shown)
-            yield "content", "".join(text for is_reasoning, text in shown if is_reasoning)
-            content = "".join(text for is_reasoning, text in shown if not is_reasoning)
-        yield from self._call_parser.push(content) if self._call_parser else [("content", content)]
+            yield "content", content
 
     def _deltas(self, pieces: Iterable[Piece]) -> list[Delta]:
         """Pieces as deltas, of which neighbours of the same meaning are one."""

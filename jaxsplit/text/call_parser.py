@@ -8,20 +8,19 @@ how the text is cut.
 import itertools
 import json
 import re
-from collections.abc import Generator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Generator
+from typing import TypeVar
 
-from jaxsplit.text.tool_calls import ToolFormat, parts_of
+from jaxsplit.text.notations import DECODERS, as_object, from_text, json_types, loads
+from jaxsplit.text.tool_calls import Schemas, ToolFormat, parts_of
 
 T = TypeVar("T")
 Piece = tuple[str, str]
 """Kind and text: `reasoning`, `content`, the `name` of a call, or a part of its `arguments`."""
 Parse = Generator[Piece | None, None, T]
-Schemas = Mapping[str, Mapping[str, Any]]
 
 _SPACE = re.compile(r"\s*")
 _SEPARATOR = re.compile(r"[\s,;]*")
-_CLOSING_BRACKETS = re.compile(r"[\s\]}]*")
 _BETWEEN_STRINGS = re.compile(r'[^"{}\[\]]*')
 _INSIDE_STRING = re.compile(r'(?:[^"\\]+|\\.)*', re.DOTALL)
 _SCALAR = re.compile(r"[\w.+-]*")
@@ -31,9 +30,9 @@ _NAME_KEYS = ("name", "tool_name")
 _ARGUMENTS_KEYS = ("arguments", "parameters")
 _OTHER_KEYS = ("id", "type", "tool_call_id")
 _KEY_LENGTH = 200  # the longest key of an argument, or id of a call, in characters
-_TYPES = {bool: "boolean", int: "number", float: "number", dict: "object", list: "array"}
-_TYPES |= {str: "string", type(None): "null"}
-_PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
+_MESSAGE_START, _CHANNEL, _MESSAGE = "<|start|>assistant", "<|channel|>", "<|message|>"
+_MESSAGE_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
 
 
 class CallParser:
@@ -126,6 +125,8 @@ class CallParser:
                     taken = yield from self._call_objects()
                 case "parameters":
                     taken = yield from self._parameters()
+                case "python" | "gemma":
+                    taken = yield from self._decoded(field, following)
             if not taken:
                 return False
         if self._format.parameter:  # The pattern is complete, and so are the arguments.
@@ -155,7 +156,8 @@ class CallParser:
             return False
         while (yield from self._try(self._call_object())):
             pass
-        yield from self._match(_CLOSING_BRACKETS)  # also too many of them
+        while (yield from self._literal("]")) or (yield from self._literal("}")):
+            pass  # Models also write too many of them.
         return True
 
     def _call_object(self) -> Parse[bool]:
@@ -185,7 +187,7 @@ class CallParser:
                     start = self._at
                     if not (yield from self._value()):
                         return False
-                    arguments = _as_object(self._text[start : self._at])
+                    arguments = as_object(self._text[start : self._at])
                     if arguments is None:
                         return False
             elif key not in _OTHER_KEYS or not (yield from self._value()):
@@ -211,7 +213,7 @@ class CallParser:
             return complete
         if not (yield from self._value()):
             return False
-        arguments = _as_object(self._text[start : self._at])
+        arguments = as_object(self._text[start : self._at])
         if arguments is None:
             return False
         yield from self._hand_over(arguments)
@@ -222,21 +224,54 @@ class CallParser:
         (opening, _), (between, _), (closing, _) = parts_of(self._format.parameter)
         properties = self._tools[self._name].get("properties") or {}
         self._parameters_taken = 0
-        while (yield from self._literal(opening)):
+        while True:
+            start = self._at
+            if not (yield from self._literal(opening)):
+                return True
             key = yield from self._until(between, _KEY_LENGTH)
             if key is None:
+                self._at = start
                 return False
             if not self._parameters_taken:
                 yield from self._hand_over("")
             yield "arguments", "{" if not self._parameters_taken else ", "
             self._parameters_taken += 1
             yield "arguments", json.dumps(key, ensure_ascii=False) + ": "
-            value = yield from self._until(closing)
+            schema = properties.get(key)
+            value = yield from self._parameter_value(closing, json_types(schema))
             if value is None:
                 return False
-            if "\n{value}\n" in self._format.parameter:
-                value = value.removeprefix("\n").removesuffix("\n")
-            yield "arguments", _to_json(value, properties.get(key))
+            yield "arguments", value
+
+    def _parameter_value(self, closing: str, types: set[str]) -> Parse[str | None]:
+        """Takes an argument that is written as plain text, and the mark after it, as JSON."""
+        start, text = self._at, None
+        if types and "string" not in types:
+            yield from self._match(_SPACE)
+            # The mark may also be in a string of the value.
+            if (yield from self._value()) and (yield from self._literal(closing)):
+                text = self._text[start : self._at - len(closing)]
+            else:
+                self._at = start
+        if text is None:
+            text = yield from self._until(closing)
+        if text is None:
+            return None
+        if "\n{value}\n" in self._format.parameter:
+            text = text.removeprefix("\n").removesuffix("\n")
+        return from_text(text, types)
+
+    def _decoded(self, notation: str, mark: str) -> Parse[bool]:
+        """Takes the text before a mark, and hands over the calls that it stands for."""
+        start = self._at
+        if (yield from self._until(mark, keep=True)) is None:
+            self._at = len(self._text)
+        calls = DECODERS[notation](self._text[start : self._at])
+        if not calls or any(name not in self._tools for name, _ in calls):
+            return False
+        for name, arguments in calls:
+            self._name = name
+            yield from self._hand_over(arguments)
         return True
 
     # JSON
@@ -281,7 +316,7 @@ class CallParser:
         if not (yield from self._string()):
             return None
         try:
-            return _loads(self._text[start : self._at], strict=False)
+            return loads(self._text[start : self._at], strict=False)
         except ValueError:
             return None
 
@@ -351,9 +386,9 @@ class CallParser:
 
     # Pieces
 
-    def _content(self, end: int) -> Parse[None]:
+    def _content(self, end: int, kind: str = "content") -> Parse[None]:
         if end > self._at:
-            yield "content", self._text[self._at : end]
+            yield kind, self._text[self._at : end]
         self._text, self._at = self._text[end:], 0
 
     def _hand_over(self, arguments: str) -> Parse[None]:
@@ -370,57 +405,75 @@ class CallParser:
             self._at = self._streamed = 0
 
 
-def _loads(text: str, strict: bool = True) -> Any:
-    """A JSON text's value.
+class ChannelParser(CallParser):
+    """Splits answers of gpt-oss, which consist of messages in channels.
 
-    Raises:
-      ValueError: it is no JSON text.
+    A message is `<|start|>assistant<|channel|>CHANNEL<|message|>TEXT<|end|>`; the prompt has the
+    start of the first. That of the channel `analysis` is reasoning. One to a function, in either of
+    `<|start|>assistant to=functions.NAME<|channel|>…` and `<|channel|>… to=functions.NAME …`, is a
+    call. (https://cookbook.openai.com/articles/openai-harmony)
     """
 
-    def reject(constant: str) -> None:
-        raise ValueError(constant)
+    def __init__(
+        self, format: ToolFormat, tools: Schemas, prompt: str = "", parse_reasoning: bool = True
+    ):
+        """Starts an answer.
 
-    try:
-        return json.loads(text, strict=strict, parse_constant=reject)
-    except RecursionError as error:
-        raise ValueError("too deep") from error
+        Args:
+          format: of the calls.
+          tools: JSON schemas of the arguments of the functions that may be called, by name.
+          prompt: text of the prompt, which may end inside of a message.
+          parse_reasoning: `False` leaves reasoning in the content, with its marks.
+        """
+        super().__init__(format, tools)
+        self._parse_reasoning = parse_reasoning
+        _, start, header = prompt.rpartition("<|start|>")
+        if header.startswith("assistant"):
+            header, message, _ = header.partition(_MESSAGE)
+            self._text = start + header + message
+        self._prompted = len(self._text)  # The prompt's part is no content.
 
+    def _answer(self) -> Parse[None]:
+        marks = _MESSAGE_START, _CHANNEL, *_MESSAGE_ENDS
+        mark = re.compile("|".join(map(re.escape, marks)))
+        kind, with_marks = "content", False
+        while True:
+            found = mark.search(self._text, self._at)
+            yield from self._content(found.start() if found else self._held_from(marks), kind)
+            if not found:
+                if not (yield from self._more()):
+                    break
+            elif found.group() in _MESSAGE_ENDS:
+                self._at = len(found.group())
+                if with_marks:
+                    yield from self._restored(0)
+                kind, with_marks = "content", False
+            else:
+                header = yield from self._until(_MESSAGE, _KEY_LENGTH)
+                if header is None:
+                    yield from self._content(len(found.group()), kind)
+                    continue
+                prompted, self._prompted = self._prompted, 0
+                recipient = _RECIPIENT.search(header)
+                self._name = recipient.group(1) if recipient else ""
+                calls = self._calls
+                if self._name in self._tools:
+                    yield from self._try(self._arguments())
+                if self._calls > calls:
+                    kind, with_marks = "content", False
+                    continue
+                is_reasoning = _CHANNEL + "analysis" in header and not recipient
+                kind = "reasoning" if is_reasoning and self._parse_reasoning else "content"
+                with_marks = bool(recipient) or (is_reasoning and not self._parse_reasoning)
+                if with_marks:
+                    yield from self._restored(prompted)
 
-def _as_object(text: str) -> str | None:
-    """The arguments that a JSON value stands for: an object, also one in a string, or none."""
-    try:
-        value = _loads(text, strict=False)
-        if isinstance(value, str):
-            text, value = value, _loads(value or "null", strict=False)
-    except ValueError:
-        return None
-    if value is None:
-        return "{}"
-    return text if isinstance(value, dict) else None
+    def _restored(self, start: int) -> Parse[None]:
+        """Hands over what was taken, from `start` on."""
+        end, self._at = self._at, start
+        yield from self._content(end)
 
-
-def _to_json(text: str, schema: Any) -> str:
-    """The JSON text of an argument that was written as plain text."""
-    types = _types(schema)
-    if types != {"string"}:
-        written = _PYTHON_CONSTANTS.get(text.strip(), text.strip())
-        try:
-            kind = _TYPES[type(_loads(written))]
-        except ValueError:
-            kind = "string"
-        if kind != "string" and (kind in types or not types):
-            return written
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _types(schema: Any) -> set[str]:
-    """Types that a JSON schema permits; none if it does not say so."""
-    if not isinstance(schema, Mapping):
-        return set()
-    if "type" in schema:
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        return {"number" if type == "integer" else type for type in types}
-    if "const" in schema or "enum" in schema:
-        return {_TYPES.get(type(v), "") for v in schema.get("enum") or [schema.get("const")]}
-    choices = [_types(choice) for key in ("anyOf", "oneOf") for choice in schema.get(key) or ()]
-    return set().union(*choices) if all(choices) else set()
+    def _content(self, end: int, kind: str = "content") -> Parse[None]:
+        self._at = min(end, max(self._at, self._prompted))
+        self._prompted = max(0, self._prompted - end)
+        yield from super()._content(end, kind)

@@ -12,7 +12,7 @@ from jaxsplit.text.bpe import TOKENIZER_MODELS
 from jaxsplit.text.metadata import get, get_token_id
 
 _MARKUP_NAME = re.compile(
-    r"think|thought|reason|channel|tool|call|args|python_tag|function", re.IGNORECASE
+    r'think|thought|reason|channel|tool|call|args|arg_|action|python_tag|function|"', re.IGNORECASE
 )
 
 

@@ -1,14 +1,23 @@
 """Formats of tool calls: how models write calls of functions in their answers.
 
 A format is a row of a table. Its patterns show a call as the model writes it, in the manner of
-Python's format strings; the parser (`jaxsplit.text.answer`) and the grammar are both derived from
-them.
+Python's format strings; both the parser (`jaxsplit.text.call_parser`) and the grammar follow them.
 """
 
 import dataclasses
+import json
+import re
+import reprlib
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.text.notations import json_types
+from jaxsplit.text.reasoning import MARKS
+
+Schemas = Mapping[str, Mapping[str, Any]]
+"""JSON schemas of the arguments of functions, by the functions' names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,26 +27,28 @@ class ToolFormat:
     The fields of the patterns:
 
     - `{name}`: the function's name;
-    - `{id}`: a number or an identifier of the call, of which nothing is made;
+    - `{id}`: a number or an identifier of the call, which is dropped;
     - `{arguments}`: a JSON object;
-    - `{call}`, `{calls}`: a JSON object of the name and the arguments, or an array of such objects;
+    - `{call}`, `{calls}`: the pattern `object`, or a JSON array of such objects;
     - `{parameters}`: the arguments one by one, each by the pattern `parameter`, in which `{key}`
-      and `{value}` are plain text.
+      and `{value}` are plain text;
+    - `{python}`, `{gemma}`: calls in a notation of `jaxsplit.text.notations`.
 
-    White space in a pattern stands for any white space, also none.
+    White space in a pattern stands for any white space, or for none.
 
     Attributes:
       name: of the format.
-      template_marks: texts that a chat template has if its model speaks the format.
+      template_marks: texts in the chat templates of the models that speak the format.
       call: pattern of a call.
-      begin: mark before one or several calls; empty if a call is recognized by its own start.
-      end: mark after them.
-      separator: between two calls, or `None` if each call has its own `begin` and `end`.
+      begin: mark before calls; a call that starts with a mark of its own is found without it, too.
+      end: mark after calls.
+      separator: between calls; `None` if each has its own `begin` and `end`.
+      object: pattern of a JSON object with the name and the arguments.
       parameter: pattern of an argument.
-      keys: keys of the name and of the arguments in `{call}`.
       id: regular expression of `{id}`.
       bare: an answer may start with a call without `begin`.
-      channels: answers consist of messages in the channels of gpt-oss.
+      channels: answers consist of messages in the channels of gpt-oss, one of which may be a call.
+      reasoning: opening and closing marks of reasoning in the chat template.
     """
 
     name: str
@@ -45,18 +56,58 @@ class ToolFormat:
     call: str
     begin: str = ""
     end: str = ""
-    separator: str | None = None
+    separator: str | None = ""
+    object: str = '{{"name": "{name}", "arguments": {arguments}}}'
     parameter: str = ""
-    keys: tuple[str, str] = ("name", "arguments")
     id: str = ""
     bare: bool = False
     channels: bool = False
+    reasoning: tuple[tuple[str, str], ...] = ()
 
     @property
     def starts(self) -> tuple[str, ...]:
         """Marks with which calls start."""
-        first = next(parts_of(self.call))[0]
+        first, _ = next(parts_of(self.call))
         return tuple(start for start in (self.begin.strip(), first) if start)
+
+    def grammar(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        required: bool,
+        parallel: bool = True,
+        name: str | None = None,
+        prompt: str = "",
+        special_tokens: Mapping[str, int] | None = None,
+    ) -> str | None:
+        """A grammar of the answers that consist of reasoning and calls.
+
+        The arguments follow their JSON schemas. Keywords that llguidance does not know are ignored,
+        unless the function has `"strict": true`.
+
+        Args:
+          tools: functions that may be called, in OpenAI's form.
+          required: the answer must have a call.
+          parallel: it may have several.
+          name: the function that must be called.
+          prompt: text of the prompt, which may end with an opening mark of reasoning.
+          special_tokens: ids of the vocabulary's special tokens, by their text. Marks that are such
+            tokens are generated as tokens, others as text.
+
+        Returns:
+          a grammar in llguidance's dialect of Lark; `None` if any answer is permitted.
+
+        Raises:
+          JaxsplitError: no tool has the given name, or there is no grammar of this format.
+        """
+        if not required and name is None:
+            return None
+        if "{python}" in self.call or "{gemma}" in self.call:
+            raise JaxsplitError(
+                f"tool_choice requires a call, which models with tool calls like those of "
+                f"{self.name} do not support; use tool_choice='auto'"
+            )
+        return _Grammar(self, special_tokens or {}).answer(tools, parallel, name, prompt)
 
 
 def parts_of(pattern: str) -> Iterator[tuple[str, str | None]]:
@@ -65,36 +116,302 @@ def parts_of(pattern: str) -> Iterator[tuple[str, str | None]]:
         yield literal.strip(), field
 
 
+_NAME = re.compile(r"[\w.:/-]+")
+_COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
+_LFM2 = "<|tool_call_start|>{python}<|tool_call_end|>"
+
 FORMATS = (
+    # Qwen3-Coder, Qwen3.5
     ToolFormat(
         "qwen3-coder",
         ("<tool_call>", "<function="),
         "<function={name}>\n{parameters}</function>\n",
         begin="<tool_call>\n",
         end="</tool_call>",
+        separator=None,
         parameter="<parameter={key}>\n{value}\n</parameter>\n",
     ),
+    # GLM-4.5 and later
     ToolFormat(
         "glm",
         ("<tool_call>", "<arg_key>"),
         "<tool_call>{name}\n{parameters}</tool_call>",
+        separator="\n",
         parameter="<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n",
     ),
-    ToolFormat("hermes", ("<tool_call>",), "{call}", begin="<tool_call>\n", end="\n</tool_call>"),
+    # Hermes, Qwen2.5, Qwen3, SmolLM3, Granite 4 and many others
+    ToolFormat(
+        "hermes",
+        ("<tool_call>",),
+        "{call}",
+        begin="<tool_call>\n",
+        end="\n</tool_call>",
+        separator=None,
+    ),
+    ToolFormat(
+        "seed-oss",
+        ("<seed:tool_call>", "<function="),
+        "<function={name}>\n{parameters}</function>\n",
+        begin="<seed:tool_call>\n",
+        end="</seed:tool_call>",
+        separator=None,
+        parameter="<parameter={key}>{value}</parameter>\n",
+    ),
+    ToolFormat(
+        "minimax",
+        ("<minimax:tool_call>", "<invoke name="),
+        '<invoke name="{name}">\n{parameters}</invoke>\n',
+        begin="<minimax:tool_call>\n",
+        end="</minimax:tool_call>",
+        parameter='<parameter name="{key}">{value}</parameter>\n',
+    ),
+    # LFM2, LFM2.5
+    ToolFormat("lfm2", ("<|tool_list_start|>",), _LFM2),
+    ToolFormat("lfm2.5", ("<|tool_call_start|>",), _LFM2),
+    # Gemma 4
+    ToolFormat("gemma", ("<|tool_call>call:",), "<|tool_call>{gemma}<tool_call|>"),
+    # Mistral from 2025 on
+    ToolFormat(
+        "mistral",
+        ("[TOOL_CALLS]", "[ARGS]"),
+        "[TOOL_CALLS]{name}{id}[ARGS]{arguments}",
+        id=r"(\[CALL_ID\][\w-]*)?",
+    ),
+    ToolFormat("mistral-array", ("[TOOL_CALLS]",), "{calls}", begin="[TOOL_CALLS]"),
+    # DeepSeek V3, R1
+    ToolFormat(
+        "deepseek-r1",
+        ("<｜tool▁call▁begin｜>", "```json"),
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n"
+        "```json\n{arguments}\n```<｜tool▁call▁end｜>",
+        separator="\n",
+        begin="<｜tool▁calls▁begin｜>",
+        end="<｜tool▁calls▁end｜>",
+    ),
+    ToolFormat(
+        "deepseek-v3.1",
+        ("<｜tool▁call▁begin｜>",),
+        "<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>",
+        begin="<｜tool▁calls▁begin｜>",
+        end="<｜tool▁calls▁end｜>",
+    ),
+    ToolFormat(
+        "kimi-k2",
+        ("<|tool_call_begin|>", "<|tool_call_argument_begin|>"),
+        "<|tool_call_begin|>functions.{name}{id}"
+        "<|tool_call_argument_begin|>{arguments}<|tool_call_end|>",
+        begin="<|tool_calls_section_begin|>",
+        end="<|tool_calls_section_end|>",
+        id=r":[0-9]+",
+    ),
+    ToolFormat(
+        "gpt-oss",
+        ("<|channel|>", "<|message|>"),
+        "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}",
+        channels=True,
+        reasoning=(("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),),
+    ),
+    ToolFormat(
+        "command-r",
+        ("<|START_ACTION|>",),
+        "{calls}",
+        begin="<|START_ACTION|>",
+        end="<|END_ACTION|>",
+        object='{{"tool_call_id": "{id}", "tool_name": "{name}", "parameters": {arguments}}}',
+        id=r"[0-9]+",
+    ),
+    # Nemotron Nano 2
+    ToolFormat("nemotron", ("<TOOLCALL>",), "{calls}", begin="<TOOLCALL>", end="</TOOLCALL>"),
+    ToolFormat(
+        "phi-4-mini",
+        ("<|tool_call|>", "<|/tool_call|>"),
+        "{call}",
+        begin="<|tool_call|>",
+        end="<|/tool_call|>",
+        separator=None,
+    ),
+    # Granite 3
+    ToolFormat("granite", ("<|tool_call|>",), "{calls}", begin="<|tool_call|>"),
+    # Llama 3.1 to 3.3
+    ToolFormat(
+        "llama-3",
+        ('{"name": function name, "parameters":',),
+        "{call}",
+        begin="<|python_tag|>",
+        separator="; ",
+        object='{{"name": "{name}", "parameters": {arguments}}}',
+        bare=True,
+    ),
 )
-"""The first format all of whose `template_marks` are in a template is the template's."""
+"""A template speaks the first format of which it has all `template_marks`."""
 
 
 def tool_format(template: str) -> ToolFormat | None:
     """The format that a chat template's source speaks, if it is a known one."""
-    return next((f for f in FORMATS if all(mark in template for mark in f.template_marks)), None)
+    for format in FORMATS:
+        if all(mark in template for mark in format.template_marks):
+            marks = tuple(m for m in MARKS if m[1] and m[1] in template)
+            return dataclasses.replace(format, reasoning=format.reasoning or marks)
+    return None
 
 
-def tool_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def tool_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """JSON schemas of the arguments of tools, by name.
 
     Args:
       tools: in OpenAI's form, `{"type": "function", "function": {"name": …, "parameters": …}}`.
+
+    Raises:
+      JaxsplitError: a tool has another form.
     """
-    functions = (tool.get("function", tool) for tool in tools)
-    return {f["name"]: f.get("parameters") or {"type": "object"} for f in functions}
+    return {f["name"]: f.get("parameters") or {} for f in _functions(tools)}
+
+
+def _functions(tools: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str):
+            raise JaxsplitError(
+                f"tools[{index}] is {reprlib.repr(tool)}, but must be like "
+                '{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}'
+            )
+        if not _NAME.fullmatch(name):
+            raise JaxsplitError(
+                f"the name of tools[{index}] is {name!r}, but must be of letters, digits and _-.:/"
+            )
+        schema = function.get("parameters") or {}
+        if not isinstance(schema, Mapping) or not all(
+            isinstance(schema.get(key) or kind(), kind)
+            for key, kind in (("properties", dict), ("required", list))
+        ):
+            raise JaxsplitError(
+                f"the parameters of tool {name!r} are {reprlib.repr(schema)}, but must be "
+                'a JSON schema such as {"type": "object", "properties": {}, "required": []}'
+            )
+        yield function
+
+
+class _Grammar:
+    """Writes the grammar of a format. The methods return expressions of Lark."""
+
+    def __init__(self, format: ToolFormat, special_tokens: Mapping[str, int]):
+        self._format = format
+        self._special_tokens = special_tokens
+        self._rules = ["TEXT: /(?s:.*)/"]
+
+    def answer(
+        self, tools: Iterable[Mapping[str, Any]], parallel: bool, name: str | None, prompt: str
+    ) -> str:
+        """The whole grammar."""
+        format = self._format
+        functions = {f["name"]: f for f in _functions(tools)}
+        if name is not None:
+            if name not in functions:
+                found = ", ".join(functions) or "none"
+                raise JaxsplitError(f"tool_choice names {name!r}, but the tools are: {found}")
+            functions = {name: functions[name]}
+
+        def repeated(expression: str, separator: str) -> str:
+            if not parallel or format.channels:
+                return expression
+            return f"{expression} ({self._text(separator)} {expression})*"
+
+        objects = "{call}" in format.call or "{calls}" in format.call
+        pattern = format.object if objects else format.call
+        call = self._rule(" | ".join(self._function(pattern, f) for f in functions.values()))
+        begin, end = "" if format.bare else self._text(format.begin), self._text(format.end)
+        if "{calls}" in format.call:
+            calls = f'{begin} "[" {repeated(call, ", ")} "]" {end}'
+        elif format.separator is None:
+            calls = repeated(self._rule(f"{begin} {call} {end}"), "\n")
+        else:
+            calls = f"{begin} {repeated(call, format.separator)} {end}"
+        return "\n".join([f"start: {self._reasoning(prompt)} {calls}", *self._rules, ""])
+
+    def _reasoning(self, prompt: str) -> str:
+        """The rest of what the prompt has begun, or as much as the model likes."""
+        end, channels = prompt.rstrip(), self._format.channels
+        marks = self._format.reasoning
+        if not channels and any(end.endswith(closing) for _, closing in marks):
+            return ""  # The template has closed it.
+        space = "" if channels else '("\\n" "\\n"?)?'
+        for opening, closing in marks:
+            if end.endswith(opening):
+                return f"{self._text_until(closing)} {space}"
+        thoughts = (f"{self._text(o)} {self._text_until(c)} {space}" for o, c in marks)
+        return f"({' | '.join(thoughts)})?" if marks else ""
+
+    def _function(self, pattern: str, function: Mapping[str, Any]) -> str:
+        schema = {"type": "object"} | (function.get("parameters") or {"properties": {}})
+        if "properties" in schema and not schema.keys() & _COMBINING:
+            schema = {"additionalProperties": False} | schema
+        strict = bool(function.get("strict"))
+        return self._pattern(
+            pattern,
+            name=self._text(function["name"]),
+            id="" if re.fullmatch(self._format.id, "") else f"/{self._format.id}/",
+            arguments=_json(schema, strict),
+            parameters=self._parameters(schema, strict) if self._format.parameter else "",
+        )
+
+    def _parameters(self, schema: Mapping[str, Any], strict: bool) -> str:
+        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        required = schema.get("required") or ()
+        expressions = []
+        for key, argument in (schema.get("properties") or {}).items():
+            expression = self._parameter(key, argument, definitions, strict)
+            expressions.append(expression if key in required else f"({expression})?")
+        return " ".join(expressions)
+
+    def _parameter(self, key: str, schema: Any, definitions: dict[str, Any], strict: bool) -> str:
+        pattern, types = self._format.parameter, json_types(schema)
+        if types and "string" not in types:
+            value = _json(schema | definitions, strict)
+            return self._pattern(pattern, key=self._text(key), value=value)
+        if choices := schema.get("enum") if isinstance(schema, Mapping) else None:
+            choices = (c if isinstance(c, str) else json.dumps(c) for c in choices)
+            value = f"({' | '.join(map(self._text, choices))})"
+            return self._pattern(pattern, key=self._text(key), value=value)
+        before, after = pattern.split("{value}")
+        closing = after.strip()
+        rest = after[after.index(closing) + len(closing) :]
+        before = self._pattern(before, key=self._text(key))
+        return f"{before} {self._text_until(closing)} {self._text(rest)}"
+
+    def _pattern(self, pattern: str, **fields: str) -> str:
+        parts = string.Formatter().parse(pattern)
+        return " ".join(
+            f"{self._text(literal)} {fields[field] if field else ''}"
+            for literal, field, _, _ in parts
+        )
+
+    def _text_until(self, mark: str) -> str:
+        """Any text, and the first mark after it."""
+        if any(token in mark for token in self._special_tokens):
+            return f"TEXT {self._text(mark)}"
+        return self._rule("TEXT", f"[suffix={json.dumps(mark, ensure_ascii=False)}]")
+
+    def _text(self, text: str) -> str:
+        """A text with its special tokens as such."""
+        tokens = sorted((t for t in self._special_tokens if t in text), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
+        return " ".join(
+            f"<[{self._special_tokens[piece]}]>"
+            if piece in self._special_tokens
+            else json.dumps(piece, ensure_ascii=False)
+            for piece in pieces
+            if piece
+        )
+
+    def _rule(self, expression: str, options: str = "") -> str:
+        name = f"rule_{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {expression}")
+        return name
+
+
+def _json(schema: Mapping[str, Any], strict: bool) -> str:
+    # White space without end is where models get stuck.
+    layout = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+    schema = {**schema, "x-guidance": {**layout, "lenient": not strict}}
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
