@@ -326,7 +326,7 @@ class _Items:
         self._service, self._running, self._chat = service, running, chat
         self._parser = chat.parser()
         self._number = 0
-        self._item: Any = None  # the last one, while it goes on
+        self._item: Any = None  # the last item, while it goes on
         sampling = running.generations[0].request.spec.sampling
         choice = request.tool_choice or "auto"
         format: Any = request.text.format if request.text else None
@@ -403,7 +403,7 @@ class _Items:
         at = len(self.response.output) - 1
         return self._event("response.output_item.added", output_index=at, item=item)
 
-    _TEXTS = {
+    _TEXTS: dict[str, tuple[Any, str, Any, str]] = {
         "message": (OutputMessage, "msg", OutputText, "response.output_text"),
         "reasoning": (OutputReasoning, "rs", ReasoningText, "response.reasoning_text"),
     }
@@ -417,11 +417,11 @@ class _Items:
             number = secrets.token_hex(12)
             item = make(id=f"{prefix}_{number}", status="in_progress", content=[])
             yield self._begin(item)
-            self._item.content.append(part(text=""))
+            item.content.append(part(text=""))
             yield self._event(
                 "response.content_part.added", **self._at(), content_index=0, part=part(text="")
             )
-        self._item.content[0].text += text
+        self.response.output[-1].content[0].text += text
         extra = {"logprobs": []} if kind == "message" else {}
         yield self._event(f"{name}.delta", **self._at(), content_index=0, delta=text, **extra)
 

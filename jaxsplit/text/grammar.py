@@ -27,6 +27,10 @@ _MOST_PLACES = 1000
 # only the token with which the tokenizer would begin it.
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 
+# Models go on with white space for ever where JSON permits it. Here, in one place, it is a space,
+# or a line break and the next line's indentation.
+_JSON_OPTIONS = {"whitespace_pattern": r"( |\r?\n[ \t]{0,32})"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
@@ -35,7 +39,7 @@ class Grammar:
     Attributes:
       kind: of the text below:
         `json_object`: any JSON object; there is no text.
-        `json_schema`: a JSON schema, as JSON.
+        `json_schema`: a JSON schema, as JSON. Its `x-guidance` has the library's own options.
         `choice`: a JSON array of strings, of which the generated text is one.
         `regex`: a regular expression for the whole text, in the syntax of Rust's `regex`.
         `lark`: a grammar in llguidance's variant of Lark, with a rule `start`.
@@ -68,7 +72,7 @@ def _json_object(grammar: Grammar) -> str:
             f"grammar: json_object takes no text, not {grammar.text[:40]!r}; a schema's kind is "
             "json_schema"
         )
-    return 'start: %json {"type": "object"}'
+    return _of_schema({"type": "object"})
 
 
 def _json_schema(grammar: Grammar) -> str:
@@ -78,7 +82,14 @@ def _json_schema(grammar: Grammar) -> str:
             f"grammar: a json_schema that permits any text is a JSON object, not "
             f"{grammar.text[:40]!r}"
         )
-    return f"start: %json {json.dumps({} if schema is True else schema)}"
+    return _of_schema({} if schema is True else schema)
+
+
+def _of_schema(schema: dict[str, Any]) -> str:
+    options = schema.get("x-guidance", {})
+    if isinstance(options, dict):
+        schema = schema | {"x-guidance": _JSON_OPTIONS | options}
+    return f"start: %json {json.dumps(schema)}"
 
 
 def _choice(grammar: Grammar) -> str:
@@ -271,7 +282,7 @@ class Grammars:
         """The smallest part of a schema that has an error by itself."""
         parts = [part for _, part in zip(range(_MOST_PLACES), _parts(schema, "#"), strict=False)]
         for place, part in reversed(parts):
-            state = self._matcher(f"start: %json {json.dumps(part)}")
+            state = self._matcher(_of_schema(part))
             if state.is_error() and _line(state.get_error()) == error:
                 return place
         return "#"
