@@ -54,8 +54,9 @@ class Reasoning(Received, kw_only=True):
     generate_summary: str | None = None
 
 
-class Item(Received, kw_only=True):
-    """An item of the input: a message, a call, or what a call gave."""
+class Item(msgspec.Struct, kw_only=True):
+    """An item of the input: a message, a call, or what a call gave. Other fields are let through,
+    since clients send back items of the output with fields of their own."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
