@@ -87,11 +87,13 @@ def of_validation(error: msgspec.ValidationError | msgspec.DecodeError) -> ApiEr
     if not isinstance(error, msgspec.ValidationError):
         return ApiError(400, f"the body is not valid JSON: {message}")
     found = re.search(r" - at `\$\.?(.*)`$", message)
-    unknown = re.search(r"contains unknown field `(.*?)`", message)
+    field = re.search(r"contains unknown field `(.*?)`|missing required field `(.*?)`", message)
     param = found[1] if found else None
-    if unknown:
-        param = f"{param}.{unknown[1]}" if param else unknown[1]
-        message = f"{param} is not a field that this server knows; leave it out"
+    if field:
+        name = field[1] or field[2]
+        param = f"{param}.{name}" if param else name
+        known = "is missing" if field[2] else "is not a field that this server knows; leave it out"
+        message = f"{param} {known}"
     elif found:
         message = f"{param or 'the body'}: {message[: found.start()]}"
     return ApiError(400, message, param=param)

@@ -58,7 +58,9 @@ async def embeddings(service: Service, request: schemas.EmbeddingRequest) -> sch
             f"dimensions={request.dimensions}: this model's embeddings have {lm.config.embed}",
             param="dimensions",
         )
-    prompts = await service.prompts(request.input)
+    prompts = await service.prompts(request.input, "input")
+    if not all(prompts):
+        raise ApiError(400, "input has an empty text; give at least one token", param="input")
     pooling = request.pooling or "mean"
     data, read = [], 0
     for index, prompt in enumerate(prompts):

@@ -82,7 +82,9 @@ def _operation(one: Endpoint, by_type: dict[str, Any], path: str) -> dict[str, A
     elif one.sent is not None:
         content["application/json"] = {"schema": by_type[repr(one.sent)]}
     if one.chunks is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        name = by_type[repr(one.chunks)]["$ref"].rpartition("/")[2]
+        text = f"server-sent events; the data of each is JSON of the schema {name}"
+        content["text/event-stream"] = {"schema": {"description": text}}
     failed = {"application/json": {"schema": by_type[repr(ErrorResponse)]}}
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
     errors = dict(_ERRORS)

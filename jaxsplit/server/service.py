@@ -177,9 +177,13 @@ class Service:
         """Calls a function; on a thread, if it takes long."""
         return await asyncio.to_thread(function) if long else function()
 
-    async def prompts(self, given: str | Sequence[Any]) -> list[list[int]]:
+    async def prompts(self, given: str | Sequence[Any], field: str = "prompt") -> list[list[int]]:
         """The prompts of a field: a text, ids, a list of texts and ids (one prompt, if there is an
         id in it), or a list of prompts.
+
+        Args:
+          given: the field's value.
+          field: its name.
 
         Raises:
           ApiError: it is none of these.
@@ -187,21 +191,21 @@ class Service:
         if isinstance(given, str):
             return [await self.encode(given, parse_special=True)]
         if not given:
-            raise ApiError(400, "prompt is an empty list; give at least one token", param="prompt")
+            raise ApiError(400, f"{field} is an empty list; give at least one token", param=field)
         if any(type(one) is int for one in given):
-            return [await self._mixed(given)]
+            return [await self._mixed(given, field)]
         found = []
         for one in given:
             if not isinstance(one, str | list) or any(isinstance(x, list) for x in one):
                 raise ApiError(
                     400,
-                    "prompt must be text, a list of token ids, or a list of these",
-                    param="prompt",
+                    f"{field} must be text, a list of token ids, or a list of these",
+                    param=field,
                 )
-            found += await self.prompts(one)
+            found += await self.prompts(one, field)
         return found
 
-    async def _mixed(self, given: Sequence[Any]) -> list[int]:
+    async def _mixed(self, given: Sequence[Any], field: str) -> list[int]:
         """Ids of one prompt of ids and texts."""
         ids: list[int] = []
         for one in given:
@@ -210,7 +214,9 @@ class Service:
             elif type(one) is int:
                 ids.append(one)
             else:
-                raise ApiError(400, f"prompt has {one!r}, a token id or text is expected")
+                raise ApiError(
+                    400, f"{field} has {one!r:.40}; token ids and texts are expected", param=field
+                )
         return ids
 
     # Generations
