@@ -329,14 +329,19 @@ def test_arguments_are_streamed_once_the_name_is_known():
     assert parser.push("\n") == parser.finish() == []
 
 
-def test_parameters_are_streamed_one_by_one():
+def test_parameters_are_streamed():
+    """Strings as they come, other types one by one."""
     parser = AnswerParser(template=QWEN_CODER, tools=TOOLS)
     parser.push("<tool_call>\n<function=weather>\n<parameter=city>\n")
-    assert parser.calls == [ToolCall("weather", '{"city": ')]
-    parser.push("Zürich\n</parameter>\n<parameter=days>\n1")
-    assert parser.calls == [ToolCall("weather", '{"city": "Zürich", "days": ')]
+    assert parser.calls == [ToolCall("weather", '{"city": "')]
+    parser.push('Zü"\n')
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"')]
+    parser.push("rich\n</param")
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"\\nrich')]
+    parser.push("eter>\n<parameter=days>\n1")
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"\\nrich", "days": ')]
     parser.push("2\n</parameter>\n</function>")
-    assert parser.calls == [ToolCall("weather", '{"city": "Zürich", "days": 12}')]
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"\\nrich", "days": 12}')]
 
 
 def test_only_what_may_become_a_mark_is_held_back():
@@ -369,6 +374,12 @@ def test_only_what_may_become_a_mark_is_held_back():
         (HERMES, '<tool_call>{"name": "time", "arguments": null}</tool_call>', "", ["{}"]),
         (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "time"}', "", ['{"a": 1}']),
         (HERMES, '<tool_call>{"name": "time", "arguments": "{\\"a\\": 1}"}', "", ['{"a": 1}']),
+        (
+            HERMES,
+            '<tool_call>{"name": "time", "arguments": {"a":\n"1\n\\n\\d\\\\d\\u00e9"}}</tool_call>',
+            "",
+            ['{"a":\n"1\\n\\n\\\\d\\\\d\\u00e9"}'],
+        ),
         (QWEN_CODER, "<function=time></function>\n</tool_call>", "", ["{}"]),
         (LLAMA, '<|python_tag|>{"type": "function", "name": "time"}', "", ["{}"]),
         (GPT_OSS, " to=functions.time<|channel|>commentary json<|message|>{}<|call|>", "", ["{}"]),
@@ -386,7 +397,8 @@ def test_only_what_may_become_a_mark_is_held_back():
             " or </tool_call>",
             ['{"city": "A"'],
         ),
-        (QWEN_CODER, "<tool_call><function=weather><parameter=city>A", "A", ['{"city": ']),
+        (QWEN_CODER, "<tool_call><function=weather><parameter=city>A</", "", ['{"city": "A</']),
+        (QWEN_CODER, "<tool_call><function=weather><parameter=days>1", "1", ['{"days": ']),
         (
             QWEN_CODER,
             "<tool_call><function=weather><parameter=city>A</parameter>\n<parameter=da",
@@ -407,6 +419,9 @@ def test_what_does_not_parse_is_content(template, text, content, calls):
     ("key", "text", "value"),
     [
         ("city", "5", "5"),
+        ("city", "", ""),
+        ("city", "\n", "\n"),
+        ("city", 'a\n"\\</p>', 'a\n"\\</p>'),
         ("city", "\n true \n", "\n true \n"),
         ("days", "5", 5),
         ("days", " -1.5e3 ", -1500.0),

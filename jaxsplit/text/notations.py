@@ -11,6 +11,7 @@ JSON_TYPES = {bool: "boolean", int: "number", float: "number", dict: "object", l
 JSON_TYPES |= {str: "string", type(None): "null"}
 _PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 _CONSTANTS = {"true": True, "false": False, "null": None}
+_ESCAPES = re.compile(r'\\(["\\/bfnrtu])|\\|[\x00-\x1f]')
 _GEMMA_CALL = re.compile(r"\s*call:([^\s{]+)\s*({.*})\s*", re.DOTALL)
 _GEMMA_KEY = re.compile(r"([{,]\s*)([^\s{}\[\],:]+)\s*:")
 _GEMMA_QUOTE = '<|"|>'
@@ -50,29 +51,33 @@ def loads(text: str, strict: bool = True) -> Any:
         raise ValueError("too deep") from error
 
 
+def escaped(text: str) -> str:
+    """Text of a JSON string, in which line ends and backslashes that JSON forbids are escaped."""
+    return _ESCAPES.sub(lambda m: m[0] if m[1] else json.dumps(m[0])[1:-1], text)
+
+
 def as_object(text: str) -> str | None:
     """The arguments that a JSON value stands for: an object, also one in a string, or none."""
     try:
         value = loads(text, strict=False)
         if isinstance(value, str):
-            text, value = value, loads(value or "null", strict=False)
+            value = loads(value or "null", strict=False)
+        if isinstance(value, dict):
+            return json.dumps(value, allow_nan=False)
     except ValueError:
         return None
-    if value is None:
-        return "{}"
-    return text if isinstance(value, dict) else None
+    return "{}" if value is None else None
 
 
 def from_text(text: str, types: set[str]) -> str:
-    """The JSON text of an argument of given types that was written as plain text."""
-    if types != {"string"}:
-        written = _PYTHON_CONSTANTS.get(text.strip(), text.strip())
-        try:
-            kind = JSON_TYPES[type(loads(written))]
-        except ValueError:
-            kind = "string"
-        if kind != "string" and (kind in types or not types):
-            return written
+    """The JSON text of an argument that was written as plain text: a string, or of given types."""
+    written = _PYTHON_CONSTANTS.get(text.strip(), text.strip())
+    try:
+        kind = JSON_TYPES[type(loads(written))]
+    except ValueError:
+        kind = "string"
+    if kind != "string" and (kind in types or not types):
+        return written
     return json.dumps(text, ensure_ascii=False)
 
 
