@@ -14,7 +14,8 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 _ESCAPES = re.compile(r'\\(["\\/bfnrtu])|\\|[\x00-\x1f]')
 _GEMMA_CALL = re.compile(r"\s*call:([^\s{]+)\s*({.*})\s*", re.DOTALL)
 _GEMMA_KEY = re.compile(r"([{,]\s*)([^\s{}\[\],:]+)\s*:")
-_GEMMA_QUOTE = '<|"|>'
+GEMMA_QUOTE = '<|"|>'
+"""Mark before and after strings of Gemma."""
 
 
 def json_types(schema: Any) -> set[str]:
@@ -90,7 +91,7 @@ def gemma_calls(text: str) -> list[tuple[str, str]]:
     call = _GEMMA_CALL.fullmatch(text)
     if not call:
         return []
-    pieces = call[2].split(_GEMMA_QUOTE)
+    pieces = call[2].split(GEMMA_QUOTE)
     pieces[::2] = (_GEMMA_KEY.sub(r'\1"\2":', piece) for piece in pieces[::2])
     pieces[1::2] = (json.dumps(piece, ensure_ascii=False) for piece in pieces[1::2])
     arguments = "".join(pieces)
@@ -122,7 +123,7 @@ def _python_call(call: ast.expr) -> tuple[str, str]:
     arguments = {k.arg: _python_value(k.value) for k in call.keywords if k.arg}
     if len(arguments) < len(call.keywords):
         raise ValueError(call)
-    return ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return ast.unparse(call.func), json.dumps(arguments, allow_nan=False)
 
 
 def _python_value(node: ast.expr | None) -> Any:
