@@ -546,7 +546,7 @@ class Vocabulary:
             permitted = np.flatnonzero(np.frombuffer(matcher.compute_logit_bias(), np.uint8))
             if self.end in permitted and (len(permitted) == 1 or rng.random() < 0.3):
                 return self.decode(tokens)
-            if tokens and tokens[-1] in b"0123456789":  # 1e999 is JSON, but no number of Python.
+            if tokens and tokens[-1] in range(48, 58):  # 1e999 is JSON, but no number of Python.
                 permitted = permitted[~np.isin(permitted, list(b"eE"))]
             # Random texts do not end by themselves.
             closing = rng.choice(closings)
