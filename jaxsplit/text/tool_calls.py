@@ -405,28 +405,40 @@ class _Grammar:
         return f'"{{" {self._members(schema, member, ",")} "}}"'
 
     def _gemma(self, schema: Any) -> str:
-        """A value in Gemma's notation. Unlike the others, it may have any type under `$ref`."""
-        types = json_types(schema)
+        """A value in Gemma's notation."""
+        schema = schema if isinstance(schema, Mapping) else {}
         if choices := _choices(schema):
             quoted = (GEMMA_QUOTE + c + GEMMA_QUOTE if isinstance(c, str) else c for c in choices)
             texts = (c if isinstance(c, str) else json.dumps(c) for c in quoted)
             return f"({' | '.join(map(self._text, texts))})"
-        if types == {"string"}:
-            return self._gemma_string()
-        if types == {"array"}:
-            item = self._rule(self._gemma(schema.get("items")))
-            return f'"[" ({item} ("," {item})*)? "]"'
-        if types == {"object"} and "properties" in schema:
-            return self._gemma_object(schema)
-        if types and types <= {"number", "boolean", "null"}:
-            return self._json(schema)
+        types = schema.get("type") or ()
+        schemas = [schema | {"type": t} for t in ([types] if isinstance(types, str) else types)]
+        if not types:
+            schemas = schema.get("anyOf") or schema.get("oneOf") or ()
+            return f"({' | '.join(map(self._gemma, schemas))})" if schemas else self._gemma_any()
+        return f"({' | '.join(map(self._gemma_of_type, schemas))})"
+
+    def _gemma_of_type(self, schema: Mapping[str, Any]) -> str:
+        match schema["type"]:
+            case "string":
+                return self._gemma_string()
+            case "array":
+                item = self._rule(self._gemma(schema.get("items")))
+                return f'"[" ({item} ("," {item})*)? "]"'
+            case "object":
+                self._gemma_any()
+                return self._gemma_object(schema) if "properties" in schema else "any_object"
+            case _:
+                return self._json(schema)
+
+    def _gemma_any(self) -> str:
         if not self._has_any:
             self._has_any = True
             scalar = self._json({"type": ["number", "boolean", "null"]})
             self._rules += [
-                f'any: {self._gemma_string()} | {scalar} | "[" (any ("," any)*)? "]"',
-                '  | "{" (KEY ":" any ("," KEY ":" any)*)? "}"',
-                r"KEY: /[^\s{}\[\],:<]+/",
+                f'any: {self._gemma_string()} | {scalar} | "[" (any ("," any)*)? "]" | any_object',
+                'any_object: "{" (KEY ":" any ("," KEY ":" any)*)? "}"',
+                r"KEY: /[\w-]+/",
             ]
         return "any"
 
