@@ -15,10 +15,20 @@ if TYPE_CHECKING:
     from jaxsplit.errors import JaxsplitError
     from jaxsplit.llm import LM, load
     from jaxsplit.models import Decoder, ModelConfig
+    from jaxsplit.text.grammar import Grammar
 
 __version__ = "0.1.0"
 
-__all__ = ["LM", "Decoder", "JaxsplitError", "ModelConfig", "SamplingConfig", "Stream", "load"]
+__all__ = [
+    "LM",
+    "Decoder",
+    "Grammar",
+    "JaxsplitError",
+    "ModelConfig",
+    "SamplingConfig",
+    "Stream",
+    "load",
+]
 
 __getattr__ = importer(
     __name__,
@@ -26,6 +36,7 @@ __getattr__ = importer(
     errors=["JaxsplitError"],
     llm=["LM", "load"],
     models=["Decoder", "ModelConfig"],
+    text=["Grammar"],
 )
 
 

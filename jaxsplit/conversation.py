@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +15,10 @@ from jaxsplit.text.reasoning import ReasoningParser
 
 if TYPE_CHECKING:
     from jaxsplit.llm import LM
+    from jaxsplit.text import Tokenizer
 
 _ROLES = ("system", "user", "assistant")
-_KNOWN = 16  # prompts kept, of some eight turns
+_MOST_TEXTS, _MOST_IDS = 256, 2**20  # that are kept
 
 
 class Prompt(NamedTuple):
@@ -31,14 +33,66 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-class Conversation:
-    """Messages, and the prompts that they make.
+class EncodedTexts:
+    """Encodes the prompts of conversations so that they continue what the model has read.
 
     Encoding a rendered conversation from its start need not give the ids that the model has read
     and generated: a text has several encodings. Where the text of a prompt begins with an earlier
     prompt and its answer, its ids do, too, and only the rest is encoded; a cache of prefixes then
     finds all of the earlier turn. Some templates change earlier turns, as by leaving out reasoning:
     then the text does not begin like that, and is encoded as a whole.
+
+    It keeps those used last. Thread-safe.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+        self._known: dict[str, list[int]] = {}  # read, with what was generated; the last used last
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt's text."""
+        with self._lock:
+            found = {known: ids for known, ids in self._known.items() if text.startswith(known)}
+        for known in sorted(found, key=len, reverse=True):
+            ids = self._continued(found[known], text[len(known) :])
+            if ids is not None:
+                self._keep(known, found[known])
+                return ids
+        return self._tokenizer.encode(text, parse_special=True)
+
+    def add(self, prompt: Prompt, generated: Sequence[int]) -> None:
+        """Remembers a prompt and its answer, with or without the id that ended the text."""
+        ends = [list(generated)]
+        if generated and generated[-1] in self._tokenizer.end_ids:
+            ends.append(ends[0][:-1])  # a template may write another token than the one that ended
+        for ids in reversed(ends):
+            text = self._tokenizer.decode(ids, show_special="all", continuation=True)
+            self._keep(prompt.text + text, prompt.ids + ids)
+
+    def _keep(self, text: str, ids: list[int]) -> None:
+        """Notes that a text was used last, and forgets others."""
+        with self._lock:
+            self._known.pop(text, None)
+            self._known[text] = ids
+            while len(self._known) > _MOST_TEXTS or sum(map(len, self._known.values())) > _MOST_IDS:
+                del self._known[next(iter(self._known))]
+
+    def _continued(self, known: list[int], rest: str) -> list[int] | None:
+        """Known ids, and the encoded rest of a text; None where that would change the text."""
+        tokenizer = self._tokenizer
+        ids = tokenizer.encode(rest, add_special=False, parse_special=True)
+        if known and ids:
+            # Some tokenizers put a space before a text, unless a special token is on this side.
+            ends = (known[-1], ids[0])
+            apart = any(not tokenizer.decode([id], continuation=True) for id in ends)
+            same = tokenizer.decode(ids, show_special="all", continuation=True) == rest
+            if not (apart or same):
+                return None
+        return known + ids
+
+
+class Conversation:
+    """Messages, and the prompts that they make.
 
     Attributes:
       messages: `{"role": ..., "content": ...}`, in order; of answers, also `reasoning_content`.
@@ -47,7 +101,7 @@ class Conversation:
     def __init__(self, lm: "LM", messages: Sequence[dict[str, str]] = ()):
         self.messages = [dict(message) for message in messages]
         self._lm = lm
-        self._known: list[Prompt] = []  # prompts that were read, with what was generated
+        self._texts: EncodedTexts | None = None
 
     @property
     def system(self) -> str | None:
@@ -82,12 +136,12 @@ class Conversation:
           JaxsplitError: the file has no chat template, or it refuses the messages.
         """
         text = self._lm.chat_text(self.messages)
-        for known in sorted(self._known, key=lambda known: -len(known.text)):
-            if text.startswith(known.text):
-                ids = self._continued(known, text[len(known.text) :])
-                if ids is not None:
-                    return Prompt(text, ids)
-        return Prompt(text, self._lm.tokenizer.encode(text, parse_special=True))
+        return Prompt(text, self._encoded().encode(text))
+
+    def _encoded(self) -> EncodedTexts:
+        if self._texts is None:
+            self._texts = EncodedTexts(self._lm.tokenizer)
+        return self._texts
 
     def add_answer(self, prompt: Prompt, generated: Sequence[int]) -> None:
         """Adds the assistant's next message.
@@ -96,37 +150,14 @@ class Conversation:
           prompt: of `prompt()`.
           generated: the answer's ids, with or without the one that ended the text.
         """
-        tokenizer = self._lm.tokenizer
         parser = ReasoningParser(prompt.text)
-        parser.push(tokenizer.decode(generated, show_special="template", continuation=True))
+        parser.push(
+            self._lm.tokenizer.decode(generated, show_special="template", continuation=True)
+        )
         parser.flush()
         reasoning = {"reasoning_content": parser.reasoning} if parser.reasoning else {}
         self.messages.append({"role": "assistant", "content": parser.content} | reasoning)
-        ends = [list(generated)]
-        if generated and generated[-1] in tokenizer.end_ids:
-            ends.append(ends[0][:-1])  # a template may write another token than the one that ended
-        read = [
-            Prompt(
-                prompt.text + tokenizer.decode(ids, show_special="all", continuation=True),
-                prompt.ids + ids,
-            )
-            for ids in ends
-        ]
-        earlier = [known for known in self._known if prompt.text.startswith(known.text)]
-        self._known = [*read, *earlier][:_KNOWN]
-
-    def _continued(self, known: Prompt, rest: str) -> list[int] | None:
-        """Known ids, and the encoded rest of a text; None where that would change the text."""
-        tokenizer = self._lm.tokenizer
-        ids = tokenizer.encode(rest, add_special=False, parse_special=True)
-        if known.ids and ids:
-            # Some tokenizers put a space before a text, unless a special token is on this side.
-            ends = (known.ids[-1], ids[0])
-            apart = any(not tokenizer.decode([id], continuation=True) for id in ends)
-            same = tokenizer.decode(ids, show_special="all", continuation=True) == rest
-            if not (apart or same):
-                return None
-        return known.ids + ids
+        self._encoded().add(prompt, generated)
 
     def save(self, path: str) -> None:
         """Writes the messages as JSON, in the format of OpenAI's chat completions.

@@ -40,7 +40,7 @@ from jaxsplit.plan import best_split
 from jaxsplit.plan.plan import cache_room, scratch_bytes
 from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shares
 from jaxsplit.sharding.partition import free_memory
-from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Tokenizer
+from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Grammar, Grammars, Tokenizer
 from jaxsplit.weights import Sources, describe_split, parameter_sources, split_model
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.weights.loader import Progress, load_decoders
@@ -110,7 +110,7 @@ def load(
         models,
         engine,
         tokenizer,
-        file.metadata,
+        file,
         split=describe_split(sources, model, partition, weights),
         load_seconds=time.perf_counter() - started,
         asked_context=c.ctx_size or 0,
@@ -362,6 +362,7 @@ class LM:
 
     Attributes:
       models: the Flax module of each stage, its parameters sharded over the stage's devices.
+      file: the header of the model's file.
       engine: the compiled programs and the cache, shared by all calls.
       load_seconds: time that loading took.
     """
@@ -371,7 +372,7 @@ class LM:
         models: Sequence[Decoder],
         engine: Engine,
         tokenizer: Tokenizer | JaxsplitError,
-        metadata: Mapping[str, Any],
+        file: ModelFile,
         *,
         split: str,
         load_seconds: float,
@@ -379,11 +380,12 @@ class LM:
         itl_budget: float = 0.1,
     ):
         self.models: tuple[Decoder, ...] = tuple(models)
+        self.file = file
         self.engine = engine
-        self._thread = SchedulerThread(engine, itl_budget=itl_budget)
-        self.load_seconds = load_seconds
         self._tokenizer = tokenizer
-        self._metadata = metadata
+        self._grammars = None if isinstance(tokenizer, JaxsplitError) else Grammars(tokenizer)
+        self._thread = SchedulerThread(engine, itl_budget=itl_budget, grammars=self._grammars)
+        self.load_seconds = load_seconds
         self._split = split
         self._asked_context = asked_context
 
@@ -434,7 +436,7 @@ class LM:
 
     def chat_text(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
         """The text that `chat_prompt` encodes; arguments and errors are the same."""
-        return ChatTemplate.from_metadata(self._metadata).render(messages, **variables)
+        return ChatTemplate.from_metadata(self.file.metadata).render(messages, **variables)
 
     @functools.cached_property
     def closed_batch(self) -> ClosedBatch:
@@ -464,13 +466,33 @@ class LM:
         ids = self._checked(tokens)
         if not ids:
             return np.zeros((0, self.config.vocab), np.float32)
-        request = self._thread.submit(RequestSpec(ids, logits=True, one_by_one=one_by_one))
+        return self._read("logits", ids, one_by_one=one_by_one)
+
+    def hidden(self, tokens: Sequence[int]) -> np.ndarray:
+        """What the head reads after each token, the last layer's normalized output: float32
+        `[time, embed]`.
+
+        Args:
+          tokens: ids, at most the context's length.
+
+        Raises:
+          JaxsplitError: too many tokens, or an id outside the vocabulary.
+        """
+        ids = self._checked(tokens)
+        if not ids:
+            return np.zeros((0, self.config.embed), np.float32)
+        return self._read("hidden", ids)
+
+    def _read(self, outputs: str, ids: list[int], *, one_by_one: bool = False) -> np.ndarray:
+        """Reads a prompt for what is in `RequestSpec.outputs`."""
+        spec = RequestSpec(ids, outputs=outputs, one_by_one=one_by_one)
+        request = self._thread.submit(spec)
         try:
             request.next()
         finally:
             request.cancel()
-        assert request.logits is not None
-        return request.logits
+        assert request.outputs is not None
+        return request.outputs
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Runs a function on the engine's thread, between two units of work: for what uses the
@@ -541,6 +563,8 @@ class LM:
             `priority`: requests of a higher one go first; by default 0.
             `timeout`: seconds after which it ends, however far it is; None: never.
             `prompt_logprobs`: the prompt's log-probabilities, too.
+            `grammar`: a `Grammar` that the text must satisfy.
+            `share_prefix`: use what the cache has of the prompt.
             `sampling`: a `SamplingConfig`, of which any other option changes a field:
             `temperature`, `top_k`, `seed`, ...
 
@@ -548,8 +572,9 @@ class LM:
           an iterator of events, for `for` and for `async for`.
 
         Raises:
-          JaxsplitError: the prompt is empty or longer than the context, or a value is out of
-            range or of another type. When events are taken: the model's logits are not finite.
+          JaxsplitError: the prompt is empty or longer than the context, a value is out of range
+            or of another type, or the grammar is invalid. When events are taken: the model's
+            logits are not finite, or a text under a grammar cannot go on.
         """
         _, begin = self._prepared(prompt, n_predict, **options)
         return begin()
@@ -568,6 +593,8 @@ class LM:
         priority: int = 0,
         timeout: float | None = None,
         prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
+        share_prefix: bool = True,
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> tuple[list[int], Callable[[], Generation]]:
@@ -575,6 +602,7 @@ class LM:
         ignore_eos = checked_bool("ignore_eos", ignore_eos)
         parse_special = checked_bool("parse_special", parse_special)
         prompt_logprobs = checked_bool("prompt_logprobs", prompt_logprobs)
+        share_prefix = checked_bool("share_prefix", share_prefix)
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, parse_special=parse_special)
         else:
@@ -590,6 +618,12 @@ class LM:
             timeout = checked_number("timeout", timeout, float, 0, math.inf)
         checked_choice("show_special", show_special, SHOW_SPECIAL)
         stops, ends = _stop_strings(stop), set(self._checked(stop_ids, "stop_ids"))
+        if grammar is not None:
+            if not isinstance(grammar, Grammar):
+                raise JaxsplitError(f"grammar={grammar!r:.40} must be a jaxsplit.Grammar")
+            _ = self.tokenizer  # raises if there is none
+            assert self._grammars is not None
+            self._grammars.check(grammar)
         config = SamplingConfig.of(options, sampling)
         self._checked([token for token, _ in config.logit_bias or ()], "logit_bias")
         spec = RequestSpec(
@@ -601,6 +635,8 @@ class LM:
             timeout=timeout,
             block=block,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
+            share_prefix=share_prefix,
         )
         tokenizer = None if isinstance(self._tokenizer, JaxsplitError) else self._tokenizer
         if tokenizer is None and (stops or isinstance(prompt, str)):

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 from typing import Any
 
+import jax
+
 
 class _Lazy:
     """A module that is imported when something of it is first used."""
@@ -19,6 +21,9 @@ class _Lazy:
 
 
 pl, plgpu = _Lazy("jax.experimental.pallas"), _Lazy("jax.experimental.pallas.triton")
+
+ArrayRef = jax.Ref | jax.Array
+"""A reference in a kernel. Dataclasses of arrays, which declare arrays, hold references there."""
 
 
 def has_triton() -> bool:

@@ -11,8 +11,9 @@ PACKAGE = Path(jaxsplit.__file__).parent
 
 # From the top to the bottom; rooms of one line may not import one another.
 ROOMS = """
-__init__ generate gguf lm
+__init__ generate gguf lm serve
 cli
+server
 conversation perplexity
 bench
 llm

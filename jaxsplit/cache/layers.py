@@ -119,6 +119,12 @@ class AttentionCache:
         return (self.keys * self.key_scale[..., None]).astype(dtype)
 
     @property
+    def own_values(self) -> Array:
+        """The values, of a cache that has them beside the keys."""
+        assert self.values is not None
+        return self.values
+
+    @property
     def length(self) -> int:
         """Positions of a page."""
         return self.keys.shape[2]

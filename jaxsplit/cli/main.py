@@ -34,6 +34,7 @@ class Command:
 COMMANDS = {
     "generate": Command("jaxsplit.cli.generate", "generate text from a model"),
     "chat": Command("jaxsplit.cli.chat", "talk with a model on the terminal"),
+    "serve": Command("jaxsplit.cli.serve", "serve a model over HTTP"),
     "plan": Command("jaxsplit.cli.plan", "memory, cost and predicted speed of a model on devices"),
     "info": Command("jaxsplit.cli.info", "what is in a model file, or on this machine", 1),
     "bench": Command("jaxsplit.cli.bench", "measure prefill and decode rates"),

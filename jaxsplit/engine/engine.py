@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import Decoder
 from jaxsplit.sharding import Partition
 from jaxsplit.sharding.axes import Axis
+
+Masks = Callable[[], np.ndarray]
+"""Computes which tokens may follow in the rows of each data replica: uint32 `[data, rows, words]`,
+a bit for each token. It is called while the devices run the layers."""
 
 MAX_STOP_IDS = 16
 """Tokens that stop a slot on the devices; the host looks for all."""
@@ -298,6 +302,7 @@ class Engine:
         length: int,
         sampler: SamplerSpec,
         wanted: str = "last",
+        masks: Masks | None = None,
     ) -> PendingPrompts:
         """Reads a part of each of some prompts, and samples the next token of those that end.
 
@@ -307,9 +312,10 @@ class Engine:
           length: tokens of each row, for which it is compiled.
           sampler: the spec of the prompts that end.
           wanted: as in `StageRunner.prefill`.
+          masks: of the prompts, if the sampler has them.
         """
         with self._consuming():
-            return self._read_prompts(prompts, rows, length, sampler, wanted)
+            return self._read_prompts(prompts, rows, length, sampler, wanted, masks)
 
     def _read_prompts(
         self,
@@ -318,6 +324,7 @@ class Engine:
         length: int,
         sampler: SamplerSpec,
         wanted: str,
+        masks: Masks | None,
     ) -> PendingPrompts:
         data, stages = self.partition.data, len(self.runners)
         host = self.host_rows([[one.row for one in own] for own in prompts], rows)
@@ -333,7 +340,7 @@ class Engine:
                     targets[replica, i, : len(one.targets)] = one.targets
                 if not one.ends:
                     slots[replica, i] = self.slots_per_replica
-        ends = wanted != "logits" and any(one.ends for own in prompts for one in own)
+        ends = wanted in ("last", "logprobs") and any(one.ends for own in prompts for one in own)
         x, targets = x.reshape(-1, length), targets.reshape(-1, length)
         chunk = steps.PrefillChunk(start.reshape(-1), count.reshape(-1), host)
         programs = [runner.prefill(rows, length, wanted) for runner in self.runners]
@@ -353,17 +360,18 @@ class Engine:
             last = dataclasses.replace(
                 chunk, rows=dataclasses.replace(host, slots=slots.reshape(-1))
             )
+            mask = None if masks is None else self._device_mask(masks(), 0, rows)
             self._state, outputs = self.runners[-1].sample_first(sampler, rows)(
-                x, self._state, last, self._params
+                x, self._state, last, self._params, mask
             )
-        logits = x if wanted == "logits" else None
+        values = x if wanted in ("logits", "hidden") else None
         return PendingPrompts(
             self,
             (data, rows, length),
             sampler,
             outputs,
             details,
-            logits,
+            values,
             ends=ends,
             wanted=wanted,
         )
@@ -376,6 +384,7 @@ class Engine:
         *,
         length: int = 32,
         on_host: bool = False,
+        masks: Masks | None = None,
     ) -> PendingTokens:
         """Decodes up to `limit` tokens of each row, on the devices if the engine `loops`.
 
@@ -385,8 +394,9 @@ class Engine:
           limit: steps.
           length: steps that the outputs have room for; caps `limit`.
           on_host: step by step from the host.
+          masks: of the rows, if the sampler has them: then it decodes a single token of each.
         """
-        most, looping = max(map(len, rows)), self.loops and not on_host
+        most, looping = max(map(len, rows)), self.loops and not on_host and masks is None
         count = min(len(self.runners), most)  # micro-batches
         size = min(power_of_2(-(-most // count)), self.slots_per_replica)
         if looping and len(self.runners) == 1:
@@ -399,6 +409,8 @@ class Engine:
             held = [self._device_rows(i, batch, size, count) for i, batch in enumerate(batches)]
             if not looping:
                 by_stage = [list(one) for one in zip(*held, strict=True)]
+                if masks is not None:
+                    return self._masked_step(by_stage, sampler, masks)
                 return self._step_loop(by_stage, sampler, limit)
             found = []
             for i in range(0, len(held), count):
@@ -443,12 +455,13 @@ class Engine:
         def task() -> None:
             if not program.ready:
                 program.compile(runner.shapes_of(arguments[0]), *arguments[1:])
-            if not first.ready and wanted != "logits":
+            if not first.ready and wanted in ("last", "logprobs"):
                 padded = runner.stage.layout(Axis("vocab", self.config.vocab)).size
                 logits = jax.ShapeDtypeStruct(
                     (data * rows, padded), np.float32, sharding=runner.sharding(runner.logits_spec)
                 )
-                first.compile(logits, state, chunk, params)
+                mask = runner.mask_shape(data * rows) if sampler.mask else None
+                first.compile(logits, state, chunk, params, mask)
 
         self._background.add(key, task)
         return False
@@ -514,16 +527,7 @@ class Engine:
         """A decode step of each micro-batch, from and to their `steps.step_inputs`."""
         outputs, following, last = [], [], self.runners[-1]
         for batch, given in enumerate(inputs):
-            size = self._size_of(rows, batch)
-            like = jax.ShapeDtypeStruct((size, 2), np.int32)
-            x, given = None, self._transfer(given, like, -1, 0)
-            for i, runner in enumerate(self.runners[:-1]):
-                program = runner.decode_layers()
-                self._caches[i], x = program(
-                    runner.params, self._caches[i], x, given, rows[i][batch]
-                )
-                x_like = self.runners[i + 1].input_shape(size, 1)
-                x, given = self._transfer((x, given), (x_like, like), i, i + 1)
+            x = self._before_last(rows, batch, given)
             program = last.decode_and_sample(sampler)
             self._caches[-1], self._state, sampled, new = program(
                 last.params, self._caches[-1], x, self._state, rows[-1][batch], self._params
@@ -531,6 +535,50 @@ class Engine:
             outputs.append(sampled)
             following.append(new)
         return outputs, following
+
+    def _before_last(
+        self, rows: list[list[steps.Rows]], batch: int, inputs: jax.Array | None
+    ) -> jax.Array | None:
+        """What the last stage takes in a decode step; None: there is a single stage."""
+        if len(self.runners) == 1:
+            return None
+        size = self._size_of(rows, batch)
+        like = jax.ShapeDtypeStruct((size, 2), np.int32)
+        x, given = None, self._transfer(inputs, like, -1, 0)
+        for i, runner in enumerate(self.runners[:-1]):
+            program = runner.decode_layers()
+            self._caches[i], x = program(runner.params, self._caches[i], x, given, rows[i][batch])
+            x_like = self.runners[i + 1].input_shape(size, 1)
+            x, given = self._transfer((x, given), (x_like, like), i, i + 1)
+        return x
+
+    def _masked_step(
+        self, rows: list[list[steps.Rows]], sampler: SamplerSpec, masks: Masks
+    ) -> PendingTokens:
+        """A decode step. The layers of all micro-batches are enqueued before the masks are
+        computed."""
+        logits, outputs, last, size = [], [], self.runners[-1], self._size_of(rows, 0)
+        inputs = [last.step_inputs()(self._state, one) for one in rows[-1]]
+        for batch, given in enumerate(inputs):
+            x = self._before_last(rows, batch, given)
+            self._caches[-1], of_batch = last.decode_logits()(
+                last.params, self._caches[-1], x, self._state, rows[-1][batch]
+            )
+            logits.append(of_batch)
+        mask, count = masks(), size // self.partition.data
+        for batch, of_batch in enumerate(logits):
+            part = self._device_mask(mask, batch * count, count)
+            self._state, sampled = last.sample_next(sampler)(
+                of_batch, self._state, rows[-1][batch], self._params, part
+            )
+            outputs.append([sampled])
+        return PendingTokens(self, size, sampler, outputs, 1, 1)
+
+    def _device_mask(self, masks: np.ndarray, first: int, count: int) -> jax.Array:
+        """Masks of `count` rows of each data replica, from the `first` on, on the last stage."""
+        part = masks[:, first : first + count]
+        part = np.pad(part, [(0, 0), (0, count - part.shape[1]), (0, 0)])
+        return self.runners[-1].put_mask(part.reshape(-1, part.shape[-1]))
 
     def step_inputs(self, rows: Sequence[Sequence[Row]]) -> jax.Array | None:
         """`steps.step_inputs` of rows, on the last stage, still being computed."""

@@ -76,7 +76,7 @@ class PendingPrompts:
       sampler: spec of the first tokens.
       outputs: first tokens after the prompts that end; None: none ends.
       details: log-probabilities of the prompts' tokens; None: not wanted.
-      logits: of all tokens; None: not wanted.
+      values: logits or hidden states of all tokens; None: not wanted.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class PendingPrompts:
         sampler: SamplerSpec,
         outputs: Outputs | None,
         details: Outputs | None,
-        logits: jax.Array | None,
+        values: jax.Array | None,
         *,
         ends: bool,
         wanted: str,
     ):
         self._engine, self._shape, self._sampler = engine, shape, sampler
-        self._outputs, self._details, self._logits = outputs, details, logits
+        self._outputs, self._details, self._values = outputs, details, values
         self._ends, self._wanted = ends, wanted
 
     def read(self) -> Outputs | None:
@@ -113,14 +113,18 @@ class PendingPrompts:
         like = _outputs_like(self._engine.vocab, data * rows, length, logprobs=True)
         return self._by_replica(self._engine.fetch(self._details, like))
 
-    def logits(self) -> np.ndarray:
-        """Waits for the logits: float32 `[data, rows, length, vocab]`."""
+    def values(self) -> np.ndarray | None:
+        """Waits for what is wanted of all tokens: logits, float32 `[data, rows, length, vocab]`, or
+        hidden states, `[data, rows, length, embed]`; None: neither."""
         data, rows, length = self._shape
-        engine = self._engine
-        padded = engine.runners[-1].stage.layout(Axis("vocab", engine.config.vocab)).size
+        config, stage = self._engine.config, self._engine.runners[-1].stage
+        sizes = {"logits": (stage.layout(Axis("vocab", config.vocab)).size, config.vocab)}
+        sizes["hidden"] = (config.embed, config.embed)
+        if self._wanted not in sizes:
+            return None
+        padded, size = sizes[self._wanted]
         like = jax.ShapeDtypeStruct((data * rows, length, padded), np.float32)
-        found = engine.fetch(self._logits, like)
-        return self._by_replica(found)[..., : engine.config.vocab]
+        return self._by_replica(self._engine.fetch(self._values, like))[..., :size]
 
     def _by_replica(self, tree: Any) -> Any:
         data = self._shape[0]

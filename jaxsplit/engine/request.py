@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.config import SamplingConfig
+from jaxsplit.text.grammar import Grammar
 
 STOP, LENGTH, CONTEXT, CANCELLED, DEADLINE = "stop", "length", "context", "cancelled", "deadline"
 
@@ -59,8 +60,10 @@ class RequestSpec:
       timeout: seconds after which it ends, however far it is; None: never.
       block: tokens that are decoded before the host reads them, at most; None: as many as suit.
       prompt_logprobs: the prompt's log-probabilities are wanted.
-      logits: the prompt's logits are wanted, and no tokens; `one_by_one`: one token at a time.
+      outputs: `tokens`; or, of each token of the prompt, `logits` or the `hidden` state.
+      one_by_one: read the prompt one token at a time.
       share_prefix: use what the cache has of the prompt.
+      grammar: what the text must satisfy.
     """
 
     prompt: Sequence[int]
@@ -71,9 +74,10 @@ class RequestSpec:
     timeout: float | None = None
     block: int | None = None
     prompt_logprobs: bool = False
-    logits: bool = False
+    outputs: str = "tokens"
     one_by_one: bool = False
     share_prefix: bool = True
+    grammar: Grammar | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -82,12 +86,19 @@ class RequestSpec:
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> "RequestSpec":
         """The inverse of `to_json`."""
-        return cls(**given | {"sampling": SamplingConfig(**given["sampling"])})
+        grammar = given["grammar"] and Grammar(**given["grammar"])
+        sampling = SamplingConfig(**given["sampling"])
+        return cls(**given | {"sampling": sampling, "grammar": grammar})
 
     @property
     def wanted(self) -> str:
         """What its prompt is read for, as in `StageRunner.prefill`."""
-        return "logits" if self.logits else "logprobs" if self.prompt_logprobs else "last"
+        return self.outputs if self.reads_only else "logprobs" if self.prompt_logprobs else "last"
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether no tokens are wanted."""
+        return self.outputs != "tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +132,8 @@ class Request:
       tokens: ids generated so far, the stop token included.
       cached_tokens: tokens of the prompt that were in the cache; -1: it has not begun.
       prompt_logprobs: of the prompt's tokens but the first, if wanted.
-      logits: float32 `[time, vocab]`, if wanted, once it is done.
+      outputs: logits, float32 `[time, vocab]`, or hidden states, `[time, embed]`, if wanted, once
+        it is done.
       timings: when things happened.
     """
 
@@ -130,7 +142,7 @@ class Request:
         self.tokens: list[int] = []
         self.cached_tokens = -1
         self.prompt_logprobs: list[TokenLogprob] = []
-        self.logits: np.ndarray | None = None
+        self.outputs: np.ndarray | None = None
         self.timings = Timings(submitted=time.perf_counter())
         self._cancel = cancel
         self._news: queue.SimpleQueue[Progress] = queue.SimpleQueue()

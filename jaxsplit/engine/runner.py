@@ -22,7 +22,7 @@ from jaxsplit.comm.symmetric_memory import allocate_peer_buffers
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy, forward_context
 from jaxsplit.engine import steps
 from jaxsplit.engine.chunked_prefill import CHUNKS
-from jaxsplit.engine.sampling import SamplerSpec, log_probabilities
+from jaxsplit.engine.sampling import SamplerSpec, log_probabilities, shard_columns
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.sharding import Stage
 from jaxsplit.sharding.axes import SLOTS, Axis
@@ -337,14 +337,14 @@ class StageRunner:
         make = functools.partial(decode_state, slots, self.size.context)
         return jax.jit(make, out_shardings=self.sharding(self._slot_spec))()
 
-    def put(self, tree: Any, *, by_slot: bool = False) -> Any:
-        """Puts NumPy arrays on the stage's devices, replicated or sharded by slot.
+    def put(self, tree: Any, spec: PartitionSpec = _REPLICATED, *, by_slot: bool = False) -> Any:
+        """Puts NumPy arrays on the stage's devices, sharded by a spec or by slot.
 
         Unlike `jax.device_put`, it involves only processes with a device of the stage.
         """
         if not self.stage.is_local:
             return tree
-        sharding = self.sharding(self._slot_spec if by_slot else _REPLICATED)
+        sharding = self.sharding(self._slot_spec if by_slot else spec)
         return jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]), tree
         )
@@ -404,6 +404,7 @@ class StageRunner:
           length: tokens of a chunk.
           wanted: what the last stage returns: `last`: the logits after the last token that was
             read, float32 `[rows, vocab]`; `logits`: after all tokens, `[rows, length, vocab]`;
+            `hidden`: what the head reads, float32 `[rows, length, embed]`;
             `logprobs`: as `last`, and `log_probabilities` of the targets, int32 `[rows, length]`,
             as `Outputs`.
         """
@@ -416,6 +417,8 @@ class StageRunner:
             if wanted == "last":
                 index = jnp.maximum(chunk.count - 1, 0)[:, None, None]
                 return cache, model.logits(jnp.take_along_axis(x, index, axis=1)[:, 0])
+            if wanted == "hidden":
+                return cache, model.normalized(x).astype(jnp.float32)
             logits = model.logits(x)
             if wanted == "logits":
                 return cache, logits
@@ -428,6 +431,7 @@ class StageRunner:
         out = {
             "last": vocab,
             "logits": PartitionSpec(vocab[0], None, vocab[1]),
+            "hidden": self._slot_spec,
             "logprobs": (vocab, self._slot_spec),
         }[wanted]
         return self._program(
@@ -457,14 +461,14 @@ class StageRunner:
 
     def sample_first(self, sampler: SamplerSpec, rows: int) -> Callable:
         """Samples the first token after some prompts, `rows` on each device,
-        `steps.sample_first`: `(logits, state, chunk, slot_params)` to the state and the outputs.
-        The state is donated."""
+        `steps.sample_first`: `(logits, state, chunk, slot_params, mask)` to the state and the
+        outputs. The state is donated. The mask is None unless the sampler has one."""
         spec, by_slot = self._step_spec(sampler), self._slot_spec
 
-        def sample_first(logits, state, chunk, slot_params):
-            return steps.sample_first(logits, state, chunk, slot_params, spec)
+        def sample_first(logits, state, chunk, slot_params, mask):
+            return steps.sample_first(logits, state, chunk, slot_params, spec, mask)
 
-        specs = [self.stage.spec((SLOTS, Axis("vocab"))), by_slot, by_slot, by_slot]
+        specs = [self.logits_spec, by_slot, by_slot, by_slot, self.logits_spec]
         key, out = ("sample_first", sampler, rows), (by_slot, by_slot)
         return self._program(key, sample_first, specs, out, donate=[1])
 
@@ -494,6 +498,46 @@ class StageRunner:
         specs = [self._param_specs, self._cache_spec, *[by_slot] * 4]
         out, key = (self._cache_spec, *[by_slot] * 3), ("decode_and_sample", sampler)
         return self._program(key, decode_and_sample, specs, out, donate=[1, 3], decode=True)
+
+    def decode_logits(self) -> Callable:
+        """A decode step of the last stage up to its logits: `(params, cache, x, state, rows)` to
+        the cache and the logits."""
+
+        def decode_logits(params, cache, x, state, rows):
+            return steps.decode_logits(self._model(params), cache, x, state, rows)
+
+        specs = [self._param_specs, self._cache_spec, *[self._slot_spec] * 3]
+        out = (self._cache_spec, self.logits_spec)
+        return self._program("decode_logits", decode_logits, specs, out, donate=[1], decode=True)
+
+    def sample_next(self, sampler: SamplerSpec) -> Callable:
+        """Samples the next tokens, `steps.sample_next`: `(logits, state, rows, slot_params, mask)`
+        to the state and the outputs. The state is donated."""
+        spec, by_slot = self._step_spec(sampler), self._slot_spec
+
+        def sample_next(logits, state, rows, slot_params, mask):
+            return steps.sample_next(logits, state, rows, slot_params, spec, mask)
+
+        specs = [self.logits_spec, by_slot, by_slot, by_slot, self.logits_spec]
+        key, out = ("sample_next", sampler), (by_slot, by_slot)
+        return self._program(key, sample_next, specs, out, donate=[1])
+
+    def put_mask(self, mask: np.ndarray) -> Any:
+        """Puts a mask, uint32 `[rows, words]`, on the devices: each gets the words of its shard of
+        the vocabulary."""
+        words = np.pad(mask, [(0, 0), (0, 1)])
+        return self.put(words[:, self._mask_columns(mask.shape[1])], self.logits_spec)
+
+    def mask_shape(self, rows: int) -> jax.ShapeDtypeStruct:
+        """What `put_mask` returns, as what programs can be compiled for."""
+        columns, sharding = len(self._mask_columns(0)), self.sharding(self.logits_spec)
+        return jax.ShapeDtypeStruct((rows, columns), np.uint32, sharding=sharding)
+
+    def _mask_columns(self, words: int) -> np.ndarray:
+        """`shard_columns` of the devices."""
+        padded = self.stage.layout(Axis("vocab", self.config.vocab)).size
+        _, rows = self.sharding(self.logits_spec).shard_shape((self.stage.mesh.size, padded))
+        return shard_columns(words, padded // rows, rows)
 
     def decode_loop(
         self, sampler: SamplerSpec, length: int, rows: int, micro_batches: int, *, in_ring: bool

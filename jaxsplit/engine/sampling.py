@@ -43,12 +43,14 @@ class SamplerSpec:
       window: most of the last tokens that a slot penalizes; 0: none.
       bias: logits have biases.
       logprobs: log-probabilities are wanted.
+      mask: a mask says which tokens may follow.
     """
 
     candidates: int
     window: int
     bias: bool = False
     logprobs: bool = False
+    mask: bool = False
 
     @classmethod
     def of(cls, config: SamplingConfig, context: int) -> "SamplerSpec":
@@ -70,6 +72,7 @@ class SamplerSpec:
             window=max(s.window for s in specs),
             bias=any(s.bias for s in specs),
             logprobs=any(s.logprobs for s in specs),
+            mask=any(s.mask for s in specs),
         )
 
 
@@ -155,16 +158,33 @@ def penalize(logits: Array, recent: Array, params: SamplerParams, offset: Array 
     )
 
 
+def shard_columns(words: int, devices: int, rows: int) -> np.ndarray:
+    """Which words of a mask each device needs: int `[devices * columns]`, for `devices` shards of
+    `rows` tokens. Indices past the last word are `words`."""
+    columns = -(-rows // 32) + 1
+    first = np.arange(devices) * rows // 32
+    return np.minimum(first[:, None] + np.arange(columns), words).reshape(-1)
+
+
+def _permitted(mask: Array, rows: int) -> Array:
+    """A mask of this device's words as bool `[slots, rows]`."""
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    first = shard_index(_VOCAB) * rows % 32
+    return lax.dynamic_slice_in_dim(bits.reshape(len(mask), -1), first, rows, axis=1) > 0
+
+
 def sample(
     logits: Array,
     positions: Array,
     recent: Array,
     params: SamplerParams,
     spec: SamplerSpec,
+    mask: Array | None = None,
     *,
     vocab: int,
 ) -> Array:
-    """Samples the next token of each slot: `NOT_FINITE` if a logit is NaN or the largest infinite.
+    """Samples the next token of each slot: `NOT_FINITE` if a logit is NaN or the largest infinite,
+    or if the mask permits no token.
 
     Args:
       logits: float32 `[slots, vocab / devices]`: this device's shard, padding last.
@@ -173,6 +193,8 @@ def sample(
       recent: int32 `[slots, window]`: the last tokens, padded with negative ids.
       params: dynamic parameters.
       spec: static parameters.
+      mask: uint32 `[slots, columns]`, if the spec has it: the words of `shard_columns`, a bit for
+        each token that may follow.
       vocab: rows of the head that are tokens.
 
     Returns:
@@ -190,6 +212,8 @@ def sample(
         logits = logits.at[index].add(params.bias, mode="drop")
     if spec.window:
         logits = penalize(logits, recent, params, offset)
+    if spec.mask:
+        logits = jnp.where(_permitted(mask, rows), logits, -jnp.inf)
     if spec.candidates == 1:
         index = jnp.argmax(logits, axis=-1, keepdims=True)
         best = jnp.take_along_axis(logits, index, axis=-1)

@@ -5,12 +5,16 @@ decoded together with others, in blocks of steps, until it ends. Requests join a
 blocks. A sequence that needs a page when there is none preempts the youngest: what that one has
 computed is forgotten, and computed again later.
 
+Sequences under a grammar take single steps together, since the host has to know a token before it
+can tell which may follow; the others' blocks alternate with these steps.
+
 Some units of work are always in flight: while the devices work on one, the results of the one
 before are read. Sequences that have ended stay in blocks that are already in flight, masked.
 """
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -21,7 +25,7 @@ import numpy as np
 
 from jaxsplit.cache.prefixes import Allocation, PrefixCache
 from jaxsplit.engine.chunked_prefill import CHUNK_OVERHEAD, MAX_LOGITS, chunk_lengths
-from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Prompt, Row, power_of_2
+from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Masks, Prompt, Row, power_of_2
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.request import (
     CANCELLED,
@@ -36,12 +40,16 @@ from jaxsplit.engine.request import (
 )
 from jaxsplit.engine.sampling import NOT_FINITE, SamplerSpec
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.text.grammar import Grammars, Matcher
 
 MAX_BLOCK = 32
 """Steps of a decode block at most."""
 
 BLOCK_SECONDS = 0.04
 """Of a block of several sequences."""
+
+BLOCK_SECONDS_BESIDE_GRAMMARS = 0.01
+"""Of a block beside sequences under a grammar, which then take one step."""
 
 STREAM_SECONDS = 0.1
 """Of a block of a single one."""
@@ -70,6 +78,7 @@ class _Sequence:
       sampled: tokens that have been enqueued since, at most.
       finite: whether the logits after its prompt have arrived, and are finite. Until then, nothing
         that has been computed is known to other sequences: a NaN spreads to all tokens of a chunk.
+      matcher: of its grammar; None: it has none.
     """
 
     request: Request
@@ -82,7 +91,8 @@ class _Sequence:
     read: int = 0
     sampled: int = 0
     finite: bool = False
-    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
+    outputs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    matcher: Matcher | None = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -167,13 +177,22 @@ class Scheduler:
       itl_budget: seconds that reading a prompt may delay the tokens of other requests.
       measures: choose chunk and block lengths by measured times; else they are fixed, so that
         all processes choose alike.
+      grammars: of the model's tokenizer; None: no request has a grammar.
 
     Attributes:
       counters: what it has done so far.
     """
 
-    def __init__(self, engine: Engine, *, itl_budget: float = 0.1, measures: bool = True):
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        itl_budget: float = 0.1,
+        measures: bool = True,
+        grammars: Grammars | None = None,
+    ):
         self.engine, self.itl_budget, self.measures = engine, itl_budget, measures
+        self._grammars = grammars
         self.counters = Counters()
         self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
@@ -182,7 +201,7 @@ class Scheduler:
         self._seconds: dict[tuple, float] = {}
         self._last_read = self._last_added = 0.0
         self._interval = 1.0  # seconds between requests, a moving average
-        self._prompts_last = False
+        self._prompts_last = self._masked_last = False
         self._make_caches()
 
     def _make_caches(self) -> None:
@@ -205,7 +224,7 @@ class Scheduler:
           JaxsplitError: the prompt and its tokens do not fit into the cache.
         """
         size = self.engine.size
-        generated = 0 if spec.logits else max(spec.max_tokens - 1, 0)
+        generated = 0 if spec.reads_only else max(spec.max_tokens - 1, 0)
         needed = min(len(spec.prompt) + generated, size.context)
         if -(-needed // size.page) > size.pages:
             raise JaxsplitError(
@@ -220,7 +239,12 @@ class Scheduler:
         since, self._last_added = min(now - self._last_added, 1.0), now
         self._interval = 0.8 * self._interval + 0.2 * since
         spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
-        self._waiting.append(_Sequence(request, [*request.spec.prompt], spec))
+        sequence = _Sequence(request, [*request.spec.prompt], spec)
+        if request.spec.grammar is not None:
+            assert self._grammars is not None
+            matcher = self._grammars.matcher(request.spec.grammar, request.spec.stop_ids)
+            sequence.matcher, sequence.spec = matcher, dataclasses.replace(spec, mask=True)
+        self._waiting.append(sequence)
         self._waiting.sort(key=lambda one: one.order)
 
     def cancel(self, number: int, reason: str = CANCELLED) -> None:
@@ -308,7 +332,7 @@ class Scheduler:
         """Enqueues a unit of work; None: there is none to enqueue now."""
         self._admit(working)
         reading = [s for s in self._running if not s.decodes]
-        decoding = [s for s in self._running if s.decodes and self._steps_left(s) > 0]
+        decoding = self._may_decode()
         waits = decoding and (self._prompts_last or self._more_come(reading))
         if reading and not waits:
             self._prompts_last = True
@@ -316,8 +340,19 @@ class Scheduler:
         if not decoding:
             return None
         unit = self._decode(decoding, bool(reading or self._waiting), working)
-        self._prompts_last &= unit is None  # no prompt is read before there is a block
+        if unit is not None:
+            self._prompts_last = False  # no prompt is read before there is a block
+            self._masked_last = decoding[0].spec.mask
         return unit
+
+    def _may_decode(self) -> list[_Sequence]:
+        """The sequences of the next block: all under a grammar, or all others."""
+        decoding = [s for s in self._running if s.decodes and self._steps_left(s) > 0]
+        masked = [s for s in decoding if s.spec.mask and len(s.tokens) == s.prompt + s.sampled]
+        if any(unit.steps and unit.key[-1].mask for unit in self._units):
+            masked = []  # they wait for one another, and take the next step together
+        others = [s for s in decoding if not s.spec.mask]
+        return masked if masked and not (others and self._masked_last) else others
 
     def _more_come(self, reading: list[_Sequence]) -> bool:
         """Whether short prompts should wait for others to be read with: a chunk has a fixed cost,
@@ -349,7 +384,7 @@ class Scheduler:
         for replica in replicas:
             cache, before = self._caches[replica], len(sequence.tokens)
             running = any(s.replica == replica for s in self._running)
-            reserve = 0 if spec.logits or not running else _RESERVE
+            reserve = 0 if spec.reads_only or not running else _RESERVE
             pages = -(-min(before + reserve, size.context) // size.page)
             if running and cache.available < pages - cache.match(sequence.tokens) // size.page:
                 continue
@@ -359,12 +394,12 @@ class Scheduler:
             slot = self._free_slots[replica].pop()
             sequence.allocation, sequence.replica, sequence.slot = begun.allocation, replica, slot
             sequence.prompt, sequence.read = before, begun.allocation.cached
-            sequence.sampled, sequence.finite, sequence.logits = 0, False, []
+            sequence.sampled, sequence.finite, sequence.outputs = 0, False, []
             working.append(sequence)
             if begun.pages or begun.states:
                 self.engine.copy(replica, pages=begun.pages, states=begun.states)
             request = sequence.request
-            if not spec.logits:
+            if not spec.reads_only:
                 stops = spec.stop_ids
                 self.engine.assign(
                     replica,
@@ -389,7 +424,7 @@ class Scheduler:
 
     def _steps_left(self, sequence: _Sequence) -> int:
         """Steps that it may still take, were all of those in flight to succeed."""
-        if sequence.request.spec.logits:
+        if sequence.request.spec.reads_only:
             return 0
         return self._end_position(sequence) - (sequence.prompt + sequence.sampled - 1)
 
@@ -425,7 +460,12 @@ class Scheduler:
         parts = [[self._part(s, length) for s in own] for own in sequences]
         now = time.perf_counter()
         pending = self.engine.read_prompts(
-            parts, rows=rows, length=length, sampler=spec, wanted=wanted
+            parts,
+            rows=rows,
+            length=length,
+            sampler=spec,
+            wanted=wanted,
+            masks=self._masks(spec, sequences),
         )
         for own, these in zip(sequences, parts, strict=True):
             for sequence, part in zip(own, these, strict=True):
@@ -436,6 +476,14 @@ class Scheduler:
                 sequence.sampled += part.ends
                 self._save_state(sequence)
         return _Unit(sequences, pending, ("prompts", rows, length, wanted), 0, now, parts)
+
+    def _masks(self, spec: SamplerSpec, sequences: list[list[_Sequence]]) -> Masks | None:
+        """What computes the masks of rows; None: none has a grammar."""
+        if not spec.mask:
+            return None
+        assert self._grammars is not None
+        matchers = [[s.matcher for s in own] for own in sequences]
+        return functools.partial(self._grammars.masks, matchers)
 
     def _part(self, sequence: _Sequence, length: int) -> Prompt:
         """The next tokens of a prompt."""
@@ -450,7 +498,7 @@ class Scheduler:
             self._row(sequence),
             start,
             sequence.tokens[start:stop],
-            ends=stop == sequence.prompt and not spec.logits,
+            ends=stop == sequence.prompt and not spec.reads_only,
             targets=targets,
         )
 
@@ -557,7 +605,8 @@ class Scheduler:
         spec = SamplerSpec.join(s.spec for s in decoding)
         rows = [[self._row(s) for s in own] for own in sequences]
         now = time.perf_counter()
-        pending = self.engine.decode(rows, spec, steps, length=MAX_BLOCK)
+        masks = self._masks(spec, sequences)
+        pending = self.engine.decode(rows, spec, steps, length=MAX_BLOCK, masks=masks)
         for sequence in decoding:
             sequence.sampled += min(steps, self._steps_left(sequence))
         key = ("steps", power_of_2(max(map(len, rows))), spec)
@@ -565,6 +614,8 @@ class Scheduler:
 
     def _block(self, decoding: list[_Sequence], busy: bool) -> int:
         """Steps of the next block."""
+        if decoding[0].spec.mask:
+            return 1
         asked = [s.request.spec.block for s in decoding if s.request.spec.block is not None]
         left = max(map(self._steps_left, decoding))
         if asked:
@@ -579,6 +630,8 @@ class Scheduler:
         target = STREAM_SECONDS if len(self._running) == 1 and not busy else BLOCK_SECONDS
         if busy:
             target /= 2
+        if any(s.spec.mask for s in self._running):
+            target = min(target, BLOCK_SECONDS_BESIDE_GRAMMARS)
         return max(1, min(MAX_BLOCK, left, int(target / max(seconds, 1e-6))))
 
     def _preempt(self, replica: int) -> None:
@@ -623,11 +676,10 @@ class Scheduler:
         unit = self._units.popleft()
         working += [sequence for _, sequence in unit.rows()]
         outputs, details = unit.pending.read(), None
-        logits = None
+        values = None
         if isinstance(unit.pending, PendingPrompts):
             details = unit.pending.details()
-            if unit.key[-1] == "logits":
-                logits = unit.pending.logits()
+            values = unit.pending.values()
         now = time.perf_counter()
         self._measure(unit, now)
         for at, sequence in unit.rows():
@@ -635,7 +687,7 @@ class Scheduler:
                 continue
             if unit.parts:
                 part = unit.parts[at[0]][at[1]]
-                self._take_details(sequence, part, at, details, logits, now)
+                self._take_details(sequence, part, at, details, values, now)
                 if not part.ends or sequence not in self._running:
                     continue
             if outputs is not None:
@@ -660,10 +712,10 @@ class Scheduler:
         part: Prompt,
         at: tuple[int, int],
         details: Any,
-        logits: np.ndarray | None,
+        values: np.ndarray | None,
         now: float,
     ) -> None:
-        """Takes log-probabilities or logits of a part of a prompt."""
+        """Takes log-probabilities, logits or hidden states of a part of a prompt."""
         request = sequence.request
         if details is not None:
             count = request.spec.sampling.logprobs or 0
@@ -671,11 +723,11 @@ class Scheduler:
             for i in range(len(part.targets or ())):
                 if part.start + i >= known:
                     request.prompt_logprobs.append(token_logprobs(details, (*at, i), count))
-        if logits is not None:
-            sequence.logits.append(logits[at][: len(part.tokens)])
+        if values is not None:
+            sequence.outputs.append(values[at][: len(part.tokens)])
             if part.start + len(part.tokens) == sequence.prompt:
-                request.logits = np.concatenate(sequence.logits)
-                sequence.finite = bool(np.isfinite(request.logits).all())
+                request.outputs = np.concatenate(sequence.outputs)
+                sequence.finite = bool(np.isfinite(request.outputs).all())
                 news = Progress(finish_reason=LENGTH)
                 self._end(sequence, news, exact=False, last_token=now)
 
@@ -702,7 +754,7 @@ class Scheduler:
             if spec.sampling.logprobs is not None:
                 logprobs.append(token_logprobs(outputs, (*at, i), spec.sampling.logprobs))
             position = len(sequence.tokens) + len(new) - 1
-            if token in spec.stop_ids:
+            if token in spec.stop_ids or (sequence.matcher and sequence.matcher.accept(token)):
                 reason = STOP
             elif len(request.tokens) + len(new) >= spec.max_tokens:
                 reason = LENGTH
@@ -737,6 +789,8 @@ class Scheduler:
             f"the model's logits are not finite after {tokens} tokens: try "
             "dtype=float32; if that does not help, the file's weights are damaged"
         )
+        if sequence.matcher is not None and self._grammars is not None:
+            error = self._grammars.error(sequence.matcher) or error
         sequence.finite = False
         self._end(sequence, Progress(error=error), exact=False)
 

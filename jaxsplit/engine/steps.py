@@ -192,7 +192,12 @@ def prefill(
 
 
 def sample_first(
-    logits: Array, state: DecodeState, chunk: PrefillChunk, params: SlotParams, spec: StepSpec
+    logits: Array,
+    state: DecodeState,
+    chunk: PrefillChunk,
+    params: SlotParams,
+    spec: StepSpec,
+    mask: Array | None = None,
 ) -> tuple[DecodeState, Outputs]:
     """Samples the first token after some prompts.
 
@@ -202,12 +207,13 @@ def sample_first(
       chunk: the prompts' last chunks; rows whose prompts go on have a slot past the last one.
       params: of all slots.
       spec: static values.
+      mask: of the rows, as `sample` takes it.
 
     Returns:
       the state with the slots set, and their tokens.
     """
     rows, position = chunk.rows, chunk.start + chunk.count
-    state, token, outputs = _sample(logits, position, state, rows, params, spec)
+    state, token, outputs = _sample(logits, position, state, rows, params, spec, mask)
     active = _continues(token, position, rows, params)
     return _set(state, rows, token, position, active), outputs
 
@@ -219,6 +225,7 @@ def _sample(
     rows: Rows,
     params: SlotParams,
     spec: StepSpec,
+    mask: Array | None,
 ) -> tuple[DecodeState, Array, Outputs]:
     """Samples tokens at positions, int32 `[rows]`, and adds them to the history."""
     sampler, slots = spec.sampler, rows.slots
@@ -228,7 +235,7 @@ def _sample(
         recent = state.history.at[slots[:, None], at].get(mode="fill", fill_value=-1)
         recent = jnp.where(at >= 0, recent, -1)
     own = jax.tree.map(lambda x: x[slots], params.sampler)
-    token = sample(logits, position, recent, own, sampler, vocab=spec.vocab)
+    token = sample(logits, position, recent, own, sampler, mask, vocab=spec.vocab)
     if sampler.window:
         history = state.history.at[slots, position].set(token, mode="drop")
         state = dataclasses.replace(state, history=history)
@@ -334,7 +341,12 @@ def decode_layers(
 
 
 def sample_next(
-    logits: Array, state: DecodeState, rows: Rows, params: SlotParams, spec: StepSpec
+    logits: Array,
+    state: DecodeState,
+    rows: Rows,
+    params: SlotParams,
+    spec: StepSpec,
+    mask: Array | None = None,
 ) -> tuple[DecodeState, Outputs]:
     """Samples the next token of each row.
 
@@ -344,6 +356,7 @@ def sample_next(
       rows: the sequences.
       params: of all slots.
       spec: static values.
+      mask: of the rows, as `sample` takes it.
 
     Returns:
       the state with the new tokens, and the tokens.
@@ -353,7 +366,7 @@ def sample_next(
     position = state.position[rows.slots] + was_active
     # The history of a slot that has stopped stays as it is.
     at = jnp.where(was_active, position, state.history.shape[1])
-    state, token, outputs = _sample(logits, at, state, rows, params, spec)
+    state, token, outputs = _sample(logits, at, state, rows, params, spec, mask)
     active = was_active & _continues(token, position, rows, params)
     token = jnp.where(was_active, token, before[:, 0])
     shown = jnp.where(was_active, token, -1)[:, None]
@@ -361,6 +374,20 @@ def sample_next(
         _set(state, rows, token, position, active),
         dataclasses.replace(outputs, tokens=shown),
     )
+
+
+def decode_logits(
+    model: Decoder, cache: Cache, x: Array | None, state: DecodeState, rows: Rows
+) -> tuple[Cache, Array]:
+    """A decode step of the last stage without sampling: the cache, and the logits that
+    `sample_next` takes.
+
+    Arguments are those of `decode_layers`.
+    """
+    tokens = step_inputs(state, rows)
+    x = tokens[:, :1] if x is None else x
+    logits, cache = model(x, tokens[:, 1:], cache, rows.states, rows.pages)
+    return cache, logits[:, 0]
 
 
 def decode_and_sample(
@@ -377,10 +404,8 @@ def decode_and_sample(
 
     Arguments are those of `decode_layers` and `sample_next`.
     """
-    tokens = step_inputs(state, rows)
-    x = tokens[:, :1] if x is None else x
-    logits, cache = model(x, tokens[:, 1:], cache, rows.states, rows.pages)
-    return cache, *sample_next(logits[:, 0], state, rows, params, spec)
+    cache, logits = decode_logits(model, cache, x, state, rows)
+    return cache, *sample_next(logits, state, rows, params, spec)
 
 
 def decode_loop(

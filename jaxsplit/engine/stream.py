@@ -120,7 +120,7 @@ class Generation:
         reason, ready, count = news.finish_reason, "", 0
         for token in news.tokens:
             count += 1
-            if self._decoder is None or (reason == "stop" and count == len(news.tokens)):
+            if self._decoder is None or token in self.request.spec.stop_ids:
                 continue
             more, self._held, found = _split_at_stop(
                 self._held + self._decoder.push(token), self._stop

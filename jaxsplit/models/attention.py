@@ -84,4 +84,4 @@ class Attention(nnx.Module):
         """What the op needs beside projections."""
         norms = self.query_norm, self.key_norm, self.value_norm
         sinks = None if self.sinks is None else self.sinks.get_value()
-        return AttentionParams(*(n and n.params for n in norms), sinks)
+        return AttentionParams(*(n and n.params for n in norms), sinks=sinks)

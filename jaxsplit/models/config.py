@@ -134,7 +134,9 @@ class ModelConfig:
     def attention(self) -> AttentionConfig | LatentAttentionConfig | None:
         """Of the first layer that has any."""
         mixers = (block.mixer for block in self.blocks)
-        return next((m for m in mixers if hasattr(m, "heads")), None)
+        return next(
+            (m for m in mixers if isinstance(m, AttentionConfig | LatentAttentionConfig)), None
+        )
 
     def summary(self) -> dict[str, Any]:
         """Everything that is there as plain values, for people; alike layers together."""

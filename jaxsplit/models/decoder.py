@@ -6,8 +6,8 @@ the same code over the heads, hidden units and vocabulary rows that it holds.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, Model
 from jaxsplit.models.layers import (
     Embedding,
     Linear,
+    Norm,
     PerLayerEmbedding,
     PerLayerEmbeddings,
     add_norm,
@@ -38,15 +39,40 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
-from jaxsplit.ops.activations.layout import Readers
+from jaxsplit.ops.activations.layout import Activations, Readers
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.matmul.api import matmul
 from jaxsplit.ops.matmul.api import readers_of as matmul_readers
 from jaxsplit.ops.norm.api import add
-from jaxsplit.quant import take_rows
+from jaxsplit.quant import Weight, take_rows
 from jaxsplit.sharding.axes import EMBED, Axis
 
-MODULES: Mapping[type, type[nnx.Module]] = {
+
+class MixerModule(Protocol):
+    """A module that lets tokens see one another."""
+
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[batch, time, embed]`."""
+        ...
+
+    def __call__(self, x: Activations, batch: Batch, cache: Any) -> tuple[Unreduced, Any]:
+        """`[batch, time, embed]` to the same, and the cache with these tokens."""
+        ...
+
+
+class FeedForwardModule(Protocol):
+    """A module that transforms each token by itself."""
+
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[..., embed]`."""
+        ...
+
+    def __call__(self, x: Activations) -> Unreduced:
+        """`[..., embed]` to the same."""
+        ...
+
+
+MODULES: Mapping[type, Callable[..., Any]] = {
     AttentionConfig: Attention,
     LatentAttentionConfig: LatentAttention,
     DeltaNetConfig: DeltaNet,
@@ -65,10 +91,10 @@ class Block(nnx.Module):
     def __init__(self, config: BlockConfig, embed: int, *, rngs: nnx.Rngs):
         c = config
         self.mixer_norm = norm(c.mixer_norm, embed)
-        self.mixer = MODULES[type(c.mixer)](c.mixer, embed, rngs=rngs)
+        self.mixer: MixerModule = MODULES[type(c.mixer)](c.mixer, embed, rngs=rngs)
         self.mixer_post_norm = norm(c.mixer_post_norm, embed)
         self.mlp_norm = norm(c.mlp_norm, embed)
-        self.mlp = MODULES[type(c.mlp)](c.mlp, embed, rngs=rngs)
+        self.mlp: FeedForwardModule = MODULES[type(c.mlp)](c.mlp, embed, rngs=rngs)
         self.mlp_post_norm = norm(c.mlp_post_norm, embed)
         self.per_layer_embedding = (
             PerLayerEmbedding(c.per_layer_embedding, embed, c.per_layer_embedding_norm, rngs=rngs)
@@ -115,6 +141,7 @@ class Block(nnx.Module):
             return y, residual, cache
         residual = add(y, residual)
         if self.per_layer_embedding is not None:
+            assert per_layer_embedding is not None
             residual = residual + self.per_layer_embedding(residual, per_layer_embedding)
         if self.output_scale is not None:
             residual = (residual * self.output_scale.get_value()).astype(residual.dtype)
@@ -129,13 +156,13 @@ class Block(nnx.Module):
     def _shares_norm(self) -> bool:
         return self.config.parallel and self.mlp_norm is None
 
-    def _scaled(self, y: Unreduced, residual: Array, norm: nnx.Module | None = None) -> Unreduced:
+    def _scaled(self, y: Unreduced, residual: Array, norm: Norm | None = None) -> Unreduced:
         """What a mixer or an MLP adds to the stream, normalized and scaled if need be."""
         scale = self.config.residual_scale
         if norm is None and scale == 1:
             return y
-        y = y.all_reduce(residual.dtype)
-        return Unreduced.of((y if norm is None else norm(y)) * scale)
+        total = y.all_reduce(residual.dtype)
+        return Unreduced.of((total if norm is None else norm(total)) * scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -286,10 +313,10 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = {name: factor.get_value() for name, factor in self.freq_factors.items()}
         batch = Batch(positions, slots, pages, factors)
-        x, per_layer_embeddings = (
+        residual, per_layer_embeddings = (
             self._embed(inputs, positions) if self.first else self._split_stream(inputs)
         )
-        stream, caches, context = (None, x), [], current_context()
+        y, caches, context = None, [], current_context()
         for i, block in enumerate(self.blocks):
             per_layer_embedding = None
             if per_layer_embeddings is not None:
@@ -297,30 +324,43 @@ class Decoder(nnx.Module):
                     per_layer_embeddings, block.config.per_layer_embedding
                 )
             layer_cache = None if cache is None else cache[i]
-            stream, layer_cache, shared_kv = _run_block(
+            stream = y, residual
+            (y, residual), layer_cache, shared_kv = _run_block(
                 context, *nnx.split(block), stream, batch, layer_cache, per_layer_embedding
             )
             batch = dataclasses.replace(batch, shared_kv=shared_kv)
             caches.append(layer_cache)
         if per_layer_embeddings is not None:
-            stream = None, jnp.concatenate([add(*stream), per_layer_embeddings], axis=-1)
-        return stream, None if cache is None else caches
+            y, residual = None, jnp.concatenate([add(y, residual), per_layer_embeddings], axis=-1)
+        return (y, residual), None if cache is None else caches
 
     def logits(self, x: Array) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]`; on a mesh, of this device's rows."""
         return self._logits(None, x)
 
+    def normalized(self, x: Array) -> Array:
+        """The last layer's output as the head reads it, `[..., embed]`."""
+        return x if self.norm is None else self.norm(x)
+
     def _logits(self, y: Unreduced | None, residual: Array) -> Array:
         """Logits of the stream with what the last layer has computed."""
-        c, head = self.config, self.embedding if self.head is None else self.head
-        w = head.table if self.head is None else head.kernel
-        w = w.get_value()
+        c, w = self.config, self._head_matrix
         x, _ = add_norm(y, residual, self.norm, matmul_readers(residual, [w]))
-        y = matmul(x, w)
+        logits = matmul(x, w)
         if self.head is not None and self.head.bias is not None:
-            y = y + self.head.bias.get_value()
-        y = y * c.logit_scale
-        return y if c.logit_softcap is None else c.logit_softcap * jnp.tanh(y / c.logit_softcap)
+            logits = logits + self.head.bias.get_value()
+        logits = logits * c.logit_scale
+        if c.logit_softcap is None:
+            return logits
+        return c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+
+    @property
+    def _head_matrix(self) -> Weight:
+        """The output head, or the embedding if they are tied: `[vocab, embed]`."""
+        if self.head is not None:
+            return self.head.kernel.get_value()
+        assert self.embedding is not None
+        return self.embedding.table.get_value()
 
     def _split_stream(self, x: Array, width: int | None = None) -> tuple[Array, Array | None]:
         """Splits off the first `width` elements, by default the residual stream; the rest is None
@@ -330,6 +370,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: Array, positions: Array) -> tuple[Array, Array | None]:
         """The residual stream and the embeddings for each layer."""
+        assert self.embedding is not None
         x = self.embedding(tokens, self.dtype) * self.config.embedding_scale
         if self.positions is not None:
             table = self.positions.get_value()

@@ -132,8 +132,7 @@ class Linear(nnx.Module):
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""
         if self.rows.name == "embed_out":
             return self.unreduced(x).all_reduce(x.dtype)
-        [y] = project(x, self)
-        return y.local_sum
+        return project(x, self)[0].local_sum
 
     @property
     def _gathers(self) -> bool:
@@ -150,19 +149,21 @@ def readers_of(x: Like, *linears: Linear | None) -> Readers:
     return matmul_ops.readers_of(x, [linear.kernel.get_value() for linear in linears if linear])
 
 
-def project(x: Rows, *linears: Linear | None, split_k: bool = False) -> list[Unreduced | None]:
+def project(
+    x: Rows, first: Linear, *others: Linear | None, split_k: bool = False
+) -> tuple[Unreduced, *tuple[Unreduced | None, ...]]:
     """Several projections of the same input at once, None for None.
 
     Args:
       x: `[..., in]`.
-      *linears: whose rows stay where they are.
+      first, *others: projections whose rows stay where they are.
       split_k: split-K parts are left to the readers of the results to sum.
 
     Returns:
       `[..., out]` each: a single part in the dtype of `x`, or parts in float32.
     """
-    present = [linear for linear in linears if linear is not None]
-    kernels, x = [linear.kernel.get_value() for linear in present], present[0]._gathered(x)
+    present = [first, *(linear for linear in others if linear is not None)]
+    kernels, x = [linear.kernel.get_value() for linear in present], first._gathered(x)
     if any(linear.bias is not None for linear in present):
         results = []
         for y, linear in zip(matmul_ops.matmuls(x, kernels), present, strict=True):
@@ -173,7 +174,7 @@ def project(x: Rows, *linears: Linear | None, split_k: bool = False) -> list[Unr
     else:
         results = [Unreduced.of(y) for y in matmul_ops.matmuls(x, kernels, x.dtype)]
     following = iter(results)
-    return [None if linear is None else next(following) for linear in linears]
+    return next(following), *(None if linear is None else next(following) for linear in others)
 
 
 class Embedding(nnx.Module):

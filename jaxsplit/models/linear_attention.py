@@ -4,6 +4,8 @@ Convolutions and states are computed in float32. Tokens at negative positions ar
 the state unchanged. A sequence whose first token is at position 0 starts from a zero state.
 """
 
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -55,7 +57,7 @@ class CausalConv(nnx.Module):
         if past is None:
             past = jnp.zeros((x.shape[0], kernel_size - 1, x.shape[2]), jnp.float32)
         inputs = jnp.concatenate([past, x.astype(jnp.float32)], axis=1)
-        y = sum(inputs[:, i : i + time] * kernel[:, i] for i in range(kernel_size))
+        y = reduce(add, (inputs[:, i : i + time] * kernel[:, i] for i in range(kernel_size)))
         if self.bias is not None:
             y = y + self.bias.get_value()
         count = (batch.positions >= 0).sum(axis=1)
@@ -232,8 +234,9 @@ class LinearAttention(nnx.Module):
           `[batch, time, embed]`, and the updated cache.
         """
         c, shape = self.config, x.shape[:2]
-        past = RecurrentCache((None,) * 3) if cache is None else cache.read(batch)
-        projections = zip((self.query, self.key, self.value), past.inputs, strict=True)
+        past = None if cache is None else cache.read(batch)
+        past_inputs = (None,) * 3 if past is None else past.inputs
+        projections = zip((self.query, self.key, self.value), past_inputs, strict=True)
         projected, inputs = zip(*(p(x, before, batch) for p, before in projections), strict=True)
         queries, keys = (y.reshape(*shape, -1, c.key_dim) for y in projected[:2])
         heads = (keys.shape[2], -1)  # key heads, and the value heads that share each of them
@@ -245,7 +248,7 @@ class LinearAttention(nnx.Module):
         dt, keys = jnp.where(exists, dt, 0), jnp.where(exists[..., None], keys, 0)
         log_decay = (dt * self.A.get_value()).reshape(*shape, *heads)
         operands = self._operands(x, queries, keys, values, dt.reshape(*shape, *heads))
-        state = past.state
+        state = None if past is None else past.state
         if state is not None:
             state = state.reshape(-1, *values.shape[2:4], *state.shape[2:])
         y, state = linear_attention(*operands, log_decay=log_decay, state=state)
@@ -275,6 +278,7 @@ class DeltaNet(LinearAttention):
         heads, _ = config.axes
         self.beta = Linear(EMBED, embed, heads, config.value_heads, rngs=rngs)
         self.norm = Norm(config.norm, config.value_dim, HEAD_DIM) if config.norm else None
+        self.epsilon = config.epsilon
 
     def readers(self, x: Array) -> Readers:
         linears = self.query, self.key, self.value, self.gate, self.dt, self.beta
@@ -284,7 +288,7 @@ class DeltaNet(LinearAttention):
         self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
     ) -> tuple[Array, Array, Array, Array]:
         def normalized(x: Array) -> Array:
-            return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + self.config.epsilon)
+            return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + self.epsilon)
 
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32)).reshape(dt.shape)
         queries, scale = normalized(queries), queries.shape[-1] ** -0.5
@@ -301,7 +305,7 @@ class Mamba2(LinearAttention):
         super().__init__(config, embed, rngs=rngs)
         heads, _ = config.axes
         self.D = param(None, (heads,), (config.value_heads,))
-        self.norm = GroupedRMSNorm(config) if config.norm else None
+        self.norm = GroupedRMSNorm(config, config.norm.epsilon) if config.norm else None
 
     def _operands(
         self, x: Activations, queries: Array, keys: Array, values: Array, dt: Array
@@ -316,11 +320,11 @@ class Mamba2(LinearAttention):
 class GroupedRMSNorm(nnx.Module):
     """RMSNorm over all value heads of a key head, which may be split over devices."""
 
-    def __init__(self, config: LinearAttentionConfig):
+    def __init__(self, config: LinearAttentionConfig, epsilon: float):
         heads, key_heads = config.axes
         self.size = config.value_heads // config.key_heads * config.value_dim
         self.scale = param(None, (heads,), (config.key_heads * self.size,))
-        self.epsilon = config.norm.epsilon
+        self.epsilon = epsilon
         self.heads, self.key_heads = heads, key_heads
 
     def __call__(self, x: Array) -> Array:

@@ -57,8 +57,10 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Unreduced, AttentionCache | None]:
         """Attends, as `Attention`."""
         c, positions = self.config, batch.positions
-        freq_factors = batch.freq_factors.get(c.rope.freq_factors)
-        low = x if self.query_down is None else self.query_norm(self.query_down(x))
+        freq_factors = c.rope.divisors(batch.freq_factors)
+        low = x
+        if self.query_down is not None and self.query_norm is not None:
+            low = self.query_norm(self.query_down(x))
         queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
         queries = apply_temperature(queries, positions, c.attn_temperature)
         queries, rope_queries = jnp.split(queries, [c.head_dim], axis=-1)

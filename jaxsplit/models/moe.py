@@ -142,7 +142,7 @@ class MoE(nnx.Module):
             None if vector is None else vector.get_value()
             for vector in (self.selection_bias, self.expert_scale)
         )
-        if x.rms is None or self.config.router_bias:
+        if x.unnormalized is None or self.config.router_bias:
             logits = self.router(x.array.astype(jnp.float32))
             return topk_experts(logits, self.config, bias, scale)
         # Logits of rows that are not normalized yet: the router divides them.
@@ -170,10 +170,10 @@ class DenseMoE(nnx.Module):
 
     def __call__(self, x: Activations) -> Unreduced:
         """`[..., embed]` to the same, summed already."""
-        x = x.array
-        dense, _ = add_norm(None, x, self.dense_norm, self.dense.readers(x))
+        stream = x.array
+        dense, _ = add_norm(None, stream, self.dense_norm, self.dense.readers(stream))
         dense = self.dense_post_norm(self.dense(dense).all_reduce(x.dtype))
-        router_input = self.router_norm(x) * self.router_scale
-        routed, _ = add_norm(None, x, self.moe_norm, self.moe.readers(x))
+        router_input = self.router_norm(stream) * self.router_scale
+        routed, _ = add_norm(None, stream, self.moe_norm, self.moe.readers(stream))
         routed = self.moe_post_norm(self.moe(routed, router_input).all_reduce(x.dtype))
         return Unreduced.of((dense + routed).astype(jnp.float32))

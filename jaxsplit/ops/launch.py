@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,11 @@ def launch_dependents(x: Array, early: bool = True) -> Array:
     return jnp.sum(x)
 
 
-def divmod_pow2(x: Array | int, by: int) -> tuple[Array | int, Array | int]:
+@overload
+def divmod_pow2(x: int, by: int) -> tuple[int, int]: ...
+@overload
+def divmod_pow2(x: Array, by: int) -> tuple[Array, Array]: ...
+def divmod_pow2(x: Any, by: int) -> tuple[Any, Any]:
     """Quotient and remainder of numbers that are not negative by a power of two."""
     return x >> (by.bit_length() - 1), x & (by - 1)
 

@@ -19,8 +19,7 @@ def in_layout(x: Array | Activations, layout: ActivationLayout) -> Any:
         for present, stored in zip(x.layouts, x.stored, strict=True):
             if present.serves(layout):
                 return stored
-        x = x.array
-    [stored], *_ = store_rows(_identity, (x,), Readers((layout,), xla=False))
+    [stored], *_ = store_rows(_identity, (as_array(x),), Readers((layout,), xla=False))
     return stored
 
 

@@ -25,6 +25,7 @@ def activate(name: str, up: Array, gate: Array | None = None) -> Array:
       gate: `[..., hidden]`; None: plain.
     """
     if name == "clamped_swiglu":
+        assert gate is not None
         gate = jnp.where(gate > 7, 7, gate)
         up = jnp.where(up > 7, 7, jnp.where(up < -7, -7, up))
         return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)

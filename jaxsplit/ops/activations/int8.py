@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ from jaxsplit.pallas import plgpu
 SLICE = 16
 """Codes of a slice, the 16 bytes that a thread loads with one instruction."""
 
+_Index = TypeVar("_Index", Array, np.ndarray)
+
 _BANK_SLICES = 8  # slices that cover all 32 banks of 4 bytes
 
 
-def bank_swizzle(slice_: Array) -> Array:
+def bank_swizzle(slice_: _Index) -> _Index:
     """The position at which a slice of a row is stored; the function is its own inverse.
 
     Neighboring threads load slices that are 1, 2, 4 or 8 apart. Without the swizzle, eight such
@@ -90,7 +93,8 @@ class Int8Layout:
             plgpu.store(ref.at[row, index], y, mask=mask)
 
     def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> Int8Rows:
-        return Int8Rows(*arrays, rms)
+        codes, scale, sums, half_sums = arrays
+        return Int8Rows(codes, scale, sums, half_sums, rms)
 
     def serves(self, other: ActivationLayout) -> bool:
         return self == other

@@ -53,6 +53,7 @@ class ActivationLayout(Protocol):
 
     def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
         """The arrays that hold `[rows, columns]`."""
+        ...
 
     def store(
         self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
@@ -72,6 +73,7 @@ class ActivationLayout(Protocol):
 
     def serves(self, other: "ActivationLayout") -> bool:
         """Whether rows in this layout are in the other one, too."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +107,8 @@ class PlainLayout:
         plgpu.store(refs[0].at[row, element], x.astype(self.dtype), mask=mask)
 
     def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> PlainRows:
-        return PlainRows(*arrays, rms)
+        [array] = arrays
+        return PlainRows(array, rms)
 
     def serves(self, other: ActivationLayout) -> bool:
         return self == other
@@ -137,32 +140,36 @@ class Activations:
     """Activations `[..., in]`: as an array, and in the layouts that kernels read.
 
     Attributes:
-      array: the rows, `[..., in]`. It costs nothing where nothing reads it: XLA drops the
-        operations. None: the rows exist in their layouts only.
+      rows: `[..., in]`. They cost nothing where nothing reads them: XLA drops the operations. Only
+        their shape and dtype, if the rows exist in their layouts only.
       layouts: in which the rows are stored.
       stored: the rows in each layout.
-      unnormalized: float32 `[..., in]`, of which `array` is the product with `rms.inverse`; None
+      unnormalized: float32 `[..., in]`, of which `rows` are the product with `rms.inverse`; None
         where `rms` is None.
       rms: statistics of `unnormalized` and of `stored`; None: both are final.
-      like: shape and dtype of the array.
     """
 
-    array: Array | None
+    rows: Array | jax.ShapeDtypeStruct
     layouts: tuple[ActivationLayout, ...] = ()
     stored: tuple[Any, ...] = ()
     unnormalized: Array | None = None
     rms: RMSStatistics | None = None
-    like: jax.ShapeDtypeStruct | None = None
+
+    @property
+    def array(self) -> Array:
+        """The rows, unless they exist in their layouts only."""
+        assert not isinstance(self.rows, jax.ShapeDtypeStruct), "stored in layouts only"
+        return self.rows
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`[..., in]`."""
-        return (self.like if self.array is None else self.array).shape
+        return self.rows.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the array."""
-        return (self.like if self.array is None else self.array).dtype
+        """Of the rows."""
+        return self.rows.dtype
 
 
 def rows_of(x: Array | Activations | jax.ShapeDtypeStruct) -> int:

@@ -20,7 +20,7 @@ from jaxsplit.ops.activations.layout import (
     broadcast_leading,
 )
 from jaxsplit.ops.launch import divmod_pow2
-from jaxsplit.pallas import plgpu
+from jaxsplit.pallas import ArrayRef, plgpu
 from jaxsplit.quant.qtensor import PlaneLayout, QTensor
 
 SUM_SIZES = (BLOCK // 2, BLOCK)
@@ -33,7 +33,7 @@ def packing_of(layout: PlaneLayout) -> tuple[int, int]:
     return codes_per_byte, layout.chunk // codes_per_byte // 2
 
 
-def group_size(w: QTensor, plane: Array | jax.Ref) -> int:
+def group_size(w: QTensor, plane: ArrayRef) -> int:
     """The weights per group of a plane of scales or minima, `[..., out, groups]`."""
     return w.shape[-1] // plane.shape[-1]
 
@@ -98,7 +98,7 @@ class PackedLayout:
         self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
     ) -> None:
         element, x = block_elements(block), x.astype(jnp.bfloat16)
-        element_mask, refs = broadcast_leading(mask, element.shape), iter(refs)
+        element_mask, following = broadcast_leading(mask, element.shape), iter(refs)
         for layout, sum_size in self.orders:
             _, pairs_per_chunk = packing_of(layout)
             chunk, offset = divmod_pow2(element, layout.chunk)
@@ -106,7 +106,7 @@ class PackedLayout:
             pair, byte = divmod_pow2(offset, 2)
             index = (2 * code + byte, row, chunk * pairs_per_chunk + pair)
             divided = _times_pow2(x, -layout.bits[0] * code) if len(layout.bits) == 1 else x
-            plgpu.store(next(refs).at[index], divided, mask=element_mask)
+            plgpu.store(next(following).at[index], divided, mask=element_mask)
             if sum_size:
                 sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)
                 group = block[..., None] * 2 + jnp.arange(2)
@@ -114,12 +114,15 @@ class PackedLayout:
                     sums, group = jnp.sum(sums, axis=-1), block
                 group_mask = broadcast_leading(mask, group.shape)
                 sums = sums.astype(jnp.bfloat16)
-                plgpu.store(next(refs).at[row, group], sums, mask=group_mask)
+                plgpu.store(next(following).at[row, group], sums, mask=group_mask)
 
     def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> PackedRows:
-        arrays = iter(arrays)
+        following = iter(arrays)
         values, sums = zip(
-            *((next(arrays), next(arrays) if sum_size else None) for _, sum_size in self.orders),
+            *(
+                (next(following), next(following) if sum_size else None)
+                for _, sum_size in self.orders
+            ),
             strict=True,
         )
         return PackedRows(values, sums, rms, self)

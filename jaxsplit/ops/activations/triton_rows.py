@@ -6,7 +6,8 @@ element-wise but for the mean square, which consumers divide by: one launch does
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -110,7 +111,7 @@ def _store_rows_kernel(
     """
     (first, *others), addend = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     outs = list(refs[structure.num_leaves :])
-    total_ref = outs.pop() if addend is not None else None
+    total_ref = outs.pop() if addend else None
     squares_ref = outs.pop() if norm else None
     columns = first.shape[-1]
     row = launch_dependents(pl.program_id(0), early)
@@ -126,12 +127,12 @@ def _store_rows_kernel(
         return plgpu.load(ref.at[at], mask=mask, other=zero).astype(dtype)
 
     others = [load(ref) for ref in others]  # before the wait for the peers, not after it
-    if addend is None:
+    if total_ref is None:
         x = load(first)
     else:
         parts, epochs, peers = addend
         stream = load(first)
-        y = sum(load(parts, part) for part in range(parts.shape[0]))
+        y = reduce(add, (load(parts, part) for part in range(parts.shape[0])))
         if peers is not None:
             y = one_shot.all_reduce_block(
                 y,

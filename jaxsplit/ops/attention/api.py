@@ -4,6 +4,7 @@ Each table lists implementations, best first: whether one supports the arguments
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -151,17 +152,17 @@ def _in_steps(
     readers: Readers,
 ) -> tuple[Activations, AttentionCache | None]:
     """Rotation and cache update, then attention."""
-    projections = (None if x is None else x.local_sum.astype(dtype) for x in (query, key, value))
-    query, key, value = projections
+    q = query.local_sum.astype(dtype)
+    k, v = (None if x is None else x.local_sum.astype(dtype) for x in (key, value))
     options = {"config": config, "params": params}
     if config.kv_source is not None:
         queries, kv = (
-            xla.rotate_queries(query, batch, **options),
+            xla.rotate_queries(q, batch, **options),
             KV(*batch.shared_kv[config.kv_source]),
         )
     else:
         update = next(run for supports, run in _UPDATE if supports(config, batch, cache, dtype))
-        queries, kv, cache = update(query, key, value, batch, cache, **options)
+        queries, kv, cache = update(q, k, v, batch, cache, **options)
     if config.kv_donor is not None:
         batch.shared_kv[config.kv_donor] = kv.memory, kv.positions
     queries = queries.reshape(*batch.positions.shape, kv.memory.keys.shape[1], -1, config.head_dim)
@@ -259,15 +260,17 @@ def _attend_by_xla(
     return Activations(y)
 
 
-_SELF_ATTENTION = (
+_Table = tuple[tuple[Callable[..., bool], Callable[..., Any]], ...]
+
+_SELF_ATTENTION: _Table = (
     (_kernels_support_decode, _decode),
     (lambda *_: True, _in_steps),
 )
-_UPDATE = (
+_UPDATE: _Table = (
     (_kernel_supports_update, _update_by_kernel),
     (lambda *_: True, _update_by_xla),
 )
-_ATTEND = (
+_ATTEND: _Table = (
     (_kernel_supports_attend, _flash),
     (lambda *_: True, _attend_by_xla),
 )

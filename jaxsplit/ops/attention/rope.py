@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,10 @@ class RopeConfig:
     freq_factors: str | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+
+    def divisors(self, freq_factors: Mapping[str, Array]) -> Array | None:
+        """The parameter named `freq_factors`, float32 `[dim / 2]`, of those of a `Batch`."""
+        return None if self.freq_factors is None else freq_factors.get(self.freq_factors)
 
     def frequencies(self) -> tuple[np.ndarray, float]:
         """Angles per position and the attention factor.

@@ -8,7 +8,8 @@ long as its work.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -74,11 +75,12 @@ def supports(
     """Whether `decode_attention` supports a layer, for queries `[batch, time, heads * width]`."""
     return (
         batch.positions.shape[1] == 1
+        and cache is not None
         and triton_rope_cache_update.supports(config, batch, cache, query.dtype)
         and triton_flash.supports(query, cache, config)
         and query.shape[-1] // config.head_dim <= MIN_MMA_M * cache.keys.shape[1]
         and config.kv_donor is None
-        and cache.values.shape[-1] % BLOCK == 0
+        and cache.own_values.shape[-1] % BLOCK == 0
     )
 
 
@@ -109,7 +111,8 @@ def decode_attention(
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
     """
-    sequences, kv_heads, value_dim = query.shape[1], cache.keys.shape[1], cache.values.shape[-1]
+    sequences, kv_heads = query.shape[1], cache.keys.shape[1]
+    value_dim = cache.own_values.shape[-1]
     pages = batch.pages_of(ring=config.window is not None)
     length = _length_of(cache, pages)
     inputs = _kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
@@ -152,7 +155,7 @@ def decode_attention(
         return Activations(arrays[0].reshape(sequences, 1, columns)), cache
     like = jax.ShapeDtypeStruct((sequences, 1, columns), dtype)
     stored = wrap_layouts(out_layouts, arrays, sequences, columns)
-    return Activations(None, out_layouts, stored, like=like), cache
+    return Activations(like, out_layouts, stored), cache
 
 
 def _length_of(cache: AttentionCache, pages: Array | jax.Ref | None) -> int:
@@ -177,11 +180,12 @@ def _kernel_inputs(
       kv_heads: number of KV heads.
     """
     query, key, value = projections
+    rope = config.rope
+    assert rope is not None  # see `supports`
     group = query.shape[-1] // (kv_heads * config.head_dim)
     query = query.reshape(-1, query.shape[1], kv_heads, group, config.head_dim)
-    cos, sin = _rope_factors(
-        batch.positions, config, batch.freq_factors.get(config.rope.freq_factors)
-    )
+    divisors = rope.divisors(batch.freq_factors)
+    cos, sin = _rope_factors(batch.positions, rope, config.head_dim, divisors)
     return (
         query,
         *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
@@ -292,13 +296,13 @@ class _Heads:
 
 
 def _rope_factors(
-    positions: Array, config: AttentionConfig, freq_factors: Array | None
+    positions: Array, rope: RopeConfig, head_dim: int, divisors: Array | None
 ) -> list[Array]:
     """The factors of each dimension of a head, and of the dimension it is rotated with: float32
     `[sequences, head_dim]` each."""
-    cos, sin = (x[:, 0] for x in rope_cos_sin(positions, config.rope, freq_factors))
-    axis = -1 if config.rope.interleaved else -2
-    rest = config.head_dim - config.rope.dim
+    cos, sin = (x[:, 0] for x in rope_cos_sin(positions, rope, divisors))
+    axis = -1 if rope.interleaved else -2
+    rest = head_dim - rope.dim
     pairs = (jnp.stack(x, axis).reshape(len(cos), -1) for x in ((cos, cos), (-sin, sin)))
     return [
         jnp.pad(x, ((0, 0), (0, rest)), constant_values=identity)
@@ -314,7 +318,7 @@ def _load_parts(ref: jax.Ref, index: tuple, mask: Array) -> list[Array]:
 
 def _sum_parts(parts: list[Array]) -> Array:
     """The sum of split-K parts, float32."""
-    return sum(x.astype(jnp.float32) for x in parts)
+    return reduce(add, (x.astype(jnp.float32) for x in parts))
 
 
 class _Splits(NamedTuple):
@@ -362,7 +366,7 @@ def _decode_attention_kernel(
     outs = refs[structure.num_leaves + cache_structure.num_leaves :]
     count = len(outs) - cache_structure.num_leaves
     cache = jax.tree.unflatten(cache_structure, outs[count:])
-    splits, out_refs = _Splits(*outs[:3], finished), outs[3:count]
+    splits, out_refs = _Splits(*outs[:3], finished=finished), outs[3:count]
     c, group, length = config, query.shape[3], _length_of(cache, pages)
     head_dim, value_dim, parts = key.shape[-1], value.shape[-1], parts_of(cache)
     head, split = pl.program_id(0), pl.program_id(2)
@@ -370,6 +374,7 @@ def _decode_attention_kernel(
 
     # All loads are issued before any of their results is used.
     position = positions[sequence]
+    assert c.rope is not None  # see `supports`
     heads = _Heads(head_dim, padded(head_dim, parts), c.rope, (cos, sin), sequence)
     row, value_column = jnp.arange(tiling.rows), jnp.arange(padded(value_dim, parts))
     row_mask = row < group
@@ -516,7 +521,7 @@ def _attend_split(
     score = partial(scores_of, config=config, scale=scale)
     rounded_key, stored_key, key_scale = _quantize(token.key(), cache.keys.dtype)
     value = _sum_parts(token.value)
-    rounded_value, stored_value, value_scale = _quantize(value, cache.values.dtype)
+    rounded_value, stored_value, value_scale = _quantize(value, cache.own_values.dtype)
     new = AttentionCache(stored_key, stored_value, key_scale, value_scale)
 
     @pl.when(split == 0)
@@ -528,7 +533,7 @@ def _attend_split(
         return softmax_update(state, q_parts, kv, visible[None], score)
 
     steps, shape = pl.cdiv(keys.stop - keys.start, keys.tiling.keys), (len(q), len(value))
-    if keys.prefetch:
+    if first is not None:
         state = SoftmaxState.empty(*shape, parts)
         kv = jax.tree.map(partial(_replace_first, split=split), first[0], new)
         return _attend_prefetched(keys, steps, update, state, (kv, first[1]))
@@ -610,7 +615,7 @@ def _store_token(
     cache: AttentionCache, new: AttentionCache, index: tuple[Array, Array, Array], exists: Array
 ) -> None:
     """Stores the key and value of a token in the cache, at page, head and index in the page."""
-    for ref, x in ((cache.keys, new.keys), (cache.values, new.values)):
+    for ref, x in ((cache.keys, new.keys), (cache.own_values, new.own_values)):
         column = jnp.arange(x.shape[0])
         plgpu.store(ref.at[(*index, column)], x, mask=(column < ref.shape[-1]) & exists)
     page, head, position = index

@@ -47,7 +47,9 @@ _PROGRAMS = 128  # as a large GPU runs at a time
 _MAX_HEAD_DIM = 256
 
 
-def supports(queries: Array, memory: AttentionCache, config: AttentionConfig) -> bool:
+def supports(
+    queries: Array | jax.ShapeDtypeStruct, memory: AttentionCache, config: AttentionConfig
+) -> bool:
     """Whether `flash_attention` can compute this."""
     return (
         queries.dtype.itemsize == 2
@@ -114,7 +116,7 @@ def flash_attention(
       tiling: of the work; None: a usual one.
     """
     batch, time, kv_heads, group, _ = queries.shape
-    value_dim = kv.values.shape[-1]
+    value_dim = kv.own_values.shape[-1]
     width = pl.next_power_of_2(max(kv.keys.shape[-1], value_dim))
     length = kv.length if pages is None else kv.length * pages.shape[1]
     tiling = tiling or tiling_of(time * group, length, width, kv_heads * batch)
@@ -188,7 +190,7 @@ def _combine(
     if not layouts:
         return Activations(arrays[0].reshape(shape))
     stored = wrap_layouts(layouts, arrays, rows, shape[-1])
-    return Activations(None, tuple(layouts), stored, like=jax.ShapeDtypeStruct(shape, dtype))
+    return Activations(jax.ShapeDtypeStruct(shape, dtype), tuple(layouts), stored)
 
 
 def _flash_attention_kernel(

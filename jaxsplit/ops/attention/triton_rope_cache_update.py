@@ -81,8 +81,9 @@ def rope_cache_update(
     Returns:
       queries `[batch, time, heads, head_dim]` in the dtype of `query`, and the cache.
     """
-    c, tokens = config, batch.positions.size
-    cos, sin = rope_cos_sin(batch.positions, c.rope, batch.freq_factors.get(c.rope.freq_factors))
+    c, tokens, rope = config, batch.positions.size, config.rope
+    assert rope is not None  # see `supports`
+    cos, sin = rope_cos_sin(batch.positions, rope, rope.divisors(batch.freq_factors))
     heads, kv_heads = query.shape[-1] // c.head_dim, key.shape[-1] // c.head_dim
     inputs = (
         query.reshape(tokens, heads, -1),
@@ -106,7 +107,7 @@ def rope_cache_update(
             _rope_cache_update_kernel,
             structures=(structure, cache_structure),
             heads_per_program=heads_per_program,
-            rope=c.rope,
+            rope=rope,
             norms=(c.query_norm, c.key_norm),
             ring=c.window is not None,
         ),
@@ -126,7 +127,7 @@ def rope_cache_update(
 def _rope_cache_update_kernel(
     *refs: jax.Ref,
     structures: tuple[Any, Any],
-    heads_per_program: tuple[int, int],
+    heads_per_program: Sequence[int],
     rope: RopeConfig,
     norms: tuple[NormConfig | None, NormConfig | None],
     ring: bool,

@@ -6,6 +6,8 @@ Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ from jax import Array, lax
 from jaxsplit.cache.layers import AttentionCache
 from jaxsplit.context import interpreted
 from jaxsplit.ops.attention.spec import AttentionConfig
-from jaxsplit.pallas import pl, plgpu
+from jaxsplit.pallas import ArrayRef, pl, plgpu
 
 LOG2_E = math.log2(math.e)
 MASK_VALUE = -1e30  # score of a masked key
@@ -33,7 +35,7 @@ def in_pairs(memory: AttentionCache) -> AttentionCache:
 
     Tensor core operands are loaded 16 bits at a time: bytes would be shuffled one by one.
     """
-    arrays = memory.keys, memory.values
+    arrays = memory.keys, memory.own_values
     if memory.keys.dtype != jnp.int8 or any(x.shape[-1] % 2 for x in arrays):
         return memory
     pairs = [x.reshape(*x.shape[:-1], -1, 2) for x in arrays]
@@ -45,7 +47,7 @@ def without_pairs(memory: AttentionCache) -> AttentionCache:
     """The inverse of `in_pairs`."""
     if parts_of(memory) == 1:
         return memory
-    arrays = memory.keys, memory.values
+    arrays = memory.keys, memory.own_values
     bytes_ = [lax.bitcast_convert_type(x, jnp.int8) for x in arrays]
     keys, values = (x.reshape(*x.shape[:-2], -1) for x in bytes_)
     return dataclasses.replace(memory, keys=keys, values=values)
@@ -174,12 +176,12 @@ def load_kv(
     page, head, position = at
     parts = parts_of(kv)
 
-    def load(ref: jax.Ref, index: tuple, mask: Array | None) -> Array:
+    def load(ref: ArrayRef, index: tuple, mask: Array | None) -> Array:
         if mask is None:
             return plgpu.load(ref.at[index])
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def tile_of(ref: jax.Ref) -> Array:
+    def tile_of(ref: ArrayRef) -> Array:
         width = ref.shape[-1]
         shape = (len(position), padded(width * parts, parts) // parts)
         column, tile_mask = broadcast_along(jnp.arange(shape[1]), shape, 1), None
@@ -190,12 +192,12 @@ def load_kv(
         of_row = broadcast_along(page, shape, 0) if page.ndim else page
         return load(ref, (of_row, head, broadcast_along(position, shape, 0), column), tile_mask)
 
-    def scale_of(ref: jax.Ref | None) -> Array | None:
+    def scale_of(ref: ArrayRef | None) -> Array | None:
         return None if ref is None else load(ref, (page, head, position), mask)
 
     return AttentionCache(
         tile_of(kv.keys),
-        tile_of(kv.values),
+        tile_of(kv.own_values),
         scale_of(kv.key_scale),
         scale_of(kv.value_scale),
     )
@@ -223,9 +225,12 @@ def softmax_update(
         return [x.astype(dtype)] if len(queries) == 1 else unpack_int8(x, dtype)
 
     contract_columns = (((1,), (1,)), ((), ()))
-    products = sum(
-        lax.dot_general(x, keys, contract_columns, preferred_element_type=jnp.float32)
-        for x, keys in zip(queries, in_dtype(kv.keys), strict=True)
+    products = reduce(
+        add,
+        (
+            lax.dot_general(x, keys, contract_columns, preferred_element_type=jnp.float32)
+            for x, keys in zip(queries, in_dtype(kv.keys), strict=True)
+        ),
     )
     if kv.key_scale is not None:
         products *= kv.key_scale[None]
@@ -243,6 +248,6 @@ def softmax_update(
     weights = weights.astype(dtype)
     acc = [
         x * rescale[:, None] + jnp.dot(weights, tile, preferred_element_type=jnp.float32)
-        for x, tile in zip(state.acc, in_dtype(kv.values), strict=True)
+        for x, tile in zip(state.acc, in_dtype(kv.own_values), strict=True)
     ]
     return SoftmaxState(m, total, acc)

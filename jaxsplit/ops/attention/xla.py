@@ -78,7 +78,7 @@ def _heads(
     if c.norm_first:
         x = normalized(x)
     if c.rope is not None and batch is not None:
-        x = rope(x, batch.positions, c.rope, batch.freq_factors.get(c.rope.freq_factors))
+        x = rope(x, batch.positions, c.rope, c.rope.divisors(batch.freq_factors))
     return x if c.norm_first else normalized(x)
 
 

@@ -111,7 +111,8 @@ class _Implementation:
       name: for people.
       supports: whether it multiplies rows like these with a matrix.
       run: `(rows, weights, dtype)` to results `[..., out]`; rows in the layout, or an array.
-      layout: in which its kernel reads rows of a dtype, for some matrices; None: XLA reads them.
+      layout: `(weights, dtype)` to the layout in which its kernel reads rows of a dtype; None: XLA
+        reads them.
       run_split_k: `(rows, weights)` to float32 `[parts, rows, out]`, left to the reader to sum;
         None: there is only one part.
       run_and_send: `(rows, weights, peers)`, of one matrix, to its float32 result, which the kernel
@@ -121,7 +122,7 @@ class _Implementation:
     name: str
     supports: Callable[[Like, Weight], bool]
     run: Callable[..., list[Array]]
-    layout: Callable[[Sequence[Weight], jnp.dtype], ActivationLayout] | None = None
+    layout: Callable[..., ActivationLayout] | None = None
     run_split_k: Callable[..., list[Array]] | None = None
     run_and_send: Callable[..., list[Array]] | None = None
 

@@ -12,7 +12,7 @@ from jaxsplit.context import interpreted
 from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.ops.matmul.float8 import LEAST_BOUND
 from jaxsplit.ops.matmul.triton_gemv_int8 import GROUP_PLANES
-from jaxsplit.pallas import pl, plgpu
+from jaxsplit.pallas import ArrayRef, pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, decode_codes, to_u32
 
 _WIDTH = 8  # neighboring weights that a thread dequantizes together: a unit
@@ -71,8 +71,8 @@ def _dequantize_kernel(
       sizes: number of weights of each matrix.
       columns: weights per row.
     """
-    *refs, out_ref = refs
-    weights, bounds, _ = jax.tree.unflatten(structure, refs)
+    *inputs, out_ref = refs
+    weights, bounds, _ = jax.tree.unflatten(structure, inputs)
     program, first = pl.program_id(0), 0
     bounds = bounds or [None] * len(weights)
     for w, size, row_bounds in zip(weights, sizes, bounds, strict=True):
@@ -118,7 +118,7 @@ def _dequantize(
         mask = (weight < size).reshape(-1, *[1] * (index.ndim - 1))
         return {"mask": jnp.broadcast_to(mask, index.shape)}
 
-    def load(ref: jax.Ref, index: Array) -> Array:
+    def load(ref: ArrayRef, index: Array) -> Array:
         options = mask_options(index)
         other = jnp.zeros((), ref.dtype) if options else None
         return plgpu.load(ref.at[index], **options, other=other)

@@ -21,7 +21,7 @@ from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
-from jaxsplit.pallas import pl, plgpu
+from jaxsplit.pallas import ArrayRef, pl, plgpu
 from jaxsplit.quant.qtensor import QTensor, to_u32
 
 MAX_ROWS = 2
@@ -345,7 +345,7 @@ class _RowTile:
         if not interpreted():
             plgpu.debug_barrier()
 
-    def _load(self, ref: jax.Ref, row: Array, index: Array, mask: Array | None) -> Array:
+    def _load(self, ref: ArrayRef, row: Array, index: Array, mask: Array | None) -> Array:
         """Loads elements `[*row.shape, units, ...]`.
 
         Args:
@@ -405,7 +405,7 @@ class _RowTile:
         return [load_row(m) for m, _ in self.batch]
 
     def _load_group_plane(
-        self, ref: jax.Ref, row: Array, step: Array | int, starts: Sequence[int]
+        self, ref: ArrayRef, row: Array, step: Array | int, starts: Sequence[int]
     ) -> list[Array]:
         """Loads values of groups for the units of a step: `[rows, units]` for each offset.
 

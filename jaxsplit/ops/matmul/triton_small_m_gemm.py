@@ -18,7 +18,7 @@ from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.packed import SUM_SIZES, PackedRows, group_size, packing_of
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
-from jaxsplit.pallas import pl, plgpu
+from jaxsplit.pallas import ArrayRef, pl, plgpu
 from jaxsplit.quant.qtensor import PlaneLayout, QTensor
 
 MAX_ROWS = 64
@@ -134,13 +134,13 @@ def small_m_gemm(
     warps = sum(programs) * tiling.warps
     steps = pl.cdiv(columns, _MAX_STEP_WEIGHTS)
     if groups is not None:
-        split_k, count, rows = 1, len(groups.matrix), out_rows
+        parts, count, rows = 1, len(groups.matrix), out_rows
     else:
         if split_k is None:
             split_k = 1 if sum_parts and len(weights) > 1 else max(1, _MIN_WARPS // warps)
-        split_k = count = pl.cdiv(steps, pl.cdiv(steps, split_k))
+        parts = count = pl.cdiv(steps, pl.cdiv(steps, split_k))
         rows = x_rows
-    few_steps = steps < _LONG_STEPS * split_k
+    few_steps = steps < _LONG_STEPS * parts
     if default and width <= _FEW_ROWS and (few_steps or count * warps > _RESIDENT_WARPS):
         tiling = _shorten_steps(tiling, weights)
     inputs, structure = jax.tree.flatten((x, weights, groups))
@@ -151,8 +151,8 @@ def small_m_gemm(
         width=width,
         tiling=tiling,
     )
-    shape = (rows,) if sum_parts and split_k == 1 else (split_k, rows)
-    part_dtype = dtype if sum_parts and split_k == 1 else jnp.float32
+    shape = (rows,) if sum_parts and parts == 1 else (parts, rows)
+    part_dtype = dtype if sum_parts and parts == 1 else jnp.float32
     ys = pl.pallas_call(
         kernel,
         grid=(count, sum(programs)),
@@ -161,7 +161,7 @@ def small_m_gemm(
         interpret=interpreted(),
         name="small_m_gemm",
     )(*inputs)
-    return [jnp.sum(y, axis=0).astype(dtype) if sum_parts and split_k > 1 else y for y in ys]
+    return [jnp.sum(y, axis=0).astype(dtype) if sum_parts and parts > 1 else y for y in ys]
 
 
 def _load_view(w: QTensor) -> QTensor:
@@ -309,7 +309,7 @@ class _Tile:
         total = total.astype(self.out_ref.dtype)
         plgpu.store(self.out_ref.at[*self.part_index, out_row, index], total, mask=mask)
 
-    def _load(self, ref: jax.Ref, column: Array, mask: Array | None) -> Array:
+    def _load(self, ref: ArrayRef, column: Array, mask: Array | None) -> Array:
         """Loads columns of the tile's rows from a plane of the matrix: `[rows, columns]`."""
         shape = (len(self.row), len(column))
         row, column = (jnp.broadcast_to(a, shape) for a in (self.row[:, None], column[None]))
@@ -319,7 +319,7 @@ class _Tile:
         mask = jnp.broadcast_to(mask[None], shape)
         return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
-    def _load_x(self, ref: jax.Ref, column: Array, mask: Array | None, *leading: int) -> Array:
+    def _load_x(self, ref: ArrayRef, column: Array, mask: Array | None, *leading: int) -> Array:
         """Loads columns of the rows of activations, or of their sums: `[width, columns]`."""
         shape = (len(self.x_row), len(column))
         row, column = (jnp.broadcast_to(a, shape) for a in (self.x_row[:, None], column[None]))
@@ -333,7 +333,7 @@ class _Tile:
         """The mask of the indices below `stop`; None: all are, in every step."""
         return None if self.full else index < stop
 
-    def _first_group(self, size: int, step: Array) -> tuple[Array, int]:
+    def _first_group(self, size: int, step: Array | int) -> tuple[Array | int, int]:
         """The index of the first group of a step, and the number of its groups of `size`."""
         count = max(1, self.step_weights // size)
         if self.step_weights >= size:
@@ -375,7 +375,7 @@ class _Tile:
         groups = [divmod_pow2(weight + offset, size)[0] for offset in offsets]
         return [self._load(ref, group, self._mask(group, ref.shape[-1])) for group in groups]
 
-    def _load_super_groups(self, step: Array) -> dict[str, list[Array]]:
+    def _load_super_groups(self, step: Array | int) -> dict[str, list[Array]]:
         """Loads the super-scales and super-minima of a step, `[rows]` for each super-group.
 
         They are few: each thread loads the ones that it needs itself.
@@ -433,6 +433,7 @@ class _Tile:
             minimum = self._load(w.minimum, group, mask)
             options = {"size": size["minimum"], "power": _WEIGHT_EXPONENT}
             minimum = self._apply_super_groups(minimum, super_groups, "super_minimum", **options)
+            assert self.x_sums is not None  # as for every order with minima
             total += _dot(minimum, self._load_x(self.x_sums, group, mask))
         return self._multiply_codes(i, scales, total), following
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeGuard, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,8 @@ MAX_CONCAT_BYTES = 2**28
 
 _HIGHEST = lax.Precision.HIGHEST
 
+_Matrix = TypeVar("_Matrix", bound=Weight)
+
 
 def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
     """`x @ w.T` for `[..., in]` and each matrix `[out, in]`: `[..., out]` of a dtype."""
@@ -40,7 +43,7 @@ def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array
         return [one_row(x, w, dtype) for w in weights]
     results = []
     for group in _together(weights, x.dtype):
-        if _has_dequantize_kernel(group[0]):
+        if _have_dequantize_kernel(group):
             w = triton_dequantize.dequantize(group, x.dtype, after=x)
         else:
             w = dequantize(_after(x, group[0]), x.dtype)
@@ -53,7 +56,7 @@ def float8_matmuls(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> li
     (x, largest), results = float8.round_rows(x), []
     for group in _together(weights, x.dtype):
         bounds = [row_bounds(w) for w in group]
-        if _has_dequantize_kernel(group[0]):
+        if _have_dequantize_kernel(group):
             w = triton_dequantize.dequantize(group, x.dtype, bounds=bounds, after=x)
         else:
             w = float8.round_matrix(_after(x, group[0]), bounds[0])
@@ -64,17 +67,17 @@ def float8_matmuls(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> li
     return results
 
 
-def _has_dequantize_kernel(w: Weight) -> bool:
-    kernels = current_context().policy.kernels
-    return kernels and isinstance(w, QTensor) and triton_dequantize.supports(w)
+def _have_dequantize_kernel(weights: Sequence[Weight]) -> TypeGuard[Sequence[QTensor]]:
+    return current_context().policy.kernels and all(
+        isinstance(w, QTensor) and triton_dequantize.supports(w) for w in weights
+    )
 
 
-def _together(weights: Sequence[Weight], dtype: jnp.dtype) -> list[Sequence[Weight]]:
+def _together(weights: Sequence[_Matrix], dtype: jnp.dtype) -> list[Sequence[_Matrix]]:
     """Groups of matrices to dequantize into one: all if they are small, else each by itself."""
-    size = sum(math.prod(w.shape) for w in weights) * dtype.itemsize
-    if weights and size <= MAX_CONCAT_BYTES and all(map(_has_dequantize_kernel, weights)):
-        return [weights]
-    return [[w] for w in weights]
+    whole, size = [weights], sum(math.prod(w.shape) for w in weights) * dtype.itemsize
+    small = weights and size <= MAX_CONCAT_BYTES
+    return whole if small and _have_dequantize_kernel(weights) else [[w] for w in weights]
 
 
 def _split_rows(y: Array, weights: Sequence[Weight]) -> list[Array]:
@@ -82,7 +85,7 @@ def _split_rows(y: Array, weights: Sequence[Weight]) -> list[Array]:
     return jnp.split(y, np.cumsum([w.shape[0] for w in weights[:-1]]), axis=-1)
 
 
-def _after(x: Array, w: Weight) -> Weight:
+def _after(x: Array, w: _Matrix) -> _Matrix:
     """Makes a matrix depend on `x`: else XLA may dequantize many ahead of time and keep them.
 
     Some backends drop an optimization barrier too early to serve.

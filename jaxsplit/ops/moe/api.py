@@ -96,7 +96,7 @@ def experts(x: Activations, topk_ids: Array, weights: Array, params: ExpertParam
 
 def _as_rows(x: Activations) -> Activations:
     """`[..., embed]` as `[tokens, embed]`."""
-    return dataclasses.replace(x, array=x.array.reshape(-1, x.shape[-1]))
+    return dataclasses.replace(x, rows=x.array.reshape(-1, x.shape[-1]))
 
 
 def _decodes(x: Like, *_: object) -> bool:

@@ -33,6 +33,12 @@ class ExpertMatrices:
     kernel: Weight
     bias: Array | None = None
 
+    @property
+    def quantized(self) -> QTensor:
+        """The kernel, of quantized experts."""
+        assert isinstance(self.kernel, QTensor)
+        return self.kernel
+
     def project(self, x: Array, expert: Array) -> Array:
         """Projects `[rows, in]` with the expert at an index of the stack: float32 `[rows, out]`."""
 
@@ -105,7 +111,7 @@ def by_gemv(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) ->
     experts = topk_ids.reshape(-1)
 
     def project(x: Activations, layers: list[ExpertMatrices], dtype: jnp.dtype) -> list[Array]:
-        ys = expert_matmuls(x, [layer.kernel for layer in layers], experts, dtype)
+        ys = expert_matmuls(x, [layer.quantized for layer in layers], experts, dtype)
         return [layer.add_bias(y, experts) for layer, y in zip(layers, ys, strict=True)]
 
     up, gate = [*project(x, p.inputs, x.dtype), None][:2]
@@ -132,14 +138,14 @@ def by_grouped_gemm(x: Activations, topk_ids: Array, weights: Array, p: ExpertPa
         x_row=tiles.token[pair],
         count=jnp.asarray(tiles.count, jnp.int32),
     )
-    stacks, array = [layer.kernel for layer in p.inputs], as_array(x)
+    stacks, array = [layer.quantized for layer in p.inputs], as_array(x)
     ys = grouped_matmuls(array, stacks, groups, pairs, x.dtype)
     hidden = activate(p.activation, *ys).astype(x.dtype)
     # The kernel writes no results for pairs whose expert another device holds.
     own = (jnp.arange(pairs) < jnp.max(tiles.stop))[:, None]
     hidden = p.gather(jnp.where(own, hidden, 0))
     groups = dataclasses.replace(groups, x_row=jnp.minimum(pair, pairs - 1))
-    [y] = grouped_matmuls(hidden, [p.down.kernel], groups, pairs)
+    [y] = grouped_matmuls(hidden, [p.down.quantized], groups, pairs)
     y = jnp.where(own, y, 0)[jnp.argsort(tiles.order[:pairs])]
     return (y.reshape(*topk_ids.shape, -1) * weights[..., None]).sum(1)[None]
 

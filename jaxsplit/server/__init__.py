@@ -1,0 +1,1 @@
+"""A server that OpenAI's clients and users of llama-server can switch to."""

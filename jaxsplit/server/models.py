@@ -1,0 +1,84 @@
+"""`/v1/models`, `/v1/embeddings`, `/health`, `/metrics`."""
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxsplit.server import schemas
+from jaxsplit.server.errors import ApiError
+from jaxsplit.server.service import Service
+
+
+async def health(service: Service) -> schemas.Health:
+    """Whether it answers; while it does not, the status is 503."""
+    return schemas.Health(status=service.state)  # pyright: ignore[reportArgumentType]
+
+
+async def models(service: Service) -> schemas.Models:
+    """The model that is served."""
+    return schemas.Models(data=[_model(service)])
+
+
+async def model(service: Service, name: str) -> schemas.Model:
+    """The model that is served, by its name.
+
+    Raises:
+      ApiError: it has another name.
+    """
+    found = _model(service)
+    if name != found.id:
+        raise ApiError(
+            404, f"there is no model {name!r}; this server has {found.id!r}", code="model_not_found"
+        )
+    return found
+
+
+def _model(service: Service) -> schemas.Model:
+    lm, config = service.lm, service.lm.config
+    tensors = lm.file.tensors.values()
+    meta = schemas.ModelMeta(
+        n_vocab=config.vocab,
+        n_ctx_train=config.context,
+        n_ctx=lm.engine.context,
+        n_embd=config.embed,
+        n_params=sum(math.prod(tensor.shape) for tensor in tensors),
+        size=sum(tensor.nbytes for tensor in tensors),
+    )
+    return schemas.Model(id=service.name, created=service.started, meta=meta)
+
+
+async def embeddings(service: Service, request: schemas.EmbeddingRequest) -> schemas.Embeddings:
+    """A vector of each text: of length 1."""
+    lm = service.lm
+    if request.dimensions not in (None, lm.config.embed):
+        raise ApiError(
+            400,
+            f"dimensions={request.dimensions}: this model's embeddings have {lm.config.embed}",
+            param="dimensions",
+        )
+    prompts = await service.prompts(request.input)
+    pooling = request.pooling or "mean"
+    data, read = [], 0
+    for index, prompt in enumerate(prompts):
+        read += len(prompt)
+        hidden = await service.aside(lambda prompt=prompt: lm.hidden(prompt), True)
+        vector = pooled(hidden, pooling)
+        found: Any = vector.tolist()
+        if request.encoding_format == "base64":
+            found = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        data.append(schemas.Embedding(index=index, embedding=found))
+    usage = schemas.EmbeddingUsage(prompt_tokens=read, total_tokens=read)
+    return schemas.Embeddings(data=data, model=service.name, usage=usage)
+
+
+def pooled(hidden: np.ndarray, pooling: str) -> np.ndarray:
+    """One vector of length 1 from those of all tokens.
+
+    Args:
+      hidden: float32 `[time, embed]`.
+      pooling: `mean`, `last` or `cls`.
+    """
+    vector = {"mean": hidden.mean(axis=0), "last": hidden[-1], "cls": hidden[0]}[pooling]
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
