@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_alphabet
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text import ChatTemplate
+from jaxsplit.text import ChatTemplate, Grammar, Grammars, Tokenizer
 from jaxsplit.text.answer import AnswerParser, Delta, ToolCall, ToolCallDelta
+from jaxsplit.text.special import TokenType
 from jaxsplit.text.tool_calls import FORMATS, tool_format
 
 
@@ -654,3 +656,35 @@ def test_only_strict_functions_need_a_schema_that_is_known_in_full(strict):
     grammar = tool_format(HERMES).grammar([function], required=True)
     matcher = Vocabulary()._llguidance.LLMatcher.validate_grammar(grammar)
     assert ("no-such-format" in matcher) == strict
+
+
+@pytest.mark.parametrize("type", ["CONTROL", "USER_DEFINED"])
+def test_marks_can_be_tokens_of_either_type(type):
+    pytest.importorskip("llguidance")
+    marks = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+    tokens = [*byte_alphabet(), *marks, "<|im_end|>"]
+    types = [1] * 256 + [TokenType[type].value] * len(marks) + [3]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.chat_template": EXAMPLES["hermes"][0].replace("{", "") + "<think></think>",
+    }
+    tokenizer = Tokenizer.from_metadata(metadata)
+    assert len(tokenizer.markup_ids) == (len(marks) if type == "CONTROL" else 0)
+    grammar = tool_format(metadata["tokenizer.chat_template"]).grammar(
+        TOOLS,
+        required=True,
+        special_tokens={tokenizer.token_text(id): id for id in tokenizer.markup_ids},
+    )
+    matcher = Grammars(tokenizer).matcher(Grammar("lark", grammar), tokenizer.end_ids)
+    text = "<think>\nso\n</think>\n\n" + EXAMPLES["hermes"][1]
+    ids = tokenizer.encode(text, parse_special=True)
+    assert sum(id in range(256, 260) for id in ids) == 6
+    for id in ids:
+        matcher.accept(id)
+    assert matcher.state.is_accepting(), matcher.state.get_error()
+    assert tokenizer.decode(ids, show_special="template") == text

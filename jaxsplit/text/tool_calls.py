@@ -91,8 +91,8 @@ class ToolFormat:
           parallel: it may have several.
           name: the function that must be called.
           prompt: text of the prompt, which may end with an opening mark of reasoning.
-          special_tokens: ids of the vocabulary's special tokens, by their text. Marks that are such
-            tokens are generated as tokens, others as text.
+          special_tokens: ids of control tokens by their text: of `Tokenizer.markup_ids`. Marks
+            that are such tokens are generated as tokens, others as text.
 
         Returns:
           a grammar in llguidance's dialect of Lark; `None` if any answer is permitted.
