@@ -165,7 +165,7 @@ FORMATS = (
     ToolFormat("lfm2.5", ("<|tool_call_start|>",), _LFM2),
     # Gemma 4
     ToolFormat("gemma", ("<|tool_call>call:",), "<|tool_call>{gemma}<tool_call|>"),
-    # Mistral from 2025 on
+    # Mistral Small 3.2, Magistral, Devstral and later
     ToolFormat(
         "mistral",
         ("[TOOL_CALLS]", "[ARGS]"),
