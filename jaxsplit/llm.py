@@ -499,6 +499,11 @@ class LM:
         engine without its scheduler. In a single process only."""
         return self._thread.run(lambda _: function())
 
+    def follow(self) -> None:
+        """Takes part in the requests of process 0 until it ends: for the others of several
+        processes, where only process 0 has callers."""
+        self._thread.follow()
+
     @property
     def statistics(self) -> Statistics:
         """What has been done and is being done: requests, tokens, pages of the cache."""

@@ -189,20 +189,33 @@ def test_a_model_that_cannot_be_loaded_ends_the_server():
         server.run()
 
 
+def start(path, *flags: str) -> subprocess.Popen:
+    """`jaxsplit serve` as a process of its own."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxsplit.serve", f"--model={path}", "--port=0", "--slots=2"]
+    return subprocess.Popen(
+        [*command, *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ready(process: subprocess.Popen) -> str:
+    """Waits until it answers; returns its URL."""
+    url, seen = "", []
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith("listening on "):
+            url = line.split()[-1]
+        if line.endswith("ready\n"):
+            return url
+    raise AssertionError("".join(seen))
+
+
 @pytest.fixture
 def process(path):
-    """`jaxsplit serve` as a process of its own, and its URL."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
-    command = ["-m", "jaxsplit.serve", f"--model={path}", "--port=0", "--slots=2"]
-    with subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    """A process that serves, and its URL."""
+    with start(path) as process:
         try:
-            url = process.stderr.readline().split()[-1]
-            for line in process.stderr:
-                if "ready" in line:
-                    break
-            yield process, url
+            yield process, ready(process)
         finally:
             process.kill()
 
@@ -235,3 +248,23 @@ def test_an_idle_server_ends_at_once(process, number):
     process.send_signal(number)
     assert process.wait(20) == 0
     assert "Traceback" not in process.stderr.read()
+
+
+def test_two_processes_serve_as_one(path, lm):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    one, other = start(path, *flags, "--process_id=0"), start(path, *flags, "--process_id=1")
+    with one, other:
+        try:
+            url = ready(one)
+            body = {"prompt": "Hello", "n_predict": 6, "temperature": 0}
+            found = httpx.post(f"{url}/completion", json=body, timeout=60).json()
+            assert found["content"] == lm.generate("Hello", 6, temperature=0.0)
+            one.send_signal(signal.SIGTERM)
+            assert one.wait(30) == 0
+            assert other.wait(30) == 0
+        finally:
+            one.kill()
+            other.kill()

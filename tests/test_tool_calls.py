@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_alphabet
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text import ChatTemplate
+from jaxsplit.text import ChatTemplate, Grammar, Grammars, Tokenizer
 from jaxsplit.text.answer import AnswerParser, Delta, ToolCall, ToolCallDelta
+from jaxsplit.text.special import TokenType
 from jaxsplit.text.tool_calls import FORMATS, tool_format
 
 
@@ -329,14 +331,19 @@ def test_arguments_are_streamed_once_the_name_is_known():
     assert parser.push("\n") == parser.finish() == []
 
 
-def test_parameters_are_streamed_one_by_one():
+def test_parameters_are_streamed():
+    """Strings as they come, other types one by one."""
     parser = AnswerParser(template=QWEN_CODER, tools=TOOLS)
     parser.push("<tool_call>\n<function=weather>\n<parameter=city>\n")
-    assert parser.calls == [ToolCall("weather", '{"city": ')]
-    parser.push("Zürich\n</parameter>\n<parameter=days>\n1")
-    assert parser.calls == [ToolCall("weather", '{"city": "Zürich", "days": ')]
+    assert parser.calls == [ToolCall("weather", '{"city": "')]
+    parser.push('Zü"\n')
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"')]
+    parser.push("rich\n</param")
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"\\nrich')]
+    parser.push("eter>\n<parameter=days>\n1")
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"\\nrich", "days": ')]
     parser.push("2\n</parameter>\n</function>")
-    assert parser.calls == [ToolCall("weather", '{"city": "Zürich", "days": 12}')]
+    assert parser.calls == [ToolCall("weather", '{"city": "Zü\\"\\nrich", "days": 12}')]
 
 
 def test_only_what_may_become_a_mark_is_held_back():
@@ -369,6 +376,12 @@ def test_only_what_may_become_a_mark_is_held_back():
         (HERMES, '<tool_call>{"name": "time", "arguments": null}</tool_call>', "", ["{}"]),
         (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "time"}', "", ['{"a": 1}']),
         (HERMES, '<tool_call>{"name": "time", "arguments": "{\\"a\\": 1}"}', "", ['{"a": 1}']),
+        (
+            HERMES,
+            '<tool_call>{"name": "time", "arguments": {"a":\n"1\n\\n\\d\\\\d\\u00e9"}}</tool_call>',
+            "",
+            ['{"a":\n"1\\n\\n\\\\d\\\\d\\u00e9"}'],
+        ),
         (QWEN_CODER, "<function=time></function>\n</tool_call>", "", ["{}"]),
         (LLAMA, '<|python_tag|>{"type": "function", "name": "time"}', "", ["{}"]),
         (GPT_OSS, " to=functions.time<|channel|>commentary json<|message|>{}<|call|>", "", ["{}"]),
@@ -386,7 +399,8 @@ def test_only_what_may_become_a_mark_is_held_back():
             " or </tool_call>",
             ['{"city": "A"'],
         ),
-        (QWEN_CODER, "<tool_call><function=weather><parameter=city>A", "A", ['{"city": ']),
+        (QWEN_CODER, "<tool_call><function=weather><parameter=city>A</", "", ['{"city": "A</']),
+        (QWEN_CODER, "<tool_call><function=weather><parameter=days>1", "1", ['{"days": ']),
         (
             QWEN_CODER,
             "<tool_call><function=weather><parameter=city>A</parameter>\n<parameter=da",
@@ -407,6 +421,9 @@ def test_what_does_not_parse_is_content(template, text, content, calls):
     ("key", "text", "value"),
     [
         ("city", "5", "5"),
+        ("city", "", ""),
+        ("city", "\n", "\n"),
+        ("city", 'a\n"\\</p>', 'a\n"\\</p>'),
         ("city", "\n true \n", "\n true \n"),
         ("days", "5", 5),
         ("days", " -1.5e3 ", -1500.0),
@@ -481,10 +498,10 @@ def test_reasoning_of_gpt_oss_can_stay_in_the_content():
 
 # Grammars
 
-WITHOUT_GRAMMAR = {"lfm2", "lfm2.5", "gemma"}
-WITH_GRAMMAR = sorted(EXAMPLES.keys() - WITHOUT_GRAMMAR)
 # Their templates write calls exactly as the grammar does.
-EXACT = sorted({*WITH_GRAMMAR} - {"mistral", "mistral-array", "command-r", "phi-4-mini"})
+EXACT = sorted(
+    EXAMPLES.keys() - {"lfm2", "lfm2.5", "mistral", "mistral-array", "command-r", "phi-4-mini"}
+)
 # Of some formats, marks that are tokens of the vocabulary.
 TOKENS = {
     "hermes": ("<tool_call>", "</tool_call>", "<think>", "</think>"),
@@ -492,6 +509,7 @@ TOKENS = {
     "mistral": ("[TOOL_CALLS]", "[ARGS]"),
     "deepseek-r1": ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
     "gpt-oss": ("<|channel|>", "<|message|>", "<|start|>", "<|end|>"),
+    "gemma": ("<|tool_call>", "<tool_call|>", '<|"|>'),
 }
 
 
@@ -524,12 +542,14 @@ class Vocabulary:
     def generate(self, grammar, rng):
         """A random text that the grammar permits."""
         matcher, tokens = self.matcher(grammar), []
-        closings = [self.encode(c) for c in ("</think>", "</parameter>", "</arg_value>")]
+        closings = [self.encode(c) for c in ("</think>", "</parameter>", "</arg_value>", '<|"|>')]
         closings.append(self.encode("<|end|><|start|>assistant"))
         while len(tokens) < 2000:
             permitted = np.flatnonzero(np.frombuffer(matcher.compute_logit_bias(), np.uint8))
             if self.end in permitted and (len(permitted) == 1 or rng.random() < 0.3):
                 return self.decode(tokens)
+            if tokens and tokens[-1] in range(48, 58):  # 1e999 is JSON, but no number of Python.
+                permitted = permitted[~np.isin(permitted, list(b"eE"))]
             # Random texts do not end by themselves.
             closing = rng.choice(closings)
             if rng.random() < 0.8 or matcher.validate_tokens(closing) < len(closing):
@@ -554,7 +574,7 @@ def test_grammars_permit_the_calls_of_the_template(name, tokens):
     assert matcher.is_accepting()
 
 
-@pytest.mark.parametrize("name", WITH_GRAMMAR)
+@pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("prompt", ["", "<think>\n"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_what_a_grammar_permits_is_parsed(name, prompt, parallel):
@@ -619,18 +639,14 @@ def test_a_grammar_can_be_of_one_function():
         assert vocabulary.matcher(grammar).consume_tokens(vocabulary.encode(text)) == (
             name == "weather_now"
         )
+    with pytest.raises(JaxsplitError, match="there are no tools"):
+        tool_format(HERMES).grammar([], required=True)
     with pytest.raises(JaxsplitError, match="'launch'.*weather, weather_now, time"):
         tool_format(HERMES).grammar(TOOLS, required=False, name="launch")
 
 
 def test_nothing_is_constrained_unless_a_call_is_required():
     assert tool_format(HERMES).grammar(TOOLS, required=False) is None
-
-
-@pytest.mark.parametrize("name", sorted(WITHOUT_GRAMMAR))
-def test_formats_without_a_grammar_are_refused(name):
-    with pytest.raises(JaxsplitError, match=f"{name}.*tool_choice='auto'"):
-        tool_format(EXAMPLES[name][0]).grammar(TOOLS, required=True)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -640,3 +656,35 @@ def test_only_strict_functions_need_a_schema_that_is_known_in_full(strict):
     grammar = tool_format(HERMES).grammar([function], required=True)
     matcher = Vocabulary()._llguidance.LLMatcher.validate_grammar(grammar)
     assert ("no-such-format" in matcher) == strict
+
+
+@pytest.mark.parametrize("type", ["CONTROL", "USER_DEFINED"])
+def test_marks_can_be_tokens_of_either_type(type):
+    pytest.importorskip("llguidance")
+    marks = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+    tokens = [*byte_alphabet(), *marks, "<|im_end|>"]
+    types = [1] * 256 + [TokenType[type].value] * len(marks) + [3]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.chat_template": EXAMPLES["hermes"][0].replace("{", "") + "<think></think>",
+    }
+    tokenizer = Tokenizer.from_metadata(metadata)
+    assert len(tokenizer.markup_ids) == (len(marks) if type == "CONTROL" else 0)
+    grammar = tool_format(metadata["tokenizer.chat_template"]).grammar(
+        TOOLS,
+        required=True,
+        special_tokens={tokenizer.token_text(id): id for id in tokenizer.markup_ids},
+    )
+    matcher = Grammars(tokenizer).matcher(Grammar("lark", grammar), tokenizer.end_ids)
+    text = "<think>\nso\n</think>\n\n" + EXAMPLES["hermes"][1]
+    ids = tokenizer.encode(text, parse_special=True)
+    assert sum(id in range(256, 260) for id in ids) == 6
+    for id in ids:
+        matcher.accept(id)
+    assert matcher.state.is_accepting(), matcher.state.get_error()
+    assert tokenizer.decode(ids, show_special="template") == text

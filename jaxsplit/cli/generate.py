@@ -21,7 +21,8 @@ from absl import flags
 
 from jaxsplit.cli import batch, options
 from jaxsplit.cli.help import with_flags
-from jaxsplit.cli.program import local_model, note, progress_bar, text_alone_on_stdout
+from jaxsplit.cli.processes import Processes
+from jaxsplit.cli.program import local_model, note, progress_bar
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
 
@@ -69,14 +70,7 @@ _STOP = flags.DEFINE_multi_string(
 )
 _SAMPLING = options.define(SamplingConfig, seed=-1)
 _LOAD = options.define(LoadConfig)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "host:port of process 0, if there are several that Slurm, Open MPI or "
-    "Kubernetes has not started",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+_PROCESSES = Processes()
 _INTERVAL = flags.DEFINE_integer(
     "stream_interval",
     None,
@@ -151,33 +145,14 @@ def _note(message: str) -> None:
         note(message)
 
 
-def _agree(prompt: str) -> str:
-    """Makes process 0's flags hold in all, but for those about its machine; returns its prompt."""
-    from jaxsplit.sharding import broadcast_from_process_0
-
-    own = {_MODEL.name, _PROMPT_FILE.name, _COMPILE_CACHE.name, _PROCESS_ID.name, _QUIET.name}
-    values = {
-        flag.name: flag.value
-        for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-        if flag.name not in own
-    }
-    values, agreed = broadcast_from_process_0((values, prompt))
-    for name, value in values.items():
-        flags.FLAGS[name].value = value
-    return agreed
-
-
 def main(_: list[str]) -> None:
     """Generates text as the flags say."""
     options.use_compilation_cache(_COMPILE_CACHE.value)
     import jax
 
     import jaxsplit
-    from jaxsplit.sharding import detected_launcher, start_processes
 
-    if _PROCESS_ID.value is not None or detected_launcher():
-        text_alone_on_stdout()
-    several = start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    several = _PROCESSES.start()
     is_coordinator = not several or jax.process_index() == 0
     several_prompts = _PROMPTS.value is not None
     if _OUT.value is not None and not several_prompts:
@@ -188,7 +163,8 @@ def main(_: list[str]) -> None:
     if _SAMPLING["seed"].value == -1 and not several_prompts:  # there, each line draws its own
         flags.FLAGS["seed"].value = int.from_bytes(os.urandom(4), "little")
     if several:
-        prompt = _agree(prompt)
+        own = [_MODEL.name, _PROMPT_FILE.name, _COMPILE_CACHE.name, _QUIET.name]
+        prompt = _PROCESSES.agree(__name__, own, prompt)
     if not is_coordinator:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
         flags.FLAGS[_QUIET.name].value = True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from jaxsplit.cli import options
+from jaxsplit.cli.processes import Processes
 from jaxsplit.cli.program import interrupts_raise, local_model, note, progress_bar
 from jaxsplit.config import LoadConfig, SamplingConfig
 from jaxsplit.errors import JaxsplitError
@@ -21,7 +22,14 @@ from jaxsplit.server.config import ServerConfig
 if TYPE_CHECKING:
     from jaxsplit.llm import LM
 
-GROUPS = {"model": "Model", "host": "Server", **options.GROUPS, "compilation_cache": "Program"}
+GROUPS = {
+    "model": "Model",
+    "host": "Server",
+    "n_predict": "Text",
+    "coordinator": "Several processes",
+    "compilation_cache": "Program",
+    **options.GROUPS,
+}
 
 _MODEL = options.define_model()
 _SERVER = options.define(ServerConfig)
@@ -30,6 +38,7 @@ _SAMPLING = options.define(SamplingConfig, skip=["logit_bias", "logprobs"], seed
 _N_PREDICT = flags.DEFINE_integer(
     "n_predict", -1, "tokens of an answer at most; -1: until it ends", lower_bound=-1
 )
+_PROCESSES = Processes()
 _COMPILE_CACHE = options.define_compilation_cache()
 _QUIET = flags.DEFINE_bool("quiet", False, "no progress bar")
 
@@ -45,24 +54,34 @@ def main(_: list[str]) -> None:
             f"{error.name} is not installed; pip install 'jaxsplit[server]' installs all that the "
             "server needs"
         ) from None
+    options.use_compilation_cache(_COMPILE_CACHE.value)
+    import jax
+
+    several = _PROCESSES.start()
+    if several:
+        own = [_MODEL.name, _COMPILE_CACHE.name, _QUIET.name]
+        _PROCESSES.agree(__name__, own)
     config = ServerConfig(**options.values(_SERVER))
     sampling = SamplingConfig(**options.values(_SAMPLING))
     load_config = LoadConfig(**options.values(_LOAD))
-    options.use_compilation_cache(_COMPILE_CACHE.value)
     import jaxsplit
     from jaxsplit.llm import demo_model
     from jaxsplit.server.run import Server
     from jaxsplit.server.service import Service
 
     model = str(demo_model()) if _MODEL.value is None else local_model(_MODEL.value)
-    service = Service(
-        config, sampling, n_predict=_N_PREDICT.value, random_seeds=_SAMPLING["seed"].value == -1
-    )
 
     def load() -> "tuple[LM, str]":
         with progress_bar("loading", quiet=_QUIET.value) as progress:
             return jaxsplit.load(model, config=load_config, progress=progress), model
 
+    if several and jax.process_index():
+        lm, _ = load()
+        lm.follow()
+        return
+    service = Service(
+        config, sampling, n_predict=_N_PREDICT.value, random_seeds=_SAMPLING["seed"].value == -1
+    )
     log = logging.getLogger("jaxsplit.server")
     log.setLevel(logging.INFO)
     log.propagate = False

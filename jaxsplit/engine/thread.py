@@ -62,7 +62,13 @@ class SchedulerThread:
             arguments = (self._scheduler, self._commands, bulletin)
             if jax.process_index():
                 serve, arguments = _follow, (*arguments, self._requests)
-        start_worker("jaxsplit-engine", serve, *arguments, tasks=self._commands, owner=self)
+        self._thread = start_worker(
+            "jaxsplit-engine", serve, *arguments, tasks=self._commands, owner=self
+        )
+
+    def follow(self) -> None:
+        """Waits until process 0 has ended; in the others."""
+        self._thread.join()
 
     def submit(self, spec: RequestSpec) -> Request:
         """Queues a request.

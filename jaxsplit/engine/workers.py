@@ -23,7 +23,7 @@ def _end_all() -> None:
 
 def start_worker(
     name: str, serve: Callable[..., None], *arguments: Any, tasks: queue.SimpleQueue, owner: object
-) -> None:
+) -> threading.Thread:
     """Starts a thread.
 
     Args:
@@ -37,6 +37,7 @@ def start_worker(
     thread.start()
     weakref.finalize(owner, tasks.put, None).atexit = False
     _workers[thread] = tasks
+    return thread
 
 
 class Background:

@@ -130,13 +130,23 @@ class Chat:
         for other in (request.max_tokens, request.n_predict):
             self.n_predict = other if self.n_predict is None else self.n_predict
         self.grammar = of_fields(request, request.response_format)
-        required = choice == "required" or isinstance(choice, schemas.NamedTool)
-        if required:
-            if self.grammar is not None:
-                raise ApiError(400, "tool_choice and a grammar contradict each other")
-            name = choice.function.name if isinstance(choice, schemas.NamedTool) else None
-            parallel = request.parallel_tool_calls is not False
-            self.grammar = of_tools(self.template.source, self.tools, name, parallel=parallel)
+        self._required = choice == "required" or isinstance(choice, schemas.NamedTool)
+        if self._required and self.grammar is not None:
+            raise ApiError(400, "tool_choice and a grammar contradict each other")
+
+    def use(self, prompt: Prompt) -> None:
+        """Takes the prompt. The grammar of a required call goes on from what it has begun."""
+        self.prompt = prompt
+        if self._required:
+            choice, tokenizer = self.request.tool_choice, self._service.lm.tokenizer
+            self.grammar = of_tools(
+                self.template.source,
+                self.tools,
+                choice.function.name if isinstance(choice, schemas.NamedTool) else None,
+                parallel=self.request.parallel_tool_calls is not False,
+                prompt=prompt.text,
+                special_tokens={tokenizer.token_text(id): id for id in tokenizer.markup_ids},
+            )
 
     def render(self) -> str:
         """The prompt's text.
@@ -180,7 +190,7 @@ async def prepare(service: Service, request: ChatRequest) -> Chat:
     chat = Chat(service, request)
     text = await service.aside(chat.render, True)
     ids = await service.aside(lambda: service.texts.encode(text), True)
-    chat.prompt = Prompt(text, ids)
+    chat.use(Prompt(text, ids))
     return chat
 
 

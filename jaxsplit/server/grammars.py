@@ -39,7 +39,13 @@ def of_fields(fields: SamplingFields, format: ResponseFormat | None = None) -> G
 
 
 def of_tools(
-    template: str, tools: Sequence[Mapping[str, Any]], name: str | None, *, parallel: bool
+    template: str,
+    tools: Sequence[Mapping[str, Any]],
+    name: str | None,
+    *,
+    parallel: bool,
+    prompt: str,
+    special_tokens: Mapping[str, int],
 ) -> Grammar:
     """The grammar of an answer that has to call a tool.
 
@@ -48,12 +54,21 @@ def of_tools(
       tools: as it is given them.
       name: of the function that has to be called; None: any.
       parallel: several calls may follow one another.
+      prompt: its text, which may have begun the reasoning.
+      special_tokens: ids of the control tokens that mark reasoning and calls, by their text.
 
     Raises:
       ApiError: the template's tool calls have no known format.
     """
     format = tool_format(template)
-    text = format and format.grammar(tools, required=True, parallel=parallel, name=name)
+    text = format and format.grammar(
+        tools,
+        required=True,
+        parallel=parallel,
+        name=name,
+        prompt=prompt,
+        special_tokens=special_tokens,
+    )
     if not text:
         raise ApiError(
             400,

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import uvicorn
 
 from jaxsplit.errors import JaxsplitError
@@ -140,4 +141,5 @@ def _compile(lm: LM, service: Service) -> None:
         for generation in running:
             generation.result()
     lm.submit(ids, 2, ignore_eos=True, temperature=0.0).result()
-    lm.run(lm.engine.wait_for_programs)
+    if jax.process_count() == 1:
+        lm.run(lm.engine.wait_for_programs)

@@ -110,7 +110,7 @@ class AnswerParser:
         if parser := self._reasoning_parser:
             shown = parser.flush() if text is None else parser.push(text)
             if self._parse_reasoning:
-                reasoning, content = parser.take()
+                reasoning, content = parser.unread()
                 yield "reasoning", reasoning
             else:
                 yield "content", "".join(piece for is_reasoning, piece in shown if is_reasoning)

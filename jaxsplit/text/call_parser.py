@@ -11,7 +11,7 @@ import re
 from collections.abc import Generator
 from typing import TypeVar
 
-from jaxsplit.text.notations import DECODERS, as_object, from_text, json_types, loads
+from jaxsplit.text.notations import DECODERS, as_object, escaped, from_text, json_types, loads
 from jaxsplit.text.tool_calls import Schemas, ToolFormat, parts_of
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ class CallParser:
         self._at = 0  # what is before has been parsed
         self._ended = False
         self._streamed: int | None = None  # in a JSON text: what is before was handed over
+        self._in_string = False
         self._name = ""  # of the call that is being parsed
         self._calls = 0  # whose names were handed over
         self._parameters_taken = 0  # of the call that is being parsed
@@ -237,14 +238,40 @@ class CallParser:
             yield "arguments", "{" if not self._parameters_taken else ", "
             self._parameters_taken += 1
             yield "arguments", json.dumps(key, ensure_ascii=False) + ": "
-            schema = properties.get(key)
-            value = yield from self._parameter_value(closing, json_types(schema))
-            if value is None:
+            types = json_types(properties.get(key))
+            parse = (
+                self._text_parameter(closing)
+                if types == {"string"}
+                else (self._typed_parameter(closing, types))
+            )
+            if not (yield from parse):
                 return False
-            yield "arguments", value
 
-    def _parameter_value(self, closing: str, types: set[str]) -> Parse[str | None]:
-        """Takes an argument that is written as plain text, and the mark after it, as JSON."""
+    def _text_parameter(self, closing: str) -> Parse[bool]:
+        """Takes a text and the mark after it, and hands it over as a JSON string as it comes."""
+        closings = (closing,)
+        if "\n{value}\n" in self._format.parameter:
+            closings = (closing, "\n" + closing)
+            while self._at == len(self._text) and (yield from self._more()):
+                pass
+            self._at += self._text.startswith("\n", self._at)
+        yield "arguments", '"'
+        while True:
+            found = self._text.find(closing, self._at)
+            end = found if found >= 0 else self._held_from(closings)
+            if found > self._at and len(closings) > 1 and self._text[found - 1] == "\n":
+                end -= 1
+            yield "arguments", json.dumps(self._text[self._at : end], ensure_ascii=False)[1:-1]
+            if found >= 0:
+                yield "arguments", '"'
+                self._at = found + len(closing)
+                return True
+            self._text, self._at = self._text[end:], 0
+            if not (yield from self._more()):
+                return False
+
+    def _typed_parameter(self, closing: str, types: set[str]) -> Parse[bool]:
+        """Takes a text and the mark after it, and hands it over as JSON of one of some types."""
         start, text = self._at, None
         if types and "string" not in types:
             yield from self._match(_SPACE)
@@ -256,10 +283,11 @@ class CallParser:
         if text is None:
             text = yield from self._until(closing)
         if text is None:
-            return None
+            return False
         if "\n{value}\n" in self._format.parameter:
             text = text.removeprefix("\n").removesuffix("\n")
-        return from_text(text, types)
+        yield "arguments", from_text(text, types)
+        return True
 
     def _decoded(self, notation: str, mark: str) -> Parse[bool]:
         """Takes the text before a mark, and hands over the calls that it stands for."""
@@ -301,15 +329,19 @@ class CallParser:
     def _string(self) -> Parse[bool]:
         if not self._text.startswith('"', self._at):
             return False
+        yield from self._stream()
+        self._in_string = True
         self._at += 1
         while True:
             match = _INSIDE_STRING.match(self._text, self._at)
             self._at = match.end() if match else self._at
-            if self._text.startswith('"', self._at):
-                self._at += 1
-                return True
-            if not (yield from self._more()):
-                return False
+            complete = self._text.startswith('"', self._at)
+            if complete or not (yield from self._more()):
+                break
+        self._at += complete
+        yield from self._stream()
+        self._in_string = False
+        return complete
 
     def _string_value(self) -> Parse[str | None]:
         start = self._at
@@ -326,7 +358,9 @@ class CallParser:
         """Asks for more text; `False` at its end."""
         if self._ended:
             return False
-        yield from self._stream()
+        if self._streamed is not None:
+            yield from self._stream()
+            self._text, self._at, self._streamed = self._text[self._at :], 0, 0
         yield None
         return True
 
@@ -399,10 +433,11 @@ class CallParser:
             yield "arguments", arguments
 
     def _stream(self) -> Parse[None]:
+        """Hands over what was taken of a JSON text."""
         if self._streamed is not None and self._at > self._streamed:
-            yield "arguments", self._text[self._streamed : self._at]
-            self._text = self._text[self._at :]
-            self._at = self._streamed = 0
+            text = self._text[self._streamed : self._at]
+            yield "arguments", escaped(text) if self._in_string else text
+            self._streamed = self._at
 
 
 class ChannelParser(CallParser):

@@ -11,9 +11,11 @@ JSON_TYPES = {bool: "boolean", int: "number", float: "number", dict: "object", l
 JSON_TYPES |= {str: "string", type(None): "null"}
 _PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 _CONSTANTS = {"true": True, "false": False, "null": None}
+_ESCAPES = re.compile(r'\\(["\\/bfnrtu])|\\|[\x00-\x1f]')
 _GEMMA_CALL = re.compile(r"\s*call:([^\s{]+)\s*({.*})\s*", re.DOTALL)
 _GEMMA_KEY = re.compile(r"([{,]\s*)([^\s{}\[\],:]+)\s*:")
-_GEMMA_QUOTE = '<|"|>'
+GEMMA_QUOTE = '<|"|>'
+"""Mark before and after strings of Gemma."""
 
 
 def json_types(schema: Any) -> set[str]:
@@ -50,29 +52,33 @@ def loads(text: str, strict: bool = True) -> Any:
         raise ValueError("too deep") from error
 
 
+def escaped(text: str) -> str:
+    """Text of a JSON string, in which line ends and backslashes that JSON forbids are escaped."""
+    return _ESCAPES.sub(lambda m: m[0] if m[1] else json.dumps(m[0])[1:-1], text)
+
+
 def as_object(text: str) -> str | None:
     """The arguments that a JSON value stands for: an object, also one in a string, or none."""
     try:
         value = loads(text, strict=False)
         if isinstance(value, str):
-            text, value = value, loads(value or "null", strict=False)
+            value = loads(value or "null", strict=False)
+        if isinstance(value, dict):
+            return json.dumps(value, allow_nan=False)
     except ValueError:
         return None
-    if value is None:
-        return "{}"
-    return text if isinstance(value, dict) else None
+    return "{}" if value is None else None
 
 
 def from_text(text: str, types: set[str]) -> str:
-    """The JSON text of an argument of given types that was written as plain text."""
-    if types != {"string"}:
-        written = _PYTHON_CONSTANTS.get(text.strip(), text.strip())
-        try:
-            kind = JSON_TYPES[type(loads(written))]
-        except ValueError:
-            kind = "string"
-        if kind != "string" and (kind in types or not types):
-            return written
+    """The JSON text of an argument that was written as plain text: a string, or of given types."""
+    written = _PYTHON_CONSTANTS.get(text.strip(), text.strip())
+    try:
+        kind = JSON_TYPES[type(loads(written))]
+    except ValueError:
+        kind = "string"
+    if kind != "string" and (kind in types or not types):
+        return written
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -85,7 +91,7 @@ def gemma_calls(text: str) -> list[tuple[str, str]]:
     call = _GEMMA_CALL.fullmatch(text)
     if not call:
         return []
-    pieces = call[2].split(_GEMMA_QUOTE)
+    pieces = call[2].split(GEMMA_QUOTE)
     pieces[::2] = (_GEMMA_KEY.sub(r'\1"\2":', piece) for piece in pieces[::2])
     pieces[1::2] = (json.dumps(piece, ensure_ascii=False) for piece in pieces[1::2])
     arguments = "".join(pieces)
@@ -117,7 +123,7 @@ def _python_call(call: ast.expr) -> tuple[str, str]:
     arguments = {k.arg: _python_value(k.value) for k in call.keywords if k.arg}
     if len(arguments) < len(call.keywords):
         raise ValueError(call)
-    return ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return ast.unparse(call.func), json.dumps(arguments, allow_nan=False)
 
 
 def _python_value(node: ast.expr | None) -> Any:

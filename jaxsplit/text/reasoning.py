@@ -43,9 +43,9 @@ class ReasoningParser:
         self._inside = self._decided and self._close != ""
         self._reasoning: list[str] = []
         self._content: list[str] = []
-        self._taken = 0, 0  # of these
+        self._read = 0, 0  # of these
         self._started = False, False
-        self._line_ends = ""  # after the reasoning that was taken
+        self._line_ends = ""  # after the reasoning that was read
 
     @property
     def reasoning(self) -> str:
@@ -103,11 +103,11 @@ class ReasoningParser:
         (self._reasoning if self._inside else self._content).append(rest)
         return [(self._inside, rest)] if rest else []
 
-    def take(self) -> tuple[str, str]:
+    def unread(self) -> tuple[str, str]:
         """Returns what reasoning and content have gained since the last call."""
         texts = self._reasoning, self._content
-        reasoning, content = ("".join(t[n:]) for t, n in zip(texts, self._taken, strict=True))
-        self._taken = len(self._reasoning), len(self._content)
+        reasoning, content = ("".join(t[n:]) for t, n in zip(texts, self._read, strict=True))
+        self._read = len(self._reasoning), len(self._content)
         reasoning = self._line_ends + reasoning
         if not self._started[0]:
             reasoning = reasoning.lstrip("\n")

@@ -9,11 +9,11 @@ import json
 import re
 import reprlib
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text.notations import json_types
+from jaxsplit.text.notations import GEMMA_QUOTE, json_types
 from jaxsplit.text.reasoning import MARKS
 
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -91,22 +91,17 @@ class ToolFormat:
           parallel: it may have several.
           name: the function that must be called.
           prompt: text of the prompt, which may end with an opening mark of reasoning.
-          special_tokens: ids of the vocabulary's special tokens, by their text. Marks that are such
-            tokens are generated as tokens, others as text.
+          special_tokens: ids of control tokens by their text: of `Tokenizer.markup_ids`. Marks
+            that are such tokens are generated as tokens, others as text.
 
         Returns:
           a grammar in llguidance's dialect of Lark; `None` if any answer is permitted.
 
         Raises:
-          JaxsplitError: no tool has the given name, or there is no grammar of this format.
+          JaxsplitError: there are no tools, or none has the given name.
         """
         if not required and name is None:
             return None
-        if "{python}" in self.call or "{gemma}" in self.call:
-            raise JaxsplitError(
-                f"tool_choice requires a call, which models with tool calls like those of "
-                f"{self.name} do not support; use tool_choice='auto'"
-            )
         return _Grammar(self, special_tokens or {}).answer(tools, parallel, name, prompt)
 
 
@@ -170,7 +165,7 @@ FORMATS = (
     ToolFormat("lfm2.5", ("<|tool_call_start|>",), _LFM2),
     # Gemma 4
     ToolFormat("gemma", ("<|tool_call>call:",), "<|tool_call>{gemma}<tool_call|>"),
-    # Mistral from 2025 on
+    # Mistral Small 3.2, Magistral, Devstral and later
     ToolFormat(
         "mistral",
         ("[TOOL_CALLS]", "[ARGS]"),
@@ -297,8 +292,12 @@ class _Grammar:
 
     def __init__(self, format: ToolFormat, special_tokens: Mapping[str, int]):
         self._format = format
-        self._special_tokens = special_tokens
+        self._special_tokens = {t: id for t, id in special_tokens.items() if t.strip()}
         self._rules = ["TEXT: /(?s:.*)/"]
+        self._has_any = False
+        # Of the function whose arguments are written:
+        self._definitions: dict[str, Any] = {}
+        self._strict = False
 
     def answer(
         self, tools: Iterable[Mapping[str, Any]], parallel: bool, name: str | None, prompt: str
@@ -312,17 +311,23 @@ class _Grammar:
                 raise JaxsplitError(f"tool_choice names {name!r}, but the tools are: {found}")
             functions = {name: functions[name]}
 
+        if not functions:
+            raise JaxsplitError("tool_choice requires a call, but there are no tools")
+
         def repeated(expression: str, separator: str) -> str:
             if not parallel or format.channels:
                 return expression
             return f"{expression} ({self._text(separator)} {expression})*"
 
-        objects = "{call}" in format.call or "{calls}" in format.call
-        pattern = format.object if objects else format.call
+        fields = {field for _, field in parts_of(format.call)}
+        pattern = "{python}" if "python" in fields else format.call
+        if fields & {"call", "calls"}:
+            pattern = format.object
         call = self._rule(" | ".join(self._function(pattern, f) for f in functions.values()))
         begin, end = "" if format.bare else self._text(format.begin), self._text(format.end)
-        if "{calls}" in format.call:
-            calls = f'{begin} "[" {repeated(call, ", ")} "]" {end}'
+        if fields & {"calls", "python"}:
+            array = f'"[" {repeated(call, ", ")} "]"'
+            calls = f"{begin} {self._pattern(format.call, calls=array, python=array)} {end}"
         elif format.separator is None:
             calls = repeated(self._rule(f"{begin} {call} {end}"), "\n")
         else:
@@ -346,38 +351,106 @@ class _Grammar:
         schema = {"type": "object"} | (function.get("parameters") or {"properties": {}})
         if "properties" in schema and not schema.keys() & _COMBINING:
             schema = {"additionalProperties": False} | schema
-        strict = bool(function.get("strict"))
-        return self._pattern(
-            pattern,
-            name=self._text(function["name"]),
-            id="" if re.fullmatch(self._format.id, "") else f"/{self._format.id}/",
-            arguments=_json(schema, strict),
-            parameters=self._parameters(schema, strict) if self._format.parameter else "",
-        )
+        self._strict = bool(function.get("strict"))
+        self._definitions = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
+        name = self._text(function["name"])
+        writers = {
+            "name": lambda: name,
+            "id": lambda: "" if re.fullmatch(self._format.id, "") else f"/{self._format.id}/",
+            "arguments": lambda: self._json(schema),
+            "parameters": lambda: self._members(schema, self._parameter),
+            "python": lambda: f'{name} "(" {self._members(schema, self._keyword, ", ")} ")"',
+            "gemma": lambda: f'"call:" {name} {self._gemma_object(schema)}',
+        }
+        return self._pattern(pattern, **{f: writers[f]() for _, f in parts_of(pattern) if f})
 
-    def _parameters(self, schema: Mapping[str, Any], strict: bool) -> str:
-        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        required = schema.get("required") or ()
-        expressions = []
-        for key, argument in (schema.get("properties") or {}).items():
-            expression = self._parameter(key, argument, definitions, strict)
-            expressions.append(expression if key in required else f"({expression})?")
-        return " ".join(expressions)
+    def _members(
+        self,
+        schema: Mapping[str, Any],
+        member: Callable[[str, Any], str],
+        separator: str = "",
+    ) -> str:
+        """Members of an object in the order of its schema, of which some may be left out."""
+        first = others = '""'  # from here on, without and with a member before
+        for key, value in reversed((schema.get("properties") or {}).items()):
+            expression = self._rule(member(key, value))
+            skipped = (None, None) if key in (schema.get("required") or ()) else (first, others)
+            first, others = (
+                self._rule(f"{before} {expression} {others}" + (f" | {skip}" if skip else ""))
+                for before, skip in zip(("", self._text(separator)), skipped, strict=True)
+            )
+        return first
 
-    def _parameter(self, key: str, schema: Any, definitions: dict[str, Any], strict: bool) -> str:
+    def _parameter(self, key: str, schema: Any) -> str:
         pattern, types = self._format.parameter, json_types(schema)
         if types and "string" not in types:
-            value = _json(schema | definitions, strict)
-            return self._pattern(pattern, key=self._text(key), value=value)
-        if choices := schema.get("enum") if isinstance(schema, Mapping) else None:
-            choices = (c if isinstance(c, str) else json.dumps(c) for c in choices)
-            value = f"({' | '.join(map(self._text, choices))})"
+            return self._pattern(pattern, key=self._text(key), value=self._json(schema))
+        if choices := _choices(schema):
+            texts = (c if isinstance(c, str) else json.dumps(c) for c in choices)
+            value = f"({' | '.join(map(self._text, texts))})"
             return self._pattern(pattern, key=self._text(key), value=value)
         before, after = pattern.split("{value}")
         closing = after.strip()
         rest = after[after.index(closing) + len(closing) :]
         before = self._pattern(before, key=self._text(key))
         return f"{before} {self._text_until(closing)} {self._text(rest)}"
+
+    def _keyword(self, key: str, schema: Any) -> str:
+        return f"{self._text(key + '=')} {self._json(schema)}"
+
+    def _gemma_object(self, schema: Mapping[str, Any]) -> str:
+        def member(key: str, value: Any) -> str:
+            return f"{self._text(key + ':')} {self._gemma(value)}"
+
+        return f'"{{" {self._members(schema, member, ",")} "}}"'
+
+    def _gemma(self, schema: Any) -> str:
+        """A value in Gemma's notation."""
+        schema = schema if isinstance(schema, Mapping) else {}
+        if choices := _choices(schema):
+            quoted = (GEMMA_QUOTE + c + GEMMA_QUOTE if isinstance(c, str) else c for c in choices)
+            texts = (c if isinstance(c, str) else json.dumps(c) for c in quoted)
+            return f"({' | '.join(map(self._text, texts))})"
+        types = schema.get("type") or ()
+        schemas = [schema | {"type": t} for t in ([types] if isinstance(types, str) else types)]
+        if not types:
+            schemas = schema.get("anyOf") or schema.get("oneOf") or ()
+            return f"({' | '.join(map(self._gemma, schemas))})" if schemas else self._gemma_any()
+        return f"({' | '.join(map(self._gemma_of_type, schemas))})"
+
+    def _gemma_of_type(self, schema: Mapping[str, Any]) -> str:
+        match schema["type"]:
+            case "string":
+                return self._gemma_string()
+            case "array":
+                item = self._rule(self._gemma(schema.get("items")))
+                return f'"[" ({item} ("," {item})*)? "]"'
+            case "object":
+                self._gemma_any()
+                return self._gemma_object(schema) if "properties" in schema else "any_object"
+            case _:
+                return self._json(schema)
+
+    def _gemma_any(self) -> str:
+        if not self._has_any:
+            self._has_any = True
+            scalar = self._json({"type": ["number", "boolean", "null"]})
+            self._rules += [
+                f'any: {self._gemma_string()} | {scalar} | "[" (any ("," any)*)? "]" | any_object',
+                'any_object: "{" (KEY ":" any ("," KEY ":" any)*)? "}"',
+                r"KEY: /[\w-]+/",
+            ]
+        return "any"
+
+    def _gemma_string(self) -> str:
+        return f"{self._text(GEMMA_QUOTE)} {self._text_until(GEMMA_QUOTE)}"
+
+    def _json(self, schema: Any) -> str:
+        # White space without end is where models get stuck.
+        layout = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+        schema = {**(schema if isinstance(schema, Mapping) else {}), **self._definitions}
+        schema["x-guidance"] = {**layout, "lenient": not self._strict}
+        return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
     def _pattern(self, pattern: str, **fields: str) -> str:
         parts = string.Formatter().parse(pattern)
@@ -410,8 +483,6 @@ class _Grammar:
         return name
 
 
-def _json(schema: Mapping[str, Any], strict: bool) -> str:
-    # White space without end is where models get stuck.
-    layout = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-    schema = {**schema, "x-guidance": {**layout, "lenient": not strict}}
-    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+def _choices(schema: Any) -> list[Any]:
+    choices = schema.get("enum") if isinstance(schema, Mapping) else None
+    return choices if isinstance(choices, list) else []
