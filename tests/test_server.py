@@ -174,6 +174,43 @@ def test_contents_in_parts_are_joined(http, content, text):
     assert found == {"prompt": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"}
 
 
+BEGUN = [*USER, {"role": "assistant", "content": "Well, "}]
+TURN = "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nWell, "
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, TURN),
+        ({"continue_final_message": True, "add_generation_prompt": False}, TURN),
+        ({"add_generation_prompt": False}, TURN + "<|im_end|>\n"),
+        ({"continue_final_message": False}, TURN + "<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+def test_an_answer_continues_the_assistants_last_message(lm, http, fields, prompt):
+    found = post(http, "/apply-template", messages=BEGUN, **fields).json()
+    assert found == {"prompt": prompt}
+    options = {"messages": BEGUN, "max_tokens": 8, "temperature": 0}
+    answer = post(http, "/v1/chat/completions", **options, **fields).json()
+    expected = alone(lm, prompt, 8, temperature=0.0, parse_special=True)
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_timings_are_in_the_last_chunk(http, usage):
+    options = {"max_tokens": 4, "stream": True, "stream_options": {"include_usage": usage}}
+    for path, prompt in [
+        ("chat/completions", {"messages": USER}),
+        ("completions", {"prompt": "x"}),
+    ]:
+        chunks = events(post(http, f"/v1/{path}", **prompt, **options))
+        assert chunks[-1]["timings"]["predicted_n"] == 4
+        assert (chunks[-1]["choices"] == []) is usage
+        assert "timings" not in chunks[0]
+        chunks = events(post(http, f"/v1/{path}", **prompt, **options, timings_per_token=True))
+        assert all("timings" in chunk for chunk in chunks[1:])
+
+
 # Completions
 
 
@@ -315,7 +352,7 @@ def test_properties_models_and_metrics(lm, client, http):
         'vllm:request_success_total{finished_reason="length"}',
     ):
         assert f"\n{name}" in text
-    assert http.get("/slots").json() == []
+    assert [slot["is_processing"] for slot in http.get("/slots").json()] == [False] * 4
     assert http.get("/health").json() == {"status": "ok"}
     assert "<title>" in http.get("/").text
 
@@ -367,9 +404,17 @@ BAD = {
     "a stop": ({"messages": USER, "stop": [""]}, "stop"),
     "too long": (
         {"messages": [{"role": "user", "content": "long " * 300}]},
-        "context 256, which must hold",
+        "exceeds the available context size of 256 tokens, which must hold",
     ),
     "no tool": ({"messages": USER, "tool_choice": "required"}, "needs tools"),
+    "nothing to go on with": (
+        {"messages": USER, "continue_final_message": True},
+        "not an assistant's text",
+    ),
+    "both": (
+        {"messages": USER, "continue_final_message": True, "add_generation_prompt": True},
+        "exclude each other",
+    ),
 }
 
 
@@ -379,7 +424,7 @@ def test_what_is_refused_says_why(http, body, message):
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert message in error["message"]
-    assert error["type"] == "invalid_request_error"
+    assert error["type"] in ("invalid_request_error", "exceed_context_size_error")
     assert post(http, "/v1/chat/completions", messages=USER, max_tokens=1).status_code == 200
 
 
@@ -387,6 +432,7 @@ def test_a_prompt_that_is_too_long_has_llamas_fields(http):
     error = post(http, "/completion", prompt=[5] * 300).json()["error"]
     assert (error["n_prompt_tokens"], error["n_ctx"]) == (300, 256)
     assert error["code"] == "context_length_exceeded"
+    assert error["type"] == "exceed_context_size_error"
 
 
 @pytest.mark.parametrize(

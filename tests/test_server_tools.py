@@ -188,6 +188,13 @@ def test_regular_expressions_and_gbnf(client):
             },
             "not JSON",
         ),
+        (
+            {
+                "messages": [*USER, {"role": "assistant", "content": "Well"}],
+                "extra_body": {"chat_template_kwargs": {"enable_thinking": True}},
+            },
+            "begins with reasoning",
+        ),
     ],
 )
 def test_what_is_refused_says_why(client, options, message):

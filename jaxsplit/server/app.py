@@ -36,7 +36,7 @@ async def _metrics(service: Service) -> bytes:
 
 
 async def _slots(service: Service) -> list[schemas.Slot]:
-    """The requests that run or wait, without their texts."""
+    """What runs, without texts."""
     if not service.config.slots_endpoint:
         raise ApiError(404, "/slots is off; --slots_endpoint switches it on")
     return await llama.slots(service)

@@ -35,9 +35,12 @@ from jaxsplit.server.schemas import (
 from jaxsplit.server.service import FINGERPRINT, Service
 from jaxsplit.server.streaming import Stream
 from jaxsplit.text.answer import AnswerParser, Delta
+from jaxsplit.text.reasoning import MARKS
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "deadline": "length"}
 """By the engine's."""
+
+_REASONING_MARKS = tuple(opening for opening, closing in MARKS if closing)
 
 _UNSUPPORTED = {
     "audio": "audio is not supported",
@@ -160,17 +163,60 @@ class Chat:
             variables.setdefault("reasoning_effort", request.reasoning_effort)
         if self.tools:
             variables["tools"] = self.tools
-        add = request.add_generation_prompt is not False
+        given, begun = request.messages, ""
+        if continued := self._continues():
+            given, begun = given[:-1], _content(given[-1])
+        add = continued or request.add_generation_prompt is not False
         developer = "developer" in self.template.source
         # Most templates write a call's arguments as JSON; some take them as text.
         for as_text in (False, True):
-            messages = [_message(m, as_text, developer) for m in request.messages]
+            messages = [_message(m, as_text, developer) for m in given]
             try:
-                return self.template.render(messages, add, **variables)
+                text = self.template.render(messages, add, **variables)
+                break
             except JaxsplitError as error:
-                if as_text or not any(m.tool_calls for m in request.messages):
+                if as_text or not any(m.tool_calls for m in given):
                     raise ApiError(400, str(error), param="messages") from None
-        raise AssertionError
+        else:
+            raise AssertionError
+        if begun and text.rstrip().endswith(_REASONING_MARKS):
+            raise ApiError(
+                400,
+                "the last message is the assistant's, and the template begins with reasoning: an "
+                "answer without its reasoning cannot be continued; switch reasoning off, as by "
+                'chat_template_kwargs={"enable_thinking": false}',
+                param="messages",
+            )
+        return text + begun
+
+    def _continues(self) -> bool:
+        """Whether the answer continues the last message: an assistant's text, if the request does
+        not say otherwise.
+
+        Raises:
+          ApiError: it says so, but there is no such message.
+        """
+        request, last = self.request, self.request.messages[-1]
+        possible = last.role == "assistant" and not last.tool_calls
+        if request.continue_final_message:
+            if request.add_generation_prompt:
+                raise ApiError(
+                    400,
+                    "continue_final_message and add_generation_prompt exclude each other",
+                    param="continue_final_message",
+                )
+            if not possible:
+                raise ApiError(
+                    400,
+                    "continue_final_message: the last message is not an assistant's text",
+                    param="continue_final_message",
+                )
+            return True
+        return (
+            possible
+            and request.continue_final_message is None
+            and request.add_generation_prompt is not False
+        )
 
     def parser(self) -> AnswerParser:
         """What takes an answer apart."""
@@ -337,7 +383,10 @@ class _Chunks:
         if event.finish_reason is not None:
             deltas += parser.finish()
         for delta in deltas:
-            yield self._chunk(index, _delta(delta), logprobs=self._take(index))
+            chunk = self._chunk(index, _delta(delta), logprobs=self._take(index))
+            if self._chat.request.timings_per_token:
+                chunk.timings = self._service.timings(self._running, index)
+            yield chunk
         if event.finish_reason is not None:
             generation = self._running.generations[index]
             self._service.texts.add(self._chat.prompt, generation.request.tokens)
@@ -350,6 +399,7 @@ class _Chunks:
         if self._usage:
             last = self._chunk(0, ChatDelta())
             last.choices, last.usage = [], self._service.usage(self._running)
+            last.timings = self._service.timings(self._running)
             yield last
 
     def _take(self, index: int) -> ChatLogprobs | None:

@@ -83,6 +83,7 @@ class _Choices:
         self._service, self._request = service, request
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self.echo, self.wanted = bool(request.echo), request.logprobs
+        self.timings_per_token = bool(request.timings_per_token)
 
     def choice(
         self, index: int, generation: Generation, logprobs: Sequence[TokenLogprob]
@@ -176,7 +177,7 @@ class _Chunks:
         reason = event.finish_reason and finish_reason(event.finish_reason, 0)
         choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
         chunk = self._chunk([choice])
-        if reason:
+        if reason or self._maker.timings_per_token:
             chunk.timings = self._service.timings(self._running, index)
         yield chunk
 
@@ -184,6 +185,7 @@ class _Chunks:
         if self._usage:
             last = self._chunk([])
             last.usage = self._service.usage(self._running)
+            last.timings = self._service.timings(self._running)
             yield last
 
     def _chunk(self, choices: list[CompletionChoice]) -> Completion:

@@ -22,7 +22,7 @@ class ErrorDetails(msgspec.Struct, kw_only=True):
 
     Attributes:
       message: what was found, and what would work.
-      type: the kind, by the status.
+      type: the kind: by the status, but llama.cpp's of a prompt that is longer than the context.
       param: the field at fault.
       code: of some errors, a name for programs; else the status.
       n_prompt_tokens, n_ctx: of a prompt that is longer than the context.
@@ -48,6 +48,7 @@ class ApiError(Exception):
     Args:
       status: of HTTP.
       message: what was found, and what would work.
+      kind: `ErrorDetails.type`; None: by the status.
       param: the field at fault.
       code: a name for programs.
       headers: of the response.
@@ -59,6 +60,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
+        kind: str | None = None,
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
@@ -66,7 +68,7 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status, self.headers = status, headers or {}
-        kind = _TYPES.get(status, _TYPES[400 if status < 500 else 500])
+        kind = kind or _TYPES.get(status, _TYPES[400 if status < 500 else 500])
         self.body = ErrorResponse(
             ErrorDetails(message=message, type=kind, param=param, code=code or status, **details)
         )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import msgspec
 from msgspec import UNSET
 
 from jaxsplit.engine.request import TokenLogprob
@@ -86,7 +87,9 @@ def settings(service: Service, running: Running, index: int) -> dict[str, Any]:
     """How a request chooses tokens, by llama.cpp's names."""
     spec = running.generations[index].request.spec
     found = dataclasses.asdict(spec.sampling)
-    found["logit_bias"] = [list(pair) for pair in spec.sampling.logit_bias or ()]
+    found["logit_bias"] = [
+        {"token": token, "bias": bias} for token, bias in spec.sampling.logit_bias or ()
+    ]
     found["n_predict"] = -1 if spec.max_tokens == float("inf") else int(spec.max_tokens)
     found["n_probs"] = found.pop("logprobs") or 0
     return found
@@ -198,17 +201,22 @@ async def props(service: Service) -> schemas.Props:
 
 
 async def slots(service: Service) -> list[schemas.Slot]:
-    """The requests that run or wait, without their texts."""
-    running = [generation.request for one in service.active for generation in one.generations]
-    return [
+    """What runs, without texts; slots that nothing runs in are idle."""
+    engine, active = service.lm.engine, list(service.active)
+    requests = [generation.request for one in active for generation in one.generations]
+    running = [r for r in requests if r.timings.started and not r.done][: engine.slots]
+    found = [
         schemas.Slot(
             id=number,
             id_task=request.id,
-            n_ctx=service.lm.engine.context,
-            is_processing=bool(request.timings.started),
+            n_ctx=engine.context,
+            is_processing=True,
             n_prompt_tokens=len(request.spec.prompt),
             n_decoded=len(request.tokens),
         )
         for number, request in enumerate(running)
-        if not request.done
+    ]
+    idle = schemas.Slot(id=0, id_task=-1, n_ctx=engine.context, is_processing=False)
+    return found + [
+        msgspec.structs.replace(idle, id=number) for number in range(len(found), engine.slots)
     ]

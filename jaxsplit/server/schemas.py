@@ -201,6 +201,7 @@ class ChatRequest(OpenAIFields, kw_only=True):
     reasoning_format: Literal["auto", "none", "deepseek"] | None = None
     chat_template_kwargs: Json | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     modalities: list[str] | None = None
     verbosity: str | None = None
     prediction: Any = None
@@ -475,15 +476,15 @@ class Props(Sent, kw_only=True):
 
 
 class Slot(Sent, kw_only=True):
-    """A request that runs."""
+    """A place for a request, and the one that runs there (`id_task`; -1: none)."""
 
     id: int
     id_task: int
     n_ctx: int
     speculative: bool = False
     is_processing: bool
-    n_prompt_tokens: int
-    n_decoded: int
+    n_prompt_tokens: int = 0
+    n_decoded: int = 0
 
 
 # Models and embeddings

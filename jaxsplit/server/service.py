@@ -249,9 +249,10 @@ class Service:
             if len(prompt) >= lm.engine.context and n_predict != 0:
                 raise ApiError(
                     400,
-                    f"the prompt has {len(prompt)} tokens and the context {lm.engine.context}, "
-                    "which must hold the answer, too; shorten it, or start the server with a "
-                    "larger --ctx_size",
+                    f"the prompt of {len(prompt)} tokens exceeds the available context size of "
+                    f"{lm.engine.context} tokens, which must hold the answer, too; shorten it, or "
+                    "start the server with a larger --ctx_size",
+                    kind="exceed_context_size_error",
                     code="context_length_exceeded",
                     n_prompt_tokens=len(prompt),
                     n_ctx=lm.engine.context,
