@@ -82,6 +82,21 @@ ENDPOINTS = (
     ),
     Endpoint(
         "POST",
+        "/v1/responses/input_tokens",
+        responses.input_tokens,
+        received=responses.ResponsesRequest,
+        sent=schemas.InputTokens,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/chat/completions/input_tokens",
+        chat.input_tokens,
+        received=schemas.ChatRequest,
+        sent=schemas.InputTokens,
+        others=("/chat/completions/input_tokens",),
+    ),
+    Endpoint(
+        "POST",
         "/v1/embeddings",
         models.embeddings,
         received=schemas.EmbeddingRequest,
@@ -111,8 +126,9 @@ ENDPOINTS = (
         "/detokenize",
         llama.detokenize,
         received=schemas.DetokenizeRequest,
-        sent=schemas.Content,
+        sent=schemas.Text,
     ),
+    Endpoint("GET", "/tokenizer_info", llama.tokenizer_info, sent=schemas.TokenizerInfo),
     Endpoint(
         "POST",
         "/apply-template",

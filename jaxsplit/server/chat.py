@@ -88,6 +88,11 @@ async def chat_completions(service: Service, request: ChatRequest) -> ChatComple
         service.end(running)
 
 
+async def input_tokens(service: Service, request: ChatRequest) -> schemas.InputTokens:
+    """Counts the tokens of a conversation."""
+    return schemas.InputTokens(input_tokens=len((await prepare(service, request)).prompt.ids))
+
+
 async def apply_template(service: Service, request: schemas.ApplyTemplateRequest) -> schemas.Prompt:
     """The prompt of a conversation, as text."""
     chat = Chat(service, request)

@@ -1,4 +1,5 @@
-"""llama.cpp's own endpoints: `/completion`, `/tokenize`, `/detokenize`, `/props`, `/slots`."""
+"""llama.cpp's own endpoints: `/completion`, `/tokenize`, `/detokenize`, `/props`, `/slots`; of the
+tokenizer also vLLM's, through which lm-eval reads tokens."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from msgspec import UNSET
 from jaxsplit.engine.request import TokenLogprob
 from jaxsplit.engine.stream import Event, Generation
 from jaxsplit.server import schemas
+from jaxsplit.server.errors import ApiError
 from jaxsplit.server.grammars import of_fields
 from jaxsplit.server.running import Running
 from jaxsplit.server.schemas import (
@@ -73,6 +75,7 @@ def _finished(
         generation_settings=settings(service, running, index),
         prompt=tokenizer.decode(own.spec.prompt, show_special="all", continuation=True),
         has_new_line="\n" in generation.text,
+        truncated=generation.finish_reason == "context",
         stop_type="word" if word else _STOP_TYPES.get(generation.finish_reason, "none"),
         stopping_word=word or "",
         tokens_cached=len(own.spec.prompt) + len(own.tokens),
@@ -149,9 +152,12 @@ class _Chunks:
 
 async def tokenize(service: Service, request: schemas.TokenizeRequest) -> schemas.Tokens:
     """The tokens of a text."""
-    ids = await service.encode(
-        request.content, add_special=request.add_special, parse_special=request.parse_special
-    )
+    text, special = request.content, request.add_special
+    if text is None:
+        text, special = request.prompt, request.add_special_tokens
+    if text is None:
+        raise ApiError(400, "content is missing", param="content")
+    ids = await service.encode(text, add_special=special, parse_special=request.parse_special)
     if not request.with_pieces:
         return schemas.Tokens(tokens=list[int | schemas.TokenPiece](ids))
     pieces: list[int | schemas.TokenPiece] = []
@@ -164,10 +170,20 @@ async def tokenize(service: Service, request: schemas.TokenizeRequest) -> schema
     return schemas.Tokens(tokens=pieces)
 
 
-async def detokenize(service: Service, request: schemas.DetokenizeRequest) -> schemas.Content:
+async def detokenize(service: Service, request: schemas.DetokenizeRequest) -> schemas.Text:
     """The text of tokens."""
     text = service.lm.tokenizer.decode(request.tokens, show_special="all", continuation=True)
-    return schemas.Content(content=text)
+    return schemas.Text(content=text, prompt=text)
+
+
+async def tokenizer_info(service: Service) -> schemas.TokenizerInfo:
+    """Special tokens and the chat template."""
+    template = service.template_or_none
+    return schemas.TokenizerInfo(
+        bos_token=(template and template.bos_token) or None,
+        eos_token=(template and template.eos_token) or None,
+        chat_template=template and template.source,
+    )
 
 
 async def props(service: Service) -> schemas.Props:

@@ -208,21 +208,6 @@ class StreamEvent(Sent, kw_only=True):
 
 async def create(service: Service, request: ResponsesRequest) -> ResponseObject | Stream:
     """Answers a conversation, as a list of items."""
-    for name in ("previous_response_id", "conversation", "prompt", "background", "max_tool_calls"):
-        if getattr(request, name):
-            raise ApiError(
-                400,
-                f"{name} is not supported: this server stores nothing; send all items",
-                param=name,
-            )
-    if request.truncation == "auto":
-        raise ApiError(400, "truncation=auto is not supported", param="truncation")
-    if request.top_logprobs:
-        raise ApiError(
-            400,
-            "top_logprobs is not supported here; use /v1/chat/completions",
-            param="top_logprobs",
-        )
     chat = await prepare(service, _as_chat(request))
     running = service.begin(
         [chat.prompt.ids], chat.request, n_predict=chat.n_predict, grammar=chat.grammar
@@ -242,8 +227,33 @@ async def create(service: Service, request: ResponsesRequest) -> ResponseObject 
         service.end(running)
 
 
+async def input_tokens(service: Service, request: ResponsesRequest) -> schemas.InputTokens:
+    """Counts the tokens of a conversation."""
+    chat = await prepare(service, _as_chat(request))
+    return schemas.InputTokens(input_tokens=len(chat.prompt.ids))
+
+
 def _as_chat(request: ResponsesRequest) -> ChatRequest:
-    """The same as a request of chat completions."""
+    """The same as a request of chat completions.
+
+    Raises:
+      ApiError: it asks for what is not supported.
+    """
+    for name in ("previous_response_id", "conversation", "prompt", "background", "max_tool_calls"):
+        if getattr(request, name):
+            raise ApiError(
+                400,
+                f"{name} is not supported: this server stores nothing; send all items",
+                param=name,
+            )
+    if request.truncation == "auto":
+        raise ApiError(400, "truncation=auto is not supported", param="truncation")
+    if request.top_logprobs:
+        raise ApiError(
+            400,
+            "top_logprobs is not supported here; use /v1/chat/completions",
+            param="top_logprobs",
+        )
     messages: list[schemas.Message] = []
     if request.instructions:
         messages.append(schemas.Message(role="system", content=request.instructions))

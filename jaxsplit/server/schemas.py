@@ -68,7 +68,7 @@ class SamplingFields(Received, kw_only=True):
     n_keep: int | None = None
     n_discard: int | None = None
     n_indent: int | None = None
-    id_slot: int | None = None
+    id_slot: Annotated[int, Meta(ge=-1)] | None = None  # of no effect: any slot finds prefixes
     samplers: list[str] | None = None
     post_sampling_probs: bool | None = None
 
@@ -367,6 +367,13 @@ class Completion(Sent, kw_only=True):
     timings: Timings | UnsetType = UNSET
 
 
+class InputTokens(Sent, kw_only=True):
+    """Tokens of a prompt."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 # llama.cpp's endpoints
 
 
@@ -426,8 +433,13 @@ class LlamaChunk(Sent, kw_only=True):
 
 
 class TokenizeRequest(Received, kw_only=True):
-    content: str
+    """llama.cpp's `content` with `add_special`, or vLLM's `prompt` with `add_special_tokens`."""
+
+    content: str | None = None
     add_special: bool = False
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    model: str | None = None
     parse_special: bool = True
     with_pieces: bool = False
 
@@ -443,10 +455,20 @@ class Tokens(Sent, kw_only=True):
 
 class DetokenizeRequest(Received, kw_only=True):
     tokens: list[int]
+    model: str | None = None
 
 
-class Content(Sent, kw_only=True):
+class Text(Sent, kw_only=True):
+    """The same text by llama.cpp's name, `content`, and by vLLM's, `prompt`."""
+
     content: str
+    prompt: str
+
+
+class TokenizerInfo(Sent, kw_only=True):
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
 
 
 class ApplyTemplateRequest(ChatRequest, kw_only=True):

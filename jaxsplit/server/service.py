@@ -39,7 +39,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_keep": (0, -1),
     "n_discard": (0,),
     "n_indent": (0,),
-    "id_slot": (-1,),
     "post_sampling_probs": (False,),
 }
 """Fields of llama.cpp for samplers that there are not, and the values that switch these off."""
