@@ -172,24 +172,6 @@ def test_regular_expressions_and_gbnf(client):
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "name"),
         (
             {
-                "messages": [
-                    *USER,
-                    {
-                        "role": "assistant",
-                        "tool_calls": [
-                            {
-                                "id": "1",
-                                "type": "function",
-                                "function": {"name": "f", "arguments": "{"},
-                            }
-                        ],
-                    },
-                ]
-            },
-            "not JSON",
-        ),
-        (
-            {
                 "messages": [*USER, {"role": "assistant", "content": "Well"}],
                 "extra_body": {"chat_template_kwargs": {"enable_thinking": True}},
             },
@@ -200,6 +182,14 @@ def test_regular_expressions_and_gbnf(client):
 def test_what_is_refused_says_why(client, options, message):
     with pytest.raises(openai.BadRequestError, match=message):
         ask(client, **options)
+
+
+def test_a_call_that_broke_off_stays_text(client, url):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": '}}
+    failed = {"role": "tool", "tool_call_id": "1", "content": "not JSON"}
+    messages = [*USER, {"role": "assistant", "tool_calls": [call]}, failed]
+    prompt = client.post(f"{url}/apply-template", cast_to=object, body={"messages": messages})
+    assert '{"name": "f", "arguments": "{\\"a\\": "}\n</tool_call>' in prompt["prompt"]
 
 
 def test_responses_with_tools(client):
