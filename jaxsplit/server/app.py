@@ -79,6 +79,7 @@ ENDPOINTS = (
         received=responses.ResponsesRequest,
         sent=responses.ResponseObject,
         chunks=responses.StreamEvent,
+        others=("/responses",),
     ),
     Endpoint(
         "POST",
@@ -86,6 +87,7 @@ ENDPOINTS = (
         responses.input_tokens,
         received=responses.ResponsesRequest,
         sent=schemas.InputTokens,
+        others=("/responses/input_tokens",),
     ),
     Endpoint(
         "POST",

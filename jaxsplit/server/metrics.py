@@ -87,8 +87,10 @@ class Metrics:
             return
         s = self._lm.statistics
         c, used = s.counters, s.pages - s.free_pages - s.cached_pages
+        read = c.prompt_tokens - c.cached_tokens
         for name, help, value in (
-            ("llamacpp:prompt_tokens", "Prompt tokens.", c.prompt_tokens),
+            ("llamacpp:prompt_tokens", "Prompt tokens read.", read),
+            ("llamacpp:prompt_tokens_cached", "Prompt tokens found in the cache.", c.cached_tokens),
             ("llamacpp:tokens_predicted", "Generated tokens.", c.generated_tokens),
             ("vllm:prompt_tokens", "Prompt tokens.", c.prompt_tokens),
             ("vllm:generation_tokens", "Generated tokens.", c.generated_tokens),

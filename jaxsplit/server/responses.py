@@ -146,7 +146,10 @@ Output = OutputMessage | OutputCall | OutputReasoning
 
 
 class InputDetails(Sent, kw_only=True):
+    """Tokens of the input that were in the cache, and those that were read into it."""
+
     cached_tokens: int
+    cache_write_tokens: int
 
 
 class OutputDetails(Sent, kw_only=True):
@@ -382,13 +385,14 @@ class _Items:
         complete = generation.finish_reason == "stop"
         yield from self._close("completed" if complete else "incomplete")
         usage = self._service.usage(self._running)
+        cached = usage.prompt_tokens_details.cached_tokens
         self.response.status = "completed" if complete else "incomplete"
         if not complete:
             self.response.incomplete_details = {"reason": "max_output_tokens"}
         self.response.usage = ResponseUsage(
             input_tokens=usage.prompt_tokens,
             input_tokens_details=InputDetails(
-                cached_tokens=usage.prompt_tokens_details.cached_tokens
+                cached_tokens=cached, cache_write_tokens=usage.prompt_tokens - cached
             ),
             output_tokens=usage.completion_tokens,
             output_tokens_details=OutputDetails(),
