@@ -624,11 +624,7 @@ class LM:
         checked_choice("show_special", show_special, SHOW_SPECIAL)
         stops, ends = _stop_strings(stop), set(self._checked(stop_ids, "stop_ids"))
         if grammar is not None:
-            if not isinstance(grammar, Grammar):
-                raise JaxsplitError(f"grammar={grammar!r:.40} must be a jaxsplit.Grammar")
-            _ = self.tokenizer  # raises if there is none
-            assert self._grammars is not None
-            self._grammars.check(grammar)
+            self.check_grammar(grammar)
         config = SamplingConfig.of(options, sampling)
         self._checked([token for token, _ in config.logit_bias or ()], "logit_bias")
         spec = RequestSpec(
@@ -652,6 +648,18 @@ class LM:
             return Generation(request, tokenizer, stop=stops, show_special=show_special)
 
         return tokens, begin
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compiles a grammar for this model's tokens.
+
+        Raises:
+          JaxsplitError: it is invalid, or the file has no tokenizer.
+        """
+        if not isinstance(grammar, Grammar):
+            raise JaxsplitError(f"grammar={grammar!r:.40} must be a jaxsplit.Grammar")
+        _ = self.tokenizer  # raises its error
+        assert self._grammars is not None
+        self._grammars.check(grammar)
 
     def describe(self) -> str:
         """The model, its split, and how devices communicate, in one line."""

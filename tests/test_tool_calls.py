@@ -14,7 +14,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.text import ChatTemplate, Grammar, Grammars, Tokenizer
 from jaxsplit.text.answer import AnswerParser, Delta, ToolCall, ToolCallDelta
 from jaxsplit.text.special import TokenType
-from jaxsplit.text.tool_calls import FORMATS, tool_format
+from jaxsplit.text.tool_calls import FORMATS, after_reasoning, tool_format
 
 
 def tool(name, required=(), **properties):
@@ -688,3 +688,28 @@ def test_marks_can_be_tokens_of_either_type(type):
         matcher.accept(id)
     assert matcher.state.is_accepting(), matcher.state.get_error()
     assert tokenizer.decode(ids, show_special="template") == text
+
+
+@pytest.mark.parametrize("marks", [(), ("<think>", "</think>")])
+@pytest.mark.parametrize(
+    "prompt, answers, others",
+    [
+        ("<|im_start|>assistant\n<think>\n", ['so {\n</think>\n\n{"a": 1}'], ['{"a": 1}']),
+        ("<|im_start|>assistant\n", ["<think>\nso\n</think>\n{}", "{}"], ["so {}"]),
+        ("<think>\n\n</think>\n\n", ["{}"], ["<think></think>{}"]),
+    ],
+)
+def test_a_grammar_holds_after_reasoning(marks, prompt, answers, others):
+    vocabulary = Vocabulary(marks)
+    template = "… <think>\n …"
+    content = Grammar("json_object").lark
+    grammar = after_reasoning(content, template, prompt, vocabulary.special_tokens)
+    for text in answers:
+        matcher = vocabulary.matcher(grammar)
+        assert matcher.consume_tokens(vocabulary.encode(text)), text
+        assert matcher.is_accepting(), text
+    for text in others:
+        matcher = vocabulary.matcher(grammar)
+        consumed = matcher.consume_tokens(vocabulary.encode(text))
+        assert not (consumed and matcher.is_accepting()), text
+    assert after_reasoning(content, "no marks", "", {}) == content

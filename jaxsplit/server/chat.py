@@ -36,7 +36,9 @@ from jaxsplit.server.schemas import (
 from jaxsplit.server.service import FINGERPRINT, Service
 from jaxsplit.server.streaming import Stream
 from jaxsplit.text.answer import AnswerParser, Delta
+from jaxsplit.text.grammar import Grammar
 from jaxsplit.text.reasoning import MARKS
+from jaxsplit.text.tool_calls import after_reasoning
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "deadline": "length"}
 """By the engine's."""
@@ -144,17 +146,25 @@ class Chat:
             raise ApiError(400, "tool_choice and a grammar contradict each other")
 
     def use(self, prompt: Prompt) -> None:
-        """Takes the prompt. The grammar of a required call goes on from what it has begun."""
+        """Takes the prompt. Grammars go on from the reasoning that it has begun."""
         self.prompt = prompt
+        choice, tokenizer = self.request.tool_choice, self._service.lm.tokenizer
+        special_tokens = {tokenizer.token_text(id): id for id in tokenizer.markup_ids}
+        if self.grammar is not None:
+            lark = after_reasoning(
+                self.grammar.lark, self.template.source, prompt.text, special_tokens
+            )
+            if lark != self.grammar.lark:
+                self._service.lm.check_grammar(self.grammar)  # errors are about the client's text
+                self.grammar = Grammar("lark", lark)
         if self._required:
-            choice, tokenizer = self.request.tool_choice, self._service.lm.tokenizer
             self.grammar = of_tools(
                 self.template.source,
                 self.tools,
                 choice.function.name if isinstance(choice, schemas.NamedTool) else None,
                 parallel=self.request.parallel_tool_calls is not False,
                 prompt=prompt.text,
-                special_tokens={tokenizer.token_text(id): id for id in tokenizer.markup_ids},
+                special_tokens=special_tokens,
             )
 
     def render(self) -> str:
@@ -253,6 +263,8 @@ def _as_json(tool: schemas.Tool) -> dict[str, Any]:
     if f.description is not None:
         function["description"] = f.description
     function["parameters"] = f.parameters or {"type": "object", "properties": {}}
+    if f.strict:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 
@@ -292,7 +304,8 @@ def _content(message: Message) -> str:
 def _call(call: schemas.ToolCall, as_text: bool) -> dict[str, Any]:
     arguments: Any = call.function.arguments
     if not as_text:
-        with contextlib.suppress(ValueError, RecursionError):  # a call that broke off stays text
+        # Those of a call that was cut off are no JSON: the model sees them as they are.
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id or "", "type": "function", "function": function}

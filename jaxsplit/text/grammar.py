@@ -58,6 +58,15 @@ class Grammar:
         if not isinstance(self.text, str):
             raise JaxsplitError(f"grammar.text={self.text!r:.40} must be a string")
 
+    @property
+    def lark(self) -> str:
+        """The same in llguidance's variant of Lark.
+
+        Raises:
+          JaxsplitError: the text is not what the kind says, or `llguidance` is not installed.
+        """
+        return _TO_LARK[self.kind](self)
+
 
 def _json(grammar: Grammar) -> Any:
     try:
@@ -264,7 +273,7 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> Any:
         """The library's matcher at the beginning of a text."""
-        state = self._matcher(_TO_LARK[grammar.kind](grammar))
+        state = self._matcher(grammar.lark)
         if not state.is_error():
             return state
         error, place = _line(state.get_error()), ""

@@ -250,6 +250,23 @@ def tool_format(template: str) -> ToolFormat | None:
     return None
 
 
+def after_reasoning(
+    grammar: str, template: str, prompt: str, special_tokens: Mapping[str, int]
+) -> str:
+    """A grammar of the answers whose content satisfies another one.
+
+    Args:
+      grammar: of the content, in llguidance's dialect of Lark.
+      template: source of the chat template, whose marks tell how its models reason.
+      prompt: text of the prompt, which may have begun the reasoning, or ended it.
+      special_tokens: as of `ToolFormat.grammar`.
+    """
+    marks = tuple(m for m in MARKS if m[1] and (m[0] in template or m[1] in template))
+    format = tool_format(template) or ToolFormat("", (), "", reasoning=marks)
+    writer = _Grammar(dataclasses.replace(format, reasoning=marks), special_tokens)
+    return writer.content(grammar, prompt)
+
+
 def tool_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """JSON schemas of the arguments of tools, by name.
 
@@ -333,6 +350,17 @@ class _Grammar:
         else:
             calls = f"{begin} {repeated(call, format.separator)} {end}"
         return "\n".join([f"start: {self._reasoning(prompt)} {calls}", *self._rules, ""])
+
+    def content(self, grammar: str, prompt: str) -> str:
+        """The grammar of answers without calls."""
+        final = ""
+        if self._format.channels:
+            final = self._text("<|channel|>final<|message|>")
+        reasoning = f"{self._reasoning(prompt)} {final}".strip()
+        if not reasoning:
+            return grammar
+        start = f"start: {reasoning} %lark {{\n{grammar}\n}}"
+        return "\n".join([start, *self._rules, ""])
 
     def _reasoning(self, prompt: str) -> str:
         """The rest of what the prompt has begun, or as much as the model likes."""
