@@ -190,6 +190,19 @@ def test_a_call_that_broke_off_stays_text(client, url):
     assert '{"name": "f", "arguments": "{\\"a\\": "}\n</tool_call>' in prompt["prompt"]
 
 
+def test_a_format_leaves_tools_their_calls(client):
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": PARAMETERS}}
+    reasons = set()
+    for seed in range(8):
+        options = {"tools": [WEATHER], "response_format": schema, "seed": seed}
+        answer = ask(client, **options, logit_bias={"h": -100}).choices[0]  # no <think>
+        calls = answer.message.tool_calls
+        text = calls[0].function.arguments if calls else answer.message.content
+        jsonschema.validate(json.loads(text), PARAMETERS)
+        reasons.add(answer.finish_reason)
+    assert reasons == {"stop", "tool_calls"}
+
+
 def test_responses_with_tools(client):
     tool = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
     options = {

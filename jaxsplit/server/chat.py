@@ -38,7 +38,7 @@ from jaxsplit.server.streaming import Stream
 from jaxsplit.text.answer import AnswerParser, Delta
 from jaxsplit.text.grammar import Grammar
 from jaxsplit.text.reasoning import MARKS
-from jaxsplit.text.tool_calls import after_reasoning
+from jaxsplit.text.tool_calls import after_reasoning, tool_format
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "deadline": "length"}
 """By the engine's."""
@@ -148,24 +148,32 @@ class Chat:
     def use(self, prompt: Prompt) -> None:
         """Takes the prompt. Grammars go on from the reasoning that it has begun."""
         self.prompt = prompt
-        choice, tokenizer = self.request.tool_choice, self._service.lm.tokenizer
+        source, tokenizer = self.template.source, self._service.lm.tokenizer
         special_tokens = {tokenizer.token_text(id): id for id in tokenizer.markup_ids}
-        if self.grammar is not None:
-            lark = after_reasoning(
-                self.grammar.lark, self.template.source, prompt.text, special_tokens
-            )
-            if lark != self.grammar.lark:
-                self._service.lm.check_grammar(self.grammar)  # errors are about the client's text
-                self.grammar = Grammar("lark", lark)
-        if self._required:
-            self.grammar = of_tools(
-                self.template.source,
+
+        def calls(name: str | None) -> Grammar:
+            parallel = self.request.parallel_tool_calls is not False
+            return of_tools(
+                source,
                 self.tools,
-                choice.function.name if isinstance(choice, schemas.NamedTool) else None,
-                parallel=self.request.parallel_tool_calls is not False,
+                name,
+                parallel=parallel,
                 prompt=prompt.text,
                 special_tokens=special_tokens,
             )
+
+        choice = self.request.tool_choice
+        if self._required:
+            self.grammar = calls(
+                choice.function.name if isinstance(choice, schemas.NamedTool) else None
+            )
+        elif self.grammar is not None:
+            lark = after_reasoning(self.grammar.lark, source, prompt.text, special_tokens)
+            if self.tools and tool_format(source):  # either
+                lark = f"start: %lark {{\n{calls(None).lark}\n}} | %lark {{\n{lark}\n}}"
+            if lark != self.grammar.lark:
+                self._service.lm.check_grammar(self.grammar)  # errors are about the client's text
+                self.grammar = Grammar("lark", lark)
 
     def render(self) -> str:
         """The prompt's text.
