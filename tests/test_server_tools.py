@@ -234,5 +234,7 @@ def test_responses_with_tools(client):
 
 def test_responses_in_a_schema(client):
     text = {"format": {"type": "json_schema", "name": "s", "schema": PARAMETERS, "strict": True}}
-    found = client.responses.create(model="-", input="Hello", text=text, max_output_tokens=200)
+    found = client.responses.create(
+        model="-", input="Hello", text=text, max_output_tokens=200, temperature=0
+    )
     jsonschema.validate(json.loads(found.output_text), PARAMETERS)
