@@ -102,8 +102,11 @@ class Guard:
             return Response(status_code=204)
         if self._keys and scope["path"] not in _OPEN and not self._knows(headers):
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-            asks = {"WWW-Authenticate": 'Bearer, Basic realm="the API key as password"'}
-            return _error(ApiError(401, message, code="invalid_api_key", headers=asks))
+            response = _error(ApiError(401, message, code="invalid_api_key"))
+            # Chromium takes no more than one challenge from a header.
+            for challenge in ("Bearer", 'Basic realm="the API key as password"'):
+                response.headers.append("WWW-Authenticate", challenge)
+            return response
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_bytes:
             return _error(self._too_large())

@@ -75,12 +75,13 @@ class View {
     };
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      if (area.value.trim()) ask(area.value, this.message);
+      if (area.value.trim() && settingsValid()) ask(area.value, this.message);
     });
     form.addEventListener("keydown", (event) => {
       if (sends(event)) form.requestSubmit();
-      if (event.key === "Escape") this.cancel();
-      if (event.key === "Escape") event.stopPropagation();
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // else it stops an answer
+      this.cancel();
     });
     hide(true);
     this.node.append(form);
@@ -174,7 +175,7 @@ new ResizeObserver(follow).observe(scroller);
 $("latest").addEventListener("click", () => {
   pinned = true;
   follow();
-  text.focus();
+  focusText();
 });
 
 // Answers
@@ -182,11 +183,6 @@ $("latest").addEventListener("click", () => {
 /** Adds a user's message, in place of `old` and all after it if that is given. */
 async function ask(content, old) {
   const conversation = current;
-  if (!$("fields").checkValidity()) {
-    $("settings").showPopover();
-    $("fields").reportValidity();
-    return;
-  }
   await stop(conversation);
   if (old) conversation.messages.length = conversation.messages.indexOf(old);
   conversation.messages.push({ role: "user", content });
@@ -208,7 +204,7 @@ function answer(conversation) {
   run.ended = generate(conversation, message, body, controller.signal);
   keep(conversation);
   show(conversation);
-  text.focus();
+  focusText();
 }
 
 function requestMessages({ settings, messages }) {
@@ -307,17 +303,24 @@ function drawList() {
   );
 }
 
-function enter(conversation) {
+/** Where the list stands over the messages. */
+function closeList() {
   if ($("conversations").matches(":popover-open")) $("conversations").hidePopover();
+}
+
+function enter(conversation) {
+  closeList();
   show(conversation);
-  text.focus();
+  focusText();
 }
 
 function rename() {
   const [open, actions] = $("list").querySelector("li:has([aria-current])").children;
   const input = h("input", { value: current.title, ariaLabel: "Title", maxLength: 200 });
+  let ended = false;
   const end = (title) => {
-    if (!input.isConnected) return;
+    if (ended) return; // the input loses the focus when it goes
+    ended = true;
     if (title?.trim()) current.title = title.trim();
     input.remove();
     keep(current);
@@ -325,11 +328,10 @@ function rename() {
     $("list").querySelector("[data-do=rename]").focus();
   };
   input.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") end(input.value);
-    if (event.key !== "Escape") return;
-    event.preventDefault(); // else it closes the list
+    if (event.key !== "Enter" && event.key !== "Escape") return;
+    event.preventDefault(); // else Enter presses the next button, and Escape closes the list
     event.stopPropagation();
-    end();
+    end(event.key === "Enter" ? input.value : undefined);
   });
   input.addEventListener("blur", () => end(input.value));
   open.replaceWith(input);
@@ -460,6 +462,7 @@ let hiding;
 /** Says something for a while; if it can be taken back, until the focus moves on. */
 function toast(said, undo) {
   clearTimeout(hiding);
+  closeList();
   const hide = () => $("toast").replaceChildren();
   $("toast").replaceChildren(said);
   if (!undo) {
@@ -487,9 +490,14 @@ function sends(event) {
   return true;
 }
 
+/** Not on touch screens: a keyboard would come up. */
+function focusText() {
+  if (!touch.matches) text.focus();
+}
+
 function submit() {
   const content = text.value;
-  if (!content.trim() || runs.has(current)) return;
+  if (!content.trim() || runs.has(current) || !settingsValid()) return;
   text.value = "";
   grow();
   ask(content);
@@ -526,6 +534,13 @@ $("fields").addEventListener("reset", () => {
   current.settings = {};
   keepSettings();
 });
+
+/** Whether all fields are; else it shows the one that is not. */
+function settingsValid() {
+  if ($("fields").checkValidity()) return true;
+  $("settings").showPopover();
+  return $("fields").reportValidity();
+}
 
 function keepSettings() {
   if (conversations.includes(current)) keep(current);
@@ -588,5 +603,5 @@ addEventListener("storage", (event) => {
 addEventListener("pagehide", () => runs.forEach((_, conversation) => keep(conversation)));
 
 show(current);
-if (!touch.matches) text.focus();
+focusText();
 whenReady().then(describe);

@@ -112,7 +112,7 @@ function readParagraph(lines, start, depth) {
   let i = start + 1;
   while (i < lines.length && lines[i].trim() && !interrupts(lines, i, depth)) i++;
   const text = lines.slice(start, i).map((line) => line.trim()).join("\n");
-  return [inline(text, h("p", { dir: "auto" })), i];
+  return [inline(text, h("p")), i];
 }
 
 function readFence(lines, start, [, fence, info]) {
@@ -139,7 +139,7 @@ export function codeBlock(text, language) {
 function readHeading(lines, i, [, marks, text]) {
   // The page has the first two levels.
   const tag = `h${Math.min(marks.length + 2, 6)}`;
-  return [inline((text ?? "").trim(), h(tag, { dir: "auto" })), i + 1];
+  return [inline((text ?? "").trim(), h(tag)), i + 1];
 }
 
 function isRule(line) {
@@ -152,7 +152,7 @@ function readQuote(lines, start, _, depth) {
   for (; i < lines.length && /^ {0,3}>/.test(lines[i]); i++) {
     inner.push(lines[i].trimStart().slice(1).replace(/^ /, ""));
   }
-  return [h("blockquote", { dir: "auto" }, ...nodes(inner, depth + 1)), i];
+  return [h("blockquote", {}, ...nodes(inner, depth + 1)), i];
 }
 
 function listMarker(line) {
@@ -186,7 +186,7 @@ function readList(lines, start, first, depth) {
         break;
       }
     }
-    list.append(h("li", { dir: "auto" }, ...nodes(item, depth + 1)));
+    list.append(h("li", {}, ...nodes(item, depth + 1)));
   }
   return [list, i];
 }
@@ -204,7 +204,7 @@ function readTable(lines, start, { names, aligned }, depth) {
   const row = (tag, texts) => {
     const tr = h("tr");
     texts.slice(0, names.length).forEach((text, column) => {
-      tr.append(inline(text, h(tag, { dir: "auto", className: sides[column] }), { cell: true }));
+      tr.append(inline(text, h(tag, { className: sides[column] }), { cell: true }));
     });
     return tr;
   };
