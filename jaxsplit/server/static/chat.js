@@ -228,7 +228,7 @@ async function generate(conversation, message, body, signal) {
     }
     message.finish ??= "stop";
   } catch (error) {
-    if (signal.aborted) message.finish = "stopped";
+    if (signal.aborted) message.finish ??= "stopped";
     else message.error = error.message;
   }
   say("");
@@ -600,7 +600,13 @@ addEventListener("storage", (event) => {
   if (same && JSON.stringify(same) !== JSON.stringify(current)) show(same);
   else drawList();
 });
-addEventListener("pagehide", () => runs.forEach((_, conversation) => keep(conversation)));
+addEventListener("pagehide", () => {
+  for (const [conversation, run] of runs) {
+    run.message.finish = "interrupted";
+    run.stop();
+    keep(conversation);
+  }
+});
 
 show(current);
 focusText();
