@@ -547,6 +547,10 @@ MARKDOWN = {
         "<div><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td><em>c</em></td>"
         "<td>d|e</td></tr><tr><td><br></td></tr></tbody></table></div><p>f</p>"
     ),
+    "a | b\n-|-\n`c|d` | e | f": (
+        "<div><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr>"
+        "<td><code>c|d</code></td><td>e | f</td></tr></tbody></table></div>"
+    ),
     "[a *b*](https://x.org/y_(z) 'title') https://x.org/a_b_c. <https://y.org>": (
         '<p><a href="https://x.org/y_(z)">a <em>b</em></a> '
         '<a href="https://x.org/a_b_c">https://x.org/a_b_c</a>. '
@@ -671,6 +675,7 @@ def test_text_that_grows_looks_as_if_it_came_at_once(render):
         "https://x.org/(",
         "\\(",
         "(a",
+        "|`a",
         '[a](b "',
     ],
 )
@@ -688,6 +693,32 @@ def test_repetition_takes_linear_time(render, unit):
         unit * (80_000 // len(unit)),
     )
     assert seconds < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "> " * 3000 + "a",
+        "- " * 3000 + "a",
+        "\n".join("  " * i + "- a" for i in range(200)),
+        "*a _b " * 3000 + "c_ d* " * 3000,
+        "[" * 3000 + "](https://x.org)" * 3000,
+    ],
+    ids=["quotes", "lists", "indented lists", "emphasis", "links"],
+)
+def test_nesting_is_bounded(render, text):
+    """Layout is recursive."""
+    depth = render(
+        """async text => {
+          const { MarkdownView } = await import("/page/markdown.js");
+          const depth = e => 1 + Math.max(0, ...[...e.children].map(depth));
+          const root = document.createElement("div");
+          new MarkdownView(root).update(text);
+          return depth(root);
+        }""",
+        text,
+    )
+    assert depth < 100
 
 
 def test_long_answers_are_drawn_in_linear_time(render):

@@ -203,7 +203,9 @@ function readTable(lines, start, { names, aligned }, depth) {
   const sides = aligned.map((cell) => (cell.endsWith(":") ? (cell[0] === ":" ? "center" : "end") : ""));
   const row = (tag, texts) => {
     const tr = h("tr");
-    texts.slice(0, names.length).forEach((text, column) => {
+    // More cells than columns: the last one takes what is left.
+    if (texts.length > names.length) texts.push(texts.splice(names.length - 1).join(" | "));
+    texts.forEach((text, column) => {
       tr.append(inline(text, h(tag, { className: sides[column] }), { cell: true }));
     });
     return tr;
@@ -221,7 +223,12 @@ function cells(line) {
   let text = line.trim();
   if (text.startsWith("|")) text = text.slice(1);
   if (text.endsWith("|") && !text.endsWith("\\|")) text = text.slice(0, -1);
-  return text.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+  const found = [""];
+  for (const [piece] of text.matchAll(/\\.|`+[^`]*`+|[^|`\\]+|./g)) {
+    if (piece === "|") found.push("");
+    else found[found.length - 1] += piece === "\\|" ? "|" : piece;
+  }
+  return found.map((cell) => cell.trim());
 }
 
 const nodes = (lines, depth) => parse(lines, depth).map(({ node }) => node);
