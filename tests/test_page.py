@@ -155,14 +155,16 @@ def test_answers_are_streamed_stopped_and_generated_again(page):
     settings(page, {"Max tokens": "20", "Temperature": "0"})
     page.get_by_role("button", name="Regenerate").click()
     statistics = page.locator(f"{DONE} .statistics")
-    api.expect(statistics).to_contain_text("ended by the limit of tokens")
-    assert re.search(r"[\d.]+ tokens/s · 20 tokens · first after [\d.]+ s", statistics.inner_text())
+    api.expect(statistics).to_contain_text("token limit reached")
+    assert re.search(
+        r"[\d.]+ tokens/s · 20 tokens · first token after [\d.]+ s", statistics.inner_text()
+    )
     said = content.inner_text()
 
     # The same tokens again, and what was read before is in the cache.
     page.get_by_role("button", name="Regenerate").click()
     api.expect(page.locator(f"{DONE} .statistics")).to_contain_text(
-        re.compile(r"prompt \d+, [1-9]")
+        re.compile(r"prompt tokens, [1-9]")
     )
     assert content.inner_text() == said
 
@@ -245,7 +247,8 @@ def test_reasoning_is_folded_and_calls_are_code(page):
     api.expect(shown.locator(".calls figcaption")).to_contain_text("call of weather")
     statistics = shown.locator(".statistics").inner_text()
     assert re.fullmatch(
-        r"12\.3 tokens/s · 7 tokens · first after [\d.]+ s · prompt 100, 64 cached", statistics
+        r"12\.3 tokens/s · 7 tokens · first token after [\d.]+ s · 100 prompt tokens, 64 cached",
+        statistics,
     )
 
 
@@ -591,7 +594,18 @@ _TAGS = re.compile(
     "a|bdi|blockquote|br|button|code|div|em|figcaption|figure|h[3-6]|hr|li|ol|p|pre|s|span|strong|"
     "table|tbody|td|th|thead|tr|ul"
 )
-_ATTRIBUTES = {"class", "data-code", "data-do", "dir", "href", "rel", "start", "target", "title"}
+_ATTRIBUTES = {
+    "class",
+    "data-code",
+    "data-do",
+    "dir",
+    "href",
+    "rel",
+    "start",
+    "tabindex",
+    "target",
+    "title",
+}
 
 
 @pytest.fixture(scope="module")

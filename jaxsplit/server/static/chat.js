@@ -90,7 +90,7 @@ class View {
 }
 
 const FINISHES = {
-  length: "ended by the limit of tokens",
+  length: "token limit reached",
   stopped: "stopped",
   interrupted: "interrupted",
 };
@@ -101,8 +101,8 @@ function summary({ finish, statistics: s = {} }) {
     FINISHES[finish],
     s.rate && `${s.rate.toFixed(1)} tokens/s`,
     s.tokens && `${s.tokens} tokens`,
-    s.first && `first after ${s.first.toFixed(2)} s`,
-    s.prompt && `prompt ${s.prompt}, ${s.cached} cached`,
+    s.first && `first token after ${s.first.toFixed(2)} s`,
+    s.prompt && `${s.prompt} prompt tokens, ${s.cached} cached`,
   ].filter(Boolean).join(" · ");
 }
 
@@ -184,8 +184,10 @@ $("latest").addEventListener("click", () => {
 async function ask(content, old) {
   const conversation = current;
   await stop(conversation);
-  if (old) conversation.messages.length = conversation.messages.indexOf(old);
-  conversation.messages.push({ role: "user", content });
+  const { messages } = conversation;
+  if (old && !messages.includes(old)) return; // sent twice
+  if (old) messages.length = messages.indexOf(old);
+  messages.push({ role: "user", content });
   conversation.title ||= content.trim().split("\n", 1)[0].slice(0, 60);
   if (!conversations.includes(conversation)) conversations.push(conversation);
   answer(conversation);
@@ -273,8 +275,8 @@ async function stop(conversation) {
 
 // Conversations
 
-function keep(conversation) {
-  conversation.changed = Date.now();
+function keep(conversation, changed = Date.now()) {
+  conversation.changed = changed;
   try {
     store.save(conversation);
   } catch {
@@ -369,16 +371,14 @@ async function importFile(file) {
     toast(`${file.name} cannot be imported: ${error.message}.`);
     return;
   }
-  let added = 0;
-  for (const one of found) {
-    const same = conversations.find(({ id }) => id === one.id);
-    if (same && JSON.stringify(same.messages) === JSON.stringify(one.messages)) continue;
-    if (same) one.id = store.newConversation().id;
+  const said = ({ messages }) => JSON.stringify(messages);
+  const added = found.filter((one) => !conversations.some((c) => c.id === one.id && said(c) === said(one)));
+  toast(`${added.length} of ${found.length} conversations imported; the others were here already.`);
+  for (const one of added) {
+    if (conversations.some(({ id }) => id === one.id)) one.id = store.newConversation().id;
     conversations.push(one);
-    store.save(one);
-    added++;
+    keep(one, one.changed);
   }
-  toast(`${added} of ${found.length} conversations imported; the others were here already.`);
   drawList();
 }
 

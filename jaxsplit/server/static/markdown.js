@@ -132,7 +132,7 @@ export function codeBlock(text, language) {
     "figure",
     { className: "code" },
     h("figcaption", {}, h("span", { textContent: language }), copy),
-    h("pre", { dir: "ltr" }, withMarks(text, h("code"))),
+    h("pre", { dir: "ltr", tabIndex: 0 }, withMarks(text, h("code"))),
   );
 }
 
@@ -216,7 +216,8 @@ function readTable(lines, start, { names, aligned }, depth) {
     body.append(row("td", cells(lines[i])));
   }
   const table = h("table", {}, h("thead", {}, row("th", names)), body);
-  return [h("div", { className: "wide" }, table), i];
+  // Not all browsers let the keyboard scroll what has no tabindex.
+  return [h("div", { className: "wide", tabIndex: 0 }, table), i];
 }
 
 function cells(line) {
