@@ -57,9 +57,9 @@ def test_the_wheel_has_the_package_alone(built):
     version = jaxsplit.__version__
     assert {name.split("/")[0] for name in names} == {"jaxsplit", f"jaxsplit-{version}.dist-info"}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxsplit").rglob("*.py")}
-    assert {name for name in names if name.startswith("jaxsplit/")} == package | {
-        "jaxsplit/py.typed"
-    }
+    page = (ROOT / "jaxsplit" / "server" / "static").iterdir()
+    package |= {"jaxsplit/py.typed", *(path.relative_to(ROOT).as_posix() for path in page)}
+    assert {name for name in names if name.startswith("jaxsplit/")} == package
 
 
 def test_the_source_distribution_builds_the_same(built):

@@ -54,6 +54,8 @@ def _document() -> bytes:
 
 ENDPOINTS = (
     Endpoint("GET", "/", page.index, sent="text/html; charset=utf-8"),
+    Endpoint("GET", "/page/{name}.css", page.style, sent="text/css; charset=utf-8"),
+    Endpoint("GET", "/page/{name}.js", page.script, sent="text/javascript; charset=utf-8"),
     Endpoint("GET", "/health", models.health, sent=schemas.Health, others=("/v1/health",)),
     Endpoint(
         "POST",

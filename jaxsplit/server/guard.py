@@ -28,9 +28,11 @@ _OPEN = ("/health", "/v1/health")
 """Paths that need no key."""
 
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
+"""Own files only, no inline scripts, and no HTML from text: what a model writes cannot run."""
 
 
 class Guard:
@@ -100,8 +102,11 @@ class Guard:
             return Response(status_code=204)
         if self._keys and scope["path"] not in _OPEN and not self._knows(headers):
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-            asks = {"WWW-Authenticate": 'Bearer, Basic realm="the API key as password"'}
-            return _error(ApiError(401, message, code="invalid_api_key", headers=asks))
+            response = _error(ApiError(401, message, code="invalid_api_key"))
+            # Chromium takes no more than one challenge from a header.
+            for challenge in ("Bearer", 'Basic realm="the API key as password"'):
+                response.headers.append("WWW-Authenticate", challenge)
+            return response
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_bytes:
             return _error(self._too_large())
