@@ -54,13 +54,21 @@ class Reasoning(Received, kw_only=True):
     generate_summary: str | None = None
 
 
+class Part(msgspec.Struct, kw_only=True):
+    """A part of a message or of reasoning."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
 class Item(msgspec.Struct, kw_only=True):
     """An item of the input: a message, a call, or what a call gave. Other fields are let through,
     since clients send back items of the output with fields of their own."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[Any] | None = None
+    content: str | list[Part] | None = None
     id: str | None = None
     status: str | None = None
     call_id: str | None = None
@@ -308,15 +316,10 @@ def _add(messages: list[schemas.Message], item: Item) -> None:
             raise ApiError(400, "a message of input has no role or content", param="input")
         content = item.content
         if isinstance(content, list):
-            content = msgspec.convert(
-                [
-                    {"type": part.get("type", ""), "text": part.get("text")}
-                    if isinstance(part, dict)
-                    else part
-                    for part in content
-                ],
-                list[schemas.ContentPart],
-            )
+            content = [
+                schemas.ContentPart(type=part.type, text=part.text, refusal=part.refusal)
+                for part in content
+            ]
         messages.append(schemas.Message(role=item.role, content=content))
     elif item.type == "function_call":
         function = schemas.FunctionCall(name=item.name or "", arguments=item.arguments or "{}")
