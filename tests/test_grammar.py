@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import itertools
 import json
 import re
 import sys
@@ -368,9 +367,10 @@ class Driver:
       lm: whose parameters it uses.
       grammars: of the scheduler.
       pages: of 8 tokens, of the cache.
+      loops: decode as where the host runs ahead of the devices.
     """
 
-    def __init__(self, lm, grammars, pages=40):
+    def __init__(self, lm, grammars, pages=40, *, loops=False):
         engine = Engine(
             lm.models,
             lm.engine.partition,
@@ -382,11 +382,14 @@ class Driver:
             vocab=lm.engine.vocab,
             chunks=(8, 32),
         )
+        engine.loops = loops
         self.scheduler = Scheduler(engine, measures=False, grammars=grammars)
-        self._numbers = itertools.count()
+        self._requests = []
 
     def submit(self, spec):
-        request = Request(spec, next(self._numbers), lambda one: self.scheduler.cancel(one.id))
+        cancel = self.scheduler.cancel
+        request = Request(spec, len(self._requests), lambda one: cancel(one.id))
+        self._requests.append(request)
         self.scheduler.check(spec)
         self.scheduler.add(request)
         return request
@@ -403,6 +406,10 @@ class Driver:
                 assert unit.steps == 1
                 assert all(s.request.spec.grammar for _, s in unit.rows())
         assert self.scheduler.idle
+        for request in self._requests:
+            while request.next_now():  # raises what it failed with
+                pass
+            assert request.done
 
 
 def spec_of(prompt, max_tokens, *, grammar=DIGITS, **options):
@@ -410,12 +417,15 @@ def spec_of(prompt, max_tokens, *, grammar=DIGITS, **options):
     return RequestSpec(prompt, sampling, max_tokens=max_tokens, grammar=grammar)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_devices_take_the_likeliest_permitted_token(load, tiny_path, lm, mesh):
+PLACES = [*((mesh, False) for mesh in MESHES), ("none", True), ("data:2,tensor:2", True)]
+
+
+@pytest.mark.parametrize(("mesh", "loops"), PLACES)
+def test_devices_take_the_likeliest_permitted_token(load, tiny_path, lm, mesh, loops):
     """The 263 tokens split into shards of which some begin within a word of the mask."""
     rng, vocab = fresh_rng(), lm.engine.vocab
     grammars = RandomGrammars(rng, vocab)
-    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars)
+    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars, loops=loops)
     prompts = [rng.integers(0, 200, n).tolist() for n in (1, 5, 12, 20, 3, 3)]
     running = [driver.submit(spec_of(prompt, 6)) for prompt in prompts]
     plain = driver.submit(spec_of(prompts[0], 6, grammar=None))
@@ -451,13 +461,13 @@ def test_requests_with_and_without_grammars_have_what_they_have_alone(lm):
         assert (other.text, other.finish_reason) == (one.text, one.finish_reason)
 
 
+@pytest.mark.parametrize("loops", [False, True])
 @pytest.mark.parametrize("mesh", ["none", "data:2,tensor:2"])
-def test_a_preempted_text_goes_on_where_it_was(load, tiny_path, lm, mesh, monkeypatch):
+def test_a_preempted_text_goes_on_where_it_was(load, tiny_path, lm, mesh, loops, monkeypatch):
     """Each of the three needs 8 pages at the end; there are 10, on each data replica."""
     monkeypatch.setattr(scheduler, "_RESERVE", 8)
-    rng, driver = fresh_rng(), None
-    grammars = Grammars(lm.tokenizer)
-    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars, pages=10)
+    rng, grammars = fresh_rng(), Grammars(lm.tokenizer)
+    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars, pages=10, loops=loops)
     rule = Grammar("regex", "([a-z]{3} ){14}")
     specs = [spec_of(rng.integers(0, 200, 8).tolist(), 60, grammar=rule) for _ in range(6)]
     specs[2] = dataclasses.replace(specs[2], grammar=None, max_tokens=50)

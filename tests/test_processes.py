@@ -64,6 +64,9 @@ texts = lm.generate(prompts, 10, temperature=0.0)
 started = [lm.submit(prompt, 40, temperature=0.0) for prompt in prompts]
 started[1].cancel()
 texts += [one.result().text for one in started if one is not started[1]]
+digits = jaxsplit.Grammar("regex", "[0-9]{3,20}")
+texts += lm.generate(prompts, 30, temperature=0.0, grammar=digits)
+assert all(text.isdigit() for text in texts[-len(prompts) :])
 print(json.dumps(texts))
 """
 
