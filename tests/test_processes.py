@@ -71,7 +71,7 @@ print(json.dumps(texts))
 """
 
 
-@pytest.mark.parametrize("mesh", ["tensor:2", "data:2"])
+@pytest.mark.parametrize("mesh", ["tensor:2", "data:2", "stage:2"])
 def test_two_processes_run_many_requests(model, mesh):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -362,7 +362,7 @@ class Engine:
             last = dataclasses.replace(
                 chunk, rows=dataclasses.replace(host, slots=slots.reshape(-1))
             )
-            mask = None if masks is None else self._device_mask(masks(), 0, rows)
+            mask = None if masks is None else self.runners[-1].split_masks(masks(), 0, rows)
             self._state, outputs = self.runners[-1].sample_first(sampler, rows)(
                 x, self._state, last, self._params, mask
             )
@@ -472,7 +472,7 @@ class Engine:
                 program.compile(runner.shapes_of(arguments[0]), *arguments[1:])
             if not first.ready and wanted != "logits":
                 logits = runner.logits_shape(data * rows)
-                mask = runner.mask_shape(data * rows) if sampler.mask else None
+                mask = self._no_masks(rows) if sampler.mask else None
                 first.compile(logits, state, chunk, params, mask)
 
         self._background.add(key, task)
@@ -506,6 +506,8 @@ class Engine:
             del self._rows[key]
             held = [
                 runner.overwrite()(old, runner.put(host, by_slot=True))
+                if runner.stage.is_local
+                else host
                 for runner, old in zip(self.runners, held, strict=True)
             ]
         self._rows[key] = host, held
@@ -586,7 +588,7 @@ class Engine:
             self._masked_layers(rows)
         mask, count = masks(), size // self.partition.data
         for batch, own in enumerate(rows[-1]):
-            part = self._device_mask(mask, batch * count, count)
+            part = last.split_masks(mask, batch * count, count)
             self._state, sampled = last.sample_next(sampler, count)(
                 self._logits[batch, size], self._state, own, self._params, part
             )
@@ -626,17 +628,17 @@ class Engine:
         held = self.runners[0].params, self._caches[0], self._state, self._params
         params, cache, state, slot_params = map(runner.shapes_of, held)
         on_device, logits = runner.shapes_by_slot(rows), runner.logits_shape(count)
-        mask = runner.mask_shape(count)
+        mask = self._no_masks(count // self.partition.data)
         return [
             (params, cache, logits, None, state, on_device),
             (logits, state, on_device, slot_params, mask),
         ]
 
-    def _device_mask(self, masks: np.ndarray, first: int, count: int) -> jax.Array:
-        """Masks of `count` rows of each data replica, from the `first` on, on the last stage."""
-        part = masks[:, first : first + count]
-        part = np.pad(part, [(0, 0), (0, count - part.shape[1]), (0, 0)])
-        return self.runners[-1].put_mask(part.reshape(-1, part.shape[-1]))
+    def _no_masks(self, rows: int) -> np.ndarray | None:
+        """Masks for which programs can be compiled."""
+        return self.runners[-1].split_masks(
+            np.zeros((self.partition.data, 1, 1), np.uint32), 0, rows
+        )
 
     def step_inputs(self, rows: Sequence[Sequence[Row]]) -> jax.Array | None:
         """`steps.step_inputs` of rows, on the last stage, still being computed."""

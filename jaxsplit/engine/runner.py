@@ -527,24 +527,26 @@ class StageRunner:
         like = self.logits_shape(rows)
         return self.put(np.zeros(like.shape, like.dtype), self.logits_spec)
 
-    def put_mask(self, mask: np.ndarray) -> Any:
-        """Puts a mask, uint32 `[rows, words]`, on the devices: each gets the words of its shard of
-        the vocabulary."""
+    def split_masks(self, masks: np.ndarray, first: int, count: int) -> np.ndarray | None:
+        """Masks as programs take them: each device gets the words of its shard of the vocabulary.
+
+        Args:
+          masks: uint32 `[data, rows, words]`.
+          first, count: rows to take of each data replica; those that do not exist permit nothing.
+        """
         if not self.stage.is_local:
             return None
-        words = np.pad(mask, [(0, 0), (0, 1)])
-        return self.put(words[:, self._mask_columns(mask.shape[1])], self.logits_spec)
+        data, rows, words = masks.shape
+        part = np.zeros((data, count, words + 1), np.uint32)
+        part[:, : rows - first, :words] = masks[:, first : first + count]
+        return part.reshape(data * count, -1)[:, shard_columns(words, *self._vocab_shards)]
 
-    def mask_shape(self, rows: int) -> jax.ShapeDtypeStruct:
-        """What `put_mask` returns, as what programs can be compiled for."""
-        columns, sharding = len(self._mask_columns(0)), self.sharding(self.logits_spec)
-        return jax.ShapeDtypeStruct((rows, columns), np.uint32, sharding=sharding)
-
-    def _mask_columns(self, words: int) -> np.ndarray:
-        """`shard_columns` of the devices."""
+    @functools.cached_property
+    def _vocab_shards(self) -> tuple[int, int]:
+        """How many there are, and rows of each."""
         logits = self.logits_shape(self.stage.mesh.size)
-        padded, (_, rows) = logits.shape[1], logits.sharding.shard_shape(logits.shape)
-        return shard_columns(words, padded // rows, rows)
+        _, rows = logits.sharding.shard_shape(logits.shape)
+        return logits.shape[1] // rows, rows
 
     def logits_shape(self, rows: int) -> jax.ShapeDtypeStruct:
         """Of rows on all devices: float32 `[rows, padded vocab]`."""
