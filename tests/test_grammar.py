@@ -524,6 +524,7 @@ def test_processes_are_told_the_grammar():
     [
         ("json", "{}", "grammar.kind=json is not supported; supported are json_object, json_sch"),
         ("json_schema", {"type": "object"}, "grammar.text={'type': 'object'} must be a string"),
+        ("regex", "a\ud800", "grammar.text has half a character at 1: "),
         ("json_object", "{}", "json_object takes no text, not '{}'; a schema's kind is json_s"),
         ("json_schema", '{"type":', "the json_schema is not JSON: .* line 1 column 9"),
         ("json_schema", "[1]", "a json_schema that permits any text is a JSON object, not '.1.'"),
