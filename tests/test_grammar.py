@@ -439,6 +439,24 @@ def test_devices_take_the_likeliest_permitted_token(load, tiny_path, lm, mesh, l
     assert plain.tokens == lm.submit(prompts[0], 6, **GREEDY).result().request.tokens
 
 
+def test_layers_that_run_ahead_run_once(load, tiny_path, lm, monkeypatch):
+    """But where pages are added: their table is another then, and the layers run again."""
+    driver = Driver(load(tiny_path, slots=4, **MESHES["none"]), Grammars(lm.tokenizer), loops=True)
+    engine, runs = driver.scheduler.engine, []
+    original = engine._masked_layers
+    monkeypatch.setattr(engine, "_masked_layers", lambda rows: runs.append(original(rows)))
+    assert engine.runs_ahead
+    request = driver.submit(spec_of([1, 2, 3], 40, grammar=Grammar("regex", "[a-z]{60}")))
+    driver.run()
+    assert len(request.tokens) == 40
+    pages = -(-(3 + 40) // 8)
+    assert len(runs) <= 40 + pages
+    assert (
+        request.tokens
+        == lm.submit([1, 2, 3], 40, grammar=request.spec.grammar, **GREEDY).result().request.tokens
+    )
+
+
 def test_requests_with_and_without_grammars_have_what_they_have_alone(lm):
     rng = fresh_rng()
     grammars = [None, DIGITS, Grammar("regex", "(ab|cd|e ){2,20}"), Grammar("json_object"), None]
