@@ -122,7 +122,8 @@ def test_flags_of_commands_exist():
 
 
 def test_flags_in_tables_exist():
-    known = flags_of("-m", "jaxsplit", "generate")
+    known = flags_of("-m", "jaxsplit", "generate") | flags_of("-m", "jaxsplit", "serve")
+    known |= {f"no{flag}" for flag in known}
     for name in ("options.md", "llama_cpp.md"):
         text = (ROOT / "docs" / name).read_text("utf-8")
         cells = re.findall(r"^\| (.+?) \| (.*?) \|", text, re.MULTILINE)

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import itertools
 import json
 import re
 import sys
@@ -368,9 +367,10 @@ class Driver:
       lm: whose parameters it uses.
       grammars: of the scheduler.
       pages: of 8 tokens, of the cache.
+      loops: decode as where the host runs ahead of the devices.
     """
 
-    def __init__(self, lm, grammars, pages=40):
+    def __init__(self, lm, grammars, pages=40, *, loops=False):
         engine = Engine(
             lm.models,
             lm.engine.partition,
@@ -382,11 +382,14 @@ class Driver:
             vocab=lm.engine.vocab,
             chunks=(8, 32),
         )
+        engine.loops = loops
         self.scheduler = Scheduler(engine, measures=False, grammars=grammars)
-        self._numbers = itertools.count()
+        self._requests = []
 
     def submit(self, spec):
-        request = Request(spec, next(self._numbers), lambda one: self.scheduler.cancel(one.id))
+        cancel = self.scheduler.cancel
+        request = Request(spec, len(self._requests), lambda one: cancel(one.id))
+        self._requests.append(request)
         self.scheduler.check(spec)
         self.scheduler.add(request)
         return request
@@ -403,6 +406,10 @@ class Driver:
                 assert unit.steps == 1
                 assert all(s.request.spec.grammar for _, s in unit.rows())
         assert self.scheduler.idle
+        for request in self._requests:
+            while request.next_now():  # raises what it failed with
+                pass
+            assert request.done
 
 
 def spec_of(prompt, max_tokens, *, grammar=DIGITS, **options):
@@ -410,12 +417,15 @@ def spec_of(prompt, max_tokens, *, grammar=DIGITS, **options):
     return RequestSpec(prompt, sampling, max_tokens=max_tokens, grammar=grammar)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_devices_take_the_likeliest_permitted_token(load, tiny_path, lm, mesh):
+PLACES = [*((mesh, False) for mesh in MESHES), ("none", True), ("data:2,tensor:2", True)]
+
+
+@pytest.mark.parametrize(("mesh", "loops"), PLACES)
+def test_devices_take_the_likeliest_permitted_token(load, tiny_path, lm, mesh, loops):
     """The 263 tokens split into shards of which some begin within a word of the mask."""
     rng, vocab = fresh_rng(), lm.engine.vocab
     grammars = RandomGrammars(rng, vocab)
-    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars)
+    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars, loops=loops)
     prompts = [rng.integers(0, 200, n).tolist() for n in (1, 5, 12, 20, 3, 3)]
     running = [driver.submit(spec_of(prompt, 6)) for prompt in prompts]
     plain = driver.submit(spec_of(prompts[0], 6, grammar=None))
@@ -427,6 +437,24 @@ def test_devices_take_the_likeliest_permitted_token(load, tiny_path, lm, mesh):
             assert mask[token]
             assert row[token] >= row[:vocab][mask].max() - 1e-4
     assert plain.tokens == lm.submit(prompts[0], 6, **GREEDY).result().request.tokens
+
+
+def test_layers_that_run_ahead_run_once(load, tiny_path, lm, monkeypatch):
+    """But where pages are added: their table is another then, and the layers run again."""
+    driver = Driver(load(tiny_path, slots=4, **MESHES["none"]), Grammars(lm.tokenizer), loops=True)
+    engine, runs = driver.scheduler.engine, []
+    original = engine._masked_layers
+    monkeypatch.setattr(engine, "_masked_layers", lambda rows: runs.append(original(rows)))
+    assert engine.runs_ahead
+    request = driver.submit(spec_of([1, 2, 3], 40, grammar=Grammar("regex", "[a-z]{60}")))
+    driver.run()
+    assert len(request.tokens) == 40
+    pages = -(-(3 + 40) // 8)
+    assert len(runs) <= 40 + pages
+    assert (
+        request.tokens
+        == lm.submit([1, 2, 3], 40, grammar=request.spec.grammar, **GREEDY).result().request.tokens
+    )
 
 
 def test_requests_with_and_without_grammars_have_what_they_have_alone(lm):
@@ -451,13 +479,13 @@ def test_requests_with_and_without_grammars_have_what_they_have_alone(lm):
         assert (other.text, other.finish_reason) == (one.text, one.finish_reason)
 
 
+@pytest.mark.parametrize("loops", [False, True])
 @pytest.mark.parametrize("mesh", ["none", "data:2,tensor:2"])
-def test_a_preempted_text_goes_on_where_it_was(load, tiny_path, lm, mesh, monkeypatch):
+def test_a_preempted_text_goes_on_where_it_was(load, tiny_path, lm, mesh, loops, monkeypatch):
     """Each of the three needs 8 pages at the end; there are 10, on each data replica."""
     monkeypatch.setattr(scheduler, "_RESERVE", 8)
-    rng, driver = fresh_rng(), None
-    grammars = Grammars(lm.tokenizer)
-    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars, pages=10)
+    rng, grammars = fresh_rng(), Grammars(lm.tokenizer)
+    driver = Driver(load(tiny_path, slots=4, **MESHES[mesh]), grammars, pages=10, loops=loops)
     rule = Grammar("regex", "([a-z]{3} ){14}")
     specs = [spec_of(rng.integers(0, 200, 8).tolist(), 60, grammar=rule) for _ in range(6)]
     specs[2] = dataclasses.replace(specs[2], grammar=None, max_tokens=50)
@@ -514,6 +542,7 @@ def test_processes_are_told_the_grammar():
     [
         ("json", "{}", "grammar.kind=json is not supported; supported are json_object, json_sch"),
         ("json_schema", {"type": "object"}, "grammar.text={'type': 'object'} must be a string"),
+        ("regex", "a\ud800", "grammar.text has half a character at 1: "),
         ("json_object", "{}", "json_object takes no text, not '{}'; a schema's kind is json_s"),
         ("json_schema", '{"type":', "the json_schema is not JSON: .* line 1 column 9"),
         ("json_schema", "[1]", "a json_schema that permits any text is a JSON object, not '.1.'"),

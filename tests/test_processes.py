@@ -64,11 +64,14 @@ texts = lm.generate(prompts, 10, temperature=0.0)
 started = [lm.submit(prompt, 40, temperature=0.0) for prompt in prompts]
 started[1].cancel()
 texts += [one.result().text for one in started if one is not started[1]]
+digits = jaxsplit.Grammar("regex", "[0-9]{3,20}")
+texts += lm.generate(prompts, 30, temperature=0.0, grammar=digits)
+assert all(text.isdigit() for text in texts[-len(prompts) :])
 print(json.dumps(texts))
 """
 
 
-@pytest.mark.parametrize("mesh", ["tensor:2", "data:2"])
+@pytest.mark.parametrize("mesh", ["tensor:2", "data:2", "stage:2"])
 def test_two_processes_run_many_requests(model, mesh):
     with socket.socket() as free:
         free.bind(("localhost", 0))

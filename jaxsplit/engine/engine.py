@@ -24,7 +24,6 @@ from jaxsplit.engine.workers import Background
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import Decoder
 from jaxsplit.sharding import Partition
-from jaxsplit.sharding.axes import Axis
 
 Masks = Callable[[], np.ndarray]
 """Computes which tokens may follow in the rows of each data replica: uint32 `[data, rows, words]`,
@@ -153,6 +152,8 @@ class Engine:
         """Drops all sequences and reallocates the cache."""
         self.lost = self.overwritten = True
         self._rows: dict[tuple, tuple[steps.Rows, list[steps.Rows]]] = {}
+        self._logits: dict[tuple[int, int], jax.Array] = {}
+        self._ahead: list[steps.Rows] = []
         self._caches, self._state, self._params = [], None, None  # frees the old buffers first
         self._caches = [runner.empty_cache() for runner in self.runners]
         last, count = self.runners[-1], self.slots_per_replica * self.partition.data
@@ -274,6 +275,7 @@ class Engine:
         history = np.full((data, self.context + 1), -1, np.int32)
         history[replica, : len(tokens)] = tokens
         new = self._slot_params([(sampling, stop_ids, end)] * data)
+        self._ahead = []
         with self._consuming():
             self._state, self._params = self.runners[-1].assign()(
                 self._state, self._params, slots, history, new
@@ -360,7 +362,7 @@ class Engine:
             last = dataclasses.replace(
                 chunk, rows=dataclasses.replace(host, slots=slots.reshape(-1))
             )
-            mask = None if masks is None else self._device_mask(masks(), 0, rows)
+            mask = None if masks is None else self.runners[-1].split_masks(masks(), 0, rows)
             self._state, outputs = self.runners[-1].sample_first(sampler, rows)(
                 x, self._state, last, self._params, mask
             )
@@ -399,17 +401,21 @@ class Engine:
         most, looping = max(map(len, rows)), self.loops and not on_host and masks is None
         count = min(len(self.runners), most)  # micro-batches
         size = min(power_of_2(-(-most // count)), self.slots_per_replica)
-        if looping and len(self.runners) == 1:
+        if self.loops and not on_host and len(self.runners) == 1:
             size = self._ready_size(sampler, size, length)
         batches = [[own[i : i + size] for own in rows] for i in range(0, most, size)]
         # A single stage has nothing to overlap: its micro-batches are loops one after the other.
         count = 1 if len(self.runners) == 1 else len(batches)
         limit = min(limit, length)
         with self._consuming():
-            held = [self._device_rows(i, batch, size, count) for i, batch in enumerate(batches)]
+            masked = masks is not None
+            held = [
+                self._device_rows((i, size, count, masked), batch)
+                for i, batch in enumerate(batches)
+            ]
             if not looping:
                 by_stage = [list(one) for one in zip(*held, strict=True)]
-                if masks is not None:
+                if masked:
                     return self._masked_step(by_stage, sampler, masks)
                 return self._step_loop(by_stage, sampler, limit)
             found = []
@@ -420,21 +426,30 @@ class Engine:
         return PendingTokens(self, size, sampler, [[one] for one in found], length, limit)
 
     def _ready_size(self, sampler: SamplerSpec, wanted: int, length: int) -> int:
-        """Rows of a decode loop: as many as wanted, or, while its program is compiled in the
-        background, as many as a program that is ready has."""
+        """Rows of a decode loop or a masked step: as many as wanted, or, while its programs are
+        compiled in the background, as many as programs that are ready have."""
         runner, most = self.runners[0], self.slots_per_replica
+
+        def programs(size: int) -> list[Any]:
+            if sampler.mask:
+                return [runner.decode_logits(size), runner.sample_next(sampler, size)]
+            return [runner.decode_loop(sampler, length, size, 1, in_ring=False)]
+
         ready = [
             size
             for size in (*(1 << i for i in range((most - 1).bit_length())), most)
-            if runner.decode_loop(sampler, length, size, 1, in_ring=False).ready
+            if all(program.ready for program in programs(size))
         ]
         if wanted in ready or not ready:
             return wanted
         if (key := ("loop", sampler, wanted, length)) not in self._background:
             rows = self.host_rows([[]] * self.partition.data, wanted)
             held = self._caches, self._state, self._params
-            program, arguments = self._decode_loops.prepared(sampler, wanted, length, rows, held)
-            self._background.add(key, lambda: program.compile(*arguments))
+            if sampler.mask:
+                prepared = zip(programs(wanted), self._masked_arguments(rows), strict=True)
+            else:
+                prepared = [self._decode_loops.prepared(sampler, wanted, length, rows, held)]
+            self._background.add(key, lambda: [p.compile(*args) for p, args in prepared])
         larger = [size for size in ready if wanted < size <= 4 * wanted]
         return min(larger) if larger else max((s for s in ready if s < wanted), default=min(ready))
 
@@ -456,11 +471,8 @@ class Engine:
             if not program.ready:
                 program.compile(runner.shapes_of(arguments[0]), *arguments[1:])
             if not first.ready and wanted in ("last", "logprobs"):
-                padded = runner.stage.layout(Axis("vocab", self.config.vocab)).size
-                logits = jax.ShapeDtypeStruct(
-                    (data * rows, padded), np.float32, sharding=runner.sharding(runner.logits_spec)
-                )
-                mask = runner.mask_shape(data * rows) if sampler.mask else None
+                logits = runner.logits_shape(data * rows)
+                mask = self._no_masks(rows) if sampler.mask else None
                 first.compile(logits, state, chunk, params, mask)
 
         self._background.add(key, task)
@@ -476,10 +488,17 @@ class Engine:
         return [c for c in self.chunks if runner.prefill(1, c, wanted).ready]
 
     def _device_rows(
-        self, index: int, rows: Sequence[Sequence[Row | None]], size: int, count: int
+        self, key: tuple[int, int, int, bool], rows: Sequence[Sequence[Row | None]]
     ) -> list[steps.Rows]:
-        """A micro-batch's rows on each stage, in the same buffers as those before."""
-        host, key = self.host_rows(rows, size), (index, size, count)
+        """A micro-batch's rows on each stage, in the same buffers as those before: the very same
+        arrays if the rows are the same.
+
+        Args:
+          key: the micro-batch's index, its rows on each device, how many micro-batches there are,
+            and whether it is masked.
+          rows: the sequences.
+        """
+        host = self.host_rows(rows, key[1])
         before, held = self._rows.get(key, (None, None))
         if before is None:
             held = [runner.put(host, by_slot=True) for runner in self.runners]
@@ -487,6 +506,8 @@ class Engine:
             del self._rows[key]
             held = [
                 runner.overwrite()(old, runner.put(host, by_slot=True))
+                if runner.stage.is_local
+                else host
                 for runner, old in zip(self.runners, held, strict=True)
             ]
         self._rows[key] = host, held
@@ -556,29 +577,68 @@ class Engine:
         self, rows: list[list[steps.Rows]], sampler: SamplerSpec, masks: Masks
     ) -> PendingTokens:
         """A decode step. The layers of all micro-batches are enqueued before the masks are
-        computed."""
-        logits, outputs, last, size = [], [], self.runners[-1], self._size_of(rows, 0)
-        inputs = [last.step_inputs()(self._state, one) for one in rows[-1]]
-        for batch, given in enumerate(inputs):
-            x = self._before_last(rows, batch, given)
-            self._caches[-1], of_batch = last.decode_logits()(
-                last.params, self._caches[-1], x, self._state, rows[-1][batch]
-            )
-            logits.append(of_batch)
+        computed.
+
+        Where the host runs ahead of the devices, so are the layers of the next step, which need
+        the token that was sampled, but not the next mask: they run while the host reads the token
+        and computes the mask. If the next step has other rows, they run again.
+        """
+        outputs, last, size = [], self.runners[-1], self._size_of(rows, 0)
+        if [*map(id, self._ahead)] != [*map(id, rows[-1])]:
+            self._masked_layers(rows)
         mask, count = masks(), size // self.partition.data
-        for batch, of_batch in enumerate(logits):
-            part = self._device_mask(mask, batch * count, count)
-            self._state, sampled = last.sample_next(sampler)(
-                of_batch, self._state, rows[-1][batch], self._params, part
+        for batch, own in enumerate(rows[-1]):
+            part = last.split_masks(mask, batch * count, count)
+            self._state, sampled = last.sample_next(sampler, count)(
+                self._logits[batch, size], self._state, own, self._params, part
             )
             outputs.append([sampled])
+        self._ahead = []
+        if self.runs_ahead:
+            self._masked_layers(rows)
+            self._ahead = rows[-1]
         return PendingTokens(self, size, sampler, outputs, 1, 1)
 
-    def _device_mask(self, masks: np.ndarray, first: int, count: int) -> jax.Array:
-        """Masks of `count` rows of each data replica, from the `first` on, on the last stage."""
-        part = masks[:, first : first + count]
-        part = np.pad(part, [(0, 0), (0, count - part.shape[1]), (0, 0)])
-        return self.runners[-1].put_mask(part.reshape(-1, part.shape[-1]))
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the layers of a masked step may run before the host knows that the step is taken:
+        their keys and values are overwritten, but recurrent states cannot be."""
+        alone = len(self.runners) == 1 and jax.process_count() == 1
+        return self.loops and alone and not self.stateful
+
+    def _masked_layers(self, rows: list[list[steps.Rows]]) -> None:
+        """Runs the layers of each micro-batch up to its logits."""
+        last, size = self.runners[-1], self._size_of(rows, 0)
+        program = last.decode_logits(size // self.partition.data)
+        inputs = [None] * len(rows[-1])
+        if len(self.runners) > 1:
+            inputs = [last.step_inputs()(self._state, one) for one in rows[-1]]
+        for batch, given in enumerate(inputs):
+            x = self._before_last(rows, batch, given)
+            old = self._logits.pop((batch, size), None)
+            if old is None:
+                old = last.empty_logits(size)
+            self._caches[-1], self._logits[batch, size] = program(
+                last.params, self._caches[-1], old, x, self._state, rows[-1][batch]
+            )
+
+    def _masked_arguments(self, rows: steps.Rows) -> list[tuple]:
+        """For which the programs of a masked step of a single stage can be compiled."""
+        [runner], count = self.runners, len(rows.slots)
+        held = self.runners[0].params, self._caches[0], self._state, self._params
+        params, cache, state, slot_params = map(runner.shapes_of, held)
+        on_device, logits = runner.shapes_by_slot(rows), runner.logits_shape(count)
+        mask = self._no_masks(count // self.partition.data)
+        return [
+            (params, cache, logits, None, state, on_device),
+            (logits, state, on_device, slot_params, mask),
+        ]
+
+    def _no_masks(self, rows: int) -> np.ndarray | None:
+        """Masks for which programs can be compiled."""
+        return self.runners[-1].split_masks(
+            np.zeros((self.partition.data, 1, 1), np.uint32), 0, rows
+        )
 
     def step_inputs(self, rows: Sequence[Sequence[Row]]) -> jax.Array | None:
         """`steps.step_inputs` of rows, on the last stage, still being computed."""

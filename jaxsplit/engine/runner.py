@@ -499,45 +499,64 @@ class StageRunner:
         out, key = (self._cache_spec, *[by_slot] * 3), ("decode_and_sample", sampler)
         return self._program(key, decode_and_sample, specs, out, donate=[1, 3], decode=True)
 
-    def decode_logits(self) -> Callable:
-        """A decode step of the last stage up to its logits: `(params, cache, x, state, rows)` to
-        the cache and the logits."""
+    def decode_logits(self, rows: int) -> Callable:
+        """A decode step of the last stage up to its logits, for `rows` rows on each device:
+        `(params, cache, old, x, state, rows)` to the cache and the logits, in the buffers of old
+        ones."""
 
-        def decode_logits(params, cache, x, state, rows):
-            return steps.decode_logits(self._model(params), cache, x, state, rows)
+        def decode_logits(params, cache, old, x, state, rows):
+            cache, logits = steps.decode_logits(self._model(params), cache, x, state, rows)
+            return cache, steps.overwritten(old, logits)
 
-        specs = [self._param_specs, self._cache_spec, *[self._slot_spec] * 3]
         out = (self._cache_spec, self.logits_spec)
-        return self._program("decode_logits", decode_logits, specs, out, donate=[1], decode=True)
+        specs, key = [self._param_specs, *out, *[self._slot_spec] * 3], ("decode_logits", rows)
+        return self._program(key, decode_logits, specs, out, donate=[1, 2], decode=True)
 
-    def sample_next(self, sampler: SamplerSpec) -> Callable:
-        """Samples the next tokens, `steps.sample_next`: `(logits, state, rows, slot_params, mask)`
-        to the state and the outputs. The state is donated."""
+    def sample_next(self, sampler: SamplerSpec, rows: int) -> Callable:
+        """Samples the next tokens of `rows` rows on each device, `steps.sample_next`: `(logits,
+        state, rows, slot_params, mask)` to the state and the outputs. The state is donated."""
         spec, by_slot = self._step_spec(sampler), self._slot_spec
 
         def sample_next(logits, state, rows, slot_params, mask):
             return steps.sample_next(logits, state, rows, slot_params, spec, mask)
 
         specs = [self.logits_spec, by_slot, by_slot, by_slot, self.logits_spec]
-        key, out = ("sample_next", sampler), (by_slot, by_slot)
+        key, out = ("sample_next", sampler, rows), (by_slot, by_slot)
         return self._program(key, sample_next, specs, out, donate=[1])
 
-    def put_mask(self, mask: np.ndarray) -> Any:
-        """Puts a mask, uint32 `[rows, words]`, on the devices: each gets the words of its shard of
-        the vocabulary."""
-        words = np.pad(mask, [(0, 0), (0, 1)])
-        return self.put(words[:, self._mask_columns(mask.shape[1])], self.logits_spec)
+    def empty_logits(self, rows: int) -> Any:
+        """Buffers for the logits of rows on all devices."""
+        if not self.stage.is_local:
+            return None
+        like = self.logits_shape(rows)
+        return self.put(np.zeros(like.shape, like.dtype), self.logits_spec)
 
-    def mask_shape(self, rows: int) -> jax.ShapeDtypeStruct:
-        """What `put_mask` returns, as what programs can be compiled for."""
-        columns, sharding = len(self._mask_columns(0)), self.sharding(self.logits_spec)
-        return jax.ShapeDtypeStruct((rows, columns), np.uint32, sharding=sharding)
+    def split_masks(self, masks: np.ndarray, first: int, count: int) -> np.ndarray | None:
+        """Masks as programs take them: each device gets the words of its shard of the vocabulary.
 
-    def _mask_columns(self, words: int) -> np.ndarray:
-        """`shard_columns` of the devices."""
+        Args:
+          masks: uint32 `[data, rows, words]`.
+          first, count: rows to take of each data replica; those that do not exist permit nothing.
+        """
+        if not self.stage.is_local:
+            return None
+        data, rows, words = masks.shape
+        part = np.zeros((data, count, words + 1), np.uint32)
+        part[:, : rows - first, :words] = masks[:, first : first + count]
+        return part.reshape(data * count, -1)[:, shard_columns(words, *self._vocab_shards)]
+
+    @functools.cached_property
+    def _vocab_shards(self) -> tuple[int, int]:
+        """How many there are, and rows of each."""
+        logits = self.logits_shape(self.stage.mesh.size)
+        _, rows = logits.sharding.shard_shape(logits.shape)
+        return logits.shape[1] // rows, rows
+
+    def logits_shape(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Of rows on all devices: float32 `[rows, padded vocab]`."""
         padded = self.stage.layout(Axis("vocab", self.config.vocab)).size
-        _, rows = self.sharding(self.logits_spec).shard_shape((self.stage.mesh.size, padded))
-        return shard_columns(words, padded // rows, rows)
+        sharding = self.sharding(self.logits_spec)
+        return jax.ShapeDtypeStruct((rows, padded), np.float32, sharding=sharding)
 
     def decode_loop(
         self, sampler: SamplerSpec, length: int, rows: int, micro_batches: int, *, in_ring: bool

@@ -584,8 +584,10 @@ class Scheduler:
         for sequence in sorted(decoding, key=lambda one: one.order):
             if sequence not in self._running:
                 continue  # preempted
+            # One more under a grammar, for the layers of the next step.
             needed = min(
-                sequence.prompt + sequence.sampled - 1 + steps, self._end_position(sequence)
+                sequence.prompt + sequence.sampled - 1 + steps + sequence.spec.mask,
+                self._end_position(sequence),
             )
             assert sequence.allocation is not None
             cache = self._caches[sequence.replica]

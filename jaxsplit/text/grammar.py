@@ -47,7 +47,7 @@ class Grammar:
       text: the schema, the expression or the grammar.
 
     Raises:
-      JaxsplitError: the kind is unknown, or the text is not a string.
+      JaxsplitError: the kind is unknown, or the text is not a string of characters.
     """
 
     kind: str
@@ -57,6 +57,10 @@ class Grammar:
         checked_choice("grammar.kind", self.kind, KINDS)
         if not isinstance(self.text, str):
             raise JaxsplitError(f"grammar.text={self.text!r:.40} must be a string")
+        if alone := re.search("[\ud800-\udfff]", self.text):
+            raise JaxsplitError(
+                f"grammar.text has half a character at {alone.start()}: {alone[0]!r}"
+            )
 
     @property
     def lark(self) -> str:
