@@ -329,7 +329,10 @@ def test_tokenize_and_back(lm, http):
     text = "Grüße <|im_end|> 🙂"
     ids = post(http, "/tokenize", content=text).json()["tokens"]
     assert ids == lm.tokenizer.encode(text, False, parse_special=True)
-    assert post(http, "/detokenize", tokens=ids).json() == {"content": text}
+    assert post(http, "/detokenize", tokens=ids).json() == {"content": text, "prompt": text}
+    found = post(http, "/tokenize", prompt=text, add_special_tokens=False).json()
+    assert found["tokens"] == ids
+    assert http.get("/tokenizer_info").json()["eos_token"] == "<|endoftext|>"
     pieces = post(http, "/tokenize", content="ü", with_pieces=True).json()["tokens"]
     assert [piece["piece"] for piece in pieces] == [[0xC3], [0xBC]]
 
@@ -525,7 +528,10 @@ def test_a_client_that_hangs_up_frees_its_pages(lm, server, stream):
 def test_a_json_schema_is_obeyed(client):
     schema = {
         "type": "object",
-        "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"enum": ["x", "y"]}},
+        "properties": {
+            "a": {"type": "integer", "minimum": 0, "maximum": 99},
+            "b": {"enum": ["x", "y"]},
+        },
         "required": ["a", "b"],
         "additionalProperties": False,
     }
