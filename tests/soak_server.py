@@ -145,7 +145,7 @@ def main(_: list[str]) -> None:
         lm._thread.run(lambda scheduler: scheduler.check_pages())
         assert _memory() < before * 1.1 + 20
         left = httpx.get(f"{server.url}/slots").json()
-        assert left == [], left
+        assert not any(slot["is_processing"] for slot in left), left
 
 
 if __name__ == "__main__":

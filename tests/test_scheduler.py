@@ -343,7 +343,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(load, recipe_gguf):
     small = Scheduler(Model(lm, lm, pages=4).engine)
     small.check(RequestSpec([1] * 20, max_tokens=13))
     small.check(RequestSpec([1] * 32, max_tokens=0))
-    small.check(RequestSpec([1] * 32, logits=True))
+    small.check(RequestSpec([1] * 32, outputs="logits"))
     for prompt, most, message in (
         (20, 14, "20 tokens and may generate 13; the cache has room for 32: .* cache_tokens"),
         (20, float("inf"), "20 tokens and may generate 44; the cache has room for 32"),

@@ -76,8 +76,7 @@ def main(_: list[str]) -> None:
             return jaxsplit.load(model, config=load_config, progress=progress), model
 
     if several and jax.process_index():
-        lm, _ = load()
-        lm.follow()
+        load()[0].follow()
         return
     service = Service(
         config, sampling, n_predict=_N_PREDICT.value, random_seeds=_SAMPLING["seed"].value == -1

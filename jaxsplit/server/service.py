@@ -20,7 +20,7 @@ from jaxsplit.server.errors import ApiError
 from jaxsplit.server.metrics import Metrics
 from jaxsplit.server.running import Running, Waker
 from jaxsplit.server.schemas import PromptDetails, SamplingFields, Timings, Usage
-from jaxsplit.text import ChatTemplate
+from jaxsplit.text import ChatTemplate, Grammar
 
 FINGERPRINT = f"jaxsplit-{__version__}"
 
@@ -212,6 +212,16 @@ class Service:
             else:
                 raise ApiError(400, f"prompt has {one!r}, a token id or text is expected")
         return ids
+
+    async def compiled(self, grammar: Grammar | None) -> Grammar | None:
+        """The same grammar, compiled without holding up others.
+
+        Raises:
+          JaxsplitError: it is invalid.
+        """
+        if grammar is not None:
+            await asyncio.to_thread(self.lm.check_grammar, grammar)
+        return grammar
 
     # Generations
 
