@@ -65,7 +65,7 @@ async def chat_completions(service: Service, request: ChatRequest) -> ChatComple
         n_predict=chat.n_predict,
         copies=request.n or 1,
         logprobs=wanted,
-        grammar=chat.grammar,
+        grammar=await service.compiled(chat.grammar),
     )
     if request.stream:
         usage = request.stream_options is not None and bool(request.stream_options.include_usage)

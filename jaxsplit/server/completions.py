@@ -41,7 +41,7 @@ async def completions(service: Service, request: CompletionRequest) -> Completio
         copies=max(n, best_of),
         logprobs=0 if wanted is None and best_of > n else wanted,
         prompt_logprobs=bool(request.echo) and wanted is not None,
-        grammar=of_fields(request),
+        grammar=await service.compiled(of_fields(request)),
     )
     maker = _Choices(service, request)
     if request.stream:

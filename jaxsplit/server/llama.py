@@ -43,7 +43,7 @@ async def completion(
         request,
         n_predict=request.n_predict if request.n_predict is not None else request.max_tokens,
         logprobs=request.n_probs or None,
-        grammar=of_fields(request),
+        grammar=await service.compiled(of_fields(request)),
     )
     if request.stream:
         return Stream(service, running, _Chunks(service, running, request))

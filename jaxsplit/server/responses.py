@@ -221,7 +221,10 @@ async def create(service: Service, request: ResponsesRequest) -> ResponseObject 
     """Answers a conversation, as a list of items."""
     chat = await prepare(service, _as_chat(request))
     running = service.begin(
-        [chat.prompt.ids], chat.request, n_predict=chat.n_predict, grammar=chat.grammar
+        [chat.prompt.ids],
+        chat.request,
+        n_predict=chat.n_predict,
+        grammar=await service.compiled(chat.grammar),
     )
     maker = _Items(service, running, chat, request)
     if request.stream:

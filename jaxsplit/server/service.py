@@ -20,7 +20,7 @@ from jaxsplit.server.errors import ApiError
 from jaxsplit.server.metrics import Metrics
 from jaxsplit.server.running import Running, Waker
 from jaxsplit.server.schemas import PromptDetails, SamplingFields, Timings, Usage
-from jaxsplit.text import ChatTemplate
+from jaxsplit.text import ChatTemplate, Grammar
 
 FINGERPRINT = f"jaxsplit-{__version__}"
 
@@ -217,6 +217,16 @@ class Service:
                     400, f"{field} has {one!r:.40}; token ids and texts are expected", param=field
                 )
         return ids
+
+    async def compiled(self, grammar: Grammar | None) -> Grammar | None:
+        """The same grammar, compiled without holding up others.
+
+        Raises:
+          JaxsplitError: it is invalid.
+        """
+        if grammar is not None:
+            await asyncio.to_thread(self.lm.check_grammar, grammar)
+        return grammar
 
     # Generations
 
