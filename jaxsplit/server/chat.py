@@ -260,7 +260,7 @@ async def prepare(service: Service, request: ChatRequest) -> Chat:
     chat = Chat(service, request)
     text = await service.aside(chat.render, True)
     ids = await service.aside(lambda: service.texts.encode(text), True)
-    chat.use(Prompt(text, ids))
+    await service.aside(lambda: chat.use(Prompt(text, ids)), True)  # compiles grammars
     return chat
 
 
