@@ -25,7 +25,7 @@ from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.models.layers import Linear, LoRA
 from jaxsplit.sharding import Partition, Stage
 from jaxsplit.sharding.axes import Axis
-from jaxsplit.weights.sources import Source, Sources, abstract_decoder
+from jaxsplit.weights.sources import Source, Sources, abstract_decoder, parameter_path
 
 MAX_SCALE = 1e6
 """Of an adapter: float32 has to hold the products."""
@@ -202,14 +202,11 @@ def _pair(
 
 def linears(model: Decoder) -> dict[str, Linear]:
     """A decoder's projections by the paths of their kernels, as in `weights.parameters`."""
-    first = model.layers.start
-    found = {}
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
-            layer = path[0] == "blocks"
-            named = (path[0], path[1] + first, *path[2:]) if layer else path
-            found[".".join(map(str, (*named, "kernel")))] = module
-    return found
+    return {
+        parameter_path(model, (*path, "kernel")): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    }
 
 
 def attach_adapters(
