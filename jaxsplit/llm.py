@@ -461,40 +461,51 @@ class LM:
         """Bytes of keys and values on the fullest device of this process."""
         return self.engine.cache_bytes
 
-    def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
+    def logits(
+        self,
+        tokens: Sequence[int],
+        *,
+        one_by_one: bool = False,
+        lora: Mapping[str, float] | None = None,
+    ) -> np.ndarray:
         """Logits after each token: float32 `[time, vocab]`.
 
         Args:
           tokens: ids, at most the context's length.
           one_by_one: one token at a time through the cache, as in decoding.
+          lora: as in `submit`.
 
         Raises:
-          JaxsplitError: too many tokens, or an id outside the vocabulary.
+          JaxsplitError: too many tokens, an id outside the vocabulary, or an unknown adapter.
         """
         ids = self._checked(tokens)
         if not ids:
             return np.zeros((0, self.config.vocab), np.float32)
-        return self._read("logits", ids, one_by_one=one_by_one)
+        scales = self._lora_scales(lora)
+        return self._read(
+            RequestSpec(ids, outputs="logits", one_by_one=one_by_one, lora_scales=scales)
+        )
 
-    def hidden(self, tokens: Sequence[int]) -> np.ndarray:
+    def hidden(
+        self, tokens: Sequence[int], *, lora: Mapping[str, float] | None = None
+    ) -> np.ndarray:
         """What the head reads after each token, the last layer's normalized output: float32
         `[time, embed]`.
 
         Args:
           tokens: ids, at most the context's length.
+          lora: as in `submit`.
 
         Raises:
-          JaxsplitError: too many tokens, or an id outside the vocabulary.
+          JaxsplitError: too many tokens, an id outside the vocabulary, or an unknown adapter.
         """
         ids = self._checked(tokens)
         if not ids:
             return np.zeros((0, self.config.embed), np.float32)
-        return self._read("hidden", ids)
+        return self._read(RequestSpec(ids, outputs="hidden", lora_scales=self._lora_scales(lora)))
 
-    def _read(self, outputs: str, ids: list[int], *, one_by_one: bool = False) -> np.ndarray:
+    def _read(self, spec: RequestSpec) -> np.ndarray:
         """Reads a prompt for what is in `RequestSpec.outputs`."""
-        scales = self._lora_scales(None)
-        spec = RequestSpec(ids, outputs=outputs, one_by_one=one_by_one, lora_scales=scales)
         request = self._thread.submit(spec)
         try:
             request.next()

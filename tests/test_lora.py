@@ -4,9 +4,11 @@ import re
 import shutil
 
 import gguf
+import httpx
 import numpy as np
 import pytest
 from helpers import nmse, recipe
+from serving import serving
 from tiny import write_tiny_model
 
 import jaxsplit
@@ -307,14 +309,17 @@ def test_files_that_do_not_fit_are_refused(two, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("a.gguf:x", "'a.gguf:x' is not an adapter such as"),
-        ("a.gguf:nan", "'a.gguf:nan' is not an adapter such as"),
+        ("a.gguf:x", "lora=a.gguf:x is not an adapter such as"),
+        ("a.gguf:nan", "lora=a.gguf:nan is not an adapter such as"),
         ("a.gguf:1e40", "with a finite scale"),
-        ("a.gguf,", "'' is not an adapter such as"),
-        ("a.gguf,b/a.gguf", "two adapters have the name 'a'; name one as in other=b/a.gguf"),
+        ("a.gguf,", "lora= is not an adapter such as"),
+        (
+            "a.gguf,b/a.gguf",
+            "lora=b/a.gguf is the second adapter named 'a'; name it as in other=b/a.gguf",
+        ),
         ({"a": 1}, "must be text such as"),
         (3, "lora=3 must be text such as"),
-        ([3], "3 is not an adapter such as"),
+        ([3], "lora=3 is not an adapter such as"),
         ("missing.gguf", "no such file: missing.gguf"),
     ],
 )
@@ -355,3 +360,33 @@ def test_choices_without_adapters_are_refused(two, load):
 )
 def test_entries(given, expected):
     assert [(n, str(p), s) for n, p, s in parse_adapters(given)] == expected
+
+
+# Server
+
+
+def test_the_server_chooses_adapters(two, expected):
+    _, (a, _), (b, _), lm = two
+    with serving(lm) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        assert http.get("/lora-adapters").json() == [
+            {"id": 0, "name": "a", "path": str(a), "scale": 1.0},
+            {"id": 1, "name": "bee", "path": str(b), "scale": 0.25},
+        ]
+        names = [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert names == ["tiny", "a", "bee"]
+        assert http.get("/v1/models/bee").json()["id"] == "bee"
+        body = {"prompt": PROMPT, "temperature": 0, "n_predict": COUNT}
+
+        def text(path, **fields):
+            found = http.post(path, json=body | fields).json()
+            return found.get("content") or found["choices"][0]["text"]
+
+        wanted = [lm.tokenizer.decode(tokens) for tokens, _ in expected]
+        assert text("/completion") == wanted[0]
+        assert text("/completion", lora=[]) == wanted[1]
+        assert text("/completion", lora=[{"id": 1, "scale": 2}]) == wanted[3]
+        assert text("/v1/completions", model="a") == wanted[2]
+        assert text("/v1/completions", model="tiny") == wanted[0]
+        refused = http.post("/completion", json=body | {"lora": [{"id": 2, "scale": 1}]})
+        assert refused.status_code == 400
+        assert "lora has the id 2; the server has 2 adapters" in refused.text

@@ -93,14 +93,14 @@ def parse_adapters(given: Any) -> list[tuple[str, Path, float]]:
         scale = _scale(match["scale"]) if match else None
         if match is None or scale is None:
             raise JaxsplitError(
-                f"lora: {entry!r} is not an adapter such as A.gguf, A.gguf:0.5 or "
+                f"lora={entry} is not an adapter such as A.gguf, A.gguf:0.5 or "
                 "poet=A.gguf:0.5, with a finite scale"
             )
         path = Path(match["path"])
         name = match["name"] or path.stem
         if name in found:
             raise JaxsplitError(
-                f"lora: two adapters have the name {name!r}; name one as in other={path}"
+                f"lora={text} is the second adapter named {name!r}; name it as in other={text}"
             )
         found[name] = name, path, scale
     return list(found.values())
