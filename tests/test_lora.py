@@ -254,14 +254,27 @@ def test_types_of_tensors(two, load, tmp_path, kind):
     assert nmse(found, expected) < TOLERANCE
 
 
-def test_kernels(two, load, tmp_path):
-    """Interpreted kernels of one row and of several, whose layouts the adapters do not read."""
-    base, (a, factors), *_ = two
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"dtype": "float32"}, 1e-4),
+        ({"dtype": "bfloat16"}, 1e-3),
+        ({"dtype": "bfloat16", "weights": "bfloat16"}, 1e-3),
+    ],
+)
+def test_kernels(two, load, tmp_path, options, tolerance):
+    """Interpreted kernels, some of which read the adapters, too."""
     quantized = write_tiny_model(tmp_path / "q8.gguf", kind="Q8_0")
-    options = {"mesh": "tensor:2", "activations": "float", "ctx_size": 64}
-    found = load(quantized, kernels=True, lora=[a], **options).logits(PROMPT[:8], one_by_one=True)
-    expected = load(quantized, lora=[a], **options).logits(PROMPT[:8], one_by_one=True)
-    assert nmse(found, expected) < 1e-4
+    shapes = {n: s for n, s in shapes_of(two[0]).items() if n != "token_embd.weight"}
+    adapter = write_adapter(tmp_path / "a.gguf", random_factors(shapes, 5, rank=32))
+    options |= {"lora": [f"{adapter}:0.2"], "mesh": "tensor:2", "ctx_size": 64}
+    found, expected = (
+        load(quantized, kernels=kernels, activations="float", **options)
+        for kernels in (True, False)
+    )
+    for one_by_one in (False, True):
+        logits = [lm.logits(PROMPT[:8], one_by_one=one_by_one) for lm in (found, expected)]
+        assert nmse(*logits) < tolerance
 
 
 # Errors

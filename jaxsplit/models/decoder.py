@@ -39,7 +39,6 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
-from jaxsplit.ops.activations.api import as_array
 from jaxsplit.ops.activations.layout import Activations, Readers
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.matmul.api import matmul
@@ -353,7 +352,7 @@ class Decoder(nnx.Module):
         if head is not None and head.bias is not None:
             logits = logits + head.bias.get_value()
         if head is not None and head.lora is not None:
-            logits = logits + head.lora(as_array(x))
+            logits = logits + head.lora(x)
         logits = logits * c.logit_scale
         if c.logit_softcap is None:
             return logits

@@ -104,7 +104,7 @@ class LoRA(nnx.Module):
     def __init__(self, down: nnx.Param, up: nnx.Param, parts: tuple[tuple[int, int, float], ...]):
         self.down, self.up, self.parts = down, up, parts
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Rows) -> Array:
         """What the adapters add: `[batch, ..., in]` to float32 `[batch, ..., out]`; on a mesh, of
         this device's rows and columns."""
         adapters, ranks, defaults = zip(*self.parts, strict=True)
@@ -114,16 +114,9 @@ class LoRA(nnx.Module):
         else:
             scales = scales[:, np.asarray(adapters)]
         scales = jnp.repeat(scales, np.asarray(ranks), axis=1, total_repeat_length=sum(ranks))
-        scales = scales.reshape(len(scales), *[1] * (x.ndim - 2), -1)
-        low = jnp.einsum(
-            "...i,ri->...r", x, self.down.get_value(), preferred_element_type=jnp.float32
-        )
-        return jnp.einsum(
-            "...r,or->...o",
-            (low * scales).astype(x.dtype),
-            self.up.get_value(),
-            preferred_element_type=jnp.float32,
-        )
+        scales = scales.reshape(len(scales), *[1] * (len(x.shape) - 2), -1)
+        low = matmul_ops.matmul(x, self.down.get_value()) * scales
+        return matmul_ops.matmul(low.astype(x.dtype), self.up.get_value())
 
 
 class Linear(nnx.Module):
@@ -173,7 +166,7 @@ class Linear(nnx.Module):
             return unreduced_matmul(x, self.kernel.get_value(), **options)
         with forward_context(fuse_all_reduce=False):  # one for both, after they are added
             y = unreduced_matmul(x, self.kernel.get_value(), **options)
-        parts = y.local_sum.astype(jnp.float32) + self.lora(as_array(x))
+        parts = y.local_sum + self.lora(x)
         return dataclasses.replace(y, parts=parts[None])
 
     def __call__(self, x: Rows) -> Array:
@@ -195,8 +188,9 @@ class Linear(nnx.Module):
 def readers_of(x: Like, *linears: Linear | None) -> Readers:
     """Who reads rows like `x` when several projections multiply them; None: no projection."""
     present = [linear for linear in linears if linear]
-    readers = matmul_ops.readers_of(x, [linear.kernel.get_value() for linear in present])
-    return readers | XLA_ONLY if any(linear.lora for linear in present) else readers
+    params = [linear.kernel for linear in present]
+    params += [linear.lora.down for linear in present if linear.lora]
+    return matmul_ops.readers_of(x, [param.get_value() for param in params])
 
 
 def project(
@@ -218,7 +212,7 @@ def project(
         results = []
         for y, linear in zip(matmul_ops.matmuls(x, kernels), present, strict=True):
             y = y if linear.bias is None else y + linear.bias.get_value()
-            y = y if linear.lora is None else y + linear.lora(as_array(x))
+            y = y if linear.lora is None else y + linear.lora(x)
             results.append(Unreduced.of(y.astype(x.dtype)))
     elif split_k:
         results = split_k_matmuls(x, kernels, x.dtype)
