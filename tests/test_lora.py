@@ -12,6 +12,7 @@ from serving import serving
 from tiny import write_tiny_model
 
 import jaxsplit
+from jaxsplit.cache.prefixes import PrefixCache
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.weights.adapters import parse_adapters
 
@@ -396,3 +397,19 @@ def test_the_server_chooses_adapters(two, expected):
         refused = http.post("/completion", json=body | {"lora": [{"id": 2, "scale": 1}]})
         assert refused.status_code == 400
         assert "lora has the id 2; the server has 2 adapters" in refused.text
+
+
+# Prefixes
+
+
+def test_each_model_has_prefixes_of_its_own():
+    cache, text = PrefixCache(4, 2, 2, stateful=False), [1, 2, 3, 4, 5]
+    one = cache.begin(text, "a").allocation
+    cache.release(one, text)
+    assert [cache.match(text, model) for model in ("a", "b", None)] == [4, 0, 0]
+    other = cache.begin(text, "b").allocation  # in two pages of the first
+    assert other.cached == 0
+    cache.check()
+    cache.release(other, text)
+    assert [cache.match(text, model) for model in ("a", "b")] == [2, 4]
+    cache.check()
