@@ -100,7 +100,7 @@ def parse_adapters(given: Any) -> list[tuple[str, Path, float]]:
         name = match["name"] or path.stem
         if name in found:
             raise JaxsplitError(
-                f"lora={text} is the second adapter named {name!r}; name it as in other={text}"
+                f"lora={text} is the second adapter named {name!r}; name it as in other={path}"
             )
         found[name] = name, path, scale
     return list(found.values())
