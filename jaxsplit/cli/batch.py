@@ -36,6 +36,7 @@ OPTIONS = (
     "priority",
     "timeout",
     "prompt_logprobs",
+    "lora",
     *(field.name for field in dataclasses.fields(SamplingConfig)),
 )
 """Of `LM.submit`, that a line may have."""
