@@ -620,7 +620,7 @@ class LM:
         priority: int = 0,
         timeout: float | None = None,
         prompt_logprobs: bool = False,
-        grammar: Grammar | None = None,
+        grammar: Grammar | Mapping[str, str] | None = None,
         share_prefix: bool = True,
         lora: Mapping[str, float] | None = None,
         sampling: SamplingConfig | None = None,
@@ -647,6 +647,7 @@ class LM:
         checked_choice("show_special", show_special, SHOW_SPECIAL)
         stops, ends = _stop_strings(stop), set(self._checked(stop_ids, "stop_ids"))
         if grammar is not None:
+            grammar = Grammar.of(grammar)
             self.check_grammar(grammar)
         config = SamplingConfig.of(options, sampling)
         self._checked([token for token, _ in config.logit_bias or ()], "logit_bias")
@@ -697,8 +698,6 @@ class LM:
         Raises:
           JaxsplitError: it is invalid, or the file has no tokenizer.
         """
-        if not isinstance(grammar, Grammar):
-            raise JaxsplitError(f"grammar={grammar!r:.40} must be a jaxsplit.Grammar")
         _ = self.tokenizer  # raises its error
         assert self._grammars is not None
         self._grammars.check(grammar)

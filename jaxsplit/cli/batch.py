@@ -36,6 +36,8 @@ OPTIONS = (
     "priority",
     "timeout",
     "prompt_logprobs",
+    "share_prefix",
+    "grammar",
     "lora",
     *(field.name for field in dataclasses.fields(SamplingConfig)),
 )
