@@ -148,6 +148,12 @@ class LoadConfig(Config):
         choices=("auto", "int8", *FLOATS),
     )
 
+    lora: Any = option(
+        None,
+        "LoRA adapters in GGUF files, such as A.gguf or poet=A.gguf:0.5,B.gguf: each with a name "
+        "by which requests choose it (default: the file's) and a scale (default: 1)",
+    )
+
     kernels: str = option(
         "auto",
         "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; xla: "

@@ -81,12 +81,15 @@ class ForwardContext:
       policy: how matrices are multiplied.
       peers: devices that all-reduce in kernels; None: there are none.
       fuse_all_reduce: matmul kernels send their results to the peers themselves.
+      lora_scales: of each adapter in each sequence, float32 `[batch, adapters]`; None: those that
+        the adapters were loaded with.
     """
 
     rules: AxisRules = dataclasses.field(default=AxisRules(), metadata={"static": True})
     policy: MatmulPolicy = dataclasses.field(default=DEFAULT_POLICY, metadata={"static": True})
     peers: "PeerGroup | None" = None
     fuse_all_reduce: bool = dataclasses.field(default=True, metadata={"static": True})
+    lora_scales: jax.Array | None = None
 
 
 _PLAIN = ForwardContext()

@@ -42,6 +42,7 @@ from jaxsplit.sharding import SPLIT_MODES, Partition, choose_devices, parse_shar
 from jaxsplit.sharding.partition import free_memory
 from jaxsplit.text import SHOW_SPECIAL, ChatTemplate, Grammar, Grammars, Tokenizer
 from jaxsplit.weights import Sources, describe_split, parameter_sources, split_model
+from jaxsplit.weights.adapters import MAX_SCALE, Adapter, attach_adapters, open_adapters
 from jaxsplit.weights.checkpoint import is_checkpoint, open_checkpoint
 from jaxsplit.weights.loader import Progress, load_decoders
 
@@ -83,11 +84,13 @@ def load(
     partition = _partition(
         c, mesh, sources, model, dtype=dtype, cache_dtype=cache_dtype, context=context
     )
+    adapters = open_adapters(c.lora, file, sources, model)
     tokenizer, vocab = _tokenizer(file, model)
     policy, as_u32 = _policy(c, mesh.devices[0], dtype)
     models = load_decoders(
         sources, model, partition, weights=weights, dtype=dtype, as_u32=as_u32, progress=progress
     )
+    attach_adapters(models, partition, adapters, sources)
     slots, cache_tokens, checkpoints = _cache_size(
         c, model, partition, dtype, cache_dtype, context, kernels=policy.kernels
     )
@@ -102,6 +105,7 @@ def load(
         vocab=vocab,
         policy=policy,
         peer_access=c.collectives != "nccl",
+        lora_scales=[adapter.scale for adapter in adapters],
         stop_ids=() if isinstance(tokenizer, JaxsplitError) else sorted(tokenizer.end_ids),
     )
     if c.collectives == "p2p":
@@ -115,6 +119,7 @@ def load(
         load_seconds=time.perf_counter() - started,
         asked_context=c.ctx_size or 0,
         itl_budget=c.itl_budget,
+        adapters=adapters,
     )
 
 
@@ -363,6 +368,7 @@ class LM:
     Attributes:
       models: the Flax module of each stage, its parameters sharded over the stage's devices.
       file: the header of the model's file.
+      adapters: LoRA adapters, in the order in which they were given.
       engine: the compiled programs and the cache, shared by all calls.
       load_seconds: time that loading took.
     """
@@ -378,9 +384,11 @@ class LM:
         load_seconds: float,
         asked_context: int = 0,
         itl_budget: float = 0.1,
+        adapters: Sequence[Adapter] = (),
     ):
         self.models: tuple[Decoder, ...] = tuple(models)
         self.file = file
+        self.adapters = tuple(adapters)
         self.engine = engine
         self._tokenizer = tokenizer
         self._grammars = None if isinstance(tokenizer, JaxsplitError) else Grammars(tokenizer)
@@ -453,39 +461,51 @@ class LM:
         """Bytes of keys and values on the fullest device of this process."""
         return self.engine.cache_bytes
 
-    def logits(self, tokens: Sequence[int], *, one_by_one: bool = False) -> np.ndarray:
+    def logits(
+        self,
+        tokens: Sequence[int],
+        *,
+        one_by_one: bool = False,
+        lora: Mapping[str, float] | None = None,
+    ) -> np.ndarray:
         """Logits after each token: float32 `[time, vocab]`.
 
         Args:
           tokens: ids, at most the context's length.
           one_by_one: one token at a time through the cache, as in decoding.
+          lora: as in `submit`.
 
         Raises:
-          JaxsplitError: too many tokens, or an id outside the vocabulary.
+          JaxsplitError: too many tokens, an id outside the vocabulary, or an unknown adapter.
         """
         ids = self._checked(tokens)
         if not ids:
             return np.zeros((0, self.config.vocab), np.float32)
-        return self._read("logits", ids, one_by_one=one_by_one)
+        scales = self._lora_scales(lora)
+        return self._read(
+            RequestSpec(ids, outputs="logits", one_by_one=one_by_one, lora_scales=scales)
+        )
 
-    def hidden(self, tokens: Sequence[int]) -> np.ndarray:
+    def hidden(
+        self, tokens: Sequence[int], *, lora: Mapping[str, float] | None = None
+    ) -> np.ndarray:
         """What the head reads after each token, the last layer's normalized output: float32
         `[time, embed]`.
 
         Args:
           tokens: ids, at most the context's length.
+          lora: as in `submit`.
 
         Raises:
-          JaxsplitError: too many tokens, or an id outside the vocabulary.
+          JaxsplitError: too many tokens, an id outside the vocabulary, or an unknown adapter.
         """
         ids = self._checked(tokens)
         if not ids:
             return np.zeros((0, self.config.embed), np.float32)
-        return self._read("hidden", ids)
+        return self._read(RequestSpec(ids, outputs="hidden", lora_scales=self._lora_scales(lora)))
 
-    def _read(self, outputs: str, ids: list[int], *, one_by_one: bool = False) -> np.ndarray:
+    def _read(self, spec: RequestSpec) -> np.ndarray:
         """Reads a prompt for what is in `RequestSpec.outputs`."""
-        spec = RequestSpec(ids, outputs=outputs, one_by_one=one_by_one)
         request = self._thread.submit(spec)
         try:
             request.next()
@@ -570,6 +590,8 @@ class LM:
             `prompt_logprobs`: the prompt's log-probabilities, too.
             `grammar`: a `Grammar` that the text must satisfy.
             `share_prefix`: use what the cache has of the prompt.
+            `lora`: a mapping from names of adapters to scales: these adapters apply, and no others;
+            None: all do, with the scales that they were loaded with.
             `sampling`: a `SamplingConfig`, of which any other option changes a field:
             `temperature`, `top_k`, `seed`, ...
 
@@ -598,8 +620,9 @@ class LM:
         priority: int = 0,
         timeout: float | None = None,
         prompt_logprobs: bool = False,
-        grammar: Grammar | None = None,
+        grammar: Grammar | Mapping[str, str] | None = None,
         share_prefix: bool = True,
+        lora: Mapping[str, float] | None = None,
         sampling: SamplingConfig | None = None,
         **options: Any,
     ) -> tuple[list[int], Callable[[], Generation]]:
@@ -624,6 +647,7 @@ class LM:
         checked_choice("show_special", show_special, SHOW_SPECIAL)
         stops, ends = _stop_strings(stop), set(self._checked(stop_ids, "stop_ids"))
         if grammar is not None:
+            grammar = Grammar.of(grammar)
             self.check_grammar(grammar)
         config = SamplingConfig.of(options, sampling)
         self._checked([token for token, _ in config.logit_bias or ()], "logit_bias")
@@ -638,6 +662,7 @@ class LM:
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
             share_prefix=share_prefix,
+            lora_scales=self._lora_scales(lora),
         )
         tokenizer = None if isinstance(self._tokenizer, JaxsplitError) else self._tokenizer
         if tokenizer is None and (stops or isinstance(prompt, str)):
@@ -649,14 +674,30 @@ class LM:
 
         return tokens, begin
 
+    def _lora_scales(self, chosen: Mapping[str, float] | None) -> tuple[float, ...]:
+        """The scale of each adapter in a request.
+
+        Raises:
+          JaxsplitError: an adapter is not loaded, or its scale is no number.
+        """
+        if chosen is None:
+            return self.engine.lora_scales
+        if not isinstance(chosen, Mapping):
+            raise JaxsplitError(f"lora={chosen!r} must map names of adapters to scales")
+        known = {adapter.name: 0.0 for adapter in self.adapters}
+        for name, scale in chosen.items():
+            if name not in known:
+                loaded = f"loaded are {', '.join(known)}" if known else "none is loaded"
+                raise JaxsplitError(f"lora: there is no adapter {name!r}; {loaded}")
+            known[name] = checked_number(f"lora[{name!r}]", scale, float, -MAX_SCALE, MAX_SCALE)
+        return tuple(known.values())
+
     def check_grammar(self, grammar: Grammar) -> None:
         """Compiles a grammar for this model's tokens.
 
         Raises:
           JaxsplitError: it is invalid, or the file has no tokenizer.
         """
-        if not isinstance(grammar, Grammar):
-            raise JaxsplitError(f"grammar={grammar!r:.40} must be a jaxsplit.Grammar")
         _ = self.tokenizer  # raises its error
         assert self._grammars is not None
         self._grammars.check(grammar)
@@ -671,6 +712,8 @@ class LM:
         device = self.mesh.devices.flat[0]
         without = compute_capability(device) >= 8 and not has_triton()
         notes = ["XLA runs everything: this JAX has no Pallas-Triton"] if without else []
+        if self.adapters:
+            notes.append(f"adapters {', '.join(f'{a.name}:{a.scale:g}' for a in self.adapters)}")
         return " | ".join([model, self._split, *self.engine.communication, *notes])
 
     def _checked(self, tokens: Sequence[int], name: str = "a prompt") -> list[int]:

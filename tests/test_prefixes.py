@@ -142,7 +142,7 @@ class Device:
         assert len(cache._checkpoints) <= len(self.states)
         for node in nodes:  # what any later sequence may find
             path, above = [], node
-            while above is not cache._root:
+            while above.parent is not None:
                 path = [*above.tokens, *path]
                 above = above.parent
             assert self.pages[node.page][: len(node.tokens)] == [*node.tokens]

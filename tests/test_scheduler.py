@@ -379,7 +379,7 @@ def test_samplers_of_all_kinds_together(model):
     assert biased == 7
 
 
-@pytest.mark.parametrize("options", [{"logits": True}, {"prompt_logprobs": True}], ids=str)
+@pytest.mark.parametrize("options", [{"outputs": "logits"}, {"prompt_logprobs": True}], ids=str)
 def test_a_preempted_request_has_the_details_of_its_prompt_once(model, monkeypatch, options):
     """The cache has 10 pages; the older one needs 8, the younger one 6 and then more."""
     found, rng = model("llama", "none"), np.random.default_rng(4)
@@ -387,7 +387,7 @@ def test_a_preempted_request_has_the_details_of_its_prompt_once(model, monkeypat
     monkeypatch.setattr(scheduler, "_RESERVE", PAGE)
     older = RequestSpec(rng.integers(0, VOCAB, 10).tolist(), GREEDY)
     younger = RequestSpec(rng.integers(0, VOCAB, 47).tolist(), GREEDY, **options)
-    expected = None if younger.logits else found.alone(younger)
+    expected = None if younger.reads_only else found.alone(younger)
     player = Player(found.engine)
     requests = [player.submit(older), player.submit(younger)]
     player.run()
@@ -396,7 +396,7 @@ def test_a_preempted_request_has_the_details_of_its_prompt_once(model, monkeypat
     if expected is not None:
         player.result(requests[1]).check(expected)
         return
-    logits = np.asarray(requests[1].logits, np.float64)
+    logits = np.asarray(requests[1].outputs, np.float64)
     assert logits.shape == (47, len(found.log_probabilities(younger.prompt)[0]))
     log_sums = np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(

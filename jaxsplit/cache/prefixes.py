@@ -11,7 +11,8 @@ with such layers, a prefix is known only up to a checkpoint, a copy of their sta
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
 
 Copy = tuple[int, int]
 """From and to."""
@@ -29,7 +30,7 @@ class _Node:
       states: checkpoints, by the number of this page's tokens that they include.
     """
 
-    __slots__ = ("children", "page", "parent", "states", "tokens", "users")
+    __slots__ = ("__weakref__", "children", "page", "parent", "states", "tokens", "users")
 
     def __init__(self, tokens: tuple[int, ...], page: int, parent: "_Node | None"):
         self.tokens, self.page, self.parent = tokens, page, parent
@@ -47,12 +48,19 @@ class Allocation:
       own: pages after these.
       state: where its rings and recurrent states are.
       cached: tokens of its prompt that were there already.
+      root: of its prefixes.
     """
 
     nodes: list[_Node]
     own: list[int]
     state: int
     cached: int
+    root: _Node
+
+    @property
+    def last(self) -> _Node:
+        """The node of its last shared page."""
+        return self.nodes[-1] if self.nodes else self.root
 
     @property
     def pages(self) -> list[int]:
@@ -88,7 +96,8 @@ class PrefixCache:
         self.page, self.stateful = page, stateful
         self._free = list(range(pages))[::-1]
         self._free_states = list(range(states))[::-1]
-        self._root = _Node((), -1, None)
+        # A tree of prefixes for each model, which lives as long as one of its nodes.
+        self._roots: weakref.WeakValueDictionary[Hashable, _Node] = weakref.WeakValueDictionary()
         self._idle: collections.OrderedDict[_Node, None] = collections.OrderedDict()
         self._unused = 0  # nodes without users
         self._checkpoints: collections.OrderedDict[tuple[_Node, int], None] = (
@@ -112,21 +121,27 @@ class PrefixCache:
 
     # A sequence's life
 
-    def match(self, tokens: Sequence[int]) -> int:
-        """How many of a prompt's first tokens are in the cache."""
-        return self._match(tokens)[2]
+    def match(self, tokens: Sequence[int], model: Hashable = None) -> int:
+        """How many of a prompt's first tokens are in the cache; arguments as of `begin`."""
+        return self._match(tokens, self._root(model))[2]
 
-    def begin(self, tokens: Sequence[int], *, share: bool = True) -> Begun | None:
+    def begin(
+        self, tokens: Sequence[int], model: Hashable = None, *, share: bool = True
+    ) -> Begun | None:
         """Pages for a prompt: those of the longest prefix that is known, and new ones.
 
         Args:
           tokens: the prompt. At least its last token has to be read.
+          model: what else keys and values depend on, such as the scales of adapters.
           share: use known prefixes.
 
         Returns:
           None: there are too few pages.
         """
-        nodes, tail, cached, checkpoint = self._match(tokens) if share else ([], None, 0, None)
+        root = self._root(model)
+        nodes, tail, cached, checkpoint = [], None, 0, None
+        if share:
+            nodes, tail, cached, checkpoint = self._match(tokens, root)
         for node in nodes:
             self._use(node)
         source = None if checkpoint is None else checkpoint[0].states[checkpoint[1]]
@@ -143,7 +158,7 @@ class PrefixCache:
         pages = [] if tail is None else [(tail.page, own[0])]
         if tail is not None and tail in self._idle:
             self._idle.move_to_end(tail)
-        allocation = Allocation(nodes, own, state, cached)
+        allocation = Allocation(nodes, own, state, cached, root)
         self._running.add(allocation)
         return Begun(allocation, pages, [] if source is None else [(source, state)])
 
@@ -167,7 +182,7 @@ class PrefixCache:
         while allocation.own and (len(nodes) + 1) * self.page <= len(tokens):
             start = len(nodes) * self.page
             full = tuple(tokens[start : start + self.page])
-            nodes.append(self._insert(nodes[-1] if nodes else self._root, full, allocation))
+            nodes.append(self._insert(allocation.last, full, allocation))
             self._use(nodes[-1])
         for key in [k for k in self._pending if k[0] is allocation]:
             if key[1] <= len(nodes) * self.page:
@@ -227,7 +242,7 @@ class PrefixCache:
         self._running.remove(allocation)
         if keep:
             self.commit(allocation, tokens)
-        parent = allocation.nodes[-1] if allocation.nodes else self._root
+        parent = allocation.last
         rest = tuple(tokens[len(allocation.nodes) * self.page :])
         holder, offset = parent, len(parent.tokens)
         if keep and rest and allocation.own:
@@ -235,7 +250,7 @@ class PrefixCache:
         self._free += allocation.own
         for key in [k for k in self._pending if k[0] is allocation]:
             self._free_states.append(self._pending.pop(key))
-        if keep_state and keep and self.stateful and holder is not self._root:
+        if keep_state and keep and self.stateful and holder is not allocation.root:
             self._keep_state(holder, offset, allocation.state)
         else:
             self._free_states.append(allocation.state)
@@ -251,12 +266,19 @@ class PrefixCache:
 
     # Nodes
 
+    def _root(self, model: Hashable) -> _Node:
+        """The root of a model's prefixes."""
+        root = self._roots.get(model)
+        if root is None:
+            root = self._roots[model] = _Node((), -1, None)
+        return root
+
     def _match(
-        self, tokens: Sequence[int]
+        self, tokens: Sequence[int], root: _Node
     ) -> tuple[list[_Node], _Node | None, int, tuple[_Node, int] | None]:
         """The known prefix of a prompt: nodes of full pages, a page to copy the next tokens from,
         how many tokens that is, and the checkpoint."""
-        limit, node, nodes = len(tokens) - 1, self._root, []
+        limit, node, nodes = len(tokens) - 1, root, []
         while (len(nodes) + 1) * self.page <= limit:
             start = len(nodes) * self.page
             following = node.children.get(tuple(tokens[start : start + self.page]))
@@ -319,7 +341,7 @@ class PrefixCache:
         for offset, state in node.states.items():
             del self._checkpoints[node, offset]
             self._free_states.append(state)
-        if parent is not self._root and not parent.users and not parent.children:
+        if parent.parent is not None and not parent.users and not parent.children:
             self._idle[parent] = None
             self._idle.move_to_end(parent, last=False)
 
@@ -367,10 +389,10 @@ class PrefixCache:
             assert len(node.tokens) == self.page or not node.children
             assert node.parent is not None
             assert node.parent.children[node.tokens] is node
-            assert not node.users or node.parent is self._root or node.parent.users
+            assert not node.users or node.parent.parent is None or node.parent.users
 
     def _nodes(self) -> Iterator[_Node]:
-        waiting = list(self._root.children.values())
+        waiting = [node for root in self._roots.values() for node in root.children.values()]
         while waiting:
             node = waiting.pop()
             yield node

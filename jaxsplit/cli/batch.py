@@ -36,6 +36,9 @@ OPTIONS = (
     "priority",
     "timeout",
     "prompt_logprobs",
+    "share_prefix",
+    "grammar",
+    "lora",
     *(field.name for field in dataclasses.fields(SamplingConfig)),
 )
 """Of `LM.submit`, that a line may have."""

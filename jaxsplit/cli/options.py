@@ -24,6 +24,7 @@ _DEFINE = {
 GROUPS = {
     "split_mode": "Split over devices",
     "weights": "Precision",
+    "lora": "Adapters",
     "kernels": "Execution",
     "ctx_size": "Context",
     "temperature": "Sampling",
@@ -36,7 +37,7 @@ MODEL_HELP = (
 )
 """Of the flag `--model`."""
 
-_TYPES = {"devices": int, "tensor_split": str, "logit_bias": str}
+_TYPES = {"devices": int, "tensor_split": str, "lora": str, "logit_bias": str}
 """Of the flags of fields that take other values too in Python."""
 
 

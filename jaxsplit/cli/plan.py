@@ -40,7 +40,7 @@ _KIND = flags.DEFINE_multi_string(
 )
 _LOAD = options.define(
     LoadConfig,
-    skip=["activations", "collectives", "kernels", "main_device"],
+    skip=["activations", "collectives", "kernels", "lora", "main_device"],
     split_mode=None,
     dtype="bfloat16",
 )

@@ -40,11 +40,13 @@ class Row(NamedTuple):
       slot: of its decode state, on its data replica.
       pages: of the cache, in order.
       state: where its rings and recurrent states are.
+      lora_scales: of each adapter; None: as the engine's.
     """
 
     slot: int
     pages: Sequence[int]
     state: int
+    lora_scales: Sequence[float] | None = None
 
 
 class Prompt(NamedTuple):
@@ -90,6 +92,8 @@ class Engine:
       policy: how matrices are multiplied.
       peer_access: use peer-to-peer kernels for all-reduces and stage transfers where the devices
         support them.
+      lora_scales: of each adapter that the decoders have, for sequences without scales of their
+        own.
 
     Attributes:
       stop_ids: tokens that stop a slot.
@@ -118,8 +122,10 @@ class Engine:
         chunks: Sequence[int] = CHUNKS,
         policy: MatmulPolicy = DEFAULT_POLICY,
         peer_access: bool = True,
+        lora_scales: Sequence[float] = (),
     ):
         self.partition = partition
+        self.lora_scales = tuple(lora_scales)
         self.config = models[0].config
         self.context = context
         self.chunks = chunks
@@ -131,7 +137,14 @@ class Engine:
         self.size = dataclasses.replace(size, states=size.states + checkpoints)
         self.runners = [
             StageRunner(
-                model, stage, self.size, cache_dtype, policy, vocab=vocab, peer_access=peer_access
+                model,
+                stage,
+                self.size,
+                cache_dtype,
+                policy,
+                vocab=vocab,
+                peer_access=peer_access,
+                adapters=len(self.lora_scales),
             )
             for model, stage in zip(models, partition.stages, strict=True)
         ]
@@ -227,16 +240,20 @@ class Engine:
     # What a scheduler runs
 
     def host_rows(self, rows: Sequence[Sequence[Row | None]], count: int) -> steps.Rows:
-        """Rows of a program, for each data replica, filled up to `count`: int32 arrays of NumPy."""
+        """Rows of a program, for each data replica, filled up to `count`, in NumPy."""
         slots = np.full((len(rows), count), self.slots_per_replica, np.int32)
         states = np.full((len(rows), count), self.size.states, np.int32)
         pages = np.zeros((len(rows), count, self.size.pages_per_sequence), np.int32)
+        scales = np.zeros((len(rows), count, len(self.lora_scales)), np.float32)
         for replica, own in enumerate(rows):
             for i, row in enumerate(own):
                 if row is not None:
                     slots[replica, i], states[replica, i] = row.slot, row.state
                     pages[replica, i, : len(row.pages)] = row.pages
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps.Rows(slots, states, pages))
+                    given = self.lora_scales if row.lora_scales is None else row.lora_scales
+                    scales[replica, i] = given
+        found = steps.Rows(slots, states, pages, scales if self.lora_scales else None)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
     def _slot_params(
         self, slots: Sequence[tuple[SamplingConfig, Collection[int], int]]

@@ -64,6 +64,7 @@ class RequestSpec:
       one_by_one: read the prompt one token at a time.
       share_prefix: use what the cache has of the prompt.
       grammar: what the text must satisfy.
+      lora_scales: of each adapter; None: those that they were loaded with.
     """
 
     prompt: Sequence[int]
@@ -78,6 +79,7 @@ class RequestSpec:
     one_by_one: bool = False
     share_prefix: bool = True
     grammar: Grammar | None = None
+    lora_scales: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -87,8 +89,10 @@ class RequestSpec:
     def from_json(cls, given: dict[str, Any]) -> "RequestSpec":
         """The inverse of `to_json`."""
         grammar = given["grammar"] and Grammar(**given["grammar"])
-        sampling = SamplingConfig(**given["sampling"])
-        return cls(**given | {"sampling": sampling, "grammar": grammar})
+        sampling, scales = SamplingConfig(**given["sampling"]), given["lora_scales"]
+        scales = None if scales is None else tuple(scales)
+        changed = {"sampling": sampling, "grammar": grammar, "lora_scales": scales}
+        return cls(**given | changed)
 
     @property
     def wanted(self) -> str:

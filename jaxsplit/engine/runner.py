@@ -238,6 +238,7 @@ class StageRunner:
       policy: how matrices are multiplied.
       vocab: tokens of the vocabulary; larger ids are never sampled; None: all rows of the head.
       peer_access: use peer-to-peer kernels for all-reduces where the devices support them.
+      adapters: how many the model has.
     """
 
     def __init__(
@@ -250,8 +251,10 @@ class StageRunner:
         *,
         vocab: int | None = None,
         peer_access: bool = True,
+        adapters: int = 0,
     ):
         self.stage = stage
+        self.adapters = adapters
         self.policy = policy
         self.size = size
         self.cache_dtype = cache_dtype
@@ -410,7 +413,10 @@ class StageRunner:
         """
 
         def prefill(params, cache, inputs, chunk, targets):
-            model = self._model(params)
+            with forward_context(lora_scales=chunk.rows.lora_scales):
+                return outputs(self._model(params), cache, inputs, chunk, targets)
+
+        def outputs(model, cache, inputs, chunk, targets):
             cache, x = steps.prefill(model, cache, inputs, chunk)
             if not self.last:
                 return cache, x
@@ -455,7 +461,8 @@ class StageRunner:
             like = self.input_shape(*inputs.shape)
             sharding = self.sharding(self._slot_spec)
             inputs = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
-        chunk = steps.PrefillChunk(zeros, zeros, steps.Rows(zeros, zeros, pages))
+        scales = np.zeros((count, self.adapters), np.float32) if self.adapters else None
+        chunk = steps.PrefillChunk(zeros, zeros, steps.Rows(zeros, zeros, pages, scales))
         targets = np.zeros((count, length), np.int32) if wanted == "logprobs" else None
         return self.params, cache, inputs, chunk, targets
 

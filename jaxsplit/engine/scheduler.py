@@ -377,7 +377,7 @@ class Scheduler:
         share = spec.share_prefix and spec.wanted == "last"
         replicas.sort(
             key=lambda r: (
-                -self._caches[r].match(sequence.tokens) if share else 0,
+                -self._caches[r].match(sequence.tokens, spec.lora_scales) if share else 0,
                 -self._caches[r].available,
             )
         )
@@ -386,9 +386,10 @@ class Scheduler:
             running = any(s.replica == replica for s in self._running)
             reserve = 0 if spec.reads_only or not running else _RESERVE
             pages = -(-min(before + reserve, size.context) // size.page)
-            if running and cache.available < pages - cache.match(sequence.tokens) // size.page:
+            known = cache.match(sequence.tokens, spec.lora_scales) // size.page
+            if running and cache.available < pages - known:
                 continue
-            begun = cache.begin(sequence.tokens, share=share)
+            begun = cache.begin(sequence.tokens, spec.lora_scales, share=share)
             if begun is None:
                 continue
             slot = self._free_slots[replica].pop()
@@ -522,7 +523,8 @@ class Scheduler:
 
     def _row(self, sequence: _Sequence) -> Row:
         assert sequence.allocation is not None
-        return Row(sequence.slot, sequence.allocation.pages, sequence.allocation.state)
+        allocation, scales = sequence.allocation, sequence.request.spec.lora_scales
+        return Row(sequence.slot, allocation.pages, allocation.state, scales)
 
     def _chunk(self, sequence: _Sequence, decoding: bool, queued: int) -> int:
         """Length of the next chunk of a prompt."""

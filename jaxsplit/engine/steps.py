@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jaxsplit.cache.layers import Cache
 from jaxsplit.comm.p2p import Ring
+from jaxsplit.context import forward_context
 from jaxsplit.engine.sampling import (
     NOT_FINITE,
     SamplerParams,
@@ -42,17 +43,19 @@ class StepSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The sequences that a program works on, int32.
+    """The sequences that a program works on, int32 unless noted.
 
     Attributes:
       slots: `[rows]`: where their decode state is.
       states: `[rows]`: where their rings and recurrent states are in the cache.
       pages: `[rows, pages]`: the pages of the cache that each has, in order.
+      lora_scales: float32 `[rows, adapters]`: of each adapter; None: there are none.
     """
 
     slots: Array
     states: Array
     pages: Array
+    lora_scales: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -336,7 +339,8 @@ def decode_layers(
       the cache and the output `[rows, 1, embed]`.
     """
     x = inputs[:, :1] if x is None else x
-    x, cache = model.hidden(x, inputs[:, 1:], cache, rows.states, rows.pages)
+    with forward_context(lora_scales=rows.lora_scales):
+        x, cache = model.hidden(x, inputs[:, 1:], cache, rows.states, rows.pages)
     return cache, x
 
 
@@ -386,7 +390,8 @@ def decode_logits(
     """
     tokens = step_inputs(state, rows)
     x = tokens[:, :1] if x is None else x
-    logits, cache = model(x, tokens[:, 1:], cache, rows.states, rows.pages)
+    with forward_context(lora_scales=rows.lora_scales):
+        logits, cache = model(x, tokens[:, 1:], cache, rows.states, rows.pages)
     return cache, logits[:, 0]
 
 

@@ -345,10 +345,14 @@ class Decoder(nnx.Module):
     def _logits(self, y: Unreduced | None, residual: Array) -> Array:
         """Logits of the stream with what the last layer has computed."""
         c, w = self.config, self._head_matrix
-        x, _ = add_norm(y, residual, self.norm, matmul_readers(residual, [w]))
+        head = self.head
+        readers = matmul_readers(residual, [w]) if head is None else head.readers(residual)
+        x, _ = add_norm(y, residual, self.norm, readers)
         logits = matmul(x, w)
-        if self.head is not None and self.head.bias is not None:
-            logits = logits + self.head.bias.get_value()
+        if head is not None and head.bias is not None:
+            logits = logits + head.bias.get_value()
+        if head is not None and head.lora is not None:
+            logits = logits + head.lora(x)
         logits = logits * c.logit_scale
         if c.logit_softcap is None:
             return logits

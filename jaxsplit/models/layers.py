@@ -4,15 +4,18 @@ A parameter's logical axes are in its metadata: `param.axes`, one name per dimen
 `[out, in]`, plain or quantized (`jaxsplit.quant`).
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from jaxsplit.comm.api import all_gather, all_reduce, is_split, shard_index
 from jaxsplit.comm.unreduced import Unreduced
+from jaxsplit.context import current_context, forward_context
 from jaxsplit.ops.activations.api import as_array
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.matmul import api as matmul_ops
@@ -88,13 +91,46 @@ def add_norm(
     return norm_ops.add_norm(y, residual, None if norm is None else norm.params, readers)
 
 
+class LoRA(nnx.Module):
+    """Low-rank changes of a matrix, of one or several adapters (Hu et al. 2021, arXiv:2106.09685):
+    `x A B` with a scale for each sequence. The ranks of all adapters are side by side.
+
+    Args:
+      down: `[ranks, in]`: A of each adapter, transposed.
+      up: `[out, ranks]`: B of each adapter times `alpha / rank`, transposed.
+      parts: index, rank and default scale of each adapter.
+    """
+
+    def __init__(self, down: nnx.Param, up: nnx.Param, parts: tuple[tuple[int, int, float], ...]):
+        self.down, self.up, self.parts = down, up, parts
+
+    def __call__(self, x: Rows) -> Array:
+        """What the adapters add: `[batch, ..., in]` to float32 `[batch, ..., out]`; on a mesh, of
+        this device's rows and columns."""
+        adapters, ranks, defaults = zip(*self.parts, strict=True)
+        scales = current_context().lora_scales
+        if scales is None:
+            scales = jnp.asarray(defaults, jnp.float32)[None]
+        else:
+            scales = scales[:, np.asarray(adapters)]
+        scales = jnp.repeat(scales, np.asarray(ranks), axis=1, total_repeat_length=sum(ranks))
+        scales = scales.reshape(len(scales), *[1] * (len(x.shape) - 2), -1)
+        low = matmul_ops.matmul(x, self.down.get_value()) * scales
+        return matmul_ops.matmul(low.astype(x.dtype), self.up.get_value())
+
+
 class Linear(nnx.Module):
     """A projection from one logical axis to another.
 
     A kernel split along its columns reads the device's own shard of `x`, and leaves a partial sum
     to an all-reduce. One that is not gathers the shards of `x` first. Rows of the residual stream
     are gathered, since it is whole on every device; rows of other axes stay where they are.
+
+    Attributes:
+      lora: what adapters add to the result, split as the kernel; None: there are none.
     """
+
+    lora: LoRA | None = None
 
     def __init__(
         self,
@@ -116,17 +152,22 @@ class Linear(nnx.Module):
         """Who reads inputs of this projection with the rows and dtype of `x`."""
         if self._gathers:
             return XLA_ONLY
-        return matmul_ops.readers_of(x, [self.kernel.get_value()])
+        return readers_of(x, self)
 
     def unreduced(self, x: Rows) -> Unreduced:
         """`[..., in]` to `[..., out]` before its all-reduce."""
-        return unreduced_matmul(
-            self._gathered(x),
-            self.kernel.get_value(),
-            reduce_over=(self.columns,),
-            axis=self.rows,
-            bias=None if self.bias is None else self.bias.get_value(),
-        )
+        x = self._gathered(x)
+        options = {
+            "reduce_over": (self.columns,),
+            "axis": self.rows,
+            "bias": None if self.bias is None else self.bias.get_value(),
+        }
+        if self.lora is None:
+            return unreduced_matmul(x, self.kernel.get_value(), **options)
+        with forward_context(fuse_all_reduce=False):  # one for both, after they are added
+            y = unreduced_matmul(x, self.kernel.get_value(), **options)
+        parts = y.local_sum + self.lora(x)
+        return dataclasses.replace(y, parts=parts[None])
 
     def __call__(self, x: Rows) -> Array:
         """`[..., in]` to `[..., out]` in the dtype of `x`, accumulated in float32."""
@@ -146,7 +187,10 @@ class Linear(nnx.Module):
 
 def readers_of(x: Like, *linears: Linear | None) -> Readers:
     """Who reads rows like `x` when several projections multiply them; None: no projection."""
-    return matmul_ops.readers_of(x, [linear.kernel.get_value() for linear in linears if linear])
+    present = [linear for linear in linears if linear]
+    params = [linear.kernel for linear in present]
+    params += [linear.lora.down for linear in present if linear.lora]
+    return matmul_ops.readers_of(x, [param.get_value() for param in params])
 
 
 def project(
@@ -164,10 +208,11 @@ def project(
     """
     present = [first, *(linear for linear in others if linear is not None)]
     kernels, x = [linear.kernel.get_value() for linear in present], first._gathered(x)
-    if any(linear.bias is not None for linear in present):
+    if any(linear.bias is not None or linear.lora is not None for linear in present):
         results = []
         for y, linear in zip(matmul_ops.matmuls(x, kernels), present, strict=True):
             y = y if linear.bias is None else y + linear.bias.get_value()
+            y = y if linear.lora is None else y + linear.lora(x)
             results.append(Unreduced.of(y.astype(x.dtype)))
     elif split_k:
         results = split_k_matmuls(x, kernels, x.dtype)

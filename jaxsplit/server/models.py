@@ -1,4 +1,4 @@
-"""`/v1/models`, `/v1/embeddings`, `/health`, `/metrics`."""
+"""`/v1/models`, `/lora-adapters`, `/v1/embeddings`, `/health`, `/metrics`."""
 
 import base64
 import math
@@ -17,25 +17,34 @@ async def health(service: Service) -> schemas.Health:
 
 
 async def models(service: Service) -> schemas.Models:
-    """The model that is served."""
-    return schemas.Models(data=[_model(service)])
+    """The model that is served, and its adapters."""
+    return schemas.Models(data=_models(service))
 
 
 async def model(service: Service, name: str) -> schemas.Model:
-    """The model that is served, by its name.
+    """The model that is served, or one of its adapters, by its name.
 
     Raises:
-      ApiError: it has another name.
+      ApiError: there is no such name.
     """
-    found = _model(service)
-    if name != found.id:
+    found = {model.id: model for model in _models(service)}
+    if name not in found:
+        known = ", ".join(map(repr, found))
         raise ApiError(
-            404, f"there is no model {name!r}; this server has {found.id!r}", code="model_not_found"
+            404, f"there is no model {name!r}; this server has {known}", code="model_not_found"
         )
-    return found
+    return found[name]
 
 
-def _model(service: Service) -> schemas.Model:
+async def lora_adapters(service: Service) -> list[schemas.LoraAdapter]:
+    """The adapters, by the numbers that requests give."""
+    return [
+        schemas.LoraAdapter(id=i, name=one.name, path=str(one.path), scale=one.scale)
+        for i, one in enumerate(service.lm.adapters)
+    ]
+
+
+def _models(service: Service) -> list[schemas.Model]:
     lm, config = service.lm, service.lm.config
     tensors = lm.file.tensors.values()
     meta = schemas.ModelMeta(
@@ -46,7 +55,8 @@ def _model(service: Service) -> schemas.Model:
         n_params=sum(math.prod(tensor.shape) for tensor in tensors),
         size=sum(tensor.nbytes for tensor in tensors),
     )
-    return schemas.Model(id=service.name, created=service.started, meta=meta)
+    names = dict.fromkeys([service.name, *(adapter.name for adapter in lm.adapters)])
+    return [schemas.Model(id=name, created=service.started, meta=meta) for name in names]
 
 
 async def embeddings(service: Service, request: schemas.EmbeddingRequest) -> schemas.Embeddings:
@@ -61,11 +71,11 @@ async def embeddings(service: Service, request: schemas.EmbeddingRequest) -> sch
     prompts = await service.prompts(request.input, "input")
     if not all(prompts):
         raise ApiError(400, "input has an empty text; give at least one token", param="input")
-    pooling = request.pooling or "mean"
+    pooling, lora = request.pooling or "mean", service.lora(request)
     data, read = [], 0
     for index, prompt in enumerate(prompts):
         read += len(prompt)
-        hidden = await service.aside(lambda prompt=prompt: lm.hidden(prompt), True)
+        hidden = await service.aside(lambda prompt=prompt: lm.hidden(prompt, lora=lora), True)
         vector = pooled(hidden, pooling)
         found: Any = vector.tolist()
         if request.encoding_format == "base64":

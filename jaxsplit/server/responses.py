@@ -301,6 +301,7 @@ def _as_chat(request: ResponsesRequest) -> ChatRequest:
         )
     return ChatRequest(
         messages=messages,
+        model=request.model,
         max_tokens=request.max_output_tokens,
         temperature=request.temperature,
         top_p=request.top_p,

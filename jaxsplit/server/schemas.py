@@ -24,6 +24,13 @@ class Sent(msgspec.Struct, kw_only=True):
 # Fields of requests that several endpoints have in common
 
 
+class LoraScale(Received, kw_only=True):
+    """An adapter of `/lora-adapters`, and its scale."""
+
+    id: Count
+    scale: float
+
+
 class SamplingFields(Received, kw_only=True):
     """How tokens are chosen: the options of `jaxsplit.config.SamplingConfig`, null: the server's
     default. Fields of llama.cpp that change nothing at their neutral value may have that value."""
@@ -47,6 +54,7 @@ class SamplingFields(Received, kw_only=True):
     t_max_predict_ms: Annotated[float, Meta(gt=0)] | None = None
     grammar: str | None = None
     json_schema: Json | None = None
+    lora: list[LoraScale] | None = None
     timings_per_token: bool | None = None
     return_tokens: bool | None = None
     typical_p: float | None = None
@@ -534,6 +542,15 @@ class Model(Sent, kw_only=True):
 class Models(Sent, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class LoraAdapter(Sent, kw_only=True):
+    """A LoRA adapter, and the scale that it has in requests that do not choose."""
+
+    id: int
+    name: str
+    path: str
+    scale: float
 
 
 class EmbeddingRequest(Received, kw_only=True):

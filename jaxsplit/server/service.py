@@ -230,6 +230,28 @@ class Service:
 
     # Generations
 
+    def lora(self, fields: Any) -> dict[str, float] | None:
+        """The adapters that a request chooses: by `lora`, or by its model's name.
+
+        Raises:
+          ApiError: there is no adapter of that number.
+        """
+        adapters = self.lm.adapters
+        if (given := getattr(fields, "lora", None)) is not None:
+            for one in given:
+                if one.id >= len(adapters):
+                    raise ApiError(
+                        400,
+                        f"lora has the id {one.id}; the server has {len(adapters)} adapters, "
+                        "numbered from 0: see /lora-adapters",
+                        param="lora",
+                    )
+            return {adapters[one.id].name: one.scale for one in given}
+        model = getattr(fields, "model", None)
+        if model == self.name:
+            return None
+        return next(({one.name: one.scale} for one in adapters if one.name == model), None)
+
     def begin(
         self,
         prompts: Sequence[Sequence[int]],
@@ -287,6 +309,7 @@ class Service:
                             priority=fields.priority or 0,
                             share_prefix=fields.cache_prompt is not False,
                             timeout=timeout,
+                            lora=self.lora(fields),
                             **options,
                         )
                     )

@@ -8,7 +8,7 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,21 @@ class Grammar:
             raise JaxsplitError(
                 f"grammar.text has half a character at {alone.start()}: {alone[0]!r}"
             )
+
+    @classmethod
+    def of(cls, given: Any) -> "Grammar":
+        """A grammar, or one from a mapping of its fields.
+
+        Raises:
+          JaxsplitError: it is neither, or the fields do not suit.
+        """
+        if isinstance(given, Mapping) and "kind" in given and given.keys() <= {"kind", "text"}:
+            return cls(**given)
+        if not isinstance(given, cls):
+            raise JaxsplitError(
+                f"grammar={given!r:.40} must be a jaxsplit.Grammar, or an object of kind and text"
+            )
+        return given
 
     @property
     def lark(self) -> str:

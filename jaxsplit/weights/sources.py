@@ -44,7 +44,7 @@ def abstract_decoder(
 def parameters(model: Decoder) -> dict[str, nnx.Param]:
     """A model's parameters by path, such as `blocks.0.mlp.up.kernel`; the number is the layer's."""
     return {
-        ".".join(map(str, _path(model, path))): variable
+        parameter_path(model, path): variable
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
 
@@ -59,10 +59,11 @@ def _abstract_parameters(config: ModelConfig, layers: range) -> dict[str, nnx.Pa
     return parameters(abstract_decoder(config, layers=layers))
 
 
-def _path(model: Decoder, path: Sequence[Any]) -> tuple[Any, ...]:
+def parameter_path(model: Decoder, path: Sequence[Any]) -> str:
+    """The path of a parameter of a decoder, or of some layers of a model, in the whole model."""
     if path[0] == "blocks":
-        return (path[0], path[1] + model.layers.start, *path[2:])
-    return tuple(path)
+        path = (path[0], path[1] + model.layers.start, *path[2:])
+    return ".".join(map(str, path))
 
 
 @dataclasses.dataclass(frozen=True)
