@@ -130,6 +130,21 @@ def test_slow_headers_and_silent_clients_hold_up_nobody(locked):
         one.close()
 
 
+def test_silent_connections_are_closed(locked, monkeypatch):
+    monkeypatch.setattr("jaxsplit.server.run._REQUEST_SECONDS", 0.2)
+    host, port = locked.removeprefix("http://").split(":")
+    for begin in (b"", b"GET /health HTTP/1.1\r\nHost: local"):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(begin)
+            assert connection.recv(1) == b""
+
+
+def test_a_path_cannot_write_lines_of_the_log(locked, caplog):
+    with caplog.at_level("INFO", "jaxsplit.server"):
+        httpx.get(f"{locked}/x%0aFORGED%20LINE")
+    assert any("/x\\nFORGED LINE" in record.getMessage() for record in caplog.records)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -110,7 +110,10 @@ class ClosedBatch:
         found = [np.zeros((0, self.engine.config.vocab), np.float32)]
         chunks = [1] if one_by_one else None
         prompts = self._read_prompts({0: tokens}, wanted="logits", chunks=chunks)
-        found += [pending.values()[0, 0, : len(own[0][0].tokens)] for pending, own in prompts]
+        for pending, own in prompts:
+            logits = pending.values()
+            assert logits is not None
+            found.append(logits[0, 0, : len(own[0][0].tokens)])
         if not np.isfinite(found[-1]).all():
             self.reset()
         return np.concatenate(found)

@@ -10,7 +10,7 @@ _spans: list[tuple[float, float]] = []  # disjoint, in order
 _seconds = 0.0
 
 
-def _listen(event: str, seconds: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     """Records an event, merged with the ones it overlaps: threads compile in parallel, and events
     nest."""
     global _seconds
@@ -18,7 +18,7 @@ def _listen(event: str, seconds: float, **_: object) -> None:
         return
     with _lock:
         end = time.perf_counter()
-        start = end - seconds
+        start = end - duration_secs
         while _spans and _spans[-1][1] >= start:
             first, last = _spans.pop()
             _seconds -= last - first

@@ -55,10 +55,10 @@ class DecodeLoops:
     def _ring_pointers(self, size: int) -> list[jax.Array] | None:
         """Pointers to buffers of `size` bytes of each stage; None: the stages cannot transfer in
         kernels."""
-        meshes = [runner.stage.mesh for runner in self._runners]
         policy = self._runners[0].policy
-        alike = all(isinstance(m, Mesh) and m.shape == meshes[0].shape for m in meshes)
-        if not (policy.kernels and alike):
+        meshes = [m for runner in self._runners if isinstance(m := runner.stage.mesh, Mesh)]
+        alike = all(mesh.shape == meshes[0].shape for mesh in meshes)
+        if not (policy.kernels and alike and len(meshes) == len(self._runners)):
             return None
         if policy.interpret:
             if meshes[0].size > 1:  # a CPU runs one program of several devices at a time

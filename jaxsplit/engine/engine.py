@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsplit.cache.layers import Cache
 from jaxsplit.comm.stage_transfer import fetch, transfer
 from jaxsplit.config import SamplingConfig
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy
@@ -150,10 +149,10 @@ class Engine:
         ]
         self.stop_ids = frozenset(stop_ids)
         self._peer_access = peer_access
-        self._caches: list[Cache] = []
+        self._caches: list[Any] = []  # in the form of `Cache`, where the stage has local devices
         self._background = Background()
         self.reset()
-        platform = partition.stages[0].mesh.devices.flat[0].platform
+        platform = partition.stages[0].device_mesh.devices.flat[0].platform
         several = len(self.runners) > 1
         self.loops = self._decode_loops.in_ring if several else platform != "cpu"
         # Programs that do not depend on one another run on a CPU in any order, so that processes
@@ -167,7 +166,9 @@ class Engine:
         self._rows: dict[tuple, tuple[steps.Rows, list[steps.Rows]]] = {}
         self._logits: dict[tuple[int, int], jax.Array] = {}
         self._ahead: list[steps.Rows] = []
-        self._caches, self._state, self._params = [], None, None  # frees the old buffers first
+        self._state: Any = None
+        self._params: Any = None
+        self._caches = []  # frees the old buffers first
         self._caches = [runner.empty_cache() for runner in self.runners]
         last, count = self.runners[-1], self.slots_per_replica * self.partition.data
         self._state = last.empty_state(count)
@@ -235,16 +236,16 @@ class Engine:
     def _transfer(self, tree: Any, like: Any, source: int, target: int) -> Any:
         """Transfers arrays from one stage's devices to another's."""
         stages = self.partition.stages
-        return transfer(tree, like, stages[source].mesh, stages[target].mesh)
+        return transfer(tree, like, stages[source].device_mesh, stages[target].device_mesh)
 
     # What a scheduler runs
 
     def host_rows(self, rows: Sequence[Sequence[Row | None]], count: int) -> steps.Rows:
         """Rows of a program, for each data replica, filled up to `count`, in NumPy."""
-        slots = np.full((len(rows), count), self.slots_per_replica, np.int32)
-        states = np.full((len(rows), count), self.size.states, np.int32)
-        pages = np.zeros((len(rows), count, self.size.pages_per_sequence), np.int32)
-        scales = np.zeros((len(rows), count, len(self.lora_scales)), np.float32)
+        slots: Any = np.full((len(rows), count), self.slots_per_replica, np.int32)
+        states: Any = np.full((len(rows), count), self.size.states, np.int32)
+        pages: Any = np.zeros((len(rows), count, self.size.pages_per_sequence), np.int32)
+        scales: Any = np.zeros((len(rows), count, len(self.lora_scales)), np.float32)
         for replica, own in enumerate(rows):
             for i, row in enumerate(own):
                 if row is not None:
@@ -259,13 +260,13 @@ class Engine:
         self, slots: Sequence[tuple[SamplingConfig, Collection[int], int]]
     ) -> steps.SlotParams:
         """Parameters of slots: sampling, tokens that stop it, position of its last token."""
-        stop_ids = np.full((len(slots), MAX_STOP_IDS), -1, np.int32)
+        stop_ids: Any = np.full((len(slots), MAX_STOP_IDS), -1, np.int32)
         for row, (_, ids, _) in zip(stop_ids, slots, strict=True):
             few = sorted(ids)[:MAX_STOP_IDS]
             row[: len(few)] = few
         sampler = SamplerParams.of([config for config, _, _ in slots], self.context)
-        end = np.asarray([min(end, self.context) for _, _, end in slots], np.int32)
-        return steps.SlotParams(sampler, stop_ids, end)
+        ends: Any = np.asarray([min(end, self.context) for _, _, end in slots], np.int32)
+        return steps.SlotParams(sampler, stop_ids, ends)
 
     def assign(
         self,
@@ -347,7 +348,8 @@ class Engine:
     ) -> PendingPrompts:
         data, stages = self.partition.data, len(self.runners)
         host = self.host_rows([[one.row for one in own] for own in prompts], rows)
-        start, count = np.zeros((2, data, rows), np.int32)
+        start: Any = np.zeros((data, rows), np.int32)
+        count: Any = np.zeros((data, rows), np.int32)
         x: Any = np.zeros((data, rows, length), np.int32)
         targets = np.full((data, rows, length), -1, np.int32)
         slots = host.slots.reshape(data, rows).copy()
@@ -466,7 +468,12 @@ class Engine:
                 prepared = zip(programs(wanted), self._masked_arguments(rows), strict=True)
             else:
                 prepared = [self._decode_loops.prepared(sampler, wanted, length, rows, held)]
-            self._background.add(key, lambda: [p.compile(*args) for p, args in prepared])
+
+            def task() -> None:
+                for program, arguments in prepared:
+                    program.compile(*arguments)
+
+            self._background.add(key, task)
         larger = [size for size in ready if wanted < size <= 4 * wanted]
         return min(larger) if larger else max((s for s in ready if s < wanted), default=min(ready))
 
@@ -516,7 +523,7 @@ class Engine:
           rows: the sequences.
         """
         host = self.host_rows(rows, key[1])
-        before, held = self._rows.get(key, (None, None))
+        before, held = self._rows.get(key, (None, []))
         if before is None:
             held = [runner.put(host, by_slot=True) for runner in self.runners]
         elif not all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(host))):
@@ -679,7 +686,7 @@ class Engine:
     def _fetch(self, tree: Any, like: Any) -> Any:
         leaves, structure = jax.tree.flatten(like)
         arrays = [None] * len(leaves) if tree is None else jax.tree.leaves(tree)
-        last, everywhere = self.partition.stages[-1].mesh, self.partition.global_mesh
+        last, everywhere = self.partition.stages[-1].device_mesh, self.partition.global_mesh
         found = [fetch(x, one, last, everywhere) for x, one in zip(arrays, leaves, strict=True)]
         # NumPy views of an array on several CPUs may keep its buffer alive (jax 0.11).
         found = [x.addressable_data(0) if x.is_fully_replicated else x for x in found]

@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxsplit.engine.sampling import MAX_TOP_LOGPROBS, SamplerSpec
 from jaxsplit.engine.steps import Outputs
-from jaxsplit.sharding.axes import Axis
 
 if TYPE_CHECKING:
     from jaxsplit.engine.engine import Engine
@@ -117,8 +116,8 @@ class PendingPrompts:
         """Waits for what is wanted of all tokens: logits, float32 `[data, rows, length, vocab]`, or
         hidden states, `[data, rows, length, embed]`; None: neither."""
         data, rows, length = self._shape
-        config, stage = self._engine.config, self._engine.runners[-1].stage
-        sizes = {"logits": (stage.layout(Axis("vocab", config.vocab)).size, config.vocab)}
+        config = self._engine.config
+        sizes = {"logits": (self._engine.runners[-1].padded_vocab, config.vocab)}
         sizes["hidden"] = (config.embed, config.embed)
         if self._wanted not in sizes:
             return None

@@ -454,14 +454,14 @@ class StageRunner:
     ) -> tuple:
         """Arguments for which `prefill` can be compiled ahead of time."""
         count = rows * self.stage.mesh.shape["data"]
-        zeros = np.zeros(count, np.int32)
-        pages = np.zeros((count, self.size.pages_per_sequence), np.int32)
+        zeros: Any = np.zeros(count, np.int32)
+        pages: Any = np.zeros((count, self.size.pages_per_sequence), np.int32)
         inputs = np.zeros((count, length), np.int32)
         if not self.first:
             like = self.input_shape(*inputs.shape)
             sharding = self.sharding(self._slot_spec)
             inputs = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
-        scales = np.zeros((count, self.adapters), np.float32) if self.adapters else None
+        scales: Any = np.zeros((count, self.adapters), np.float32) if self.adapters else None
         chunk = steps.PrefillChunk(zeros, zeros, steps.Rows(zeros, zeros, pages, scales))
         targets = np.zeros((count, length), np.int32) if wanted == "logprobs" else None
         return self.params, cache, inputs, chunk, targets
@@ -561,9 +561,15 @@ class StageRunner:
 
     def logits_shape(self, rows: int) -> jax.ShapeDtypeStruct:
         """Of rows on all devices: float32 `[rows, padded vocab]`."""
-        padded = self.stage.layout(Axis("vocab", self.config.vocab)).size
         sharding = self.sharding(self.logits_spec)
-        return jax.ShapeDtypeStruct((rows, padded), np.float32, sharding=sharding)
+        return jax.ShapeDtypeStruct((rows, self.padded_vocab), np.float32, sharding=sharding)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the head on all devices together."""
+        layout = self.stage.layout(Axis("vocab", self.config.vocab))
+        assert layout is not None
+        return layout.size
 
     def decode_loop(
         self, sampler: SamplerSpec, length: int, rows: int, micro_batches: int, *, in_ring: bool
@@ -584,22 +590,23 @@ class StageRunner:
         spec, incoming = self._step_spec(sampler), self.incoming_shapes(rows)
 
         def decode_loop(params, carry, buffer_pointers, inputs):
-            *arrays, epoch = carry
+            cache, slots, outputs, epoch = carry
             ring = None
             if buffer_pointers is not None:
                 ring = Ring(buffer_pointers.reshape(-1), epoch, self.policy.interpret)
-            state = steps.LoopState(jnp.zeros((), jnp.int32), *arrays, ring)
+            state = steps.LoopState(jnp.zeros((), jnp.int32), cache, slots, outputs, ring)
             state = steps.decode_loop(self._model(params), state, inputs, spec, incoming)
             epoch = None if state.ring is None else state.ring.epoch
             return state.cache, state.state, state.outputs, epoch
 
-        by_slot = self._slot_spec
+        by_slot: Any = self._slot_spec
+        limit: Any = _REPLICATED
         epoch = devices = None
         if in_ring:
             epoch, devices = _REPLICATED, PartitionSpec(*self.stage.mesh.axis_names)
         last = by_slot if self.last else None
         carry = (self._cache_spec, last, [by_slot] * micro_batches if self.last else [], epoch)
-        inputs = steps.LoopInputs(_REPLICATED, [by_slot] * micro_batches, last)
+        inputs = steps.LoopInputs(limit, [by_slot] * micro_batches, last)
         specs = [self._param_specs, carry, devices, inputs]
         key = ("decode_loop", sampler, length, rows, micro_batches, in_ring)
         return self._program(key, decode_loop, specs, carry, donate=[1], decode=True)

@@ -7,6 +7,7 @@ device gathers the top candidates of the others, never all logits, unless top-k 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,18 +116,23 @@ class SamplerParams:
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig], context: int = 2**30) -> "SamplerParams":
         """Stacks the parameters of each slot's config."""
+
+        def column(values: Iterable[float], dtype: type) -> Any:
+            return np.asarray([*values], dtype)
+
         names = [f.name for f in dataclasses.fields(cls)][:6]
-        params = {n: np.asarray([getattr(c, n) for c in configs], np.float32) for n in names}
-        ids = np.full((len(configs), MAX_LOGIT_BIAS), -1, np.int32)
-        bias = np.zeros(ids.shape, np.float32)
+        params = {n: column((getattr(c, n) for c in configs), np.float32) for n in names}
+        ids: Any = np.full((len(configs), MAX_LOGIT_BIAS), -1, np.int32)
+        bias: Any = np.zeros(ids.shape, np.float32)
         for i, config in enumerate(configs):
-            for j, (token, value) in enumerate(config.logit_bias or ()):
+            pairs: Iterable[tuple[int, float]] = config.logit_bias or ()
+            for j, (token, value) in enumerate(pairs):
                 ids[i, j], bias[i, j] = token, value
         return cls(
             **params,
-            seed=np.asarray([c.seed % 2**32 for c in configs], np.uint32),
-            top_k=np.asarray([min(_top_k(c), 2**30) for c in configs], np.int32),
-            repeat_last_n=np.asarray([_last_n(c, context) for c in configs], np.int32),
+            seed=column(((c.seed or 0) % 2**32 for c in configs), np.uint32),
+            top_k=column((min(_top_k(c), 2**30) for c in configs), np.int32),
+            repeat_last_n=column((_last_n(c, context) for c in configs), np.int32),
             bias_ids=ids,
             bias=bias,
         )
@@ -213,6 +219,7 @@ def sample(
     if spec.window:
         logits = penalize(logits, recent, params, offset)
     if spec.mask:
+        assert mask is not None
         logits = jnp.where(_permitted(mask, rows), logits, -jnp.inf)
     if spec.candidates == 1:
         index = jnp.argmax(logits, axis=-1, keepdims=True)

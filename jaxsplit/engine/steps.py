@@ -129,12 +129,12 @@ class Outputs:
     @staticmethod
     def empty(rows: int, steps: int, alternatives: int = 0) -> "Outputs":
         """Without any token, in NumPy."""
-        tokens = np.full((rows, steps), -1, np.int32)
+        tokens: Any = np.full((rows, steps), -1, np.int32)
         if not alternatives:
             return Outputs(tokens)
-        top = (rows, steps, alternatives)
-        logprobs = np.zeros((rows, steps), np.float32)
-        return Outputs(tokens, logprobs, np.zeros(top, np.int32), np.zeros(top, np.float32))
+        logprobs: Any = np.zeros((rows, steps), np.float32)
+        top: Any = np.zeros((rows, steps, alternatives), np.float32)
+        return Outputs(tokens, logprobs, top.astype(np.int32), top)
 
 
 @jax.tree_util.register_dataclass
@@ -190,7 +190,13 @@ def prefill(
     steps = jnp.arange(inputs.shape[1])
     positions = jnp.where(steps < chunk.count[:, None], chunk.start[:, None] + steps, -1)
     rows = chunk.rows
-    x, cache = model.hidden(inputs, positions, cache, rows.states, rows.pages)
+    return _cache_first(model.hidden(inputs, positions, cache, rows.states, rows.pages))
+
+
+def _cache_first(found: tuple[Array, Cache | None]) -> tuple[Cache, Array]:
+    """The cache and the output of a model that has been given a cache."""
+    x, cache = found
+    assert cache is not None
     return cache, x
 
 
@@ -340,8 +346,7 @@ def decode_layers(
     """
     x = inputs[:, :1] if x is None else x
     with forward_context(lora_scales=rows.lora_scales):
-        x, cache = model.hidden(x, inputs[:, 1:], cache, rows.states, rows.pages)
-    return cache, x
+        return _cache_first(model.hidden(x, inputs[:, 1:], cache, rows.states, rows.pages))
 
 
 def sample_next(
@@ -391,7 +396,8 @@ def decode_logits(
     tokens = step_inputs(state, rows)
     x = tokens[:, :1] if x is None else x
     with forward_context(lora_scales=rows.lora_scales):
-        logits, cache = model(x, tokens[:, 1:], cache, rows.states, rows.pages)
+        found = model(x, tokens[:, 1:], cache, rows.states, rows.pages)
+    cache, logits = _cache_first(found)
     return cache, logits[:, 0]
 
 
@@ -448,6 +454,7 @@ def decode_loop(
     def unfinished(state: LoopState) -> Array:
         if state.ring is not None:
             return state.step < inputs.limit
+        assert state.state is not None  # a single stage is the last one
         # No collective crosses the `data` axis in a step, so each replica may stop on its own.
         active = step_inputs(state.state, inputs.rows[0])[:, 1] >= 0
         return (state.step < inputs.limit) & active.any()
@@ -466,10 +473,12 @@ def decode_loop(
             x = before[0] if before else None
         if model.last:
             state = _decode_last(model, x, state, i, inputs, spec=spec)
+            assert state.state is not None
             outgoing = [step_inputs(state.state, rows)]
             # The tokens that the first stage receives belong to the next step.
             ahead, wanted = 1, state.step + 1 < inputs.limit
         else:
+            assert tokens is not None  # several stages are in a ring
             cache, x = decode_layers(model, state.cache, x, tokens, rows)
             state = dataclasses.replace(state, cache=cache)
             outgoing, ahead, wanted = [x, tokens], 0, True
@@ -491,6 +500,8 @@ def _decode_last(
     spec: StepSpec,
 ) -> LoopState:
     """The last stage's step of micro-batch `i`."""
+    assert state.state is not None
+    assert inputs.params is not None
     cache, new, sampled = decode_and_sample(
         model, state.cache, x, state.state, inputs.rows[i], inputs.params, spec=spec
     )

@@ -82,7 +82,7 @@ class Guard:
             self.active -= 1
             seconds = time.perf_counter() - started
             client = (scope.get("client") or ["-"])[0]
-            path = scope["path"].encode("ascii", "backslashreplace").decode()
+            path = scope["path"].encode("unicode_escape").decode()  # one line, whatever it is
             line = f"{client} {scope['method']} {path} {status or 'gone'} {seconds:.3f} s"
             if scope["path"] not in (*_OPEN, "/metrics"):
                 _LOG.info(line)

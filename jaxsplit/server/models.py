@@ -1,5 +1,6 @@
 """`/v1/models`, `/lora-adapters`, `/v1/embeddings`, `/health`, `/metrics`."""
 
+import asyncio
 import base64
 import math
 from typing import Any
@@ -71,12 +72,15 @@ async def embeddings(service: Service, request: schemas.EmbeddingRequest) -> sch
     prompts = await service.prompts(request.input, "input")
     if not all(prompts):
         raise ApiError(400, "input has an empty text; give at least one token", param="input")
+    service.admit(len(prompts))
     pooling, lora = request.pooling or "mean", service.lora(request)
-    data, read = [], 0
-    for index, prompt in enumerate(prompts):
-        read += len(prompt)
-        hidden = await service.aside(lambda prompt=prompt: lm.hidden(prompt, lora=lora), True)
-        vector = pooled(hidden, pooling)
+
+    def embed(prompt: list[int]) -> np.ndarray:
+        return pooled(lm.hidden(prompt, lora=lora), pooling)
+
+    data, read = [], sum(map(len, prompts))
+    vectors = await asyncio.gather(*(asyncio.to_thread(embed, prompt) for prompt in prompts))
+    for index, vector in enumerate(vectors):
         found: Any = vector.tolist()
         if request.encoding_format == "base64":
             found = base64.b64encode(vector.astype("<f4").tobytes()).decode()

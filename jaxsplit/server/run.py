@@ -5,6 +5,8 @@ import signal
 import socket
 import ssl
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,9 @@ from jaxsplit.server.config import ServerConfig
 from jaxsplit.server.service import Service
 
 _LOG = logging.getLogger(__name__)
+
+_REQUEST_SECONDS = 60
+"""In which the first request of a connection has to begin."""
 
 
 class Server(uvicorn.Server):
@@ -40,6 +45,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, load: Callable[[], tuple[LM, str]]):
         self._service, self._load, self._app = service, load, make_app(service)
         self._failure: BaseException | None = None
+        self._opened: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
         config, tls = service.config, _tls(service.config)
         super().__init__(
             uvicorn.Config(
@@ -112,9 +118,18 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
+        self._close_silent()
         if self._service.state == "draining" and not self._app.active:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _close_silent(self) -> None:
+        """Closes connections on which no request has come in time: uvicorn has no such limit."""
+        now = time.monotonic()
+        for connection in list(self.server_state.connections):
+            since = self._opened.setdefault(connection, now)
+            if getattr(connection, "cycle", None) is None and now - since > _REQUEST_SECONDS:
+                connection.transport.close()
 
 
 def _tls(config: ServerConfig) -> dict[str, Any]:

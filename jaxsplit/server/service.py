@@ -274,8 +274,6 @@ class Service:
           ApiError, JaxsplitError: a prompt is too long, too many wait, or a value does not suit.
         """
         lm = self.lm
-        if self.state == "draining":
-            raise ApiError(503, "the server is ending; try again later", headers=_LATER)
         for prompt in prompts:
             if len(prompt) >= lm.engine.context and n_predict != 0:
                 raise ApiError(
@@ -288,7 +286,7 @@ class Service:
                     n_prompt_tokens=len(prompt),
                     n_ctx=lm.engine.context,
                 )
-        self._check_queue(len(prompts) * copies)
+        self.admit(len(prompts) * copies)
         sampling = self.sampling_config(fields)
         timeout = self.config.timeout
         if fields.t_max_predict_ms is not None:
@@ -323,8 +321,14 @@ class Service:
         self.active.add(running)
         return running
 
-    def _check_queue(self, count: int) -> None:
-        """Refuses requests of which too many would wait."""
+    def admit(self, count: int) -> None:
+        """Checks that some more texts may be begun.
+
+        Raises:
+          ApiError: the server is ending, or too many wait.
+        """
+        if self.state == "draining":
+            raise ApiError(503, "the server is ending; try again later", headers=_LATER)
         most = self.config.max_queue
         waiting = sum(
             not generation.request.timings.started

@@ -69,6 +69,12 @@ class Stage:
         """Whether this process has a device of the stage; true for abstract meshes."""
         return not isinstance(self.mesh, Mesh) or bool(self.mesh.local_devices)
 
+    @property
+    def device_mesh(self) -> Mesh:
+        """Its mesh, which is of devices."""
+        assert isinstance(self.mesh, Mesh)
+        return self.mesh
+
     @functools.cached_property
     def rules(self) -> AxisRules:
         """Rules for communication over logical axes."""
