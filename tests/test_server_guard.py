@@ -149,11 +149,13 @@ def test_a_path_cannot_write_lines_of_the_log(locked, caplog):
     ("options", "message"),
     [
         ({"api_key_file": "/nonexistent"}, "/nonexistent"),
+        ({"api_key": ""}, "is empty"),
+        ({"api_key": " ,"}, "is empty"),
         ({"ssl_key_file": "key.pem"}, "needed together"),
         ({"ssl_key_file": "/nonexistent", "ssl_cert_file": "/nonexistent"}, "ssl_key_file"),
         ({"chat_template_kwargs": "[]"}, "not a JSON object"),
         ({"chat_template_file": "/nonexistent"}, "/nonexistent"),
-        ({"host": "203.0.113.1"}, "port=0 of host=203.0.113.1"),
+        ({"host": "203.0.113.1"}, "cannot listen on host=203.0.113.1, port=0"),
         ({"port": 70000}, "port"),
     ],
 )

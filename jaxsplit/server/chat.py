@@ -50,6 +50,7 @@ _UNSUPPORTED = {
     "functions": "functions is deprecated; use tools",
     "function_call": "function_call is deprecated; use tool_choice",
     "web_search_options": "there is no web search",
+    "prediction": "predicted outputs are not supported; leave it out",
 }
 
 
@@ -182,9 +183,10 @@ class Chat:
           JaxsplitError: the template refuses the messages.
         """
         request, service = self.request, self._service
-        variables: dict[str, Any] = {**service.variables, **(request.chat_template_kwargs or {})}
+        variables: dict[str, Any] = dict(service.variables)
         if request.reasoning_effort is not None:
-            variables.setdefault("reasoning_effort", request.reasoning_effort)
+            variables["reasoning_effort"] = request.reasoning_effort
+        variables |= request.chat_template_kwargs or {}
         if self.tools:
             variables["tools"] = self.tools
         given, begun = request.messages, ""

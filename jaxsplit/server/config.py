@@ -12,26 +12,26 @@ class ServerConfig(Config):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's")
     port: int = option(8080, "port to listen on; 0: any that is free", low=0, high=65535)
     alias: str | None = option(None, "the model's name in answers (default: the file's)")
-    api_key: str | None = option(
-        None, "what clients must send as bearer token; several with commas between"
-    )
-    api_key_file: str | None = option(None, "a file of such keys, one a line")
+    api_key: str | None = option(None, "key that clients must send; several are comma-separated")
+    api_key_file: str | None = option(None, "a file of such keys, one per line")
     ssl_key_file: str | None = option(None, "private key for HTTPS, in PEM format")
     ssl_cert_file: str | None = option(None, "certificate for HTTPS, in PEM format")
     allowed_hosts: str | None = option(
         None,
-        "names by which clients may reach the server, with commas between; *: any (default: those "
-        "of the loopback interface where --host is on it, else any)",
+        "host names that the server answers to, comma-separated; *: any (default: localhost and "
+        "its addresses where --host is one of them, else any)",
     )
     cors_origins: str | None = option(
-        None, "origins whose pages may use the server, with commas between; *: any (default: none)"
+        None, "web origins that may use the server, comma-separated; *: any (default: none)"
     )
     timeout: float = option(3600.0, "seconds that a request may take", low=0.001)
-    max_queue: int = option(256, "texts that may wait to be begun; more are refused (429)", low=1)
+    max_queue: int = option(
+        256, "completions that may wait in the queue; more are refused (429)", low=1
+    )
     max_connections: int = option(1024, "connections; more are refused (503)", low=1)
-    max_body: int = option(16, "MiB of a request", low=1)
+    max_body: int = option(16, "largest body of a request, in MiB", low=1)
     sse_ping_interval: float = option(
-        30.0, "seconds without news after which a stream says that it is alive", low=0.01
+        30.0, "send a keep-alive comment in a stream after this many idle seconds", low=0.01
     )
     reasoning_format: str = option(
         "auto",

@@ -8,7 +8,6 @@ import hmac
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
@@ -55,6 +54,10 @@ class Guard:
             hosts = list(_LOOPBACK)
         self._hosts = None if not hosts or "*" in hosts else {host.lower() for host in hosts}
         self._origins = _listed(config.cors_origins)
+        if not self._keys and config.host not in _LOOPBACK:
+            _LOG.warning(
+                "anybody who reaches %s may use this server; api_key_file= protects it", config.host
+            )
         self.active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,7 +190,9 @@ def _without_port(host: str) -> str:
 
 
 def _keys(config: ServerConfig) -> list[str]:
-    keys: list[Any] = _listed(config.api_key)
+    keys = _listed(config.api_key)
+    if config.api_key is not None and not keys:
+        raise JaxsplitError(f"api_key={config.api_key!r} is empty; give a key, or leave it out")
     if config.api_key_file is not None:
         file = user_path(config.api_key_file, "api_key_file")
         with os_errors(file):

@@ -282,7 +282,10 @@ def _as_chat(request: ResponsesRequest) -> ChatRequest:
         schemas.Tool(
             type="function",
             function=schemas.Function(
-                name=tool.name, description=tool.description, parameters=tool.parameters
+                name=tool.name,
+                description=tool.description,
+                parameters=tool.parameters,
+                strict=tool.strict,
             ),
         )
         for tool in request.tools or ()

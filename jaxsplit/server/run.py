@@ -70,8 +70,8 @@ class Server(uvicorn.Server):
             self._socket = socket.create_server((config.host, config.port), family=family)
         except OSError as error:
             raise JaxsplitError(
-                f"port={config.port} of host={config.host} is not to be had: {error.strerror}; try "
-                "another"
+                f"cannot listen on host={config.host}, port={config.port}: {error.strerror}; try "
+                "another port"
             ) from None
         name = f"[{config.host}]" if ":" in config.host else config.host
         port = self._socket.getsockname()[1]
