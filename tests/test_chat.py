@@ -1,5 +1,6 @@
 """`jaxsplit chat`: conversations, their token ids, reasoning, and the program around them."""
 
+import dataclasses
 import io
 import json
 import os
@@ -364,8 +365,8 @@ def test_a_full_context_ends_the_answer_with_a_note(chat):
 
 
 def test_a_model_without_a_template_is_refused(chat, lm, monkeypatch):
-    metadata = {k: v for k, v in lm._metadata.items() if k != "tokenizer.chat_template"}
-    monkeypatch.setattr(lm, "_metadata", metadata)
+    metadata = {k: v for k, v in lm.file.metadata.items() if k != "tokenizer.chat_template"}
+    monkeypatch.setattr(lm, "file", dataclasses.replace(lm.file, metadata=metadata))
     code, out, err = chat("one\n")
     assert (code, out) == (2, "")
     assert re.fullmatch(r"jaxsplit: the file has no chat template .*\n", err)
