@@ -3,6 +3,7 @@
 The library has one grammar format, a variant of Lark's; every kind of grammar is translated to it.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib
@@ -292,7 +293,10 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> Any:
         """The library's matcher at the beginning of a text."""
-        state = self._matcher(grammar.lark)
+        try:
+            state = self._matcher(grammar.lark)
+        except RecursionError:
+            raise JaxsplitError(f"grammar: the {grammar.kind} is nested too deeply") from None
         if not state.is_error():
             return state
         error, place = _line(state.get_error()), ""
@@ -332,12 +336,13 @@ class _Vocabulary:
 
 def _parts(schema: Any, place: str) -> Iterator[tuple[str, Any]]:
     """The objects in a JSON schema and their places, each before those in it."""
-    if isinstance(schema, dict):
-        yield place, schema
-    pairs = schema.items() if isinstance(schema, dict) else enumerate(schema)
-    for key, value in pairs:
-        if isinstance(value, dict | list):
-            yield from _parts(value, f"{place}/{key}")
+    waiting = collections.deque([(place, schema)])
+    while waiting:
+        place, part = waiting.popleft()
+        if isinstance(part, dict):
+            yield place, part
+        pairs = part.items() if isinstance(part, dict) else enumerate(part)
+        waiting += [(f"{place}/{k}", x) for k, x in pairs if isinstance(x, dict | list)]
 
 
 def _line(error: str) -> str:
