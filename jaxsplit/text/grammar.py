@@ -301,7 +301,8 @@ class Grammars:
             return state
         error, place = _line(state.get_error()), ""
         if grammar.kind == "json_schema":
-            place = f" at {self._place(json.loads(grammar.text), error)}"
+            place = self._place(json.loads(grammar.text), error)
+            place = f" at {place if len(place) < 80 else place[:40] + '…' + place[-40:]}"
         if grammar.kind not in ("lark", "gbnf"):  # whose author has not seen the Lark
             error = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", error)
         raise JaxsplitError(f"grammar: the {grammar.kind} is invalid{place}: {error}")
