@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import gc
 import json
 import math
 import socket
@@ -15,6 +16,7 @@ from serving import serving
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
+from jaxsplit.engine import Generation
 
 USER = [{"role": "user", "content": "Hello there"}]
 
@@ -520,6 +522,18 @@ def test_a_client_that_hangs_up_frees_its_pages(lm, server, stream):
     assert lm.statistics.counters.generated_tokens - generated < 200
     lm.run(lambda: None)
     assert wait_for(lambda: not server._service.active)
+
+
+def test_nothing_is_kept_of_a_request_that_has_ended(lm, http):
+    for stream in (False, True):
+        post(http, "/completion", prompt="Forget", n_predict=4, stream=stream)
+    lm.run(lambda: None)
+
+    def left() -> int:
+        gc.collect()
+        return sum(isinstance(x, Generation) for x in gc.get_objects())
+
+    assert wait_for(lambda: left() == 0), left()
 
 
 # Grammars

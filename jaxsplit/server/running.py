@@ -45,10 +45,11 @@ class Running:
     def __init__(self, generations: Sequence[Generation], waker: Waker, copies: int = 1):
         self.generations, self.copies = list(generations), copies
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in generations]
-        self._ready = asyncio.Event()
+        self._ready = ready = asyncio.Event()
         for generation in generations:
-            generation.request.listen(lambda: waker.wake(self._ready))
-        self._ready.set()  # news may have come before
+            # Not a reference to this object, whose generations the request would keep alive.
+            generation.request.listen(lambda: waker.wake(ready))
+        ready.set()  # news may have come before
 
     async def events(self, ping: float | None = None) -> AsyncIterator[tuple[int, Event] | None]:
         """Events of all, each with the index of its generation, as they come.
