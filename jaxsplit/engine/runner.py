@@ -543,7 +543,7 @@ class StageRunner:
 
         Args:
           masks: uint32 `[data, rows, words]`.
-          first, count: rows to take of each data replica; those that do not exist permit nothing.
+          first, count: rows to take of each data replica; rows past the last one permit nothing.
         """
         if not self.stage.is_local:
             return None

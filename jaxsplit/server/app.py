@@ -157,7 +157,10 @@ def make_app(service: Service) -> Guard:
     ]
     app = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: _http_error, ApiError: _api_error},  # pyright: ignore
+        exception_handlers={
+            HTTPException: _http_error,
+            ApiError: lambda _, error: error.response(),
+        },  # pyright: ignore
     )
     app.router.redirect_slashes = False
     return Guard(app, service)
@@ -182,7 +185,7 @@ class _Handler:
             if seen is None:
                 _LOG.exception("%s failed", self._endpoint.path)
                 seen = ApiError(500, "the server failed on this request; its log says why")
-            await _api_error(request, seen)(scope, receive, send)
+            await seen.response()(scope, receive, send)
             return
         if isinstance(result, Stream):
             await _send_stream(result, receive, send)
@@ -264,11 +267,6 @@ async def _send_stream(stream: Stream, receive: Receive, send: Send) -> None:
         await stream.aclose()
 
 
-def _api_error(_: Request, error: ApiError) -> Response:
-    data = msgspec.json.encode(error.body)
-    return Response(data, error.status, headers=error.headers, media_type="application/json")
-
-
 def _http_error(request: Request, error: HTTPException) -> Response:
     """Of paths and methods that there are not."""
     message = {
@@ -276,4 +274,4 @@ def _http_error(request: Request, error: HTTPException) -> Response:
         405: f"{request.url.path} does not take {request.method}",
     }.get(error.status_code, str(error.detail))
     headers = dict(error.headers or {})
-    return _api_error(request, ApiError(error.status_code, message, headers=headers))
+    return ApiError(error.status_code, message, headers=headers).response()

@@ -1,5 +1,6 @@
 """`/v1/chat/completions`, `/apply-template`."""
 
+import asyncio
 import contextlib
 import json
 import secrets
@@ -100,7 +101,7 @@ async def input_tokens(service: Service, request: ChatRequest) -> schemas.InputT
 async def apply_template(service: Service, request: schemas.ApplyTemplateRequest) -> schemas.Prompt:
     """The prompt of a conversation, as text."""
     chat = Chat(service, request)
-    return schemas.Prompt(prompt=await service.aside(chat.render, True))
+    return schemas.Prompt(prompt=await asyncio.to_thread(chat.render))
 
 
 class Chat:
@@ -260,9 +261,9 @@ async def prepare(service: Service, request: ChatRequest) -> Chat:
     """A conversation with its prompt rendered and encoded."""
     _ = service.lm  # ready
     chat = Chat(service, request)
-    text = await service.aside(chat.render, True)
-    ids = await service.aside(lambda: service.texts.encode(text), True)
-    await service.aside(lambda: chat.use(Prompt(text, ids)), True)  # compiles grammars
+    text = await asyncio.to_thread(chat.render)
+    ids = await asyncio.to_thread(service.texts.encode, text)
+    await asyncio.to_thread(chat.use, Prompt(text, ids))  # compiles grammars
     return chat
 
 

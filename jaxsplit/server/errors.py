@@ -3,6 +3,7 @@
 import re
 
 import msgspec
+from starlette.responses import Response
 
 from jaxsplit.errors import JaxsplitError
 
@@ -72,6 +73,11 @@ class ApiError(Exception):
         self.body = ErrorResponse(
             ErrorDetails(message=message, type=kind, param=param, code=code or status, **details)
         )
+
+    def response(self) -> Response:
+        """What the client gets."""
+        data = msgspec.json.encode(self.body)
+        return Response(data, self.status, headers=self.headers, media_type="application/json")
 
 
 def of_exception(error: BaseException) -> ApiError | None:

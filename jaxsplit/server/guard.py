@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterable
 
-import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -94,25 +93,23 @@ class Guard:
         """The response to a request that is not let in; None: it is."""
         host = _without_port(headers.get("host", ""))
         if self._hosts is not None and host not in self._hosts:
-            return _error(
-                ApiError(
-                    403,
-                    f"this server does not answer to the name {host!r}; --allowed_hosts says to "
-                    "which it does",
-                )
-            )
+            return ApiError(
+                403,
+                f"this server does not answer to the name {host!r}; --allowed_hosts says to which "
+                "it does",
+            ).response()
         if scope["method"] == "OPTIONS" and self._origin(headers):
             return Response(status_code=204)
         if self._keys and scope["path"] not in _OPEN and not self._knows(headers):
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-            response = _error(ApiError(401, message, code="invalid_api_key"))
+            response = ApiError(401, message, code="invalid_api_key").response()
             # Chromium takes no more than one challenge from a header.
             for challenge in ("Bearer", 'Basic realm="the API key as password"'):
                 response.headers.append("WWW-Authenticate", challenge)
             return response
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_bytes:
-            return _error(self._too_large())
+            return self._too_large().response()
         return None
 
     # Keys
@@ -172,11 +169,6 @@ class Guard:
             yield b"access-control-allow-headers", b"authorization, content-type, x-api-key"
             yield b"access-control-allow-methods", b"GET, POST, OPTIONS"
             yield b"vary", b"origin"
-
-
-def _error(error: ApiError) -> Response:
-    data = msgspec.json.encode(error.body)
-    return Response(data, error.status, headers=error.headers, media_type="application/json")
 
 
 def _listed(text: str | None) -> list[str]:

@@ -2,10 +2,11 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -168,13 +169,8 @@ class Service:
 
     async def encode(self, text: str, **options: Any) -> list[int]:
         """A text's ids, encoded without holding up others."""
-        return await self.aside(
-            lambda: self.lm.tokenizer.encode(text, **options), len(text) > _LONG_TEXT
-        )
-
-    async def aside(self, function: Callable[[], Any], long: bool) -> Any:
-        """Calls a function; on a thread, if it takes long."""
-        return await asyncio.to_thread(function) if long else function()
+        encode = functools.partial(self.lm.tokenizer.encode, text, **options)
+        return await asyncio.to_thread(encode) if len(text) > _LONG_TEXT else encode()
 
     async def prompts(self, given: str | Sequence[Any], field: str = "prompt") -> list[list[int]]:
         """The prompts of a field: a text, ids, a list of texts and ids (one prompt, if there is an
