@@ -27,6 +27,9 @@ from jaxsplit.quant.qtensor import (
     minima,
     row_bounds,
     scales,
+    shifts,
+    trellis_planes,
+    trellis_slice,
 )
 
 MAX_CONCAT_BYTES = 2**28
@@ -137,6 +140,9 @@ def _slices(w: QTensor) -> list[Array]:
       width)` of each chunk.
     """
     layout = w.layout
+    if layout.trellis:
+        planes = [plane[..., None] for plane in trellis_planes(w)]
+        return [trellis_slice(planes, i) for i in range(layout.chunk)]
     count = 8 // min(layout.bits)
     width = layout.chunk // count
     slices = []
@@ -173,7 +179,9 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
             groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
         return groups.reshape(groups.shape[0], chunks, -1, 1)
 
-    scale, minimum = per_chunk(scales(w)), minima(w)
+    scale, shift, minimum = per_chunk(scales(w)), shifts(w), minima(w)
+    if shift is not None:
+        shift = per_chunk(shift)
     if minimum is not None:
         minimum = per_chunk(minimum)
     groups = scale.shape[2]
@@ -188,6 +196,8 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
         if sum_groups_first:
             products = jnp.sum(products, axis=-1, keepdims=True)
             inputs = jnp.sum(inputs, axis=-1, keepdims=True)
+        if shift is not None:
+            products = products + inputs * shift[:, :, g]
         total = total + products * scale[:, :, g]
         if minimum is not None:
             total = total + inputs * minimum[:, :, g]
