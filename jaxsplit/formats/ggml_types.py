@@ -90,6 +90,25 @@ class StoredType:
             start = stop
         return tuple(parts)
 
+    def file_bytes(self, blocks: np.ndarray) -> np.ndarray:
+        """The bytes of a tensor in a file, uint8 `[nbytes]`: the inverse of `parts`.
+
+        Args:
+          blocks: uint8 `[..., blocks, block_bytes]`, the header of a row the same in all.
+        """
+        units = blocks.reshape(-1, self.rows, *blocks.shape[-2:])
+        header, body, start = units[:, :, 0, : self.header], [], self.header
+        for width, count in self.runs or ((self.size, 1),):
+            run = units[..., start : start + width * count]
+            run = run.reshape(*units.shape[:3], count, width)
+            body.append(np.moveaxis(run, 1, 3).reshape(len(units), units.shape[2], -1))
+            start += width * count
+        body = np.concatenate(body, axis=-1).reshape(len(units), -1)
+        if self.trailer:
+            padding = np.zeros(self.trailer - self.header, np.uint8)
+            return np.concatenate([body.reshape(-1), header[0, 0], padding])
+        return np.concatenate([header.reshape(len(units), -1), body], axis=1).reshape(-1)
+
 
 _HALF, _FLOAT = {"header": 2, "scale": "<f2"}, {"header": 4, "scale": "<f4"}
 

@@ -70,6 +70,13 @@ class GGUFTensor(TensorInfo):
 
     parts: tuple[np.ndarray, ...]
 
+    @classmethod
+    def of_bytes(
+        cls, name: str, type_name: str, shape: tuple[int, ...], data: np.ndarray
+    ) -> "GGUFTensor":
+        """The tensor with these bytes, as a file has them: uint8 `[nbytes]`."""
+        return cls(name, type_name, shape, STORED_TYPES[type_name].parts(data, shape))
+
     @property
     def blocks(self) -> np.ndarray:
         """All blocks, uint8 of shape `blocks_shape`: a memory map, or a copy if rows have headers
@@ -115,16 +122,20 @@ class GGUFTensor(TensorInfo):
 def _take_part(part: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Takes `[..., columns, bytes]` from a part, as in `GGUFTensor.take`."""
     unit = part.shape[1]
-    window = []
+    window: list[slice] = []
     for index, size in ((rows, unit), (columns, 1)):
         there = index[index >= 0]
         span = (there.min() // size, there.max() // size + 1) if there.size else (0, 0)
         window.append(slice(*map(int, span)))
     part = part[window[0], :, window[1]]
-    blocks = part.reshape(len(part) * unit, part.shape[2], -1)
+    units, _, blocks, pieces, width = part.shape
+    whole = part.reshape(units * unit, blocks, pieces * width)
     starts = window[0].start * unit, window[1].start
-    index = (np.where(i < 0, -1, i - start) for i, start in zip((rows, columns), starts))
-    return take_blocks(blocks, *index)
+    rows, columns = (
+        np.where(index < 0, -1, index - start)
+        for index, start in zip((rows, columns), starts, strict=True)
+    )
+    return take_blocks(whole, rows, columns)
 
 
 def take_blocks(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -357,11 +368,8 @@ class _HeaderReader:
                 raise self.damaged(f"tensor {name!r} would end at byte {end:,}")
             previous, free = f"tensor {name!r}", end
         return {
-            name: GGUFTensor(
-                name,
-                info.type,
-                info.shape,
-                info.stored.parts(self.data[base + start :][: info.nbytes], info.shape),
+            name: GGUFTensor.of_bytes(
+                name, info.type, info.shape, self.data[base + start :][: info.nbytes]
             )
             for name, (info, start) in infos.items()
         }
