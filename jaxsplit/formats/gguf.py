@@ -342,9 +342,7 @@ class _HeaderReader:
             raise JaxsplitError(f"{self.path}: tensor {name!r} has type number {number}, {what}")
         info = TensorInfo(name, TYPE_NAMES[number], shape)
         if misfit := info.stored.misfit(shape):
-            raise JaxsplitError(
-                f"{self.path}: tensor {name!r} {misfit} of type {info.type}"
-            )
+            raise JaxsplitError(f"{self.path}: tensor {name!r} {misfit} of type {info.type}")
         return info
 
     def tensors(self, count: int, alignment: Any) -> dict[str, "GGUFTensor"]:

@@ -22,8 +22,8 @@ class BlockFields:
     Trellis types have `states`, uint16 `[..., block / chunk]`, and codes for signs only, if any.
     """
 
-    codes: Array | None = None
-    scale: Array | None = None
+    codes: Array | None
+    scale: Array
     states: Array | None = None
     minimum: Array | None = None
     super_scale: Array | None = None
@@ -170,7 +170,9 @@ def q6_k(raw: Array) -> BlockFields:
 def iq4_xs(raw: Array) -> BlockFields:
     scale, high, low, codes = fields_of(raw, 2, 2, 4, 128)
     scales = codes_of(low, 4, 1) | (codes_of(high, 2, 1) << 4)
-    return BlockFields(codes_of(codes, 4, 16), scales.astype(jnp.int8) - 32, super_scale=half(scale))
+    return BlockFields(
+        codes_of(codes, 4, 16), scales.astype(jnp.int8) - 32, super_scale=half(scale)
+    )
 
 
 # One and two bits

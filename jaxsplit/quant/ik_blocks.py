@@ -5,6 +5,11 @@ bytes of one row, in the order of `StoredType.runs`. The layouts are defined in
 https://github.com/ikawrakow/ik_llama.cpp, `ggml/src/ggml-common.h` and `iqk/iqk_quantize.cpp`.
 """
 
+# Only trellis types have no codes.
+# pyright: reportOptionalOperand=false
+
+import dataclasses
+
 import gguf.quants
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +30,13 @@ from jaxsplit.quant.blocks import (
 T4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _S4 = np.array(T4, np.int8)  # also scales
 
-# Values of two neighbors, as indices into a table of 8: `IQ2_KL`.
-_PAIRS = np.array(
-    [divmod(int(pair, 8), 8) for pair in "02 05 10 13 15 17 21 22 24 25 26 30 34 35 37 42 43 44 45 "
-     "46 51 52 53 54 55 60 62 64 66 67 72 75".split()],
-    np.uint8,
-)  # fmt: skip
+# Values of two neighbors, as indices into a table of 8, the digits of an octal number: `IQ2_KL`.
+_PAIRS = (
+    *(0o02, 0o05, 0o10, 0o13, 0o15, 0o17, 0o21, 0o22, 0o24, 0o25, 0o26, 0o30, 0o34, 0o35),
+    *(0o37, 0o42, 0o43, 0o44, 0o45, 0o46, 0o51, 0o52, 0o53, 0o54, 0o55, 0o60, 0o62, 0o64),
+    *(0o66, 0o67, 0o72, 0o75),
+)
+_PAIRS = np.array([divmod(pair, 8) for pair in _PAIRS], np.uint8)
 
 # Interleaved codes: the first weight of each 4 neighbors, in the order of their bits.
 _N4 = (0, 8, 16, 24, 4, 12, 20, 28)
@@ -213,6 +219,7 @@ def iq1_kt(raw: Array) -> BlockFields:
     top = (scales[..., None] >> jnp.arange(4, 8, dtype=jnp.uint8)) & 1
     states = low.astype(jnp.uint16) | (codes_of(high, 4, 16).astype(jnp.uint16) << 8)
     return BlockFields(
+        None,
         states=states | (flat(top, raw).astype(jnp.uint16) << 12),
         scale=jnp.asarray(_S4)[scales & 15],
         super_scale=_floats(scale),
@@ -222,6 +229,7 @@ def iq1_kt(raw: Array) -> BlockFields:
 def iq2_kt(raw: Array) -> BlockFields:
     scale, scales, states = fields_of(raw, 4, 4, 64)
     return BlockFields(
+        None,
         states=view(states, jnp.uint16),
         scale=jnp.asarray(_S4)[codes_of(scales, 4, 4)],
         super_scale=_floats(scale) * np.float32(1.05),
@@ -245,6 +253,7 @@ def iq4_kt(raw: Array) -> BlockFields:
     top = (packed[..., None] >> jnp.arange(8, 32, 3, dtype=jnp.uint32)) & 7
     top = (top << 12) | ((packed[..., None] & 1) << 15)
     return BlockFields(
+        None,
         states=states | flat(top, raw).astype(jnp.uint16),
         scale=_signed(((packed & 255) >> 1).astype(jnp.uint8), 64),
         super_scale=_floats(scale),
@@ -295,9 +304,7 @@ def iq4_k_r4(raw: Array) -> BlockFields:
 def iq5_k_r4(raw: Array) -> BlockFields:
     rest, top = fields_of(raw, 144, 32)
     low = iq4_k_r4(rest)
-    return BlockFields(
-        low.codes | (_ordered(top, 1, _P1_D) << 4), low.scale, super_scale=low.super_scale
-    )
+    return dataclasses.replace(low, codes=low.codes | (_ordered(top, 1, _P1_D) << 4))
 
 
 def iq4_ks_r4(raw: Array) -> BlockFields:
@@ -308,9 +315,7 @@ def iq4_ks_r4(raw: Array) -> BlockFields:
 def iq5_ks_r4(raw: Array) -> BlockFields:
     rest, top = fields_of(raw, 140, 32)
     low = iq4_ks_r4(rest)
-    return BlockFields(
-        low.codes | (_ordered(top, 1, _P1_D) << 4), low.scale, super_scale=low.super_scale
-    )
+    return dataclasses.replace(low, codes=low.codes | (_ordered(top, 1, _P1_D) << 4))
 
 
 def q2_k_r4(raw: Array) -> BlockFields:
@@ -403,9 +408,7 @@ def iq3_xxs_r4(raw: Array) -> BlockFields:
     scale, packed, entries = fields_of(raw, 2, 32, 64)
     signs, scales = _signs_and_scales(packed)
     index = look_up(gguf.quants.IQ3_XXS, entries, raw)
-    return BlockFields(
-        jnp.where(signs == 1, 7 - index, 8 + index), scales, super_scale=half(scale)
-    )
+    return BlockFields(jnp.where(signs == 1, 7 - index, 8 + index), scales, super_scale=half(scale))
 
 
 def iq2_xs_r4(raw: Array) -> BlockFields:
@@ -454,7 +457,7 @@ def iq1_m_r4(raw: Array) -> BlockFields:
     scales = jnp.repeat(codes_of(scales, 4, 1), 2, axis=-1)
     entries = low.astype(jnp.uint16) | ((high & 7).astype(jnp.uint16) << 8)
     found = ternary(entries, high >> 3, 0, half(scale))
-    return BlockFields(found.codes, (found.scale << 1) | scales, super_scale=found.super_scale)
+    return dataclasses.replace(found, scale=(found.scale << 1) | scales)
 
 
 def q4_0_r8(raw: Array) -> BlockFields:

@@ -251,7 +251,7 @@ def scales(w: QTensor) -> Array:
 
 
 def shifts(w: QTensor) -> Array | None:
-    """What is added to the values of each group, float32 `[..., out, in / group]`; None: nothing."""
+    """What values are shifted by, float32 `[..., out, in / group]`; None: nothing."""
     if not w.layout.shift:
         return None
     return ((w.scale & 1) * w.layout.shift).astype(jnp.float32)

@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import STORED_TYPES
-from jaxsplit.quant.qtensor import QTensor, inner_groups, shifts, unscaled
+from jaxsplit.quant.qtensor import QTensor, Weight, inner_groups, shifts, unscaled
 from jaxsplit.quant.types import quant_type, unpack
 
 
@@ -67,7 +67,9 @@ def dequantize_rows(type_name: str, raw: np.ndarray) -> np.ndarray:
         weights = np.asarray(values).reshape(*scale.shape[:-1], -1) * scale
         if minimum is not None:
             weights += _times(minimum, super_minimum)[..., None]
-        return weights.reshape(shape) + np.float32(0) if entry.adds_offset else weights.reshape(shape)
+        return (
+            weights.reshape(shape) + np.float32(0) if entry.adds_offset else weights.reshape(shape)
+        )
 
 
 def _times(inner: np.ndarray, outer: np.ndarray | None) -> np.ndarray:
@@ -78,13 +80,13 @@ def _times(inner: np.ndarray, outer: np.ndarray | None) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=0)
-def _plain(name: str, raw: Array) -> Array:
+def _plain(name: str, raw: Array) -> Weight:
     return unpack(name, raw, dtype=jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)
 def _integers(name: str, raw: Array) -> tuple[Array | None, ...]:
-    """The factors and terms of the weights, before any is rounded: values with their shifts, float32
+    """What makes up the weights, before anything is rounded: values with their shifts, float32
     `[rows, columns]`, then scales, super-scales, minima and super-minima."""
     w = unpack(name, raw)
     assert isinstance(w, QTensor)

@@ -2,6 +2,7 @@
 
 # Which optional fields a type has follows from its entry in the table.
 # pyright: reportArgumentType=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 import dataclasses
 import math
@@ -179,7 +180,7 @@ _BN = PlaneLayout((2,), offset=1, chunk=64)
 _Q8 = PlaneLayout((8,))
 _KT = PlaneLayout((2,), trellis=True, chunk=8)
 
-_IK: dict[str, tuple[PlaneLayout, Callable[[Array], BlockFields]]] = {
+_IK: dict[str, tuple[PlaneLayout | None, Callable[[Array], BlockFields]]] = {
     "I2_S": (dataclasses.replace(_BN, chunk=128), ik_blocks.i2_s),
     "Q6_0": (_Q6_0, ik_blocks.q6_0),
     "IQ1_BN": (_BN, ik_blocks.iq1_bn),
