@@ -7,12 +7,15 @@ import pytest
 from blocks import usual_blocks
 from tiny import fresh_rng
 
+from jaxsplit.formats import IK_TYPES
 from jaxsplit.ops.matmul import float8, triton_dequantize
 from jaxsplit.quant import TYPES, QTensor, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-QUANTIZED = [name for name, kind in TYPES.items() if kind.block > 1]
+QUANTIZED = [
+    name for name, kind in TYPES.items() if kind.layout is not None and name not in IK_TYPES
+]
 
 
 @pytest.mark.parametrize("u32", [False, True])

@@ -33,8 +33,8 @@ from jaxsplit.weights.sources import parameter_sources
 IK = DATA / "ik"
 MODELS = sorted(path.stem for path in IK.glob("*.gguf"))
 
-# One of each kind of planes: shifted tables, 16-bit scales, trellises with and without signs, scales
-# of rows with and without those of groups, plain numbers.
+# One of each kind of planes: shifted tables, 16-bit scales, trellises with and without signs,
+# scales of rows with and without those of groups, plain numbers.
 KINDS = (
     *("IQ4_K", "IQ6_K", "IQ3_KS", "IQ5_KS_R4", "IQ2_KT", "IQ3_KT", "IQ4_KT", "IQ1_M_R4"),
     *("IQ2_BN", "BF16_R16"),
