@@ -179,11 +179,18 @@ def _ik_tensor_types(mix: str, shape: Shape) -> dict[str, str]:
 @functools.cache
 def _pool(kind: str, count: int, std: float) -> np.ndarray:
     """Blocks of weights of about the given standard deviation: uint8 `[count, block_bytes]`."""
-    rng, stored = np.random.default_rng(0), STORED_TYPES[kind]
+    rng = np.random.default_rng(0)
     if not _SCALES[kind]:
         values = rng.normal(0, std, count).astype(np.float32)
         packed = gguf.quants.quantize(values[None], gguf.GGMLQuantizationType[kind])
-        return packed.view(np.uint8).reshape(count, stored.block_bytes)
+        return packed.view(np.uint8).reshape(count, -1)
+    return random_blocks(rng, kind, count, std)
+
+
+def random_blocks(rng: np.random.Generator, kind: str, count: int, std: float = 1.0) -> np.ndarray:
+    """Random bytes with the same scales in all blocks, so that the weights have about the given
+    standard deviation: uint8 `[count, block_bytes]`."""
+    stored = STORED_TYPES[kind]
     blocks = rng.integers(0, 256, (count, stored.block_bytes), dtype=np.uint8)
     dtype = np.dtype(stored.scale or "<f2")
 
@@ -193,9 +200,9 @@ def _pool(kind: str, count: int, std: float) -> np.ndarray:
             blocks[:, offset : offset + dtype.itemsize] = value
 
     scale(1.0)
-    rows = min(count, 4096)
-    sample = stored.file_bytes(blocks[:rows, None]).reshape(rows, -1)
-    scale(std / dequantize_rows(kind, sample).std())
+    rows = -(-min(count, 4096) // stored.rows) * stored.rows
+    sample = np.resize(blocks, (rows, 1, blocks.shape[1]))
+    scale(std / dequantize_rows(kind, stored.file_bytes(sample).reshape(rows, -1)).std())
     return blocks
 
 

@@ -31,7 +31,8 @@ class PlaneLayout:
         a plane of the 2 bits above them. `(8,)` is a single plane of signed bytes.
       offset: subtracted from a code; ignored with a table.
       table: 8-bit integer value of each code; None: no table.
-      decode_scale: decodes stored scales to float32; None: a cast is enough.
+      decode_scale: decodes stored scales, to integers where there are super-scales and a shift;
+        None: they are as they are.
       scale_bits: width of scales and minima. With 4 bits two neighbors share a byte, the first in
         the low half.
       chunk: weights that are packed together. Byte `j` of a chunk's plane, which has `bytes` bytes,
@@ -161,7 +162,8 @@ def decode_codes(codes: Array, layout: PlaneLayout) -> Array:
     return codes.astype(jnp.float32) - layout.offset if layout.offset else codes.astype(jnp.float32)
 
 
-_TRELLIS_POWERS = np.cumprod(np.full(8, 0xCBAC1FED, np.uint32), dtype=np.uint32)
+TRELLIS_POWERS = tuple(pow(0xCBAC1FED, i, 2**32) for i in range(1, 9))
+"""Factors of a state for each value of a trellis chunk."""
 
 
 def trellis_values(states: Array, index: Array | int) -> Array:
@@ -174,7 +176,13 @@ def trellis_values(states: Array, index: Array | int) -> Array:
       states: uint16 `[...]`.
       index: of the value in its chunk, broadcastable to `[...]`.
     """
-    number = (states.astype(jnp.uint32) + 4096) * jnp.asarray(_TRELLIS_POWERS)[index]
+    if isinstance(index, int):
+        power = jnp.uint32(TRELLIS_POWERS[index])
+    else:
+        power = jnp.zeros(index.shape, jnp.uint32)
+        for i, value in enumerate(TRELLIS_POWERS):
+            power = jnp.where(index == i, jnp.uint32(value), power)
+    number = (states.astype(jnp.uint32) + 4096) * power
     total = ((number & 0x3F3F3F3F) * jnp.uint32(0x01010101)) >> 24
     return total.astype(jnp.float32) - 126
 
@@ -254,7 +262,12 @@ def shifts(w: QTensor) -> Array | None:
     """What values are shifted by, float32 `[..., out, in / group]`; None: nothing."""
     if not w.layout.shift:
         return None
-    return ((w.scale & 1) * w.layout.shift).astype(jnp.float32)
+    return group_shifts(w.scale, w.layout).astype(jnp.float32)
+
+
+def group_shifts(scale: Array, layout: PlaneLayout) -> Array:
+    """What stored scales shift their groups' values by, integers."""
+    return (scale & 1) * layout.shift
 
 
 def minima(w: QTensor) -> Array | None:
@@ -290,7 +303,7 @@ def row_bounds(w: QTensor) -> Array:
 def inner_groups(plane: Array, layout: PlaneLayout, decode: Callable | None = None) -> Array:
     """Scales or minima, float32 `[..., groups]`, without those of super-groups."""
     inner = unpack_bits(plane, layout.scale_bits, 8 // layout.scale_bits)
-    return decode(inner) if decode else inner.astype(jnp.float32)
+    return (decode(inner) if decode else inner).astype(jnp.float32)
 
 
 def _decode_groups(

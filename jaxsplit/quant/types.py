@@ -72,12 +72,12 @@ def _signed_4(scales: Array) -> Array:
 
 def _above_shift(scales: Array) -> Array:
     """The scale above the bit that shifts its group's values."""
-    return (scales >> 1).astype(jnp.float32)
+    return scales >> 1
 
 
 def _odd(scales: Array) -> Array:
     """The odd scale whose lowest bit shifts its group's values."""
-    return (scales | 1).astype(jnp.float32)
+    return scales | 1
 
 
 def _e8m0(scales: Array) -> Array:
