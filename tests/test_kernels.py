@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 SUPPORTED = {
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("TQ1_0", "TQ2_0"),
+    *("TQ1_0", "TQ2_0", "Q1_0", "IQ4_NL", "IQ4_XS"),
+    *("Q6_0", "IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ5_KS"),
+    *("IQ4_KSS", "IQ2_KL", "I2_S", "IQ1_BN", "IQ2_BN", "Q8_KV"),
 }
 
 
@@ -45,6 +47,8 @@ def test_which_types_have_a_kernel():
     found = set()
     for name, kind in TYPES.items():
         raw = jax.ShapeDtypeStruct((4, 2, kind.block_bytes), np.uint8)
+        if name.endswith(("_R4", "_R8", "_R16")):  # as their plain types
+            continue
         if kind.layout and triton_gemv_int8.supports(
             jax.eval_shape(functools.partial(unpack, name), raw)
         ):
@@ -123,6 +127,8 @@ def test_a_fused_function_and_norm_precede_quantization(rng, epsilon):
         *((["Q4_K"], 1, 4352), (["Q4_K"], 3, 512), (["Q5_K"], 1, 2816), (["TQ2_0"], 1, 1536)),
         *((["Q6_K"], 1, 4608), (["Q6_K", "Q4_K", "Q8_0"], 3, 512), (["Q5_0"], 2, 1376)),
         *((["Q4_K"], 1, 9472), (["Q8_0"], 2, 5120), (["Q6_K"], 1, 10240), (["Q4_K"], 1, 8192)),
+        *((["IQ4_K"], 1, 1536), (["IQ4_KS"], 2, 2816), (["IQ2_K"], 1, 1536), (["IQ3_KS"], 1, 1536)),
+        *((["IQ5_K"], 1, 2816), (["IQ6_K", "IQ2_KL", "Q6_0"], 3, 512), (["IQ4_XS"], 1, 1536)),
     ],
 )
 def test_matmuls_equal_float64(rng, names, rows, columns):

@@ -158,7 +158,7 @@ def pack_codes(codes: Array, layout: PlaneLayout) -> tuple[Array, ...]:
 def decode_codes(codes: Array, layout: PlaneLayout) -> Array:
     """Decodes codes to unscaled float32 values."""
     if layout.table is not None:
-        return _look_up(codes, layout.table)
+        return look_up(codes, layout.table)
     return codes.astype(jnp.float32) - layout.offset if layout.offset else codes.astype(jnp.float32)
 
 
@@ -219,7 +219,7 @@ def unscaled(w: "QTensor") -> Array:
     return decode_codes(combine_planes(unpacked, layout), layout)
 
 
-def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
+def look_up(codes: Array, table: tuple[int, ...]) -> Array:
     """Looks up a table of int8 values, as float32.
 
     Four entries are packed into a uint32. The upper bits of a code select a uint32, its low two

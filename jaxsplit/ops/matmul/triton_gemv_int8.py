@@ -21,8 +21,9 @@ from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
+from jaxsplit.ops.matmul.byte_tables import MAX_ENTRIES, look_up_bytes, look_up_nibbles
 from jaxsplit.pallas import ArrayRef, pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, to_u32
+from jaxsplit.quant.qtensor import QTensor, group_shifts, to_u32
 
 MAX_ROWS = 2
 """With more rows of activations, tensor cores are faster."""
@@ -33,13 +34,15 @@ GROUP_PLANES = ("scale", "minimum", "super_scale", "super_minimum")
 _MAX_UNIT_BYTES = 32  # of the first plane, that a thread multiplies in a step
 
 _Slice = tuple[int, int]  # the offset of its first weight and of its first byte, see `_Schedule`
-_Codes = dict[tuple[str, int], Array]  # loaded codes, by `_Schedule.load_key`
+_Codes = dict[tuple[str, int], Any]  # loaded codes, by `_Schedule.load_key`
 
 
 def supports(w: QTensor) -> bool:
     """Whether `gemv_int8` can multiply with a matrix, once its planes are uint32."""
     layout = w.layout
-    affine = layout.table is None and layout.decode_scale is None and layout.scale_bits == 8
+    # Scales are numbers as they are, or integers that a bit shifts.
+    plain = (layout.decode_scale is None or layout.shift > 0) and layout.scale_bits == 8
+    affine = plain and not layout.trellis and len(layout.table or ()) <= MAX_ENTRIES
     sizes = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk in each plane
     aligned = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
     # Indices are 32-bit.
@@ -171,7 +174,8 @@ class _Schedule:
       sign_shift: where the offset is half the number of codes, flipping the top bit of a code and
         moving it to the top of an int8 subtracts the offset: by this many bits. 0: the matrix has
         another offset, or none.
-      needs_sums: the minima, or the offset, multiply sums of activations.
+      looks_up_nibbles: both codes of each byte are looked up together.
+      needs_sums: the minima, the offset or shifts multiply sums of activations.
     """
 
     def __init__(self, w: QTensor, tiling: _Tiling):
@@ -201,7 +205,11 @@ class _Schedule:
         self.blocks = [list(block) for _, block in blocks]
         width, offset = sum(self.layout.bits), self.layout.offset
         self.sign_shift = 8 - width if offset == 2 ** (width - 1) else 0
-        self.needs_sums = "minimum" in self.group_planes or (offset != 0 and not self.sign_shift)
+        affine = offset != 0 and not self.sign_shift
+        self.looks_up_nibbles = (
+            self.layout.bits == (4,) and self.layout.table is not None and whole_chunk
+        )
+        self.needs_sums = "minimum" in self.group_planes or affine or self.layout.shift > 0
 
     def units(self, step: Array | int) -> tuple[Array, Array, Array | None]:
         """The units of a step: index of the chunk, index inside it, and the mask of the units that
@@ -435,18 +443,27 @@ class _RowTile:
         schedule, groups = self.schedule, step.groups
         _, unit, mask = schedule.units(step.index)
         first = schedule.first_slice(step.index)
-        signed = schedule.layout.bits == (8,) or schedule.sign_shift > 0
+        layout = schedule.layout
+        signed = layout.bits == (8,) or schedule.sign_shift > 0 or layout.table is not None
         dot4 = partial(_dot4, signed=signed)
+        codes = step.codes
+        if schedule.looks_up_nibbles:
+            codes = {key: look_up_nibbles(packed, layout.table) for key, packed in codes.items()}
         segment_codes = [
-            [self._unpack_slice(s, unit, step.codes) for s in segment]
-            for segment in schedule.segments
+            [self._unpack_slice(s, unit, codes) for s in segment] for segment in schedule.segments
         ]
         # Integer scales multiply the integer sums, which stay below 2^31.
         kind = jnp.int32 if "super_scale" in groups else jnp.float32
-        factors = [scale.astype(kind) for scale in groups["scale"]]
+        stored = [scale.astype(kind) for scale in groups["scale"]]
+        factors = (
+            [layout.decode_scale(scale) for scale in stored] if layout.decode_scale else stored
+        )
         constants = groups.get("minimum", [])
-        if schedule.needs_sums and not constants:
-            constants = [-schedule.layout.offset * factor for factor in factors]
+        if layout.shift:
+            pairs = zip(stored, factors, strict=True)
+            constants = [group_shifts(scale, layout) * factor for scale, factor in pairs]
+        elif schedule.needs_sums and not constants:
+            constants = [-layout.offset * factor for factor in factors]
 
         def segment_dot(m: Array, segment: int) -> Array:
             """The integer dot product of a segment with row `m` of x."""
@@ -471,8 +488,12 @@ class _RowTile:
         return tuple(add_row(m, *scales, total) for (m, _), scales, total in rows)
 
     def _unpack_slice(self, slice_: _Slice, unit: Array, loaded: _Codes) -> Array:
-        """The codes of a slice, four per uint32 `[rows, units, 4]`; int8 with a `sign_shift`."""
+        """The codes of a slice, four per uint32 `[rows, units, 4]`; int8 with a `sign_shift`, or
+        from a table."""
         schedule = self.schedule
+        if schedule.looks_up_nibbles:
+            start, position = schedule.locate(4, unit, slice_[0])
+            return loaded[schedule.load_key(0, position, slice_)][start // 4]
         codes, shift = jnp.uint32(0), schedule.sign_shift
         for plane, bits in enumerate(schedule.layout.bits):
             start, position = schedule.locate(bits, unit, slice_[0])
@@ -487,7 +508,8 @@ class _RowTile:
                 packed = (packed >> jnp.asarray(start, jnp.uint32)) & mask
             codes ^= packed << jnp.uint32(shift)
             shift += bits
-        return codes
+        table = schedule.layout.table
+        return codes if table is None else look_up_bytes(codes, table)
 
 
 def _add_products(
