@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 import pytest
 from blocks import usual_blocks
 from helpers import Q8_0, SHAPES, nmse
@@ -20,7 +21,7 @@ from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
-from jaxsplit.ops.matmul import float8, triton_gemv_int8
+from jaxsplit.ops.matmul import byte_tables, float8, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
 from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
 
@@ -140,6 +141,22 @@ def test_matmuls_equal_float64(rng, names, rows, columns):
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
             assert nmse(y, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "Q1_0"])
+def test_ptx_looks_up_tables(rng, monkeypatch, name):
+    table = TYPES[name].layout.table
+    monkeypatch.setattr(byte_tables.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    codes = rng.integers(0, len(table), (5, 7, 4), np.uint8)
+    expected = np.asarray(table, np.int8)[codes]
+    with forward_context(policy=MatmulPolicy(kernels=True)):
+        found = byte_tables.look_up_bytes(jnp.asarray(codes.view(np.uint32)), table)
+        assert np.array_equal(np.asarray(found).view(np.int8), expected)
+        if len(table) == 16:
+            packed = rng.integers(0, 256, (9, 4), np.uint8)
+            halves = byte_tables.look_up_nibbles(jnp.asarray(packed.view(np.uint32)), table)
+            for half, part in zip(halves, (packed & 15, packed >> 4), strict=True):
+                assert np.array_equal(np.asarray(half).view(np.int8), np.int8(table)[part])
 
 
 @pytest.mark.usefixtures("quick_compilation")

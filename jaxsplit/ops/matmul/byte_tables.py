@@ -54,7 +54,7 @@ def _elementwise(asm: str, operand: Array, *, results: int) -> list[Array]:
 def _words(table: Sequence[int]) -> list[int]:
     """The table in uint32, a power of two of at least two."""
     size = max(8, 1 << (len(table) - 1).bit_length())
-    return np.pad(np.asarray(table, np.int8), (0, size - len(table))).view("<u4").tolist()
+    return np.pad(np.asarray(table).astype(np.uint8), (0, size - len(table))).view("<u4").tolist()
 
 
 def look_up_ptx(code: str, result: str, table: Sequence[int]) -> list[str]:

@@ -447,7 +447,7 @@ class _RowTile:
         signed = layout.bits == (8,) or schedule.sign_shift > 0 or layout.table is not None
         dot4 = partial(_dot4, signed=signed)
         codes = step.codes
-        if schedule.looks_up_nibbles:
+        if schedule.looks_up_nibbles and layout.table is not None:
             codes = {key: look_up_nibbles(packed, layout.table) for key, packed in codes.items()}
         segment_codes = [
             [self._unpack_slice(s, unit, codes) for s in segment] for segment in schedule.segments
