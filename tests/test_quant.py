@@ -328,7 +328,7 @@ def test_an_unknown_type_is_refused_and_the_known_are_listed():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [*QUANTIZED, "IQ5_K", "IQ6_K", "IQ2_KT", "IQ3_KT", "IQ4_KT"])
 def test_one_row_needs_no_temporary_of_a_matrix(name):
     """With the engine's compiler options, for every layout of planes."""
     size = 2048

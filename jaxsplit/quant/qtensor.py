@@ -166,19 +166,19 @@ TRELLIS_POWERS = tuple(pow(0xCBAC1FED, i, 2**32) for i in range(1, 9))
 """Factors of a state for each value of a trellis chunk."""
 
 
-def trellis_values(states: Array, index: Array | int) -> Array:
+def trellis_values(states: Array, index: Array | np.ndarray) -> Array:
     """Values that 16-bit states encode, float32 integers from -126 to 126.
 
     Each state starts a linear congruential generator; a value is the sum of four of its bytes, cut
     to 6 bits (Tseng et al. 2024, QTIP, arXiv:2406.11235; ik_llama.cpp's multiplier).
 
     Args:
-      states: uint16 `[...]`.
+      states: unsigned `[...]`.
       index: of the value in its chunk, broadcastable to `[...]`.
     """
-    if isinstance(index, int):
-        power = jnp.uint32(TRELLIS_POWERS[index])
-    else:
+    if isinstance(index, np.ndarray):
+        power = jnp.asarray(np.array(TRELLIS_POWERS, np.uint32)[index])
+    else:  # kernels have no constant arrays
         power = jnp.zeros(index.shape, jnp.uint32)
         for i, value in enumerate(TRELLIS_POWERS):
             power = jnp.where(index == i, jnp.uint32(value), power)
@@ -187,11 +187,11 @@ def trellis_values(states: Array, index: Array | int) -> Array:
     return total.astype(jnp.float32) - 126
 
 
-def trellis_slice(planes: Sequence[Array], index: Array | int) -> Array:
+def trellis_slice(planes: Sequence[Array], index: np.ndarray) -> Array:
     """Values at one place of each chunk of a trellis layout.
 
     Args:
-      planes: the states, uint16 `[..., chunks]`, and the signs, uint8 `[..., chunks]`, if any.
+      planes: the states, unsigned `[..., chunks]`, and the signs, uint8 `[..., chunks]`, if any.
       index: of the value in its chunk, broadcastable to `[..., chunks]`.
     """
     values = trellis_values(planes[0], index)
@@ -203,9 +203,15 @@ def trellis_slice(planes: Sequence[Array], index: Array | int) -> Array:
 
 def trellis_planes(w: "QTensor") -> list[Array]:
     """The planes of a trellis layout with one element for each chunk, as in `trellis_slice`."""
-    planes = [as_bytes(plane, w.layout) for plane in w.codes]
-    pairs = planes[0].reshape(*planes[0].shape[:-1], -1, 2)
-    return [lax.bitcast_convert_type(pairs, jnp.uint16), *planes[1:]]
+    # Shifts, not a bitcast: XLA:CPU would copy the states.
+    states, *signs = w.codes
+    bits = 8 * states.dtype.itemsize
+    if bits == 8:
+        low, high = states[..., ::2].astype(jnp.uint16), states[..., 1::2].astype(jnp.uint16)
+        return [low | (high << 8), *signs]
+    shifted = states[..., None] >> jnp.arange(0, bits, 16, dtype=states.dtype)
+    halves = (shifted & 0xFFFF).reshape(*states.shape[:-1], -1)
+    return [halves, *(as_bytes(plane, w.layout) for plane in signs)]
 
 
 def unscaled(w: "QTensor") -> Array:
@@ -213,7 +219,7 @@ def unscaled(w: "QTensor") -> Array:
     layout = w.layout
     if layout.trellis:
         planes = [plane[..., None] for plane in trellis_planes(w)]
-        return trellis_slice(planes, jnp.arange(layout.chunk)).reshape(w.shape)
+        return trellis_slice(planes, np.arange(layout.chunk)).reshape(w.shape)
     planes = [as_bytes(plane, layout) for plane in w.codes]
     unpacked = map(partial(unpack_bits, chunk=layout.chunk), planes, layout.bits)
     return decode_codes(combine_planes(unpacked, layout), layout)

@@ -12,6 +12,7 @@ from functools import partial
 import gguf.quants
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxsplit.errors import JaxsplitError
@@ -342,7 +343,7 @@ def _expand_trellis(fields: BlockFields, layout: PlaneLayout) -> tuple[BlockFiel
     planes = [fields.states[..., None]]
     if fields.codes is not None:
         planes.append(pack_bits(fields.codes, 1, layout.chunk)[..., None])
-    values = trellis_slice(planes, jnp.arange(layout.chunk)).astype(jnp.int8)
+    values = trellis_slice(planes, np.arange(layout.chunk)).astype(jnp.int8)
     codes = values.reshape(*values.shape[:-2], -1)
     return dataclasses.replace(fields, codes=codes, states=None), PlaneLayout((8,))
 

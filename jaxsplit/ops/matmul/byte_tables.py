@@ -23,8 +23,7 @@ def look_up_bytes(codes: Array, table: Sequence[int]) -> Array:
     if interpreted():
         return _look_up_by_jax(codes, table)
     lines = ["{", *look_up_ptx("$1", "$0", table), "}"]
-    [result] = _elementwise(" ".join(lines), codes, results=1)
-    return result
+    return _elementwise(" ".join(lines), codes)
 
 
 def look_up_nibbles(packed: Array, table: Sequence[int]) -> tuple[Array, Array]:
@@ -32,7 +31,8 @@ def look_up_nibbles(packed: Array, table: Sequence[int]) -> tuple[Array, Array]:
     if interpreted():
         low, high = packed & jnp.uint32(0x0F0F0F0F), (packed >> 4) & jnp.uint32(0x0F0F0F0F)
         return _look_up_by_jax(low, table), _look_up_by_jax(high, table)
-    low, high = _elementwise(nibbles_ptx(table), packed, results=2)
+    # Pallas-Triton allows one result; the assembler computes what both have in common once.
+    low, high = (_elementwise(nibbles_ptx(table, picks), packed) for picks in ("0x6420", "0x7531"))
     return low, high
 
 
@@ -41,14 +41,15 @@ def _look_up_by_jax(codes: Array, table: Sequence[int]) -> Array:
     return lax.bitcast_convert_type(values.astype(jnp.int8), jnp.uint32)
 
 
-def _elementwise(asm: str, operand: Array, *, results: int) -> list[Array]:
-    return plgpu.elementwise_inline_asm(
+def _elementwise(asm: str, operand: Array) -> Array:
+    [result] = plgpu.elementwise_inline_asm(
         asm,
         args=[operand],
-        constraints=",".join([*["=r"] * results, "r"]),
+        constraints="=r,r",
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(operand.shape, jnp.uint32)] * results,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(operand.shape, jnp.int32)],
     )
+    return lax.bitcast_convert_type(result, jnp.uint32)
 
 
 def _words(table: Sequence[int]) -> list[int]:
@@ -89,11 +90,16 @@ def look_up_ptx(code: str, result: str, table: Sequence[int]) -> list[str]:
     return [*lines, f"mov.b32 {result}, entry0;"]
 
 
-def nibbles_ptx(table: Sequence[int]) -> str:
-    """PTX of `look_up_nibbles`, for 16 entries: 13 instructions."""
+def nibbles_ptx(table: Sequence[int], picks: str) -> str:
+    """PTX of one result of `look_up_nibbles`, for 16 entries: 13 instructions for both.
+
+    Args:
+      table: the entries.
+      picks: selector of the low or the high codes among the looked-up pairs.
+    """
     lines = [".reg .b32 sel, pick, a, b, low, high, entry<4>;"]
     lines += [f"mov.b32 entry{i}, 0x{word:08x};" for i, word in enumerate(_words(table))]
-    lines += ["and.b32 sel, $2, 0x77777777;", "shr.b32 pick, $2, 1;"]
+    lines += ["and.b32 sel, $1, 0x77777777;", "shr.b32 pick, $1, 1;"]
     lines.append("lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xea;")
     for half in ("low", "high"):
         lines += [
@@ -103,5 +109,5 @@ def nibbles_ptx(table: Sequence[int]) -> str:
         ]
         if half == "low":
             lines += ["shr.b32 sel, sel, 16;", "shr.b32 pick, pick, 16;"]
-    lines += ["prmt.b32 $0, low, high, 0x6420;", "prmt.b32 $1, low, high, 0x7531;"]
+    lines.append(f"prmt.b32 $0, low, high, {picks};")
     return "{ " + " ".join(lines) + " }"

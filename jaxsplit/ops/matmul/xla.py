@@ -28,8 +28,7 @@ from jaxsplit.quant.qtensor import (
     row_bounds,
     scales,
     shifts,
-    trellis_planes,
-    trellis_slice,
+    unscaled,
 )
 
 MAX_CONCAT_BYTES = 2**28
@@ -140,9 +139,6 @@ def _slices(w: QTensor) -> list[Array]:
       width)` of each chunk.
     """
     layout = w.layout
-    if layout.trellis:
-        planes = [plane[..., None] for plane in trellis_planes(w)]
-        return [trellis_slice(planes, i) for i in range(layout.chunk)]
     count = 8 // min(layout.bits)
     width = layout.chunk // count
     slices = []
@@ -162,12 +158,24 @@ def _slices(w: QTensor) -> list[Array]:
     return slices
 
 
+def _trellis_row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
+    """`_row_product` of a trellis layout."""
+    scale = scales(w)[..., None]
+    values = unscaled(w).reshape(*scale.shape[:-1], -1)
+    products = values * x.reshape(*values.shape[1:])
+    if sum_groups_first:
+        products = jnp.sum(products, axis=-1, keepdims=True)
+    return jnp.sum(products * scale, axis=(1, 2))
+
+
 def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
     """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`.
 
     Summing each group before it is scaled is fastest on a CPU; a GPU needs a single sum, since
     two would be two kernels.
     """
+    if w.layout.trellis:
+        return _trellis_row_product(x, w, sum_groups_first=sum_groups_first)
     slices = _slices(w)
     chunk, width = w.layout.chunk, slices[0].shape[-1]
     x = x.reshape(-1, len(slices), width)
