@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA, nmse
+from helpers import DATA, changed_recipe, nmse
 from tiny import fresh_rng
 
 import jaxsplit
@@ -219,6 +219,22 @@ def test_checkpoints_keep_the_types(tmp_path, name):
 def test_dequantized_at_load(load, name):
     lm = load(IK / f"{name}.gguf", devices=2, weights="float32")
     check_model(lm, np.load(IK / f"{name}.npz"))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_old_files_of_deepseek_have_projections_of_all_heads_in_one_matrix(tmp_path, recipe_gguf):
+    heads = {"attn_k_b": [32, 48 * 4], "attn_v_b": [48, 24 * 4], "attn_kv_b": [48, (32 + 24) * 4]}
+    shapes = {f"blk.{i}.{name}.weight": shape for i in range(3) for name, shape in heads.items()}
+    keys = {f"attention.{name}_length": ("UINT32", n) for name, n in (("key", 48), ("value", 24))}
+    keys |= {"attention.key_length_mla": None, "attention.value_length_mla": None}
+    keys = {f"deepseek2.{key}": value for key, value in keys.items()}
+    old = changed_recipe(tmp_path / "old.gguf", keys, shapes, "deepseek2")
+    tokens = fresh_rng().integers(0, 160, 6).tolist()
+    one, other = (
+        jaxsplit.load(path, dtype="float32", ctx_size=64).logits(tokens)
+        for path in (old, recipe_gguf("deepseek2"))
+    )
+    assert nmse(one, other) <= 1e-12
 
 
 # Files that cannot be used

@@ -261,8 +261,9 @@ def model_and_type(file: ModelFile) -> dict[str, str | None]:
     """Name and quantized type of a model, as `record.ROW` has them."""
     name, _, kind = file.metadata.get("general.name", file.path.stem).partition(":")
     number = file.metadata.get("general.file_type")
-    if not kind and number is not None:
-        kind = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    known = {int(kind): kind.name for kind in gguf.LlamaFileType}  # ik_llama.cpp has others
+    if not kind and number in known:
+        kind = known[number].removeprefix("MOSTLY_").removeprefix("ALL_")
     return {"model": name, "type": kind or None}
 
 
