@@ -57,10 +57,20 @@ def elementwise_inline_asm(
             found |= np.where(pick > 7, sign, chosen) << 8 * byte
         return found.astype(np.uint32)
 
+    def dp4a(a: str, b: str, c: str) -> np.ndarray:
+        products = value(a).view(np.uint8).astype(np.int32) * value(b).view(np.int8)
+        total = products.reshape(-1, 4).sum(axis=1, dtype=np.int32) + value(c).view(np.int32)
+        return total.view(np.uint32)
+
     instructions = {
         "mov.b32": value,
         "and.b32": lambda a, b: value(a) & value(b),
         "or.b32": lambda a, b: value(a) | value(b),
+        "xor.b32": lambda a, b: value(a) ^ value(b),
+        "sub.u32": lambda a, b: value(a) - value(b),
+        "mul.lo.u32": lambda a, b: value(a) * value(b),
+        "abs.s32": lambda a: np.abs(value(a).view(np.int32)).view(np.uint32),
+        "dp4a.u32.s32": dp4a,
         "add.u32": lambda a, b: value(a) + value(b),
         "prmt.b32": prmt,
         "shr.b32": lambda a, by: value(a) >> int(by),

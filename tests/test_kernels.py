@@ -21,7 +21,7 @@ from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
-from jaxsplit.ops.matmul import byte_tables, float8, triton_gemv_int8
+from jaxsplit.ops.matmul import byte_tables, float8, trellis, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
 from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
 
@@ -31,7 +31,8 @@ SUPPORTED = {
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("TQ1_0", "TQ2_0", "Q1_0", "IQ4_NL", "IQ4_XS"),
     *("Q6_0", "IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ5_KS"),
-    *("IQ4_KSS", "IQ2_KL", "I2_S", "IQ1_BN", "IQ2_BN", "Q8_KV"),
+    *("IQ4_KSS", "IQ2_KL", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT"),
+    *("I2_S", "IQ1_BN", "IQ2_BN", "Q8_KV"),
 }
 
 
@@ -129,6 +130,7 @@ def test_a_fused_function_and_norm_precede_quantization(rng, epsilon):
         *((["Q6_K"], 1, 4608), (["Q6_K", "Q4_K", "Q8_0"], 3, 512), (["Q5_0"], 2, 1376)),
         *((["Q4_K"], 1, 9472), (["Q8_0"], 2, 5120), (["Q6_K"], 1, 10240), (["Q4_K"], 1, 8192)),
         *((["IQ4_K"], 1, 1536), (["IQ4_KS"], 2, 2816), (["IQ2_K"], 1, 1536), (["IQ3_KS"], 1, 1536)),
+        *((["IQ2_KT"], 1, 2816), (["IQ3_KT"], 2, 1536), (["IQ4_KT"], 1, 1536)),
         *((["IQ5_K"], 1, 2816), (["IQ6_K", "IQ2_KL", "Q6_0"], 3, 512), (["IQ4_XS"], 1, 1536)),
     ],
 )
@@ -157,6 +159,18 @@ def test_ptx_looks_up_tables(rng, monkeypatch, name):
             halves = byte_tables.look_up_nibbles(jnp.asarray(packed.view(np.uint32)), table)
             for half, part in zip(halves, (packed & 15, packed >> 4), strict=True):
                 assert np.array_equal(np.asarray(half).view(np.int8), np.int8(table)[part])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_ptx_computes_values_of_trellises(rng, monkeypatch, signed):
+    monkeypatch.setattr(trellis.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    states, first = rng.integers(0, 2**16, (7, 64), np.uint32), 4 * rng.integers(0, 2, (7, 64))
+    signs = [jnp.asarray(rng.integers(0, 2**32, (7, 64), np.uint32))] if signed else []
+    arguments = jnp.asarray(states), jnp.asarray(first, jnp.int32), *signs
+    expected = trellis.four_values(*arguments)
+    with forward_context(policy=MatmulPolicy(kernels=True)):
+        found = trellis.four_values(*arguments)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.usefixtures("quick_compilation")

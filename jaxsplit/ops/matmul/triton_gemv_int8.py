@@ -6,6 +6,7 @@ weights is scaled once, after its integer sum.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial, reduce
 from operator import add
@@ -22,8 +23,9 @@ from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul.byte_tables import MAX_ENTRIES, look_up_bytes, look_up_nibbles
+from jaxsplit.ops.matmul.trellis import four_values
 from jaxsplit.pallas import ArrayRef, pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, group_shifts, to_u32
+from jaxsplit.quant.qtensor import PlaneLayout, QTensor, group_shifts, to_u32
 
 MAX_ROWS = 2
 """With more rows of activations, tensor cores are faster."""
@@ -39,14 +41,22 @@ _Codes = dict[tuple[str, int], Any]  # loaded codes, by `_Schedule.load_key`
 
 def supports(w: QTensor) -> bool:
     """Whether `gemv_int8` can multiply with a matrix, once its planes are uint32."""
-    layout = w.layout
+    layout = _kernel_layout(w.layout)
     # Scales are numbers as they are, or integers that a bit shifts.
     plain = (layout.decode_scale is None or layout.shift > 0) and layout.scale_bits == 8
-    affine = plain and not layout.trellis and len(layout.table or ()) <= MAX_ENTRIES
+    known = plain and len(layout.table or ()) <= MAX_ENTRIES
     sizes = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk in each plane
     aligned = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
     # Indices are 32-bit.
-    return affine and aligned and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
+    columns = w.shape[-1] % math.lcm(BLOCK, layout.chunk) == 0
+    return known and aligned and columns and w.codes[0].size < 2**31
+
+
+def _kernel_layout(layout: PlaneLayout) -> PlaneLayout:
+    """The layout as the K loop walks it: of a trellis, chunks of 16 bytes of states."""
+    if not layout.trellis:
+        return layout
+    return dataclasses.replace(layout, chunk=SLICE * 8 // layout.bits[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +189,7 @@ class _Schedule:
     """
 
     def __init__(self, w: QTensor, tiling: _Tiling):
-        self.layout, self.columns = w.layout, w.shape[-1]
+        self.layout, self.columns = _kernel_layout(w.layout), w.shape[-1]
         codes_per_byte = 8 // self.layout.bits[0]
         chunk_bytes = self.layout.chunk // codes_per_byte  # in the first plane
         unit_bytes = chunk_bytes if chunk_bytes <= _MAX_UNIT_BYTES else SLICE
@@ -445,6 +455,7 @@ class _RowTile:
         first = schedule.first_slice(step.index)
         layout = schedule.layout
         signed = layout.bits == (8,) or schedule.sign_shift > 0 or layout.table is not None
+        signed = signed or layout.trellis
         dot4 = partial(_dot4, signed=signed)
         codes = step.codes
         if schedule.looks_up_nibbles and layout.table is not None:
@@ -491,6 +502,8 @@ class _RowTile:
         """The codes of a slice, four per uint32 `[rows, units, 4]`; int8 with a `sign_shift`, or
         from a table."""
         schedule = self.schedule
+        if schedule.layout.trellis:
+            return self._trellis_slice(slice_, loaded)
         if schedule.looks_up_nibbles:
             start, position = schedule.locate(4, unit, slice_[0])
             return loaded[schedule.load_key(0, position, slice_)][start // 4]
@@ -510,6 +523,29 @@ class _RowTile:
             shift += bits
         table = schedule.layout.table
         return codes if table is None else look_up_bytes(codes, table)
+
+    def _trellis_slice(self, slice_: _Slice, loaded: _Codes) -> Array:
+        """The values of a slice of a trellis, four int8 per uint32 `[rows, units, 4]`."""
+        lane, index = jnp.arange(SLICE // 4), slice_[0] // SLICE
+        states, *signs = (loaded[f"codes {plane}", 0] for plane in range(len(self.w.codes)))
+
+        def word(words: Array, i: int) -> Array:
+            """One uint32 of each unit, for all lanes."""
+            picked = jnp.sum(jnp.where(lane == i, words, jnp.uint32(0)), axis=-1, dtype=words.dtype)
+            return jnp.broadcast_to(picked[..., None], words.shape)
+
+        lane = jnp.broadcast_to(lane, states.shape)
+        if self.w.layout.chunk == 4:  # a state for each lane
+            pair = jnp.where(lane < 2, word(states, 2 * index), word(states, 2 * index + 1))
+            half, first = lane & 1, jnp.zeros_like(lane)
+        else:  # a state for two
+            pair = word(states, index)
+            half, first = lane >> 1, 4 * (lane & 1)
+        state = (pair >> (16 * half).astype(jnp.uint32)) & jnp.uint32(0xFFFF)
+        if not signs:
+            return four_values(state, first)
+        place = 16 * (index % 2) + 4 * lane
+        return four_values(state, first, word(signs[0], index // 2) >> place.astype(jnp.uint32))
 
 
 def _add_products(

@@ -103,7 +103,8 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     """Whether `small_m_gemm` can multiply activations of a dtype with a matrix."""
     sum_size = None if w.minimum is None else group_size(w, w.minimum)
     has_sums = sum_size in (None, *SUM_SIZES)
-    return dtype == jnp.bfloat16 and triton_gemv_int8.supports(w) and has_sums
+    known = triton_gemv_int8.supports(w) and not w.layout.trellis
+    return dtype == jnp.bfloat16 and known and has_sums
 
 
 def small_m_gemm(
