@@ -68,6 +68,8 @@ def elementwise_inline_asm(
         "or.b32": lambda a, b: value(a) | value(b),
         "xor.b32": lambda a, b: value(a) ^ value(b),
         "sub.u32": lambda a, b: value(a) - value(b),
+        "shr.s32": lambda a, by: (value(a).view(np.int32) >> int(by)).view(np.uint32),
+        "mad.lo.u32": lambda a, b, c: value(a) * value(b) + value(c),
         "mul.lo.u32": lambda a, b: value(a) * value(b),
         "abs.s32": lambda a: np.abs(value(a).view(np.int32)).view(np.uint32),
         "dp4a.u32.s32": dp4a,

@@ -13,7 +13,7 @@ from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.packed import PackedLayout, packing_of
 from jaxsplit.ops.activations.triton_rows import store_rows
-from jaxsplit.ops.matmul import triton_small_m_gemm
+from jaxsplit.ops.matmul import trellis, triton_small_m_gemm
 from jaxsplit.quant import TYPES, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -71,7 +71,8 @@ def activations(rng, rows, columns):
         *((["TQ2_0"], 16, 1536, 2), (["Q6_K", "Q4_K", "Q8_0"], 33, 512, None)),
         *((["IQ4_K"], 9, 2816, None), (["IQ4_KS", "IQ2_KL"], 33, 1536, 2), (["IQ2_K"], 3, 768, 1)),
         *((["IQ3_KS"], 5, 1536, None), (["IQ5_KS", "IQ6_K"], 17, 768, 1), (["IQ4_XS"], 3, 1536, 1)),
-        (["IQ2_BN", "Q8_KV", "Q6_0"], 9, 1536, None),
+        *((["IQ2_BN", "Q8_KV", "Q6_0"], 9, 1536, None), (["IQ2_KT", "IQ4_KT"], 5, 1536, None)),
+        (["IQ3_KT"], 33, 768, 1),
     ],
 )
 def test_matmuls_equal_float64(rng, names, rows, columns, split_k):
@@ -113,6 +114,20 @@ def test_ptx_dequantizes_bit_for_bit_like_jax(rng, monkeypatch, name):
             actual = triton_small_m_gemm._scaled_codes(*arguments)
         assert np.count_nonzero(expected) > 100
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_ptx_scales_values_of_trellises_like_jax(rng, monkeypatch, signed):
+    monkeypatch.setattr(trellis.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    states, signs = rng.integers(0, 2**16, (2, 8, 32), np.uint16)
+    scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
+    for place in range(8):
+        arguments = jnp.asarray(states), place, scale, jnp.asarray(signs) if signed else None
+        expected = trellis.scaled_trellis(*arguments, exponent=-133)
+        with forward_context(policy=MatmulPolicy(kernels=True)):
+            found = trellis.scaled_trellis(*arguments, exponent=-133)
+        assert np.count_nonzero(expected) > 100
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -28,14 +28,15 @@ SUM_SIZES = (BLOCK // 2, BLOCK)
 
 
 def packing_of(layout: PlaneLayout) -> tuple[int, int]:
-    """The codes per byte of the narrowest plane, and the byte pairs per chunk in it."""
-    codes_per_byte = 8 // min(layout.bits)
+    """The codes per byte of the narrowest plane, and the byte pairs per chunk in it. Of a trellis,
+    whose pairs of bytes are states: as if these held codes."""
+    codes_per_byte = 8 // (layout.bits[0] if layout.trellis else min(layout.bits))
     return codes_per_byte, layout.chunk // codes_per_byte // 2
 
 
 def keeps_places(layout: PlaneLayout) -> bool:
     """Whether the GEMM leaves codes at their place in a byte: see `PackedRows.values`."""
-    return len(layout.bits) == 1 and layout.table is None
+    return len(layout.bits) == 1 and layout.table is None and not layout.trellis
 
 
 def group_size(w: QTensor, plane: ArrayRef) -> int:

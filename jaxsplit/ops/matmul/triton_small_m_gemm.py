@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jaxsplit.context import interpreted
@@ -25,6 +24,8 @@ from jaxsplit.ops.activations.packed import (
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
 from jaxsplit.ops.matmul.byte_tables import look_up_ptx
+from jaxsplit.ops.matmul.scaling import both_halves, scale_by_jax, scale_ptx
+from jaxsplit.ops.matmul.trellis import scaled_trellis
 from jaxsplit.pallas import ArrayRef, pl, plgpu
 from jaxsplit.quant.qtensor import PlaneLayout, QTensor, group_shifts, look_up
 
@@ -103,8 +104,7 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     """Whether `small_m_gemm` can multiply activations of a dtype with a matrix."""
     sum_size = None if w.minimum is None else group_size(w, w.minimum)
     has_sums = sum_size in (None, *SUM_SIZES)
-    known = triton_gemv_int8.supports(w) and not w.layout.trellis
-    return dtype == jnp.bfloat16 and known and has_sums
+    return dtype == jnp.bfloat16 and triton_gemv_int8.supports(w) and has_sums
 
 
 def small_m_gemm(
@@ -459,6 +459,8 @@ class _Tile:
     ) -> Array:
         """Adds the products of a step's codes and scales to `total`; shifts are those of the
         values, if the layout has them."""
+        if self.w.layout.trellis:
+            return self._multiply_trellis(step, scales[0], total)
         w, layout, pairs_per_chunk = self.w, self.w.layout, self.pairs_per_chunk
         index = step * self.step_pairs + jnp.arange(self.step_pairs)
         # Written as a division, not as shifts, so that the compiler sees contiguous runs of pairs.
@@ -485,6 +487,23 @@ class _Tile:
                 x = self._load_x(self.x_values, index, mask, 2 * code + byte)
                 weights = _scaled_codes(planes, places, byte, layout, *spread[group])
                 totals[byte % self.accumulators] += _dot(weights, x)
+        return sum(totals[1:], totals[0])
+
+    def _multiply_trellis(self, step: Array, scale: Array, total: Array) -> Array:
+        """As `_multiply_codes`, of a trellis layout, whose byte pairs are states."""
+        index = step * self.step_pairs + jnp.arange(self.step_pairs)
+        mask = self._mask(index, self.row_pairs)
+        states, *signs = self.w.codes
+        states, signs = self._load(states, index, mask), [*signs, None][0]
+        if signs is not None:  # a byte for each state
+            shift = jnp.broadcast_to((8 * (index & 1)).astype(jnp.uint16)[None], states.shape)
+            signs = self._load(signs, index >> 1, mask) >> shift
+        scale = _spread(scale, self.step_pairs)
+        totals = [total] + [jnp.zeros_like(total)] * (self.accumulators - 1)
+        for place in range(self.w.layout.chunk):
+            x = self._load_x(self.x_values, index, mask, place)
+            weights = scaled_trellis(states, place, scale, signs, exponent=_CODE_EXPONENT)
+            totals[place % self.accumulators] += _dot(weights, x)
         return sum(totals[1:], totals[0])
 
 
@@ -565,11 +584,7 @@ def _scaled_codes_by_jax(
         code = (look_up(code, layout.table) + 128).astype(jnp.uint16)
     if moved is not None:
         code += moved
-    # In two steps, which XLA must not merge: the whole power is subnormal in float32.
-    half = _CODE_EXPONENT // 2
-    value = (code.astype(jnp.float32) - offset) * 2.0**half
-    factor = scale.astype(jnp.float32) * 2.0 ** (_CODE_EXPONENT - half)
-    return (value * lax.optimization_barrier(factor)).astype(scale.dtype)
+    return scale_by_jax(code.astype(jnp.float32) - offset, scale, _CODE_EXPONENT)
 
 
 def _scaled_codes_ptx(
@@ -588,14 +603,8 @@ def _scaled_codes_ptx(
       moves: the last operand is added to the code.
     """
 
-    def both_halves(bits: int) -> str:
-        return f"0x{bits * 0x10001:08x}"
-
-    def bfloat16(x: float) -> str:
-        return both_halves(int(np.asarray(x, jnp.bfloat16).view(np.uint16)))
-
     scale = f"${len(shifts) + 1}"
-    lines = [".reg .b32 code, field, offset, bias;", f"mov.b32 bias, {bfloat16(-0.0)};"]
+    lines = [".reg .b32 code, field;"]
     done = 0
     for i, (shift, bits) in enumerate(zip(shifts, layout.bits, strict=True)):
         shift, field = shift - done, f"${i + 1}"
@@ -613,8 +622,5 @@ def _scaled_codes_ptx(
         lines.append("and.b32 code, code, 0x00ff00ff;")
     if moves:
         lines.append(f"add.u32 code, code, ${len(shifts) + 2};")
-    if offset:
-        lines.append(f"mov.b32 offset, {bfloat16(-offset * 2.0**_CODE_EXPONENT)};")
-        lines.append(f"fma.rn.bf16x2 bias, {scale}, offset, bias;")
-    lines.append(f"fma.rn.bf16x2 $0, code, {scale}, bias;")
+    lines += scale_ptx(scale, offset, _CODE_EXPONENT)
     return "{ " + " ".join(lines) + " }"
