@@ -221,6 +221,21 @@ def test_dequantized_at_load(load, name):
     check_model(lm, np.load(IK / f"{name}.npz"))
 
 
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_kernels_are_about_as_exact(name):
+    """Interpreted, on two devices, in bfloat16: prompts, and tokens whose rows are in 8 bits."""
+    reference = np.load(IK / f"{name}.npz")
+    tokens, expected = reference["tokens"][:6].tolist(), reference["logits"][:6]
+    options = {"devices": 2, "dtype": "bfloat16", "ctx_size": 64, "activations": "int8"}
+    lm = jaxsplit.load(IK / f"{name}.gguf", kernels="interpret", **options)
+    for one_by_one in (False, True):
+        logits = lm.logits(tokens, one_by_one=one_by_one)
+        errors = [nmse(*of) for of in zip(logits, expected, strict=True)]
+        assert np.median(errors) <= 1e-3, errors
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_old_files_of_deepseek_have_projections_of_all_heads_in_one_matrix(tmp_path, recipe_gguf):
     heads = {"attn_k_b": [32, 48 * 4], "attn_v_b": [48, 24 * 4], "attn_kv_b": [48, (32 + 24) * 4]}
