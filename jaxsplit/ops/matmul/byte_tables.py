@@ -36,6 +36,18 @@ def look_up_nibbles(packed: Array, table: Sequence[int]) -> tuple[Array, Array]:
     return low, high
 
 
+def select_bytes(options: Sequence[Array], codes: Array) -> Array:
+    """Selects each byte of uint32 by the code in the same place among as many options, a power of
+    two."""
+    options, bit = list(options), 0
+    while len(options) > 1:
+        mask = ((codes >> bit) & jnp.uint32(0x01010101)) * jnp.uint32(255)
+        pairs = zip(options[::2], options[1::2], strict=True)
+        options = [(low & ~mask) | (high & mask) for low, high in pairs]
+        bit += 1
+    return options[0]
+
+
 def _look_up_by_jax(codes: Array, table: Sequence[int]) -> Array:
     values = look_up(lax.bitcast_convert_type(codes, jnp.uint8), tuple(table))
     return lax.bitcast_convert_type(values.astype(jnp.int8), jnp.uint32)

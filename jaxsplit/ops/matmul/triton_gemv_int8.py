@@ -22,7 +22,12 @@ from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
-from jaxsplit.ops.matmul.byte_tables import MAX_ENTRIES, look_up_bytes, look_up_nibbles
+from jaxsplit.ops.matmul.byte_tables import (
+    MAX_ENTRIES,
+    look_up_bytes,
+    look_up_nibbles,
+    select_bytes,
+)
 from jaxsplit.ops.matmul.trellis import four_values
 from jaxsplit.pallas import ArrayRef, pl, plgpu
 from jaxsplit.quant.qtensor import PlaneLayout, QTensor, group_shifts, to_u32
@@ -184,7 +189,8 @@ class _Schedule:
       sign_shift: where the offset is half the number of codes, flipping the top bit of a code and
         moving it to the top of an int8 subtracts the offset: by this many bits. 0: the matrix has
         another offset, or none.
-      looks_up_nibbles: both codes of each byte are looked up together.
+      looks_up_nibbles: the low 4 bits of both codes of a byte are looked up together.
+      first_plane_bytes: of a chunk in the first plane.
       needs_sums: the minima, the offset or shifts multiply sums of activations.
     """
 
@@ -216,9 +222,8 @@ class _Schedule:
         width, offset = sum(self.layout.bits), self.layout.offset
         self.sign_shift = 8 - width if offset == 2 ** (width - 1) else 0
         affine = offset != 0 and not self.sign_shift
-        self.looks_up_nibbles = (
-            self.layout.bits == (4,) and self.layout.table is not None and whole_chunk
-        )
+        self.looks_up_nibbles = self.layout.bits[0] == 4 and self.layout.table is not None
+        self.first_plane_bytes = chunk_bytes
         self.needs_sums = "minimum" in self.group_planes or affine or self.layout.shift > 0
 
     def units(self, step: Array | int) -> tuple[Array, Array, Array | None]:
@@ -459,7 +464,13 @@ class _RowTile:
         dot4 = partial(_dot4, signed=signed)
         codes = step.codes
         if schedule.looks_up_nibbles and layout.table is not None:
-            codes = {key: look_up_nibbles(packed, layout.table) for key, packed in codes.items()}
+            tables = [layout.table[i : i + 16] for i in range(0, len(layout.table), 16)]
+            codes = {
+                key: [look_up_nibbles(packed, table) for table in tables]
+                if key[0] == "codes 0"
+                else packed
+                for key, packed in codes.items()
+            }
         segment_codes = [
             [self._unpack_slice(s, unit, codes) for s in segment] for segment in schedule.segments
         ]
@@ -505,10 +516,19 @@ class _RowTile:
         if schedule.layout.trellis:
             return self._trellis_slice(slice_, loaded)
         if schedule.looks_up_nibbles:
-            start, position = schedule.locate(4, unit, slice_[0])
-            return loaded[schedule.load_key(0, position, slice_)][start // 4]
+            _, position = schedule.locate(4, unit, slice_[0])
+            halves = loaded[schedule.load_key(0, position, slice_)]
+            options = [half[slice_[0] // schedule.first_plane_bytes] for half in halves]
+            upper = self._combine_planes(slice_, unit, loaded, first=1)
+            return select_bytes(options, upper)
+        codes, table = self._combine_planes(slice_, unit, loaded), schedule.layout.table
+        return codes if table is None else look_up_bytes(codes, table)
+
+    def _combine_planes(self, slice_: _Slice, unit: Array, loaded: _Codes, first: int = 0) -> Array:
+        """The bits of a slice's codes in all planes but the `first`, as in `_unpack_slice`."""
+        schedule = self.schedule
         codes, shift = jnp.uint32(0), schedule.sign_shift
-        for plane, bits in enumerate(schedule.layout.bits):
+        for plane, bits in list(enumerate(schedule.layout.bits))[first:]:
             start, position = schedule.locate(bits, unit, slice_[0])
             packed = loaded[schedule.load_key(plane, position, slice_)]
             if schedule.sign_shift and plane == len(schedule.layout.bits) - 1:  # flip the top bits
@@ -521,8 +541,7 @@ class _RowTile:
                 packed = (packed >> jnp.asarray(start, jnp.uint32)) & mask
             codes ^= packed << jnp.uint32(shift)
             shift += bits
-        table = schedule.layout.table
-        return codes if table is None else look_up_bytes(codes, table)
+        return codes
 
     def _trellis_slice(self, slice_: _Slice, loaded: _Codes) -> Array:
         """The values of a slice of a trellis, four int8 per uint32 `[rows, units, 4]`."""
