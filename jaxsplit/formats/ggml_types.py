@@ -169,7 +169,13 @@ IK_TYPES: dict[str, StoredType] = {
     "Q8_K_R8": StoredType(399, 256, 258, rows=8, runs=(*_D, (4, 64))),
 }
 
-STORED_TYPES: dict[str, StoredType] = IK_TYPES | {
+# Newer than some versions of the package.
+_NEW_TYPES = {
+    "NVFP4": StoredType(40, 64, 36),
+    "Q1_0": StoredType(41, 128, 18),
+}
+
+STORED_TYPES: dict[str, StoredType] = (IK_TYPES | _NEW_TYPES) | {
     kind.name: StoredType(kind.value, *gguf.GGML_QUANT_SIZES[kind])
     for kind in gguf.GGMLQuantizationType
 }
