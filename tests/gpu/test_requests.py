@@ -4,7 +4,6 @@ import json
 import re
 
 import jax
-import jsonschema
 import numpy as np
 import pytest
 from adapter_files import random_factors, shapes_of, write_adapter
@@ -55,7 +54,9 @@ def test_texts_satisfy_their_grammars(tmp_path, mode):
         if i % 3 == 0:
             assert re.fullmatch(DIGITS, text), text
         if i % 3 == 1:
-            jsonschema.validate(json.loads(text), SCHEMA)
+            found = json.loads(text)
+            assert set(found) == {"name", "age"} and type(found["age"]) is int, found
+            assert type(found["name"]) is str and len(found["name"]) <= 9, found
 
 
 @pytest.mark.parametrize("mode", ["none", "graph"])
