@@ -17,7 +17,10 @@ _PACKAGES = [
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm-plugin", "libtpu"),
     *("flax", "orbax-checkpoint", "numpy", "ml-dtypes", "tokenizers", "gguf"),
 ]
-_VARIABLES = ("JAX_", "JAXSPLIT_", "XLA_", "CUDA_", "NVIDIA_", "NCCL_", "LD_LIBRARY_PATH")
+_VARIABLES = (
+    *("JAX_", "JAXSPLIT_", "XLA_", "CUDA_", "NCCL_", "LD_LIBRARY_PATH"),
+    *("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
+)
 """Prefixes of environment variables that change what JAX or jaxsplit does."""
 
 _PERFORMANCE_RANK, _ACCESS, _ATOMICS = 1, 2, 3
