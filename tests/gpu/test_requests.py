@@ -37,8 +37,9 @@ def test_texts_satisfy_their_grammars(tmp_path, mode):
     """Rows with and without grammars take their steps together."""
     pytest.importorskip("llguidance")
     path = write_tiny_model(tmp_path / "tiny.gguf", kind="Q8_0", **SIZES)
+    cache = {"slots": 8, "cache_tokens": 2048}
     lm = jaxsplit.load(
-        path, split_mode=mode, devices=devices(mode), dtype="bfloat16", kernels=kernels(), slots=8
+        path, split_mode=mode, devices=devices(mode), dtype="bfloat16", kernels=kernels(), **cache
     )
     grammars = [
         jaxsplit.Grammar("regex", DIGITS),
@@ -67,7 +68,7 @@ def test_adapters(tmp_path, bounded, mode):
     adapter = write_adapter(tmp_path / "adapter.gguf", random_factors(shapes, 1))
     quantized = write_tiny_model(tmp_path / "quantized.gguf", kind="Q8_0", **SIZES)
     tokens = np.arange(100) % 200
-    lora = {"lora": f"{adapter}:0.5", "split_mode": "none"}
+    lora = {"lora": f"{adapter}:0.5", "split_mode": "none", "cache_tokens": 512}
     expected = jaxsplit.load(quantized, dtype="float32", kernels="xla", **lora).logits(tokens)
     lora |= {"split_mode": mode, "devices": devices(mode)}
     lm = jaxsplit.load(quantized, dtype="bfloat16", kernels=kernels(), **lora)
