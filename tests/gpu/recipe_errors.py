@@ -69,8 +69,9 @@ def errors(recipe: dict, reference: Path | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path, exact = Path(folder) / "quantized.gguf", Path(folder) / "exact.gguf"
         write_recipe(recipe, path, types(recipe))
-        # Other processes need memory too: two contexts instead of what the devices have left.
-        small = {"ctx_size": 256, "cache_tokens": 512}
+        # Other processes need memory too: two contexts, not what the devices have left. Programs for
+        # other numbers of sequences are not needed.
+        small = {"ctx_size": 256, "cache_tokens": 512, "slots": 1}
         plain = {"split_mode": "none", "dtype": "float32", "kernels": "xla", **small}
         if reference is not None:
             write_recipe(recipe, exact)

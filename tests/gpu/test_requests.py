@@ -68,7 +68,7 @@ def test_adapters(tmp_path, bounded, mode):
     adapter = write_adapter(tmp_path / "adapter.gguf", random_factors(shapes, 1))
     quantized = write_tiny_model(tmp_path / "quantized.gguf", kind="Q8_0", **SIZES)
     tokens = np.arange(100) % 200
-    lora = {"lora": f"{adapter}:0.5", "split_mode": "none", "cache_tokens": 512}
+    lora = {"lora": f"{adapter}:0.5", "split_mode": "none", "slots": 1, "cache_tokens": 512}
     expected = jaxsplit.load(quantized, dtype="float32", kernels="xla", **lora).logits(tokens)
     lora |= {"split_mode": mode, "devices": devices(mode)}
     lm = jaxsplit.load(quantized, dtype="bfloat16", kernels=kernels(), **lora)
