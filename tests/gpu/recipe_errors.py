@@ -69,8 +69,7 @@ def errors(recipe: dict, reference: Path | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path, exact = Path(folder) / "quantized.gguf", Path(folder) / "exact.gguf"
         write_recipe(recipe, path, types(recipe))
-        # Other processes need memory too: two contexts, not what the devices have left. Programs for
-        # other numbers of sequences are not needed.
+        # Other processes need memory, too; and one sequence needs few programs.
         small = {"ctx_size": 256, "cache_tokens": 512, "slots": 1}
         plain = {"split_mode": "none", "dtype": "float32", "kernels": "xla", **small}
         if reference is not None:
