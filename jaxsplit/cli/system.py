@@ -81,7 +81,7 @@ def _describe_device(device: "jax.Device") -> dict[str, Any]:
         "compute_capability": compute_capability(device) or None,
         "memory_bytes": stats.get("bytes_limit"),
         "free_bytes": stats["bytes_limit"] - stats["bytes_in_use"] if stats else None,
-        "kernels": "triton" if policy.kernels else "xla",
+        "kernels": "triton" if policy.kernels else "cuda" if policy.cuda else "xla",
         "float8": device.platform != "cpu" and float8.supported_by(device),
     }
 
