@@ -28,7 +28,7 @@ struct Index {
 
 static thread_local Index threadIdx, blockIdx;
 static std::unique_ptr<std::barrier<>> together;
-static float exchanged[1024];
+static u32 exchanged[1024];
 
 static inline void __syncthreads() { together->arrive_and_wait(); }
 
@@ -72,13 +72,23 @@ static inline int dot4(u32 a, u32 b, int c) {
   return c;
 }
 
-static inline float exchange(float x, int distance) {
-  exchanged[threadIdx.x] = x;
+template <class T>
+static T exchange(T x, int distance) {
+  T y;
+  std::memcpy(&exchanged[threadIdx.x], &x, sizeof x);
   __syncthreads();
-  float y = exchanged[threadIdx.x ^ distance];
+  std::memcpy(&y, &exchanged[threadIdx.x ^ distance], sizeof y);
   __syncthreads();
   return y;
 }
+
+static inline float bits_float(u32 bits) {
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+static inline int round_to_int(float x) { return (int)std::nearbyint(x); }
 
 static inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 

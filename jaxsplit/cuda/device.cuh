@@ -56,4 +56,17 @@ __device__ inline float exchange(float x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
+__device__ inline u32 exchange(u32 x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+__device__ inline int exchange(int x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+__device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
+
+// To the nearest, half to even.
+__device__ inline int round_to_int(float x) { return __float2int_rn(x); }
+
 __device__ inline float inverse_root(float x) { return rsqrtf(x); }
