@@ -27,6 +27,7 @@ struct Index {
 };
 
 static thread_local Index threadIdx, blockIdx;
+static Index gridDim;
 static std::unique_ptr<std::barrier<>> together;
 static u32 exchanged[1024];
 
@@ -88,6 +89,16 @@ static inline float bits_float(u32 bits) {
   return y;
 }
 
+static inline float fresh(const float* p) { return *p; }
+
+static inline void fence() {}
+
+static inline int atomic_add(int* p, int x) {  // blocks run one after the other
+  int before = *p;
+  *p += x;
+  return before;
+}
+
 static inline int round_to_int(float x) { return (int)std::nearbyint(x); }
 
 static inline float inverse_root(float x) { return 1 / std::sqrt(x); }
@@ -99,6 +110,7 @@ static void call(void (*kernel)(A...), void** pointers, std::index_sequence<I...
 
 template <class... A>
 static void launch(void (*kernel)(A...), void** pointers, const int* grid, int threads) {
+  gridDim = {grid[0], grid[1], grid[2]};
   for (int block = 0; block < grid[0] * grid[1] * grid[2]; block++) {
     together = std::make_unique<std::barrier<>>(threads);
     std::vector<std::thread> running;

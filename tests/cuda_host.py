@@ -39,10 +39,13 @@ def run(launch):
             text=True,
         )
         assert done.returncode == 0, done.stderr[:4000]
+    # Results that overwrite an operand begin as a copy of it.
     arrays = [np.ascontiguousarray(x) for x in launch.operands]
     results = [np.empty(r.shape, r.dtype) for r in launch.results]
     for result in results:
         result.view(np.uint8).fill(255)  # not a number, unless it is written
+    for operand, result in launch.aliases.items():
+        results[result] = arrays[operand] = arrays[operand].copy()
     pointers = (ctypes.c_void_p * (len(arrays) + len(results)))(
         *(x.ctypes.data for x in (*arrays, *results))
     )

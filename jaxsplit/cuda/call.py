@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 
 import jax
@@ -44,11 +44,13 @@ class Launch:
       kernel: what to launch.
       operands: arrays, which the kernel finds in row-major order.
       results: shapes and dtypes.
+      aliases: results that overwrite an operand: its index to theirs.
     """
 
     kernel: Kernel
     operands: Sequence[Array]
     results: Sequence[jax.ShapeDtypeStruct]
+    aliases: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 def source_of(*parts: str | Traversable) -> str:
@@ -73,7 +75,7 @@ def cuda_call(launch: Launch, *, capability: float) -> list[Array]:
     kernel, first = launch.kernel, len(launch.operands)
     outputs = np.arange(first, first + len(launch.results), dtype=np.int32)
     return list(
-        jax.ffi.ffi_call(_TARGET, [*launch.results])(
+        jax.ffi.ffi_call(_TARGET, [*launch.results], input_output_aliases=dict(launch.aliases))(
             *launch.operands,
             name=kernel.name,
             kernel_type="ptx",

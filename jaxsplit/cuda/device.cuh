@@ -66,6 +66,13 @@ __device__ inline int exchange(int x, int distance) {
 
 __device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
 
+// What other blocks have written before their fence.
+__device__ inline float fresh(const float* p) { return *(const volatile float*)p; }
+
+__device__ inline void fence() { __threadfence(); }
+
+__device__ inline int atomic_add(int* p, int x) { return atomicAdd(p, x); }
+
 // To the nearest, half to even.
 __device__ inline int round_to_int(float x) { return __float2int_rn(x); }
 

@@ -20,6 +20,8 @@ _THREADS = 128
 _WIDTH = 4 * _THREADS
 """Elements of a block."""
 
+FOLDER = importlib.resources.files("jaxsplit") / "ops" / "activations"
+
 _TYPES = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16"}
 
 
@@ -110,15 +112,18 @@ def launch_of(
     absent = dict.fromkeys(("parts", "total", "squares"), "0")
     present = {text.rpartition(" ")[2]: text.rpartition(" ")[2] for text in parameters + outputs}
     names_of = absent | present
-    arguments = [names_of[n] for n in ("parts", "total", "codes", "scales", "sums", "half_sums")]
     main = (
         f'extern "C" __global__ void __launch_bounds__({_THREADS}) store_rows(\n    '
         + ", ".join([*parameters, *outputs])
         + f") {{\n  Operands operands = {{{', '.join(names)}}};\n"
-        + f"  store_row(operands, {', '.join(arguments)}, {names_of['squares']});\n}}\n"
+        + "  Int8Rows out = {codes, scales, sums, half_sums};\n"
+        + f"  store_row(operands, {names_of['parts']}, {names_of['total']}, out, "
+        + f"{names_of['squares']});\n}}\n"
     )
-    file = importlib.resources.files("jaxsplit") / "ops" / "activations" / "cuda_rows.cu"
-    source = source_of(f"typedef {dtypes[0]} First;", declared, structure, file, main)
+    first_type = f"typedef {dtypes[0]} First;"
+    source = source_of(
+        FOLDER / "cuda_int8.cuh", first_type, declared, structure, FOLDER / "cuda_rows.cu", main
+    )
     return Launch(Kernel("store_rows", source, (rows, programs, 1), _THREADS), operands, results)
 
 
