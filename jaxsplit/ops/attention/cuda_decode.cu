@@ -6,7 +6,7 @@
 //
 // HEAD_DIM, VALUE_DIM, GROUP, SPLITS, PARTS, PAGE (positions of a page), PAGES (of a sequence),
 // WINDOW (0: none), SOFTCAP (0: none), SCALE (of scores), NORMS, EPSILONS and SINKS describe the
-// layer; `Stored` is the type of the cache.
+// layer; `Projected` and `Stored` are the types of projections and of the cache.
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int TILE = 64;                    // keys at a time
@@ -16,8 +16,8 @@ constexpr int HEADS = (GROUP + WARPS) / WARPS * WARPS;  // of queries and the ke
 constexpr float LOG2_E = 1.4426950408889634f, MASKED = -1e30f;
 
 struct Token {
-  const float *query, *key, *value;  // [PARTS, sequences, heads, width]
-  const float *cos, *sin;            // [sequences, HEAD_DIM]
+  const Projected *query, *key, *value;  // [PARTS, sequences, heads, width]
+  const float *cos, *sin;                // [sequences, HEAD_DIM]
   const float *query_scale, *key_scale, *sinks;
 };
 
@@ -56,9 +56,9 @@ __device__ inline Int8 rounded(const Int8*, float x, float scale) {
 }
 
 // The sum of the parts of an element of a projection.
-__device__ inline float projected(const float* x, long at, long stride) {
-  float y = x[at];
-  for (int part = 1; part < PARTS; part++) y += x[part * stride + at];
+__device__ inline float projected(const Projected* x, long at, long stride) {
+  float y = load(x + at);
+  for (int part = 1; part < PARTS; part++) y += load(x + part * stride + at);
   return y;
 }
 
@@ -82,7 +82,7 @@ __device__ void attend(const Token& token, const int* positions, const int* page
   // Heads: queries, then the key.
   for (int h = warp; h < HEADS; h += WARPS) {
     bool is_key = h == GROUP, exists = h <= GROUP;
-    const float* from = is_key ? token.key : token.query;
+    const Projected* from = is_key ? token.key : token.query;
     long count = (long)heads * (is_key ? 1 : GROUP), stride = sequences * count * HEAD_DIM;
     long base = (sequence * count + (is_key ? head : head * GROUP + h)) * HEAD_DIM;
     float x[(HEAD_DIM + 31) / 32], y[(HEAD_DIM + 31) / 32], squares = 0;

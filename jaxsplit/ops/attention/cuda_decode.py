@@ -18,7 +18,7 @@ from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 _THREADS, _TILE = 128, 64
 _MAX_SPLITS = 64
 _MAX_BLOCKS = 1024
-_STORED = {"float16": "Half", "bfloat16": "Bfloat16", "int8": "Int8"}
+_TYPES = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16", "int8": "Int8"}
 _FOLDER = importlib.resources.files("jaxsplit") / "ops" / "attention"
 
 
@@ -91,9 +91,8 @@ def launch_of(
     pages = batch.pages_of(ring=config.window is not None)
     if pages is None:
         pages = jnp.arange(sequences, dtype=jnp.int32)[:, None]
-    projections = [x.astype(jnp.float32) for x in (query, key, value)]
     query, key, value, positions, pages, cos, sin, scales, sinks, finished = (
-        triton_decode.kernel_inputs(projections, batch, pages, config, params, kv_heads)
+        triton_decode.kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
     )
     group, head_dim, value_dim = query.shape[3], query.shape[-1], value.shape[-1]
     page, count = cache.keys.shape[2], pages.shape[1]
@@ -127,7 +126,8 @@ def launch_of(
     declared += "".join(
         f"constexpr float {key} = {float(number)!r}f;\n" for key, number in floats.items()
     )
-    declared += f"typedef {_STORED[cache.keys.dtype.name]} Stored;\n"
+    declared += f"typedef {_TYPES[cache.keys.dtype.name]} Stored;\n"
+    declared += f"typedef {_TYPES[query.dtype.name]} Projected;\n"
     arrays = {
         "query": query,
         "key": key,
@@ -142,8 +142,15 @@ def launch_of(
         "finished": finished,
     }
     arrays = {name: x for name, x in arrays.items() if x is not None}
-    operands = [x if x.dtype == jnp.int32 else x.astype(jnp.float32) for x in arrays.values()]
-    kinds = ["int" if x.dtype == jnp.int32 else "float" for x in operands]
+    projected = "query", "key", "value"
+    operands = [
+        x if x.dtype == jnp.int32 or name in projected else x.astype(jnp.float32)
+        for name, x in arrays.items()
+    ]
+    kinds = [
+        "Projected" if name in projected else "int" if x.dtype == jnp.int32 else "float"
+        for name, x in arrays.items()
+    ]
     parameters = [f"{kind}* {name}" for kind, name in zip(kinds, arrays, strict=True)]
     leaves = jax.tree.leaves(cache)
     names = ["keys", "values", "key_scales", "value_scales"][: len(leaves)]
