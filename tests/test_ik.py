@@ -13,7 +13,7 @@ from tiny import fresh_rng
 
 import jaxsplit
 from jaxsplit.architectures import model_config
-from jaxsplit.bench.random_model import random_model, write
+from jaxsplit.bench.random_model import SHAPES, Shape, random_model, write
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import IK_TYPES, GGUFTensor, open_gguf
 from jaxsplit.formats.ggml_types import REFUSED
@@ -23,7 +23,6 @@ from jaxsplit.quant import (
     QTensor,
     dequantize,
     dequantize_rows,
-    float32_blocks,
     take_rows,
     unpack,
 )
@@ -135,16 +134,28 @@ def test_the_device_has_the_same_weights(rows, name):
         assert np.array_equal(cuts[size], wanted), size
 
 
-def test_a_row_keeps_its_scale_beside_blocks_that_are_padding(rows):
-    raw, expected = rows("IQ4_KS")
-    blocks = tensor_of("IQ4_KS", raw, expected.shape).blocks
-    for place in range(3):
-        padded = np.insert(blocks, place, 0, axis=1)
-        weights = np.asarray(float32_blocks("IQ4_KS", padded[:, :2])).view(np.float32)
-        kept = [i for i in range(2) if i != place]
-        first = blocks[:, : len(kept)].shape[1] * 256
-        found = weights.reshape(len(raw), 2, 256)[:, kept].reshape(len(raw), -1)
-        assert np.array_equal(found, expected[:, :first])
+@pytest.mark.parametrize("name", ["IQ4_KS", "IQ2_KT", "IQ2_BN"])
+def test_weights_in_padding_are_zeros(rows, name):
+    raw, expected = rows(name)
+    blocks = tensor_of(name, raw, expected.shape).blocks
+    padded = np.insert(blocks, 1, 0, axis=1)
+    weights = np.asarray(
+        jax.jit(lambda raw: unpack(name, raw, dtype="float32", padded=True))(padded)
+    )
+    found = weights.reshape(*padded.shape[:2], -1)
+    assert not found[:, 1].any()
+    assert np.array_equal(np.delete(found, 1, axis=1).reshape(expected.shape), expected)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_heads_that_are_padding_beside_those_of_the_same_keys(monkeypatch):
+    """On four devices, each has one of two key heads with two of its three query heads, or one."""
+    shape = Shape(256, 1, heads=6, kv_heads=2, head_dim=128, mlp=512, vocab=512)
+    monkeypatch.setitem(SHAPES, "odd", shape)
+    file, tokens = random_model("odd:IQ4_KS"), fresh_rng().integers(0, 500, 4).tolist()
+    options = {"dtype": "float32", "ctx_size": 64}
+    expected = jaxsplit.load(file, split_mode="none", **options).logits(tokens)
+    assert nmse(jaxsplit.load(file, devices=4, **options).logits(tokens), expected) <= 1e-9
 
 
 def test_types_take_about_as_much_on_the_device_as_in_the_file():

@@ -272,6 +272,7 @@ def unpack(
     sub_block: int | None = None,
     sub_block_index: Array | None = None,
     dtype: jnp.dtype | None = None,
+    padded: bool = False,
 ) -> Weight:
     """Unpacks the raw blocks of a matrix into planes.
 
@@ -284,6 +285,8 @@ def unpack(
       sub_block: weights of a sub-block, a divisor of the block size; None keeps whole blocks.
       sub_block_index: int32 `[blocks]`: which sub-block of each block to keep.
       dtype: dequantize to this dtype; None keeps the weights quantized.
+      padded: some blocks of rows are padding, all zeros, and so are their weights: scales of rows
+        are then repeated for each block.
 
     Returns:
       `[..., out, blocks * sub_block]`, a `QTensor` or a plain array.
@@ -310,7 +313,7 @@ def unpack(
         layout = _sub_block_layout(layout, sub_block, fields.scale.shape[-1])
     scale, super_scale = _merge_blocks(pack_scales(fields.scale, layout)), fields.super_scale
     super_scale = _merge_blocks(super_scale)
-    if entry.row_scale:
+    if entry.row_scale and not padded:
         columns = raw.shape[-2] * sub_block
         if super_scale is None:
             scale = _once_per_span(scale, columns)
@@ -349,14 +352,9 @@ def _expand_trellis(fields: BlockFields, layout: PlaneLayout) -> tuple[BlockFiel
 
 
 def _once_per_span(scales: Array, columns: int) -> Array:
-    """The scale of each row, `[..., out, n]`, with one value for as many columns as possible.
-
-    Equal scales, or 0 in blocks that are padding, whose activations are 0 as well.
-    """
+    """The scale of each row, `[..., out, n]`, with one value for as many columns as possible."""
     span = math.gcd(columns, _MAX_ROW_SCALE_SPAN)
-    per_span = scales.reshape(*scales.shape[:-1], columns // span, -1)
-    largest, smallest = jnp.max(per_span, axis=-1), jnp.min(per_span, axis=-1)
-    return jnp.where(largest > 0, largest, smallest)
+    return scales.reshape(*scales.shape[:-1], columns // span, -1)[..., 0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -149,6 +149,7 @@ def _unpack(
         source.type,
         placement.sharding,
         sub_block=placement.sub_block,
+        padded=placement.has_padded_columns,
         dtype=source.dtype(weights),
         matrix=source.is_matrix,
         as_u32=as_u32,
@@ -162,6 +163,7 @@ def _unpacker(
     sharding: NamedSharding,
     *,
     sub_block: int,
+    padded: bool,
     dtype: jnp.dtype | None,
     matrix: bool,
     as_u32: bool,
@@ -169,7 +171,8 @@ def _unpacker(
     """The program that unpacks sharded blocks; compiled once for each shape."""
 
     def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
-        weight = unpack(ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype)
+        options = {"sub_block": sub_block, "sub_block_index": index, "padded": padded}
+        weight = unpack(ggml_type, raw, dtype=dtype, **options)
         if isinstance(weight, QTensor):
             return to_u32(weight) if as_u32 and has_int8_kernel(weight) else weight
         return weight if matrix else weight[:, 0]
