@@ -361,8 +361,14 @@ class StageRunner:
         donate: Sequence[int] = (),
         *,
         decode: bool = False,
+        to_host: bool = False,
     ) -> Callable:
-        """A function of per-device arrays as a jitted program on the mesh, cached by key."""
+        """A function of per-device arrays as a jitted program on the mesh, cached by key.
+
+        Args:
+          decode: it runs layers for one token each.
+          to_host: its results are in the host's pinned memory.
+        """
         if not self.stage.is_local:
             return lambda *_: jax.tree.map(
                 lambda _: None, out_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
@@ -384,10 +390,15 @@ class StageRunner:
                 check_vma=False,
             )
             platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+            shardings = {}
+            if to_host:
+                host = functools.partial(NamedSharding, mesh, memory_kind="pinned_host")
+                shardings = {"out_shardings": jax.tree.map(host, out_specs)}
             jitted = jax.jit(
                 sharded,
                 donate_argnums=tuple(1 + i for i in donate),
                 compiler_options=compiler_options(platform, decode=decode),
+                **shardings,
             )
             self._programs[key] = _Program(jitted, self._buffer_pointers)
         return self._programs[key]
@@ -653,6 +664,51 @@ class StageRunner:
         specs, out = [self._cache_spec, self._slot_spec, self._slot_spec], self._cache_spec
         body = functools.partial(steps.copied, paged=self._paged)
         return self._program("copy", body, specs, out, donate=[0])
+
+    @property
+    def cache_arrays(self) -> list[Any]:
+        """The caches of its layers, of `CacheArray`s."""
+        return _layers(self.config, self.stage, self.size, self.cache_dtype)
+
+    def gather(self, groups: Sequence[Sequence[int]], *, paged: bool) -> Callable:
+        """`(cache, index)` to a page of each array in pages, or a state of the others, on the host:
+        for each group of arrays a vector on each device, `[data, expert, tensor, elements]`.
+
+        Args:
+          groups: indices of arrays in the cache, flattened.
+          paged: gather a page; else a state. `index` is int32 `[data]`, of each data replica.
+        """
+
+        def gather(cache, index):
+            arrays = jax.tree.leaves(cache)
+            joined = [jnp.concatenate([arrays[i][index[0]].ravel() for i in g]) for g in groups]
+            return [x.reshape(1, 1, 1, -1) for x in joined]
+
+        out = [self.device_spec] * len(groups)
+        specs = [self._cache_spec, self._slot_spec]
+        return self._program(("gather", paged), gather, specs, out, to_host=True)
+
+    def scatter(self, groups: Sequence[Sequence[int]], *, paged: bool) -> Callable:
+        """`(cache, vectors, index)` to the cache with what `gather` has gathered, in the places of
+        an index, int32 `[data]`; out of range: nowhere."""
+
+        def scatter(cache, vectors, index):
+            arrays, structure = jax.tree.flatten(cache)
+            for group, vector in zip(groups, vectors, strict=True):
+                sizes = [math.prod(arrays[i].shape[1:]) for i in group]
+                parts = jnp.split(vector.ravel(), np.cumsum(sizes)[:-1])
+                for i, part in zip(group, parts, strict=True):
+                    new = part.reshape(arrays[i].shape[1:])
+                    arrays[i] = arrays[i].at[index[0]].set(new, mode="drop")
+            return jax.tree.unflatten(structure, arrays)
+
+        specs = [self._cache_spec, [self.device_spec] * len(groups), self._slot_spec]
+        return self._program(("scatter", paged), scatter, specs, self._cache_spec, donate=[0])
+
+    @property
+    def device_spec(self) -> PartitionSpec:
+        """Of arrays with an entry for each device, `[data, expert, tensor, ...]`."""
+        return PartitionSpec(*self.stage.mesh.axis_names)
 
     def incoming_shapes(self, rows: int) -> list[jax.ShapeDtypeStruct]:
         """What the previous stage sends in a decode step, for `rows` rows on each device: its
