@@ -184,6 +184,20 @@ class LoadConfig(Config):
         "data axis (default: what the devices' memory has room for; on CPUs, two contexts)",
         low=1,
     )
+    cache_ram: int = option(
+        0,
+        "MiB of the host's memory for prefixes that the devices forget, which come back instead of "
+        "being read again; 0: none",
+        low=0,
+    )
+    prompt_cache_dir: Any = option(
+        None, "directory where prefixes are kept, for later runs too, on any mesh (default: none)"
+    )
+    prompt_cache_size: int = option(
+        16,
+        "GiB of files in prompt_cache_dir at most; those used longest ago are removed",
+        low=1,
+    )
     itl_budget: float = option(
         0.1,
         "seconds that reading a prompt may delay the tokens of other requests",

@@ -18,7 +18,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -39,6 +39,23 @@ Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Shape and dtype of each array."""
 
 
+def check_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory.
+
+    Raises:
+      JaxsplitError: it is missing or cannot be written.
+    """
+    directory = user_path(path, "prompt_cache_dir")
+    if not directory.is_dir():
+        what = "is no directory" if directory.exists() else "does not exist"
+        raise JaxsplitError(
+            f"prompt_cache_dir={directory} {what}; make one with: mkdir -m 700 {directory}"
+        )
+    with os_errors(directory, "written"):
+        tempfile.TemporaryFile(dir=directory).close()
+    return directory
+
+
 class PrefixDirectory:
     """Pages and states of one model in a directory. Thread-safe.
 
@@ -52,18 +69,11 @@ class PrefixDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str], model: bytes, capacity: int):
-        self.path, self.capacity = user_path(path, "prompt_cache_dir"), capacity
-        if not self.path.is_dir():
-            what = "is no directory" if self.path.exists() else "does not exist"
-            raise JaxsplitError(
-                f"prompt_cache_dir={self.path} {what}; make one with: mkdir -m 700 {self.path}"
-            )
+        self.path, self.capacity = check_directory(path), capacity
         self._folder = self.path / model.hex()[:32]
         with os_errors(self.path, "written"):
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            handle, probe = self._unfinished()
-            os.close(handle)
-            os.unlink(probe)
+            tempfile.TemporaryFile(dir=self._folder).close()
         self._lock = threading.Lock()
         self._names: set[str] = set()
         self._scanned, self._since_scan = 0.0, 0
@@ -243,7 +253,7 @@ def _array(
         raise ValueError(f"{name} has {info.file_size} bytes, expected {array.nbytes}")
     with archive.open(info) as member:  # it checks the checksum at its end
         buffer, at = memoryview(array.reshape(-1).view(np.uint8)), 0
-        while at < len(buffer) and (count := member.readinto(buffer[at:])):
+        while at < len(buffer) and (count := cast(Any, member).readinto(buffer[at:])):
             at += count
         if at < len(buffer) or member.read(1):
             raise ValueError(f"{name} is truncated")

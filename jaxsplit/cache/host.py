@@ -8,16 +8,29 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
+_ENTRY_BYTES = 1024
+"""Of an entry besides its copies."""
 
-class Copy(Protocol):
-    """What a page or a state holds, on the host."""
+
+@dataclasses.dataclass(frozen=True)
+class HostCopy:
+    """What a page or a state holds.
+
+    Attributes:
+      vectors: for each stage and each of its groups of arrays, those that differ between devices:
+        of JAX in pinned memory, or of NumPy.
+    """
+
+    vectors: Sequence[Sequence[Sequence[Any]]]
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes on the host."""
+        return sum(v.nbytes for stage in self.vectors for group in stage for v in group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +42,13 @@ class Kept:
       state: rings and recurrent states after its last token; None: only the page.
     """
 
-    page: Copy | None = None
-    state: Copy | None = None
+    page: HostCopy | None = None
+    state: HostCopy | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return sum(one.nbytes for one in (self.page, self.state) if one is not None)
+        """Bytes of both, and of their place."""
+        return sum(one.nbytes for one in (self.page, self.state) if one is not None) + _ENTRY_BYTES
 
     def joined(self, other: "Kept | None") -> "Kept":
         """With what another has and this one has not."""

@@ -8,8 +8,8 @@ later sequences copy.
 The rings of sliding windows and recurrent states cannot be cut back to an earlier token. For models
 with such layers, a prefix is known only up to a checkpoint, a copy of their state.
 
-A `Keeper` is told of pages and checkpoints before they are forgotten. What it has copied to the host
-can come back: a prompt that begins with such pages gets new ones, to copy them to.
+A `Keeper` is told of pages and checkpoints before they are forgotten. What it has copied to the
+host can come back: a prompt that begins with such pages gets new ones, to copy them to.
 """
 
 import collections
@@ -18,8 +18,7 @@ import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Protocol
 
-from jaxsplit.cache import host
-from jaxsplit.cache.host import Kept, Lookup, page_key
+from jaxsplit.cache.host import HostCopy, Kept, Lookup, page_key
 
 Copy = tuple[int, int]
 """From and to."""
@@ -103,8 +102,8 @@ class Begun:
     allocation: Allocation
     pages: Sequence[Copy]
     states: Sequence[Copy]
-    restored: Sequence[tuple[host.Copy, int]] = ()
-    state: host.Copy | None = None
+    restored: Sequence[tuple[HostCopy, int]] = ()
+    state: HostCopy | None = None
 
 
 class PrefixCache:
@@ -153,6 +152,10 @@ class PrefixCache:
         """How many of a prompt's first tokens are in the cache; arguments as of `begin`."""
         return self._match(tokens, self._root(model))[2]
 
+    def full_pages(self, tokens: Sequence[int], model: Hashable = None) -> int:
+        """How many full pages of a prompt are in the cache, with or without a checkpoint."""
+        return len(self._full_pages(tokens, self._root(model)))
+
     def begin(
         self,
         tokens: Sequence[int],
@@ -174,7 +177,7 @@ class PrefixCache:
         """
         root = self._root(model)
         nodes, tail, cached, checkpoint = [], None, 0, None
-        restored: list[host.Copy] = []
+        restored: list[HostCopy] = []
         kept_state = None
         if share:
             nodes, tail, cached, checkpoint = self._match(tokens, root)
@@ -352,7 +355,7 @@ class PrefixCache:
 
     def _match_kept(
         self, tokens: Sequence[int], root: _Node, kept: Lookup
-    ) -> tuple[list[_Node], list[host.Copy], host.Copy | None]:
+    ) -> tuple[list[_Node], list[HostCopy], HostCopy | None]:
         """The prefix of a prompt that is known together with the host: nodes of full pages, copies
         of those that follow, and of the state after them."""
         nodes = self._full_pages(tokens, root)

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsplit.cache.host import HostCopy
 from jaxsplit.comm.stage_transfer import fetch, transfer
 from jaxsplit.config import SamplingConfig
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy
 from jaxsplit.engine import steps
 from jaxsplit.engine.chunked_prefill import CHUNKS
 from jaxsplit.engine.device_loop import DecodeLoops
-from jaxsplit.engine.host_pages import HostCopy, HostPages
+from jaxsplit.engine.host_pages import HostPages
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.runner import PAGE, CacheSize, StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
@@ -328,11 +329,10 @@ class Engine:
     def save(self, replica: int, *, page: int | None = None, state: int | None = None) -> HostCopy:
         """Begins to copy a page or a state of a data replica to the host, in a single process. What
         overwrites it later on does not change the copy."""
-        with self._consuming():
-            if page is not None:
-                return self.host_pages.save(self._caches, replica, page)
-            assert state is not None
-            return self.host_states.save(self._caches, replica, state)
+        if page is not None:
+            return self.host_pages.save(self._caches, replica, page)
+        assert state is not None
+        return self.host_states.save(self._caches, replica, state)
 
     def restore(
         self,

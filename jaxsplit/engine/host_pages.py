@@ -1,8 +1,8 @@
 """Pages and states of the cache on the host, as devices hold them and as no mesh changes them.
 
-A copy on the host is as the devices of a data replica have it, so that nothing has to be sorted when
-it is made or comes back: for each stage a few vectors for each device. What several devices hold
-alike (a latent, a KV head with copies) is kept once.
+A copy is as the devices of a data replica hold it, so that nothing has to be sorted when it is made
+or comes back: for each stage a few vectors for each device. What several devices hold alike (a
+latent, a KV head with copies) is kept once.
 
 The other form is for other meshes: each array whole, without padding, by a name.
 """
@@ -16,26 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxsplit.cache.host import HostCopy
 from jaxsplit.cache.layers import CacheArray
 from jaxsplit.engine.runner import StageRunner
 from jaxsplit.sharding import Stage
-
-
-@dataclasses.dataclass(frozen=True)
-class HostCopy:
-    """A page or a state.
-
-    Attributes:
-      vectors: for each stage and each of its groups, those that differ between devices,
-        `[1, 1, 1, elements]`: of JAX in pinned memory, or of NumPy.
-    """
-
-    vectors: Sequence[Sequence[Sequence[Any]]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the host."""
-        return sum(v.nbytes for stage in self.vectors for group in stage for v in group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +59,8 @@ class _Array:
         elements = np.where(elements < shape[axis], elements, -1)
         elements = elements.reshape(stage.shards(logical), -1)
         ranks = np.zeros(stage.ranks.shape[1:], np.int64)
-        places = dict(zip(("expert", "tensor"), np.indices(ranks.shape), strict=True))
+        places: dict[str, Any] = {}
+        places["expert"], places["tensor"] = np.indices(ranks.shape)
         for mesh_axis in stage.table.get(logical.name, ()):
             ranks = ranks * stage.mesh.shape[mesh_axis] + places[mesh_axis]
         return cls(name, index, shape, dtype, axis, elements[ranks.ravel()])
@@ -202,11 +187,17 @@ class HostPages:
 
     Attributes:
       shapes: shape and dtype of each array, without padding.
+      nbytes: of a copy.
     """
 
     def __init__(self, runners: Sequence[StageRunner], *, paged: bool):
         self._stages = [_StagePages(runner, paged=paged) for runner in runners]
         self.shapes = {x.name: (x.shape, x.dtype) for one in self._stages for x in one.arrays}
+        self.nbytes = sum(
+            len(set(one.alike)) * math.prod(one.local_shape) * one.dtype.itemsize
+            for stage in self._stages
+            for one in stage.arrays
+        )
 
     def save(self, caches: Sequence[Any], replica: int, index: int) -> HostCopy:
         """Begins to copy a page or a state of a data replica to the host."""
