@@ -252,7 +252,7 @@ def _array(
     if (info.file_size, info.compress_type) != (array.nbytes, zipfile.ZIP_STORED):
         raise ValueError(f"{name} has {info.file_size} bytes, expected {array.nbytes}")
     with archive.open(info) as member:  # it checks the checksum at its end
-        buffer, at = memoryview(array.reshape(-1).view(np.uint8)), 0
+        buffer, at = array.reshape(-1).view(np.uint8).data, 0
         while at < len(buffer) and (count := cast(Any, member).readinto(buffer[at:])):
             at += count
         if at < len(buffer) or member.read(1):

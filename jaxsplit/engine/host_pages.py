@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jaxsplit.cache.host import HostCopy
 from jaxsplit.cache.layers import CacheArray
@@ -137,11 +137,12 @@ class _StagePages:
         stage = self.runner.stage
         data, devices = stage.ranks.shape[0], stage.device_mesh.devices
         sharding = NamedSharding(stage.device_mesh, self.runner.device_spec)
+        targets = [SingleDeviceSharding(x, memory_kind="device") for x in devices.flat]
         found = []
         for group, alike in zip(vectors, self.alike, strict=True):
             first = sorted(set(alike))
             own = [group[first.index(i)] for i in alike] * data
-            shards = jax.device_put(own, [*devices.flat])
+            shards = jax.device_put(own, targets)
             shape = (*devices.shape, own[0].shape[-1])
             found.append(jax.make_array_from_single_device_arrays(shape, sharding, shards))
         return found

@@ -266,22 +266,24 @@ class PrefixStore:
         directory, saved = self._directory, 0
         assert directory is not None
         host = [self._ram.get(cache.key(node)) or Kept() for node in chain]
-        size, count = self._engine.size.page, len(chain)
-        if self._engine.stateful:
-            ends = [
-                i + 1
-                for i, (node, kept) in enumerate(zip(chain, host, strict=True))
-                if size in node.states or kept.state is not None
-            ]
-            count = max(ends, default=0)
+        size = self._engine.size.page
+        ends = [
+            i + 1
+            for i, (node, kept) in enumerate(zip(chain, host, strict=True))
+            if size in node.states or kept.state is not None
+        ]
+        # Pages after the last state are of no use.
+        count = max(ends, default=0) if self._engine.stateful else len(chain)
         parts = [
             (depth, "page", node.page, kept.page)
             for depth, (node, kept) in enumerate(zip(chain[:count], host, strict=False))
             if cache.key(node) not in directory
         ]
-        if self._engine.stateful and count and not directory.has_state(cache.key(chain[count - 1])):
-            index, known = chain[count - 1].states.get(size), host[count - 1].state
-            parts.append((count - 1, "state", index, known))
+        parts += [
+            (end - 1, "state", chain[end - 1].states.get(size), host[end - 1].state)
+            for end in ends
+            if not directory.has_state(cache.key(chain[end - 1]))
+        ]
         for depth, kind, index, known in parts:
             key, at = cache.key(chain[depth]), used_at(used, depth)
             if (key, kind) in self._writers:
