@@ -361,14 +361,8 @@ class StageRunner:
         donate: Sequence[int] = (),
         *,
         decode: bool = False,
-        to_host: bool = False,
     ) -> Callable:
-        """A function of per-device arrays as a jitted program on the mesh, cached by key.
-
-        Args:
-          decode: it runs layers for one token each.
-          to_host: its results are in the host's pinned memory.
-        """
+        """A function of per-device arrays as a jitted program on the mesh, cached by key."""
         if not self.stage.is_local:
             return lambda *_: jax.tree.map(
                 lambda _: None, out_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
@@ -390,15 +384,10 @@ class StageRunner:
                 check_vma=False,
             )
             platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
-            shardings = {}
-            if to_host:
-                host = functools.partial(NamedSharding, mesh, memory_kind="pinned_host")
-                shardings = {"out_shardings": jax.tree.map(host, out_specs)}
             jitted = jax.jit(
                 sharded,
                 donate_argnums=tuple(1 + i for i in donate),
                 compiler_options=compiler_options(platform, decode=decode),
-                **shardings,
             )
             self._programs[key] = _Program(jitted, self._buffer_pointers)
         return self._programs[key]
@@ -682,11 +671,12 @@ class StageRunner:
         def gather(cache, index):
             arrays = jax.tree.leaves(cache)
             joined = [jnp.concatenate([arrays[i][index[0]].ravel() for i in g]) for g in groups]
-            return [x.reshape(1, 1, 1, -1) for x in joined]
+            # To pinned memory, so that devices need room for one page only, and for a moment.
+            return [jax.device_put(x.reshape(1, 1, 1, -1), jax.memory.Space.Host) for x in joined]
 
         out = [self.device_spec] * len(groups)
         specs = [self._cache_spec, self._slot_spec]
-        return self._program(("gather", paged), gather, specs, out, to_host=True)
+        return self._program(("gather", paged), gather, specs, out)
 
     def scatter(self, groups: Sequence[Sequence[int]], *, paged: bool) -> Callable:
         """`(cache, vectors, index)` to the cache with what `gather` has gathered, in the places of
