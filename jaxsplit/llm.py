@@ -32,6 +32,7 @@ from jaxsplit.engine import (
     Stream,
 )
 from jaxsplit.engine.chunked_prefill import CHUNKS
+from jaxsplit.engine.host_pages import STAGED_PAGES, STAGED_STATES
 from jaxsplit.engine.identity import adapter_hash, model_hash
 from jaxsplit.engine.prefix_store import PrefixStore
 from jaxsplit.engine.runner import CacheSize, bytes_per_device, fitting_pages
@@ -241,11 +242,14 @@ def _cache_size(
         slots = max(1, min(slots, int(fitting) * partition.data))
     per_replica = -(-slots // partition.data)
     checkpoints = per_replica if stateful else 0
-    size = dataclasses.replace(size, states=per_replica + checkpoints)
+    staged = bool(c.cache_ram or c.prompt_cache_dir)  # what comes from the host needs room, too
+    states = per_replica + checkpoints + (STAGED_STATES if staged and stateful else 0)
+    size = dataclasses.replace(size, states=states)
     pages = fitting_pages(model, partition.stages, free, size, cache_dtype)
+    pages -= STAGED_PAGES if staged else 0
     if c.cache_tokens is not None:
         return slots, c.cache_tokens, checkpoints
-    if not pages:
+    if pages < 1:
         raise JaxsplitError(
             "the devices have no memory left for keys and values: a smaller ctx_size, fewer slots, "
             "cache_dtype=int8 or more devices may help"

@@ -596,6 +596,7 @@ def test_a_failure_forgets_what_may_not_have_arrived(engine):
 # Models
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_model_saves_when_it_ends(recipe_gguf, tmp_path):
     """By `jaxsplit.load`, from one mesh to another, with pages of 256 tokens."""
     recipe = dict(SHAPES["6-1"], name="long")

@@ -7,6 +7,7 @@ latent, a KV head with copies) is kept once.
 The other form is for other meshes: each array whole, without padding, by a name.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from jaxsplit.cache.host import HostCopy
 from jaxsplit.cache.layers import CacheArray
 from jaxsplit.engine.runner import StageRunner
 from jaxsplit.sharding import Stage
+
+STAGED_PAGES, STAGED_STATES = 8, 1
+"""That are on the devices besides the cache, at most, before they are written to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +151,10 @@ class _StagePages:
             found.append(jax.make_array_from_single_device_arrays(shape, sharding, shards))
         return found
 
-    def scatter(self, cache: Any, vectors: Sequence[jax.Array], replica: int, index: int) -> Any:
-        """The cache with what `on_devices` has put there."""
+    def scatter(
+        self, cache: Any, vectors: Sequence[jax.Array], replica: int, index: int
+    ) -> tuple[Any, jax.Array]:
+        """The cache with what `on_devices` has put there, and what is there once it has."""
         size = self.runner.size
         nowhere = size.pages if self.paged else size.states
         indices = np.full(self.runner.stage.ranks.shape[0], nowhere, np.int32)
@@ -192,6 +198,8 @@ class HostPages:
     """
 
     def __init__(self, runners: Sequence[StageRunner], *, paged: bool):
+        self._most = STAGED_PAGES if paged else STAGED_STATES
+        self._staged: collections.deque[list[jax.Array]] = collections.deque()
         self._stages = [_StagePages(runner, paged=paged) for runner in runners]
         self.shapes = {x.name: (x.shape, x.dtype) for one in self._stages for x in one.arrays}
         self.nbytes = sum(
@@ -200,13 +208,20 @@ class HostPages:
             for one in stage.arrays
         )
 
+    def clear(self) -> None:
+        """Waits for nothing that was on its way to the devices before: they have failed."""
+        self._staged.clear()
+
     def save(self, caches: Sequence[Any], replica: int, index: int) -> HostCopy:
         """Begins to copy a page or a state of a data replica to the host."""
         pairs = zip(self._stages, caches, strict=True)
         return HostCopy([stage.gather(cache, replica, index) for stage, cache in pairs])
 
     def on_devices(self, copy: HostCopy) -> list[list[jax.Array]]:
-        """Begins to copy a page or a state to the devices, for `restore`."""
+        """Begins to copy a page or a state to the devices, for `restore`. Waits while there are as
+        many as may be."""
+        while len(self._staged) >= self._most:
+            jax.block_until_ready(self._staged.popleft())
         pairs = zip(self._stages, copy.vectors, strict=True)
         return [stage.on_devices(vectors) if vectors else [] for stage, vectors in pairs]
 
@@ -214,10 +229,14 @@ class HostPages:
         self, caches: Sequence[Any], held: Sequence[Sequence[jax.Array]], replica: int, index: int
     ) -> list[Any]:
         """The caches with a page or a state of a data replica replaced; they are donated."""
-        return [
-            stage.scatter(cache, vectors, replica, index) if vectors else cache
-            for stage, cache, vectors in zip(self._stages, caches, held, strict=True)
-        ]
+        found, done = [], []
+        for stage, cache, vectors in zip(self._stages, caches, held, strict=True):
+            if vectors:
+                cache, one = stage.scatter(cache, vectors, replica, index)
+                done.append(one)
+            found.append(cache)
+        self._staged.append(done)
+        return found
 
     def whole(self, copy: HostCopy) -> dict[str, np.ndarray]:
         """The arrays by name, without padding; waits for them."""

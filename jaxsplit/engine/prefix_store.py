@@ -140,6 +140,8 @@ class PrefixStore:
     def clear(self) -> None:
         """Forgets what is in memory: after a failure of the devices, it may not have arrived."""
         self._ram.clear()
+        for host in (self._engine.host_pages, self._engine.host_states):
+            host.clear()
 
     # From the devices to the host
 

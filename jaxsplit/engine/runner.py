@@ -680,7 +680,8 @@ class StageRunner:
 
     def scatter(self, groups: Sequence[Sequence[int]], *, paged: bool) -> Callable:
         """`(cache, vectors, index)` to the cache with what `gather` has gathered, in the places of
-        an index, int32 `[data]`; out of range: nowhere."""
+        an index, int32 `[data]` (out of range: nowhere), and to the index, which is there once the
+        vectors have been read."""
 
         def scatter(cache, vectors, index):
             arrays, structure = jax.tree.flatten(cache)
@@ -690,10 +691,11 @@ class StageRunner:
                 for i, part in zip(group, parts, strict=True):
                     new = part.reshape(arrays[i].shape[1:])
                     arrays[i] = arrays[i].at[index[0]].set(new, mode="drop")
-            return jax.tree.unflatten(structure, arrays)
+            return jax.tree.unflatten(structure, arrays), index + 0
 
         specs = [self._cache_spec, [self.device_spec] * len(groups), self._slot_spec]
-        return self._program(("scatter", paged), scatter, specs, self._cache_spec, donate=[0])
+        out = self._cache_spec, self._slot_spec
+        return self._program(("scatter", paged), scatter, specs, out, donate=[0])
 
     @property
     def device_spec(self) -> PartitionSpec:
