@@ -28,7 +28,7 @@ from jaxsplit.cache.prefixes import Allocation, PrefixCache
 from jaxsplit.engine.chunked_prefill import CHUNK_OVERHEAD, MAX_LOGITS, chunk_lengths
 from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Masks, Prompt, Row, power_of_2
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
-from jaxsplit.engine.prefix_store import MOST_LOADING, Loading, PrefixStore
+from jaxsplit.engine.prefix_store import Loading, PrefixStore
 from jaxsplit.engine.request import (
     CANCELLED,
     CONTEXT,
@@ -404,19 +404,19 @@ class Scheduler:
         """Begins waiting requests, in order, as long as they fit. Those whose prefix is read from
         disk let others go first."""
         for sequence in [*self._waiting]:
-            if not self._loaded(sequence):
+            if not self._is_loaded(sequence):
                 continue
             if not self._begin(sequence, working):
                 break
             self._waiting.remove(sequence)
             self._running.append(sequence)
 
-    def _loaded(self, sequence: _Sequence) -> bool:
+    def _is_loaded(self, sequence: _Sequence) -> bool:
         """Whether what is on disk of a prompt's prefix has been read."""
         if self._store is None:
             return True
         if not sequence.looked_up:
-            if sum(s.loading is not None for s in self._waiting) >= MOST_LOADING:
+            if self._store.is_busy:
                 return False
             spec, sequence.looked_up = sequence.request.spec, True
             if self._shares(spec):
