@@ -14,6 +14,8 @@ import pytest
 from helpers import SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lora import random_factors, shapes_of, write_adapter
+from tiny import write_tiny_model
 
 import jaxsplit
 from jaxsplit import llm
@@ -594,6 +596,41 @@ def test_a_failure_forgets_what_may_not_have_arrived(engine):
 
 
 # Models
+
+
+def test_adapters_find_their_own_prefixes(tmp_path):
+    """Whatever the names and the order in which they are loaded."""
+    base = write_tiny_model(tmp_path / "base.gguf", embed=32, context=1024)
+    for seed, name in enumerate("ab"):
+        write_adapter(tmp_path / f"{name}.gguf", random_factors(shapes_of(base), seed))
+    folder = tmp_path / "prefixes"
+    folder.mkdir()
+    options = {"devices": 1, "ctx_size": 512, "slots": 2, "prompt_cache_dir": folder}
+    prompt = np.random.default_rng(3).integers(0, VOCAB, 300).tolist()
+    known = [{"a": 0.5}, {"a": 0.5, "b": 1.0}, {}]
+    found = []
+    for names, loaded in (("ab", ["a", "b"]), ("xy", ["b", "a"])):
+        paths = [f"{name}={tmp_path / one}.gguf" for name, one in zip(names, loaded, strict=True)]
+        name_of = dict(zip(loaded, names, strict=True))
+        lm = jaxsplit.load(base, lora=paths, **options)
+        for chosen in (*known, {"a": 0.25}, {"b": 0.5}):
+            lora = {name_of[one]: scale for one, scale in chosen.items()}
+            generation = lm.submit(prompt, 2, lora=lora, temperature=0.0)
+            generation.result()
+            request = generation.request
+            found.append((chosen, request.cached_tokens, request.tokens))
+            if chosen == {} and names == "ab":
+                break
+        thread = lm._thread._thread
+        del lm, generation, request
+        gc.collect()
+        thread.join(60)
+        assert not thread.is_alive()
+    first, then = found[:3], found[3:]
+    assert [cached for _, cached, _ in first] == [0] * 3
+    assert [cached for _, cached, _ in then] == [256] * 3 + [0] * 2
+    assert [tokens for *_, tokens in first] == [tokens for *_, tokens in then[:3]]
+    assert len([*folder.iterdir()]) == 1
 
 
 @pytest.mark.usefixtures("quick_compilation")
