@@ -601,11 +601,13 @@ def test_a_failure_forgets_what_may_not_have_arrived(engine):
 def test_adapters_find_their_own_prefixes(tmp_path):
     """Whatever the names and the order in which they are loaded."""
     base = write_tiny_model(tmp_path / "base.gguf", embed=32, context=1024)
+    shapes = {name: shape for name, shape in shapes_of(base).items() if "attn_k" in name}
     for seed, name in enumerate("ab"):
-        write_adapter(tmp_path / f"{name}.gguf", random_factors(shapes_of(base), seed))
+        write_adapter(tmp_path / f"{name}.gguf", random_factors(shapes, seed))
     folder = tmp_path / "prefixes"
     folder.mkdir()
-    options = {"devices": 1, "ctx_size": 512, "slots": 2, "prompt_cache_dir": folder}
+    options = {"devices": 1, "ctx_size": 512, "slots": 2, "cache_tokens": 4096}
+    options["prompt_cache_dir"] = folder
     prompt = np.random.default_rng(3).integers(0, VOCAB, 300).tolist()
     known = [{"a": 0.5}, {"a": 0.5, "b": 1.0}, {}]
     found = []
