@@ -156,9 +156,10 @@ class LoadConfig(Config):
 
     kernels: str = option(
         "auto",
-        "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; xla: "
-        "XLA alone; auto: triton where it runs; interpret: its kernels on CPUs, to test them",
-        choices=("auto", "triton", "xla", "interpret"),
+        "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; cuda: "
+        "CUDA C++ for one and two rows, on GPUs of compute capability 6.1 on; xla: XLA alone; "
+        "auto: the first of these that runs; interpret: triton on CPUs, to test it",
+        choices=("auto", "triton", "cuda", "xla", "interpret"),
     )
     collectives: str = option(
         "auto",

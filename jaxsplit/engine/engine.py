@@ -134,7 +134,7 @@ class Engine:
         self.slots_per_replica = -(-slots // partition.data)
         size = CacheSize.of_slots(context, self.slots_per_replica, page)
         if cache_tokens is not None:
-            size = dataclasses.replace(size, pages=max(1, cache_tokens // size.page))
+            size = dataclasses.replace(size, pages=-(-cache_tokens // size.page))
         self.size = dataclasses.replace(size, states=size.states + checkpoints)
         self.runners = [
             StageRunner(

@@ -529,7 +529,7 @@ class StageRunner:
 
         specs = [self.logits_spec, by_slot, by_slot, by_slot, self.logits_spec]
         key, out = ("sample_next", sampler, rows), (by_slot, by_slot)
-        return self._program(key, sample_next, specs, out, donate=[1])
+        return self._program(key, sample_next, specs, out, donate=[1], decode=True)
 
     def empty_logits(self, rows: int) -> Any:
         """Buffers for the logits of rows on all devices."""
