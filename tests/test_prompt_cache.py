@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 import pytest
+from adapter_files import random_factors, shapes_of, write_adapter
 from helpers import SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lora import random_factors, shapes_of, write_adapter
 from tiny import write_tiny_model
 
 import jaxsplit
