@@ -6,9 +6,15 @@ import gc
 import itertools
 import logging
 import os
+import re
+import signal
 import stat
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from adapter_files import random_factors, shapes_of, write_adapter
@@ -711,3 +717,40 @@ def test_a_model_saves_when_it_ends(recipe_gguf, tmp_path):
         assert not thread.is_alive()
     assert texts[0] == texts[1] == texts[2]
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_server_that_is_told_to_end_saves(tmp_path):
+    """SIGTERM; and what one process calls a model, another one calls it, too."""
+    path = write_tiny_model(tmp_path / "tiny.gguf", embed=32, context=1024)
+    folder = tmp_path / "prefixes"
+    folder.mkdir()
+    command = [sys.executable, "-m", "jaxsplit", "serve", f"--model={path}", "--port=0"]
+    options = {"ctx_size": 512, "slots": 1, "prompt_cache_dir": folder, "cache_ram": 1}
+    command += [f"--{name}={value}" for name, value in options.items()]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    root = Path(jaxsplit.__file__).parents[1]
+    prompt = np.random.default_rng(5).integers(0, VOCAB, 300).tolist()
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            url = ""
+            for line in process.stderr:
+                url = line.split()[-1] if line.startswith("listening on ") else url
+                if line.endswith("ready\n"):
+                    break
+            body = {"prompt": prompt, "n_predict": 4, "temperature": 0}
+            content = httpx.post(f"{url}/completion", json=body, timeout=60).json()["content"]
+            metrics = httpx.get(f"{url}/metrics").text
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert re.findall(r"^jaxsplit:(?:restored|loaded)_tokens_total (\S+)", metrics, re.M) == [
+        "0.0",
+        "0.0",
+    ]
+    lm = jaxsplit.load(path, devices=2, **options)
+    generation = lm.submit(prompt, 4, temperature=0.0)
+    assert generation.result().text == content
+    assert generation.request.cached_tokens == lm.statistics.loaded_tokens == 256
