@@ -27,8 +27,9 @@ struct Index {
 };
 
 static thread_local Index threadIdx, blockIdx;
+static Index gridDim;
 static std::unique_ptr<std::barrier<>> together;
-static float exchanged[1024];
+static u32 exchanged[1024];
 
 static inline void __syncthreads() { together->arrive_and_wait(); }
 
@@ -72,13 +73,33 @@ static inline int dot4(u32 a, u32 b, int c) {
   return c;
 }
 
-static inline float exchange(float x, int distance) {
-  exchanged[threadIdx.x] = x;
+template <class T>
+static T exchange(T x, int distance) {
+  T y;
+  std::memcpy(&exchanged[threadIdx.x], &x, sizeof x);
   __syncthreads();
-  float y = exchanged[threadIdx.x ^ distance];
+  std::memcpy(&y, &exchanged[threadIdx.x ^ distance], sizeof y);
   __syncthreads();
   return y;
 }
+
+static inline float bits_float(u32 bits) {
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+static inline float fresh(const float* p) { return *p; }
+
+static inline void fence() {}
+
+static inline int atomic_add(int* p, int x) {  // blocks run one after the other
+  int before = *p;
+  *p += x;
+  return before;
+}
+
+static inline int round_to_int(float x) { return (int)std::nearbyint(x); }
 
 static inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 
@@ -89,6 +110,7 @@ static void call(void (*kernel)(A...), void** pointers, std::index_sequence<I...
 
 template <class... A>
 static void launch(void (*kernel)(A...), void** pointers, const int* grid, int threads) {
+  gridDim = {grid[0], grid[1], grid[2]};
   for (int block = 0; block < grid[0] * grid[1] * grid[2]; block++) {
     together = std::make_unique<std::barrier<>>(threads);
     std::vector<std::thread> running;

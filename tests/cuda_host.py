@@ -18,13 +18,12 @@ def run(launch):
     kernel = launch.kernel
     path = _FOLDER / (hashlib.sha256(kernel.source.encode()).hexdigest() + ".so")
     if not path.exists():
-        device, rest = kernel.source.split('#line 1 "cuda_', 1)
-        constants = device[: device.index('#line 1 "device.cuh"')]
+        rest = kernel.source[kernel.source.index('#line 1 "types.cuh"') :]
         entry = (
             'extern "C" void run_kernel(void** pointers, const int* grid, int threads) {\n'
             f"  launch({kernel.name}, pointers, grid, threads);\n}}\n"
         )
-        source = f'#include "cuda_host.h"\n{constants}#line 1 "cuda_{rest}\n{entry}'
+        source = f'#include "cuda_host.h"\n{rest}\n{entry}'
         path.with_suffix(".cpp").write_text(source)
         options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
         done = subprocess.run(
@@ -40,8 +39,13 @@ def run(launch):
             text=True,
         )
         assert done.returncode == 0, done.stderr[:4000]
+    # Results that overwrite an operand begin as a copy of it.
     arrays = [np.ascontiguousarray(x) for x in launch.operands]
-    results = [np.full(r.shape, np.nan, r.dtype) for r in launch.results]
+    results = [np.empty(r.shape, r.dtype) for r in launch.results]
+    for result in results:
+        result.view(np.uint8).fill(255)  # not a number, unless it is written
+    for operand, result in launch.aliases.items():
+        results[result] = arrays[operand] = arrays[operand].copy()
     pointers = (ctypes.c_void_p * (len(arrays) + len(results)))(
         *(x.ctypes.data for x in (*arrays, *results))
     )

@@ -56,4 +56,24 @@ __device__ inline float exchange(float x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
+__device__ inline u32 exchange(u32 x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+__device__ inline int exchange(int x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+__device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
+
+// What other blocks have written before their fence.
+__device__ inline float fresh(const float* p) { return *(const volatile float*)p; }
+
+__device__ inline void fence() { __threadfence(); }
+
+__device__ inline int atomic_add(int* p, int x) { return atomicAdd(p, x); }
+
+// To the nearest, half to even.
+__device__ inline int round_to_int(float x) { return __float2int_rn(x); }
+
 __device__ inline float inverse_root(float x) { return rsqrtf(x); }

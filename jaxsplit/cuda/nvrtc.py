@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jaxsplit.errors import JaxsplitError
 
-_OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
+_OPTIONS = ("--std=c++17",)
 
 _lock = threading.Lock()  # NVRTC compiles one program at a time anyway
 

@@ -115,11 +115,6 @@ def _int8_by_xla(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list
     return xla.matmuls(rows, weights, dtype)
 
 
-def _gemv_int8_by_cuda(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
-    """Rows that XLA rounds, multiplied by a kernel in CUDA C++."""
-    return cuda_gemv_int8.gemv_int8(quantize_rows(x.reshape(-1, x.shape[-1])), weights, dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Implementation:
     """One way to multiply rows with matrices.
@@ -156,7 +151,12 @@ _IMPLEMENTATIONS = (
         layout=lambda weights, dtype: Int8Layout(),
         run_and_send=lambda rows, weights, peers: gemv_int8(rows, weights, peers=peers),
     ),
-    _Implementation("gemv_int8 in CUDA C++", _supports_cuda_gemv_int8, _gemv_int8_by_cuda),
+    _Implementation(
+        "gemv_int8 in CUDA C++",
+        _supports_cuda_gemv_int8,
+        cuda_gemv_int8.gemv_int8,
+        layout=lambda weights, dtype: Int8Layout(),
+    ),
     _Implementation("int8 by XLA", _supports_int8_by_xla, _int8_by_xla),
     _Implementation(
         "small_m_gemm",

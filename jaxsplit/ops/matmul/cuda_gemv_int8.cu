@@ -129,29 +129,6 @@ struct Unit {
   }
 };
 
-template <class T>
-__device__ inline void store(T* y, float x);
-template <>
-__device__ inline void store(float* y, float x) {
-  *y = x;
-}
-struct Half {
-  u16 bits;
-};
-struct Bfloat16 {
-  u16 bits;
-};
-template <>
-__device__ inline void store(Half* y, float x) {
-  y->bits = float_to_half(x);
-}
-template <>
-__device__ inline void store(Bfloat16* y, float x) {
-  u32 bits = float_bits(x);
-  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  y->bits = nan ? 0x7fc0 : (u16)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
 // ROWS * THREADS / LANES rows of a matrix, for X rows of activations from `x_row` on.
 template <class W, int X, int LANES, int ROWS, int STEPS, class T>
 __device__ void multiply(const W& w, const Activations& x, long stacked, int x_row, int program,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.context import current_context
-from jaxsplit.cuda.call import Kernel, cuda_call
+from jaxsplit.cuda.call import Kernel, Launch, cuda_call, source_of
 from jaxsplit.ops.activations.int8 import SLICE, Int8Rows
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.quant.qtensor import QTensor, to_u32
@@ -89,75 +89,64 @@ def gemv_int8(
         results are `[pairs, out]`.
       tiling: None: `Tiling.of` each matrix.
     """
-    launch = Launch.of(x, weights, dtype, experts=experts, tiling=tiling)
-    capability = current_context().policy.cuda
-    return cuda_call(launch.kernel, launch.operands, launch.results, capability=capability)
+    launch = launch_of(x, weights, dtype, experts=experts, tiling=tiling)
+    return cuda_call(launch, capability=current_context().policy.cuda)
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """What `cuda_call` takes."""
-
-    kernel: Kernel
-    operands: Sequence[Array]
-    results: Sequence[jax.ShapeDtypeStruct]
-
-    @staticmethod
-    def of(
-        x: Int8Rows,
-        weights: Sequence[QTensor],
-        dtype: jnp.dtype,
-        *,
-        experts: Array | None = None,
-        tiling: Tiling | None = None,
-    ) -> "Launch":
-        """Arguments as of `gemv_int8`."""
-        rows = len(x.codes)
-        pairs = rows if experts is None else len(experts)
-        weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
-        operands, text = [], _Text()
-        squares = None if x.rms is None else x.rms.squares
-        row_arrays = x.codes, x.scale, x.sums, x.half_sums, squares
-        rows_given = [text.pointer(operands, array) for array in row_arrays]
-        expert_ids = text.pointer(operands, experts)
-        structs, calls, blocks = [], [], 0
-        for i, w in enumerate(weights):
-            t = tiling or Tiling.of(w)
-            planes = [*w.codes, *[None] * (2 - len(w.codes))]
-            planes += [getattr(w, name) for name in _PLANES]
-            if w.super_scale is not None and w.super_minimum is None:
-                planes[-1] = w.super_scale
-            pointers = [text.pointer(operands, plane) for plane in planes]
-            structs.append(_struct(f"W{i}", w))
-            own = -(-w.shape[-2] // (THREADS // t.lanes * t.rows))
-            tile = f"W{i}, {rows if experts is None else 1}, {t.lanes}, {t.rows}, {t.steps}"
-            calls.append(
-                f"  if (program < {own}) {{\n"
-                f"    W{i} w = {{{', '.join(pointers)}}};\n"
-                f"    multiply<{tile}>(w, x, expert * {w.shape[-2]}L, row, program, y{i}, pair);\n"
-                "    return;\n  }\n"
-                f"  program -= {own};\n"
-            )
-            blocks += own
-        output = _OUTPUTS[jnp.dtype(dtype).name]
-        parameters = [*text.parameters, *(f"{output}* y{i}" for i in range(len(weights)))]
-        per_row = pairs // rows
-        single = experts is None
-        main = (
-            f'extern "C" __global__ void __launch_bounds__({THREADS}) gemv_int8(\n    '
-            + ",\n    ".join(parameters)
-            + ") {\n"
-            f"  Activations x = {{{', '.join(rows_given)}}};\n"
-            "  int program = blockIdx.x, pair = blockIdx.y;\n"
-            f"  int row = {'0' if single else f'pair / {per_row}'};\n"
-            f"  long expert = {'0' if single else f'{expert_ids}[pair]'};\n"
-            + "".join(calls)
-            + "}\n"
+def launch_of(
+    x: Int8Rows,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype,
+    *,
+    experts: Array | None = None,
+    tiling: Tiling | None = None,
+) -> Launch:
+    """The launch, arguments as of `gemv_int8`."""
+    rows = len(x.codes)
+    pairs = rows if experts is None else len(experts)
+    weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
+    operands, text = [], _Text()
+    squares = None if x.rms is None else x.rms.squares
+    row_arrays = x.codes, x.scale, x.sums, x.half_sums, squares
+    rows_given = [text.pointer(operands, array) for array in row_arrays]
+    expert_ids = text.pointer(operands, experts)
+    structs, calls, blocks = [], [], 0
+    for i, w in enumerate(weights):
+        t = tiling or Tiling.of(w)
+        planes = [*w.codes, *[None] * (2 - len(w.codes))]
+        planes += [getattr(w, name) for name in _PLANES]
+        if w.super_scale is not None and w.super_minimum is None:
+            planes[-1] = w.super_scale
+        pointers = [text.pointer(operands, plane) for plane in planes]
+        structs.append(_struct(f"W{i}", w))
+        own = -(-w.shape[-2] // (THREADS // t.lanes * t.rows))
+        tile = f"W{i}, {rows if experts is None else 1}, {t.lanes}, {t.rows}, {t.steps}"
+        calls.append(
+            f"  if (program < {own}) {{\n"
+            f"    W{i} w = {{{', '.join(pointers)}}};\n"
+            f"    multiply<{tile}>(w, x, expert * {w.shape[-2]}L, row, program, y{i}, pair);\n"
+            "    return;\n  }\n"
+            f"  program -= {own};\n"
         )
-        source = "\n".join([_constants(x), _source(), *structs, main])
-        grid = blocks, 1 if single else pairs, 1
-        results = [jax.ShapeDtypeStruct((pairs, w.shape[-2]), dtype) for w in weights]
-        return Launch(Kernel("gemv_int8", source, grid, THREADS), operands, results)
+        blocks += own
+    output = _OUTPUTS[jnp.dtype(dtype).name]
+    parameters = [*text.parameters, *(f"{output}* y{i}" for i in range(len(weights)))]
+    per_row = pairs // rows
+    single = experts is None
+    main = (
+        f'extern "C" __global__ void __launch_bounds__({THREADS}) gemv_int8(\n    '
+        + ",\n    ".join(parameters)
+        + ") {\n"
+        f"  Activations x = {{{', '.join(rows_given)}}};\n"
+        "  int program = blockIdx.x, pair = blockIdx.y;\n"
+        f"  int row = {'0' if single else f'pair / {per_row}'};\n"
+        f"  long expert = {'0' if single else f'{expert_ids}[pair]'};\n" + "".join(calls) + "}\n"
+    )
+    file = importlib.resources.files("jaxsplit") / "ops" / "matmul" / "cuda_gemv_int8.cu"
+    source = source_of(_constants(x), file, *structs, main)
+    grid = blocks, 1 if single else pairs, 1
+    results = [jax.ShapeDtypeStruct((pairs, w.shape[-2]), dtype) for w in weights]
+    return Launch(Kernel("gemv_int8", source, grid, THREADS), operands, results)
 
 
 class _Text:
@@ -226,9 +215,3 @@ def _constants(x: Int8Rows) -> str:
         f"constexpr int RMS_PARTS = {parts}, RMS_SIZE = {size};\n"
         f"constexpr float RMS_EPSILON = {float(epsilon)!r}f;\n"
     )
-
-
-def _source() -> str:
-    package = importlib.resources.files("jaxsplit")
-    files = package / "cuda" / "device.cuh", package / "ops" / "matmul" / "cuda_gemv_int8.cu"
-    return "".join(f'#line 1 "{file.name}"\n{file.read_text()}' for file in files)
