@@ -187,7 +187,7 @@ class LoadConfig(Config):
     )
     cache_ram: int = option(
         0,
-        "MiB of the host's memory for prefixes that the devices forget, which come back instead of "
+        "MiB of host memory for prefixes that the devices forget, which are restored instead of "
         "being read again; 0: none",
         low=0,
     )
@@ -196,7 +196,7 @@ class LoadConfig(Config):
     )
     prompt_cache_size: int = option(
         16,
-        "GiB of files in prompt_cache_dir at most; those used longest ago are removed",
+        "GiB of files in prompt_cache_dir at most; the least recently used are removed",
         low=1,
     )
     itl_budget: float = option(

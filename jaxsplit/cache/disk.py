@@ -62,7 +62,7 @@ class PrefixDirectory:
     Args:
       path: the directory, which must exist.
       model: the model's hash.
-      capacity: bytes of all models' files together; those used longest ago are removed.
+      capacity: bytes of all models' files together; the least recently used are removed.
 
     Raises:
       JaxsplitError: it is missing or cannot be written.
@@ -175,8 +175,8 @@ class PrefixDirectory:
                         os.utime(path, (now, used_at(now, depth)))
 
     def trim(self) -> None:
-        """Looks what is there, and removes what has been used longest ago while there is too
-        much."""
+        """Lists the directory, and removes the least recently used files while there are too
+        many bytes."""
         with self._lock:
             self._scanned, self._since_scan = time.monotonic(), 0
             total, files = 0, sorted(self._files())

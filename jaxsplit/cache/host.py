@@ -74,7 +74,7 @@ def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class HostCache:
-    """Pages by their keys, those used longest ago forgotten first. Not thread-safe.
+    """Pages by their keys; the least recently used are forgotten. Not thread-safe.
 
     Args:
       capacity: bytes to keep at most.
@@ -109,7 +109,7 @@ class HostCache:
                 self._kept.move_to_end(key)
 
     def items(self) -> list[tuple[bytes, Kept]]:
-        """All keys and pages, those used last first."""
+        """All keys and pages, most recently used first."""
         return [*reversed(self._kept.items())]
 
     def clear(self) -> None:

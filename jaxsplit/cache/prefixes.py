@@ -331,7 +331,8 @@ class PrefixCache:
         return node.key
 
     def chains(self) -> Iterator[list[_Node]]:
-        """The full pages from the root to each page that none follows, those used last first."""
+        """The full pages from the root to each page that none follows, most recently used
+        first."""
         ends = [*reversed(self._idle)]
         ends += [a.nodes[-1] for a in self._running if a.nodes and not a.nodes[-1].children]
         for end in ends:

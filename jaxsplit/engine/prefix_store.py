@@ -1,12 +1,13 @@
-"""Prefixes in the host's memory and on disk: what becomes of pages that the devices forget.
+"""Prefixes that the devices forget, in the host's memory and on disk.
 
-**Memory.** A page goes there when the devices forget it, so that memory has what they have not. It
-comes back when a prompt begins with it. Any full page is worth it: of an 8B it has 256 tokens in 32
-MiB, less than a millisecond over PCIe 5.0, and an H200 takes seven to compute it.
+**Memory.** A page is copied there when the devices forget it, so that memory and devices hold
+different pages. It is restored when a prompt begins with it. Any full page is worth its transfer: of
+an 8B it has 256 tokens in 32 MiB, less than a millisecond over PCIe 5.0, while computing it takes an
+H200 seven.
 
-**Disk.** A prefix goes there when a second request begins with it: most never see one, and disks
-wear out. At the end, all that is known is saved, what was used last first. Threads write and read;
-a request whose prefix is on disk waits for it while others go on.
+**Disk.** A prefix is written when a second request begins with it: most never see one, and disks
+wear out. At the end all prefixes are written, most recently used first. Threads write and read; a
+request whose prefix is on disk waits for it while others go on.
 """
 
 import concurrent.futures
@@ -339,8 +340,8 @@ class PrefixStore:
         self._writers.add(task, (key, kind), copy.nbytes)
 
     def close(self, caches: Sequence[PrefixCache]) -> None:
-        """Saves what devices and memory have, those used last first, as much as the directory may
-        hold. Waits until it is written."""
+        """Saves the prefixes of devices and memory, most recently used first, as many as the
+        directory may hold. Waits until they are written."""
         directory = self._directory
         if directory is None:
             return
