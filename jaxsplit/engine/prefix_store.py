@@ -1,9 +1,9 @@
 """Prefixes that the devices forget, in the host's memory and on disk.
 
 **Memory.** A page is copied there when the devices forget it, so that memory and devices hold
-different pages. It is restored when a prompt begins with it. Any full page is worth its transfer: of
-an 8B it has 256 tokens in 32 MiB, less than a millisecond over PCIe 5.0, while computing it takes an
-H200 seven.
+different pages. It is restored when a prompt begins with it. Any full page is worth its transfer:
+an 8B's has 256 tokens in 32 MiB, less than a millisecond over PCIe 5.0, and an H200 takes seven to
+compute it.
 
 **Disk.** A prefix is written when a second request begins with it: most never see one, and disks
 wear out. At the end all prefixes are written, most recently used first. Threads write and read; a
