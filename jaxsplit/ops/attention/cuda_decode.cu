@@ -168,6 +168,7 @@ __device__ void attend(const Token& token, const int* positions, const int* page
   float most[HEADS / WARPS], total[HEADS / WARPS], sums[8][GROUP] = {};
   for (int i = 0; i < HEADS / WARPS; i++) most[i] = MASKED, total[i] = 0;
 
+#pragma unroll 1
   for (int first = start; first < stop; first += TILE) {
     for (int slot = thread; slot < TILE; slot += THREADS) {
       int k = first + slot, index = k - 1;
@@ -224,6 +225,7 @@ __device__ void attend(const Token& token, const int* positions, const int* page
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
           dots[round][g] = 0;
+#pragma unroll 1
           for (int at = 8 * part; at < HEAD_DIM; at += 8 * LANES) {
             for (int j = 0; j < 8; j++) dots[round][g] += query[g][at + j] * key[at + j];
           }
