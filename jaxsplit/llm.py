@@ -359,7 +359,7 @@ def _check_peer_access(engine: Engine) -> None:
 def _policy(c: LoadConfig, device: jax.Device, dtype: jnp.dtype) -> tuple[MatmulPolicy, bool]:
     """The matmul policy, and whether quantized matrices are stored as the kernels read them."""
     policy = MatmulPolicy.for_device(device, c.kernels)
-    as_u32 = (policy.kernels or policy.cuda > 0) and dtype.itemsize == 2
+    as_u32 = policy.has_kernels and dtype.itemsize == 2
     rounded = c.activations == "int8" or (c.activations == "auto" and as_u32)
     in_float8 = c.prefill_dtype == "float8"
     return dataclasses.replace(policy, int8_activations=rounded, float8=in_float8), as_u32

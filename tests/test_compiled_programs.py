@@ -67,6 +67,8 @@ def test_a_layer_of_a_decode_step_is_a_few_kernels(programs, name):
 def test_kernels_in_cuda_are_as_few(programs):
     """Without peers, devices exchange sums twice in a layer."""
     assert of_a_layer(programs, "llama-8b H100 x1 decode cuda") == (8, {})
+    router = 6  # which XLA computes
+    assert of_a_layer(programs, "qwen3-30b-a3b H100 x1 decode cuda") == (8 + router, {})
     kernels, collectives = of_a_layer(programs, "llama-8b H100 x2 decode cuda")
     assert (kernels, collectives) == (8 + 4, {"all-reduce": 2})  # start and end
 

@@ -74,6 +74,7 @@ PROGRAMS = {
         ("llama-8b", "H100", 1, "decode cuda", {"cuda": True}),
         ("llama-8b", "H100", 2, "decode cuda", {"cuda": True, "nccl": True}),
         ("qwen3-30b-a3b", "H100", 1, "decode", {}),
+        ("qwen3-30b-a3b", "H100", 1, "decode cuda", {"cuda": True}),
         ("qwen3-30b-a3b", "H100", 2, "decode", {}),
     )
     for layers in (1, 2)

@@ -18,8 +18,6 @@ from jaxsplit.ops.activations.int8 import SLICE, Int8Rows
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.quant.qtensor import QTensor, to_u32
 
-MAX_ROWS = 2
-
 THREADS = 128
 
 _OUTPUTS = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16"}
