@@ -185,6 +185,20 @@ class LoadConfig(Config):
         "data axis (default: what the devices' memory has room for; on CPUs, two contexts)",
         low=1,
     )
+    cache_ram: int = option(
+        0,
+        "MiB of host memory for prefixes that the devices forget, which are restored instead of "
+        "being read again; 0: none",
+        low=0,
+    )
+    prompt_cache_dir: Any = option(
+        None, "directory where prefixes are kept, for later runs too, on any mesh (default: none)"
+    )
+    prompt_cache_size: int = option(
+        16,
+        "GiB of files in prompt_cache_dir at most; the least recently used are removed",
+        low=1,
+    )
     itl_budget: float = option(
         0.1,
         "seconds that reading a prompt may delay the tokens of other requests",

@@ -56,6 +56,11 @@ class MatmulPolicy:
     interpret: bool = False
     pdl: bool = False
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether any backend's kernels run."""
+        return self.kernels or self.cuda > 0
+
     @staticmethod
     def for_device(device: jax.Device, kernels: str = "auto") -> "MatmulPolicy":
         """The policy of a device, without rounding.

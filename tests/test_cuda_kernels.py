@@ -1,5 +1,11 @@
 """Kernels in CUDA C++: on the CPU against float64, and compiled for GPUs."""
 
+import importlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
 import cuda_host
 import jax
 import jax.numpy as jnp
@@ -11,7 +17,11 @@ from helpers import nmse
 from tiny import fresh_rng
 
 from jaxsplit.cache.layers import AttentionCache, Batch
+from jaxsplit.context import MatmulPolicy
+from jaxsplit.cuda import call, nvrtc
+from jaxsplit.cuda.call import source_of
 from jaxsplit.cuda.expression import expression
+from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
 from jaxsplit.ops.activations import cuda_rows, int8
@@ -19,11 +29,14 @@ from jaxsplit.ops.activations.functions import ACTIVATIONS, activate
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers, RMSStatistics
 from jaxsplit.ops.attention import cuda_decode, xla
+from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.quant import TYPES, dequantize, unpack
 
 READERS = Readers((Int8Layout(),), xla=False)
+
+COMPILER = os.environ.get("JAXSPLIT_GPU_COMPILER", "")
 
 on_cpu = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs g++")
 
@@ -228,3 +241,110 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
         assert nmse(np.float64(actual), np.float64(new)) <= 1e-5
     changed = np.asarray(cache.keys != found.keys).any(axis=(1, 3)).sum()
     assert changed <= 3  # a place for each token that is no padding
+
+
+# Code for GPUs that are not there.
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """`compiler(launch, capability)`: registers, bytes of shared memory, and bytes of spills, by
+    NVIDIA's assembler, which `make test` installs."""
+    assemblers = sorted(Path(COMPILER).glob("nvidia/**/bin/ptxas")) if COMPILER else []
+    if not assemblers:
+        pytest.skip("needs NVRTC and ptxas: make test installs them")
+    monkeypatch.syspath_prepend(COMPILER)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (nvrtc._library, nvrtc._version, nvrtc._architectures):
+        cached.cache_clear()
+    importlib.invalidate_caches()
+    assert nvrtc.has_nvrtc()
+
+    def used(launch, capability):
+        ptx, architecture = tmp_path / "kernel.ptx", f"sm_{round(10 * capability)}"
+        ptx.write_text(nvrtc.compile_ptx(launch.kernel.source, capability, launch.kernel.name))
+        command = [assemblers[0], f"-arch={architecture}", "-v", ptx, "-o", tmp_path / "cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = [re.search(p, done.stderr) for p in (r"(\d+) registers", r"(\d+) bytes smem")]
+        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+        return *(int(x[1]) if x else 0 for x in found), spills
+
+    yield used
+    for cached in (nvrtc._library, nvrtc._version, nvrtc._architectures):
+        cached.cache_clear()
+
+
+def launches():
+    """Of an 8B, as traced: no array is made."""
+
+    def shapes(function, *arrays):
+        found = []
+        like = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
+        jax.eval_shape(lambda *given: found.append(function(*given)), *like)
+        return found[0]
+
+    def gemv(name, rows, columns):
+        block = TYPES[name]
+        raw = (rows, columns // block.block, block.block_bytes), "uint8"
+        x = (1, columns), "float32"
+        return shapes(
+            lambda x, raw: launch_of(int8.quantize_rows(x), [unpack(name, raw)], jnp.bfloat16),
+            *(x, raw),
+        )
+
+    def attention(kv_heads, width, dtype):
+        config = AttentionConfig(32, kv_heads, width, width, rope=RopeConfig(width))
+        heads = [((1, 1, 1, n * width), "bfloat16") for n in (32, kv_heads, kv_heads)]
+        memory = [((64, 256, kv_heads, width), "bfloat16")] * 2
+
+        def launch(query, key, value, positions, pages, keys, values):
+            batch = Batch(positions, jnp.zeros(1, jnp.int32), pages)
+            cache = AttentionCache.of(keys, values, dtype)
+            options = {"config": config, "params": AttentionParams()}
+            return cuda_decode.launch_of(query, key, value, batch, cache, **options)
+
+        return shapes(launch, *heads, ((1, 1), "int32"), ((1, 16), "int32"), *memory)
+
+    def rows():
+        function, norm = jnp.multiply, (1e-5, 4096)
+        stream, scale, parts = ((1, 1, 4096), "bfloat16"), ((4096,), "float32"), (1, 1, 1, 4096)
+        return shapes(
+            lambda x, scale, parts: cuda_rows.launch_of(
+                function, (x, scale), READERS, addend=(parts, None, None), norm=norm
+            ),
+            *(stream, scale, (parts, "float32")),
+        )
+
+    yield "rows", rows()
+    for name, out, columns in (("Q4_K", 28672, 4096), ("Q6_K", 4096, 14336), ("Q8_0", 4096, 4096)):
+        yield name, gemv(name, out, columns)
+    for kv_heads, width, dtype in ((8, 128, "bfloat16"), (4, 128, "bfloat16"), (8, 64, "int8")):
+        yield f"{kv_heads} x {width} {dtype}", attention(kv_heads, width, dtype)
+
+
+@pytest.mark.parametrize("capability", [7.5, 9.0])
+def test_kernels_fit_their_gpu(compiler, capability):
+    """A T4's multiprocessor has 65536 registers and 64 KiB of shared memory; next to nothing is
+    spilled."""
+    for name, launch in launches():
+        registers, shared, spills = compiler(launch, capability)
+        assert registers * launch.kernel.threads <= 65536 // 2, name
+        assert shared <= 32768, name
+        assert spills <= 32, name
+
+
+def test_errors_name_the_file_and_the_line(compiler):
+    kernel = call.Kernel("broken", source_of("\nint x = y;"), (1, 1, 1), 32)
+    with pytest.raises(JaxsplitError, match=r"cannot compile broken.cu: .*y"):
+        nvrtc.compile_ptx(kernel.source, 9.0, "broken.cu")
+    with pytest.raises(JaxsplitError, match=r"this GPU has 5.2"):
+        nvrtc.compile_ptx(kernel.source, 5.2, "broken.cu")
+
+
+def test_without_nvrtc_the_backend_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_library", lambda: None)
+    with pytest.raises(JaxsplitError, match=r"kernels=cuda needs NVRTC"):
+        nvrtc.compile_ptx("", 9.0, "x.cu")
+    with pytest.raises(JaxsplitError, match=r"kernels=cuda does not run on cpu"):
+        MatmulPolicy.for_device(jax.devices()[0], "cuda")

@@ -242,6 +242,65 @@ def test_texts_are_valid_by_their_schemas(lm):
     check_schemas(lm, SCHEMAS, 80, 20, temperature=1.0, top_k=0, seed=seed)
 
 
+def random_schema(rng, depth=0):
+    """A schema whose parts are nested at random."""
+
+    def some(low, high):
+        return int(rng.integers(low, high + 1))
+
+    def parts(least):
+        return [random_schema(rng, depth + 1) for _ in range(some(least, 3))]
+
+    def number():
+        low, kind = some(-50, 50), str(rng.choice(["integer", "number"]))
+        return {"type": kind, "minimum": low, "maximum": low + some(0, 40)}
+
+    def text():
+        low = some(0, 4)
+        return {"type": "string", "minLength": low, "maxLength": low + some(0, 6)}
+
+    def pattern():
+        return {"type": "string", "pattern": f"^[a-f]{{1,{some(1, 4)}}}(-[0-9]+)?$", "maxLength": 9}
+
+    def choice():
+        return {"enum": [some(0, 9), f"x{some(0, 99)}", None, [some(0, 3)], {"k": True}]}
+
+    def array():
+        low = some(0, 2)
+        item = random_schema(rng, depth + 1)
+        return {"type": "array", "items": item, "minItems": low, "maxItems": low + some(0, 2)}
+
+    def fixed_array():
+        return {"type": "array", "prefixItems": parts(1), "items": False}
+
+    def record():
+        fields = {f"field {i}": part for i, part in enumerate(parts(0))}
+        wanted = [name for name in fields if rng.random() < 0.7]
+        closed = {"additionalProperties": False}
+        return {"type": "object", "properties": fields, "required": wanted, **closed}
+
+    def union():
+        return {"anyOf": parts(2)}
+
+    def reference():
+        shared = random_schema(rng, 2)
+        fields = {"first": {"$ref": "#/$defs/shared"}, "second": {"$ref": "#/$defs/shared"}}
+        closed = {"required": ["first"], "additionalProperties": False}
+        return {"$defs": {"shared": shared}, "type": "object", "properties": fields, **closed}
+
+    leaves = [number, text, pattern, choice, lambda: {"type": ["boolean", "null"]}]
+    nested = [array, fixed_array, record, record, union]
+    kinds = leaves if depth > 1 else [*leaves, *nested] if depth else [*leaves, *nested, reference]
+    return kinds[some(0, len(kinds) - 1)]()
+
+
+def test_texts_are_valid_by_random_schemas(lm):
+    rng = fresh_rng()
+    schemas = [random_schema(rng) for _ in range(100)]
+    seed = int(rng.integers(2**32))
+    check_schemas(lm, schemas, 120, 50, temperature=1.0, top_k=0, seed=seed)
+
+
 @pytest.fixture(scope="module")
 def demo(load, smollm2_path):
     return load(smollm2_path, split_mode="none")

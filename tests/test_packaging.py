@@ -56,7 +56,8 @@ def test_the_wheel_has_the_package_alone(built):
     names = zipfile.ZipFile(built[1]).namelist()
     version = jaxsplit.__version__
     assert {name.split("/")[0] for name in names} == {"jaxsplit", f"jaxsplit-{version}.dist-info"}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxsplit").rglob("*.py")}
+    sources = [p for end in ("py", "cu", "cuh") for p in (ROOT / "jaxsplit").rglob(f"*.{end}")]
+    package = {path.relative_to(ROOT).as_posix() for path in sources}
     page = (ROOT / "jaxsplit" / "server" / "static").iterdir()
     package |= {"jaxsplit/py.typed", *(path.relative_to(ROOT).as_posix() for path in page)}
     assert {name for name in names if name.startswith("jaxsplit/")} == package

@@ -23,18 +23,38 @@ __device__ inline void store(Bfloat16* y, float x) {
   y->bits = nan ? 0x7fc0 : (u16)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
-// Eight neighbors, aligned to their size.
-__device__ inline void load8(const Half* x, float* y) {
-  Words words = *(const Words*)x;
-  for (int i = 0; i < 8; i++) y[i] = half_to_float((words.at[i / 2] >> (16 * (i % 2))) & 0xffffu);
-}
-__device__ inline void load8(const Bfloat16* x, float* y) {
-  Words words = *(const Words*)x;
-  for (int i = 0; i < 8; i++) {
-    y[i] = bits_float(i % 2 ? words.at[i / 2] & 0xffff0000u : words.at[i / 2] << 16);
+// Eight neighbors, aligned to their size: loaded now, converted when they are used.
+template <class T>
+struct Run;
+
+template <>
+struct Run<Half> {
+  Words words;
+  __device__ void load(const Half* x, bool here) {
+    words = here ? *(const Words*)x : Words{};
   }
-}
-__device__ inline void load8(const Int8* x, float* y) {
-  u32 low = ((const u32*)x)[0], high = ((const u32*)x)[1];
-  for (int i = 0; i < 8; i++) y[i] = (signed char)((i < 4 ? low : high) >> (8 * (i % 4)));
-}
+  __device__ float at(int i) const {
+    return half_to_float((words.at[i / 2] >> (16 * (i % 2))) & 0xffffu);
+  }
+};
+
+template <>
+struct Run<Bfloat16> {
+  Words words;
+  __device__ void load(const Bfloat16* x, bool here) {
+    words = here ? *(const Words*)x : Words{};
+  }
+  __device__ float at(int i) const {
+    return bits_float(i % 2 ? words.at[i / 2] & 0xffff0000u : words.at[i / 2] << 16);
+  }
+};
+
+template <>
+struct Run<Int8> {
+  u32 low, high;
+  __device__ void load(const Int8* x, bool here) {
+    low = here ? ((const u32*)x)[0] : 0;
+    high = here ? ((const u32*)x)[1] : 0;
+  }
+  __device__ float at(int i) const { return (signed char)((i < 4 ? low : high) >> (8 * (i % 4))); }
+};

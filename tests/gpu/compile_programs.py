@@ -74,6 +74,7 @@ PROGRAMS = {
         ("llama-8b", "H100", 1, "decode cuda", {"cuda": True}),
         ("llama-8b", "H100", 2, "decode cuda", {"cuda": True, "nccl": True}),
         ("qwen3-30b-a3b", "H100", 1, "decode", {}),
+        ("qwen3-30b-a3b", "H100", 1, "decode cuda", {"cuda": True}),
         ("qwen3-30b-a3b", "H100", 2, "decode", {}),
         ("llama-8b", "H100", 1, "decode IQ4_KS", {"mix": "mix-IQ4_KS"}),
         ("llama-8b", "H100", 1, "decode IQ2_KT", {"mix": "mix-IQ2_KT"}),

@@ -5,13 +5,12 @@
 // Key 0 is the new token itself; key i + 1 is index i of the cache.
 //
 // HEAD_DIM, VALUE_DIM, GROUP, SPLITS, PARTS, PAGE (positions of a page), PAGES (of a sequence),
-// WINDOW (0: none), SOFTCAP (0: none), SCALE (of scores), NORMS, EPSILONS and SINKS describe the
+// TILE (keys at a time), WINDOW (0: none), SOFTCAP (0: none), SCALE (of scores), NORMS, EPSILONS and SINKS describe the
 // layer; `Projected` and `Stored` are the types of projections and of the cache.
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
-constexpr int TILE = 64;                    // keys at a time
-constexpr int LANES = 8;                    // threads of a key
-constexpr int LENGTH = PAGE * PAGES;        // positions of a sequence
+constexpr int LANES = 8;              // threads of a key
+constexpr int LENGTH = PAGE * PAGES;  // positions of a sequence
 constexpr int HEADS = (GROUP + WARPS) / WARPS * WARPS;  // of queries and the key, padded
 constexpr float LOG2_E = 1.4426950408889634f, MASKED = -1e30f;
 
@@ -37,6 +36,7 @@ __device__ inline float scale_of(const Half*, const float*, int) { return 1; }
 __device__ inline float scale_of(const Bfloat16*, const float*, int) { return 1; }
 __device__ inline float scale_of(const Int8*, const float* x, int width) {
   float most = 0;
+#pragma unroll 1
   for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
   return most / 127;
 }
@@ -77,7 +77,8 @@ __device__ void attend(const Token& token, const int* positions, const int* page
 
   __shared__ float query[HEADS][HEAD_DIM], key[HEAD_DIM], value[VALUE_DIM];
   __shared__ float scores[HEADS][TILE], rescale[HEADS], value_scales[TILE];
-  __shared__ int last;
+  __shared__ float shares[THREADS / (VALUE_DIM / 8)][VALUE_DIM];
+  __shared__ int rows[TILE], last;
 
   // Heads: queries, then the key.
   for (int h = warp; h < HEADS; h += WARPS) {
@@ -157,14 +158,19 @@ __device__ void attend(const Token& token, const int* positions, const int* page
     __syncthreads();
   }
 
-  constexpr int COLUMNS = (VALUE_DIM + THREADS - 1) / THREADS;
-  float most[HEADS / WARPS], total[HEADS / WARPS], sums[COLUMNS][GROUP] = {};
+  // Keys and values of a tile are all requested before any is used: LANES threads have a key, each
+  // every LANES-th run of 8 elements; RUNS threads have a value, each a run of it.
+  constexpr int KEY_RUNS = HEAD_DIM / 8, MINE = (KEY_RUNS + LANES - 1) / LANES;
+  constexpr int ROUNDS = TILE * LANES / THREADS, RUNS = VALUE_DIM / 8;
+  constexpr int TEAMS = THREADS / RUNS, VALUES = (TILE + TEAMS - 1) / TEAMS;
+  static_assert(THREADS % RUNS == 0, "threads share values evenly");
+  int part = thread % LANES, run = thread % RUNS, team = thread / RUNS;
+  float most[HEADS / WARPS], total[HEADS / WARPS], sums[8][GROUP] = {};
   for (int i = 0; i < HEADS / WARPS; i++) most[i] = MASKED, total[i] = 0;
 
+#pragma unroll 1
   for (int first = start; first < stop; first += TILE) {
-    // Scores: LANES threads have a key, each every LANES-th run of 8 elements.
-    for (int round = 0; round < TILE * LANES / THREADS; round++) {
-      int slot = round * (THREADS / LANES) + thread / LANES, part = thread % LANES;
+    for (int slot = thread; slot < TILE; slot += THREADS) {
       int k = first + slot, index = k - 1;
       bool visible = k < stop;
       if (WINDOW && k > 0) {
@@ -172,39 +178,68 @@ __device__ void attend(const Token& token, const int* positions, const int* page
         if (distance < 0) distance += LENGTH;
         visible = visible && distance > 0 && distance < WINDOW && distance <= position;
       }
-      float dots[GROUP] = {}, scale = 1;
-      long row = 0;
-      if (visible && k > 0) {
-        row = ((long)pages[sequence * PAGES + index / PAGE] * heads + head) * PAGE + index % PAGE;
-        scale = cache.key_scale ? cache.key_scale[row] : 1;
+      int page = visible && k > 0 ? pages[sequence * PAGES + index / PAGE] : 0;
+      // Of the cache; -1: the new token, -2: masked.
+      rows[slot] = !visible ? -2 : k == 0 ? -1 : (page * heads + head) * PAGE + index % PAGE;
+    }
+    __syncthreads();
+    Run<Stored> keys[ROUNDS][MINE], values[VALUES];
 #pragma unroll
-        for (int run = part; run < HEAD_DIM / 8; run += LANES) {
-          float x[8];
-          load8(cache.keys + row * HEAD_DIM + 8 * run, x);
+    for (int round = 0; round < ROUNDS; round++) {
+      int row = rows[round * (THREADS / LANES) + thread / LANES];
 #pragma unroll
-          for (int j = 0; j < 8; j++) {
+      for (int i = 0; i < MINE; i++) {
+        int at = part + i * LANES;
+        bool here = row >= 0 && at < KEY_RUNS;
+        keys[round][i].load(cache.keys + (here ? (long)row * HEAD_DIM + 8 * at : 0), here);
+      }
+    }
 #pragma unroll
-            for (int g = 0; g < GROUP; g++) dots[g] += query[g][8 * run + j] * x[j];
-          }
+    for (int i = 0; i < VALUES; i++) {
+      int slot = team + i * TEAMS, row = slot < TILE ? rows[slot] : -2;
+      values[i].load(cache.values + (row < 0 ? 0 : (long)row * VALUE_DIM + 8 * run), row >= 0);
+    }
+    // Scores.
+    float dots[ROUNDS][GROUP] = {};
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+      int at = part + i * LANES;
+      if (at >= KEY_RUNS) continue;
+#pragma unroll
+      for (int g = 0; g < GROUP; g++) {
+        float q[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) q[j] = query[g][8 * at + j];
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+#pragma unroll
+          for (int j = 0; j < 8; j++) dots[round][g] += q[j] * keys[round][i].at(j);
         }
-      } else if (visible) {
-        for (int run = part; run < HEAD_DIM / 8; run += LANES) {
-          for (int j = 0; j < 8; j++) {
+      }
+    }
 #pragma unroll
-            for (int g = 0; g < GROUP; g++) dots[g] += query[g][8 * run + j] * key[8 * run + j];
+    for (int round = 0; round < ROUNDS; round++) {
+      int slot = round * (THREADS / LANES) + thread / LANES, row = rows[slot];
+      float scale = row >= 0 && cache.key_scale ? cache.key_scale[row] : 1;
+      if (row == -1) {  // it is in no cache yet, for other blocks to see
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+          dots[round][g] = 0;
+#pragma unroll 1
+          for (int at = 8 * part; at < HEAD_DIM; at += 8 * LANES) {
+            for (int j = 0; j < 8; j++) dots[round][g] += query[g][at + j] * key[at + j];
           }
         }
       }
 #pragma unroll
       for (int g = 0; g < GROUP; g++) {
-        for (int d = LANES / 2; d; d /= 2) dots[g] += exchange(dots[g], d);
-        float score = dots[g] * scale;
+        float dot = dots[round][g];
+        for (int d = LANES / 2; d; d /= 2) dot += exchange(dot, d);
+        float score = dot * scale;
         if (SOFTCAP > 0) score = SOFTCAP * LOG2_E * tanhf(score);
-        if (part == g % LANES) scores[g][slot] = visible ? score : MASKED;
+        if (part == g % LANES) scores[g][slot] = row == -2 ? MASKED : score;
       }
-      if (part == 0) {
-        value_scales[slot] = visible && k > 0 && cache.value_scale ? cache.value_scale[row] : 1;
-      }
+      if (part == 0) value_scales[slot] = row >= 0 && cache.value_scale ? cache.value_scale[row] : 1;
     }
     __syncthreads();
     // Weights.
@@ -232,31 +267,37 @@ __device__ void attend(const Token& token, const int* positions, const int* page
       if (lane == 0) rescale[g] = factor;
     }
     __syncthreads();
-    // Values: a thread has a column.
-    int count = stop - first < TILE ? stop - first : TILE;
+    // Values.
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-      int column = thread + c * THREADS;
-      if (column >= VALUE_DIM) continue;
+    for (int g = 0; g < GROUP; g++) {
 #pragma unroll
-      for (int g = 0; g < GROUP; g++) sums[c][g] *= rescale[g];
-#pragma unroll 8
-      for (int slot = 0; slot < count; slot++) {
-        int index = first + slot - 1;
-        float x;
-        if (index < 0) {
-          x = value[column];
-        } else {
-          long row = ((long)pages[sequence * PAGES + index / PAGE] * heads + head) * PAGE;
-          x = load(cache.values + (row + index % PAGE) * VALUE_DIM + column);
-        }
+      for (int j = 0; j < 8; j++) sums[j][g] *= rescale[g];
+    }
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-          // What is masked may not be a finite number.
-          float weight = scores[g][slot];
-          sums[c][g] += weight != 0 ? weight * x : 0;
-        }
+    for (int i = 0; i < VALUES; i++) {
+      int slot = team + i * TEAMS, row = slot < TILE ? rows[slot] : -2;
+      if (row == -2) continue;  // what is masked may not be finite
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        float x = row == -1 ? value[8 * run + j] : values[i].at(j);
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) sums[j][g] += scores[g][slot] * x;
       }
+    }
+    __syncthreads();
+  }
+
+  // Sums over the teams, a head at a time.
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) shares[team][8 * run + j] = sums[j][g];
+    __syncthreads();
+    for (int column = thread; column < VALUE_DIM; column += THREADS) {
+      float y = 0;
+      for (int i = 0; i < TEAMS; i++) y += shares[i][column];
+      long state = ((long)split * sequences + sequence) * heads + head;
+      splits.sums[(state * GROUP + g) * VALUE_DIM + column] = y;
     }
     __syncthreads();
   }
@@ -269,15 +310,6 @@ __device__ void attend(const Token& token, const int* positions, const int* page
     if (lane == 0 && g < GROUP) {
       splits.most[state * GROUP + g] = most[i];
       splits.total[state * GROUP + g] = total[i];
-    }
-  }
-#pragma unroll
-  for (int c = 0; c < COLUMNS; c++) {
-    int column = thread + c * THREADS;
-    if (column >= VALUE_DIM) continue;
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-      splits.sums[(state * GROUP + g) * VALUE_DIM + column] = sums[c][g];
     }
   }
   fence();

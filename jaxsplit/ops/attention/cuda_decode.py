@@ -15,8 +15,11 @@ from jaxsplit.ops.activations.layout import Activations, Readers, wrap_layouts
 from jaxsplit.ops.attention import triton_decode
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 
-_THREADS, _TILE = 128, 64
-_MAX_SPLITS = 64
+_THREADS = 128
+_MAX_GROUP = 8
+"""Query heads of a key head: a thread has sums for all of them in registers."""
+
+_MAX_SPLITS = 32
 _MAX_BLOCKS = 1024
 _TYPES = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16", "int8": "Int8"}
 _FOLDER = importlib.resources.files("jaxsplit") / "ops" / "attention"
@@ -35,6 +38,8 @@ def supports(
         and triton_decode.supports(config, batch, cache, query)
         and cache is not None
         and cache.keys.shape[-1] % 8 == 0
+        and 8 * _THREADS % cache.own_values.shape[-1] == 0
+        and query.shape[-1] <= _MAX_GROUP * config.head_dim * cache.keys.shape[1]
     )
 
 
@@ -96,9 +101,9 @@ def launch_of(
     )
     group, head_dim, value_dim = query.shape[3], query.shape[-1], value.shape[-1]
     page, count = cache.keys.shape[2], pages.shape[1]
-    splits = max(
-        1, min(-(-page * count // _TILE), _MAX_SPLITS, _MAX_BLOCKS // (sequences * kv_heads))
-    )
+    tile = 64 if group <= 4 else 32
+    tiles, most = -(-page * count // tile), _MAX_BLOCKS // (sequences * kv_heads)
+    splits = max(1, min(tiles, most, _MAX_SPLITS))
     rope, norms = config.rope, (config.query_norm, config.key_norm)
     assert rope is not None  # see `supports`
     scale = head_dim**-0.5 if config.scale is None else config.scale
@@ -110,6 +115,7 @@ def launch_of(
         "PARTS": query.shape[0],
         "PAGE": page,
         "PAGES": count,
+        "TILE": tile,
         "WINDOW": config.window or 0,
         "ROPE_DIM": rope.dim,
         "INTERLEAVED": int(rope.interleaved),

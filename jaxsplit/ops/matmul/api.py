@@ -6,6 +6,7 @@ supports for the rows at hand, and names the layout in which its kernel reads th
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -34,7 +35,6 @@ from jaxsplit.ops.matmul import (
     xla,
 )
 from jaxsplit.ops.matmul.triton_gemv_bf16 import gemv_bf16
-from jaxsplit.ops.matmul.triton_gemv_int8 import gemv_int8
 from jaxsplit.ops.matmul.triton_small_m_gemm import small_m_gemm
 from jaxsplit.quant.qtensor import QTensor, Weight
 from jaxsplit.sharding.axes import Axis
@@ -58,7 +58,17 @@ MAX_SMALL_M_ROWS = triton_small_m_gemm.MAX_ROWS
 def int8_rows(rows: int) -> bool:
     """Whether kernels multiply this number of rows with quantized matrices in integers."""
     policy = current_context().policy
-    return policy.int8_activations and policy.kernels and rows <= MAX_INT8_ROWS
+    return policy.int8_activations and policy.has_kernels and rows <= MAX_INT8_ROWS
+
+
+def _gemv_backend() -> ModuleType:
+    """The module with the kernel for rows in 8 bits."""
+    return cuda_gemv_int8 if current_context().policy.cuda else triton_gemv_int8
+
+
+def gemv_int8(rows: Any, weights: Sequence[QTensor], *args: Any, **options: Any) -> list[Array]:
+    """As `triton_gemv_int8.gemv_int8`, by a kernel of the backend that runs."""
+    return _gemv_backend().gemv_int8(rows, weights, *args, **options)
 
 
 def _small_m(rows: int) -> bool:
@@ -69,7 +79,7 @@ def _small_m(rows: int) -> bool:
 
 def has_int8_kernel(w: Weight) -> bool:
     """Whether a matrix, or a stack of them, can be multiplied in integers."""
-    return isinstance(w, QTensor) and triton_gemv_int8.supports(w)
+    return isinstance(w, QTensor) and _gemv_backend().supports(w)
 
 
 def has_small_m_kernel(w: Weight, dtype: jnp.dtype) -> bool:
@@ -82,16 +92,10 @@ def _supports_gemv_int8(x: Like, w: Weight) -> bool:
     return int8_rows(rows_of(x)) and has_int8_kernel(w)
 
 
-def _supports_cuda_gemv_int8(x: Like, w: Weight) -> bool:
-    policy = current_context().policy
-    few = policy.int8_activations and rows_of(x) <= cuda_gemv_int8.MAX_ROWS
-    return policy.cuda > 0 and few and isinstance(w, QTensor) and cuda_gemv_int8.supports(w)
-
-
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
     policy = current_context().policy
     few = rows_of(x) <= MAX_INT8_ROWS
-    return policy.int8_activations and not policy.kernels and few and has_int8_kernel(w)
+    return policy.int8_activations and not policy.has_kernels and few and has_int8_kernel(w)
 
 
 def _supports_small_m_gemm(x: Like, w: Weight) -> bool:
@@ -150,12 +154,6 @@ _IMPLEMENTATIONS = (
         gemv_int8,
         layout=lambda weights, dtype: Int8Layout(),
         run_and_send=lambda rows, weights, peers: gemv_int8(rows, weights, peers=peers),
-    ),
-    _Implementation(
-        "gemv_int8 in CUDA C++",
-        _supports_cuda_gemv_int8,
-        cuda_gemv_int8.gemv_int8,
-        layout=lambda weights, dtype: Int8Layout(),
     ),
     _Implementation("int8 by XLA", _supports_int8_by_xla, _int8_by_xla),
     _Implementation(

@@ -18,8 +18,6 @@ from jaxsplit.ops.activations.int8 import SLICE, Int8Rows
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.quant.qtensor import QTensor, to_u32
 
-MAX_ROWS = 2
-
 THREADS = 128
 
 _OUTPUTS = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16"}
@@ -59,10 +57,12 @@ class Tiling:
 
     @staticmethod
     def of(w: QTensor) -> "Tiling":
-        """As wide as the row, so that all its loads are issued at once."""
+        """The fastest on one H200 (docs/design/kernels.md): warps of their own for many rows, which
+        need not wait for one another; more threads where rows are few."""
         units = _units(w)
-        lanes = 128 if units >= 128 else 64 if units >= 64 else 32
-        return Tiling(lanes, rows=2 if units > lanes else 4, steps=2 if units > lanes else 1)
+        if units < 64:
+            return Tiling(32, rows=4, steps=1)
+        return Tiling(32, 2, 2) if w.shape[-2] >= 6144 else Tiling(64, 2, 2)
 
 
 def _units(w: QTensor) -> int:
