@@ -3,6 +3,8 @@
 import gguf
 import numpy as np
 
+from jaxsplit.bench.random_model import random_blocks
+from jaxsplit.formats import IK_TYPES
 from jaxsplit.quant import TYPES
 
 
@@ -30,6 +32,8 @@ def usual_blocks(rng, name, *shape):
     """Blocks as in a file: of normal weights if the gguf package can quantize to the type, else
     random bytes that give finite weights of ordinary size."""
     kind, count = TYPES[name], int(np.prod(shape))
+    if name in IK_TYPES:
+        return random_blocks(rng, name, count).reshape(*shape, kind.block_bytes)
     try:
         weights = rng.normal(size=(count, kind.block)).astype(np.float32)
         packed = gguf.quants.quantize(weights, ggml_type(name))

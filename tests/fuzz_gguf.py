@@ -48,11 +48,12 @@ PACKED = {
 }
 RECIPES = (
     *("llama", "gemma4", "qwen35moe", "deepseek2", "gpt-oss", "phi3-longrope", "granitehybrid"),
-    *("bloom", "llama4", "tiny"),
+    *("bloom", "llama4", "tiny", "ik"),
 )
 NUMBERS = (0, 1, 2, 3, 7, 31, 64, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63)
 SIGNED = (*NUMBERS, -1, -(2**31), -(2**63))
 FLOATS = (0.0, -1.0, 1.0, 1e-45, 1e-6, 0.5, 1e4, 3e38, float("inf"), float("-inf"), float("nan"))
+NUMBERS_OF_TYPES = [*map(int, gguf.GGMLQuantizationType), 36, 133, *range(137, 159), 219, 339, 399]
 STRINGS = (
     *(b"", b"llama", b"gpt2", b"mamba", b"\n\r\x1b", b"\xff\xfe", b"a" * 10000, b"linear", b"yarn"),
     *(b"{{ messages", b"{{ 1 / 0 }}", b"{% for x in range(10**9) %}{% endfor %}", b"\0"),
@@ -230,7 +231,7 @@ class Mutator:
         elif way == "count":
             entry[1] = self.pick([[], dims[:1], dims[::-1], [*dims, 1], [1, *dims], dims * 3])
         elif way == "type":
-            entry[2] = self.pick([*map(int, gguf.GGMLQuantizationType), 4, 5, 99, 2**31])
+            entry[2] = self.pick([*range(8), *NUMBERS_OF_TYPES, 99, 142, 2**31])
         else:
             entry[3] = self.pick([0, 32, 1, entry[3] + 32, entry[3] + 1, *NUMBERS])
         self.done.append(f"tensor {name!r} {way}: {str(file.tensors[index:][:1])[:120]}")
@@ -275,10 +276,37 @@ def bases(folder: Path) -> dict[str, File]:
     found = {}
     for name in RECIPES:
         path = folder / f"{name}.gguf"
+        if name == "ik":
+            found[name] = in_types_of_ik(found["tiny"])
+            continue
         write_tiny_model(path) if name == "tiny" else write_recipe(recipe(name), path)
         found[name] = read(path)
         path.unlink()
     return found
+
+
+def in_types_of_ik(file: File) -> File:
+    """A model whose matrices have ik_llama.cpp's types with headers and interleaved rows.
+
+    Rows of 64 and 96 weights allow few of them; scales of rows are random bytes, too.
+    """
+    from jaxsplit.formats import STORED_TYPES
+
+    file, rng = copy.deepcopy(file), np.random.default_rng(0)
+    kinds = ("Q8_KV", "Q6_0", "IQ1_S_R4", "IQ1_M_R4", "Q5_0_R4", "Q8_KV_R8", "Q6_0_R4")
+    data = bytearray()
+    for i, entry in enumerate(file.tensors):
+        name, dims, kind, offset = entry
+        stored = STORED_TYPES[kinds[i % len(kinds)]]
+        shape = dims[::-1]
+        if len(dims) == 2 and not stored.misfit(shape):
+            kind, content = stored.number, rng.integers(0, 60, stored.nbytes(shape), np.uint8)
+        else:
+            content = file.data[offset:][: 4 * int(np.prod(dims))]
+        entry[2:] = [kind, len(data)]
+        data += bytes(content)
+        data += bytes(-len(data) % 32)
+    return File(file.keys, file.tensors, data, file.version)
 
 
 def mutate(files: dict[str, File], seed: int, index: int) -> tuple[str, bytes, list[str], float]:

@@ -56,6 +56,8 @@ def of_a_layer(programs: dict[str, dict], name: str) -> tuple[int, dict[str, int
     [
         *("llama-8b H100 x1 decode", "llama-8b H100 x2 decode", "llama-8b A100 x1 decode"),
         *("qwen3-30b-a3b H100 x1 decode", "qwen3-30b-a3b H100 x2 decode"),
+        *("llama-8b H100 x1 decode IQ4_KS", "llama-8b H100 x1 decode IQ2_KT"),
+        "qwen3-30b-a3b H100 x1 decode IQ2_KL",
     ],
 )
 def test_a_layer_of_a_decode_step_is_a_few_kernels(programs, name):

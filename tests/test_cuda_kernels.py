@@ -78,6 +78,9 @@ TYPES_WITH_KERNELS = [
     "Q5_K",
     "Q6_K",
     "TQ2_0",
+    "Q6_0",
+    "IQ1_BN",
+    "Q8_K_R8",
 ]
 
 

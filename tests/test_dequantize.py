@@ -7,16 +7,23 @@ import pytest
 from blocks import usual_blocks
 from tiny import fresh_rng
 
+from jaxsplit.formats import IK_TYPES
 from jaxsplit.ops.matmul import float8, triton_dequantize
 from jaxsplit.quant import TYPES, QTensor, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-QUANTIZED = [name for name, kind in TYPES.items() if kind.block > 1]
+QUANTIZED = [
+    name for name, kind in TYPES.items() if kind.layout is not None and name not in IK_TYPES
+]
+
+
+# Of ik_llama.cpp's types, those with planes that no other type has.
+IK = ("IQ2_K", "IQ6_K", "IQ5_KS", "IQ1_M_R4", "IQ2_KT", "IQ3_KT", "IQ4_KT")
 
 
 @pytest.mark.parametrize("u32", [False, True])
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [*QUANTIZED, *IK])
 def test_every_type_is_dequantized(name, u32):
     kind = TYPES[name]
     w = unpack(name, usual_blocks(fresh_rng(), name, 7, 768 // kind.block))
@@ -53,7 +60,7 @@ def test_bounds_scale_rows_to_the_largest_number():
     assert not np.float32(found)[[2, 4]].any()
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [*QUANTIZED, *IK])
 def test_no_weight_exceeds_the_bound_of_its_row(name):
     w = unpack(name, usual_blocks(fresh_rng(), name, 9, 768 // TYPES[name].block))
     largest = np.abs(np.float32(dequantize(w))).max(axis=-1)

@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 import pytest
 from blocks import usual_blocks
 from helpers import Q8_0, SHAPES, nmse
@@ -20,7 +21,7 @@ from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
-from jaxsplit.ops.matmul import float8, triton_gemv_int8
+from jaxsplit.ops.matmul import byte_tables, float8, trellis, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
 from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
 
@@ -28,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 SUPPORTED = {
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("TQ1_0", "TQ2_0"),
+    *("TQ1_0", "TQ2_0", "Q1_0", "IQ4_NL", "IQ4_XS"),
+    *("Q6_0", "IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ5_KS"),
+    *("IQ4_KSS", "IQ2_KL", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT"),
+    *("I2_S", "IQ1_BN", "IQ2_BN", "Q8_KV"),
 }
 
 
@@ -45,6 +49,8 @@ def test_which_types_have_a_kernel():
     found = set()
     for name, kind in TYPES.items():
         raw = jax.ShapeDtypeStruct((4, 2, kind.block_bytes), np.uint8)
+        if name.endswith(("_R4", "_R8", "_R16")):  # as their plain types
+            continue
         if kind.layout and triton_gemv_int8.supports(
             jax.eval_shape(functools.partial(unpack, name), raw)
         ):
@@ -123,6 +129,9 @@ def test_a_fused_function_and_norm_precede_quantization(rng, epsilon):
         *((["Q4_K"], 1, 4352), (["Q4_K"], 3, 512), (["Q5_K"], 1, 2816), (["TQ2_0"], 1, 1536)),
         *((["Q6_K"], 1, 4608), (["Q6_K", "Q4_K", "Q8_0"], 3, 512), (["Q5_0"], 2, 1376)),
         *((["Q4_K"], 1, 9472), (["Q8_0"], 2, 5120), (["Q6_K"], 1, 10240), (["Q4_K"], 1, 8192)),
+        *((["IQ4_K"], 1, 1536), (["IQ4_KS"], 2, 2816), (["IQ2_K"], 1, 1536), (["IQ3_KS"], 1, 1536)),
+        *((["IQ2_KT"], 1, 2816), (["IQ3_KT"], 2, 1536), (["IQ4_KT"], 1, 1536)),
+        *((["IQ5_K"], 1, 2816), (["IQ6_K", "IQ2_KL", "Q6_0"], 1, 512), (["IQ4_XS"], 1, 1536)),
     ],
 )
 def test_matmuls_equal_float64(rng, names, rows, columns):
@@ -134,6 +143,37 @@ def test_matmuls_equal_float64(rng, names, rows, columns):
         for y, w in zip(results, matrices, strict=True):
             expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
             assert nmse(y, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "Q1_0"])
+def test_ptx_looks_up_tables(rng, monkeypatch, name):
+    table = TYPES[name].layout.table
+    monkeypatch.setattr(byte_tables.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    codes = rng.integers(0, len(table), (5, 7, 4), np.uint8)
+    expected = np.asarray(table, np.int8)[codes]
+    with forward_context(policy=MatmulPolicy(kernels=True)):
+        found = byte_tables.look_up_bytes(jnp.asarray(codes.view(np.uint32)), table)
+        assert np.array_equal(np.asarray(found).view(np.int8), expected)
+        for part in range(0, len(table), 16):
+            table_ = table[part : part + 16]
+            if len(table_) < 16:
+                continue
+            packed = rng.integers(0, 256, (9, 4), np.uint8)
+            halves = byte_tables.look_up_nibbles(jnp.asarray(packed.view(np.uint32)), table_)
+            for half, index in zip(halves, (packed & 15, packed >> 4), strict=True):
+                assert np.array_equal(np.asarray(half).view(np.int8), np.int8(table_)[index])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_ptx_computes_values_of_trellises(rng, monkeypatch, signed):
+    monkeypatch.setattr(trellis.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    states, first = rng.integers(0, 2**16, (7, 64), np.uint32), 4 * rng.integers(0, 2, (7, 64))
+    signs = [jnp.asarray(rng.integers(0, 2**32, (7, 64), np.uint32))] if signed else []
+    arguments = jnp.asarray(states), jnp.asarray(first, jnp.int32), *signs
+    expected = trellis.four_values(*arguments)
+    with forward_context(policy=MatmulPolicy(kernels=True)):
+        found = trellis.four_values(*arguments)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.usefixtures("quick_compilation")

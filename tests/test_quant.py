@@ -13,11 +13,12 @@ from tiny import fresh_rng
 
 from jaxsplit.engine.runner import compiler_options
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.formats import IK_TYPES
 from jaxsplit.ops.matmul.api import matmul
 from jaxsplit.quant import TYPES, QTensor, dequantize, quant_type, take_rows, unpack
 
-NAMES = list(TYPES)
-QUANTIZED = [name for name, kind in TYPES.items() if kind.layout is not None]
+NAMES = [name for name in TYPES if name not in IK_TYPES]  # those of ik_llama.cpp: test_ik.py
+QUANTIZED = [name for name in NAMES if TYPES[name].layout is not None]
 PACKED_AS_IN_THE_FILE = (
     *("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K"),
     *("IQ4_NL", "IQ4_XS", "MXFP4"),
@@ -327,7 +328,7 @@ def test_an_unknown_type_is_refused_and_the_known_are_listed():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [*QUANTIZED, "IQ5_K", "IQ6_K", "IQ2_KT", "IQ3_KT", "IQ4_KT"])
 def test_one_row_needs_no_temporary_of_a_matrix(name):
     """With the engine's compiler options, for every layout of planes."""
     size = 2048

@@ -1,7 +1,5 @@
 """The small-M GEMM kernel, interpreted, against float64."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.packed import PackedLayout, packing_of
 from jaxsplit.ops.activations.triton_rows import store_rows
-from jaxsplit.ops.matmul import triton_small_m_gemm
+from jaxsplit.ops.matmul import trellis, triton_small_m_gemm
 from jaxsplit.quant import TYPES, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -37,10 +35,11 @@ def product(x, w):
     def bfloat16(values):
         return values.astype(jnp.bfloat16).astype(jnp.float32)
 
-    scaled = dataclasses.replace(
-        w, scale=bfloat16(qtensor.scales(w)), minimum=None, super_scale=None, super_minimum=None
-    )
-    y = np.float64(x) @ np.float64(dequantize(scaled, jnp.bfloat16)).T
+    scale, shift = bfloat16(qtensor.scales(w)), qtensor.shifts(w)
+    values = qtensor.unscaled(w).reshape(*scale.shape, -1)
+    values = values if shift is None else values + shift[..., None]
+    scaled = bfloat16(values * scale[..., None]).reshape(w.shape)
+    y = np.float64(x) @ np.float64(scaled).T
     minima = qtensor.minima(w)
     if minima is not None:
         groups = x.astype(jnp.float32).reshape(len(x), minima.shape[-1], -1)
@@ -70,6 +69,10 @@ def activations(rng, rows, columns):
         *((["Q8_0"], 3, 1536, None), (["Q4_0"], 9, 2816, 3), (["Q5_1"], 2, 1536, 1)),
         *((["Q4_K"], 17, 1280, 2), (["Q3_K"], 40, 768, 1), (["Q5_K"], 5, 1280, None)),
         *((["TQ2_0"], 16, 1536, 2), (["Q6_K", "Q4_K", "Q8_0"], 33, 512, None)),
+        *((["IQ4_K"], 9, 2816, None), (["IQ4_KS", "IQ2_KL"], 33, 1536, 2), (["IQ2_K"], 3, 768, 1)),
+        *((["IQ3_KS"], 5, 1536, None), (["IQ5_KS", "IQ6_K"], 17, 768, 1), (["IQ4_XS"], 3, 1536, 1)),
+        *((["IQ2_BN", "Q8_KV", "Q6_0"], 9, 1536, None), (["IQ2_KT", "IQ4_KT"], 5, 1536, None)),
+        (["IQ3_KT"], 33, 768, 1),
     ],
 )
 def test_matmuls_equal_float64(rng, names, rows, columns, split_k):
@@ -88,7 +91,10 @@ def test_matmuls_equal_float64(rng, names, rows, columns, split_k):
 
 @pytest.mark.parametrize(
     "name",
-    ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0"],
+    [
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0"),
+        *("IQ2_K", "IQ3_K", "IQ4_K", "IQ5_KS", "IQ6_K", "IQ4_NL", "Q1_0"),
+    ],
 )
 def test_ptx_dequantizes_bit_for_bit_like_jax(rng, monkeypatch, name):
     monkeypatch.setattr(
@@ -101,12 +107,27 @@ def test_ptx_dequantizes_bit_for_bit_like_jax(rng, monkeypatch, name):
         code, byte = divmod(position, 2)
         planes = [jnp.asarray(rng.integers(0, 2**16, (8, 32), np.uint16)) for _ in layout.bits]
         shifts = [code * per_chunk * 16 // (layout.chunk * bits) * bits for bits in layout.bits]
-        arguments = planes, shifts, byte, layout, scale
+        moved = jnp.asarray(rng.integers(0, 2, (8, 32)) * layout.shift, jnp.uint16)
+        arguments = planes, shifts, byte, layout, scale, *([moved] if layout.shift else [])
         expected = triton_small_m_gemm._scaled_codes(*arguments)
         with forward_context(policy=MatmulPolicy(kernels=True)):
             actual = triton_small_m_gemm._scaled_codes(*arguments)
         assert np.count_nonzero(expected) > 100
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_ptx_scales_values_of_trellises_like_jax(rng, monkeypatch, signed):
+    monkeypatch.setattr(trellis.plgpu, "elementwise_inline_asm", ptx.elementwise_inline_asm)
+    states, signs = rng.integers(0, 2**16, (2, 8, 32), np.uint16)
+    scale = jnp.asarray(rng.normal(size=(8, 32)) * 2.0**60, jnp.bfloat16)
+    for place in range(8):
+        arguments = jnp.asarray(states), place, scale, jnp.asarray(signs) if signed else None
+        expected = trellis.scaled_trellis(*arguments, exponent=-133)
+        with forward_context(policy=MatmulPolicy(kernels=True)):
+            found = trellis.scaled_trellis(*arguments, exponent=-133)
+        assert np.count_nonzero(expected) > 100
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -190,4 +211,4 @@ def test_grouped_gemm_equals_float64(rng):
 def test_unsupported_dtypes_and_types(rng):
     w = matrix(rng, "Q4_K", 8, 512)
     assert not triton_small_m_gemm.supports(w, jnp.float32)
-    assert not triton_small_m_gemm.supports(matrix(rng, "IQ4_XS", 8, 512), jnp.bfloat16)
+    assert not triton_small_m_gemm.supports(matrix(rng, "MXFP4", 8, 512), jnp.bfloat16)

@@ -13,9 +13,11 @@ from jaxsplit.models.mixer_config import LatentAttentionConfig
 
 def _deepseek2(header: Header) -> ModelConfig:
     """Old files have keys' and values' projections of a head in one tensor, and give the widths of
-    whole heads where newer ones give those of the latent vector."""
+    whole heads where newer ones give those of the latent vector. ik_llama.cpp's old files have
+    both: the projections of all heads, one below the other, also in two tensors."""
     fused = not header.has("blk.*.attn_k_b.weight")
-    end = "" if fused else "_mla"
+    flat = not fused and len(header.file.tensor("blk.0.attn_k_b.weight").shape) == 2
+    end = "" if fused or flat else "_mla"
     rope_dim = header.size("rope.dimension_count", least=2)
     width = header.size(f"attention.key_length{end}", least=rope_dim + 1)
     rope = header.rope(rope_dim, interleaved=True)
@@ -62,6 +64,7 @@ ARCHITECTURES = {
             mixer__key_up=["attn_k_b.weight", Rows("attn_kv_b.weight", part=0, layout=_layout)],
             mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
         ),
+        unused=r"blk\.\d+\.attn_kv_b\.weight",
         harmless=dict.fromkeys(
             (
                 "attention.head_count_kv",

@@ -12,8 +12,9 @@ import gguf
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.formats import GGUFTensor, ModelFile
+from jaxsplit.formats import IK_TYPES, STORED_TYPES, GGUFTensor, ModelFile, TensorInfo
 from jaxsplit.llm import open_model
+from jaxsplit.quant import dequantize_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,9 @@ SHAPES = {
     ),
 }
 
-# Where a block keeps its float16 scales, and their ratio to the first: affine types are centred.
-_SCALES = {
+# Where a block keeps its scales, and their ratio to the first: affine types are centred. Those of
+# ik_llama.cpp begin with the scale of the block, or of its row.
+_SCALES: dict[str, dict[int, float]] = {
     "F32": {},
     "F16": {},
     "BF16": {},
@@ -119,12 +121,35 @@ _SCALES = {
     "Q4_K": {0: 1.0, 2: 7.5},
     "Q5_K": {0: 1.0, 2: 15.5},
     "Q6_K": {208: 1.0},
+    **{name: {0: 1.0} for name in IK_TYPES if name not in ("I2_S", "BF16_R16", "MXFP4_R8")},
+    "Q2_K_R4": {0: 1.0, 2: 1.5},
+    "Q4_K_R4": {0: 1.0, 2: 7.5},
+    "Q5_K_R4": {0: 1.0, 2: 15.5},
 }
 _MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 
+# Mixes such as those of published files for ik_llama.cpp: types of the matrices in MLPs but for
+# the down projection, of the down projection, and of attention.
+_IK_MIXES = {
+    "mix-IQ5_K": ("IQ5_K", "IQ6_K", "Q8_0"),
+    "mix-IQ4_K": ("IQ4_K", "IQ5_K", "IQ6_K"),
+    "mix-IQ4_KS": ("IQ4_KS", "IQ5_KS", "IQ6_K"),
+    "mix-IQ4_KSS": ("IQ4_KSS", "IQ4_KS", "IQ5_KS"),
+    "mix-IQ3_K": ("IQ3_K", "IQ4_KS", "IQ5_KS"),
+    "mix-IQ3_KS": ("IQ3_KS", "IQ4_KS", "IQ5_KS"),
+    "mix-IQ2_KL": ("IQ2_KL", "IQ3_KS", "IQ5_KS"),
+    "mix-IQ2_KS": ("IQ2_KS", "IQ2_KL", "IQ5_KS"),
+    "mix-IQ3_KT": ("IQ3_KT", "IQ4_KT", "IQ5_KS"),
+    "mix-IQ2_KT": ("IQ2_KT", "IQ3_KT", "IQ4_KT"),
+    "mix-IQ1_KT": ("IQ1_KT", "IQ2_KT", "IQ4_KT"),
+}
+
 
 def tensor_types(mix: str, shape: Shape) -> dict[str, str]:
-    """The type of each matrix in llama-quantize's mixes `Q4_K_M` and `Q5_K_M`, or of one type."""
+    """The type of each matrix in llama-quantize's mixes `Q4_K_M` and `Q5_K_M`, in a mix for
+    ik_llama.cpp, or of one type."""
+    if mix in _IK_MIXES:
+        return _ik_tensor_types(mix, shape)
     base = _MIXES.get(mix, mix)
     types = {"token_embd": "Q6_K" if base != mix and shape.tied else base}
     if not shape.tied:
@@ -138,41 +163,60 @@ def tensor_types(mix: str, shape: Shape) -> dict[str, str]:
     return types
 
 
+def _ik_tensor_types(mix: str, shape: Shape) -> dict[str, str]:
+    """As `tensor_types`, of a mix for ik_llama.cpp."""
+    hidden, down, attention = _IK_MIXES[mix]
+    types = {"token_embd": "IQ6_K" if shape.tied else "IQ4_K"}
+    if not shape.tied:
+        types["output"] = "IQ6_K"
+    for i in range(shape.layers):
+        for name in shape.matrices:
+            kind = down if name.startswith("ffn_down") else hidden
+            types[f"blk.{i}.{name}"] = attention if name.startswith("attn") else kind
+    return types
+
+
 @functools.cache
 def _pool(kind: str, count: int, std: float) -> np.ndarray:
     """Blocks of weights of about the given standard deviation: uint8 `[count, block_bytes]`."""
     rng = np.random.default_rng(0)
-    ggml = gguf.GGMLQuantizationType[kind]
-    size = gguf.GGML_QUANT_SIZES[ggml][1]
     if not _SCALES[kind]:
         values = rng.normal(0, std, count).astype(np.float32)
-        return gguf.quants.quantize(values[None], ggml).view(np.uint8).reshape(count, size)
-    blocks = rng.integers(0, 256, (count, size), dtype=np.uint8)
+        packed = gguf.quants.quantize(values[None], gguf.GGMLQuantizationType[kind])
+        return packed.view(np.uint8).reshape(count, -1)
+    return random_blocks(rng, kind, count, std)
+
+
+def random_blocks(rng: np.random.Generator, kind: str, count: int, std: float = 1.0) -> np.ndarray:
+    """Random bytes with the same scales in all blocks, so that the weights have about the given
+    standard deviation: uint8 `[count, block_bytes]`."""
+    stored = STORED_TYPES[kind]
+    blocks = rng.integers(0, 256, (count, stored.block_bytes), dtype=np.uint8)
+    dtype = np.dtype(stored.scale or "<f2")
 
     def scale(first: float) -> None:
         for offset, ratio in _SCALES[kind].items():
-            blocks[:, offset : offset + 2] = np.array([first * ratio], np.float16).view(np.uint8)
+            value = np.array([first * ratio], dtype).view(np.uint8)
+            blocks[:, offset : offset + dtype.itemsize] = value
 
     scale(1.0)
-    spread = gguf.quants.dequantize(blocks[:4096].reshape(1, -1), ggml).std()
-    scale(std / spread)
+    rows = -(-min(count, 4096) // stored.rows) * stored.rows
+    sample = np.resize(blocks, (rows, 1, blocks.shape[1]))
+    scale(std / dequantize_rows(kind, stored.file_bytes(sample).reshape(rows, -1)).std())
     return blocks
 
 
 def _tensor(name: str, kind: str, shape: tuple[int, ...]) -> GGUFTensor:
     """A tensor that takes little memory: each row begins one block after the row before."""
-    tensor = GGUFTensor(name, kind, shape, np.empty(0, np.uint8))
-    *rows, columns, size = tensor.blocks_shape
     if len(shape) == 1:
-        blocks = np.ones(shape, np.float32).view(np.uint8).reshape(columns, size)
-        return dataclasses.replace(tensor, blocks=blocks)
-    count = math.prod(rows) + columns
-    pool = _pool(kind, 2 ** math.ceil(math.log2(count)), shape[-1] ** -0.5)
-    strides = [size * math.prod(rows[i + 1 :]) for i in range(len(rows))]
-    blocks = np.lib.stride_tricks.as_strided(
-        pool, tensor.blocks_shape, (*strides, size, 1), writeable=False
+        return GGUFTensor.of_bytes(name, kind, shape, np.ones(shape, np.float32).view(np.uint8))
+    *rows, columns, size = TensorInfo(name, kind, shape).blocks_shape
+    rows = math.prod(rows)
+    pool = _pool(kind, 2 ** math.ceil(math.log2(rows + columns)), shape[-1] ** -0.5)
+    part = np.lib.stride_tricks.as_strided(
+        pool, (rows, 1, columns, 1, size), (size, 0, size, 0, 1), writeable=False
     )
-    return dataclasses.replace(tensor, blocks=blocks)
+    return GGUFTensor(name, kind, shape, (part,))
 
 
 def random_model(spec: str) -> ModelFile:
@@ -182,10 +226,10 @@ def random_model(spec: str) -> ModelFile:
       JaxsplitError: the shape or the type is unknown; the message lists the known ones.
     """
     name, _, mix = spec.partition(":")
-    if name not in SHAPES or _MIXES.get(mix, mix) not in _SCALES:
+    if name not in SHAPES or (_MIXES.get(mix, mix) not in _SCALES and mix not in _IK_MIXES):
         raise JaxsplitError(
             f"{spec!r} is not SHAPE:TYPE; shapes are {', '.join(SHAPES)}; types are "
-            f"{', '.join([*_SCALES, *_MIXES])}"
+            f"{', '.join([*_SCALES, *_MIXES, *_IK_MIXES])}"
         )
     shape = SHAPES[name]
     ends = {"token_embd": (shape.vocab, shape.embed), "output": (shape.vocab, shape.embed)}
@@ -217,11 +261,13 @@ def model_and_type(file: ModelFile) -> dict[str, str | None]:
     """Name and quantized type of a model, as `record.ROW` has them."""
     name, _, kind = file.metadata.get("general.name", file.path.stem).partition(":")
     number = file.metadata.get("general.file_type")
-    if not kind and number is not None:
-        kind = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    known = {int(kind): kind.name for kind in gguf.LlamaFileType}  # ik_llama.cpp has others
+    if not kind and number in known:
+        kind = known[number].removeprefix("MOSTLY_").removeprefix("ALL_")
     return {"model": name, "type": kind or None}
 
 
+_ROWS = 4096  # written at a time: whole units of interleaved rows
 _KINDS = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
 
 
@@ -234,11 +280,9 @@ def write(spec: str, path: str) -> None:
         if key != "general.architecture":
             writer.add_key_value(key, value, gguf.GGUFValueType[_KINDS[type(value)]])
     for tensor in tensors:
-        *rows, columns, size = tensor.blocks_shape
-        ggml = gguf.GGMLQuantizationType[tensor.type]
-        stored = (*rows, columns * size) if tensor.type != "F32" else tensor.shape
-        dtype = np.dtype(np.uint8 if tensor.type != "F32" else np.float32)
-        writer.add_tensor_info(tensor.name, stored, dtype, tensor.nbytes, raw_dtype=ggml)
+        number: Any = tensor.stored.number
+        info = gguf.gguf_writer.TensorInfo(shape=tensor.shape, dtype=number, nbytes=tensor.nbytes)
+        writer.tensors[0][tensor.name] = info
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -246,8 +290,9 @@ def write(spec: str, path: str) -> None:
     out = writer.fout[0]
     writer.write_padding(out, out.tell())
     for tensor in tensors:
-        blocks = tensor.blocks.reshape(-1, tensor.blocks.shape[-2] * tensor.blocks.shape[-1])
-        for start in range(0, len(blocks), 4096):
-            out.write(np.ascontiguousarray(blocks[start : start + 4096]).data)
+        rows, columns = math.prod(tensor.shape[:-1]), tensor.blocks_shape[-2]
+        for start in range(0, rows, _ROWS):
+            blocks = tensor.take(np.arange(start, min(start + _ROWS, rows)), np.arange(columns))
+            out.write(tensor.stored.file_bytes(blocks).data)
         writer.write_padding(out, out.tell())
     writer.close()

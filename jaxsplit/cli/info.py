@@ -9,6 +9,7 @@ and which kernels would run.
 
 import io
 import json
+import math
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ def types(tensors: Iterable["TensorInfo"]) -> dict[str, dict[str, int]]:
     for tensor in tensors:
         row = table.setdefault(tensor.type, {"tensors": 0, "weights": 0, "bytes": 0})
         row["tensors"] += 1
-        row["weights"] += tensor.nbytes // tensor.blocks_shape[-1] * tensor.block_size
+        row["weights"] += math.prod(tensor.shape)
         row["bytes"] += tensor.nbytes
     return dict(sorted(table.items(), key=lambda entry: -entry[1]["bytes"]))
 

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.formats.ggml_types import REFUSED, STORED_TYPES, TYPE_NAMES, StoredType
 from jaxsplit.paths import os_errors, user_path
 
 _SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)(?P<rest>-of-\d+.*)$", re.IGNORECASE)
@@ -38,20 +39,25 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     @property
+    def stored(self) -> StoredType:
+        """How files store the type."""
+        return STORED_TYPES[self.type]
+
+    @property
     def block_size(self) -> int:
         """Weights in a block: neighbours in a row."""
-        return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]][0]
+        return self.stored.block
 
     @property
     def blocks_shape(self) -> tuple[int, ...]:
-        """Of the raw bytes: `[*shape[:-1], blocks, block_bytes]`."""
-        size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
-        return (*self.shape[:-1], self.shape[-1] // size, nbytes)
+        """Of the blocks, each behind its row's header: `[*shape[:-1], blocks, block_bytes]`."""
+        kind = self.stored
+        return (*self.shape[:-1], self.shape[-1] // kind.block, kind.block_bytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return math.prod(self.blocks_shape)
+        return self.stored.nbytes(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +65,101 @@ class GGUFTensor(TensorInfo):
     """A tensor whose bytes are still on disk.
 
     Attributes:
-      blocks: uint8 memory map of shape `blocks_shape`.
+      parts: as in `StoredType.parts`, memory-mapped.
     """
 
-    blocks: np.ndarray
+    parts: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of_bytes(
+        cls, name: str, type_name: str, shape: tuple[int, ...], data: np.ndarray
+    ) -> "GGUFTensor":
+        """The tensor with these bytes, as a file has them: uint8 `[nbytes]`."""
+        return cls(name, type_name, shape, STORED_TYPES[type_name].parts(data, shape))
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """All blocks, uint8 of shape `blocks_shape`: a memory map, or a copy if rows have headers
+        or are interleaved."""
+        rows, columns = (math.prod(self.shape[:-1]), self.shape[-1] // self.block_size)
+        return self.take(np.arange(rows), np.arange(columns)).reshape(self.blocks_shape)
+
+    def take(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Takes blocks, as views where they are stored in this order.
+
+        Args:
+          rows: the tensor's rows, all dimensions but the last flattened, or -1: int `[...]`.
+          columns: blocks of each row, or -1: int `[columns]`.
+
+        Returns:
+          uint8 `[..., columns, block_bytes]`, zeros where an index is -1.
+
+        Raises:
+          JaxsplitError: the scale of a row is infinite or not a number.
+        """
+        taken = [_take_part(part, rows, columns) for part in self.parts]
+        kind = self.stored
+        if kind.header:
+            scales = np.ascontiguousarray(taken[0][..., : np.dtype(kind.scale).itemsize])
+            if not (good := np.isfinite(scales.view(kind.scale))).all():
+                at = np.argwhere(~good)[0]
+                row = rows[tuple(at[: rows.ndim])]
+                raise JaxsplitError(
+                    f"tensor {self.name!r} is damaged: the scale of its row {row} is "
+                    f"{scales.view(kind.scale)[tuple(at)]}; download the file again"
+                )
+        return taken[0] if len(taken) == 1 else np.concatenate(taken, axis=-1)
 
     def release(self) -> None:
         """Let the operating system take back the memory that holds the bytes read so far."""
-        base = self.blocks
+        base = self.parts[-1]
         while isinstance(base, np.ndarray):
             base = base.base
         if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             base.madvise(mmap.MADV_DONTNEED)
+
+
+def _take_part(part: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Takes `[..., columns, bytes]` from a part, as in `GGUFTensor.take`."""
+    unit = part.shape[1]
+    window: list[slice] = []
+    for index, size in ((rows, unit), (columns, 1)):
+        there = index[index >= 0]
+        span = (there.min() // size, there.max() // size + 1) if there.size else (0, 0)
+        window.append(slice(*map(int, span)))
+    part = part[window[0], :, window[1]]
+    units, _, blocks, pieces, width = part.shape
+    whole = part.reshape(units * unit, blocks, pieces * width)
+    starts = window[0].start * unit, window[1].start
+    rows, columns = (
+        np.where(index < 0, -1, index - start)
+        for index, start in zip((rows, columns), starts, strict=True)
+    )
+    return take_blocks(whole, rows, columns)
+
+
+def take_blocks(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Takes rows `[...]` and columns of `[rows, columns, block_bytes]`: zeros where an index is -1,
+    views instead of copies where indices are ranges.
+
+    Returns:
+      `[..., columns, block_bytes]`.
+    """
+    shape = (*rows.shape, len(columns), blocks.shape[-1])
+    for axis, index in enumerate((rows.reshape(-1), columns)):
+        start = max(int(index[0]), 0)
+        if np.array_equal(index, np.arange(start, start + len(index))):
+            blocks = (
+                blocks[start : start + len(index)]
+                if axis == 0
+                else (blocks[:, start : start + len(index)])
+            )
+        elif not blocks.shape[axis]:
+            return np.zeros(shape, np.uint8)
+        else:
+            blocks = np.take(blocks, np.maximum(index, 0), axis=axis)
+            blocks[(slice(None),) * axis + (index < 0,)] = 0
+    return blocks.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,19 +333,16 @@ class _HeaderReader:
         return found
 
     def tensor_info(self, name: str, number: int, shape: tuple[int, ...]) -> TensorInfo:
-        try:
-            kind = gguf.GGMLQuantizationType(number)
-        except ValueError:
-            raise JaxsplitError(
-                f"{self.path}: tensor {name!r} has type number {number}, which is no GGML type of "
-                "mainline llama.cpp (is the file made for a fork?)"
-            ) from None
-        info = TensorInfo(name, kind.name, shape)
-        if shape[-1] % info.block_size:
-            raise JaxsplitError(
-                f"{self.path}: tensor {name!r} has rows of {shape[-1]} weights, not a multiple of "
-                f"the {info.block_size} in a block of type {info.type}"
+        if number not in TYPE_NAMES:
+            what = REFUSED.get(
+                number,
+                "which is no GGML type of mainline llama.cpp or ik_llama.cpp (is the file made for "
+                "a fork?)",
             )
+            raise JaxsplitError(f"{self.path}: tensor {name!r} has type number {number}, {what}")
+        info = TensorInfo(name, TYPE_NAMES[number], shape)
+        if misfit := info.stored.misfit(shape):
+            raise JaxsplitError(f"{self.path}: tensor {name!r} {misfit} of type {info.type}")
         return info
 
     def tensors(self, count: int, alignment: Any) -> dict[str, "GGUFTensor"]:
@@ -280,11 +366,8 @@ class _HeaderReader:
                 raise self.damaged(f"tensor {name!r} would end at byte {end:,}")
             previous, free = f"tensor {name!r}", end
         return {
-            name: GGUFTensor(
-                name,
-                info.type,
-                info.shape,
-                self.data[base + start :][: info.nbytes].reshape(info.blocks_shape),
+            name: GGUFTensor.of_bytes(
+                name, info.type, info.shape, self.data[base + start :][: info.nbytes]
             )
             for name, (info, start) in infos.items()
         }
@@ -357,8 +440,8 @@ def open_gguf(path: str | os.PathLike[str]) -> ModelFile:
         names that differ in their number only (`-00001-of-000NN.gguf`).
 
     Raises:
-      JaxsplitError: the file is missing, not a GGUF file, truncated, or has a tensor of a type
-        that the `gguf` package does not know.
+      JaxsplitError: the file is missing, not a GGUF file, truncated, or has a tensor of an
+        unknown type.
     """
     first = _read(user_path(path))
     shards = [first] if first.is_whole else _all_shards(first)

@@ -9,6 +9,7 @@ from jaxsplit.quant.qtensor import (
     to_u8,
     to_u32,
 )
+from jaxsplit.quant.rows import dequantize_rows
 from jaxsplit.quant.types import TYPES, QuantType, float32_blocks, quant_type, unpack
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "QuantType",
     "Weight",
     "dequantize",
+    "dequantize_rows",
     "float32_blocks",
     "quant_type",
     "take_rows",

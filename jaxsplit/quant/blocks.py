@@ -19,16 +19,18 @@ class BlockFields:
     """Fields of parsed blocks: codes `[..., block]`, all others `[..., groups per block]`.
 
     They correspond to the fields of `QTensor` but are not packed: codes are uint8, int8 for 8 bits.
+    Trellis types have `states`, uint16 `[..., block / chunk]`, and codes for signs only, if any.
     """
 
-    codes: Array
+    codes: Array | None
     scale: Array
+    states: Array | None = None
     minimum: Array | None = None
     super_scale: Array | None = None
     super_minimum: Array | None = None
 
 
-def _view(raw: Array, dtype: jnp.dtype) -> Array:
+def view(raw: Array, dtype: jnp.dtype) -> Array:
     """Reinterprets little-endian bytes `[..., n * itemsize]` as elements `[..., n]`."""
     size = jnp.dtype(dtype).itemsize
     if size == 1:
@@ -36,12 +38,12 @@ def _view(raw: Array, dtype: jnp.dtype) -> Array:
     return lax.bitcast_convert_type(raw.reshape(*raw.shape[:-1], -1, size), dtype)
 
 
-def _half(raw: Array) -> Array:
+def half(raw: Array) -> Array:
     """Reinterprets bytes `[..., 2 * n]` as float16 `[..., n]`."""
-    return _view(raw, jnp.float16)
+    return view(raw, jnp.float16)
 
 
-def _fields(raw: Array, *sizes: int) -> list[Array]:
+def fields_of(raw: Array, *sizes: int) -> list[Array]:
     """Splits the bytes of a block into consecutive fields of these sizes."""
     fields, start = [], 0
     for size in sizes:
@@ -50,7 +52,7 @@ def _fields(raw: Array, *sizes: int) -> list[Array]:
     return fields
 
 
-def _codes(raw: Array, bits: int, run: int) -> Array:
+def codes_of(raw: Array, bits: int, run: int) -> Array:
     """Unpacks bytes `[..., n]` into codes `[..., n * 8 / bits]`.
 
     Within each run of `run` bytes, code `i * run + j` starts at bit `i * bits` of byte `j`.
@@ -61,7 +63,7 @@ def _codes(raw: Array, bits: int, run: int) -> Array:
     return codes.reshape(*raw.shape[:-1], -1)
 
 
-def _flat(values: Array, raw: Array) -> Array:
+def flat(values: Array, raw: Array) -> Array:
     """Flattens values to `[*leading dimensions of raw, n]`."""
     return values.reshape(*raw.shape[:-1], -1)
 
@@ -70,113 +72,115 @@ def _flat(values: Array, raw: Array) -> Array:
 
 
 def q4_0(raw: Array) -> BlockFields:
-    scale, codes = _fields(raw, 2, 16)
-    return BlockFields(_codes(codes, 4, 16), _half(scale))
+    scale, codes = fields_of(raw, 2, 16)
+    return BlockFields(codes_of(codes, 4, 16), half(scale))
 
 
 def q4_1(raw: Array) -> BlockFields:
-    scale, minimum, codes = _fields(raw, 2, 2, 16)
-    return BlockFields(_codes(codes, 4, 16), _half(scale), minimum=_half(minimum))
+    scale, minimum, codes = fields_of(raw, 2, 2, 16)
+    return BlockFields(codes_of(codes, 4, 16), half(scale), minimum=half(minimum))
 
 
 def q5_0(raw: Array) -> BlockFields:
-    scale, high, low = _fields(raw, 2, 4, 16)
-    return BlockFields(_codes(low, 4, 16) | (_codes(high, 1, 1) << 4), _half(scale))
+    scale, high, low = fields_of(raw, 2, 4, 16)
+    return BlockFields(codes_of(low, 4, 16) | (codes_of(high, 1, 1) << 4), half(scale))
 
 
 def q5_1(raw: Array) -> BlockFields:
-    scale, minimum, high, low = _fields(raw, 2, 2, 4, 16)
-    codes = _codes(low, 4, 16) | (_codes(high, 1, 1) << 4)
-    return BlockFields(codes, _half(scale), minimum=_half(minimum))
+    scale, minimum, high, low = fields_of(raw, 2, 2, 4, 16)
+    codes = codes_of(low, 4, 16) | (codes_of(high, 1, 1) << 4)
+    return BlockFields(codes, half(scale), minimum=half(minimum))
 
 
 def q8_0(raw: Array) -> BlockFields:
-    scale, codes = _fields(raw, 2, 32)
-    return BlockFields(_view(codes, jnp.int8), _half(scale))
+    scale, codes = fields_of(raw, 2, 32)
+    return BlockFields(view(codes, jnp.int8), half(scale))
 
 
 def mxfp4(raw: Array) -> BlockFields:
-    scale, codes = _fields(raw, 1, 16)
-    return BlockFields(_codes(codes, 4, 16), scale)
+    scale, codes = fields_of(raw, 1, 16)
+    return BlockFields(codes_of(codes, 4, 16), scale)
 
 
 def nvfp4(raw: Array) -> BlockFields:
-    scale, codes = _fields(raw, 4, 32)
-    return BlockFields(_codes(codes, 4, 8), scale)
+    scale, codes = fields_of(raw, 4, 32)
+    return BlockFields(codes_of(codes, 4, 8), scale)
 
 
 # Super-blocks of 256 weights with two levels of scales
 
 
 def q2_k(raw: Array) -> BlockFields:
-    scales, codes, scale, minimum = _fields(raw, 16, 64, 2, 2)
+    scales, codes, scale, minimum = fields_of(raw, 16, 64, 2, 2)
     return BlockFields(
-        _codes(codes, 2, 32),
+        codes_of(codes, 2, 32),
         scales & 15,
         minimum=scales >> 4,
-        super_scale=_half(scale),
-        super_minimum=-_half(minimum),
+        super_scale=half(scale),
+        super_minimum=-half(minimum),
     )
 
 
 def q3_k(raw: Array) -> BlockFields:
-    high, low, scales, scale = _fields(raw, 32, 64, 12, 2)
-    codes = _codes(low, 2, 32) | (_codes(high, 1, 32) << 2)
-    low, high = _fields(scales, 8, 4)
-    scales = _codes(low, 4, 8) | (_codes(high, 2, 4) << 4)
-    return BlockFields(codes, scales.astype(jnp.int8) - 32, super_scale=_half(scale))
+    high, low, scales, scale = fields_of(raw, 32, 64, 12, 2)
+    codes = codes_of(low, 2, 32) | (codes_of(high, 1, 32) << 2)
+    low, high = fields_of(scales, 8, 4)
+    scales = codes_of(low, 4, 8) | (codes_of(high, 2, 4) << 4)
+    return BlockFields(codes, scales.astype(jnp.int8) - 32, super_scale=half(scale))
 
 
 def _scales_k4(packed: Array) -> tuple[Array, Array]:
     """Unpacks the 8 scales and 8 minima of 6 bits each that Q4_K and Q5_K store in 12 bytes."""
-    low, high, mixed = _fields(packed, 4, 4, 4)
+    low, high, mixed = fields_of(packed, 4, 4, 4)
     scale = jnp.concatenate([low & 63, (mixed & 15) | ((low >> 6) << 4)], axis=-1)
     minimum = jnp.concatenate([high & 63, (mixed >> 4) | ((high >> 6) << 4)], axis=-1)
     return scale, minimum
 
 
 def q4_k(raw: Array) -> BlockFields:
-    scale, minimum, packed, codes = _fields(raw, 2, 2, 12, 128)
+    scale, minimum, packed, codes = fields_of(raw, 2, 2, 12, 128)
     scales, minima = _scales_k4(packed)
     return BlockFields(
-        _codes(codes, 4, 32),
+        codes_of(codes, 4, 32),
         scales,
         minimum=minima,
-        super_scale=_half(scale),
-        super_minimum=-_half(minimum),
+        super_scale=half(scale),
+        super_minimum=-half(minimum),
     )
 
 
 def q5_k(raw: Array) -> BlockFields:
-    scale, minimum, packed, high, low = _fields(raw, 2, 2, 12, 32, 128)
+    scale, minimum, packed, high, low = fields_of(raw, 2, 2, 12, 32, 128)
     scales, minima = _scales_k4(packed)
     return BlockFields(
-        _codes(low, 4, 32) | (_codes(high, 1, 32) << 4),
+        codes_of(low, 4, 32) | (codes_of(high, 1, 32) << 4),
         scales,
         minimum=minima,
-        super_scale=_half(scale),
-        super_minimum=-_half(minimum),
+        super_scale=half(scale),
+        super_minimum=-half(minimum),
     )
 
 
 def q6_k(raw: Array) -> BlockFields:
-    low, high, scales, scale = _fields(raw, 128, 64, 16, 2)
-    codes = _codes(low, 4, 64) | (_codes(high, 2, 32) << 4)
-    return BlockFields(codes, _view(scales, jnp.int8), super_scale=_half(scale))
+    low, high, scales, scale = fields_of(raw, 128, 64, 16, 2)
+    codes = codes_of(low, 4, 64) | (codes_of(high, 2, 32) << 4)
+    return BlockFields(codes, view(scales, jnp.int8), super_scale=half(scale))
 
 
 def iq4_xs(raw: Array) -> BlockFields:
-    scale, high, low, codes = _fields(raw, 2, 2, 4, 128)
-    scales = _codes(low, 4, 1) | (_codes(high, 2, 1) << 4)
-    return BlockFields(_codes(codes, 4, 16), scales.astype(jnp.int8) - 32, super_scale=_half(scale))
+    scale, high, low, codes = fields_of(raw, 2, 2, 4, 128)
+    scales = codes_of(low, 4, 1) | (codes_of(high, 2, 1) << 4)
+    return BlockFields(
+        codes_of(codes, 4, 16), scales.astype(jnp.int8) - 32, super_scale=half(scale)
+    )
 
 
 # One and two bits
 
 
 def q1_0(raw: Array) -> BlockFields:
-    scale, codes = _fields(raw, 2, 16)
-    return BlockFields(_codes(codes, 1, 1), _half(scale))
+    scale, codes = fields_of(raw, 2, 16)
+    return BlockFields(codes_of(codes, 1, 1), half(scale))
 
 
 def tq1_0(raw: Array) -> BlockFields:
@@ -187,14 +191,14 @@ def tq1_0(raw: Array) -> BlockFields:
     scale, digits = raw[..., 52:], []
     for start, end, count in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         powers = jnp.uint8([[1], [3], [9], [27], [81]][:count])
-        digits.append(_flat(raw[..., None, start:end] * powers, raw))
+        digits.append(flat(raw[..., None, start:end] * powers, raw))
     digits = jnp.concatenate(digits, axis=-1).astype(jnp.uint16) * 3 >> 8
-    return BlockFields(digits.astype(jnp.uint8), _half(scale))
+    return BlockFields(digits.astype(jnp.uint8), half(scale))
 
 
 def tq2_0(raw: Array) -> BlockFields:
-    codes, scale = _fields(raw, 64, 2)
-    return BlockFields(_codes(codes, 2, 32), _half(scale))
+    codes, scale = fields_of(raw, 64, 2)
+    return BlockFields(codes_of(codes, 2, 32), half(scale))
 
 
 # Codebooks
@@ -208,9 +212,9 @@ def _grid(codebook: type) -> np.ndarray:
     return np.searchsorted(codebook.grid_map, codebook.grid[0, 0]).astype(np.uint8)
 
 
-def _look_up(codebook: type, index: Array, raw: Array) -> Array:
+def look_up(codebook: type, index: Array, raw: Array) -> Array:
     """Looks up codebook entries: `[..., block]`."""
-    return _flat(jnp.asarray(_grid(codebook))[index], raw)
+    return flat(jnp.asarray(_grid(codebook))[index], raw)
 
 
 def _signs(packed: Array) -> Array:
@@ -220,71 +224,71 @@ def _signs(packed: Array) -> Array:
     """
     signs = (packed[..., None] >> jnp.arange(0, 28, 7, dtype=jnp.uint32)) & 127
     signs = signs | ((lax.population_count(signs) & 1) << 7)
-    return _codes(signs.astype(jnp.uint8), 1, 1)
+    return codes_of(signs.astype(jnp.uint8), 1, 1)
 
 
 def iq2_xxs(raw: Array) -> BlockFields:
     """Codes: index of the magnitude, plus 4 for a negative weight."""
-    scale, rest = _fields(raw, 2, 64)
+    scale, rest = fields_of(raw, 2, 64)
     rest = rest.reshape(*raw.shape[:-1], 8, 8)
-    signs_and_scales = _view(rest[..., 4:], jnp.uint32)[..., 0]
-    codes = _look_up(gguf.quants.IQ2_XXS, rest[..., :4], raw)
+    signs_and_scales = view(rest[..., 4:], jnp.uint32)[..., 0]
+    codes = look_up(gguf.quants.IQ2_XXS, rest[..., :4], raw)
     return BlockFields(
-        codes | (_flat(_signs(signs_and_scales), raw) << 2),
+        codes | (flat(_signs(signs_and_scales), raw) << 2),
         (signs_and_scales >> 28).astype(jnp.uint8),
-        super_scale=_half(scale),
+        super_scale=half(scale),
     )
 
 
 def iq2_xs(raw: Array) -> BlockFields:
     """Codes as in `iq2_xxs`."""
-    scale, entries, scales = _fields(raw, 2, 64, 8)
-    entries = _view(entries, jnp.uint16)
+    scale, entries, scales = fields_of(raw, 2, 64, 8)
+    entries = view(entries, jnp.uint16)
     signs = (entries >> 9).astype(jnp.uint8)
-    signs = _codes(signs | ((lax.population_count(signs) & 1) << 7), 1, 1)
+    signs = codes_of(signs | ((lax.population_count(signs) & 1) << 7), 1, 1)
     return BlockFields(
-        _look_up(gguf.quants.IQ2_XS, entries & 511, raw) | (signs << 2),
-        _codes(scales, 4, 1),
-        super_scale=_half(scale),
+        look_up(gguf.quants.IQ2_XS, entries & 511, raw) | (signs << 2),
+        codes_of(scales, 4, 1),
+        super_scale=half(scale),
     )
 
 
 def iq2_s(raw: Array) -> BlockFields:
     """Codes as in `iq2_xxs`."""
-    scale, low, signs, high, scales = _fields(raw, 2, 32, 32, 8, 8)
-    entries = low.astype(jnp.uint16) | (_codes(high, 2, 1).astype(jnp.uint16) << 8)
+    scale, low, signs, high, scales = fields_of(raw, 2, 32, 32, 8, 8)
+    entries = low.astype(jnp.uint16) | (codes_of(high, 2, 1).astype(jnp.uint16) << 8)
     return BlockFields(
-        _look_up(gguf.quants.IQ2_S, entries, raw) | (_codes(signs, 1, 1) << 2),
-        _codes(scales, 4, 1),
-        super_scale=_half(scale),
+        look_up(gguf.quants.IQ2_S, entries, raw) | (codes_of(signs, 1, 1) << 2),
+        codes_of(scales, 4, 1),
+        super_scale=half(scale),
     )
 
 
 def iq3_xxs(raw: Array) -> BlockFields:
     """Codes: 8 + index of the magnitude, or 7 - index for a negative weight."""
-    scale, entries, signs_and_scales = _fields(raw, 2, 64, 32)
-    signs_and_scales = _view(signs_and_scales, jnp.uint32)
-    index = _look_up(gguf.quants.IQ3_XXS, entries, raw)
+    scale, entries, signs_and_scales = fields_of(raw, 2, 64, 32)
+    signs_and_scales = view(signs_and_scales, jnp.uint32)
+    index = look_up(gguf.quants.IQ3_XXS, entries, raw)
     return BlockFields(
-        jnp.where(_flat(_signs(signs_and_scales), raw) == 1, 7 - index, 8 + index),
+        jnp.where(flat(_signs(signs_and_scales), raw) == 1, 7 - index, 8 + index),
         (signs_and_scales >> 28).astype(jnp.uint8),
-        super_scale=_half(scale),
+        super_scale=half(scale),
     )
 
 
 def iq3_s(raw: Array) -> BlockFields:
     """Codes as in `iq3_xxs`."""
-    scale, low, high, signs, scales = _fields(raw, 2, 64, 8, 32, 4)
-    entries = low.astype(jnp.uint16) | (_codes(high, 1, 1).astype(jnp.uint16) << 8)
-    index = _look_up(gguf.quants.IQ3_S, entries, raw)
+    scale, low, high, signs, scales = fields_of(raw, 2, 64, 8, 32, 4)
+    entries = low.astype(jnp.uint16) | (codes_of(high, 1, 1).astype(jnp.uint16) << 8)
+    index = look_up(gguf.quants.IQ3_S, entries, raw)
     return BlockFields(
-        jnp.where(_codes(signs, 1, 1) == 1, 7 - index, 8 + index),
-        _codes(scales, 4, 1),
-        super_scale=_half(scale),
+        jnp.where(codes_of(signs, 1, 1) == 1, 7 - index, 8 + index),
+        codes_of(scales, 4, 1),
+        super_scale=half(scale),
     )
 
 
-def _ternary(entries: Array, negative: Array, scales: Array, scale: Array) -> BlockFields:
+def ternary(entries: Array, negative: Array, scales: Array | int, scale: Array) -> BlockFields:
     """IQ1: weights -1, 0 and 1, to which a group adds or from which it subtracts 1/8.
 
     A group that subtracts is encoded as the negative of a group that adds.
@@ -298,33 +302,33 @@ def _ternary(entries: Array, negative: Array, scales: Array, scale: Array) -> Bl
     Returns:
       codes 0, 1 and 2, and 4-bit scales whose top bit is the sign.
     """
-    index = _look_up(gguf.quants.IQ1_S, entries, scale)
+    index = look_up(gguf.quants.IQ1_S, entries, scale)
     flip = jnp.repeat(negative, index.shape[-1] // negative.shape[-1], axis=-1) == 1
     codes = jnp.where(flip, 2 - index, index)
     return BlockFields(codes, scales | (negative << 3), super_scale=scale)
 
 
 def iq1_s(raw: Array) -> BlockFields:
-    scale, low, high = _fields(raw, 2, 32, 16)
-    high = _view(high, jnp.uint16)
+    scale, low, high = fields_of(raw, 2, 32, 16)
+    high = view(high, jnp.uint16)
     entries = (high[..., None] >> jnp.arange(0, 12, 3, dtype=jnp.uint16)) & 7
-    entries = low.astype(jnp.uint16) | (_flat(entries, raw) << 8)
+    entries = low.astype(jnp.uint16) | (flat(entries, raw) << 8)
     scales = (high >> 12).astype(jnp.uint8)
-    return _ternary(entries, scales >> 3, scales & 7, _half(scale))
+    return ternary(entries, scales >> 3, scales & 7, half(scale))
 
 
 def iq1_m(raw: Array) -> BlockFields:
     """Two neighboring groups of 8 share a scale. Each uint16 holds four scales of 3 bits and, in
     its top 4 bits, a quarter of the float16 super-scale."""
-    low, high, packed = _fields(raw, 32, 16, 8)
-    packed = _view(packed, jnp.uint16)
+    low, high, packed = fields_of(raw, 32, 16, 8)
+    packed = view(packed, jnp.uint16)
     scale = jnp.sum((packed >> 12) << jnp.arange(0, 16, 4, dtype=jnp.uint16), -1, dtype=jnp.uint16)
     scales = (packed[..., None] >> jnp.arange(0, 12, 3, dtype=jnp.uint16)) & 7
-    high = _codes(high, 4, 1)
+    high = codes_of(high, 4, 1)
     entries = low.astype(jnp.uint16) | ((high & 7).astype(jnp.uint16) << 8)
-    return _ternary(
+    return ternary(
         entries,
         high >> 3,
-        jnp.repeat(_flat(scales, raw).astype(jnp.uint8), 2, axis=-1),
+        jnp.repeat(flat(scales, raw).astype(jnp.uint8), 2, axis=-1),
         lax.bitcast_convert_type(scale, jnp.float16)[..., None],
     )

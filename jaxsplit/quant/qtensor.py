@@ -13,7 +13,7 @@ partition spec therefore shards them all, and a slice of the matrix is a slice o
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -31,12 +31,16 @@ class PlaneLayout:
         a plane of the 2 bits above them. `(8,)` is a single plane of signed bytes.
       offset: subtracted from a code; ignored with a table.
       table: 8-bit integer value of each code; None: no table.
-      decode_scale: decodes stored scales to float32; None: a cast is enough.
+      decode_scale: decodes stored scales, to integers where there are super-scales and a shift;
+        None: they are as they are.
       scale_bits: width of scales and minima. With 4 bits two neighbors share a byte, the first in
         the low half.
       chunk: weights that are packed together. Byte `j` of a chunk's plane, which has `bytes` bytes,
         holds the codes of weights `i * bytes + j`, lowest bits first. The `bytes` weights of one
         `i` must not exceed a group.
+      shift: added to the values of a group where the lowest bit of its stored scale is set.
+      trellis: the first plane holds 16 bits for each chunk, from which its values are computed;
+        codes of one bit in a second plane are signs of their magnitudes.
     """
 
     bits: tuple[int, ...]
@@ -45,6 +49,8 @@ class PlaneLayout:
     decode_scale: Callable[[Array], Array] | None = None
     scale_bits: int = 8
     chunk: int = 32
+    shift: int = 0
+    trellis: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -55,10 +61,10 @@ class QTensor:
     Attributes:
       codes: one plane per entry of `layout.bits`, uint8 `[..., out, in * bits / 8]` (int8 for 8
         bits), or the same bytes as little-endian uint32 `[..., out, in * bits / 32]`.
-      scale: `[..., out, in / group]` (half as many bytes for 4 bits): float16, integer factors of
-        `super_scale`, or the bytes that `layout.decode_scale` decodes.
+      scale: `[..., out, in / group]` (half as many bytes for 4 bits): floating-point, integer
+        factors of `super_scale`, or the integers that `layout.decode_scale` decodes.
       minimum: like `scale`, or None.
-      super_scale: float16 `[..., out, in / super_group]`, or None.
+      super_scale: float16 or float32 `[..., out, in / super_group]`, or None.
       super_minimum: like `super_scale`, or None.
       layout: how the planes encode weights.
     """
@@ -152,11 +158,74 @@ def pack_codes(codes: Array, layout: PlaneLayout) -> tuple[Array, ...]:
 def decode_codes(codes: Array, layout: PlaneLayout) -> Array:
     """Decodes codes to unscaled float32 values."""
     if layout.table is not None:
-        return _look_up(codes, layout.table)
+        return look_up(codes, layout.table)
     return codes.astype(jnp.float32) - layout.offset if layout.offset else codes.astype(jnp.float32)
 
 
-def _look_up(codes: Array, table: tuple[int, ...]) -> Array:
+TRELLIS_POWERS = tuple(pow(0xCBAC1FED, i, 2**32) for i in range(1, 9))
+"""Factors of a state for each value of a trellis chunk."""
+
+
+def trellis_values(states: Array, index: Array | np.ndarray) -> Array:
+    """Values that 16-bit states encode, float32 integers from -126 to 126.
+
+    Each state starts a linear congruential generator; a value is the sum of four of its bytes, cut
+    to 6 bits (Tseng et al. 2024, QTIP, arXiv:2406.11235; ik_llama.cpp's multiplier).
+
+    Args:
+      states: unsigned `[...]`.
+      index: of the value in its chunk, broadcastable to `[...]`.
+    """
+    if isinstance(index, np.ndarray):
+        power = jnp.asarray(np.array(TRELLIS_POWERS, np.uint32)[index])
+    else:  # kernels have no constant arrays
+        power = jnp.zeros(index.shape, jnp.uint32)
+        for i, value in enumerate(TRELLIS_POWERS):
+            power = jnp.where(index == i, jnp.uint32(value), power)
+    number = (states.astype(jnp.uint32) + 4096) * power
+    total = ((number & 0x3F3F3F3F) * jnp.uint32(0x01010101)) >> 24
+    return total.astype(jnp.float32) - 126
+
+
+def trellis_slice(planes: Sequence[Array], index: np.ndarray) -> Array:
+    """Values at one place of each chunk of a trellis layout.
+
+    Args:
+      planes: the states, unsigned `[..., chunks]`, and the signs, uint8 `[..., chunks]`, if any.
+      index: of the value in its chunk, broadcastable to `[..., chunks]`.
+    """
+    values = trellis_values(planes[0], index)
+    if len(planes) == 1:
+        return values
+    negative = (planes[1] >> jnp.asarray(index, jnp.uint8)) & 1
+    return jnp.where(negative == 1, -jnp.abs(values), jnp.abs(values))
+
+
+def trellis_planes(w: "QTensor") -> list[Array]:
+    """The planes of a trellis layout with one element for each chunk, as in `trellis_slice`."""
+    # Shifts, not a bitcast: XLA:CPU would copy the states.
+    states, *signs = w.codes
+    bits = 8 * states.dtype.itemsize
+    if bits == 8:
+        low, high = states[..., ::2].astype(jnp.uint16), states[..., 1::2].astype(jnp.uint16)
+        return [low | (high << 8), *signs]
+    shifted = states[..., None] >> jnp.arange(0, bits, 16, dtype=states.dtype)
+    halves = (shifted & 0xFFFF).reshape(*states.shape[:-1], -1)
+    return [halves, *(as_bytes(plane, w.layout) for plane in signs)]
+
+
+def unscaled(w: "QTensor") -> Array:
+    """The values of all weights before scaling, float32 `[..., out, in]`, without shifts."""
+    layout = w.layout
+    if layout.trellis:
+        planes = [plane[..., None] for plane in trellis_planes(w)]
+        return trellis_slice(planes, np.arange(layout.chunk)).reshape(w.shape)
+    planes = [as_bytes(plane, layout) for plane in w.codes]
+    unpacked = map(partial(unpack_bits, chunk=layout.chunk), planes, layout.bits)
+    return decode_codes(combine_planes(unpacked, layout), layout)
+
+
+def look_up(codes: Array, table: tuple[int, ...]) -> Array:
     """Looks up a table of int8 values, as float32.
 
     Four entries are packed into a uint32. The upper bits of a code select a uint32, its low two
@@ -195,6 +264,18 @@ def scales(w: QTensor) -> Array:
     return _decode_groups(w.scale, w.super_scale, w.layout, w.layout.decode_scale)
 
 
+def shifts(w: QTensor) -> Array | None:
+    """What values are shifted by, float32 `[..., out, in / group]`; None: nothing."""
+    if not w.layout.shift:
+        return None
+    return group_shifts(w.scale, w.layout).astype(jnp.float32)
+
+
+def group_shifts(scale: Array, layout: PlaneLayout) -> Array:
+    """What stored scales shift their groups' values by, integers."""
+    return (scale & 1) * layout.shift
+
+
 def minima(w: QTensor) -> Array | None:
     """The minima of the groups, float32 `[..., out, in / group]`."""
     return None if w.minimum is None else _decode_groups(w.minimum, w.super_minimum, w.layout)
@@ -211,6 +292,7 @@ def row_bounds(w: QTensor) -> Array:
         max_value = max(map(abs, layout.table))
     else:
         max_value = 128 if layout.bits == (8,) else max(layout.offset, max_code - layout.offset)
+    max_value = 126 if layout.trellis else max_value + layout.shift
 
     def bound(inner: Array, outer: Array | None, decode: Callable | None = None) -> Array:
         if outer is None or decode:
@@ -224,12 +306,17 @@ def row_bounds(w: QTensor) -> Array:
     return jnp.max(bounds, axis=-1)
 
 
+def inner_groups(plane: Array, layout: PlaneLayout, decode: Callable | None = None) -> Array:
+    """Scales or minima, float32 `[..., groups]`, without those of super-groups."""
+    inner = unpack_bits(plane, layout.scale_bits, 8 // layout.scale_bits)
+    return (decode(inner) if decode else inner).astype(jnp.float32)
+
+
 def _decode_groups(
     plane: Array, outer: Array | None, layout: PlaneLayout, decode: Callable | None = None
 ) -> Array:
     """Scales or minima, float32 `[..., groups]`, times those of super-groups if there are any."""
-    inner = unpack_bits(plane, layout.scale_bits, 8 // layout.scale_bits)
-    inner = decode(inner) if decode else inner.astype(jnp.float32)
+    inner = inner_groups(plane, layout, decode)
     if outer is None:
         return inner
     groups = inner.reshape(*outer.shape, -1)
@@ -240,13 +327,11 @@ def dequantize(w: Weight, dtype: jnp.dtype = jnp.float32) -> Array:
     """Dequantizes to a plain array `[..., out, in]`; computes in float32."""
     if not isinstance(w, QTensor):
         return w.astype(dtype)
-    layout = w.layout
-    planes = [as_bytes(plane, layout) for plane in w.codes]
-    codes = combine_planes(
-        map(partial(unpack_bits, chunk=layout.chunk), planes, layout.bits), layout
-    )
-    scale, minimum = scales(w), minima(w)
-    grouped = decode_codes(codes, layout).reshape(*scale.shape, -1) * scale[..., None]
+    scale, shift, minimum = scales(w), shifts(w), minima(w)
+    grouped = unscaled(w).reshape(*scale.shape, -1)
+    if shift is not None:
+        grouped = grouped + shift[..., None]
+    grouped = grouped * scale[..., None]
     if minimum is not None:
         grouped = grouped + minimum[..., None]
     return grouped.reshape(w.shape).astype(dtype)

@@ -2,20 +2,33 @@
 
 # Which optional fields a type has follows from its entry in the table.
 # pyright: reportArgumentType=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
 import gguf.quants
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.quant import blocks
+from jaxsplit.formats import STORED_TYPES
+from jaxsplit.quant import blocks, ik_blocks
 from jaxsplit.quant.blocks import BlockFields
-from jaxsplit.quant.qtensor import PlaneLayout, QTensor, Weight, dequantize, pack_codes, pack_scales
+from jaxsplit.quant.qtensor import (
+    PlaneLayout,
+    QTensor,
+    Weight,
+    dequantize,
+    pack_bits,
+    pack_codes,
+    pack_scales,
+    trellis_slice,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +37,12 @@ class QuantType:
 
     Attributes:
       block: weights in a block.
-      block_bytes: bytes of a block.
+      block_bytes: bytes of a block, behind its row's header if there is one.
       layout: of the planes; None for a floating-point type.
       parse: parses raw blocks, uint8 `[..., block_bytes]`; None for a floating-point type.
       dtype: of a floating-point type; None for a quantized one.
+      row_scale: the outermost scale is the same in all blocks of a row.
+      adds_offset: weights are defined as `scale * code - scale * offset`: zeros are never negative.
     """
 
     block: int
@@ -35,6 +50,8 @@ class QuantType:
     layout: PlaneLayout | None = None
     parse: Callable[[Array], BlockFields] | None = None
     dtype: jnp.dtype | None = None
+    row_scale: bool = False
+    adds_offset: bool = False
 
 
 def _half_steps(scales: Array, step: float) -> Array:
@@ -46,6 +63,22 @@ def _signed(scales: Array) -> Array:
     """The odd number 1, 3, ..., 15 that the low 3 bits encode, negated if bit 3 is set."""
     magnitude = _half_steps(scales & 7, 2)
     return jnp.where(scales > 7, -magnitude, magnitude)
+
+
+def _signed_4(scales: Array) -> Array:
+    """The number that the low 4 bits are, negated if bit 4 is set."""
+    magnitude = (scales & 15).astype(jnp.float32)
+    return jnp.where(scales > 15, -magnitude, magnitude)
+
+
+def _above_shift(scales: Array) -> Array:
+    """The scale above the bit that shifts its group's values."""
+    return scales >> 1
+
+
+def _odd(scales: Array) -> Array:
+    """The odd scale whose lowest bit shifts its group's values."""
+    return scales | 1
 
 
 def _e8m0(scales: Array) -> Array:
@@ -121,6 +154,104 @@ TYPES: dict[str, QuantType] = {
 }
 
 
+# ik_llama.cpp's own types.
+
+_T2 = (-31, -13, 1, 17)
+_T3 = (-63, -40, -23, -10, 1, 13, 28, 47)
+_T5 = (
+    *(-126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6),
+    *(-1, 5, 11, 17, 23, 29, 36, 43, 51, 59, 68, 77, 87, 97, 109, 121),
+)
+_T6 = (
+    *(-127, -121, -115, -109, -104, -98, -93, -88, -84, -79, -74, -70, -66, -62, -58, -54),
+    *(-51, -47, -44, -40, -37, -34, -31, -28, -25, -22, -19, -16, -13, -11, -8, -5),
+    *(-2, 0, 3, 6, 9, 12, 14, 17, 20, 23, 27, 30, 33, 36, 40, 44),
+    *(47, 51, 55, 59, 63, 68, 72, 77, 82, 87, 92, 98, 103, 109, 115, 121),
+)
+_IK2 = PlaneLayout((2,), table=_T2, shift=5, decode_scale=_above_shift, chunk=64)
+_IK3 = PlaneLayout((2, 1), table=_T3, shift=4, decode_scale=_above_shift, chunk=64)
+_IK4 = PlaneLayout((4,), table=ik_blocks.T4, shift=4, decode_scale=_above_shift)
+_IK5 = PlaneLayout((4, 1), table=_T5, shift=2, decode_scale=_above_shift, chunk=128)
+_IK6 = PlaneLayout((4, 2), table=_T6, shift=1, decode_scale=_above_shift, chunk=64)
+_IK4S = dataclasses.replace(_IK4, decode_scale=_odd)
+_IK5S = dataclasses.replace(_IK5, decode_scale=_odd, chunk=256)
+_IK2KL = PlaneLayout((2, 1), table=_T3, chunk=64)
+_Q6_0 = PlaneLayout((4, 2), offset=32)
+_BN = PlaneLayout((2,), offset=1, chunk=64)
+_Q8 = PlaneLayout((8,))
+_KT = PlaneLayout((2,), trellis=True, chunk=8)
+
+_IK: dict[str, tuple[PlaneLayout | None, Callable[[Array], BlockFields]]] = {
+    "I2_S": (dataclasses.replace(_BN, chunk=128), ik_blocks.i2_s),
+    "Q6_0": (_Q6_0, ik_blocks.q6_0),
+    "IQ1_BN": (_BN, ik_blocks.iq1_bn),
+    "IQ2_BN": (_BN, ik_blocks.iq2_bn),
+    "IQ2_K": (_IK2, ik_blocks.iq2_k),
+    "IQ3_K": (_IK3, ik_blocks.iq3_k),
+    "IQ4_K": (_IK4, ik_blocks.iq4_k),
+    "IQ5_K": (_IK5, ik_blocks.iq5_k),
+    "IQ6_K": (_IK6, ik_blocks.iq6_k),
+    "IQ4_KS": (_IK4S, ik_blocks.iq4_ks),
+    "IQ2_KS": (_IK2, ik_blocks.iq2_ks),
+    "IQ4_KSS": (_IK4S, ik_blocks.iq4_kss),
+    "Q8_KV": (_Q8, ik_blocks.q8_kv),
+    "IQ5_KS": (_IK5S, ik_blocks.iq5_ks),
+    "IQ2_KT": (_KT, ik_blocks.iq2_kt),
+    "IQ3_KT": (dataclasses.replace(_KT, bits=(2, 1)), ik_blocks.iq3_kt),
+    "IQ4_KT": (dataclasses.replace(_KT, bits=(4,), chunk=4), ik_blocks.iq4_kt),
+    "IQ3_KS": (_IK3, ik_blocks.iq3_ks),
+    "IQ2_KL": (_IK2KL, ik_blocks.iq2_kl),
+    "IQ1_KT": (_KT, ik_blocks.iq1_kt),
+    "Q4_0_R8": (TYPES["Q4_0"].layout, ik_blocks.q4_0_r8),
+    "Q5_0_R4": (TYPES["Q5_0"].layout, ik_blocks.q5_0_r4),
+    "Q8_0_R8": (TYPES["Q8_0"].layout, blocks.q8_0),
+    "Q2_K_R4": (TYPES["Q2_K"].layout, ik_blocks.q2_k_r4),
+    "Q3_K_R4": (TYPES["Q3_K"].layout, ik_blocks.q3_k_r4),
+    "Q4_K_R4": (TYPES["Q4_K"].layout, ik_blocks.q4_k_r4),
+    "Q5_K_R4": (TYPES["Q5_K"].layout, ik_blocks.q5_k_r4),
+    "Q6_K_R4": (TYPES["Q6_K"].layout, ik_blocks.q6_k_r4),
+    "IQ2_XXS_R4": (TYPES["IQ2_XXS"].layout, ik_blocks.iq2_xxs_r4),
+    "IQ2_XS_R4": (TYPES["IQ2_XS"].layout, ik_blocks.iq2_xs_r4),
+    "IQ3_XXS_R4": (TYPES["IQ3_XXS"].layout, ik_blocks.iq3_xxs_r4),
+    "IQ1_S_R4": (dataclasses.replace(_IQ1, scale_bits=8), ik_blocks.iq1_s_r4),
+    "IQ4_NL_R4": (TYPES["IQ4_NL"].layout, ik_blocks.iq4_nl_r4),
+    "IQ3_S_R4": (TYPES["IQ3_S"].layout, ik_blocks.iq3_s_r4),
+    "IQ2_S_R4": (TYPES["IQ2_S"].layout, ik_blocks.iq2_s_r4),
+    "IQ4_XS_R8": (TYPES["IQ4_XS"].layout, ik_blocks.iq4_xs_r8),
+    "IQ1_M_R4": (
+        dataclasses.replace(_IQ1, decode_scale=_signed_4, scale_bits=8),
+        ik_blocks.iq1_m_r4,
+    ),
+    "Q6_0_R4": (_Q6_0, ik_blocks.q6_0_r4),
+    "IQ2_BN_R4": (_BN, ik_blocks.iq2_bn_r4),
+    "IQ2_K_R4": (_IK2, ik_blocks.iq2_k_r4),
+    "IQ3_K_R4": (_IK3, ik_blocks.iq3_k_r4),
+    "IQ4_K_R4": (_IK4, ik_blocks.iq4_k_r4),
+    "IQ5_K_R4": (_IK5, ik_blocks.iq5_k_r4),
+    "IQ4_KS_R4": (_IK4S, ik_blocks.iq4_ks_r4),
+    "IQ5_KS_R4": (_IK5S, ik_blocks.iq5_ks_r4),
+    "MXFP4_R8": (TYPES["MXFP4"].layout, ik_blocks.mxfp4_r8),
+    "Q8_K_R16": (_Q8, ik_blocks.q8_k_r16),
+    "Q8_KV_R8": (_Q8, ik_blocks.q8_kv_r8),
+    "Q8_K_R8": (_Q8, ik_blocks.q8_k_r8),
+}
+
+for _name, (_layout, _parse) in _IK.items():
+    _stored = STORED_TYPES[_name]
+    TYPES[_name] = QuantType(
+        _stored.block,
+        _stored.block_bytes,
+        _layout,
+        _parse,
+        row_scale=_stored.header > 0,
+        adds_offset=_name in ("Q5_0_R4", "Q6_0_R4", "Q8_K_R16"),
+    )
+TYPES["BF16_R16"] = QuantType(2, 4, dtype=jnp.bfloat16)
+
+_MAX_ROW_SCALE_SPAN = 1024
+"""Weights for which the scale of a row is stored once, at most."""
+
+
 def quant_type(name: str) -> QuantType:
     """The entry of a GGML type.
 
@@ -141,6 +272,7 @@ def unpack(
     sub_block: int | None = None,
     sub_block_index: Array | None = None,
     dtype: jnp.dtype | None = None,
+    padded: bool = False,
 ) -> Weight:
     """Unpacks the raw blocks of a matrix into planes.
 
@@ -153,17 +285,25 @@ def unpack(
       sub_block: weights of a sub-block, a divisor of the block size; None keeps whole blocks.
       sub_block_index: int32 `[blocks]`: which sub-block of each block to keep.
       dtype: dequantize to this dtype; None keeps the weights quantized.
+      padded: some blocks of rows are padding, all zeros, and so are their weights: scales of rows
+        are then repeated for each block.
 
     Returns:
       `[..., out, blocks * sub_block]`, a `QTensor` or a plain array.
     """
     entry = quant_type(name)
+    sub_block = sub_block or entry.block
+    count = entry.block // sub_block
     if entry.parse is None:
-        weights = lax.bitcast_convert_type(raw, entry.dtype)
-        return weights.astype(dtype or entry.dtype)
+        weights = raw.reshape(*raw.shape[:-1], entry.block, -1)
+        weights = lax.bitcast_convert_type(weights, entry.dtype)
+        if count > 1:
+            weights = _take_sub_block(weights, count, sub_block_index)
+        return _merge_blocks(weights).astype(dtype or entry.dtype)
     fields, layout = entry.parse(raw), entry.layout
-    if sub_block is not None and sub_block != entry.block:
-        count = entry.block // sub_block
+    if count > 1:
+        if layout.trellis and sub_block < layout.chunk:
+            fields, layout = _expand_trellis(fields, layout)
         fields = BlockFields(
             **{
                 field.name: _take_sub_block(getattr(fields, field.name), count, sub_block_index)
@@ -171,15 +311,50 @@ def unpack(
             }
         )
         layout = _sub_block_layout(layout, sub_block, fields.scale.shape[-1])
+    scale, super_scale = _merge_blocks(pack_scales(fields.scale, layout)), fields.super_scale
+    super_scale = _merge_blocks(super_scale)
+    if entry.row_scale and not padded:
+        columns = raw.shape[-2] * sub_block
+        if super_scale is None:
+            scale = _once_per_span(scale, columns)
+        else:
+            super_scale = _once_per_span(super_scale, columns)
     tensor = QTensor(
-        codes=pack_codes(_merge_blocks(fields.codes), layout),
-        scale=_merge_blocks(pack_scales(fields.scale, layout)),
+        codes=_pack(fields, layout),
+        scale=scale,
         minimum=_merge_blocks(pack_scales(fields.minimum, layout)),
-        super_scale=_merge_blocks(fields.super_scale),
+        super_scale=super_scale,
         super_minimum=_merge_blocks(fields.super_minimum),
         layout=layout,
     )
     return tensor if dtype is None else dequantize(tensor, dtype)
+
+
+def _pack(fields: BlockFields, layout: PlaneLayout) -> tuple[Array, ...]:
+    """The planes of parsed blocks."""
+    if not layout.trellis:
+        return pack_codes(_merge_blocks(fields.codes), layout)
+    states = lax.bitcast_convert_type(_merge_blocks(fields.states), jnp.uint8)
+    planes = [states.reshape(*states.shape[:-2], -1)]
+    if fields.codes is not None:
+        planes.append(pack_bits(_merge_blocks(fields.codes), 1, layout.chunk))
+    return tuple(planes)
+
+
+def _expand_trellis(fields: BlockFields, layout: PlaneLayout) -> tuple[BlockFields, PlaneLayout]:
+    """Values in place of states, for sub-blocks that are smaller than a chunk."""
+    planes = [fields.states[..., None]]
+    if fields.codes is not None:
+        planes.append(pack_bits(fields.codes, 1, layout.chunk)[..., None])
+    values = trellis_slice(planes, np.arange(layout.chunk)).astype(jnp.int8)
+    codes = values.reshape(*values.shape[:-2], -1)
+    return dataclasses.replace(fields, codes=codes, states=None), PlaneLayout((8,))
+
+
+def _once_per_span(scales: Array, columns: int) -> Array:
+    """The scale of each row, `[..., out, n]`, with one value for as many columns as possible."""
+    span = math.gcd(columns, _MAX_ROW_SCALE_SPAN)
+    return scales.reshape(*scales.shape[:-1], columns // span, -1)[..., 0]
 
 
 @partial(jax.jit, static_argnums=0)

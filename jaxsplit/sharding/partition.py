@@ -36,6 +36,11 @@ class Placement:
     sub_block_index: np.ndarray
 
     @property
+    def has_padded_columns(self) -> bool:
+        """Whether some blocks of each row are padding."""
+        return bool((self.columns < 0).any())
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the padded blocks, `[..., rows, blocks]`."""
         return (*map(len, self.rows), len(self.columns))

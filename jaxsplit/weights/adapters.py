@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import gguf
 import jax
 import numpy as np
 from flax import nnx
@@ -23,6 +22,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import GGUFTensor, ModelFile, TensorInfo, open_gguf
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.models.layers import Linear, LoRA
+from jaxsplit.quant import float32_blocks
 from jaxsplit.sharding import Partition, Stage
 from jaxsplit.sharding.axes import Axis
 from jaxsplit.weights.sources import Source, Sources, abstract_decoder, parameter_path
@@ -65,9 +65,8 @@ class Adapter:
 
 
 def _float32(tensor: GGUFTensor) -> np.ndarray:
-    kind = gguf.GGMLQuantizationType[tensor.type]
-    blocks = np.asarray(tensor.blocks).reshape(len(tensor.blocks), -1)
-    return gguf.quants.dequantize(blocks, kind).reshape(tensor.shape)
+    blocks = np.asarray(float32_blocks(tensor.type, tensor.blocks))
+    return blocks.view(np.float32).reshape(tensor.shape)
 
 
 def parse_adapters(given: Any) -> list[tuple[str, Path, float]]:

@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.formats import GGUFTensor, ModelFile, TensorInfo
+from jaxsplit.formats import STORED_TYPES, GGUFTensor, ModelFile, TensorInfo
 from jaxsplit.models import ModelConfig
 from jaxsplit.paths import os_errors, user_path
 from jaxsplit.quant import float32_blocks, unpack
@@ -117,9 +116,9 @@ def _tensor(
       ValueError: malformed.
     """
     tensor = StoredTensor(name, ggml_type, tuple(shape), path / "tensors" / folder)
-    known = ggml_type in gguf.GGMLQuantizationType.__members__ and tensor.folder.name == folder
+    known = ggml_type in STORED_TYPES and tensor.folder.name == folder
     sized = tensor.shape and all(type(n) is int and n > 0 for n in tensor.shape)
-    if not known or not sized or tensor.shape[-1] % tensor.block_size:
+    if not known or not sized or tensor.stored.misfit(tensor.shape):
         raise ValueError(f"tensor {name!r} is {[ggml_type, shape, folder]}")
     return tensor
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsplit.formats import GGUFTensor
+from jaxsplit.formats import GGUFTensor, take_blocks
 from jaxsplit.models import Decoder, ModelConfig
 from jaxsplit.ops.matmul.api import has_int8_kernel
 from jaxsplit.quant import QTensor, Weight, float32_blocks, to_u32, unpack
@@ -115,40 +115,20 @@ def _upload(sources: Sequence[Source], placements: Sequence[Placement]) -> list[
 
 def _upload_mapped(source: Source, placement: Placement) -> jax.Array:
     """Uploads slices of a memory-mapped tensor."""
-    blocks = cast(GGUFTensor, source.tensor).blocks
-    if source.is_dequantized:
-        blocks = np.asarray(float32_blocks(source.tensor.type, blocks))
-    columns = blocks.shape[-2] if source.is_matrix else 1
-    blocks = blocks.reshape(-1, columns, blocks.shape[-1])
+    tensor = cast(GGUFTensor, source.tensor)
+    take = tensor.take
+    if not source.is_matrix:
+        elements = tensor.blocks
+        if source.is_dequantized:
+            elements = np.asarray(float32_blocks(tensor.type, elements))
+        take = functools.partial(take_blocks, elements.reshape(-1, 1, elements.shape[-1]))
 
     def slices(index: Any) -> np.ndarray:
         rows = source.tensor_rows([r[i] for r, i in zip(placement.rows, index[:-2], strict=True)])
-        return _take(blocks, rows, placement.columns[index[-2]])
+        return np.ascontiguousarray(take(rows, placement.columns[index[-2]]))
 
-    shape = (*placement.shape, blocks.shape[-1])
+    shape = (*placement.shape, source.block_bytes)
     return jax.make_array_from_callback(shape, placement.sharding, slices)
-
-
-def _take(blocks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Takes rows `[...]` and columns of `[rows, columns, block_bytes]`: zeros where an index is -1,
-    views instead of copies where indices are ranges.
-
-    Returns:
-      `[..., columns, block_bytes]`.
-    """
-    shape = (*rows.shape, len(columns), blocks.shape[-1])
-    for axis, index in enumerate((rows.reshape(-1), columns)):
-        start = max(int(index[0]), 0)
-        if np.array_equal(index, np.arange(start, start + len(index))):
-            blocks = (
-                blocks[start : start + len(index)]
-                if axis == 0
-                else (blocks[:, start : start + len(index)])
-            )
-        else:
-            blocks = np.take(blocks, np.maximum(index, 0), axis=axis)
-            blocks[(slice(None),) * axis + (index < 0,)] = 0
-    return np.ascontiguousarray(blocks).reshape(shape)
 
 
 def _unpack(
@@ -169,6 +149,7 @@ def _unpack(
         source.type,
         placement.sharding,
         sub_block=placement.sub_block,
+        padded=placement.has_padded_columns,
         dtype=source.dtype(weights),
         matrix=source.is_matrix,
         as_u32=as_u32,
@@ -182,6 +163,7 @@ def _unpacker(
     sharding: NamedSharding,
     *,
     sub_block: int,
+    padded: bool,
     dtype: jnp.dtype | None,
     matrix: bool,
     as_u32: bool,
@@ -189,7 +171,8 @@ def _unpacker(
     """The program that unpacks sharded blocks; compiled once for each shape."""
 
     def unpack_blocks(raw: jax.Array, index: jax.Array) -> Weight:
-        weight = unpack(ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype)
+        options = {"sub_block": sub_block, "sub_block_index": index, "padded": padded}
+        weight = unpack(ggml_type, raw, dtype=dtype, **options)
         if isinstance(weight, QTensor):
             return to_u32(weight) if as_u32 and has_int8_kernel(weight) else weight
         return weight if matrix else weight[:, 0]

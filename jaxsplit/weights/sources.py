@@ -219,17 +219,22 @@ def parameter_bytes(
     """
     placement = parameter_placement(stage, source, axes)
     local = placement.sharding.shard_shape((*placement.shape, source.block_bytes))
-    return _unpacked_bytes(source.type, local, placement.sub_block, source.dtype(weights))
+    dtype, padded = source.dtype(weights), placement.has_padded_columns
+    return _unpacked_bytes(source.type, local, placement.sub_block, dtype, padded)
 
 
 @functools.cache
 def _unpacked_bytes(
-    ggml_type: str, shape: tuple[int, ...], sub_block: int | None, dtype: jnp.dtype | None
+    ggml_type: str,
+    shape: tuple[int, ...],
+    sub_block: int | None,
+    dtype: jnp.dtype | None,
+    padded: bool = False,
 ) -> int:
     """Bytes of unpacked blocks `[..., rows, blocks, block_bytes]`."""
     weight = jax.eval_shape(
         lambda raw, index: unpack(
-            ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype
+            ggml_type, raw, sub_block=sub_block, sub_block_index=index, dtype=dtype, padded=padded
         ),
         jax.ShapeDtypeStruct(shape, jnp.uint8),
         jax.ShapeDtypeStruct(shape[-2:-1], jnp.int32),

@@ -76,6 +76,9 @@ PROGRAMS = {
         ("qwen3-30b-a3b", "H100", 1, "decode", {}),
         ("qwen3-30b-a3b", "H100", 1, "decode cuda", {"cuda": True}),
         ("qwen3-30b-a3b", "H100", 2, "decode", {}),
+        ("llama-8b", "H100", 1, "decode IQ4_KS", {"mix": "mix-IQ4_KS"}),
+        ("llama-8b", "H100", 1, "decode IQ2_KT", {"mix": "mix-IQ2_KT"}),
+        ("qwen3-30b-a3b", "H100", 1, "decode IQ2_KL", {"mix": "mix-IQ2_KL"}),
     )
     for layers in (1, 2)
 }
@@ -102,7 +105,8 @@ def main() -> None:
         )
         small = dataclasses.replace(random_gguf.SHAPES[shape], layers=layers, vocab=VOCABULARY)
         random_gguf.SHAPES["small"] = small
-        file = random_gguf.random_model("small:Q4_K_M")
+        options = {"mix": "Q4_K_M", **options}
+        file = random_gguf.random_model(f"small:{options.pop('mix')}")
         traced = internals.trace_for(topology.devices, capability, file, **options)
         compiled = traced.lower().compile()
         text = compiled.as_text()

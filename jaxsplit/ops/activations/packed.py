@@ -28,9 +28,15 @@ SUM_SIZES = (BLOCK // 2, BLOCK)
 
 
 def packing_of(layout: PlaneLayout) -> tuple[int, int]:
-    """The codes per byte of the narrowest plane, and the byte pairs per chunk in it."""
-    codes_per_byte = 8 // min(layout.bits)
+    """The codes per byte of the narrowest plane, and the byte pairs per chunk in it. Of a trellis,
+    whose pairs of bytes are states: as if these held codes."""
+    codes_per_byte = 8 // (layout.bits[0] if layout.trellis else min(layout.bits))
     return codes_per_byte, layout.chunk // codes_per_byte // 2
+
+
+def keeps_places(layout: PlaneLayout) -> bool:
+    """Whether the GEMM leaves codes at their place in a byte: see `PackedRows.values`."""
+    return len(layout.bits) == 1 and layout.table is None and not layout.trellis
 
 
 def group_size(w: QTensor, plane: ArrayRef) -> int:
@@ -45,8 +51,8 @@ class PackedRows:
 
     Attributes:
       values: for each order, bfloat16 `[codes per byte pair, rows, byte pairs]`. The GEMM does not
-        shift the codes of a single plane down to bit 0: the activations are divided by that power
-        of two instead.
+        shift the codes of a single plane without a table down to bit 0: the activations are divided
+        by that power of two instead.
       sums: for each order, sums over the groups that share a minimum, bfloat16 `[rows, groups]`;
         None: no minima.
       rms: statistics of a deferred normalization; None: the rows are final.
@@ -105,7 +111,7 @@ class PackedLayout:
             code, offset = divmod_pow2(offset, 2 * pairs_per_chunk)  # index of the code in its byte
             pair, byte = divmod_pow2(offset, 2)
             index = (2 * code + byte, row, chunk * pairs_per_chunk + pair)
-            divided = _times_pow2(x, -layout.bits[0] * code) if len(layout.bits) == 1 else x
+            divided = _times_pow2(x, -layout.bits[0] * code) if keeps_places(layout) else x
             plgpu.store(next(following).at[index], divided, mask=element_mask)
             if sum_size:
                 sums = jnp.sum(jnp.sum(x.astype(jnp.float32), axis=-1), axis=-1)

@@ -29,6 +29,8 @@ def supports(w: QTensor) -> bool:
     """Whether `gemv_int8` can multiply with a matrix, or a stack."""
     layout = w.layout
     affine = layout.table is None and layout.decode_scale is None and layout.scale_bits == 8
+    outer = w.scale if w.super_scale is None else w.super_scale
+    affine = affine and outer.dtype != jnp.float32
     first, *more = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk
     planes = len(more) <= 1 and all(
         size % (4 if first <= 2 * SLICE else SLICE) == 0 for size in more

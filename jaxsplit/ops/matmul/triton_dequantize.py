@@ -13,7 +13,7 @@ from jaxsplit.ops.launch import divmod_pow2
 from jaxsplit.ops.matmul.float8 import LEAST_BOUND
 from jaxsplit.ops.matmul.triton_gemv_int8 import GROUP_PLANES
 from jaxsplit.pallas import ArrayRef, pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, decode_codes, to_u32
+from jaxsplit.quant.qtensor import QTensor, decode_codes, group_shifts, to_u32, trellis_values
 
 _WIDTH = 8  # neighboring weights that a thread dequantizes together: a unit
 _UNITS = 256  # of a program
@@ -22,7 +22,10 @@ _WARPS = 4
 
 def supports(w: QTensor) -> bool:
     """Whether `dequantize` supports a matrix."""
-    aligned = all(w.layout.chunk * bits % 32 == 0 for bits in w.layout.bits)
+    # All planes are loaded as uint32.
+    layout = w.layout
+    unit = 32 if layout.trellis else layout.chunk
+    aligned = all(unit * bits % 32 == 0 for bits in layout.bits) and w.shape[-1] % unit == 0
     groups = w.scale.shape[-1] * 8 // w.layout.scale_bits
     # Indices are 32-bit.
     return aligned and w.shape[-1] // groups % _WIDTH == 0 and math.prod(w.shape) < 2**31
@@ -123,6 +126,45 @@ def _dequantize(
         other = jnp.zeros((), ref.dtype) if options else None
         return plgpu.load(ref.at[index], **options, other=other)
 
+    y = _values(load, w, weight, offset)
+    values: dict[str, Array | float] = {"super_scale": 1, "super_minimum": 1}
+    for name in GROUP_PLANES:
+        if (ref := getattr(w, name)) is not None:
+            per_byte = 8 // layout.scale_bits if name in ("scale", "minimum") else 1
+            group = divmod_pow2(weight, size // (ref.shape[0] * per_byte))[0]
+            byte, position = divmod_pow2(group, per_byte)
+            value = load(ref, byte)
+            if per_byte > 1:
+                value = (value >> (position * layout.scale_bits).astype(value.dtype)) & 15
+            if name == "scale" and layout.shift:
+                y += group_shifts(value, layout).astype(jnp.float32)[:, None]
+            decode = layout.decode_scale if name == "scale" else None
+            values[name] = (decode(value) if decode else value).astype(jnp.float32)[:, None]
+    y *= values["scale"] * values["super_scale"]
+    if "minimum" in values:
+        y += values["minimum"] * values["super_minimum"]
+    if row_bounds is not None:
+        bound = load(row_bounds, lax.div(weight, columns))
+        largest = float(jnp.finfo(out_ref.dtype).max)
+        y *= jnp.where(bound > LEAST_BOUND, largest / bound, 0)[:, None]
+    index = first + weight[:, None] + offset
+    plgpu.store(out_ref.at[index], y.astype(out_ref.dtype), **mask_options(index))
+
+
+def _values(
+    load: Callable[[ArrayRef, Array], Array], w: QTensor, weight: Array, offset: Array
+) -> Array:
+    """Values before scaling and shifting, float32 `[units, width]`.
+
+    Args:
+      load: loads elements of a plane.
+      w: the matrix, its planes flattened.
+      weight: index of the first weight of each unit, `[units]`.
+      offset: of each weight in its unit, `[width]`.
+    """
+    layout = w.layout
+    if layout.trellis:
+        return _trellis(load, w, weight, offset)
     code, done = jnp.uint32(0), 0
     for plane, bits in zip(w.codes, layout.bits, strict=True):
         plane_bits = _load_codes(
@@ -134,26 +176,27 @@ def _dequantize(
         code = lax.bitcast_convert_type(code, jnp.int32)
     if layout.bits == (8,):
         code = (code ^ 128) - 128  # sign-extend
-    values: dict[str, Array | float] = {"super_scale": 1, "super_minimum": 1}
-    for name in GROUP_PLANES:
-        if (ref := getattr(w, name)) is not None:
-            per_byte = 8 // layout.scale_bits if name in ("scale", "minimum") else 1
-            group = divmod_pow2(weight, size // (ref.shape[0] * per_byte))[0]
-            byte, position = divmod_pow2(group, per_byte)
-            value = load(ref, byte)
-            if per_byte > 1:
-                value = (value >> (position * layout.scale_bits).astype(value.dtype)) & 15
-            decode = layout.decode_scale if name == "scale" else None
-            values[name] = (decode(value) if decode else value.astype(jnp.float32))[:, None]
-    y = decode_codes(code, layout) * (values["scale"] * values["super_scale"])
-    if "minimum" in values:
-        y += values["minimum"] * values["super_minimum"]
-    if row_bounds is not None:
-        bound = load(row_bounds, lax.div(weight, columns))
-        largest = float(jnp.finfo(out_ref.dtype).max)
-        y *= jnp.where(bound > LEAST_BOUND, largest / bound, 0)[:, None]
-    index = first + weight[:, None] + offset
-    plgpu.store(out_ref.at[index], y.astype(out_ref.dtype), **mask_options(index))
+    return decode_codes(code, layout)
+
+
+def _trellis(
+    load: Callable[[ArrayRef, Array], Array], w: QTensor, weight: Array, offset: Array
+) -> Array:
+    """`_values` of a trellis layout: a unit is one state, or two in a uint32."""
+    chunk = w.layout.chunk
+    state, _ = divmod_pow2(weight, chunk)
+    word, half = divmod_pow2(state, 2)
+    part, index = divmod_pow2(offset, chunk)
+    shift = 16 * (half[:, None] + part)
+    states = (load(w.codes[0], word)[:, None] >> shift.astype(jnp.uint32)) & jnp.uint32(0xFFFF)
+    index = jnp.broadcast_to(index, states.shape)
+    if len(w.codes) == 1:
+        return trellis_values(states, index)
+    word, first = divmod_pow2(weight, 32)
+    place = (first[:, None] + offset).astype(jnp.uint32)
+    values = jnp.abs(trellis_values(states, index))
+    negative = (load(w.codes[1], word)[:, None] >> place) & jnp.uint32(1)
+    return jnp.where(negative == 1, -values, values)
 
 
 def _load_codes(

@@ -6,6 +6,7 @@ weights is scaled once, after its integer sum.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial, reduce
 from operator import add
@@ -21,8 +22,15 @@ from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import SLICE, Int8Rows, bank_swizzle
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
+from jaxsplit.ops.matmul.byte_tables import (
+    MAX_ENTRIES,
+    look_up_bytes,
+    look_up_nibbles,
+    select_bytes,
+)
+from jaxsplit.ops.matmul.trellis import four_values
 from jaxsplit.pallas import ArrayRef, pl, plgpu
-from jaxsplit.quant.qtensor import QTensor, to_u32
+from jaxsplit.quant.qtensor import PlaneLayout, QTensor, group_shifts, to_u32
 
 MAX_ROWS = 2
 """With more rows of activations, tensor cores are faster."""
@@ -33,17 +41,27 @@ GROUP_PLANES = ("scale", "minimum", "super_scale", "super_minimum")
 _MAX_UNIT_BYTES = 32  # of the first plane, that a thread multiplies in a step
 
 _Slice = tuple[int, int]  # the offset of its first weight and of its first byte, see `_Schedule`
-_Codes = dict[tuple[str, int], Array]  # loaded codes, by `_Schedule.load_key`
+_Codes = dict[tuple[str, int], Any]  # loaded codes, by `_Schedule.load_key`
 
 
 def supports(w: QTensor) -> bool:
     """Whether `gemv_int8` can multiply with a matrix, once its planes are uint32."""
-    layout = w.layout
-    affine = layout.table is None and layout.decode_scale is None and layout.scale_bits == 8
+    layout = _kernel_layout(w.layout)
+    # Scales are numbers as they are, or integers that a bit shifts.
+    plain = (layout.decode_scale is None or layout.shift > 0) and layout.scale_bits == 8
+    known = plain and len(layout.table or ()) <= MAX_ENTRIES
     sizes = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk in each plane
     aligned = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
     # Indices are 32-bit.
-    return affine and aligned and w.shape[-1] % BLOCK == 0 and w.codes[0].size < 2**31
+    columns = w.shape[-1] % math.lcm(BLOCK, layout.chunk) == 0
+    return known and aligned and columns and w.codes[0].size < 2**31
+
+
+def _kernel_layout(layout: PlaneLayout) -> PlaneLayout:
+    """The layout as the K loop walks it: of a trellis, chunks of 16 bytes of states."""
+    if not layout.trellis:
+        return layout
+    return dataclasses.replace(layout, chunk=SLICE * 8 // layout.bits[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +189,13 @@ class _Schedule:
       sign_shift: where the offset is half the number of codes, flipping the top bit of a code and
         moving it to the top of an int8 subtracts the offset: by this many bits. 0: the matrix has
         another offset, or none.
-      needs_sums: the minima, or the offset, multiply sums of activations.
+      looks_up_nibbles: the low 4 bits of both codes of a byte are looked up together.
+      first_plane_bytes: of a chunk in the first plane.
+      needs_sums: the minima, the offset or shifts multiply sums of activations.
     """
 
     def __init__(self, w: QTensor, tiling: _Tiling):
-        self.layout, self.columns = w.layout, w.shape[-1]
+        self.layout, self.columns = _kernel_layout(w.layout), w.shape[-1]
         codes_per_byte = 8 // self.layout.bits[0]
         chunk_bytes = self.layout.chunk // codes_per_byte  # in the first plane
         unit_bytes = chunk_bytes if chunk_bytes <= _MAX_UNIT_BYTES else SLICE
@@ -201,7 +221,10 @@ class _Schedule:
         self.blocks = [list(block) for _, block in blocks]
         width, offset = sum(self.layout.bits), self.layout.offset
         self.sign_shift = 8 - width if offset == 2 ** (width - 1) else 0
-        self.needs_sums = "minimum" in self.group_planes or (offset != 0 and not self.sign_shift)
+        affine = offset != 0 and not self.sign_shift
+        self.looks_up_nibbles = self.layout.bits[0] == 4 and self.layout.table is not None
+        self.first_plane_bytes = chunk_bytes
+        self.needs_sums = "minimum" in self.group_planes or affine or self.layout.shift > 0
 
     def units(self, step: Array | int) -> tuple[Array, Array, Array | None]:
         """The units of a step: index of the chunk, index inside it, and the mask of the units that
@@ -435,18 +458,34 @@ class _RowTile:
         schedule, groups = self.schedule, step.groups
         _, unit, mask = schedule.units(step.index)
         first = schedule.first_slice(step.index)
-        signed = schedule.layout.bits == (8,) or schedule.sign_shift > 0
+        layout = schedule.layout
+        signed = layout.bits == (8,) or schedule.sign_shift > 0 or layout.table is not None
+        signed = signed or layout.trellis
         dot4 = partial(_dot4, signed=signed)
+        codes = step.codes
+        if schedule.looks_up_nibbles and layout.table is not None:
+            tables = [layout.table[i : i + 16] for i in range(0, len(layout.table), 16)]
+            codes = {
+                key: [look_up_nibbles(packed, table) for table in tables]
+                if key[0] == "codes 0"
+                else packed
+                for key, packed in codes.items()
+            }
         segment_codes = [
-            [self._unpack_slice(s, unit, step.codes) for s in segment]
-            for segment in schedule.segments
+            [self._unpack_slice(s, unit, codes) for s in segment] for segment in schedule.segments
         ]
         # Integer scales multiply the integer sums, which stay below 2^31.
         kind = jnp.int32 if "super_scale" in groups else jnp.float32
-        factors = [scale.astype(kind) for scale in groups["scale"]]
+        stored = [scale.astype(kind) for scale in groups["scale"]]
+        factors = (
+            [layout.decode_scale(scale) for scale in stored] if layout.decode_scale else stored
+        )
         constants = groups.get("minimum", [])
-        if schedule.needs_sums and not constants:
-            constants = [-schedule.layout.offset * factor for factor in factors]
+        if layout.shift:
+            pairs = zip(stored, factors, strict=True)
+            constants = [group_shifts(scale, layout) * factor for scale, factor in pairs]
+        elif schedule.needs_sums and not constants:
+            constants = [-layout.offset * factor for factor in factors]
 
         def segment_dot(m: Array, segment: int) -> Array:
             """The integer dot product of a segment with row `m` of x."""
@@ -471,10 +510,25 @@ class _RowTile:
         return tuple(add_row(m, *scales, total) for (m, _), scales, total in rows)
 
     def _unpack_slice(self, slice_: _Slice, unit: Array, loaded: _Codes) -> Array:
-        """The codes of a slice, four per uint32 `[rows, units, 4]`; int8 with a `sign_shift`."""
+        """The codes of a slice, four per uint32 `[rows, units, 4]`; int8 with a `sign_shift`, or
+        from a table."""
+        schedule = self.schedule
+        if schedule.layout.trellis:
+            return self._trellis_slice(slice_, loaded)
+        if schedule.looks_up_nibbles:
+            _, position = schedule.locate(4, unit, slice_[0])
+            halves = loaded[schedule.load_key(0, position, slice_)]
+            options = [half[slice_[0] // schedule.first_plane_bytes] for half in halves]
+            upper = self._combine_planes(slice_, unit, loaded, first=1)
+            return select_bytes(options, upper)
+        codes, table = self._combine_planes(slice_, unit, loaded), schedule.layout.table
+        return codes if table is None else look_up_bytes(codes, table)
+
+    def _combine_planes(self, slice_: _Slice, unit: Array, loaded: _Codes, first: int = 0) -> Array:
+        """The bits of a slice's codes in all planes but the `first`, as in `_unpack_slice`."""
         schedule = self.schedule
         codes, shift = jnp.uint32(0), schedule.sign_shift
-        for plane, bits in enumerate(schedule.layout.bits):
+        for plane, bits in list(enumerate(schedule.layout.bits))[first:]:
             start, position = schedule.locate(bits, unit, slice_[0])
             packed = loaded[schedule.load_key(plane, position, slice_)]
             if schedule.sign_shift and plane == len(schedule.layout.bits) - 1:  # flip the top bits
@@ -488,6 +542,29 @@ class _RowTile:
             codes ^= packed << jnp.uint32(shift)
             shift += bits
         return codes
+
+    def _trellis_slice(self, slice_: _Slice, loaded: _Codes) -> Array:
+        """The values of a slice of a trellis, four int8 per uint32 `[rows, units, 4]`."""
+        lane, index = jnp.arange(SLICE // 4), slice_[0] // SLICE
+        states, *signs = (loaded[f"codes {plane}", 0] for plane in range(len(self.w.codes)))
+
+        def word(words: Array, i: int) -> Array:
+            """One uint32 of each unit, for all lanes."""
+            picked = jnp.sum(jnp.where(lane == i, words, jnp.uint32(0)), axis=-1, dtype=words.dtype)
+            return jnp.broadcast_to(picked[..., None], words.shape)
+
+        lane = jnp.broadcast_to(lane, states.shape)
+        if self.w.layout.chunk == 4:  # a state for each lane
+            pair = jnp.where(lane < 2, word(states, 2 * index), word(states, 2 * index + 1))
+            half, first = lane & 1, jnp.zeros_like(lane)
+        else:  # a state for two
+            pair = word(states, index)
+            half, first = lane >> 1, 4 * (lane & 1)
+        state = (pair >> (16 * half).astype(jnp.uint32)) & jnp.uint32(0xFFFF)
+        if not signs:
+            return four_values(state, first)
+        place = 16 * (index % 2) + 4 * lane
+        return four_values(state, first, word(signs[0], index // 2) >> place.astype(jnp.uint32))
 
 
 def _add_products(

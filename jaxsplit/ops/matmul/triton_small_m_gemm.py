@@ -11,15 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jaxsplit.context import interpreted
-from jaxsplit.ops.activations.packed import SUM_SIZES, PackedRows, group_size, packing_of
+from jaxsplit.ops.activations.packed import (
+    SUM_SIZES,
+    PackedRows,
+    group_size,
+    keeps_places,
+    packing_of,
+)
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
+from jaxsplit.ops.matmul.byte_tables import look_up_ptx
+from jaxsplit.ops.matmul.scaling import both_halves, scale_by_jax, scale_ptx
+from jaxsplit.ops.matmul.trellis import scaled_trellis
 from jaxsplit.pallas import ArrayRef, pl, plgpu
-from jaxsplit.quant.qtensor import PlaneLayout, QTensor
+from jaxsplit.quant.qtensor import PlaneLayout, QTensor, group_shifts, look_up
 
 MAX_ROWS = 64
 """With more rows, dequantizing the matrix first is as fast."""
@@ -178,7 +186,11 @@ def _load_view(w: QTensor) -> QTensor:
         return pairs.reshape(*pairs.shape[: len(w.shape) - 1], -1)
 
     scale = w.scale
-    if scale.dtype.itemsize == 1 and w.layout.chunk % (4 * group_size(w, scale)) == 0:
+    if (
+        not w.layout.shift
+        and scale.dtype.itemsize == 1
+        and w.layout.chunk % (4 * group_size(w, scale)) == 0
+    ):
         dtype = jnp.int32 if scale.dtype == jnp.int8 else jnp.uint32
         scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:-1], -1, 4), dtype)
     return dataclasses.replace(w, codes=tuple(map(to_u16, w.codes)), scale=scale)
@@ -357,7 +369,7 @@ class _Tile:
         """
         ref, size, pairs_per_chunk = self.w.scale, self.group_sizes["scale"], self.pairs_per_chunk
         chunk_weights = self.w.layout.chunk
-        if ref.dtype.itemsize == 4:  # see `_load_view`
+        if ref.dtype in (jnp.int32, jnp.uint32):  # see `_load_view`
             count, per_chunk = self.step_weights // chunk_weights, chunk_weights // size
             first = per_chunk * (step * count + jnp.arange(count))
             loaded = [
@@ -424,6 +436,11 @@ class _Tile:
         # The compiler pipelines the loads of MMA operands, but not these, which are too narrow.
         following = self._load_super_groups(jnp.minimum(i + 1, self.steps - 1))
         power, scales = _WEIGHT_EXPONENT - _CODE_EXPONENT, self._load_scales(i)
+        shifts: list[Array] = []
+        if w.layout.shift:
+            shifts = [group_shifts(x, w.layout).astype(jnp.uint16) for x in scales]
+        if w.layout.decode_scale:
+            scales = [w.layout.decode_scale(x) for x in scales]
         options = {"size": self.step_weights // scales[0].shape[1], "power": power}
         scales = [
             self._apply_super_groups(x, super_groups, "super_scale", **options) for x in scales
@@ -435,19 +452,24 @@ class _Tile:
             minimum = self._apply_super_groups(minimum, super_groups, "super_minimum", **options)
             assert self.x_sums is not None  # as for every order with minima
             total += _dot(minimum, self._load_x(self.x_sums, group, mask))
-        return self._multiply_codes(i, scales, total), following
+        return self._multiply_codes(i, scales, shifts, total), following
 
-    def _multiply_codes(self, step: Array, scales: list[Array], total: Array) -> Array:
-        """Adds the products of a step's codes and scales to `total`."""
+    def _multiply_codes(
+        self, step: Array, scales: list[Array], shifts: list[Array], total: Array
+    ) -> Array:
+        """Adds the products of a step's codes and scales to `total`; shifts are those of the
+        values, if the layout has them."""
+        if self.w.layout.trellis:
+            return self._multiply_trellis(step, scales[0], total)
         w, layout, pairs_per_chunk = self.w, self.w.layout, self.pairs_per_chunk
         index = step * self.step_pairs + jnp.arange(self.step_pairs)
         # Written as a division, not as shifts, so that the compiler sees contiguous runs of pairs.
         chunk, pair = lax.div(index, pairs_per_chunk), lax.rem(index, pairs_per_chunk)
         loaded: dict[tuple[int, int], Array] = {}
-        spread: dict[int, Array] = {}
+        spread: dict[int, list[Array]] = {}
         totals = [total] + [jnp.zeros_like(total)] * (self.accumulators - 1)
         for code in range(self.codes_per_byte):
-            planes, shifts = [], []
+            planes, places = [], []
             for p, (plane, bits) in enumerate(zip(w.codes, layout.bits, strict=True)):
                 chunk_pairs = layout.chunk * bits // 16  # of this plane
                 shift, offset = divmod(code * pairs_per_chunk, chunk_pairs)
@@ -456,15 +478,32 @@ class _Tile:
                     column = index if whole_chunk else chunk * chunk_pairs + offset + pair
                     loaded[p, offset] = self._load(plane, column, self._mask(index, self.row_pairs))
                 planes.append(loaded[p, offset])
-                shifts.append(shift * bits)
+                places.append(shift * bits)
             group = code * len(scales) // self.codes_per_byte
             if group not in spread:
-                spread[group] = _spread(scales[group], self.step_pairs)
+                spread[group] = [_spread(x[group], self.step_pairs) for x in (scales, shifts) if x]
             for byte in range(2):
                 mask = self._mask(index, self.row_pairs)
                 x = self._load_x(self.x_values, index, mask, 2 * code + byte)
-                weights = _scaled_codes(planes, shifts, byte, layout, spread[group])
+                weights = _scaled_codes(planes, places, byte, layout, *spread[group])
                 totals[byte % self.accumulators] += _dot(weights, x)
+        return sum(totals[1:], totals[0])
+
+    def _multiply_trellis(self, step: Array, scale: Array, total: Array) -> Array:
+        """As `_multiply_codes`, of a trellis layout, whose byte pairs are states."""
+        index = step * self.step_pairs + jnp.arange(self.step_pairs)
+        mask = self._mask(index, self.row_pairs)
+        states, *signs = self.w.codes
+        states, signs = self._load(states, index, mask), [*signs, None][0]
+        if signs is not None:  # a byte for each state
+            shift = jnp.broadcast_to((8 * (index & 1)).astype(jnp.uint16)[None], states.shape)
+            signs = self._load(signs, index >> 1, mask) >> shift
+        scale = _spread(scale, self.step_pairs)
+        totals = [total] + [jnp.zeros_like(total)] * (self.accumulators - 1)
+        for place in range(self.w.layout.chunk):
+            x = self._load_x(self.x_values, index, mask, place)
+            weights = scaled_trellis(states, place, scale, signs, exponent=_CODE_EXPONENT)
+            totals[place % self.accumulators] += _dot(weights, x)
         return sum(totals[1:], totals[0])
 
 
@@ -486,6 +525,7 @@ def _scaled_codes(
     byte: int,
     layout: PlaneLayout,
     scale: Array,
+    moved: Array | None = None,
 ) -> Array:
     """Unpacks one code of each byte pair, and multiplies it with its scale.
 
@@ -495,22 +535,27 @@ def _scaled_codes(
       byte: which byte of the pairs.
       layout: of the matrix.
       scale: bfloat16 `[rows, pairs]`, times `2**(_WEIGHT_EXPONENT - _CODE_EXPONENT)`.
+      moved: what the values of the layout's table are shifted by, uint16 `[rows, pairs]`; None:
+        nothing.
 
     Returns:
       the weights without their minima, bfloat16 `[rows, pairs]`, times `2**_WEIGHT_EXPONENT`. The
-      codes of a single plane stay where they are in their byte, so that these weights are
-      `2**shifts[0]` times larger; `PackedRows` makes up for it.
+      codes of a single plane without a table stay where they are in their byte, so that these
+      weights are `2**shifts[0]` times larger; `PackedRows` makes up for it.
     """
-    base = shifts[0] if len(planes) == 1 else 0  # bit at which the code starts
+    base = shifts[0] if keeps_places(layout) else 0  # bit at which the code starts
     shifts = [8 * byte + shift - base for shift in shifts]
-    offset = (128 if layout.bits == (8,) else layout.offset) * 2**base
+    # Of signed bytes, and of tables: 128 is added to what they hold.
+    signed = layout.bits == (8,) or layout.table is not None
+    offset = (128 if signed else layout.offset) * 2**base
     if interpreted():
-        return _scaled_codes_by_jax(planes, shifts, layout, scale, base=base, offset=offset)
-    asm = _scaled_codes_ptx(shifts, layout, base, offset)
+        return _scaled_codes_by_jax(planes, shifts, layout, scale, moved, base=base, offset=offset)
+    asm = _scaled_codes_ptx(shifts, layout, base, offset, moves=moved is not None)
+    args = [*planes, scale] if moved is None else [*planes, scale, moved]
     [result] = plgpu.elementwise_inline_asm(
         asm,
-        args=[*planes, scale],
-        constraints=",".join(["=r", *["r"] * (len(planes) + 1)]),
+        args=args,
+        constraints=",".join(["=r", *["r"] * len(args)]),
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(scale.shape, jnp.bfloat16)],
     )
@@ -522,6 +567,7 @@ def _scaled_codes_by_jax(
     shifts: Sequence[int],
     layout: PlaneLayout,
     scale: Array,
+    moved: Array | None,
     *,
     base: int,
     offset: float,
@@ -534,34 +580,31 @@ def _scaled_codes_by_jax(
         done += bits
     if layout.bits == (8,):
         code ^= jnp.uint16(128)
-    half = _CODE_EXPONENT // 2  # the whole power is subnormal in float32
-    value = (code.astype(jnp.float32) - offset) * 2.0**half
-    return (value * (scale.astype(jnp.float32) * 2.0 ** (_CODE_EXPONENT - half))).astype(
-        scale.dtype
-    )
+    if layout.table is not None:
+        code = (look_up(code, layout.table) + 128).astype(jnp.uint16)
+    if moved is not None:
+        code += moved
+    return scale_by_jax(code.astype(jnp.float32) - offset, scale, _CODE_EXPONENT)
 
 
-def _scaled_codes_ptx(shifts: Sequence[int], layout: PlaneLayout, base: int, offset: float) -> str:
+def _scaled_codes_ptx(
+    shifts: Sequence[int], layout: PlaneLayout, base: int, offset: float, *, moves: bool
+) -> str:
     """PTX that computes `(code - offset) * scale` for two elements, in the halves of a register.
 
     The code's bits are read as bfloat16, without a conversion. On compute capability 8.0, `fma` is
     the only bfloat16 arithmetic instruction.
 
     Args:
-      shifts: right shift of each plane; `$1`, `$2` ... are the planes, the last operand the scale.
+      shifts: right shift of each plane; `$1`, `$2` ... are the planes, the next operand the scale.
       layout: of the matrix.
       base: bit of the result's low byte at which the code starts.
       offset: subtracted from the code.
+      moves: the last operand is added to the code.
     """
 
-    def both_halves(bits: int) -> str:
-        return f"0x{bits * 0x10001:08x}"
-
-    def bfloat16(x: float) -> str:
-        return both_halves(int(np.asarray(x, jnp.bfloat16).view(np.uint16)))
-
     scale = f"${len(shifts) + 1}"
-    lines = [".reg .b32 code, field, offset, bias;", f"mov.b32 bias, {bfloat16(-0.0)};"]
+    lines = [".reg .b32 code, field;"]
     done = 0
     for i, (shift, bits) in enumerate(zip(shifts, layout.bits, strict=True)):
         shift, field = shift - done, f"${i + 1}"
@@ -574,8 +617,10 @@ def _scaled_codes_ptx(shifts: Sequence[int], layout: PlaneLayout, base: int, off
         code = "code" if i else both_halves(128 if bits == 8 else 0)
         lines.append(f"lop3.b32 code, {field}, {mask}, {code}, 0x6A;")
         done += bits
-    if offset:
-        lines.append(f"mov.b32 offset, {bfloat16(-offset * 2.0**_CODE_EXPONENT)};")
-        lines.append(f"fma.rn.bf16x2 bias, {scale}, offset, bias;")
-    lines.append(f"fma.rn.bf16x2 $0, code, {scale}, bias;")
+    if layout.table is not None:
+        lines += look_up_ptx("code", "code", [entry + 128 for entry in layout.table])
+        lines.append("and.b32 code, code, 0x00ff00ff;")
+    if moves:
+        lines.append(f"add.u32 code, code, ${len(shifts) + 2};")
+    lines += scale_ptx(scale, offset, _CODE_EXPONENT)
     return "{ " + " ".join(lines) + " }"

@@ -27,6 +27,8 @@ from jaxsplit.quant.qtensor import (
     minima,
     row_bounds,
     scales,
+    shifts,
+    unscaled,
 )
 
 MAX_CONCAT_BYTES = 2**28
@@ -156,12 +158,24 @@ def _slices(w: QTensor) -> list[Array]:
     return slices
 
 
+def _trellis_row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
+    """`_row_product` of a trellis layout."""
+    scale = scales(w)[..., None]
+    values = unscaled(w).reshape(*scale.shape[:-1], -1)
+    products = values * x.reshape(*values.shape[1:])
+    if sum_groups_first:
+        products = jnp.sum(products, axis=-1, keepdims=True)
+    return jnp.sum(products * scale, axis=(1, 2))
+
+
 def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
     """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`.
 
     Summing each group before it is scaled is fastest on a CPU; a GPU needs a single sum, since
     two would be two kernels.
     """
+    if w.layout.trellis:
+        return _trellis_row_product(x, w, sum_groups_first=sum_groups_first)
     slices = _slices(w)
     chunk, width = w.layout.chunk, slices[0].shape[-1]
     x = x.reshape(-1, len(slices), width)
@@ -173,7 +187,9 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
             groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
         return groups.reshape(groups.shape[0], chunks, -1, 1)
 
-    scale, minimum = per_chunk(scales(w)), minima(w)
+    scale, shift, minimum = per_chunk(scales(w)), shifts(w), minima(w)
+    if shift is not None:
+        shift = per_chunk(shift)
     if minimum is not None:
         minimum = per_chunk(minimum)
     groups = scale.shape[2]
@@ -188,6 +204,8 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
         if sum_groups_first:
             products = jnp.sum(products, axis=-1, keepdims=True)
             inputs = jnp.sum(inputs, axis=-1, keepdims=True)
+        if shift is not None:
+            products = products + inputs * shift[:, :, g]
         total = total + products * scale[:, :, g]
         if minimum is not None:
             total = total + inputs * minimum[:, :, g]
