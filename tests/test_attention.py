@@ -16,6 +16,7 @@ from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
     Decoder,
+    GateConfig,
     LatentAttentionConfig,
     MLPConfig,
     ModelConfig,
@@ -53,7 +54,10 @@ MIXERS = {
     "norms, gate, temperature": [
         attention(query_norm=NormConfig(), key_norm=NormConfig("layer"), norm_over="each"),
         attention(
-            gate=True, attn_temperature=(0.3, 4, 1), value_is_key=True, value_norm=NormConfig()
+            gate=GateConfig(),
+            attn_temperature=(0.3, 4, 1),
+            value_is_key=True,
+            value_norm=NormConfig(),
         ),
     ],
     "lent": [

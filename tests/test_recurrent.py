@@ -20,6 +20,7 @@ from jaxsplit.models import (
     BlockConfig,
     Decoder,
     DeltaNetConfig,
+    GateConfig,
     Mamba2Config,
     MLPConfig,
     ModelConfig,
@@ -226,7 +227,7 @@ def test_slots_begin_wait_and_begin_again(rng, name):
 def hybrid(*mixers):
     """A model of these mixers and one attention with a gate."""
     rope = RopeConfig(8)
-    attention = AttentionConfig(6, 2, 8, 8, rope, query_norm=NORM, key_norm=NORM, gate=True)
+    attention = AttentionConfig(6, 2, 8, 8, rope, query_norm=NORM, key_norm=NORM, gate=GateConfig())
     blocks = tuple(BlockConfig(mixer, MLPConfig(40)) for mixer in (*mixers, attention))
     return ModelConfig("hybrid", 33, EMBED, 256, blocks)
 

@@ -9,6 +9,7 @@ from typing import Any
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Names
 from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.ops.activations.functions import Activation
 from jaxsplit.ops.attention.rope import RopeConfig
 
 
@@ -40,7 +41,7 @@ def decoder(
     header: Header,
     *,
     interleaved: bool = False,
-    activation: str = "silu",
+    activation: Activation = "silu",
     attention: Choices | Callable[[int], Choices] = _NONE,
     block: Choices | Callable[[int], Choices] = _NONE,
     experts: Choices = _NONE,

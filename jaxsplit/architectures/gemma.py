@@ -13,7 +13,7 @@ from jaxsplit.architectures.entry import (
     unscaled,
 )
 from jaxsplit.architectures.header import Header
-from jaxsplit.architectures.names import NAMES, Names, block_names
+from jaxsplit.architectures.names import NAMES, block_names, side_by_side
 from jaxsplit.models.config import DenseMoEConfig, ModelConfig
 
 
@@ -124,26 +124,13 @@ def _gemma4(header: Header) -> ModelConfig:
     )
 
 
-def _side_by_side() -> Names:
-    """Names of an MLP and of experts in one layer."""
-    prefix = "blocks.{i}.mlp."
-    parts = dict.fromkeys(("gate", "up", "down"), "dense")
-    parts |= dict.fromkeys(("router", "experts", "expert_scale"), "moe")
-    moved = {
-        f"{prefix}{parts[part]}.{part}{rest}": choices
-        for path, choices in NAMES.items()
-        for part, dot, end in [path.removeprefix(prefix).partition(".")]
-        for rest in [dot + end]
-        if path.startswith(prefix) and part in parts
-    }
-    return moved | block_names(
-        mlp__dense_norm__scale="ffn_norm.weight",
-        mlp__dense_post_norm__scale="post_ffw_norm_1.weight",
-        mlp__moe_norm__scale="pre_ffw_norm_2.weight",
-        mlp__moe_post_norm__scale="post_ffw_norm_2.weight",
-        mlp__router_norm__scale="ffn_gate_inp.scale",
-    )
-
+_SIDE_BY_SIDE = side_by_side(NAMES) | block_names(
+    mlp__dense_norm__scale="ffn_norm.weight",
+    mlp__dense_post_norm__scale="post_ffw_norm_1.weight",
+    mlp__moe_norm__scale="pre_ffw_norm_2.weight",
+    mlp__moe_post_norm__scale="post_ffw_norm_2.weight",
+    mlp__router_norm__scale="ffn_gate_inp.scale",
+)
 
 ARCHITECTURES = {
     "gemma": Architecture(_gemma),
@@ -151,7 +138,7 @@ ARCHITECTURES = {
     "gemma3": Architecture(_gemma3),
     "gemma4": Architecture(
         _gemma4,
-        _side_by_side(),
+        _SIDE_BY_SIDE,
         # Layers that use the keys and values of others may have tensors for them nevertheless.
         unused=r"blk\.\d+\.attn_(k|v|k_norm)\.weight",
     ),

@@ -10,7 +10,7 @@ from jaxsplit.architectures.names import NAMES, Names, Rows, block_names
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import DeltaNetConfig, Mamba2Config, ShortConvConfig
-from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 
 
 def _sizes(header: Header) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _recurrent(
 def _delta_net(header: Header, *, tiled: bool = False, **choices: Any) -> ModelConfig:
     norm = header.norm()
     mixer = DeltaNetConfig(**_sizes(header), norm=norm, tiled=tiled, epsilon=norm.epsilon)
-    attention = head_norms(header, gate=True)
+    attention = head_norms(header, gate=GateConfig())
     return decoder(header, attention=attention, block=_recurrent(header, mixer), **choices)
 
 
@@ -115,7 +115,6 @@ _DELTA_NET = _names(
     mixer__value__kernel=Rows("ssm_in.weight", part=2, layout=_all_projections),
     mixer__gate__kernel=[
         Rows("attn_q.weight", part=1, layout=_query_and_gate),
-        "attn_gate.weight",
         Rows("ssm_in.weight", part=3, layout=_all_projections),
     ],
     mixer__beta__kernel=[

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import cast
 
 from jaxsplit.architectures.entry import Architecture, decoder
@@ -11,14 +12,14 @@ from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import LatentAttentionConfig
 
 
-def _deepseek2(header: Header) -> ModelConfig:
-    """Old files have keys' and values' projections of a head in one tensor, and give the widths of
-    whole heads where newer ones give those of the latent vector."""
+def latent_attention(header: Header, *, interleaved: bool = True) -> LatentAttentionConfig:
+    """Latent attention. Old files have keys' and values' projections of a head in one tensor, and
+    give the widths of whole heads where newer ones give those of the latent vector."""
     fused = not header.has("blk.*.attn_k_b.weight")
     end = "" if fused else "_mla"
     rope_dim = header.size("rope.dimension_count", least=2)
     width = header.size(f"attention.key_length{end}", least=rope_dim + 1)
-    rope = header.rope(rope_dim, interleaved=True)
+    rope = header.rope(rope_dim, interleaved=interleaved)
     stretch = 0.0 if rope.scaling == "none" else math.log(max(1.0, rope.factor))
     multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0)
     magnitude = header.number("rope.scaling.attn_factor", 1.0)
@@ -26,7 +27,7 @@ def _deepseek2(header: Header) -> ModelConfig:
         # YaRN's magnitude is in the scale of the scores instead.
         magnitude /= 1 + 0.1 * stretch
     scale = magnitude * (1 + 0.1 * stretch) * (1 + multiplier * stretch)
-    mixer = LatentAttentionConfig(
+    return LatentAttentionConfig(
         heads=header.size("attention.head_count"),
         head_dim=width - rope_dim,
         value_dim=header.size(f"attention.value_length{end}"),
@@ -38,10 +39,30 @@ def _deepseek2(header: Header) -> ModelConfig:
         k_up_transposed=fused,
         attn_temperature=header.temperature("attention.temperature_length"),
     )
+
+
+def _deepseek2(header: Header) -> ModelConfig:
     # The first files of GLM-4.7-Flash do not say how its experts are weighed.
     flash = header.layers in (47, 48) and header.vocab == 154880
     experts = {"routing": "sigmoid" if flash else "softmax"}
-    return decoder(header, block={"mixer": mixer}, experts=experts)
+    return decoder(header, block={"mixer": latent_attention(header)}, experts=experts)
+
+
+def _minicpm3(header: Header) -> ModelConfig:
+    """Its scales are not in the file."""
+    return decoder(
+        header,
+        block={
+            "mixer": latent_attention(header, interleaved=False),
+            "residual_scale": 1.4 / math.sqrt(header.layers),
+        },
+        embedding_scale=12.0,
+        logit_scale=256 / header.embed,
+    )
+
+
+def _plm(header: Header) -> ModelConfig:
+    return decoder(header, activation="relu2", block={"mixer": latent_attention(header)})
 
 
 def _layout(block: BlockConfig) -> tuple[int, list[int]]:
@@ -50,28 +71,31 @@ def _layout(block: BlockConfig) -> tuple[int, list[int]]:
     return mixer.heads, [mixer.head_dim, mixer.value_dim]
 
 
-ARCHITECTURES = {
-    "deepseek2": Architecture(
-        _deepseek2,
-        block_names(
-            mixer__query_down__kernel="attn_q_a.weight",
-            mixer__query_norm__scale="attn_q_a_norm.weight",
-            mixer__query__kernel=["attn_q_b.weight", "attn_q.weight"],
-            mixer__latent__kernel="attn_kv_a_mqa.weight",
-            mixer__latent_norm__scale="attn_kv_a_norm.weight",
-            mixer__key_up=["attn_k_b.weight", Rows("attn_kv_b.weight", part=0, layout=_layout)],
-            mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
+_NAMES = block_names(
+    mixer__query_down__kernel="attn_q_a.weight",
+    mixer__query_norm__scale="attn_q_a_norm.weight",
+    mixer__query__kernel=["attn_q_b.weight", "attn_q.weight"],
+    mixer__latent__kernel="attn_kv_a_mqa.weight",
+    mixer__latent_norm__scale="attn_kv_a_norm.weight",
+    mixer__key_up=["attn_k_b.weight", Rows("attn_kv_b.weight", part=0, layout=_layout)],
+    mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
+)
+
+_latent = partial(
+    Architecture,
+    names=_NAMES,
+    harmless=dict.fromkeys(
+        (
+            "attention.head_count_kv",
+            *(f"attention.{part}_length{end}" for part in ("key", "value") for end in ("", "_mla")),
         ),
-        harmless=dict.fromkeys(
-            (
-                "attention.head_count_kv",
-                *(
-                    f"attention.{part}_length{end}"
-                    for part in ("key", "value")
-                    for end in ("", "_mla")
-                ),
-            ),
-            "of the cache, or of files with another form of the same weights",
-        ),
+        "of the cache, or of files with another form of the same weights",
     ),
+)
+
+ARCHITECTURES = {
+    "deepseek2": _latent(_deepseek2),
+    "minicpm3": _latent(_minicpm3),
+    "mistral4": _latent(_deepseek2),
+    "plm": _latent(_plm),
 }

@@ -37,17 +37,17 @@ class Rows:
     layout: Layout | None = None
 
     def of(
-        self, available: int, count: int, block: BlockConfig, start: int = 0
+        self, available: int, count: int, block: BlockConfig | None, start: int = 0
     ) -> np.ndarray | None:
         """Which rows they are: int `[count]`; None: the tensor has not as many.
 
         Args:
           available: rows of the tensor.
           count: rows of the parameter.
-          block: the layer.
+          block: the layer; None: it is outside of layers.
           start: rows of the parameters that come before.
         """
-        if self.layout is None:
+        if self.layout is None or block is None:
             return np.arange(start, start + count) if start + count <= available else None
         try:
             groups, parts = self.layout(block)
@@ -99,6 +99,20 @@ def _halves(block: BlockConfig) -> tuple[int, list[int]]:
     return moe.experts, [moe.expert.intermediate_size] * 2
 
 
+def side_by_side(names: Names) -> Names:
+    """Names of an MLP and of experts in one layer."""
+    prefix = "blocks.{i}.mlp."
+    parts = dict.fromkeys(("gate", "up", "down"), "dense")
+    parts |= dict.fromkeys(("router", "experts", "expert_scale"), "moe")
+    return {
+        f"{prefix}{parts[part]}.{part}{rest}": choices
+        for path, choices in names.items()
+        for part, dot, end in [path.removeprefix(prefix).partition(".")]
+        for rest in [dot + end]
+        if path.startswith(prefix) and part in parts
+    }
+
+
 NAMES: Names = {
     "embedding.table": ["token_embd.weight"],
     "embedding_norm.scale": ["token_embd_norm.weight"],
@@ -132,17 +146,20 @@ NAMES: Names = {
         mixer__key_norm__scale="attn_k_norm.weight",
         mixer__key_norm__bias="attn_k_norm.bias",
         mixer__sinks="attn_sinks.weight",
+        mixer__gate__kernel="attn_gate.weight",
+        mixer__out_norm__scale="attn_sub_norm.weight",
         mixer__out__kernel="attn_output.weight",
         mixer__out__bias="attn_output.bias",
         mlp__gate__kernel=["ffn_gate.weight", Rows("ffn_up.weight")],
         mlp__gate__bias="ffn_gate.bias",
         mlp__up__kernel=["ffn_up.weight", Rows("ffn_up.weight", ("mlp.gate.kernel",))],
         mlp__up__bias="ffn_up.bias",
+        mlp__norm__scale="ffn_sub_norm.weight",
         mlp__down__kernel="ffn_down.weight",
         mlp__down__bias="ffn_down.bias",
         mlp__router__kernel="ffn_gate_inp.weight",
         mlp__router__bias="ffn_gate_inp.bias",
-        mlp__selection_bias="exp_probs_b.bias",
+        mlp__selection_bias=["exp_probs_b.bias", "exp_probs_b"],
         mlp__expert_scale="ffn_down_exps.scale",
         mlp__experts__gate__kernel=[
             "ffn_gate_exps.weight",
@@ -156,10 +173,16 @@ NAMES: Names = {
         mlp__experts__up__bias="ffn_up_exps.bias",
         mlp__experts__down__kernel="ffn_down_exps.weight",
         mlp__experts__down_bias="ffn_down_exps.bias",
-        mlp__shared__gate__kernel="ffn_gate_shexp.weight",
-        mlp__shared__up__kernel="ffn_up_shexp.weight",
+        mlp__shared__gate__kernel=["ffn_gate_shexp.weight", Rows("ffn_up_shexp.weight")],
+        mlp__shared__up__kernel=[
+            "ffn_up_shexp.weight",
+            Rows("ffn_up_shexp.weight", ("mlp.shared.gate.kernel",)),
+        ],
         mlp__shared__down__kernel="ffn_down_shexp.weight",
         mlp__shared_gate="ffn_gate_inp_shexp.weight",
+        mlp__latent_down__kernel=["ffn_latent_down.weight", "ffn_routed_down.weight"],
+        mlp__latent_norm__scale="ffn_routed_norm.weight",
+        mlp__latent_up__kernel=["ffn_latent_up.weight", "ffn_routed_up.weight"],
     ),
 }
 
@@ -204,7 +227,8 @@ def tensor_names(
             if isinstance(choice, Rows):
                 siblings = [prefix + sibling for sibling in choice.after]
                 if all(sibling in shapes for sibling in siblings):
-                    block, before = config.blocks[int(layer)], [_rows(shapes[s]) for s in siblings]
+                    block = config.blocks[int(layer)] if layer else None
+                    before = [_rows(shapes[s]) for s in siblings]
                     rows = choice.of(available, _rows(shape), block, sum(before))
                 fits = rows is not None
                 if rows is not None:
@@ -219,7 +243,7 @@ def tensor_names(
             first = first.tensor if isinstance(first, Rows) else first
             problems.append(misfit or f"{first.format(i=layer)} is missing")
     for name, weights in taken.items():
-        if weights < math.prod(shape := file.tensors[name].shape):
+        if weights < math.prod(shape := file.tensors[name].shape) and not re.match(unused, name):
             problems.append(f"{name} has shape {shape}, of which only a part would be used")
     problems += sorted(
         f"{name} is not used by this architecture"

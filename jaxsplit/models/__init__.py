@@ -17,6 +17,7 @@ from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
     DeltaNetConfig,
     LatentAttentionConfig,
+    LinearConfig,
     Mamba2Config,
     ShortConvConfig,
 )
@@ -24,7 +25,7 @@ from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
 from jaxsplit.ops.attention.rope import RopeConfig
-from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.sharding.axes import Axis, AxisRules
 
@@ -47,9 +48,11 @@ __all__ = [
     "DenseMoEConfig",
     "Embedding",
     "ForwardContext",
+    "GateConfig",
     "LatentAttention",
     "LatentAttentionConfig",
     "Linear",
+    "LinearConfig",
     "MLPConfig",
     "Mamba2",
     "Mamba2Config",

@@ -14,20 +14,20 @@ from jaxsplit.ops.norm.spec import NormConfig
 
 @dataclasses.dataclass(frozen=True)
 class DenseMoEConfig:
-    """An MLP and a mixture of experts side by side, each between norms of its own.
+    """An MLP and a mixture of experts side by side.
 
     Attributes:
       dense: the MLP.
       moe: the experts.
-      norm: of what they read and write; the router reads the stream normalized without parameters,
-        times a vector.
-      router_scale: and times this.
+      norm: of what each of them reads and writes; the router reads the stream normalized without
+        parameters, times a vector. None: no norms.
+      router_scale: multiplies the router's normalized input.
     """
 
     dense: MLPConfig
     moe: MoEConfig
-    norm: NormConfig
-    router_scale: float
+    norm: NormConfig | None = None
+    router_scale: float = 1.0
 
 
 FeedForward = MLPConfig | MoEConfig | DenseMoEConfig
@@ -38,26 +38,34 @@ class BlockConfig:
     """A layer: a mixer of tokens, then an MLP, each added to the residual stream.
 
     Attributes:
-      mixer: how tokens see one another.
-      mlp: what is done to each token.
+      mixer: how tokens see one another; None: the layer has no mixer.
+      mlp: what is done to each token; None: the layer has no MLP.
       mixer_norm, mlp_norm: of what they read; None: no norm.
       mixer_post_norm, mlp_post_norm: of what they write; None: no norm.
       parallel: both read the stream before the layer; without `mlp_norm` what the mixer reads.
+      mixer_scale, mlp_scale: multiply their outputs, before their norms.
       residual_scale: multiplies what they write.
+      stream_mlp: a second MLP, which reads the stream before the mixer, through a norm of its own;
+        its output is added to that of the first. None: there is none.
+      routes_stream: the router of the experts reads the stream before the mixer.
       per_layer_embedding: width of the tokens' embeddings for this layer, which are gated and added
         to the stream last; 0: none.
       per_layer_embedding_norm: of what is added.
       output_scale: a parameter multiplies the stream after the layer.
     """
 
-    mixer: Mixer
-    mlp: FeedForward
+    mixer: Mixer | None
+    mlp: FeedForward | None
     mixer_norm: NormConfig | None = NormConfig()
     mlp_norm: NormConfig | None = NormConfig()
     mixer_post_norm: NormConfig | None = None
     mlp_post_norm: NormConfig | None = None
     parallel: bool = False
+    mixer_scale: float = 1.0
+    mlp_scale: float = 1.0
     residual_scale: float = 1.0
+    stream_mlp: FeedForward | None = None
+    routes_stream: bool = False
     per_layer_embedding: int = 0
     per_layer_embedding_norm: NormConfig = NormConfig()
     output_scale: bool = False
@@ -128,12 +136,12 @@ class ModelConfig:
           layers: which; None: all.
         """
         blocks = self.blocks if layers is None else self.blocks[layers.start : layers.stop]
-        return [block.mixer.cache(context, dtype) for block in blocks]
+        return [block.mixer and block.mixer.cache(context, dtype) for block in blocks]
 
     @property
     def attention(self) -> AttentionConfig | LatentAttentionConfig | None:
         """Of the first layer that has any."""
-        mixers = (block.mixer for block in self.blocks)
+        mixers = (getattr(block.mixer, "attention", block.mixer) for block in self.blocks)
         return next(
             (m for m in mixers if isinstance(m, AttentionConfig | LatentAttentionConfig)), None
         )

@@ -17,7 +17,7 @@ from jax import Array
 from jaxsplit.cache.layers import Batch, Cache
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
-from jaxsplit.models.attention import Attention
+from jaxsplit.models.attention import Attention, TokenwiseLinear
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.layers import (
     Embedding,
@@ -33,6 +33,7 @@ from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
     DeltaNetConfig,
     LatentAttentionConfig,
+    LinearConfig,
     Mamba2Config,
     ShortConvConfig,
 )
@@ -78,6 +79,7 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     DeltaNetConfig: DeltaNet,
     Mamba2Config: Mamba2,
     ShortConvConfig: ShortConv,
+    LinearConfig: TokenwiseLinear,
     MLPConfig: MLP,
     MoEConfig: MoE,
     DenseMoEConfig: DenseMoE,
@@ -85,17 +87,24 @@ MODULES: Mapping[type, Callable[..., Any]] = {
 """The module that each config of a mixer or an MLP describes."""
 
 
+def module(config: Any, embed: int, rngs: nnx.Rngs) -> Any:
+    """The module of a mixer's or an MLP's config; None for None."""
+    return None if config is None else MODULES[type(config)](config, embed, rngs=rngs)
+
+
 class Block(nnx.Module):
     """One layer."""
 
     def __init__(self, config: BlockConfig, embed: int, *, rngs: nnx.Rngs):
         c = config
-        self.mixer_norm = norm(c.mixer_norm, embed)
-        self.mixer: MixerModule = MODULES[type(c.mixer)](c.mixer, embed, rngs=rngs)
+        self.mixer_norm = norm(c.mixer_norm, embed) if c.mixer else None
+        self.mixer: MixerModule | None = module(c.mixer, embed, rngs)
         self.mixer_post_norm = norm(c.mixer_post_norm, embed)
-        self.mlp_norm = norm(c.mlp_norm, embed)
-        self.mlp: FeedForwardModule = MODULES[type(c.mlp)](c.mlp, embed, rngs=rngs)
+        self.mlp_norm = norm(c.mlp_norm, embed) if c.mlp else None
+        self.mlp: FeedForwardModule | None = module(c.mlp, embed, rngs)
         self.mlp_post_norm = norm(c.mlp_post_norm, embed)
+        self.stream_norm = norm(c.mlp_norm, embed) if c.stream_mlp else None
+        self.stream_mlp: FeedForwardModule | None = module(c.stream_mlp, embed, rngs)
         self.per_layer_embedding = (
             PerLayerEmbedding(c.per_layer_embedding, embed, c.per_layer_embedding_norm, rngs=rngs)
             if c.per_layer_embedding
@@ -124,19 +133,19 @@ class Block(nnx.Module):
         Returns:
           what this layer has computed, still to be added, the stream, and the layer's cache.
         """
-        c = self.config
-        x, residual = add_norm(y, residual, self.mixer_norm, self._mixer_readers(residual))
-        if c.parallel:
-            with forward_context(fuse_all_reduce=False):  # one for both, after they are added
-                y, cache = self.mixer(x, batch, cache)
-                if self.mlp_norm is not None:
-                    x, _ = add_norm(None, residual, self.mlp_norm, self.mlp.readers(residual))
-                y = y + self.mlp(x)
-            return self._scaled(y, residual), residual, cache
-        y, cache = self.mixer(x, batch, cache)
-        y = self._scaled(y, residual, self.mixer_post_norm)
-        x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
-        y = self._scaled(self.mlp(x), residual, self.mlp_post_norm)
+        c, stream = self.config, None
+        if self.mixer is not None:
+            x, residual = add_norm(y, residual, self.mixer_norm, self._mixer_readers(residual))
+            stream = residual
+            if c.parallel:
+                y, cache = self._parallel(x, residual, batch, cache)
+                return self._scaled(y, residual), residual, cache
+            y, cache = self.mixer(x, batch, cache)
+            y = self._scaled(y, residual, self.mixer_post_norm, c.mixer_scale)
+        if self.mlp is not None:
+            x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
+            y = self._transformed(x, residual if stream is None else stream)
+            y = self._scaled(y, residual, self.mlp_post_norm, c.mlp_scale)
         if self.per_layer_embedding is None and self.output_scale is None:
             return y, residual, cache
         residual = add(y, residual)
@@ -147,22 +156,50 @@ class Block(nnx.Module):
             residual = (residual * self.output_scale.get_value()).astype(residual.dtype)
         return None, residual, cache
 
+    def _parallel(
+        self, x: Activations, residual: Array, batch: Batch, cache: Any
+    ) -> tuple[Unreduced, Any]:
+        """What mixer and MLP write that both read the stream before the layer."""
+        assert self.mixer is not None and self.mlp is not None
+        with forward_context(fuse_all_reduce=False):  # one for both, after they are added
+            y, cache = self.mixer(x, batch, cache)
+            if self.mlp_norm is not None:
+                x, _ = add_norm(None, residual, self.mlp_norm, self.mlp.readers(residual))
+            mlp = self.mlp(x)
+        c = self.config
+        y = y if c.mixer_scale == 1 else y * c.mixer_scale
+        return y + (mlp if c.mlp_scale == 1 else mlp * c.mlp_scale), cache
+
+    def _transformed(self, x: Activations, stream: Array) -> Unreduced:
+        """The outputs of the MLPs, of `stream` before the mixer and `x` after it."""
+        assert self.mlp is not None
+        if isinstance(self.mlp, MoE) and self.config.routes_stream:
+            return self.mlp(x, stream)
+        if self.stream_mlp is None:
+            return self.mlp(x)
+        with forward_context(fuse_all_reduce=False):  # one for both, after they are added
+            before, _ = add_norm(None, stream, self.stream_norm, self.stream_mlp.readers(stream))
+            return self.stream_mlp(before) + self.mlp(x)
+
     def _mixer_readers(self, x: Array) -> Readers:
         """Who reads the normalized stream: the mixer, and perhaps the MLP beside it."""
+        assert self.mixer is not None
         readers = self.mixer.readers(x)
-        return readers | self.mlp.readers(x) if self._shares_norm else readers
+        return readers | self.mlp.readers(x) if self.mlp and self._shares_norm else readers
 
     @property
     def _shares_norm(self) -> bool:
         return self.config.parallel and self.mlp_norm is None
 
-    def _scaled(self, y: Unreduced, residual: Array, norm: Norm | None = None) -> Unreduced:
-        """What a mixer or an MLP adds to the stream, normalized and scaled if need be."""
-        scale = self.config.residual_scale
-        if norm is None and scale == 1:
+    def _scaled(
+        self, y: Unreduced, residual: Array, norm: Norm | None = None, scale: float = 1.0
+    ) -> Unreduced:
+        """What a mixer or an MLP adds to the stream, scaled and normalized if need be."""
+        after = self.config.residual_scale
+        if norm is None and scale == after == 1:
             return y
-        total = y.all_reduce(residual.dtype)
-        return Unreduced.of((total if norm is None else norm(total)) * scale)
+        total = y.all_reduce(residual.dtype) * scale
+        return Unreduced.of((total if norm is None else norm(total)) * after)
 
 
 @functools.partial(jax.jit, static_argnums=1)

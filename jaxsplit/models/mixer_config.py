@@ -60,6 +60,15 @@ class LatentAttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearConfig:
+    """A projection in place of a mixer: tokens do not see one another (Bercovich et al. 2024,
+    arXiv:2411.19146)."""
+
+    def cache(self, context: int, dtype: jnp.dtype) -> None:
+        """It keeps nothing of a sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearAttentionConfig:
     """Heads with a matrix of associations that forgets: what the kinds have in common.
 
@@ -137,4 +146,11 @@ class ShortConvConfig:
         return recurrent_cache(self.kernel_size, [(self.axis, self.channels)])
 
 
-Mixer = AttentionConfig | LatentAttentionConfig | DeltaNetConfig | Mamba2Config | ShortConvConfig
+Mixer = (
+    AttentionConfig
+    | LatentAttentionConfig
+    | DeltaNetConfig
+    | Mamba2Config
+    | ShortConvConfig
+    | LinearConfig
+)

@@ -5,9 +5,9 @@ from jax import Array
 
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.models.config import MLPConfig
-from jaxsplit.models.layers import Linear, project, readers_of
+from jaxsplit.models.layers import Linear, Norm, project, readers_of
 from jaxsplit.ops.activations.api import act_and_mul
-from jaxsplit.ops.activations.layout import Activations, Readers
+from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.sharding.axes import EMBED, Axis
 
 
@@ -22,6 +22,7 @@ class MLP(nnx.Module):
 
         self.gate = projection() if c.gated else None
         self.up = projection()
+        self.norm = Norm(c.norm, c.intermediate_size, axis) if c.norm else None
         self.down = Linear(axis, c.intermediate_size, EMBED, embed, bias=c.bias, rngs=rngs)
         self.activation = c.activation
 
@@ -33,5 +34,8 @@ class MLP(nnx.Module):
         """`[..., embed]` to `[..., embed]`."""
         up, gate = project(x, self.up, self.gate)
         gate = None if gate is None else gate.local_sum
-        h = act_and_mul(up.local_sum, gate, self.activation, self.down.readers(x))
+        readers = XLA_ONLY if self.norm else self.down.readers(x)
+        h = act_and_mul(up.local_sum, gate, self.activation, readers)
+        if self.norm is not None:
+            h = Activations(self.norm(h.array))
         return self.down.unreduced(h)

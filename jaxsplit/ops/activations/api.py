@@ -6,7 +6,7 @@ from typing import Any
 
 from jax import Array
 
-from jaxsplit.ops.activations.functions import activate
+from jaxsplit.ops.activations.functions import Activation, activate
 from jaxsplit.ops.activations.layout import ActivationLayout, Activations, Readers
 from jaxsplit.ops.activations.triton_rows import store_rows
 
@@ -31,7 +31,7 @@ def as_array(x: Array | Activations) -> Array:
 def act_and_mul(
     up: Array,
     gate: Array | None,
-    activation: str,
+    activation: Activation,
     readers: Readers,
     *,
     row_scale: Array | None = None,
@@ -40,7 +40,7 @@ def act_and_mul(
 
     Args:
       up, gate: `[..., hidden]`, as in `activate`.
-      activation: a name that `activate` knows.
+      activation: as `activate` takes it.
       readers: of the result.
       row_scale: `[..., 1]`, multiplies the result; None: 1.
     """
@@ -66,7 +66,7 @@ def apply(
     return Activations(array, readers.layouts, stored)
 
 
-def _activated(activation: str, gated: bool, up: Array, *others: Array) -> Array:
+def _activated(activation: Activation, gated: bool, up: Array, *others: Array) -> Array:
     gate, scale = others[:1] if gated else (None,), others[int(gated) :]
     y = activate(activation, up, gate[0])
     return y * scale[0] if scale else y

@@ -13,7 +13,7 @@ from jaxsplit.sharding.axes import Axis, head_axes
 
 SHAPE_FIELDS = (
     *("heads", "kv_heads", "head_dim", "value_dim"),
-    *("qkv_bias", "out_bias", "gate", "value_is_key", "kv_donor"),
+    *("qkv_bias", "out_bias", "gate", "out_norm", "value_is_key", "kv_donor"),
 )
 """Fields of `AttentionConfig` that do not change what rotation and attention compute."""
 
@@ -25,6 +25,24 @@ HEAD_FIELDS = (
 
 SCORE_FIELDS = ("scale", "window", "chunked", "softcap", "alibi", "sinks")
 """Fields about scores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """A projection of a mixer's input that multiplies its output.
+
+    Attributes:
+      activation: of the projection: `sigmoid` or `softplus`.
+      per_head: it has one value for each head; else one for each element of the output.
+    """
+
+    activation: str = "sigmoid"
+    per_head: bool = False
+
+    def __call__(self, y: Array, gate: Array, width: int) -> Array:
+        """The output `[..., heads * width]` times the gate, `[..., heads]` or as the output."""
+        gate = getattr(jax.nn, self.activation)(gate.astype(y.dtype))
+        return y * (jnp.repeat(gate, width, axis=-1) if self.per_head else gate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +68,8 @@ class AttentionConfig:
       qkv_bias, out_bias: the projections have biases.
       clip_qkv: bound of queries, keys and values; None: none.
       sinks: each head has a learned score that takes part in the softmax and reads nothing.
-      gate: outputs are multiplied with the sigmoid of a projection of the input.
+      gate: of the output; None: there is none.
+      out_norm: of the output of all heads together, before the last projection; None: no norm.
       attn_temperature: `(scale, floor, offset)`: queries at position p are multiplied with
         `1 + scale * log(1 + (p + offset) // floor)`; None: they are not.
       value_is_key: values are the keys as projected.
@@ -77,7 +96,8 @@ class AttentionConfig:
     out_bias: bool = False
     clip_qkv: float | None = None
     sinks: bool = False
-    gate: bool = False
+    gate: GateConfig | None = None
+    out_norm: NormConfig | None = None
     attn_temperature: tuple[float, int, int] | None = None
     value_is_key: bool = False
     kv_donor: str | None = None

@@ -32,6 +32,8 @@ def scores_of(logits: Array, config: MoEConfig) -> Array:
     """The scores of experts, `[..., experts]`, from which router weights are computed."""
     if config.routing == "softmax":
         return jax.nn.softmax(logits)
+    if config.routing == "sqrt_softplus":
+        return jnp.sqrt(jax.nn.softplus(logits))
     return jax.nn.sigmoid(logits) if config.routing == "sigmoid" else logits
 
 
