@@ -1,5 +1,6 @@
 """Decoders with recurrent layers beside attention."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -9,7 +10,12 @@ from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import NAMES, Names, Rows, block_names
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import BlockConfig, ModelConfig
-from jaxsplit.models.mixer_config import DeltaNetConfig, Mamba2Config, ShortConvConfig
+from jaxsplit.models.mixer_config import (
+    DeltaNetConfig,
+    HybridConfig,
+    Mamba2Config,
+    ShortConvConfig,
+)
 from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 
 
@@ -47,10 +53,46 @@ def _delta_net(header: Header, *, tiled: bool = False, **choices: Any) -> ModelC
     return decoder(header, attention=attention, block=_recurrent(header, mixer), **choices)
 
 
-def _granite(header: Header) -> ModelConfig:
+def _mamba2_config(header: Header) -> Mamba2Config:
     norm = header.norm() if header.has("blk.*.ssm_norm.weight") else None
     conv_bias = header.has("blk.*.ssm_conv1d.bias")
-    mixer = Mamba2Config(**_sizes(header), norm=norm, conv_bias=conv_bias)
+    return Mamba2Config(**_sizes(header), norm=norm, conv_bias=conv_bias)
+
+
+def _mamba2(header: Header) -> ModelConfig:
+    header.disregard("feed_forward_length")
+    return decoder(header, block={"mixer": _mamba2_config(header), "mlp": None})
+
+
+def _falcon_h1(header: Header) -> ModelConfig:
+    recurrent = _mamba2_config(header)
+
+    def block(layer: int) -> dict[str, Any]:
+        return {"mixer": HybridConfig(header.attention(layer), recurrent)}
+
+    return decoder(header, block=block)
+
+
+def _nemotron_h(header: Header) -> ModelConfig:
+    """Each layer is Mamba-2, attention without positions, or an MLP."""
+    recurrent = _mamba2_config(header)
+
+    def block(layer: int) -> dict[str, Any]:
+        if header.has(f"blk.{layer}.ffn_gate_inp.weight"):
+            latent = header.size("moe_latent_size", 0, least=0)
+            experts = {"routing": "sigmoid", "latent": latent}
+            return {"mixer": None, "mlp": header.experts(layer, "relu2", **experts)}
+        if header.count("feed_forward_length", layer=layer):
+            return {"mixer": None, "mlp": header.mlp(layer, "relu2")}
+        if header.count("attention.head_count_kv", layer=layer):
+            return {"mixer": header.attention(layer, rope=None), "mlp": None}
+        return {"mixer": recurrent, "mlp": None}
+
+    return decoder(header, block=block)
+
+
+def _granite(header: Header) -> ModelConfig:
+    mixer = _mamba2_config(header)
     choices = scaled(header)
     common = choices.pop("block")
 
@@ -137,6 +179,23 @@ _MAMBA2 = _names(
     mixer__D="ssm_d",
 )
 
+
+def _beside(names: Names, name: str) -> Names:
+    """Names of a mixer's parameters as those of a mixer of this name in a hybrid."""
+
+    def moved(choice: str | Rows) -> str | Rows:
+        if isinstance(choice, str):
+            return choice
+        after = tuple(path.replace("mixer.", f"mixer.{name}.", 1) for path in choice.after)
+        return dataclasses.replace(choice, after=after)
+
+    return {
+        path.replace(".mixer.", f".mixer.{name}.", 1): [moved(choice) for choice in choices]
+        for path, choices in names.items()
+        if ".mixer." in path
+    }
+
+
 _SHORT_CONV = _names(
     **_in_turn("shortconv.in_proj.weight", "in_gate.kernel", "out_gate.kernel", "value.kernel"),
     mixer__conv__kernel="shortconv.conv.weight",
@@ -150,10 +209,27 @@ _BY_TENSORS: dict[str, str] = dict.fromkeys(
 )
 
 ARCHITECTURES = {
+    "falcon-h1": Architecture(
+        _falcon_h1,
+        {
+            **_beside(NAMES, "attention"),
+            **_beside(_MAMBA2, "recurrent"),
+            **block_names(mlp_norm__scale=["ffn_norm", "ffn_norm.weight"]),
+        },
+    ),
     "granitehybrid": Architecture(_granite, _MAMBA2),
     "lfm2": Architecture(_lfm2, _SHORT_CONV),
     "lfm2moe": Architecture(
         partial(_lfm2, experts={"normalize": True, "routing": None}), _SHORT_CONV
+    ),
+    "mamba2": Architecture(_mamba2, _MAMBA2),
+    **dict.fromkeys(
+        ("nemotron_h", "nemotron_h_moe"),
+        Architecture(
+            _nemotron_h,
+            {**_MAMBA2, **block_names(mlp_norm__scale="attn_norm.weight")},
+            harmless=_BY_TENSORS,
+        ),
     ),
     "qwen35": Architecture(partial(_delta_net, tiled=True), _DELTA_NET, harmless=_BY_TENSORS),
     "qwen35moe": Architecture(

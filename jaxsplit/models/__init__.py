@@ -12,10 +12,12 @@ from jaxsplit.context import ForwardContext, forward_context
 from jaxsplit.models.attention import Attention
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.decoder import Block, Decoder
+from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.layers import Embedding, Linear, Norm
 from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
     DeltaNetConfig,
+    HybridConfig,
     LatentAttentionConfig,
     LinearConfig,
     Mamba2Config,
@@ -49,6 +51,8 @@ __all__ = [
     "Embedding",
     "ForwardContext",
     "GateConfig",
+    "Hybrid",
+    "HybridConfig",
     "LatentAttention",
     "LatentAttentionConfig",
     "Linear",

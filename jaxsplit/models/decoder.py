@@ -19,6 +19,7 @@ from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.attention import Attention, TokenwiseLinear
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
+from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.layers import (
     Embedding,
     Linear,
@@ -32,6 +33,7 @@ from jaxsplit.models.layers import (
 from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
     DeltaNetConfig,
+    HybridConfig,
     LatentAttentionConfig,
     LinearConfig,
     Mamba2Config,
@@ -80,6 +82,7 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     Mamba2Config: Mamba2,
     ShortConvConfig: ShortConv,
     LinearConfig: TokenwiseLinear,
+    HybridConfig: Hybrid,
     MLPConfig: MLP,
     MoEConfig: MoE,
     DenseMoEConfig: DenseMoE,

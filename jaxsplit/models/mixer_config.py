@@ -125,6 +125,32 @@ class Mamba2Config(LinearAttentionConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class HybridConfig:
+    """Attention and Mamba-2 side by side.
+
+    Attributes:
+      attention, recurrent: the mixers, which read the same input.
+    """
+
+    attention: AttentionConfig
+    recurrent: Mamba2Config
+
+    @property
+    def heads(self) -> int:
+        """Of the attention."""
+        return self.attention.heads
+
+    @property
+    def rope(self) -> RopeConfig | None:
+        """Of the attention."""
+        return self.attention.rope
+
+    def cache(self, context: int, dtype: jnp.dtype) -> tuple[AttentionCache | None, RecurrentCache]:
+        """What each of them keeps of a sequence."""
+        return self.attention.cache(context, dtype), self.recurrent.cache(context, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class ShortConvConfig:
     """A short convolution between two gates (LFM2).
 
@@ -153,4 +179,5 @@ Mixer = (
     | Mamba2Config
     | ShortConvConfig
     | LinearConfig
+    | HybridConfig
 )
