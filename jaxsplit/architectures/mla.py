@@ -3,16 +3,19 @@
 import dataclasses
 import math
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from jaxsplit.architectures.entry import Architecture, decoder
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Rows, block_names
 from jaxsplit.models.config import BlockConfig, ModelConfig
-from jaxsplit.models.mixer_config import LatentAttentionConfig
+from jaxsplit.models.mixer_config import IndexerConfig, LatentAttentionConfig
+from jaxsplit.ops.norm.spec import NormConfig
 
 
-def latent_attention(header: Header, *, interleaved: bool = True) -> LatentAttentionConfig:
+def latent_attention(
+    header: Header, *, interleaved: bool = True, layer: int | None = None, **choices: Any
+) -> LatentAttentionConfig:
     """Latent attention. Old files have keys' and values' projections of a head in one tensor, and
     give the widths of whole heads where newer ones give those of the latent vector."""
     fused = not header.has("blk.*.attn_k_b.weight")
@@ -28,7 +31,7 @@ def latent_attention(header: Header, *, interleaved: bool = True) -> LatentAtten
         magnitude /= 1 + 0.1 * stretch
     scale = magnitude * (1 + 0.1 * stretch) * (1 + multiplier * stretch)
     return LatentAttentionConfig(
-        heads=header.size("attention.head_count"),
+        heads=header.size("attention.head_count", layer=layer),
         head_dim=width - rope_dim,
         value_dim=header.size(f"attention.value_length{end}"),
         kv_lora_rank=header.size("attention.kv_lora_rank"),
@@ -38,7 +41,76 @@ def latent_attention(header: Header, *, interleaved: bool = True) -> LatentAtten
         norm=header.norm(),
         k_up_transposed=fused,
         attn_temperature=header.temperature("attention.temperature_length"),
+        **choices,
     )
+
+
+def _indexer(header: Header, *, interleaved: bool, epsilon: float, rope_last: bool = False) -> Any:
+    """The indexer of a file's sparse attention."""
+    dim = header.size("attention.indexer.key_length")
+    rope = latent_attention(header, layer=0).rope
+    assert rope is not None
+    return IndexerConfig(
+        heads=header.size("attention.indexer.head_count"),
+        head_dim=dim,
+        top_k=header.size("attention.indexer.top_k"),
+        rope=dataclasses.replace(rope, interleaved=interleaved),
+        norm=NormConfig("layer", epsilon, bias=True),
+        rope_last=rope_last,
+    )
+
+
+def _glm_dsa(header: Header) -> ModelConfig:
+    indexer = _indexer(header, interleaved=True, epsilon=0.0)
+    if header.given("attention.indexer.types"):
+        selects = header.flags("attention.indexer.types", True)
+    elif header.context_length >= 2**20:
+        selects = [layer < 2 or layer % 4 == 2 for layer in range(header.layers)]
+    else:
+        selects = [True] * header.layers
+    if not selects[0]:
+        raise header.wrong("attention.indexer.types", selects, "an indexer in the first layer")
+
+    def block(layer: int) -> dict[str, Any]:
+        own = {"indexer": indexer} if selects[layer] else {}
+        return {"mixer": latent_attention(header, sparse=True, **own)}
+
+    return decoder(header, block=block, experts={"routing": None})
+
+
+def _deepseek32(header: Header) -> ModelConfig:
+    indexer = _indexer(header, interleaved=False, epsilon=0.0)
+    mixer = latent_attention(header, sparse=True, indexer=indexer)
+    return decoder(header, block={"mixer": mixer}, experts={"routing": None})
+
+
+def _dots3(header: Header) -> ModelConfig:
+    """Layers with a window have sizes of their own and no indexer."""
+    window, local = header.window(), header.windowed()
+    header.disregard("attention.indexer.types")  # the layers without a window
+    indexer = _indexer(header, interleaved=False, epsilon=1e-6)
+    base = header.number("rope.freq_base_swa", 10000.0, above=1)
+    rope_dim = header.size("rope.dimension_count")
+    width = header.size("attention.key_length_mla_swa", least=rope_dim + 1)
+    sizes = {
+        "head_dim": width - rope_dim,
+        "value_dim": header.size("attention.value_length_mla_swa"),
+        "kv_lora_rank": header.size("attention.kv_lora_rank_swa"),
+        "scale": width**-0.5,
+        "window": window,
+    }
+
+    def block(layer: int) -> dict[str, Any]:
+        mixer = latent_attention(
+            header, layer=layer, gate=header.gate(layer), shared_key_norm=header.norm()
+        )
+        if not local[layer]:
+            return {"mixer": dataclasses.replace(mixer, indexer=indexer, sparse=True)}
+        assert mixer.rope is not None
+        rope = dataclasses.replace(mixer.rope, base=base)
+        return {"mixer": dataclasses.replace(mixer, rope=rope, **sizes)}
+
+    return decoder(header, block=block, experts={"routing": None})
 
 
 def _deepseek2(header: Header) -> ModelConfig:
@@ -78,6 +150,12 @@ _NAMES = block_names(
     mixer__latent__kernel="attn_kv_a_mqa.weight",
     mixer__latent_norm__scale="attn_kv_a_norm.weight",
     mixer__key_up=["attn_k_b.weight", Rows("attn_kv_b.weight", part=0, layout=_layout)],
+    mixer__shared_key_norm__scale="attn_k_norm.weight",
+    mixer__indexer__query__kernel="indexer.attn_q_b.weight",
+    mixer__indexer__key__kernel="indexer.attn_k.weight",
+    mixer__indexer__key_norm__scale="indexer.k_norm.weight",
+    mixer__indexer__key_norm__bias="indexer.k_norm.bias",
+    mixer__indexer__weight__kernel="indexer.proj.weight",
     mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
 )
 
@@ -87,7 +165,11 @@ _latent = partial(
     harmless=dict.fromkeys(
         (
             "attention.head_count_kv",
-            *(f"attention.{part}_length{end}" for part in ("key", "value") for end in ("", "_mla")),
+            *(
+                f"attention.{part}_length{end}"
+                for part in ("key", "value")
+                for end in ("", "_mla", "_swa")
+            ),
         ),
         "of the cache, or of files with another form of the same weights",
     ),
@@ -95,6 +177,9 @@ _latent = partial(
 
 ARCHITECTURES = {
     "deepseek2": _latent(_deepseek2),
+    "deepseek32": _latent(_deepseek32),
+    "dots3note": _latent(_dots3),
+    "glm-dsa": _latent(_glm_dsa),
     "minicpm3": _latent(_minicpm3),
     "mistral4": _latent(_deepseek2),
     "plm": _latent(_plm),

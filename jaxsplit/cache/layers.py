@@ -55,17 +55,15 @@ class Batch:
       slots: int32 `[batch]`: the slot of each sequence; None: all slots in order.
       pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: its slot.
       freq_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
-      shared_kv: keys and values that layers share with later ones, and the keys' positions, by
-        name.
+      lent: what layers lend to later ones, by name: keys and values with the keys' positions, or
+        which keys an indexer has selected.
     """
 
     positions: Array
     slots: Array | None = None
     pages: Array | None = None
     freq_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
-    shared_kv: dict[str, tuple["AttentionCache", Array | None]] = dataclasses.field(
-        default_factory=dict
-    )
+    lent: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> Array:
@@ -169,6 +167,32 @@ class AttentionCache:
             exists = jnp.arange(x.shape[2]) < filled[:, None]
             exists = exists.reshape(len(x), 1, -1, *[1] * (x.ndim - 3))
             return jnp.where(exists, x, jnp.zeros((), x.dtype))
+
+        return jax.tree.map(of, self)
+
+    def at(self, index: Array, pages: Array | None, filled: Array) -> "AttentionCache":
+        """Gathers some positions of each sequence.
+
+        Args:
+          index: int32 `[batch, kv_heads or 1, n]`.
+          pages: int32 `[batch, pages]`; None: the n-th sequence has page n.
+          filled: as in `read`.
+
+        Returns:
+          a cache `[batch, kv_heads, n, width]`.
+        """
+        batch, heads, _ = index.shape
+        if pages is None:
+            pages = jnp.arange(batch)[:, None]
+        page = jnp.take_along_axis(pages[:, None], index // self.length, axis=2)
+        head = jnp.arange(self.keys.shape[1] if heads == 1 else heads)[:, None]
+        exists = index < filled[:, None, None]
+
+        def of(x: Array) -> Array:
+            x = x[page, head, index % self.length]
+            return jnp.where(exists.reshape(*exists.shape, *[1] * (x.ndim - 3)), x, 0).astype(
+                x.dtype
+            )
 
         return jax.tree.map(of, self)
 

@@ -117,14 +117,14 @@ class ModelConfig:
 
     @property
     def colocated_layers(self) -> list[range]:
-        """Runs of layers that must be in one stage: a KV donor and all layers up to the
-        last one that uses its keys and values."""
-        kv_donor = [getattr(block.mixer, "kv_donor", None) for block in self.blocks]
-        kv_source = [getattr(block.mixer, "kv_source", None) for block in self.blocks]
-        spans = {}
-        for i, name in enumerate(kv_source):
-            if name:
-                spans[name] = range(kv_donor.index(name), i + 1)
+        """Runs of layers that must be in one stage: one that lends keys and values, or a selection
+        of keys, and all layers up to the last one that uses them."""
+        lenders, spans = {}, {}
+        for i, block in enumerate(self.blocks):
+            if name := getattr(block.mixer, "borrows", None):
+                spans[lenders[name]] = range(lenders[name], i + 1)
+            if name := getattr(block.mixer, "lends", None):
+                lenders[name] = i
         return list(spans.values())
 
     def cache(self, context: int, dtype: jnp.dtype, layers: range | None = None) -> list:

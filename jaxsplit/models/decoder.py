@@ -224,12 +224,12 @@ def _run_block(
       batch, cache, per_layer_embedding: its other arguments.
 
     Returns:
-      the stream, the cache, and `batch.shared_kv`.
+      the stream, the cache, and `batch.lent`.
     """
     with forward_context(context):
         block = nnx.merge(graphdef, state)
         y, residual, cache = block(*stream, batch, cache, per_layer_embedding)
-    return (y, residual), cache, batch.shared_kv
+    return (y, residual), cache, batch.lent
 
 
 class Decoder(nnx.Module):
@@ -365,10 +365,10 @@ class Decoder(nnx.Module):
                 )
             layer_cache = None if cache is None else cache[i]
             stream = y, residual
-            (y, residual), layer_cache, shared_kv = _run_block(
+            (y, residual), layer_cache, lent = _run_block(
                 context, *nnx.split(block), stream, batch, layer_cache, per_layer_embedding
             )
-            batch = dataclasses.replace(batch, shared_kv=shared_kv)
+            batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
         if per_layer_embeddings is not None:
             y, residual = None, jnp.concatenate([add(y, residual), per_layer_embeddings], axis=-1)

@@ -11,9 +11,33 @@ from jaxsplit.cache.layers import (
     recurrent_cache,
 )
 from jaxsplit.ops.attention.rope import RopeConfig
-from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.sharding.axes import LATENT, Axis, head_axes
+
+SELECTION = "selection"
+"""The name under which layers lend which keys their indexers have selected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexerConfig:
+    """The indexer of DeepSeek sparse attention.
+
+    Attributes:
+      heads: its heads, which share one key.
+      head_dim: width of a query or key.
+      top_k: how many keys a query may see.
+      rope: of queries and keys; None: none.
+      norm: of keys.
+      rope_last: the last dimensions are rotated; else the first.
+    """
+
+    heads: int
+    head_dim: int
+    top_k: int
+    rope: RopeConfig | None
+    norm: NormConfig
+    rope_last: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +50,16 @@ class LatentAttentionConfig:
       value_dim: width of a value head.
       kv_lora_rank: width of the latent vector.
       q_lora_rank: width of the vector that queries come from; 0: the layer's input.
-      rope: of the rotated part, whose key all heads share.
+      rope: of the rotated part, whose key all heads share; None: no rotation.
       scale: of the scores.
       norm: of the latent vectors.
       k_up_transposed: keys' projections are `[head_dim, latent]`, else `[latent, head_dim]`.
-      attn_temperature: as in `AttentionConfig`.
+      attn_temperature, window, sinks, gate: as in `AttentionConfig`.
+      unrotated_dim: width of the shared part of keys, without `rope`.
+      shared_key_norm: of the shared part of keys; None: no norm.
+      indexer: selects the keys that a query may see; None: there is none.
+      sparse: queries see only keys that were selected: by the indexer, or by that of the last layer
+        that has one.
     """
 
     heads: int
@@ -38,11 +67,33 @@ class LatentAttentionConfig:
     value_dim: int
     kv_lora_rank: int
     q_lora_rank: int
-    rope: RopeConfig
+    rope: RopeConfig | None
     scale: float
     norm: NormConfig = NormConfig()
     k_up_transposed: bool = False
     attn_temperature: tuple[float, int, int] | None = None
+    window: int | None = None
+    sinks: bool = False
+    gate: GateConfig | None = None
+    unrotated_dim: int = 0
+    shared_key_norm: NormConfig | None = None
+    indexer: IndexerConfig | None = None
+    sparse: bool = False
+
+    @property
+    def shared_dim(self) -> int:
+        """Width of the part of keys that all heads share."""
+        return self.rope.dim if self.rope else self.unrotated_dim
+
+    @property
+    def lends(self) -> str | None:
+        """The name under which later layers may use its selection."""
+        return SELECTION if self.indexer else None
+
+    @property
+    def borrows(self) -> str | None:
+        """The name under which it finds the selection of an earlier layer."""
+        return SELECTION if self.sparse and not self.indexer else None
 
     @property
     def axis(self) -> Axis:
@@ -54,9 +105,15 @@ class LatentAttentionConfig:
         """What the heads share is as one key head."""
         return 1
 
-    def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache:
-        """What it keeps of a sequence: latent vectors and the rotated part of keys."""
-        return attention_cache(LATENT, context, self.kv_lora_rank + self.rope.dim, None, dtype)
+    def cache(self, context: int, dtype: jnp.dtype) -> tuple[AttentionCache | None, ...]:
+        """What it keeps of a sequence: latent vectors with the shared part of keys, and the
+        indexer's keys."""
+        length = context if self.window is None else min(self.window, context)
+        width, ring = self.kv_lora_rank + self.shared_dim, self.window is not None
+        latent = attention_cache(LATENT, length, width, None, dtype, ring=ring)
+        if self.indexer is None:
+            return latent, None
+        return latent, attention_cache(LATENT, context, self.indexer.head_dim, None, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

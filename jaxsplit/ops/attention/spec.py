@@ -110,6 +110,16 @@ class AttentionConfig:
         )
 
     @property
+    def lends(self) -> str | None:
+        """The name under which later layers may use its keys and values."""
+        return self.kv_donor
+
+    @property
+    def borrows(self) -> str | None:
+        """The name under which it finds the keys and values of an earlier layer."""
+        return self.kv_source
+
+    @property
     def axes(self) -> tuple[Axis, Axis]:
         """Of query heads and of key and value heads."""
         return head_axes(self.heads, self.kv_heads)

@@ -1,0 +1,112 @@
+"""Indexers: which keys the queries of sparse attention may see.
+
+An indexer is small: every device has all of it, and selects for itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from jaxsplit.cache.layers import AttentionCache, Batch
+from jaxsplit.models.layers import Linear, Norm
+from jaxsplit.models.mixer_config import IndexerConfig
+from jaxsplit.ops.activations.layout import Activations
+from jaxsplit.ops.attention.api import update_cache
+from jaxsplit.ops.attention.rope import RopeConfig, rope
+from jaxsplit.ops.attention.xla import MAX_SCORES
+from jaxsplit.sharding.axes import EMBED, LATENT, Axis
+
+_INDEX = Axis("index")
+
+
+class Indexer(nnx.Module):
+    """The lightning indexer of DeepSeek sparse attention (DeepSeek-AI 2025, DeepSeek-V3.2-Exp,
+    section 2.1): scores of keys are sums over few, small heads.
+
+    Args:
+      config: of the indexer.
+      embed: width of the residual stream.
+      low: width of the vector that queries come from.
+    """
+
+    def __init__(self, config: IndexerConfig, embed: int, low: int, *, rngs: nnx.Rngs):
+        c = config
+        self.query = Linear(LATENT, low, _INDEX, c.heads * c.head_dim, rngs=rngs)
+        self.key = Linear(EMBED, embed, _INDEX, c.head_dim, rngs=rngs)
+        self.key_norm = Norm(c.norm, c.head_dim, _INDEX)
+        self.weight = Linear(EMBED, embed, _INDEX, c.heads, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self, x: Activations, low: Array, batch: Batch, cache: AttentionCache | None
+    ) -> tuple[Array | None, AttentionCache | None]:
+        """Selects keys.
+
+        Args:
+          x: `[batch, time, embed]`.
+          low: what queries come from, `[batch, time, low]`.
+          batch: where the tokens belong.
+          cache: keys of earlier tokens; None: there are none.
+
+        Returns:
+          the indices of the selected keys, int32 `[batch, time, top_k]`, those of the largest
+          scores first; None: there are not more keys than may be selected. And the cache with the
+          new keys.
+        """
+        c, shape = self.config, batch.positions.shape
+        queries = self.query(low).reshape(*shape, c.heads, c.head_dim)
+        queries = _rotated(queries, batch, c.rope, last=c.rope_last)
+        keys = self.key_norm(self.key(x))[:, :, None]
+        keys = _rotated(keys, batch, c.rope, last=c.rope_last)
+        weights = self.weight(x).astype(jnp.float32) * (c.heads * c.head_dim) ** -0.5
+        memory, _, cache = update_cache(keys, None, batch, cache, None)
+        if memory.length <= c.top_k:
+            return None, cache
+        keys = memory.dequantized_keys(x.dtype)[:, 0]
+        return _select(queries, keys, weights, batch.positions, c.top_k), cache
+
+
+def _rotated(x: Array, batch: Batch, config: RopeConfig | None, *, last: bool) -> Array:
+    """Rotated heads, `[batch, time, heads, width]`; the last dimensions come first if they are
+    rotated."""
+    if config is None:
+        return x
+    x = jnp.roll(x, config.dim, axis=-1) if last else x
+    return rope(x, batch.positions, config, config.divisors(batch.freq_factors))
+
+
+def _select(queries: Array, keys: Array, weights: Array, positions: Array, top_k: int) -> Array:
+    """The keys with the largest scores, at and before each query's position.
+
+    Args:
+      queries: `[batch, time, heads, width]`.
+      keys: `[batch, keys, width]`, each at its position.
+      weights: of the heads, float32 `[batch, time, heads]`.
+      positions: of the queries, int32 `[batch, time]`.
+      top_k: how many.
+
+    Returns:
+      int32 `[batch, time, top_k]`.
+    """
+
+    def select(query: Array, weight: Array, position: Array) -> Array:
+        scores = jnp.einsum(
+            "bhd,bsd->bhs", query, keys, precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        scores = jnp.einsum("bh,bhs->bs", weight, jax.nn.relu(scores), precision="highest")
+        visible = jnp.arange(keys.shape[1]) <= position[:, None]
+        return lax.top_k(jnp.where(visible, scores, -jnp.inf), top_k)[1]
+
+    by_time = (jnp.moveaxis(a, 1, 0) for a in (queries, weights, positions))
+    at_once = max(1, MAX_SCORES // (keys.shape[1] * queries.shape[2]))
+    chosen = lax.map(lambda query: select(*query), tuple(by_time), batch_size=at_once)
+    return jnp.moveaxis(chosen, 0, 1)
+
+
+def mask_of(selected: Array, keys: int) -> Array:
+    """The mask of selected keys, int32 `[batch, time, n]`: bool `[batch, 1, time, keys]`."""
+    rows = jnp.zeros((*selected.shape[:2], keys), bool)
+    batch, time = (jnp.arange(size) for size in selected.shape[:2])
+    return rows.at[batch[:, None, None], time[:, None], selected].set(True)[:, None]
