@@ -1,13 +1,12 @@
 """Decoders with recurrent layers beside attention."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from jaxsplit.architectures.entry import Architecture, decoder, head_norms, scaled
 from jaxsplit.architectures.header import Header
-from jaxsplit.architectures.names import NAMES, Names, Rows, block_names
+from jaxsplit.architectures.names import NAMES, Names, Rows, beside, block_names
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import (
@@ -180,22 +179,6 @@ _MAMBA2 = _names(
 )
 
 
-def _beside(names: Names, name: str) -> Names:
-    """Names of a mixer's parameters as those of a mixer of this name in a hybrid."""
-
-    def moved(choice: str | Rows) -> str | Rows:
-        if isinstance(choice, str):
-            return choice
-        after = tuple(path.replace("mixer.", f"mixer.{name}.", 1) for path in choice.after)
-        return dataclasses.replace(choice, after=after)
-
-    return {
-        path.replace(".mixer.", f".mixer.{name}.", 1): [moved(choice) for choice in choices]
-        for path, choices in names.items()
-        if ".mixer." in path
-    }
-
-
 _SHORT_CONV = _names(
     **_in_turn("shortconv.in_proj.weight", "in_gate.kernel", "out_gate.kernel", "value.kernel"),
     mixer__conv__kernel="shortconv.conv.weight",
@@ -212,8 +195,8 @@ ARCHITECTURES = {
     "falcon-h1": Architecture(
         _falcon_h1,
         {
-            **_beside(NAMES, "attention"),
-            **_beside(_MAMBA2, "recurrent"),
+            **beside(NAMES, "attention"),
+            **beside(_MAMBA2, "recurrent"),
             **block_names(mlp_norm__scale=["ffn_norm", "ffn_norm.weight"]),
         },
     ),

@@ -16,8 +16,9 @@ from jaxsplit.architectures.entry import (
 )
 from jaxsplit.architectures.harmless import NO_WINDOW
 from jaxsplit.architectures.header import Header
-from jaxsplit.architectures.names import NAMES, Rows, block_names, side_by_side
+from jaxsplit.architectures.names import NAMES, Rows, beside, block_names, side_by_side
 from jaxsplit.models.config import DenseMoEConfig, ModelConfig
+from jaxsplit.models.mixer_config import BlockIndexerConfig, BlockSparseConfig
 from jaxsplit.ops.norm.spec import NormConfig
 
 _NORMALIZED = {"normalize": True}
@@ -198,6 +199,32 @@ def _mimo2(header: Header) -> ModelConfig:
     return decoder(header, attention=attention, block={"mixer_scale": scale}, experts=experts)
 
 
+def _minimax_m3(header: Header) -> ModelConfig:
+    """Layers with experts attend to blocks of keys."""
+    norms = head_norms(header)
+    dim = header.size("attention.indexer.key_length")
+    indexer = BlockIndexerConfig(
+        head_dim=dim,
+        block=header.count("attention.indexer.block_size", least=1),
+        top_k=header.count("attention.indexer.top_k", least=1),
+        local=header.count("attention.indexer.local_blocks", 1),
+        rope=header.rope(dim),
+        norm=header.norm(bias=False),
+    )
+    heads = header.size("attention.indexer.head_count")
+
+    def block(layer: int) -> dict[str, Any]:
+        attention = header.attention(layer, **norms)
+        if not header.has(f"blk.{layer}.indexer.q_proj.weight"):
+            return {"mixer": attention}
+        if heads != attention.kv_heads:
+            expected = f"{attention.kv_heads}, one for each key head"
+            raise header.wrong("attention.indexer.head_count", heads, expected)
+        return {"mixer": BlockSparseConfig(attention, indexer)}
+
+    return decoder(header, activation="clamped_swiglu", block=block, experts=_ROUTED)
+
+
 def _smallthinker(header: Header) -> ModelConfig:
     """With a window, which has one size, each fourth layer has neither window nor positions."""
     windows = header.window(0, least=0) > 0
@@ -325,6 +352,18 @@ ARCHITECTURES = {
     "mellum": Architecture(_mellum),
     "mimo2": Architecture(
         _mimo2, harmless={"expert_gating_func": "llama.cpp takes it to be the sigmoid"}
+    ),
+    "minimax-m3": Architecture(
+        _minimax_m3,
+        {
+            **beside(NAMES, "attention"),
+            **block_names(
+                mixer__indexer__query__kernel="indexer.q_proj.weight",
+                mixer__indexer__key__kernel="indexer.k_proj.weight",
+                mixer__indexer__query_norm__scale="indexer.q_norm.weight",
+                mixer__indexer__key_norm__scale="indexer.k_norm.weight",
+            ),
+        },
     ),
     "minimax-m2": Architecture(partial(_with_wide_norms, experts=_NORMALIZED | _ROUTED)),
     "olmoe": Architecture(_with_wide_norms),

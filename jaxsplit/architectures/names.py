@@ -113,6 +113,22 @@ def side_by_side(names: Names) -> Names:
     }
 
 
+def beside(names: Names, name: str) -> Names:
+    """Names of a mixer's parameters as those of a mixer of this name beside another."""
+
+    def moved(choice: str | Rows) -> str | Rows:
+        if isinstance(choice, str):
+            return choice
+        after = tuple(path.replace("mixer.", f"mixer.{name}.", 1) for path in choice.after)
+        return dataclasses.replace(choice, after=after)
+
+    return {
+        path.replace(".mixer.", f".mixer.{name}.", 1): [moved(choice) for choice in choices]
+        for path, choices in names.items()
+        if ".mixer." in path
+    }
+
+
 NAMES: Names = {
     "embedding.table": ["token_embd.weight"],
     "embedding_norm.scale": ["token_embd_norm.weight"],

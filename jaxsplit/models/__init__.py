@@ -13,11 +13,15 @@ from jaxsplit.models.attention import Attention
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.decoder import Block, Decoder
 from jaxsplit.models.hybrid import Hybrid
+from jaxsplit.models.indexer import BlockSparseAttention
 from jaxsplit.models.layers import Embedding, Linear, Norm
 from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
+    BlockIndexerConfig,
+    BlockSparseConfig,
     DeltaNetConfig,
     HybridConfig,
+    IndexerConfig,
     LatentAttentionConfig,
     LinearConfig,
     Mamba2Config,
@@ -41,6 +45,9 @@ __all__ = [
     "Batch",
     "Block",
     "BlockConfig",
+    "BlockIndexerConfig",
+    "BlockSparseAttention",
+    "BlockSparseConfig",
     "Cache",
     "CacheArray",
     "Decoder",
@@ -53,6 +60,7 @@ __all__ = [
     "GateConfig",
     "Hybrid",
     "HybridConfig",
+    "IndexerConfig",
     "LatentAttention",
     "LatentAttentionConfig",
     "Linear",

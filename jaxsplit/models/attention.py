@@ -67,7 +67,11 @@ class Attention(nnx.Module):
         return readers_of(x, self.query, self.key, self.value, self.gate)
 
     def __call__(
-        self, x: Activations, batch: Batch, cache: AttentionCache | None
+        self,
+        x: Activations,
+        batch: Batch,
+        cache: AttentionCache | None,
+        visible: Array | None = None,
     ) -> tuple[Unreduced, AttentionCache | None]:
         """What the tokens read from one another.
 
@@ -75,6 +79,7 @@ class Attention(nnx.Module):
           x: `[batch, time, embed]`.
           batch: where the tokens belong.
           cache: keys and values of earlier tokens; None: there are none.
+          visible: which keys they may see, as in `KV`; None: all.
 
         Returns:
           `[batch, time, embed]`, and the cache with these tokens.
@@ -92,6 +97,7 @@ class Attention(nnx.Module):
             params=self.params,
             dtype=x.dtype,
             readers=XLA_ONLY if self.gate or self.out_norm else self.out.readers(x),
+            visible=visible,
         )
         if gate is not None and self.config.gate is not None:
             y = Activations(self.config.gate(y.array, gate.local_sum, self.config.value_dim))

@@ -20,6 +20,7 @@ from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.attention import Attention, TokenwiseLinear
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.hybrid import Hybrid
+from jaxsplit.models.indexer import BlockSparseAttention
 from jaxsplit.models.layers import (
     Embedding,
     Linear,
@@ -32,6 +33,7 @@ from jaxsplit.models.layers import (
 )
 from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mixer_config import (
+    BlockSparseConfig,
     DeltaNetConfig,
     HybridConfig,
     LatentAttentionConfig,
@@ -83,6 +85,7 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     ShortConvConfig: ShortConv,
     LinearConfig: TokenwiseLinear,
     HybridConfig: Hybrid,
+    BlockSparseConfig: BlockSparseAttention,
     MLPConfig: MLP,
     MoEConfig: MoE,
     DenseMoEConfig: DenseMoE,

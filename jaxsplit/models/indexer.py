@@ -3,17 +3,22 @@
 An indexer is small: every device has all of it, and selects for itself.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 from jaxsplit.cache.layers import AttentionCache, Batch
+from jaxsplit.comm.unreduced import Unreduced
+from jaxsplit.models.attention import Attention
 from jaxsplit.models.layers import Linear, Norm
-from jaxsplit.models.mixer_config import IndexerConfig
-from jaxsplit.ops.activations.layout import Activations
+from jaxsplit.models.mixer_config import BlockIndexerConfig, BlockSparseConfig, IndexerConfig
+from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention.api import update_cache
 from jaxsplit.ops.attention.rope import RopeConfig, rope
+from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.attention.xla import MAX_SCORES
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
@@ -103,6 +108,85 @@ def _select(queries: Array, keys: Array, weights: Array, positions: Array, top_k
     at_once = max(1, MAX_SCORES // (keys.shape[1] * queries.shape[2]))
     chosen = lax.map(lambda query: select(*query), tuple(by_time), batch_size=at_once)
     return jnp.moveaxis(chosen, 0, 1)
+
+
+class BlockIndexer(nnx.Module):
+    """The indexer of block-sparse attention (MiniMax M3): blocks of keys are selected for each key
+    head, by the largest score in them.
+
+    Args:
+      config: of the indexer.
+      attention: the attention to the blocks.
+      embed: width of the residual stream.
+    """
+
+    def __init__(
+        self, config: BlockIndexerConfig, attention: AttentionConfig, embed: int, *, rngs: nnx.Rngs
+    ):
+        c, (_, kv_heads) = config, attention.axes
+        self.query = Linear(EMBED, embed, kv_heads, attention.kv_heads * c.head_dim, rngs=rngs)
+        self.key = Linear(EMBED, embed, _INDEX, c.head_dim, rngs=rngs)
+        self.query_norm = Norm(c.norm, c.head_dim, _INDEX)
+        self.key_norm = Norm(c.norm, c.head_dim, _INDEX)
+        self.config = config
+
+    def __call__(
+        self, x: Activations, batch: Batch, cache: AttentionCache | None
+    ) -> tuple[Array | None, AttentionCache | None]:
+        """Selects blocks.
+
+        Args:
+          x: `[batch, time, embed]`.
+          batch: where the tokens belong.
+          cache: keys of earlier tokens; None: there are none.
+
+        Returns:
+          the mask of the keys in the selected blocks, bool `[batch, kv_heads, time, keys]`; None:
+          there are not more blocks than may be selected. And the cache with the new keys.
+        """
+        c, positions = self.config, batch.positions
+        queries = self.query(x).reshape(*positions.shape, -1, c.head_dim)
+        queries = _rotated(self.query_norm(queries), batch, c.rope, last=False)
+        keys = self.key_norm(self.key(x))[:, :, None]
+        keys = _rotated(keys, batch, c.rope, last=False)
+        memory, _, cache = update_cache(keys, None, batch, cache, None)
+        keys = memory.dequantized_keys(x.dtype)[:, 0]
+        blocks = -(-keys.shape[1] // c.block)
+        if blocks <= c.top_k:
+            return None, cache
+        positions = positions[:, None, :, None]
+        scores = jnp.einsum(
+            "btgd,bsd->bgts", queries, keys, precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        scores = jnp.where(jnp.arange(keys.shape[1]) <= positions, scores, -jnp.inf)
+        padding = [(0, 0)] * 3 + [(0, blocks * c.block - keys.shape[1])]
+        scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
+        scores = scores.reshape(*scores.shape[:3], blocks, c.block).max(axis=-1)
+        distance = positions // c.block - jnp.arange(blocks)
+        scores = jnp.where((distance >= 0) & (distance < c.local), jnp.inf, scores)
+        chosen = lax.top_k(scores, c.top_k)[1]
+        mask = jax.nn.one_hot(chosen, blocks, dtype=bool).any(axis=-2)
+        return jnp.repeat(mask, c.block, axis=-1)[..., : keys.shape[1]], cache
+
+
+class BlockSparseAttention(nnx.Module):
+    """Attention to blocks of keys that an indexer selects."""
+
+    def __init__(self, config: BlockSparseConfig, embed: int, *, rngs: nnx.Rngs):
+        self.attention = Attention(config.attention, embed, rngs=rngs)
+        self.indexer = BlockIndexer(config.indexer, config.attention, embed, rngs=rngs)
+
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[batch, time, embed]`."""
+        return self.attention.readers(x) | XLA_ONLY
+
+    def __call__(self, x: Activations, batch: Batch, cache: Any) -> tuple[Unreduced, Any]:
+        """Attends, as `Attention`; the cache holds keys and values, and the indexer's keys."""
+        kv, index = (None, None) if cache is None else cache
+        visible, index = self.indexer(x, batch, index)
+        y, kv = self.attention(x, batch, kv, visible)
+        return y, None if cache is None else (kv, index)
 
 
 def mask_of(selected: Array, keys: int) -> Array:

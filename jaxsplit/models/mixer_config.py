@@ -117,6 +117,55 @@ class LatentAttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockIndexerConfig:
+    """An indexer that selects blocks of keys for each key head.
+
+    Attributes:
+      head_dim: width of a query or key; queries have a head for each key head.
+      block: positions of a block.
+      top_k: blocks that a query may see.
+      local: how many of these are the last ones up to its own.
+      rope: of queries and keys.
+      norm: of queries and keys, by head.
+    """
+
+    head_dim: int
+    block: int
+    top_k: int
+    local: int
+    rope: RopeConfig
+    norm: NormConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSparseConfig:
+    """Attention to blocks of keys.
+
+    Attributes:
+      attention: of each query to the keys of its blocks.
+      indexer: selects the blocks.
+    """
+
+    attention: AttentionConfig
+    indexer: BlockIndexerConfig
+
+    @property
+    def heads(self) -> int:
+        """Of the attention."""
+        return self.attention.heads
+
+    @property
+    def rope(self) -> RopeConfig | None:
+        """Of the attention."""
+        return self.attention.rope
+
+    def cache(self, context: int, dtype: jnp.dtype) -> tuple[AttentionCache | None, AttentionCache]:
+        """What it keeps of a sequence: keys and values, and the indexer's keys."""
+        index = attention_cache(LATENT, context, self.indexer.head_dim, None, dtype)
+        return self.attention.cache(context, dtype), index
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearConfig:
     """A projection in place of a mixer: tokens do not see one another (Bercovich et al. 2024,
     arXiv:2411.19146)."""
@@ -237,4 +286,5 @@ Mixer = (
     | ShortConvConfig
     | LinearConfig
     | HybridConfig
+    | BlockSparseConfig
 )
