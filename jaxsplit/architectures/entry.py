@@ -114,6 +114,14 @@ def _check_experts(header: Header) -> None:
             raise header.wrong(name, value, f"experts where their tensors are: in layers {layers}")
 
 
+def bounded_mlp(header: Header, layer: int, *, after: bool = False) -> dict[str, Any]:
+    """Fields of `BlockConfig`: MLP, experts and shared expert with their bounds."""
+    routed, other = (header.bounded(kind, layer, after=after) for kind in ("exp", "shexp"))
+    if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
+        return {"mlp": header.mlp(layer, other)}
+    return {"mlp": header.experts(layer, routed, shared_activation=other, routing=None)}
+
+
 def head_norms(header: Header, **choices: Any) -> dict[str, Any]:
     """Fields of `AttentionConfig` where queries and keys are normalized, and others."""
     norm = header.norm(bias=False)

@@ -1,18 +1,35 @@
 """Decoders with recurrent layers beside attention."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from jaxsplit.architectures.entry import Architecture, decoder, head_norms, scaled
+from jaxsplit.architectures.entry import (
+    Architecture,
+    bounded_mlp,
+    decoder,
+    head_norms,
+    post_norms,
+    scaled,
+)
 from jaxsplit.architectures.header import Header
+from jaxsplit.architectures.mla import (
+    LATENT_HARMLESS,
+    LATENT_NAMES,
+    latent_attention,
+    unrotated,
+)
 from jaxsplit.architectures.names import NAMES, Names, Rows, beside, block_names
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import (
     DeltaNetConfig,
     HybridConfig,
+    KDAConfig,
+    LightningConfig,
     Mamba2Config,
+    MambaConfig,
     ShortConvConfig,
 )
 from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
@@ -88,6 +105,110 @@ def _nemotron_h(header: Header) -> ModelConfig:
         return {"mixer": recurrent, "mlp": None}
 
     return decoder(header, block=block)
+
+
+def _kda(header: Header, **choices: Any) -> KDAConfig:
+    def rank(name: str, layer: int) -> int:
+        """Rows of the first of two projections, if there are two."""
+        both = header.has(f"blk.{layer}.{name}_b.weight")
+        return header.file.tensor(f"blk.{layer}.{name}_a.weight").shape[0] if both else 0
+
+    layer = next(i for i in range(header.layers) if header.has(f"blk.{i}.ssm_a"))
+    bound = header.number("kda.gate_lower_bound", 0.0, least=-math.inf)
+    if bound > 0:
+        raise header.wrong("kda.gate_lower_bound", bound, "a number below 0")
+    norm = header.norm()
+    found = {
+        "heads": header.size("attention.head_count"),
+        "head_dim": header.size("kda.head_dim"),
+        "kernel_size": header.size("ssm.conv_kernel", least=2),
+        "norm": norm,
+        "epsilon": norm.epsilon,
+        "decay_rank": rank("ssm_f", layer),
+        "gate_rank": rank("ssm_g", layer),
+        "lower_bound": bound or None,
+    }
+    return KDAConfig(**(found | choices))
+
+
+def _kimi_linear(header: Header) -> ModelConfig:
+    """The shared part of keys is not rotated."""
+    recurrent, latent = _kda(header), unrotated(latent_attention(header))
+
+    def block(layer: int) -> dict[str, Any]:
+        return {"mixer": recurrent if header.has(f"blk.{layer}.ssm_a") else latent}
+
+    return decoder(header, block=block, experts={"normalize": True, "routing": None})
+
+
+def _bailing3(header: Header) -> ModelConfig:
+    if not header.flag("kda.safe_gate", True):
+        raise header.wrong("kda.safe_gate", False, "true")
+    recurrent = _kda(header)
+
+    def block(layer: int) -> dict[str, Any]:
+        mlp = bounded_mlp(header, layer, after=True)
+        if header.has(f"blk.{layer}.ssm_a"):
+            return mlp | {"mixer": recurrent}
+        return mlp | {"mixer": latent_attention(header, gate=header.gate(layer))}
+
+    return decoder(header, block=block)
+
+
+def _minimax_01(header: Header) -> ModelConfig:
+    """Lightning attention, and softmax attention in some layers; norms are in the stream."""
+    interval, layers = header.count("full_attention_interval", 8, least=1), header.layers
+    heads, norm = header.size("attention.head_count"), header.norm()
+    common = {"normalized_residual": header.number("residual_scale", 1.0)}
+
+    def block(layer: int) -> dict[str, Any]:
+        if (layer + 1) % interval == 0:
+            return common
+        rate = 1 - layer / max(layers - 1, 1) + 1e-5
+        return common | {"mixer": LightningConfig(heads, header.head_dim(), rate, norm)}
+
+    return decoder(header, block=block, experts={"normalize": True})
+
+
+def _mamba_config(header: Header, **choices: Any) -> MambaConfig:
+    channels = header.size("ssm.inner_size")
+    found = {
+        "channels": channels,
+        "state_size": header.size("ssm.state_size"),
+        "dt_rank": header.size("ssm.time_step_rank"),
+        "kernel_size": header.size("ssm.conv_kernel", least=2),
+        "heads": channels,
+        "conv_bias": header.has("blk.*.ssm_conv1d.bias"),
+    }
+    return MambaConfig(**(found | choices))
+
+
+def _mamba(header: Header) -> ModelConfig:
+    header.disregard("feed_forward_length")
+    header.disregard("attention.head_count")
+    normed = header.flag("ssm.dt_b_c_rms", False)
+    norm = header.norm(scale=False, bias=False) if normed else None
+    return decoder(header, block={"mixer": _mamba_config(header, norm=norm), "mlp": None})
+
+
+def _jamba(header: Header) -> ModelConfig:
+    recurrent = _mamba_config(header, norm=header.norm())
+    return decoder(header, attention={"rope": None}, block=_recurrent(header, recurrent))
+
+
+def _plamo2(header: Header) -> ModelConfig:
+    heads, channels = header.size("ssm.time_step_rank"), header.size("ssm.inner_size")
+    if channels % heads:
+        raise header.wrong("ssm.inner_size", channels, f"equal parts for {heads} heads")
+    header.disregard("ssm.group_count")
+    rank = max(64, header.embed // 16)
+    choices = {"heads": heads, "scalar_decay": True, "dt_rank": rank, "norm": header.norm()}
+    recurrent = _recurrent(header, _mamba_config(header, **choices))
+    return decoder(
+        header,
+        attention=head_norms(header, norm_over="each"),
+        block=lambda layer: recurrent(layer) | post_norms(header),
+    )
 
 
 def _granite(header: Header) -> ModelConfig:
@@ -191,7 +312,74 @@ _BY_TENSORS: dict[str, str] = dict.fromkeys(
     "tensors tell which layers are recurrent",
 )
 
+_KDA = _names(
+    **_OF_STATES,
+    mixer__query__conv__kernel="ssm_conv1d_q.weight",
+    mixer__key__conv__kernel="ssm_conv1d_k.weight",
+    mixer__value__conv__kernel="ssm_conv1d_v.weight",
+    mixer__decay__kernel="ssm_f_a.weight",
+    mixer__decay__down__kernel="ssm_f_a.weight",
+    mixer__decay__up__kernel="ssm_f_b.weight",
+    mixer__gate__kernel=["ssm_g.weight", "ssm_g_a.weight"],
+    mixer__gate__down__kernel="ssm_g_a.weight",
+    mixer__gate__up__kernel="ssm_g_b.weight",
+    mixer__beta__kernel="ssm_beta.weight",
+)
+
+
+def _with_latent(names: Names) -> Names:
+    """Names beside those of latent attention."""
+    paths = names.keys() | LATENT_NAMES.keys()
+    return {path: [*LATENT_NAMES.get(path, ()), *names.get(path, ())] for path in sorted(paths)}
+
+
+def _q_k_v(block: BlockConfig) -> tuple[int, list[int]]:
+    mixer = cast(LightningConfig, block.mixer)
+    return mixer.heads, [mixer.head_dim] * 3
+
+
+_LIGHTNING = block_names(
+    mixer__query__kernel=["attn_q.weight", Rows("attn_qkv.weight", part=0, layout=_q_k_v)],
+    mixer__key__kernel=["attn_k.weight", Rows("attn_qkv.weight", part=1, layout=_q_k_v)],
+    mixer__value__kernel=["attn_v.weight", Rows("attn_qkv.weight", part=2, layout=_q_k_v)],
+    mixer__out_norm__scale="attn_norm_2.weight",
+)
+
+_OF_MAMBA = {
+    **_OF_STATES,
+    "mixer__D": "ssm_d",
+    "mixer__value__conv__kernel": "ssm_conv1d.weight",
+    "mixer__value__conv__bias": "ssm_conv1d.bias",
+    "mixer__dt__kernel": "ssm_dt.weight",
+    "mixer__dt__bias": "ssm_dt.bias",
+    "mixer__dt_norm__scale": ["ssm_dt_norm.weight", "ssm_dt_norm"],
+    "mixer__B_norm__scale": ["ssm_b_norm.weight", "ssm_b_norm"],
+    "mixer__C_norm__scale": ["ssm_c_norm.weight", "ssm_c_norm"],
+}
+
+_MAMBA = _names(
+    **_OF_MAMBA,
+    **_in_turn("ssm_in.weight", "value.kernel", "gate.kernel"),
+    **_in_turn("ssm_x.weight", "dt_down.kernel", "B.kernel", "C.kernel"),
+)
+
+
+def _gate_and_value(block: BlockConfig) -> tuple[int, list[int]]:
+    mixer = cast(MambaConfig, block.mixer)
+    return mixer.heads, [mixer.channels // mixer.heads] * 2
+
+
+_MAMBA_HEADS = _names(
+    **_OF_MAMBA,
+    mixer__gate__kernel=Rows("ssm_in.weight", part=0, layout=_gate_and_value),
+    mixer__value__kernel=Rows("ssm_in.weight", part=1, layout=_gate_and_value),
+    **_in_turn("ssm_x.weight", "B.kernel", "C.kernel", "dt_down.kernel"),
+    mixer_post_norm__scale="post_attention_norm",
+    mlp_post_norm__scale="post_ffw_norm",
+)
+
 ARCHITECTURES = {
+    "bailingmoe3": Architecture(_bailing3, _with_latent(_KDA), harmless=LATENT_HARMLESS),
     "falcon-h1": Architecture(
         _falcon_h1,
         {
@@ -205,6 +393,11 @@ ARCHITECTURES = {
     "lfm2moe": Architecture(
         partial(_lfm2, experts={"normalize": True, "routing": None}), _SHORT_CONV
     ),
+    "jamba": Architecture(_jamba, _MAMBA, harmless=_BY_TENSORS),
+    "kimi-linear": Architecture(_kimi_linear, _with_latent(_KDA), harmless=LATENT_HARMLESS),
+    "mamba": Architecture(_mamba, _MAMBA),
+    "minimax-01": Architecture(_minimax_01, _LIGHTNING),
+    "plamo2": Architecture(_plamo2, _MAMBA_HEADS),
     "mamba2": Architecture(_mamba2, _MAMBA2),
     **dict.fromkeys(
         ("nemotron_h", "nemotron_h_moe"),

@@ -45,6 +45,11 @@ def latent_attention(
     )
 
 
+def unrotated(mixer: LatentAttentionConfig) -> LatentAttentionConfig:
+    """The same without positions."""
+    return dataclasses.replace(mixer, rope=None, unrotated_dim=mixer.shared_dim)
+
+
 def _indexer(header: Header, *, interleaved: bool, epsilon: float, rope_last: bool = False) -> Any:
     """The indexer of a file's sparse attention."""
     dim = header.size("attention.indexer.key_length")
@@ -143,7 +148,7 @@ def _layout(block: BlockConfig) -> tuple[int, list[int]]:
     return mixer.heads, [mixer.head_dim, mixer.value_dim]
 
 
-_NAMES = block_names(
+LATENT_NAMES = block_names(
     mixer__query_down__kernel="attn_q_a.weight",
     mixer__query_norm__scale="attn_q_a_norm.weight",
     mixer__query__kernel=["attn_q_b.weight", "attn_q.weight"],
@@ -159,20 +164,22 @@ _NAMES = block_names(
     mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
 )
 
+LATENT_HARMLESS = dict.fromkeys(
+    (
+        "attention.head_count_kv",
+        *(
+            f"attention.{part}_length{end}"
+            for part in ("key", "value")
+            for end in ("", "_mla", "_swa")
+        ),
+    ),
+    "of the cache, or of files with another form of the same weights",
+)
+
 _latent = partial(
     Architecture,
-    names=_NAMES,
-    harmless=dict.fromkeys(
-        (
-            "attention.head_count_kv",
-            *(
-                f"attention.{part}_length{end}"
-                for part in ("key", "value")
-                for end in ("", "_mla", "_swa")
-            ),
-        ),
-        "of the cache, or of files with another form of the same weights",
-    ),
+    names=LATENT_NAMES,
+    harmless=LATENT_HARMLESS,
 )
 
 ARCHITECTURES = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxsplit.architectures.entry import (
     Architecture,
+    bounded_mlp,
     decoder,
     head_norms,
     post_norms,
@@ -255,15 +256,7 @@ def _step(header: Header) -> ModelConfig:
         found = head_norms(header, gate=header.gate(layer))
         return found | ({"rope": swa, "window": window} if local[layer] else {"rope": rope})
 
-    return decoder(header, attention=attention, block=partial(_bounded_mlp, header, after=True))
-
-
-def _bounded_mlp(header: Header, layer: int, *, after: bool = False) -> dict[str, Any]:
-    """Fields of `BlockConfig`: MLP, experts and shared expert with their bounds."""
-    routed, other = (header.bounded(kind, layer, after=after) for kind in ("exp", "shexp"))
-    if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
-        return {"mlp": header.mlp(layer, other)}
-    return {"mlp": header.experts(layer, routed, shared_activation=other, **_ROUTED)}
+    return decoder(header, attention=attention, block=partial(bounded_mlp, header, after=True))
 
 
 def _llama4(header: Header) -> ModelConfig:

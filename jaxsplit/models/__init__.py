@@ -14,17 +14,22 @@ from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, Model
 from jaxsplit.models.decoder import Block, Decoder
 from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.indexer import BlockSparseAttention
+from jaxsplit.models.kda import KimiDeltaAttention, LightningAttention
 from jaxsplit.models.layers import Embedding, Linear, Norm
 from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
+from jaxsplit.models.mamba import Mamba
 from jaxsplit.models.mixer_config import (
     BlockIndexerConfig,
     BlockSparseConfig,
     DeltaNetConfig,
     HybridConfig,
     IndexerConfig,
+    KDAConfig,
     LatentAttentionConfig,
+    LightningConfig,
     LinearConfig,
     Mamba2Config,
+    MambaConfig,
     ShortConvConfig,
 )
 from jaxsplit.models.mla import LatentAttention
@@ -61,13 +66,19 @@ __all__ = [
     "Hybrid",
     "HybridConfig",
     "IndexerConfig",
+    "KDAConfig",
+    "KimiDeltaAttention",
     "LatentAttention",
     "LatentAttentionConfig",
+    "LightningAttention",
+    "LightningConfig",
     "Linear",
     "LinearConfig",
     "MLPConfig",
+    "Mamba",
     "Mamba2",
     "Mamba2Config",
+    "MambaConfig",
     "MoE",
     "MoEConfig",
     "ModelConfig",

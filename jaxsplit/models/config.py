@@ -45,6 +45,8 @@ class BlockConfig:
       parallel: both read the stream before the layer; without `mlp_norm` what the mixer reads.
       mixer_scale, mlp_scale: multiply their outputs, before their norms.
       residual_scale: multiplies what they write.
+      normalized_residual: mixer and MLP are added to the outputs of their norms times this; None:
+        to the stream that the norms read.
       stream_mlp: a second MLP, which reads the stream before the mixer, through a norm of its own;
         its output is added to that of the first. None: there is none.
       routes_stream: the router of the experts reads the stream before the mixer.
@@ -64,6 +66,7 @@ class BlockConfig:
     mixer_scale: float = 1.0
     mlp_scale: float = 1.0
     residual_scale: float = 1.0
+    normalized_residual: float | None = None
     stream_mlp: FeedForward | None = None
     routes_stream: bool = False
     per_layer_embedding: int = 0

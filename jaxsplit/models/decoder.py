@@ -21,6 +21,7 @@ from jaxsplit.models.attention import Attention, TokenwiseLinear
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.indexer import BlockSparseAttention
+from jaxsplit.models.kda import KimiDeltaAttention, LightningAttention
 from jaxsplit.models.layers import (
     Embedding,
     Linear,
@@ -32,13 +33,17 @@ from jaxsplit.models.layers import (
     param,
 )
 from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
+from jaxsplit.models.mamba import Mamba
 from jaxsplit.models.mixer_config import (
     BlockSparseConfig,
     DeltaNetConfig,
     HybridConfig,
+    KDAConfig,
     LatentAttentionConfig,
+    LightningConfig,
     LinearConfig,
     Mamba2Config,
+    MambaConfig,
     ShortConvConfig,
 )
 from jaxsplit.models.mla import LatentAttention
@@ -86,6 +91,9 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     LinearConfig: TokenwiseLinear,
     HybridConfig: Hybrid,
     BlockSparseConfig: BlockSparseAttention,
+    KDAConfig: KimiDeltaAttention,
+    LightningConfig: LightningAttention,
+    MambaConfig: Mamba,
     MLPConfig: MLP,
     MoEConfig: MoE,
     DenseMoEConfig: DenseMoE,
@@ -143,6 +151,7 @@ class Block(nnx.Module):
         if self.mixer is not None:
             x, residual = add_norm(y, residual, self.mixer_norm, self._mixer_readers(residual))
             stream = residual
+            residual = self._after_norm(x, residual)
             if c.parallel:
                 y, cache = self._parallel(x, residual, batch, cache)
                 return self._scaled(y, residual), residual, cache
@@ -150,6 +159,7 @@ class Block(nnx.Module):
             y = self._scaled(y, residual, self.mixer_post_norm, c.mixer_scale)
         if self.mlp is not None:
             x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
+            residual = self._after_norm(x, residual)
             y = self._transformed(x, residual if stream is None else stream)
             y = self._scaled(y, residual, self.mlp_post_norm, c.mlp_scale)
         if self.per_layer_embedding is None and self.output_scale is None:
@@ -161,6 +171,11 @@ class Block(nnx.Module):
         if self.output_scale is not None:
             residual = (residual * self.output_scale.get_value()).astype(residual.dtype)
         return None, residual, cache
+
+    def _after_norm(self, x: Activations, residual: Array) -> Array:
+        """The stream to add to: as it was, or, after a norm, what the norm has made of it."""
+        scale = self.config.normalized_residual
+        return residual if scale is None else (x.array * scale).astype(residual.dtype)
 
     def _parallel(
         self, x: Activations, residual: Array, batch: Batch, cache: Any

@@ -231,6 +231,103 @@ class Mamba2Config(LinearAttentionConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class KDAConfig:
+    """Kimi delta attention (Kimi Team 2025, arXiv:2510.26692).
+
+    Attributes:
+      heads: how many.
+      head_dim: width of a query, key or value head.
+      kernel_size: tokens that the convolutions see.
+      norm: of each head's output.
+      epsilon: added to the squares of queries and keys before they are divided by their lengths.
+      decay_rank, gate_rank: of the projections to decays and gates; 0: full rank.
+      lower_bound: of the logarithm of decays; None: there is none.
+    """
+
+    heads: int
+    head_dim: int
+    kernel_size: int
+    norm: NormConfig
+    epsilon: float
+    decay_rank: int = 0
+    gate_rank: int = 0
+    lower_bound: float | None = None
+
+    @property
+    def axis(self) -> Axis:
+        """Of the heads."""
+        return head_axes(self.heads, self.heads)[0]
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is."""
+        inner = self.axis, self.heads * self.head_dim
+        state = (self.axis, self.head_dim, self.head_dim)
+        return recurrent_cache(self.kernel_size, [inner] * 3, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class LightningConfig:
+    """Lightning attention (Qin et al. 2024, arXiv:2401.04658).
+
+    Attributes:
+      heads: how many.
+      head_dim: width of a head.
+      rate: multiplies the heads' rates of decay.
+      norm: of the output of all heads together.
+    """
+
+    heads: int
+    head_dim: int
+    rate: float
+    norm: NormConfig
+
+    @property
+    def axis(self) -> Axis:
+        """Of the heads."""
+        return head_axes(self.heads, self.heads)[0]
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is."""
+        return recurrent_cache(1, [], (self.axis, self.head_dim, self.head_dim))
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """Mamba (Gu and Dao 2023, arXiv:2312.00752).
+
+    Attributes:
+      channels: width of what is mixed.
+      state_size: dimensions of a channel's state.
+      dt_rank: width of the vector that steps come from.
+      kernel_size: tokens that the convolution sees.
+      heads: of equally many channels each, which share a step.
+      scalar_decay: a head's state has one decay; else one for each dimension, and heads are single
+        channels.
+      norm: of the vector that steps come from, of B and of C; None: no norm.
+      conv_bias: the convolution has a bias.
+    """
+
+    channels: int
+    state_size: int
+    dt_rank: int
+    kernel_size: int
+    heads: int
+    scalar_decay: bool = False
+    norm: NormConfig | None = None
+    conv_bias: bool = False
+
+    @property
+    def axis(self) -> Axis:
+        """Of the heads, which are split as hidden units are if they are channels."""
+        return head_axes(self.heads, 1)[0] if self.scalar_decay else Axis("mlp", self.channels)
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is."""
+        state = (self.axis, self.state_size, self.channels // self.heads)
+        return recurrent_cache(self.kernel_size, [(self.axis, self.channels)], state)
+
+
+@dataclasses.dataclass(frozen=True)
 class HybridConfig:
     """Attention and Mamba-2 side by side.
 
@@ -287,4 +384,7 @@ Mixer = (
     | LinearConfig
     | HybridConfig
     | BlockSparseConfig
+    | KDAConfig
+    | LightningConfig
+    | MambaConfig
 )
