@@ -292,6 +292,22 @@ def _glm4(header: Header) -> ModelConfig:
     return decoder(header, interleaved=interleaved, block=post_norms(header))
 
 
+def _talkie(header: Header) -> ModelConfig:
+    """Norms have no parameters, and each layer adds the embedding."""
+    norm = header.norm(scale=False, bias=False)
+    norms = {"query_norm": norm, "key_norm": norm, "norm_first": False, "query_scale": True}
+    return decoder(
+        header,
+        attention=norms,
+        block={"mixer_norm": norm, "mlp_norm": norm, "carried_scale": True},
+        norm=norm,
+        embedding_norm=norm,
+        carried=header.embed,
+        carries_embedding=True,
+        logit_scale=header.number("logit_scale", 0.0) or 1.0,
+    )
+
+
 _interleaved = partial(decoder, interleaved=True)
 _gelu = partial(decoder, activation="gelu_tanh")
 _squared_relu = partial(decoder, activation="relu2")
@@ -374,5 +390,6 @@ ARCHITECTURES = {
     ),
     "starcoder": _layer_norm(_learned_positions),
     "starcoder2": _layer_norm(_gelu, harmless=NO_WINDOW),
+    "talkie": Architecture(_talkie),
     "xverse": Architecture(_interleaved),
 }

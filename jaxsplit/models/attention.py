@@ -6,7 +6,7 @@ from jax import Array
 
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.models.layers import Linear, Norm, project, readers_of
+from jaxsplit.models.layers import Linear, Norm, param, project, readers_of
 from jaxsplit.models.mixer_config import LinearConfig
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention.api import self_attention
@@ -57,6 +57,7 @@ class Attention(nnx.Module):
         self.key_norm = norm(c.key_norm, kv_heads, c.kv_heads, c.head_dim) if own_kv else None
         self.value_norm = norm(c.value_norm, kv_heads, c.kv_heads, c.value_dim) if own_kv else None
         self.sinks = nnx.Param(jnp.zeros(c.heads, jnp.float32), axes=(heads,)) if c.sinks else None
+        self.query_scale = param(None, (heads,), (c.heads,)) if c.query_scale else None
         inner = c.heads * c.value_dim
         self.out_norm = Norm(c.out_norm, inner, heads) if c.out_norm else None
         self.out = Linear(heads, inner, EMBED, embed, bias=c.out_bias, rngs=rngs)
@@ -110,4 +111,6 @@ class Attention(nnx.Module):
         """What the op needs beside projections."""
         norms = self.query_norm, self.key_norm, self.value_norm
         sinks = None if self.sinks is None else self.sinks.get_value()
-        return AttentionParams(*(n and n.params for n in norms), sinks=sinks)
+        scale = None if self.query_scale is None else self.query_scale.get_value()
+        params = (n and n.params for n in norms)
+        return AttentionParams(*params, sinks=sinks, query_scale=scale)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxsplit.models.mixer_config import LatentAttentionConfig, Mixer
+from jaxsplit.models.mixer_config import ChannelMixConfig, LatentAttentionConfig, Mixer
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.spec import NormConfig
@@ -30,7 +30,7 @@ class DenseMoEConfig:
     router_scale: float = 1.0
 
 
-FeedForward = MLPConfig | MoEConfig | DenseMoEConfig
+FeedForward = MLPConfig | MoEConfig | DenseMoEConfig | ChannelMixConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,8 @@ class BlockConfig:
         to the stream last; 0: none.
       per_layer_embedding_norm: of what is added.
       output_scale: a parameter multiplies the stream after the layer.
+      stream_scale: multiplies the stream after the layer.
+      carried_scale: what the stream carries, times a parameter, is added after the layer.
     """
 
     mixer: Mixer | None
@@ -72,6 +74,15 @@ class BlockConfig:
     per_layer_embedding: int = 0
     per_layer_embedding_norm: NormConfig = NormConfig()
     output_scale: bool = False
+    stream_scale: float = 1.0
+    carried_scale: bool = False
+
+    def cache(self, context: int, dtype: jnp.dtype) -> Any:
+        """What it keeps of a sequence, `CacheArray`s: of the mixer, and of an MLP with a state."""
+        mixer = self.mixer and self.mixer.cache(context, dtype)
+        if not isinstance(self.mlp, ChannelMixConfig):
+            return mixer
+        return mixer, self.mlp.cache(context, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +102,9 @@ class ModelConfig:
       tied: the embedding is the output head too.
       head_bias: the head has a bias.
       logit_scale: multiplies logits.
+      carried: width of what the stream carries beside the residual stream, from the embedding, or
+        a mixer of the first layer, to all layers; 0: nothing.
+      carries_embedding: it is the embedding.
       logit_softcap: logits are bounded to this by a tanh; None: they are not.
     """
 
@@ -106,6 +120,8 @@ class ModelConfig:
     tied: bool = False
     head_bias: bool = False
     logit_scale: float = 1.0
+    carried: int = 0
+    carries_embedding: bool = False
     logit_softcap: float | None = None
 
     @property
@@ -115,8 +131,9 @@ class ModelConfig:
 
     def stream_width(self, layer: int) -> int:
         """Numbers of each token that a layer is given: the residual stream, and the embeddings for
-        this and later layers."""
-        return self.embed + sum(block.per_layer_embedding for block in self.blocks[layer:])
+        this and later layers, and what the stream carries."""
+        later = sum(block.per_layer_embedding for block in self.blocks[layer:])
+        return self.embed + later + self.carried
 
     @property
     def colocated_layers(self) -> list[range]:
@@ -139,7 +156,7 @@ class ModelConfig:
           layers: which; None: all.
         """
         blocks = self.blocks if layers is None else self.blocks[layers.start : layers.stop]
-        return [block.mixer and block.mixer.cache(context, dtype) for block in blocks]
+        return [block.cache(context, dtype) for block in blocks]
 
     @property
     def attention(self) -> AttentionConfig | LatentAttentionConfig | None:

@@ -35,7 +35,9 @@ from jaxsplit.models.layers import (
 from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mamba import Mamba
 from jaxsplit.models.mixer_config import (
+    CARRIED,
     BlockSparseConfig,
+    ChannelMixConfig,
     DeltaNetConfig,
     HybridConfig,
     KDAConfig,
@@ -44,11 +46,14 @@ from jaxsplit.models.mixer_config import (
     LinearConfig,
     Mamba2Config,
     MambaConfig,
+    RWKV6Config,
+    RWKV7Config,
     ShortConvConfig,
 )
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
+from jaxsplit.models.rwkv import RWKV6, RWKV7, ChannelMix
 from jaxsplit.ops.activations.layout import Activations, Readers
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.matmul.api import matmul
@@ -94,6 +99,9 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     KDAConfig: KimiDeltaAttention,
     LightningConfig: LightningAttention,
     MambaConfig: Mamba,
+    RWKV6Config: RWKV6,
+    RWKV7Config: RWKV7,
+    ChannelMixConfig: ChannelMix,
     MLPConfig: MLP,
     MoEConfig: MoE,
     DenseMoEConfig: DenseMoE,
@@ -125,6 +133,7 @@ class Block(nnx.Module):
             else None
         )
         self.output_scale = param(None, (Axis("scalar"),), (1,)) if c.output_scale else None
+        self.carried_scale = param(None, (Axis("scalar"),), (1,)) if c.carried_scale else None
         self.config = config
 
     def __call__(
@@ -148,6 +157,9 @@ class Block(nnx.Module):
           what this layer has computed, still to be added, the stream, and the layer's cache.
         """
         c, stream = self.config, None
+        mlp_cache = None
+        if has_state := isinstance(self.mlp, ChannelMix):
+            cache, mlp_cache = (None, None) if cache is None else cache
         if self.mixer is not None:
             x, residual = add_norm(y, residual, self.mixer_norm, self._mixer_readers(residual))
             stream = residual
@@ -160,9 +172,14 @@ class Block(nnx.Module):
         if self.mlp is not None:
             x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
             residual = self._after_norm(x, residual)
-            y = self._transformed(x, residual if stream is None else stream)
+            if isinstance(self.mlp, ChannelMix):
+                y, mlp_cache = self.mlp(x, batch, mlp_cache)
+            else:
+                y = self._transformed(x, residual if stream is None else stream)
             y = self._scaled(y, residual, self.mlp_post_norm, c.mlp_scale)
-        if self.per_layer_embedding is None and self.output_scale is None:
+        if has_state and mlp_cache is not None:
+            cache = cache, mlp_cache
+        if not self._ends_in_stream:
             return y, residual, cache
         residual = add(y, residual)
         if self.per_layer_embedding is not None:
@@ -170,7 +187,16 @@ class Block(nnx.Module):
             residual = residual + self.per_layer_embedding(residual, per_layer_embedding)
         if self.output_scale is not None:
             residual = (residual * self.output_scale.get_value()).astype(residual.dtype)
-        return None, residual, cache
+        if self.carried_scale is not None:
+            carried = batch.lent[CARRIED] * self.carried_scale.get_value()
+            residual = (residual + carried).astype(residual.dtype)
+        return None, residual * c.stream_scale, cache
+
+    @property
+    def _ends_in_stream(self) -> bool:
+        """Whether something is done to the stream after the MLP."""
+        modules = self.per_layer_embedding, self.output_scale, self.carried_scale
+        return any(m is not None for m in modules) or self.config.stream_scale != 1
 
     def _after_norm(self, x: Activations, residual: Array) -> Array:
         """The stream to add to: as it was, or, after a norm, what the norm has made of it."""
@@ -371,9 +397,16 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = {name: factor.get_value() for name, factor in self.freq_factors.items()}
         batch = Batch(positions, slots, pages, factors)
-        residual, per_layer_embeddings = (
-            self._embed(inputs, positions) if self.first else self._split_stream(inputs)
-        )
+        if self.first:
+            residual, per_layer_embeddings = self._embed(inputs, positions)
+        else:
+            residual, per_layer_embeddings = self._split_stream(inputs)
+        if self.first and self.config.carries_embedding:
+            batch.lent[CARRIED] = residual
+        elif (width := self.config.carried) and not self.first:
+            assert per_layer_embeddings is not None
+            batch.lent[CARRIED] = per_layer_embeddings[..., -width:]
+            _, per_layer_embeddings = self._split_stream(inputs[..., :-width])
         y, caches, context = None, [], current_context()
         for i, block in enumerate(self.blocks):
             per_layer_embedding = None
@@ -388,8 +421,10 @@ class Decoder(nnx.Module):
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
-        if per_layer_embeddings is not None:
-            y, residual = None, jnp.concatenate([add(y, residual), per_layer_embeddings], axis=-1)
+        carried = batch.lent[CARRIED] if self.config.carried and not self.last else None
+        beside = [part for part in (per_layer_embeddings, carried) if part is not None]
+        if beside:
+            y, residual = None, jnp.concatenate([add(y, residual), *beside], axis=-1)
         return (y, residual), None if cache is None else caches
 
     def logits(self, x: Array) -> Array:

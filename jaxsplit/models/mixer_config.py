@@ -13,10 +13,13 @@ from jaxsplit.cache.layers import (
 from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 from jaxsplit.ops.norm.spec import NormConfig
-from jaxsplit.sharding.axes import LATENT, Axis, head_axes
+from jaxsplit.sharding.axes import EMBED, LATENT, Axis, head_axes
 
 SELECTION = "selection"
 """The name under which layers lend which keys their indexers have selected."""
+
+CARRIED = "carried"
+"""The name under which the stream carries something to all later layers, in other stages too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +331,101 @@ class MambaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RWKV6Config:
+    """The time mixing of RWKV-6 (Peng et al. 2024, arXiv:2404.05892).
+
+    Attributes:
+      heads, kv_heads: of receptances, and of keys and values, which they share.
+      head_dim: width of a head.
+      mix_rank, decay_rank: of the low-rank MLPs.
+      bonus: the state is read before a token is written, which has a weight of its own, and outputs
+        are normalized by head. Else it is read after that, keys are multiplied with 1 - decay, and
+        the gate is a sigmoid.
+      bias: receptances, keys and values have biases.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mix_rank: int
+    decay_rank: int
+    bonus: bool = True
+    bias: bool = False
+
+    @property
+    def lerps(self) -> tuple[str, ...]:
+        """The inputs that are mixed: of decays, keys, values, receptances and gates."""
+        return ("w", "k", "v", "r", "g")
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """Of receptances' heads and of keys' and values' heads."""
+        return head_axes(self.heads, self.kv_heads)
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is: the last token and the state."""
+        embed = self.heads * self.head_dim
+        return recurrent_cache(2, [(EMBED, embed)], (self.axes[0], self.head_dim, self.head_dim))
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7Config:
+    """The time mixing of RWKV-7 (Peng et al. 2025, arXiv:2503.14456).
+
+    Attributes:
+      heads: how many.
+      head_dim: width of a head.
+      decay_rank, iclr_rank, value_rank, gate_rank: of the low-rank MLPs of decays, in-context
+        learning rates, shares of the first layer's values, and gates; `gate_rank` 0: no gate.
+      norm: outputs are normalized by head.
+      first: the first layer, which lends its values.
+    """
+
+    heads: int
+    head_dim: int
+    decay_rank: int
+    iclr_rank: int
+    value_rank: int
+    gate_rank: int
+    norm: bool
+    first: bool
+
+    @property
+    def lerps(self) -> tuple[str, ...]:
+        """The inputs that are mixed: of receptances, decays, keys, values, rates and gates."""
+        return ("r", "w", "k", "v", "a", "g")[: 6 if self.gate_rank else 5]
+
+    @property
+    def axis(self) -> Axis:
+        """Of the heads."""
+        return head_axes(self.heads, self.heads)[0]
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is: the last token and the state."""
+        embed = self.heads * self.head_dim
+        return recurrent_cache(2, [(EMBED, embed)], (self.axis, self.head_dim, self.head_dim))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelMixConfig:
+    """The MLP of RWKV, which reads the token before, too.
+
+    Attributes:
+      embed: width of the residual stream.
+      intermediate_size: number of hidden units.
+      gated: its output is gated by a projection of the input.
+    """
+
+    embed: int
+    intermediate_size: int
+    gated: bool = False
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence, however long that is: the last token."""
+        return recurrent_cache(2, [(EMBED, self.embed)])
+
+
+@dataclasses.dataclass(frozen=True)
 class HybridConfig:
     """Attention and Mamba-2 side by side.
 
@@ -387,4 +485,6 @@ Mixer = (
     | KDAConfig
     | LightningConfig
     | MambaConfig
+    | RWKV6Config
+    | RWKV7Config
 )

@@ -19,7 +19,7 @@ SHAPE_FIELDS = (
 
 HEAD_FIELDS = (
     *("rope", "query_norm", "key_norm", "value_norm", "norm_over", "norm_first"),
-    *("clip_qkv", "attn_temperature", "kv_source"),
+    *("clip_qkv", "attn_temperature", "kv_source", "query_scale"),
 )
 """Fields about what is done to heads before attention."""
 
@@ -72,6 +72,7 @@ class AttentionConfig:
       out_norm: of the output of all heads together, before the last projection; None: no norm.
       attn_temperature: `(scale, floor, offset)`: queries at position p are multiplied with
         `1 + scale * log(1 + (p + offset) // floor)`; None: they are not.
+      query_scale: a parameter multiplies the queries of each head.
       value_is_key: values are the keys as projected.
       kv_donor: the name under which later layers may use its keys and values; None: they do not.
       kv_source: it has no keys and values of its own but uses those lent under this name.
@@ -99,6 +100,7 @@ class AttentionConfig:
     gate: GateConfig | None = None
     out_norm: NormConfig | None = None
     attn_temperature: tuple[float, int, int] | None = None
+    query_scale: bool = False
     value_is_key: bool = False
     kv_donor: str | None = None
     kv_source: str | None = None
@@ -143,12 +145,14 @@ class AttentionParams:
     Attributes:
       query_norm, key_norm, value_norm: as in `AttentionConfig`; None: no norm.
       sinks: float32 `[heads]`; None: none.
+      query_scale: float32 `[heads]`; None: queries are not scaled.
     """
 
     query_norm: NormParams | None = None
     key_norm: NormParams | None = None
     value_norm: NormParams | None = None
     sinks: Array | None = None
+    query_scale: Array | None = None
 
     @property
     def norm_scales(self) -> tuple[Array | None, Array | None]:

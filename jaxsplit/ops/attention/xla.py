@@ -51,6 +51,8 @@ def rotate_queries(
     """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`, normalized, rotated
     and scaled by temperature."""
     queries = _heads(query, config.head_dim, params.query_norm, config, batch)
+    if params.query_scale is not None:
+        queries = (queries * params.query_scale[:, None]).astype(queries.dtype)
     return apply_temperature(queries, batch.positions, config.attn_temperature)
 
 
