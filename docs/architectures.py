@@ -11,12 +11,22 @@ from jaxsplit.formats import ModelFile, TensorInfo
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
+    BlockSparseConfig,
+    ChannelMixConfig,
     DeltaNetConfig,
+    DenseMoEConfig,
+    HybridConfig,
+    KDAConfig,
     LatentAttentionConfig,
+    LightningConfig,
+    LinearConfig,
     Mamba2Config,
+    MambaConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
+    RWKV6Config,
+    RWKV7Config,
     ShortConvConfig,
 )
 
@@ -28,6 +38,12 @@ MIXERS = {
     DeltaNetConfig: "gated delta-net",
     Mamba2Config: "Mamba-2",
     ShortConvConfig: "short convolution",
+    KDAConfig: "Kimi delta attention",
+    LightningConfig: "lightning attention",
+    LinearConfig: "projection in place of a mixer",
+    MambaConfig: "Mamba",
+    RWKV6Config: "RWKV-6",
+    RWKV7Config: "RWKV-7",
 }
 
 HEAD = """# Architectures
@@ -48,13 +64,22 @@ test` takes some of the combinations, `pytest -m full` takes all.
 
 def mixer(c: Any) -> Iterator[str]:
     """Words for a mixer."""
+    if isinstance(c, HybridConfig | BlockSparseConfig):
+        yield from mixer(c.attention)
+        if isinstance(c, BlockSparseConfig):
+            yield "indexer of blocks"
+        else:
+            yield f"{MIXERS[type(c.recurrent)]} beside it"
+        return
+    if c is None:
+        return
     yield MIXERS[type(c)]
     if getattr(c, "window", None):
-        yield "chunks" if c.chunked else "sliding window"
+        yield "chunks" if getattr(c, "chunked", False) else "sliding window"
     if isinstance(c, LatentAttentionConfig | AttentionConfig):
         rope = c.rope
         if rope is None:
-            yield "no RoPE" if c.alibi is None else "ALiBi"
+            yield "ALiBi" if getattr(c, "alibi", None) else "no RoPE"
         else:
             yield f"RoPE by {'neighbours' if rope.interleaved else 'halves'}"
             if rope.dim < c.head_dim and isinstance(c, AttentionConfig):
@@ -63,12 +88,20 @@ def mixer(c: Any) -> Iterator[str]:
                 yield rope.scaling
             if rope.freq_factors:
                 yield "frequency factors"
+    if isinstance(c, LatentAttentionConfig):
+        if c.indexer:
+            yield "indexer"
+        if c.gate:
+            yield "output gate"
+        if c.sinks:
+            yield "sinks"
     if isinstance(c, AttentionConfig):
         words = {
             "softcap": "soft-cap",
             "clip_qkv": "clamped q, k, v",
             "sinks": "sinks",
             "gate": "output gate",
+            "out_norm": "output norm",
             "attn_temperature": "temperature by position",
             "value_norm": "v norm",
             "value_is_key": "K = V",
@@ -81,12 +114,19 @@ def mixer(c: Any) -> Iterator[str]:
             yield width[c.norm_over] + ("" if c.norm_first else " after RoPE")
 
 
+def activation(function: Any) -> str:
+    """The name of an activation."""
+    return function if isinstance(function, str) else type(function).__name__
+
+
 def mlp(c: Any) -> Iterator[str]:
     """Words for an MLP."""
     if isinstance(c, MLPConfig):
-        yield f"{'gated' if c.gated else 'plain'} {c.activation}"
+        yield f"{'gated' if c.gated else 'plain'} {activation(c.activation)}"
     elif isinstance(c, MoEConfig):
-        yield f"experts ({c.expert.activation})"
+        yield f"experts ({activation(c.expert.activation)})"
+        if c.latent:
+            yield "latent"
         yield c.routing.replace("_", " ")
         if c.groups > 1:
             yield "groups"
@@ -94,13 +134,16 @@ def mlp(c: Any) -> Iterator[str]:
             yield "selection bias"
         if c.shared:
             yield "shared expert" + (" with gate" if c.shared_gate else "")
-    else:
+    elif isinstance(c, DenseMoEConfig):
         yield from (*mlp(c.dense), *mlp(c.moe))
+    elif isinstance(c, ChannelMixConfig):
+        yield "channel mix" + (" with gate" if c.gated else "")
 
 
 def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
     """Words for norms, and for what happens outside the layers."""
     norm = b.mixer_norm or b.mixer_post_norm
+    assert norm is not None
     kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
     if b.mixer_post_norm:
         kind += " around mixer and MLP" if b.mixer_norm else " after mixer and MLP"
@@ -116,6 +159,10 @@ def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
         "tied": "tied head",
     }
     yield from (word for field, word in words.items() if getattr(c, field))
+    if b.normalized_residual:
+        yield "post-norm residual"
+    if c.carries_embedding:
+        yield "embedding in each layer"
     if (c.embedding_scale, c.logit_scale, b.residual_scale) != (1, 1, 1):
         yield "scales"
 
@@ -147,7 +194,12 @@ def table() -> str:
         cells = [
             f"`{name}`",
             cell(word for block, _ in blocks for word in mixer(block.mixer)),
-            cell(word for block, _ in blocks for word in mlp(block.mlp)),
+            cell(
+                word
+                for block, _ in blocks
+                for c in (block.mlp, block.stream_mlp)
+                for word in mlp(c)
+            ),
             cell(word for block, config in blocks for word in residual(block, config)),
             cell(variant for variant, _ in variants),
         ]

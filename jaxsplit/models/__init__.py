@@ -21,6 +21,7 @@ from jaxsplit.models.mamba import Mamba
 from jaxsplit.models.mixer_config import (
     BlockIndexerConfig,
     BlockSparseConfig,
+    ChannelMixConfig,
     DeltaNetConfig,
     HybridConfig,
     IndexerConfig,
@@ -30,11 +31,14 @@ from jaxsplit.models.mixer_config import (
     LinearConfig,
     Mamba2Config,
     MambaConfig,
+    RWKV6Config,
+    RWKV7Config,
     ShortConvConfig,
 )
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
+from jaxsplit.models.rwkv import RWKV6, RWKV7, ChannelMix
 from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 from jaxsplit.ops.norm.spec import NormConfig
@@ -54,6 +58,8 @@ __all__ = [
     "BlockSparseAttention",
     "BlockSparseConfig",
     "Cache",
+    "ChannelMix",
+    "ChannelMixConfig",
     "CacheArray",
     "Decoder",
     "DeltaNet",
@@ -84,6 +90,10 @@ __all__ = [
     "ModelConfig",
     "Norm",
     "NormConfig",
+    "RWKV6",
+    "RWKV7",
+    "RWKV6Config",
+    "RWKV7Config",
     "RecurrentCache",
     "RopeConfig",
     "ShortConv",
