@@ -9,6 +9,7 @@ from typing import Any
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Names
 from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.residual_config import HyperConnectionConfig, HyperHeadConfig
 from jaxsplit.ops.activations.functions import Activation
 from jaxsplit.ops.attention.rope import RopeConfig
 
@@ -112,6 +113,17 @@ def _check_experts(header: Header) -> None:
         ]:
             layers = reprlib.repr(layers)
             raise header.wrong(name, value, f"experts where their tensors are: in layers {layers}")
+
+
+def hyper_connections(header: Header) -> tuple[HyperConnectionConfig, HyperHeadConfig]:
+    """Manifold-constrained hyper-connections, and what the head reads."""
+    streams = header.size("hyper_connection.count")
+    epsilon = header.number("hyper_connection.epsilon", 1e-6)
+    iterations = header.count("hyper_connection.sinkhorn_iterations", 0)
+    norm_epsilon = header.norm().epsilon
+    mean = not header.has("output_hc_fn.weight")
+    head = HyperHeadConfig(streams, epsilon, norm_epsilon, mean)
+    return HyperConnectionConfig(streams, epsilon, norm_epsilon, iterations), head
 
 
 def bounded_mlp(header: Header, layer: int, *, after: bool = False) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from jaxsplit.models.mixer_config import (
     MambaConfig,
     ShortConvConfig,
 )
+from jaxsplit.models.residual_config import AttentionResidualConfig
+from jaxsplit.ops.activations.functions import SiTUGLU
 from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 
 
@@ -139,6 +141,31 @@ def _kimi_linear(header: Header) -> ModelConfig:
         return {"mixer": recurrent if header.has(f"blk.{layer}.ssm_a") else latent}
 
     return decoder(header, block=block, experts={"normalize": True, "routing": None})
+
+
+def _kimi_k3(header: Header) -> ModelConfig:
+    """Layers attend to the outputs of earlier blocks of layers; experts are latent."""
+    recurrent = _kda(header)
+    beta = header.number("activation.situ_beta", above=0)
+    linear = header.number("activation.situ_linear_beta", 0.0, least=-math.inf)
+    activation = SiTUGLU(beta, linear if linear > 0 else None)
+    every, norm = header.count("attn_res.block_size", least=1), header.norm()
+    latent = header.size("expert_latent_length", 0, least=0)
+
+    def block(layer: int) -> dict[str, Any]:
+        residual = AttentionResidualConfig(norm, begins=layer % every == 0)
+        mixer = recurrent
+        if not header.has(f"blk.{layer}.ssm_a"):
+            mixer = unrotated(latent_attention(header, gate=header.gate(layer)))
+        found: dict[str, Any] = {"mixer": mixer, "residual": residual}
+        if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
+            return found
+        normed = header.has(f"blk.{layer}.ffn_routed_norm.weight")
+        experts = {"routing": None, "latent": latent, "latent_norm": norm if normed else None}
+        return found | {"mlp": header.experts(layer, activation, **experts)}
+
+    head = AttentionResidualConfig(norm)
+    return decoder(header, activation=activation, block=block, head_residual=head)
 
 
 def _bailing3(header: Header) -> ModelConfig:
@@ -394,6 +421,7 @@ ARCHITECTURES = {
         partial(_lfm2, experts={"normalize": True, "routing": None}), _SHORT_CONV
     ),
     "jamba": Architecture(_jamba, _MAMBA, harmless=_BY_TENSORS),
+    "kimi-k3": Architecture(_kimi_k3, _with_latent(_KDA), harmless=LATENT_HARMLESS),
     "kimi-linear": Architecture(_kimi_linear, _with_latent(_KDA), harmless=LATENT_HARMLESS),
     "mamba": Architecture(_mamba, _MAMBA),
     "minimax-01": Architecture(_minimax_01, _LIGHTNING),

@@ -5,7 +5,7 @@ import math
 from functools import partial
 from typing import Any, cast
 
-from jaxsplit.architectures.entry import Architecture, decoder
+from jaxsplit.architectures.entry import Architecture, decoder, hyper_connections
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Rows, block_names
 from jaxsplit.models.config import BlockConfig, ModelConfig
@@ -67,14 +67,9 @@ def _indexer(header: Header, *, interleaved: bool, epsilon: float, rope_last: bo
 
 def _glm_dsa(header: Header) -> ModelConfig:
     indexer = _indexer(header, interleaved=True, epsilon=0.0)
-    if header.given("attention.indexer.types"):
-        selects = header.flags("attention.indexer.types", True)
-    elif header.context_length >= 2**20:
+    selects = _selects(header)
+    if not header.given("attention.indexer.types") and header.context_length >= 2**20:
         selects = [layer < 2 or layer % 4 == 2 for layer in range(header.layers)]
-    else:
-        selects = [True] * header.layers
-    if not selects[0]:
-        raise header.wrong("attention.indexer.types", selects, "an indexer in the first layer")
 
     def block(layer: int) -> dict[str, Any]:
         own = {"indexer": indexer} if selects[layer] else {}
@@ -123,6 +118,38 @@ def _deepseek2(header: Header) -> ModelConfig:
     flash = header.layers in (47, 48) and header.vocab == 154880
     experts = {"routing": "sigmoid" if flash else "softmax"}
     return decoder(header, block={"mixer": latent_attention(header)}, experts=experts)
+
+
+def _hy4(header: Header) -> ModelConfig:
+    """Streams are not mixed; only routed experts have a bound."""
+    connection, head = hyper_connections(header)
+    magnitude = header.number("hyper_connection.magnitude", 2.0)
+    connection = dataclasses.replace(connection, magnitude=magnitude, offset=connection.epsilon)
+    epsilon = header.norm().epsilon
+    indexer = _indexer(header, interleaved=True, epsilon=epsilon, rope_last=True)
+    selects = _selects(header)
+
+    def block(layer: int) -> dict[str, Any]:
+        own = {"indexer": indexer} if selects[layer] else {}
+        gate = header.gate(layer)
+        mixer = latent_attention(header, sparse=True, sinks=True, gate=gate, **own)
+        found: dict[str, Any] = {"mixer": mixer, "residual": connection}
+        if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
+            return found
+        bounded = header.bounded("exp", layer)
+        return found | {
+            "mlp": header.experts(layer, bounded, shared_activation="silu", routing=None)
+        }
+
+    return decoder(header, block=block, head_residual=head)
+
+
+def _selects(header: Header) -> list[bool]:
+    """Which layers have an indexer."""
+    selects = header.flags("attention.indexer.types", True)
+    if not selects[0]:
+        raise header.wrong("attention.indexer.types", selects, "an indexer in the first layer")
+    return selects
 
 
 def _minicpm3(header: Header) -> ModelConfig:
@@ -186,6 +213,7 @@ ARCHITECTURES = {
     "deepseek2": _latent(_deepseek2),
     "deepseek32": _latent(_deepseek32),
     "dots3note": _latent(_dots3),
+    "hy_v4": _latent(_hy4),
     "glm-dsa": _latent(_glm_dsa),
     "minicpm3": _latent(_minicpm3),
     "mistral4": _latent(_deepseek2),

@@ -7,6 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxsplit.models.mixer_config import ChannelMixConfig, LatentAttentionConfig, Mixer
+from jaxsplit.models.residual_config import (
+    AttentionResidualConfig,
+    HeadResidualConfig,
+    ResidualConfig,
+)
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.spec import NormConfig
@@ -47,6 +52,7 @@ class BlockConfig:
       residual_scale: multiplies what they write.
       normalized_residual: mixer and MLP are added to the outputs of their norms times this; None:
         to the stream that the norms read.
+      residual: how they are connected to several streams; None: there is one.
       stream_mlp: a second MLP, which reads the stream before the mixer, through a norm of its own;
         its output is added to that of the first. None: there is none.
       routes_stream: the router of the experts reads the stream before the mixer.
@@ -69,6 +75,7 @@ class BlockConfig:
     mlp_scale: float = 1.0
     residual_scale: float = 1.0
     normalized_residual: float | None = None
+    residual: ResidualConfig | None = None
     stream_mlp: FeedForward | None = None
     routes_stream: bool = False
     per_layer_embedding: int = 0
@@ -95,7 +102,8 @@ class ModelConfig:
       embed: width of the residual stream.
       context: longest context that the model was made for, in tokens.
       blocks: the layers.
-      norm: of the last layer's output.
+      norm: of the last layer's output; None: no norm.
+      head_residual: what is read of several streams after the last layer; None: there is one.
       embedding_scale: multiplies embeddings.
       embedding_norm: of embeddings; None: no norm.
       learned_positions: positions that have an embedding of their own; 0: none have.
@@ -113,7 +121,8 @@ class ModelConfig:
     embed: int
     context: int
     blocks: tuple[BlockConfig, ...]
-    norm: NormConfig = NormConfig()
+    norm: NormConfig | None = NormConfig()
+    head_residual: HeadResidualConfig | None = None
     embedding_scale: float = 1.0
     embedding_norm: NormConfig | None = None
     learned_positions: int = 0
@@ -129,11 +138,17 @@ class ModelConfig:
         """How many there are."""
         return len(self.blocks)
 
+    def streams(self, layer: int) -> int:
+        """How many streams of the width `embed` a layer is given."""
+        earlier = [block.residual for block in self.blocks[:layer]]
+        begun = sum(isinstance(r, AttentionResidualConfig) and r.begins for r in earlier)
+        return getattr(self.blocks[0].residual, "streams", 1) + begun
+
     def stream_width(self, layer: int) -> int:
         """Numbers of each token that a layer is given: the residual stream, and the embeddings for
         this and later layers, and what the stream carries."""
         later = sum(block.per_layer_embedding for block in self.blocks[layer:])
-        return self.embed + later + self.carried
+        return self.streams(layer) * self.embed + later + self.carried
 
     @property
     def colocated_layers(self) -> list[range]:

@@ -53,6 +53,19 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, MoE
+from jaxsplit.models.residual import (
+    AttentionResidual,
+    HyperConnection,
+    HyperHead,
+    LowRankConnection,
+    Residual,
+)
+from jaxsplit.models.residual_config import (
+    AttentionResidualConfig,
+    HyperConnectionConfig,
+    HyperHeadConfig,
+    LowRankConnectionConfig,
+)
 from jaxsplit.models.rwkv import RWKV6, RWKV7, ChannelMix
 from jaxsplit.ops.activations.layout import Activations, Readers
 from jaxsplit.ops.attention.spec import AttentionConfig
@@ -105,8 +118,12 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     MLPConfig: MLP,
     MoEConfig: MoE,
     DenseMoEConfig: DenseMoE,
+    HyperConnectionConfig: HyperConnection,
+    HyperHeadConfig: HyperHead,
+    LowRankConnectionConfig: LowRankConnection,
+    AttentionResidualConfig: AttentionResidual,
 }
-"""The module that each config of a mixer or an MLP describes."""
+"""The module that each config of a mixer, an MLP or a residual connection describes."""
 
 
 def module(config: Any, embed: int, rngs: nnx.Rngs) -> Any:
@@ -249,6 +266,37 @@ class Block(nnx.Module):
         return Unreduced.of((total if norm is None else norm(total)) * after)
 
 
+class StreamsBlock(Block):
+    """A layer whose mixer and MLP read from and write to several streams."""
+
+    def __init__(self, config: BlockConfig, embed: int, *, rngs: nnx.Rngs):
+        super().__init__(config, embed, rngs=rngs)
+        mixer = mlp = config.residual
+        if isinstance(mixer, AttentionResidualConfig):  # blocks of layers begin before mixers
+            mlp = dataclasses.replace(mixer, begins=False)
+        self.mixer_residual: Residual = module(mixer, embed, rngs)
+        self.mlp_residual: Residual = module(mlp, embed, rngs)
+
+    def __call__(
+        self,
+        y: Unreduced | None,
+        residual: Array,
+        batch: Batch,
+        cache: Any,
+        per_layer_embedding: Array | None = None,
+    ) -> tuple[Unreduced | None, Array, Any]:
+        """As `Block.__call__`; the stream is `[batch, time, streams * embed]`."""
+        assert y is None and self.mixer is not None and self.mlp is not None
+        x, gates = self.mixer_residual.read(residual)
+        x, _ = add_norm(None, x, self.mixer_norm, self.mixer.readers(x))
+        y, cache = self.mixer(x, batch, cache)
+        residual = self.mixer_residual.write(residual, y.all_reduce(residual.dtype), gates)
+        x, gates = self.mlp_residual.read(residual)
+        x, _ = add_norm(None, x, self.mlp_norm, self.mlp.readers(x))
+        y = self.mlp(x)
+        return None, self.mlp_residual.write(residual, y.all_reduce(residual.dtype), gates), cache
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _run_block(
     context: ForwardContext,
@@ -327,7 +375,13 @@ class Decoder(nnx.Module):
             if self.first and width
             else None
         )
-        self.blocks = nnx.List([Block(block, c.embed, rngs=rngs) for block in blocks])
+        self.blocks = nnx.List(
+            [
+                (StreamsBlock if block.residual else Block)(block, c.embed, rngs=rngs)
+                for block in blocks
+            ]
+        )
+        self.head_residual = module(c.head_residual, c.embed, rngs) if self.last else None
         self.norm = norm(c.norm, c.embed) if self.last else None
         vocab = Axis("vocab", c.vocab)
         self.head = (
@@ -423,6 +477,8 @@ class Decoder(nnx.Module):
             caches.append(layer_cache)
         carried = batch.lent[CARRIED] if self.config.carried and not self.last else None
         beside = [part for part in (per_layer_embeddings, carried) if part is not None]
+        if self.head_residual is not None:
+            residual, _ = self.head_residual.read(residual)
         if beside:
             y, residual = None, jnp.concatenate([add(y, residual), *beside], axis=-1)
         return (y, residual), None if cache is None else caches
@@ -462,7 +518,7 @@ class Decoder(nnx.Module):
     def _split_stream(self, x: Array, width: int | None = None) -> tuple[Array, Array | None]:
         """Splits off the first `width` elements, by default the residual stream; the rest is None
         if nothing remains."""
-        width = width or self.config.embed
+        width = width or self.config.streams(self.layers.start) * self.config.embed
         return x[..., :width], x[..., width:] if x.shape[-1] > width else None
 
     def _embed(self, tokens: Array, positions: Array) -> tuple[Array, Array | None]:
@@ -473,6 +529,7 @@ class Decoder(nnx.Module):
             table = self.positions.get_value()
             x = x + take_rows(table, jnp.maximum(positions, 0), self.dtype)
         x = (x if self.embedding_norm is None else self.embedding_norm(x)).astype(self.dtype)
+        x = jnp.tile(x, self.config.streams(0))
         return x, None if self.per_layer_embeddings is None else self.per_layer_embeddings(
             tokens, x
         )
