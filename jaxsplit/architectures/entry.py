@@ -126,9 +126,14 @@ def hyper_connections(header: Header) -> tuple[HyperConnectionConfig, HyperHeadC
     return HyperConnectionConfig(streams, epsilon, norm_epsilon, iterations), head
 
 
-def bounded_mlp(header: Header, layer: int, *, after: bool = False) -> dict[str, Any]:
-    """Fields of `BlockConfig`: MLP, experts and shared expert with their bounds."""
+def bounded_mlp(
+    header: Header, layer: int, *, after: bool = False, one_bound: bool = False
+) -> dict[str, Any]:
+    """Fields of `BlockConfig`: MLP, experts and shared expert with their bounds; `one_bound`: that
+    of experts for all, where the file does not give another."""
     routed, other = (header.bounded(kind, layer, after=after) for kind in ("exp", "shexp"))
+    if one_bound and not header.given("swiglu_clamp_shexp"):
+        other = routed
     if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
         return {"mlp": header.mlp(layer, other)}
     return {"mlp": header.experts(layer, routed, shared_activation=other, routing=None)}

@@ -244,13 +244,16 @@ class Header:
         heads = self.size("attention.head_count", layer=layer)
         return self.size("attention.key_length", self.embed // heads)
 
-    def rope(self, head_dim: int, *, interleaved: bool = False, end: str = "") -> RopeConfig:
+    def rope(
+        self, head_dim: int, *, interleaved: bool = False, end: str = "", dim: int | None = None
+    ) -> RopeConfig:
         """The rotary embedding of heads.
 
         Args:
           head_dim: their width.
           interleaved: neighbours are a pair.
           end: of the key that tells how many of their dimensions are rotated.
+          dim: how many they are, whatever the key says.
         """
         scaling = self("rope.scaling.type", "linear")
         if scaling not in _SCALINGS:
@@ -261,7 +264,8 @@ class Header:
         sections = self.sections  # refuses positions that text does not have
         trained = self.context_length
         original = self.count("rope.scaling.original_context_length", trained) or trained
-        dim = self.size(key := f"rope.dimension_count{end}", head_dim, least=2)
+        key = f"rope.dimension_count{end}"
+        dim = dim or self.size(key, head_dim, least=2)
         if dim > head_dim or dim % 2:
             expected = f"an even number of at most {head_dim}, the width of a head"
             raise self.wrong(key, dim, expected)

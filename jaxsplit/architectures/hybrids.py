@@ -10,6 +10,7 @@ from jaxsplit.architectures.entry import (
     bounded_mlp,
     decoder,
     head_norms,
+    hyper_connections,
     post_norms,
     scaled,
 )
@@ -17,6 +18,7 @@ from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.mla import (
     LATENT_HARMLESS,
     LATENT_NAMES,
+    indexer_config,
     latent_attention,
     unrotated,
 )
@@ -30,6 +32,7 @@ from jaxsplit.models.mixer_config import (
     LightningConfig,
     Mamba2Config,
     MambaConfig,
+    PoolConfig,
     ShortConvConfig,
 )
 from jaxsplit.models.residual_config import AttentionResidualConfig
@@ -166,6 +169,27 @@ def _kimi_k3(header: Header) -> ModelConfig:
 
     head = AttentionResidualConfig(norm)
     return decoder(header, activation=activation, block=block, head_residual=head)
+
+
+def _glm5(header: Header) -> ModelConfig:
+    """Latent attention without positions, whose indexer selects blocks of keys."""
+    connection, head = hyper_connections(header)
+    recurrent, dim = _kda(header, epsilon=1e-6), header.size("attention.indexer.key_length")
+    if not header.flag("attention.indexer.kpool_select_tail", True):
+        raise header.wrong("attention.indexer.kpool_select_tail", False, "true")
+    pool = PoolConfig(header.count("attention.indexer.kpool", least=1), dim)
+    epsilon = header.number("attention.layer_norm_epsilon", recurrent.norm.epsilon)
+    indexer = indexer_config(header, interleaved=True, epsilon=epsilon, pool=pool)
+    selects = header.flags("attention.indexer.types", True)
+
+    def block(layer: int) -> dict[str, Any]:
+        common = bounded_mlp(header, layer, one_bound=True) | {"residual": connection}
+        if header.has(f"blk.{layer}.ssm_a"):
+            return common | {"mixer": recurrent}
+        own = {"indexer": indexer} if selects[layer] else {}
+        return common | {"mixer": latent_attention(header, sparse=True, **own)}
+
+    return decoder(header, block=block, head_residual=head)
 
 
 def _bailing3(header: Header) -> ModelConfig:
@@ -420,6 +444,7 @@ ARCHITECTURES = {
     "lfm2moe": Architecture(
         partial(_lfm2, experts={"normalize": True, "routing": None}), _SHORT_CONV
     ),
+    "glm5-next": Architecture(_glm5, _with_latent(_KDA), harmless=LATENT_HARMLESS),
     "jamba": Architecture(_jamba, _MAMBA, harmless=_BY_TENSORS),
     "kimi-k3": Architecture(_kimi_k3, _with_latent(_KDA), harmless=LATENT_HARMLESS),
     "kimi-linear": Architecture(_kimi_linear, _with_latent(_KDA), harmless=LATENT_HARMLESS),

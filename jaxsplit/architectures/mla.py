@@ -20,9 +20,9 @@ def latent_attention(
     give the widths of whole heads where newer ones give those of the latent vector."""
     fused = not header.has("blk.*.attn_k_b.weight")
     end = "" if fused else "_mla"
-    rope_dim = header.size("rope.dimension_count", least=2)
+    rope_dim = header.size("rope.dimension_count", least=0)
     width = header.size(f"attention.key_length{end}", least=rope_dim + 1)
-    rope = header.rope(rope_dim, interleaved=interleaved)
+    rope = header.rope(rope_dim or 2, interleaved=interleaved, dim=rope_dim or 2)
     stretch = 0.0 if rope.scaling == "none" else math.log(max(1.0, rope.factor))
     multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0)
     magnitude = header.number("rope.scaling.attn_factor", 1.0)
@@ -36,7 +36,7 @@ def latent_attention(
         value_dim=header.size(f"attention.value_length{end}"),
         kv_lora_rank=header.size("attention.kv_lora_rank"),
         q_lora_rank=header.size("attention.q_lora_rank", 0, least=0),
-        rope=dataclasses.replace(rope, attention_factor=magnitude),
+        rope=dataclasses.replace(rope, attention_factor=magnitude) if rope_dim else None,
         scale=scale**2 / math.sqrt(width),
         norm=header.norm(),
         k_up_transposed=fused,
@@ -50,24 +50,25 @@ def unrotated(mixer: LatentAttentionConfig) -> LatentAttentionConfig:
     return dataclasses.replace(mixer, rope=None, unrotated_dim=mixer.shared_dim)
 
 
-def _indexer(header: Header, *, interleaved: bool, epsilon: float, rope_last: bool = False) -> Any:
+def indexer_config(
+    header: Header, *, interleaved: bool, epsilon: float, **choices: Any
+) -> IndexerConfig:
     """The indexer of a file's sparse attention."""
     dim = header.size("attention.indexer.key_length")
     rope = latent_attention(header, layer=0).rope
-    assert rope is not None
     return IndexerConfig(
         heads=header.size("attention.indexer.head_count"),
         head_dim=dim,
         top_k=header.size("attention.indexer.top_k"),
-        rope=dataclasses.replace(rope, interleaved=interleaved),
+        rope=rope and dataclasses.replace(rope, interleaved=interleaved),
         norm=NormConfig("layer", epsilon, bias=True),
-        rope_last=rope_last,
+        **choices,
     )
 
 
 def _glm_dsa(header: Header) -> ModelConfig:
-    indexer = _indexer(header, interleaved=True, epsilon=0.0)
-    selects = _selects(header)
+    indexer = indexer_config(header, interleaved=True, epsilon=0.0)
+    selects = indexed_layers(header)
     if not header.given("attention.indexer.types") and header.context_length >= 2**20:
         selects = [layer < 2 or layer % 4 == 2 for layer in range(header.layers)]
 
@@ -79,7 +80,7 @@ def _glm_dsa(header: Header) -> ModelConfig:
 
 
 def _deepseek32(header: Header) -> ModelConfig:
-    indexer = _indexer(header, interleaved=False, epsilon=0.0)
+    indexer = indexer_config(header, interleaved=False, epsilon=0.0)
     mixer = latent_attention(header, sparse=True, indexer=indexer)
     return decoder(header, block={"mixer": mixer}, experts={"routing": None})
 
@@ -88,7 +89,7 @@ def _dots3(header: Header) -> ModelConfig:
     """Layers with a window have sizes of their own and no indexer."""
     window, local = header.window(), header.windowed()
     header.disregard("attention.indexer.types")  # the layers without a window
-    indexer = _indexer(header, interleaved=False, epsilon=1e-6)
+    indexer = indexer_config(header, interleaved=False, epsilon=1e-6)
     base = header.number("rope.freq_base_swa", 10000.0, above=1)
     rope_dim = header.size("rope.dimension_count")
     width = header.size("attention.key_length_mla_swa", least=rope_dim + 1)
@@ -126,8 +127,8 @@ def _hy4(header: Header) -> ModelConfig:
     magnitude = header.number("hyper_connection.magnitude", 2.0)
     connection = dataclasses.replace(connection, magnitude=magnitude, offset=connection.epsilon)
     epsilon = header.norm().epsilon
-    indexer = _indexer(header, interleaved=True, epsilon=epsilon, rope_last=True)
-    selects = _selects(header)
+    indexer = indexer_config(header, interleaved=True, epsilon=epsilon, rope_last=True)
+    selects = indexed_layers(header)
 
     def block(layer: int) -> dict[str, Any]:
         own = {"indexer": indexer} if selects[layer] else {}
@@ -144,7 +145,7 @@ def _hy4(header: Header) -> ModelConfig:
     return decoder(header, block=block, head_residual=head)
 
 
-def _selects(header: Header) -> list[bool]:
+def indexed_layers(header: Header) -> list[bool]:
     """Which layers have an indexer."""
     selects = header.flags("attention.indexer.types", True)
     if not selects[0]:
@@ -187,6 +188,8 @@ LATENT_NAMES = block_names(
     mixer__indexer__key__kernel="indexer.attn_k.weight",
     mixer__indexer__key_norm__scale="indexer.k_norm.weight",
     mixer__indexer__key_norm__bias="indexer.k_norm.bias",
+    mixer__indexer__pool__gate__kernel="indexer_compressor_gate.weight",
+    mixer__indexer__pool__place="indexer_compressor_ape.weight",
     mixer__indexer__weight__kernel="indexer.proj.weight",
     mixer__value_up=["attn_v_b.weight", Rows("attn_kv_b.weight", part=1, layout=_layout)],
 )

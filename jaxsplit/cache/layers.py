@@ -297,6 +297,13 @@ def recurrent_cache(
     return RecurrentCache(tuple(inputs), matrices)
 
 
+def pool_cache(rows: int, row_width: int, entries: int, width: int) -> RecurrentCache:
+    """`RecurrentCache` of `CacheArray`s: the last `rows` tokens of a sequence, and entries for its
+    blocks of tokens."""
+    shapes = (rows, row_width), (max(1, entries), width)
+    return RecurrentCache(tuple(CacheArray(s, (None, None), jnp.float32) for s in shapes))
+
+
 Cache = list[Any]
 """The cache of each layer; None for a stateless one."""
 

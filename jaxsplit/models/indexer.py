@@ -13,6 +13,7 @@ from jax import Array, lax
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.models.attention import Attention
+from jaxsplit.models.compressor import BlockPool, complete_blocks
 from jaxsplit.models.layers import Linear, Norm
 from jaxsplit.models.mixer_config import BlockIndexerConfig, BlockSparseConfig, IndexerConfig
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
@@ -41,11 +42,12 @@ class Indexer(nnx.Module):
         self.key = Linear(EMBED, embed, _INDEX, c.head_dim, rngs=rngs)
         self.key_norm = Norm(c.norm, c.head_dim, _INDEX)
         self.weight = Linear(EMBED, embed, _INDEX, c.heads, rngs=rngs)
+        self.pool = BlockPool(c.pool, embed, rngs=rngs) if c.pool else None
         self.config = config
 
     def __call__(
-        self, x: Activations, low: Array, batch: Batch, cache: AttentionCache | None
-    ) -> tuple[Array | None, AttentionCache | None]:
+        self, x: Activations, low: Array, batch: Batch, cache: Any
+    ) -> tuple[Array | None, Any]:
         """Selects keys.
 
         Args:
@@ -55,9 +57,8 @@ class Indexer(nnx.Module):
           cache: keys of earlier tokens; None: there are none.
 
         Returns:
-          the indices of the selected keys, int32 `[batch, time, top_k]`, those of the largest
-          scores first; None: there are not more keys than may be selected. And the cache with the
-          new keys.
+          the indices of the selected keys, int32 `[batch, time, n]`, beyond the last one for none;
+          None: there are not more keys than may be selected. And the cache with the new keys.
         """
         c, shape = self.config, batch.positions.shape
         queries = self.query(low).reshape(*shape, c.heads, c.head_dim)
@@ -65,11 +66,27 @@ class Indexer(nnx.Module):
         keys = self.key_norm(self.key(x))[:, :, None]
         keys = _rotated(keys, batch, c.rope, last=c.rope_last)
         weights = self.weight(x).astype(jnp.float32) * (c.heads * c.head_dim) ** -0.5
+        if self.pool is not None and c.pool is not None:
+            keys, cache = self.pool(x, keys[:, :, 0], batch, cache, lambda entries, _: entries)
+            return self._of_blocks(queries, keys, weights, batch.positions, c.pool.block), cache
         memory, _, cache = update_cache(keys, None, batch, cache, None)
         if memory.length <= c.top_k:
             return None, cache
         keys = memory.dequantized_keys(x.dtype)[:, 0]
-        return _select(queries, keys, weights, batch.positions, c.top_k), cache
+        return select(queries, keys, weights, batch.positions, c.top_k), cache
+
+    def _of_blocks(
+        self, queries: Array, keys: Array, weights: Array, positions: Array, block: int
+    ) -> Array | None:
+        """The keys of the selected blocks, and those of the block that is not complete."""
+        blocks = self.config.top_k // block
+        if keys.shape[1] <= blocks:
+            return None
+        complete = complete_blocks(positions, block)[..., None]
+        chosen = select(queries, keys, weights, complete[..., 0] - 1, blocks)
+        chosen = jnp.where(chosen < complete, chosen, 2**30 // block)
+        chosen = jnp.concatenate([chosen, complete], axis=-1)[..., None]
+        return (chosen * block + jnp.arange(block)).reshape(*positions.shape, -1)
 
 
 def _rotated(x: Array, batch: Batch, config: RopeConfig | None, *, last: bool) -> Array:
@@ -81,7 +98,7 @@ def _rotated(x: Array, batch: Batch, config: RopeConfig | None, *, last: bool) -
     return rope(x, batch.positions, config, config.divisors(batch.freq_factors))
 
 
-def _select(queries: Array, keys: Array, weights: Array, positions: Array, top_k: int) -> Array:
+def select(queries: Array, keys: Array, weights: Array, positions: Array, top_k: int) -> Array:
     """The keys with the largest scores, at and before each query's position.
 
     Args:
@@ -92,10 +109,10 @@ def _select(queries: Array, keys: Array, weights: Array, positions: Array, top_k
       top_k: how many.
 
     Returns:
-      int32 `[batch, time, top_k]`.
+      int32 `[batch, time, top_k]`: also keys after the position, if there are not enough.
     """
 
-    def select(query: Array, weight: Array, position: Array) -> Array:
+    def select_one(query: Array, weight: Array, position: Array) -> Array:
         scores = jnp.einsum(
             "bhd,bsd->bhs", query, keys, precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
@@ -106,7 +123,7 @@ def _select(queries: Array, keys: Array, weights: Array, positions: Array, top_k
 
     by_time = (jnp.moveaxis(a, 1, 0) for a in (queries, weights, positions))
     at_once = max(1, MAX_SCORES // (keys.shape[1] * queries.shape[2]))
-    chosen = lax.map(lambda query: select(*query), tuple(by_time), batch_size=at_once)
+    chosen = lax.map(lambda query: select_one(*query), tuple(by_time), batch_size=at_once)
     return jnp.moveaxis(chosen, 0, 1)
 
 

@@ -8,6 +8,7 @@ from jaxsplit.cache.layers import (
     AttentionCache,
     RecurrentCache,
     attention_cache,
+    pool_cache,
     recurrent_cache,
 )
 from jaxsplit.ops.attention.rope import RopeConfig
@@ -23,6 +24,38 @@ CARRIED = "carried"
 
 
 @dataclasses.dataclass(frozen=True)
+class PoolConfig:
+    """Blocks of tokens that are pooled to single entries.
+
+    Attributes:
+      block: tokens of a block.
+      width: of an entry.
+      overlap: entries are pooled from the block before, too.
+      gated: elements have scores, from a projection and from places in the block; else entries are
+        means.
+    """
+
+    block: int
+    width: int
+    overlap: bool = False
+    gated: bool = True
+
+    @property
+    def row_width(self) -> int:
+        """Width of what is pooled, with overlap one part for each of two blocks."""
+        return self.width * (2 if self.overlap else 1)
+
+    @property
+    def rows_before(self) -> int:
+        """How many tokens before the one that completes a block are pooled."""
+        return self.block * (2 if self.overlap else 1) - 1
+
+    def cache(self, context: int) -> RecurrentCache:
+        """What it keeps of a sequence: the last tokens with their scores, and the entries."""
+        return pool_cache(self.rows_before, 2 * self.row_width, context // self.block, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
 class IndexerConfig:
     """The indexer of DeepSeek sparse attention.
 
@@ -33,6 +66,8 @@ class IndexerConfig:
       rope: of queries and keys; None: none.
       norm: of keys.
       rope_last: the last dimensions are rotated; else the first.
+      pool: keys are pooled, and whole blocks are selected, beside the keys of the last one, which is
+        not complete; None: single keys are selected.
     """
 
     heads: int
@@ -41,6 +76,13 @@ class IndexerConfig:
     rope: RopeConfig | None
     norm: NormConfig
     rope_last: bool = False
+    pool: PoolConfig | None = None
+
+    def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache | RecurrentCache:
+        """What it keeps of a sequence: keys, or pooled ones."""
+        if self.pool is not None:
+            return self.pool.cache(context)
+        return attention_cache(LATENT, context, self.head_dim, None, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +150,9 @@ class LatentAttentionConfig:
         """What the heads share is as one key head."""
         return 1
 
-    def cache(self, context: int, dtype: jnp.dtype) -> tuple[AttentionCache | None, ...]:
+    def cache(
+        self, context: int, dtype: jnp.dtype
+    ) -> tuple[AttentionCache, AttentionCache | RecurrentCache | None]:
         """What it keeps of a sequence: latent vectors with the shared part of keys, and the
         indexer's keys."""
         length = context if self.window is None else min(self.window, context)
@@ -116,7 +160,7 @@ class LatentAttentionConfig:
         latent = attention_cache(LATENT, length, width, None, dtype, ring=ring)
         if self.indexer is None:
             return latent, None
-        return latent, attention_cache(LATENT, context, self.indexer.head_dim, None, dtype)
+        return latent, self.indexer.cache(context, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

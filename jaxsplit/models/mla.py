@@ -66,8 +66,8 @@ class LatentAttention(nnx.Module):
         self,
         x: Activations,
         batch: Batch,
-        cache: tuple[AttentionCache, AttentionCache | None] | None,
-    ) -> tuple[Unreduced, tuple[AttentionCache | None, AttentionCache | None] | None]:
+        cache: Any,
+    ) -> tuple[Unreduced, Any]:
         """Attends, as `Attention`; the cache holds latent vectors and the indexer's keys."""
         c, positions = self.config, batch.positions
         latents, index = (None, None) if cache is None else cache
@@ -118,7 +118,8 @@ class LatentAttention(nnx.Module):
         # A single token reads only what was selected.
         cache = cache.write(AttentionCache.of(latent, None, cache.keys.dtype), batch)
         filled = batch.positions.max(axis=1) + 1
-        memory = cache.at(selected, batch.pages_of(ring=False), filled)
+        index = jnp.clip(selected, 0, jnp.maximum(filled - 1, 0)[:, None, None])
+        memory = cache.at(index, batch.pages_of(ring=False), filled)
         return KV(memory, selected[:, 0]), cache
 
     def _attend(self, queries: Array, kv: KV, batch: Batch, kv_heads: int, value_dim: int) -> Array:
