@@ -5,11 +5,22 @@ import math
 from functools import partial
 from typing import Any, cast
 
-from jaxsplit.architectures.entry import Architecture, decoder, hyper_connections
+from jaxsplit.architectures.entry import (
+    Architecture,
+    bounded_mlp,
+    decoder,
+    hyper_connections,
+    unscaled,
+)
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Rows, block_names
 from jaxsplit.models.config import BlockConfig, ModelConfig
-from jaxsplit.models.mixer_config import IndexerConfig, LatentAttentionConfig
+from jaxsplit.models.mixer_config import (
+    CompressedAttentionConfig,
+    IndexerConfig,
+    LatentAttentionConfig,
+    PoolConfig,
+)
 from jaxsplit.ops.norm.spec import NormConfig
 
 
@@ -153,6 +164,59 @@ def indexed_layers(header: Header) -> list[bool]:
     return selects
 
 
+def _deepseek4(header: Header) -> ModelConfig:
+    """Layers see a window, and blocks of all earlier tokens: of 4, of which an indexer selects, or
+    of 128."""
+    connection, head = hyper_connections(header)
+    norm, window = header.norm(), header.window()
+    heads, groups = header.size("attention.head_count"), header.size("attention.output_group_count")
+    if heads % groups:
+        raise header.wrong("attention.output_group_count", groups, f"equal parts of {heads} heads")
+    dim, hashed = header.size("attention.key_length"), header.count("hash_layer_count", 0)
+    rope = header.rope(dim, interleaved=True)
+    base = header.number("attention.compress_rope_freq_base", rope.base, above=1)
+    magnitude = 1 / (1 + 0.1 * math.log(max(1.0, rope.factor))) if rope.scaling == "yarn" else 1.0
+    far = dataclasses.replace(rope, base=base, attention_factor=magnitude)
+    near = unscaled(rope, attention_factor=1.0)
+    index_dim = header.size("attention.indexer.key_length")
+    indexer = IndexerConfig(
+        heads=header.size("attention.indexer.head_count"),
+        head_dim=index_dim,
+        top_k=header.size("attention.indexer.top_k"),
+        rope=far,
+        norm=norm,
+        pool=PoolConfig(4, index_dim, overlap=True),
+    )
+    common = {
+        "heads": heads,
+        "head_dim": dim,
+        "q_lora_rank": header.size("attention.q_lora_rank"),
+        "groups": groups,
+        "out_rank": header.size("attention.output_lora_rank"),
+        "window": window,
+        "norm": norm,
+    }
+
+    def mixer(layer: int) -> CompressedAttentionConfig:
+        ratio = header.count("attention.compress_ratios", layer=layer)
+        if ratio not in (0, 4, 128):
+            raise header.wrong("attention.compress_ratios", ratio, "0, 4 or 128")
+        if not ratio:
+            return CompressedAttentionConfig(**common, rope=near)
+        pool = PoolConfig(ratio, dim, overlap=ratio == 4)
+        own = {"indexer": indexer} if ratio == 4 else {}
+        return CompressedAttentionConfig(**common, rope=far, pool=pool, **own)
+
+    def block(layer: int) -> dict[str, Any]:
+        found = bounded_mlp(header, layer, one_bound=True)
+        if layer < hashed:
+            mlp = dataclasses.replace(found["mlp"], by_token=True, vocab=header.vocab)
+            found["mlp"] = dataclasses.replace(mlp, selection_bias=False)
+        return found | {"mixer": mixer(layer), "residual": connection}
+
+    return decoder(header, block=block, head_residual=head)
+
+
 def _minicpm3(header: Header) -> ModelConfig:
     """Its scales are not in the file."""
     return decoder(
@@ -206,6 +270,26 @@ LATENT_HARMLESS = dict.fromkeys(
     "of the cache, or of files with another form of the same weights",
 )
 
+_COMPRESSED = block_names(
+    mixer__query_down__kernel="attn_q_a.weight",
+    mixer__query_norm__scale="attn_q_a_norm.weight",
+    mixer__query__kernel="attn_q_b.weight",
+    mixer__key__kernel="attn_kv.weight",
+    mixer__key_norm__scale="attn_kv_a_norm.weight",
+    mixer__entries__rows__kernel="attn_compressor_kv.weight",
+    mixer__entries__pool__gate__kernel="attn_compressor_gate.weight",
+    mixer__entries__pool__place="attn_compressor_ape.weight",
+    mixer__entries__norm__scale="attn_compressor_norm.weight",
+    mixer__indexer__query__kernel="indexer.attn_q_b.weight",
+    mixer__indexer__weight__kernel="indexer.proj.weight",
+    mixer__indexer__keys__rows__kernel="indexer_compressor_kv.weight",
+    mixer__indexer__keys__pool__gate__kernel="indexer_compressor_gate.weight",
+    mixer__indexer__keys__pool__place="indexer_compressor_ape.weight",
+    mixer__indexer__keys__norm__scale="indexer_compressor_norm.weight",
+    mixer__out_down="attn_output_a.weight",
+    mixer__out__kernel="attn_output_b.weight",
+)
+
 _latent = partial(
     Architecture,
     names=LATENT_NAMES,
@@ -215,6 +299,7 @@ _latent = partial(
 ARCHITECTURES = {
     "deepseek2": _latent(_deepseek2),
     "deepseek32": _latent(_deepseek32),
+    "deepseek4": Architecture(_deepseek4, _COMPRESSED, harmless=LATENT_HARMLESS),
     "dots3note": _latent(_dots3),
     "hy_v4": _latent(_hy4),
     "glm-dsa": _latent(_glm_dsa),

@@ -200,6 +200,7 @@ NAMES: Names = {
         mlp__down__bias="ffn_down.bias",
         mlp__router__kernel="ffn_gate_inp.weight",
         mlp__router__bias="ffn_gate_inp.bias",
+        mlp__table="ffn_gate_tid2eid.weight",
         mlp__selection_bias=["exp_probs_b.bias", "exp_probs_b"],
         mlp__expert_scale="ffn_down_exps.scale",
         mlp__experts__gate__kernel=[

@@ -151,10 +151,19 @@ class ModelConfig:
         return self.streams(layer) * self.embed + later + self.carried
 
     @property
+    def looks_up_tokens(self) -> int:
+        """How many of the first layers there are up to the last one that looks up experts by
+        tokens."""
+        by_token = [getattr(block.mlp, "by_token", False) for block in self.blocks]
+        return max((i + 1 for i, by in enumerate(by_token) if by), default=0)
+
+    @property
     def colocated_layers(self) -> list[range]:
         """Runs of layers that must be in one stage: one that lends keys and values, or a selection
         of keys, and all layers up to the last one that uses them."""
         lenders, spans = {}, {}
+        if self.looks_up_tokens:  # which only the first stage knows
+            spans[0] = range(self.looks_up_tokens)
         for i, block in enumerate(self.blocks):
             if name := getattr(block.mixer, "borrows", None):
                 spans[lenders[name]] = range(lenders[name], i + 1)

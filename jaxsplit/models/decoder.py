@@ -18,6 +18,7 @@ from jaxsplit.cache.layers import Batch, Cache
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.attention import Attention, TokenwiseLinear
+from jaxsplit.models.compressed import CompressedAttention
 from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
 from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.indexer import BlockSparseAttention
@@ -36,8 +37,10 @@ from jaxsplit.models.linear_attention import DeltaNet, Mamba2, ShortConv
 from jaxsplit.models.mamba import Mamba
 from jaxsplit.models.mixer_config import (
     CARRIED,
+    TOKENS,
     BlockSparseConfig,
     ChannelMixConfig,
+    CompressedAttentionConfig,
     DeltaNetConfig,
     HybridConfig,
     KDAConfig,
@@ -109,6 +112,7 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     LinearConfig: TokenwiseLinear,
     HybridConfig: Hybrid,
     BlockSparseConfig: BlockSparseAttention,
+    CompressedAttentionConfig: CompressedAttention,
     KDAConfig: KimiDeltaAttention,
     LightningConfig: LightningAttention,
     MambaConfig: Mamba,
@@ -192,7 +196,7 @@ class Block(nnx.Module):
             if isinstance(self.mlp, ChannelMix):
                 y, mlp_cache = self.mlp(x, batch, mlp_cache)
             else:
-                y = self._transformed(x, residual if stream is None else stream)
+                y = self._transformed(x, residual if stream is None else stream, batch)
             y = self._scaled(y, residual, self.mlp_post_norm, c.mlp_scale)
         if has_state and mlp_cache is not None:
             cache = cache, mlp_cache
@@ -234,11 +238,13 @@ class Block(nnx.Module):
         y = y if c.mixer_scale == 1 else y * c.mixer_scale
         return y + (mlp if c.mlp_scale == 1 else mlp * c.mlp_scale), cache
 
-    def _transformed(self, x: Activations, stream: Array) -> Unreduced:
+    def _transformed(self, x: Activations, stream: Array, batch: Batch) -> Unreduced:
         """The outputs of the MLPs, of `stream` before the mixer and `x` after it."""
         assert self.mlp is not None
         if isinstance(self.mlp, MoE) and self.config.routes_stream:
             return self.mlp(x, stream)
+        if isinstance(self.mlp, MoE) and self.mlp.config.by_token:
+            return self.mlp(x, tokens=batch.lent[TOKENS])
         if self.stream_mlp is None:
             return self.mlp(x)
         with forward_context(fuse_all_reduce=False):  # one for both, after they are added
@@ -293,7 +299,7 @@ class StreamsBlock(Block):
         residual = self.mixer_residual.write(residual, y.all_reduce(residual.dtype), gates)
         x, gates = self.mlp_residual.read(residual)
         x, _ = add_norm(None, x, self.mlp_norm, self.mlp.readers(x))
-        y = self.mlp(x)
+        y = self._transformed(x, x.array, batch)
         return None, self.mlp_residual.write(residual, y.all_reduce(residual.dtype), gates), cache
 
 
@@ -451,6 +457,8 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         factors = {name: factor.get_value() for name, factor in self.freq_factors.items()}
         batch = Batch(positions, slots, pages, factors)
+        if self.first and self.config.looks_up_tokens:
+            batch.lent[TOKENS] = inputs
         if self.first:
             residual, per_layer_embeddings = self._embed(inputs, positions)
         else:

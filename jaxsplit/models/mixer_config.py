@@ -19,6 +19,9 @@ from jaxsplit.sharding.axes import EMBED, LATENT, Axis, head_axes
 SELECTION = "selection"
 """The name under which layers lend which keys their indexers have selected."""
 
+TOKENS = "tokens"
+"""The name under which the decoder lends token ids to layers that look up experts by them."""
+
 CARRIED = "carried"
 """The name under which the stream carries something to all later layers, in other stages too."""
 
@@ -66,8 +69,8 @@ class IndexerConfig:
       rope: of queries and keys; None: none.
       norm: of keys.
       rope_last: the last dimensions are rotated; else the first.
-      pool: keys are pooled, and whole blocks are selected, beside the keys of the last one, which is
-        not complete; None: single keys are selected.
+      pool: keys are pooled, and whole blocks are selected, beside the keys of the last one, which
+        is not complete; None: single keys are selected.
     """
 
     heads: int
@@ -161,6 +164,49 @@ class LatentAttentionConfig:
         if self.indexer is None:
             return latent, None
         return latent, self.indexer.cache(context, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedAttentionConfig:
+    """Attention to a window of tokens and to compressed blocks of all earlier ones.
+
+    Attributes:
+      heads: query heads, which share one key; it is its own value.
+      head_dim: width of a head.
+      q_lora_rank: width of the vector that queries come from.
+      groups, out_rank: outputs of a group of heads are projected to `out_rank` dimensions first.
+      window: how many of the last positions a query sees.
+      rope: of the last dimensions of queries and keys, and of outputs, backwards.
+      norm: of the vectors that queries come from, of queries, keys and entries.
+      pool: how blocks of tokens are compressed; None: there is only the window.
+      indexer: selects entries; None: all are visible.
+    """
+
+    heads: int
+    head_dim: int
+    q_lora_rank: int
+    groups: int
+    out_rank: int
+    window: int
+    rope: RopeConfig
+    norm: NormConfig
+    pool: PoolConfig | None = None
+    indexer: IndexerConfig | None = None
+
+    @property
+    def axis(self) -> Axis:
+        """Of the groups of heads."""
+        return head_axes(self.groups, 1)[0]
+
+    def cache(
+        self, context: int, dtype: jnp.dtype
+    ) -> tuple[AttentionCache, RecurrentCache | None, RecurrentCache | None]:
+        """What it keeps of a sequence: the window, compressed entries, and the indexer's."""
+        length = min(self.window, context)
+        window = attention_cache(LATENT, length, self.head_dim, None, dtype, ring=True)
+        pools = self.pool, self.indexer and self.indexer.pool
+        entries, index = (pool and pool.cache(context) for pool in pools)
+        return window, entries, index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -526,6 +572,7 @@ Mixer = (
     | LinearConfig
     | HybridConfig
     | BlockSparseConfig
+    | CompressedAttentionConfig
     | KDAConfig
     | LightningConfig
     | MambaConfig

@@ -147,9 +147,9 @@ class LatentAttention(nnx.Module):
         c = self.config
         up = self.key_up.get_value()
         up = _transposed(up, queries.dtype) if c.k_up_transposed else up
-        queries = jnp.concatenate([_matmul_by_head(queries, up), rope_queries], axis=-1)
+        queries = jnp.concatenate([matmul_by_head(queries, up), rope_queries], axis=-1)
         y = self._attend(queries[:, :, None], kv, batch, 1, c.kv_lora_rank)
-        return _matmul_by_head(y, self.value_up.get_value())
+        return matmul_by_head(y, self.value_up.get_value())
 
     def _expanded(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
         """As `_absorbed`, with the keys and values of each head."""
@@ -166,7 +166,7 @@ class LatentAttention(nnx.Module):
         return self._attend(queries, kv, batch, c.heads, c.value_dim)
 
 
-def _matmul_by_head(x: Array, w: Weight) -> Array:
+def matmul_by_head(x: Array, w: Weight) -> Array:
     """Multiplies `[batch, time, heads, in]` with each head's matrix, `[heads, out, in]`: `[batch,
     time, heads, out]`."""
     rows = jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3])

@@ -14,7 +14,7 @@ from jaxsplit.models.layers import Linear, Norm, add_norm, norm, param
 from jaxsplit.models.mlp import MLP
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.moe import api as moe_ops
-from jaxsplit.ops.moe.api import ExpertMatrices, ExpertParams, topk_experts
+from jaxsplit.ops.moe.api import ExpertMatrices, ExpertParams, topk_experts, weigh_experts
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
 ROUTER = Axis("router")
@@ -104,6 +104,9 @@ class MoE(nnx.Module):
 
     def __init__(self, config: MoEConfig, embed: int, *, rngs: nnx.Rngs):
         c = config
+        rows = c.vocab * c.top_k if c.by_token else 0
+        table = jnp.zeros(rows, jnp.float32)
+        self.table = nnx.Param(table, axes=(Axis("table"),)) if c.by_token else None
 
         def vector(has: bool) -> nnx.Param | None:
             return nnx.Param(jnp.zeros(c.experts, jnp.float32), axes=(ROUTER,)) if has else None
@@ -130,9 +133,13 @@ class MoE(nnx.Module):
             readers = moe_ops.readers_of(x, self.config.top_k, self.experts.params) | XLA_ONLY
         return readers if self.shared is None else readers | self.shared.readers(x)
 
-    def __call__(self, x: Activations, router_input: Array | None = None) -> Unreduced:
-        """`[..., embed]` to the same; the router reads `router_input` if it is given."""
-        topk_ids, weights = self.route(x if router_input is None else Activations(router_input))
+    def __call__(
+        self, x: Activations, router_input: Array | None = None, tokens: Array | None = None
+    ) -> Unreduced:
+        """`[..., embed]` to the same; the router reads `router_input` if it is given, and token ids
+        `[...]` if a table has their experts."""
+        read = x if router_input is None else Activations(router_input)
+        topk_ids, weights = self.route(read, tokens)
         if self.shared is None:
             return self._routed(x, topk_ids, weights)
         with forward_context(fuse_all_reduce=False):  # one for both, after they are added
@@ -151,8 +158,13 @@ class MoE(nnx.Module):
         y = self.experts(Activations(self.latent_down(x)), topk_ids, weights).all_reduce(x.dtype)
         return self.latent_up.unreduced(y if self.latent_norm is None else self.latent_norm(y))
 
-    def route(self, x: Activations) -> tuple[Array, Array]:
+    def route(self, x: Activations, tokens: Array | None = None) -> tuple[Array, Array]:
         """The experts of tokens `[..., embed]` and their weights: as `topk_experts`."""
+        if self.table is not None and tokens is not None:
+            table = self.table.get_value().astype(jnp.int32).reshape(-1, self.config.top_k)
+            topk_ids = table[tokens]
+            logits = self.router(x.array.astype(jnp.float32))
+            return topk_ids, weigh_experts(logits, topk_ids, self.config)
         bias, scale = (
             None if vector is None else vector.get_value()
             for vector in (self.selection_bias, self.expert_scale)

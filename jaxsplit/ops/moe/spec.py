@@ -47,6 +47,8 @@ class MoEConfig:
       apply_router_weight_on_input: router weights multiply the input of experts, not their output.
       shared: an MLP that every token goes through in addition; None: there is none.
       shared_gate: the sigmoid of a projection of the input multiplies the output of `shared`.
+      by_token: a table tells the experts of each of `vocab` token ids; else the router selects
+        them.
       latent: experts work on a projection of the input to this width, and their sum is projected
         back (LatentMoE); 0: on the input.
       latent_norm: of the sum before it is projected back; None: no norm.
@@ -66,5 +68,7 @@ class MoEConfig:
     apply_router_weight_on_input: bool = False
     shared: MLPConfig | None = None
     shared_gate: bool = False
+    by_token: bool = False
+    vocab: int = 0
     latent: int = 0
     latent_norm: NormConfig | None = None
