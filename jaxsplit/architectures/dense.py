@@ -1,6 +1,7 @@
 """Decoders of attention and one MLP in each layer."""
 
 import dataclasses
+import itertools
 import math
 from functools import partial
 from typing import Any
@@ -14,12 +15,13 @@ from jaxsplit.architectures.entry import (
     rotations,
     scaled,
     unscaled,
+    uses,
 )
 from jaxsplit.architectures.harmless import NO_WINDOW, ONE_BASE
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import block_names
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models.config import ModelConfig
+from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import LinearConfig
 from jaxsplit.ops.activations.functions import XIELU
 
@@ -292,6 +294,54 @@ def _glm4(header: Header) -> ModelConfig:
     return decoder(header, interleaved=interleaved, block=post_norms(header))
 
 
+def _nanbeige(header: Header) -> ModelConfig:
+    """All layers are used several times, with the last norm between."""
+    loops = header.count("num_loops", 1, least=1)
+    plain = header.flag("skip_loop_final_norm", False)
+    once = decoder(header, interleaved=True)
+    between = () if plain else (BlockConfig(None, None, end_norm=once.norm, source=header.layers),)
+    layers = uses(once, range(header.layers))
+    blocks = layers + (between + layers) * (loops - 1)
+    return dataclasses.replace(once, blocks=blocks)
+
+
+def _hrm(header: Header) -> ModelConfig:
+    """Two stacks of layers, each with a state of its own that reads both (hierarchical reasoning
+    model, Wang et al. 2025, arXiv:2506.21734): after several uses of the lower stack comes one of
+    the higher stack, and that several times. The stream is the state that is computed, and it
+    carries the other one."""
+    if header.flag("hrm.prefix_lm", False):
+        raise header.wrong("hrm.prefix_lm", True, "false: prompts are read causally")
+    size = header.count("hrm.layers_per_stack", least=1)
+    high, low = (header.count(f"hrm.{name}_cycles", least=1) for name in "hl")
+    if header.blocks != size * high * (low + 1):
+        expected = f"{size * high * (low + 1)}, the uses of {2 * size} layers"
+        raise header.wrong("block_count", header.blocks, expected)
+    header = dataclasses.replace(header, physical_layers=2 * size)
+    norm = header.norm(scale=False, bias=False)
+    once = decoder(
+        header,
+        attention=lambda layer: {"gate": header.gate(layer)},
+        block={"mixer_norm": norm, "mlp_norm": norm},
+        norm=norm,
+        embedding_scale=header.number("embedding_scale", 1.0),
+        carried=header.embed,
+        carries_embedding=True,
+        embedding_offset=True,
+    )
+    stacks = {"l": uses(once, range(size)), "h": uses(once, range(size, 2 * size))}
+    order = ("l" * low + "h") * high
+    blocks = stacks["l"]
+    for before, stack in itertools.pairwise(order):
+        # The carried state stays if the stack that comes computes the same one again.
+        exchange = "keep" if before == stack else "swap"
+        joint = BlockConfig(None, None, end_norm=norm, exchange=exchange, source=2 * size)
+        if before != stack:
+            joint = dataclasses.replace(joint, source=2 * size + 1)
+        blocks = (*blocks, joint, *stacks[stack])
+    return dataclasses.replace(once, blocks=blocks)
+
+
 def _talkie(header: Header) -> ModelConfig:
     """Norms have no parameters, and each layer adds the embedding."""
     norm = header.norm(scale=False, bias=False)
@@ -347,6 +397,7 @@ ARCHITECTURES = {
     "gpt2": _layer_norm(_learned_positions),
     "gptneox": _layer_norm(_gptneox),
     "granite": Architecture(lambda h: decoder(h, **scaled(h))),
+    "hrm_text": Architecture(_hrm),
     "hunyuan-dense": Architecture(lambda h: decoder(h, attention=head_norms(h, norm_first=False))),
     "hunyuan_vl": Architecture(_hunyuan_vl),
     "internlm2": Architecture(_interleaved),
@@ -359,6 +410,7 @@ ARCHITECTURES = {
     "mistral3": Architecture(_mistral3),
     "mpt": _layer_norm(_mpt),
     "muse-glimmer": Architecture(_muse),
+    "nanbeige": Architecture(_nanbeige),
     "nemotron": _layer_norm(_squared_relu),
     "olmo": _layer_norm(_olmo),
     "olmo2": Architecture(_olmo2, harmless=ONE_BASE),

@@ -115,6 +115,11 @@ def _check_experts(header: Header) -> None:
             raise header.wrong(name, value, f"experts where their tensors are: in layers {layers}")
 
 
+def uses(config: ModelConfig, layers: range) -> tuple[BlockConfig, ...]:
+    """A run of layers of a file that is used more than once."""
+    return tuple(dataclasses.replace(config.blocks[i], source=i) for i in layers)
+
+
 def hyper_connections(header: Header) -> tuple[HyperConnectionConfig, HyperHeadConfig]:
     """Manifold-constrained hyper-connections, and what the head reads."""
     streams = header.size("hyper_connection.count")

@@ -34,6 +34,7 @@ class Header:
       context: tokens that the model will be used with; 0: as many as it was made for.
       norms: kind of the architecture's norms, as in `NormConfig`.
       sections_kept: a fourth section of M-RoPE is kept as it is in texts; else it is refused.
+      physical_layers: how many the file has, where `block_count` counts their uses.
       known: keys that have been read or need not be, without the prefix.
     """
 
@@ -41,6 +42,7 @@ class Header:
     context: int = 0
     norms: str = "rms"
     sections_kept: bool = False
+    physical_layers: int | None = None
     known: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, name: str, default: Any = None) -> Any:
@@ -189,6 +191,8 @@ class Header:
     @functools.cached_property
     def layers(self) -> int:
         """Layers, without those for predicting several tokens."""
+        if self.physical_layers is not None:
+            return self.physical_layers
         name = "nextn_predict_layers"
         more = self._whole(name, self(name, 0), 0)
         if more >= self.blocks:

@@ -18,7 +18,7 @@ from jaxsplit.architectures.entry import (
 from jaxsplit.architectures.harmless import NO_WINDOW
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import NAMES, Rows, beside, block_names, side_by_side
-from jaxsplit.models.config import DenseMoEConfig, ModelConfig
+from jaxsplit.models.config import DenseMoEConfig, GroveMoEConfig, MLPConfig, ModelConfig
 from jaxsplit.models.mixer_config import BlockIndexerConfig, BlockSparseConfig
 from jaxsplit.ops.norm.spec import NormConfig
 
@@ -139,6 +139,21 @@ def _grok(header: Header) -> ModelConfig:
         logit_scale=header.number("logit_scale", 3**-0.5),
         logit_softcap=header.number("final_logit_softcapping", 0.0) or None,
     )
+
+
+def _grove(header: Header) -> ModelConfig:
+    per_group = header.count("experts_per_group", least=1)
+    scale = header.number("expert_group_scale", 1.0)
+    hidden = header.size("expert_chunk_feed_forward_length")
+
+    def block(layer: int) -> dict[str, Any]:
+        moe = header.experts(layer, normalize=True)
+        if moe.experts % per_group:
+            expected = f"equal parts of {moe.experts} experts"
+            raise header.wrong("experts_per_group", per_group, expected)
+        return {"mlp": GroveMoEConfig(moe, MLPConfig(hidden), per_group, scale)}
+
+    return decoder(header, attention=head_norms(header), block=block)
 
 
 def _laguna(header: Header) -> ModelConfig:
@@ -335,6 +350,21 @@ ARCHITECTURES = {
             ),
         },
         harmless={"router_logit_softcapping": "llama.cpp does not read it"},
+    ),
+    "grovemoe": Architecture(
+        _grove,
+        {
+            **{
+                path.replace(".mlp.", ".mlp.moe.", 1): names
+                for path, names in NAMES.items()
+                if ".mlp." in path
+            },
+            **block_names(
+                mlp__chunks__gate__kernel="ffn_gate_chexps.weight",
+                mlp__chunks__up__kernel="ffn_up_chexps.weight",
+                mlp__chunks__down__kernel="ffn_down_chexps.weight",
+            ),
+        },
     ),
     "granitemoe": Architecture(lambda h: decoder(h, **scaled(h), experts=_NORMALIZED)),
     "hunyuan-moe": Architecture(partial(_with_head_norms, norm_first=False, experts=_NORMALIZED)),

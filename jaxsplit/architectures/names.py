@@ -133,6 +133,7 @@ NAMES: Names = {
     "embedding.table": ["token_embd.weight"],
     "embedding_norm.scale": ["token_embd_norm.weight"],
     "embedding_norm.bias": ["token_embd_norm.bias"],
+    "embedding_offset": ["hrm.z_l_init"],
     "positions": ["position_embd.weight"],
     "freq_factors.freqs": ["rope_freqs.weight"],
     "freq_factors.long": ["rope_factors_long.weight"],
@@ -153,6 +154,7 @@ NAMES: Names = {
     "head_residual.down.kernel": ["output_hc_down.weight"],
     "head_residual.up.kernel": ["output_hc_up.weight"],
     "head_residual.score.scale": ["output_res_score.weight"],
+    "blocks.{i}.end_norm.scale": ["output_norm.weight"],
     **block_names(
         mixer_residual__gates__mix__kernel="hc_attn_fn.weight",
         mixer_residual__gates__scale="hc_attn_scale.weight",
@@ -258,9 +260,10 @@ def tensor_names(
         layer = "".join(re.findall(r"^blocks\.(\d+)\.", path))
         choices = names.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", path), ())
         prefix = f"blocks.{layer}." if layer else ""
+        source = config.source(int(layer)) if layer else ""
         misfit = None
         for choice in choices:
-            name = (choice.tensor if isinstance(choice, Rows) else choice).format(i=layer)
+            name = (choice.tensor if isinstance(choice, Rows) else choice).format(i=source)
             tensor = file.tensors.get(name)
             if tensor is None:
                 continue
@@ -283,7 +286,7 @@ def tensor_names(
         else:
             first = choices[0] if choices else path
             first = first.tensor if isinstance(first, Rows) else first
-            problems.append(misfit or f"{first.format(i=layer)} is missing")
+            problems.append(misfit or f"{first.format(i=source)} is missing")
     for name, weights in taken.items():
         if weights < math.prod(shape := file.tensors[name].shape) and not re.match(unused, name):
             problems.append(f"{name} has shape {shape}, of which only a part would be used")

@@ -1,6 +1,7 @@
 """What a decoder looks like: sizes and choices, independent of where they came from."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -35,7 +36,24 @@ class DenseMoEConfig:
     router_scale: float = 1.0
 
 
-FeedForward = MLPConfig | MoEConfig | DenseMoEConfig | ChannelMixConfig
+@dataclasses.dataclass(frozen=True)
+class GroveMoEConfig:
+    """A mixture of experts, and smaller experts of groups of them that read its output.
+
+    Attributes:
+      moe: the mixture.
+      chunk: each of the smaller experts.
+      per_group: experts of a group.
+      scale: multiplies what the smaller experts add.
+    """
+
+    moe: MoEConfig
+    chunk: MLPConfig
+    per_group: int
+    scale: float
+
+
+FeedForward = GroveMoEConfig | MLPConfig | MoEConfig | DenseMoEConfig | ChannelMixConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +79,10 @@ class BlockConfig:
       per_layer_embedding_norm: of what is added.
       output_scale: a parameter multiplies the stream after the layer.
       stream_scale: multiplies the stream after the layer.
+      end_norm: of the stream after the layer; None: no norm.
+      exchange: what the stream carries is added to the stream after the layer (`keep`), and the
+        stream before that is carried on instead (`swap`); None: neither.
+      source: which layer of the file it is, several layers may be one; None: its number.
       carried_scale: what the stream carries, times a parameter, is added after the layer.
     """
 
@@ -83,6 +105,9 @@ class BlockConfig:
     output_scale: bool = False
     stream_scale: float = 1.0
     carried_scale: bool = False
+    end_norm: NormConfig | None = None
+    exchange: str | None = None
+    source: int | None = dataclasses.field(default=None, compare=False)
 
     def cache(self, context: int, dtype: jnp.dtype) -> Any:
         """What it keeps of a sequence, `CacheArray`s: of the mixer, and of an MLP with a state."""
@@ -113,6 +138,7 @@ class ModelConfig:
       carried: width of what the stream carries beside the residual stream, from the embedding, or
         a mixer of the first layer, to all layers; 0: nothing.
       carries_embedding: it is the embedding.
+      embedding_offset: a parameter is added to the stream that layers read first.
       logit_softcap: logits are bounded to this by a tanh; None: they are not.
     """
 
@@ -131,12 +157,27 @@ class ModelConfig:
     logit_scale: float = 1.0
     carried: int = 0
     carries_embedding: bool = False
+    embedding_offset: bool = False
     logit_softcap: float | None = None
 
     @property
     def layers(self) -> int:
         """How many there are."""
         return len(self.blocks)
+
+    def source(self, layer: int) -> int:
+        """The layer of the file that a layer is."""
+        source = self.blocks[layer].source
+        return layer if source is None else source
+
+    def first_use(self, layer: int) -> int:
+        """The first layer with the same parameters."""
+        return self._first_uses[layer]
+
+    @functools.cached_property
+    def _first_uses(self) -> list[int]:
+        first: dict[int, int] = {}
+        return [first.setdefault(self.source(i), i) for i in range(self.layers)]
 
     def streams(self, layer: int) -> int:
         """How many streams of the width `embed` a layer is given."""

@@ -19,7 +19,14 @@ from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.attention import Attention, TokenwiseLinear
 from jaxsplit.models.compressed import CompressedAttention
-from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
+from jaxsplit.models.config import (
+    BlockConfig,
+    DenseMoEConfig,
+    GroveMoEConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.indexer import BlockSparseAttention
 from jaxsplit.models.kda import KimiDeltaAttention, LightningAttention
@@ -55,7 +62,7 @@ from jaxsplit.models.mixer_config import (
 )
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
-from jaxsplit.models.moe import DenseMoE, MoE
+from jaxsplit.models.moe import DenseMoE, GroveMoE, MoE
 from jaxsplit.models.residual import (
     AttentionResidual,
     HyperConnection,
@@ -122,6 +129,7 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     MLPConfig: MLP,
     MoEConfig: MoE,
     DenseMoEConfig: DenseMoE,
+    GroveMoEConfig: GroveMoE,
     HyperConnectionConfig: HyperConnection,
     HyperHeadConfig: HyperHead,
     LowRankConnectionConfig: LowRankConnection,
@@ -154,6 +162,7 @@ class Block(nnx.Module):
             else None
         )
         self.output_scale = param(None, (Axis("scalar"),), (1,)) if c.output_scale else None
+        self.end_norm = norm(c.end_norm, embed)
         self.carried_scale = param(None, (Axis("scalar"),), (1,)) if c.carried_scale else None
         self.config = config
 
@@ -211,12 +220,22 @@ class Block(nnx.Module):
         if self.carried_scale is not None:
             carried = batch.lent[CARRIED] * self.carried_scale.get_value()
             residual = (residual + carried).astype(residual.dtype)
-        return None, residual * c.stream_scale, cache
+        residual = residual * c.stream_scale
+        if self.end_norm is not None:
+            residual = self.end_norm(residual)
+        if c.exchange is not None:
+            carried = batch.lent[CARRIED]
+            batch.lent[CARRIED] = residual if c.exchange == "swap" else carried
+            residual = residual + carried
+        return None, residual, cache
 
     @property
     def _ends_in_stream(self) -> bool:
         """Whether something is done to the stream after the MLP."""
-        modules = self.per_layer_embedding, self.output_scale, self.carried_scale
+        modules = (
+            *(self.per_layer_embedding, self.output_scale, self.carried_scale, self.end_norm),
+            self.config.exchange,
+        )
         return any(m is not None for m in modules) or self.config.stream_scale != 1
 
     def _after_norm(self, x: Activations, residual: Array) -> Array:
@@ -381,11 +400,16 @@ class Decoder(nnx.Module):
             if self.first and width
             else None
         )
-        self.blocks = nnx.List(
-            [
-                (StreamsBlock if block.residual else Block)(block, c.embed, rngs=rngs)
-                for block in blocks
-            ]
+        made: dict[int, Block] = {}
+        for i, block in zip(layers, blocks, strict=True):
+            if (first := c.first_use(i)) not in made:
+                kind = StreamsBlock if block.residual else Block
+                made[first] = kind(block, c.embed, rngs=rngs)
+        self.blocks = nnx.List([made[c.first_use(i)] for i in layers])
+        self.embedding_offset = (
+            nnx.Param(jnp.zeros(c.embed, jnp.float32), axes=(EMBED,))
+            if self.first and c.embedding_offset
+            else None
         )
         self.head_residual = module(c.head_residual, c.embed, rngs) if self.last else None
         self.norm = norm(c.norm, c.embed) if self.last else None
@@ -465,6 +489,8 @@ class Decoder(nnx.Module):
             residual, per_layer_embeddings = self._split_stream(inputs)
         if self.first and self.config.carries_embedding:
             batch.lent[CARRIED] = residual
+            if self.embedding_offset is not None:
+                residual = (residual + self.embedding_offset.get_value()).astype(residual.dtype)
         elif (width := self.config.carried) and not self.first:
             assert per_layer_embeddings is not None
             batch.lent[CARRIED] = per_layer_embeddings[..., -width:]

@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import forward_context
-from jaxsplit.models.config import DenseMoEConfig, MLPConfig, MoEConfig
+from jaxsplit.models.config import DenseMoEConfig, GroveMoEConfig, MLPConfig, MoEConfig
 from jaxsplit.models.layers import Linear, Norm, add_norm, norm, param
 from jaxsplit.models.mlp import MLP
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
@@ -175,6 +175,36 @@ class MoE(nnx.Module):
         # Logits of rows that are not normalized yet: the router divides them.
         logits = self.router(x.unnormalized)
         return topk_experts(logits, self.config, bias, scale, rms=x.rms)
+
+
+class GroveMoE(nnx.Module):
+    """GroveMoE (Wu et al. 2025, arXiv:2508.07785), as llama.cpp computes it: the adjugate experts of
+    the chosen experts' groups read the mixture's output."""
+
+    def __init__(self, config: GroveMoEConfig, embed: int, *, rngs: nnx.Rngs):
+        c = config
+        self.moe = MoE(c.moe, embed, rngs=rngs)
+        self.groups = c.moe.experts // c.per_group
+        self.chunks = Experts(self.groups, c.chunk, embed, rngs=rngs)
+        self.config = config
+
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[..., embed]`."""
+        return self.moe.readers(x)
+
+    def __call__(self, x: Activations) -> Unreduced:
+        """`[..., embed]` to the same."""
+        c = self.config
+        y = self.moe(x).all_reduce(x.dtype)
+        logits = self.moe.router(x.array.astype(jnp.float32))
+        groups = jax.lax.top_k(logits, c.moe.top_k)[1] // c.per_group
+        # A group's weight is the probability of the expert that has its number.
+        weights = jnp.take_along_axis(jax.nn.softmax(logits), groups, axis=-1)
+        weights = weights / weights.sum(axis=-1, keepdims=True) * c.scale
+        # Several chosen experts may be of one group.
+        of_groups = (jax.nn.one_hot(groups, self.groups) * weights[..., None]).sum(axis=-2)
+        weights, ids = jax.lax.top_k(of_groups, min(c.moe.top_k, self.groups))
+        return self.chunks(Activations(y), ids, weights) + Unreduced.of(y.astype(jnp.float32))
 
 
 class DenseMoE(nnx.Module):
