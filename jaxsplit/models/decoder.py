@@ -17,6 +17,7 @@ from jax import Array
 from jaxsplit.cache.layers import Batch, Cache
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
+from jaxsplit.models.altup import AltUp, AltUpProjections, Laurel, altup_layer
 from jaxsplit.models.attention import Attention, TokenwiseLinear
 from jaxsplit.models.compressed import CompressedAttention
 from jaxsplit.models.config import (
@@ -71,6 +72,7 @@ from jaxsplit.models.residual import (
     Residual,
 )
 from jaxsplit.models.residual_config import (
+    AltUpConfig,
     AttentionResidualConfig,
     HyperConnectionConfig,
     HyperHeadConfig,
@@ -134,6 +136,7 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     HyperHeadConfig: HyperHead,
     LowRankConnectionConfig: LowRankConnection,
     AttentionResidualConfig: AttentionResidual,
+    AltUpConfig: AltUpProjections,
 }
 """The module that each config of a mixer, an MLP or a residual connection describes."""
 
@@ -322,6 +325,35 @@ class StreamsBlock(Block):
         return None, self.mlp_residual.write(residual, y.all_reduce(residual.dtype), gates), cache
 
 
+class AltUpBlock(Block):
+    """A layer that computes one of several streams."""
+
+    def __init__(self, config: BlockConfig, embed: int, *, rngs: nnx.Rngs):
+        super().__init__(config, embed, rngs=rngs)
+        assert isinstance(config.residual, AltUpConfig)
+        self.altup = AltUp(config.residual, embed, rngs=rngs)
+        self.laurel = Laurel(config.residual, embed, rngs=rngs)
+
+    def __call__(
+        self,
+        y: Unreduced | None,
+        residual: Array,
+        batch: Batch,
+        cache: Any,
+        per_layer_embedding: Array | None = None,
+    ) -> tuple[Unreduced | None, Array, Any]:
+        """As `Block.__call__`; the stream is `[batch, time, streams * embed]`."""
+        assert y is None
+        return altup_layer(self, residual, batch, cache, per_layer_embedding)
+
+
+def block_class(config: BlockConfig) -> type[Block]:
+    """The kind of layer that a config describes."""
+    if isinstance(config.residual, AltUpConfig):
+        return AltUpBlock
+    return Block if config.residual is None else StreamsBlock
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _run_block(
     context: ForwardContext,
@@ -403,14 +435,15 @@ class Decoder(nnx.Module):
         made: dict[int, Block] = {}
         for i, block in zip(layers, blocks, strict=True):
             if (first := c.first_use(i)) not in made:
-                kind = StreamsBlock if block.residual else Block
-                made[first] = kind(block, c.embed, rngs=rngs)
+                made[first] = block_class(block)(block, c.embed, rngs=rngs)
         self.blocks = nnx.List([made[c.first_use(i)] for i in layers])
         self.embedding_offset = (
             nnx.Param(jnp.zeros(c.embed, jnp.float32), axes=(EMBED,))
             if self.first and c.embedding_offset
             else None
         )
+        altup = c.head_residual if isinstance(c.head_residual, AltUpConfig) else None
+        self.altup = module(altup, c.embed, rngs) if self.first else None
         self.head_residual = module(c.head_residual, c.embed, rngs) if self.last else None
         self.norm = norm(c.norm, c.embed) if self.last else None
         vocab = Axis("vocab", c.vocab)
@@ -563,7 +596,7 @@ class Decoder(nnx.Module):
             table = self.positions.get_value()
             x = x + take_rows(table, jnp.maximum(positions, 0), self.dtype)
         x = (x if self.embedding_norm is None else self.embedding_norm(x)).astype(self.dtype)
-        x = jnp.tile(x, self.config.streams(0))
-        return x, None if self.per_layer_embeddings is None else self.per_layer_embeddings(
-            tokens, x
-        )
+        beside = self.per_layer_embeddings and self.per_layer_embeddings(tokens, x)
+        if self.altup is not None:
+            return self.altup.begin(x), beside
+        return jnp.tile(x, self.config.streams(0)), beside

@@ -178,8 +178,8 @@ class MoE(nnx.Module):
 
 
 class GroveMoE(nnx.Module):
-    """GroveMoE (Wu et al. 2025, arXiv:2508.07785), as llama.cpp computes it: the adjugate experts of
-    the chosen experts' groups read the mixture's output."""
+    """GroveMoE (Wu et al. 2025, arXiv:2508.07785), as llama.cpp computes it: the adjugate experts
+    of the chosen experts' groups read the mixture's output."""
 
     def __init__(self, config: GroveMoEConfig, embed: int, *, rngs: nnx.Rngs):
         c = config

@@ -70,5 +70,24 @@ class AttentionResidualConfig:
     begins: bool = False
 
 
-ResidualConfig = HyperConnectionConfig | LowRankConnectionConfig | AttentionResidualConfig
-HeadResidualConfig = HyperHeadConfig | LowRankConnectionConfig | AttentionResidualConfig
+@dataclasses.dataclass(frozen=True)
+class AltUpConfig:
+    """Alternating updates (Baykal et al. 2023, arXiv:2301.13310), and a low-rank residual layer.
+
+    Attributes:
+      streams: copies of the residual stream, of which the first is computed.
+      laurel_rank: of the residual layer.
+      norm: of what routers read and of the residual layer's output.
+    """
+
+    streams: int
+    laurel_rank: int
+    norm: NormConfig
+
+
+ResidualConfig = (
+    AltUpConfig | HyperConnectionConfig | LowRankConnectionConfig | AttentionResidualConfig
+)
+HeadResidualConfig = (
+    AltUpConfig | HyperHeadConfig | LowRankConnectionConfig | AttentionResidualConfig
+)

@@ -16,6 +16,7 @@ class MLPConfig:
       gated: the activated projection multiplies a second one (Shazeer 2020, arXiv:2002.05202).
       bias: the projections have biases.
       norm: of the hidden units; None: no norm.
+      sparsity: gates below their mean plus this many standard deviations are 0; None: all are kept.
     """
 
     intermediate_size: int
@@ -23,6 +24,7 @@ class MLPConfig:
     gated: bool = True
     bias: bool = False
     norm: NormConfig | None = None
+    sparsity: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
