@@ -13,8 +13,10 @@ from jaxsplit.models import (
     BlockConfig,
     BlockSparseConfig,
     ChannelMixConfig,
+    CompressedAttentionConfig,
     DeltaNetConfig,
     DenseMoEConfig,
+    GroveMoEConfig,
     HybridConfig,
     KDAConfig,
     LatentAttentionConfig,
@@ -29,6 +31,12 @@ from jaxsplit.models import (
     RWKV7Config,
     ShortConvConfig,
 )
+from jaxsplit.models.residual_config import (
+    AltUpConfig,
+    AttentionResidualConfig,
+    HyperConnectionConfig,
+    LowRankConnectionConfig,
+)
 
 RECIPES = Path(__file__).parent.parent / "tests" / "data" / "arch"
 TABLE = Path(__file__).with_suffix(".md")
@@ -39,6 +47,7 @@ MIXERS = {
     Mamba2Config: "Mamba-2",
     ShortConvConfig: "short convolution",
     KDAConfig: "Kimi delta attention",
+    CompressedAttentionConfig: "compressed attention",
     LightningConfig: "lightning attention",
     LinearConfig: "projection in place of a mixer",
     MambaConfig: "Mamba",
@@ -62,6 +71,14 @@ test` takes some of the combinations, `pytest -m full` takes all.
 """
 
 
+RESIDUALS = {
+    AltUpConfig: "alternating updates",
+    AttentionResidualConfig: "attention residuals",
+    HyperConnectionConfig: "hyper-connections",
+    LowRankConnectionConfig: "low-rank hyper-connections",
+}
+
+
 def mixer(c: Any) -> Iterator[str]:
     """Words for a mixer."""
     if isinstance(c, HybridConfig | BlockSparseConfig):
@@ -76,7 +93,7 @@ def mixer(c: Any) -> Iterator[str]:
     yield MIXERS[type(c)]
     if getattr(c, "window", None):
         yield "chunks" if getattr(c, "chunked", False) else "sliding window"
-    if isinstance(c, LatentAttentionConfig | AttentionConfig):
+    if isinstance(c, LatentAttentionConfig | AttentionConfig | CompressedAttentionConfig):
         rope = c.rope
         if rope is None:
             yield "ALiBi" if getattr(c, "alibi", None) else "no RoPE"
@@ -88,9 +105,15 @@ def mixer(c: Any) -> Iterator[str]:
                 yield rope.scaling
             if rope.freq_factors:
                 yield "frequency factors"
-    if isinstance(c, LatentAttentionConfig):
+    if isinstance(c, CompressedAttentionConfig):
+        yield "sinks"
+        if c.pool:
+            yield f"blocks of {c.pool.block}"
         if c.indexer:
             yield "indexer"
+    if isinstance(c, LatentAttentionConfig):
+        if c.indexer:
+            yield "indexer" if c.indexer.pool is None else "indexer of blocks"
         if c.gate:
             yield "output gate"
         if c.sinks:
@@ -123,11 +146,15 @@ def mlp(c: Any) -> Iterator[str]:
     """Words for an MLP."""
     if isinstance(c, MLPConfig):
         yield f"{'gated' if c.gated else 'plain'} {activation(c.activation)}"
+        if c.sparsity:
+            yield "sparse gates"
     elif isinstance(c, MoEConfig):
         yield f"experts ({activation(c.expert.activation)})"
         if c.latent:
             yield "latent"
         yield c.routing.replace("_", " ")
+        if c.by_token:
+            yield "by token id"
         if c.groups > 1:
             yield "groups"
         if c.selection_bias:
@@ -136,6 +163,9 @@ def mlp(c: Any) -> Iterator[str]:
             yield "shared expert" + (" with gate" if c.shared_gate else "")
     elif isinstance(c, DenseMoEConfig):
         yield from (*mlp(c.dense), *mlp(c.moe))
+    elif isinstance(c, GroveMoEConfig):
+        yield from mlp(c.moe)
+        yield "experts of groups"
     elif isinstance(c, ChannelMixConfig):
         yield "channel mix" + (" with gate" if c.gated else "")
 
@@ -143,7 +173,10 @@ def mlp(c: Any) -> Iterator[str]:
 def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
     """Words for norms, and for what happens outside the layers."""
     norm = b.mixer_norm or b.mixer_post_norm
-    assert norm is not None
+    if norm is None:
+        return
+    if b.residual:
+        yield RESIDUALS[type(b.residual)]
     kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
     if b.mixer_post_norm:
         kind += " around mixer and MLP" if b.mixer_norm else " after mixer and MLP"
@@ -161,7 +194,9 @@ def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
     yield from (word for field, word in words.items() if getattr(c, field))
     if b.normalized_residual:
         yield "post-norm residual"
-    if c.carries_embedding:
+    if len({c.source(i) for i in range(c.layers)}) < c.layers:
+        yield "layers used several times"
+    if c.carries_embedding and not c.embedding_offset:
         yield "embedding in each layer"
     if (c.embedding_scale, c.logit_scale, b.residual_scale) != (1, 1, 1):
         yield "scales"

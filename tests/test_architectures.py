@@ -21,7 +21,7 @@ from jaxsplit.errors import JaxsplitError
 VARIANTS = sorted(path.stem for path in (DATA / "arch").glob("*.json"))
 DEEP = (
     *("baichuan", "baichuan-13b", "command-r-plus", "deepseek2-lite", "exaone4-32b"),
-    *("gemma2-27b", "gemma3-27b"),
+    *("gemma2-27b", "gemma3-27b", "gemma3n"),
 )
 MODES = ("graph", "row", "layer")
 DEVICES = (2, 3, 4)

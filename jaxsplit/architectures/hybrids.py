@@ -186,7 +186,7 @@ def _glm5(header: Header) -> ModelConfig:
         common = bounded_mlp(header, layer, one_bound=True) | {"residual": connection}
         if header.has(f"blk.{layer}.ssm_a"):
             return common | {"mixer": recurrent}
-        own = {"indexer": indexer} if selects[layer] else {}
+        own: dict[str, Any] = {"indexer": indexer} if selects[layer] else {}
         return common | {"mixer": latent_attention(header, sparse=True, **own)}
 
     return decoder(header, block=block, head_residual=head)

@@ -84,7 +84,7 @@ def _glm_dsa(header: Header) -> ModelConfig:
         selects = [layer < 2 or layer % 4 == 2 for layer in range(header.layers)]
 
     def block(layer: int) -> dict[str, Any]:
-        own = {"indexer": indexer} if selects[layer] else {}
+        own: dict[str, Any] = {"indexer": indexer} if selects[layer] else {}
         return {"mixer": latent_attention(header, sparse=True, **own)}
 
     return decoder(header, block=block, experts={"routing": None})
@@ -142,7 +142,7 @@ def _hy4(header: Header) -> ModelConfig:
     selects = indexed_layers(header)
 
     def block(layer: int) -> dict[str, Any]:
-        own = {"indexer": indexer} if selects[layer] else {}
+        own: dict[str, Any] = {"indexer": indexer} if selects[layer] else {}
         gate = header.gate(layer)
         mixer = latent_attention(header, sparse=True, sinks=True, gate=gate, **own)
         found: dict[str, Any] = {"mixer": mixer, "residual": connection}
@@ -187,7 +187,7 @@ def _deepseek4(header: Header) -> ModelConfig:
         norm=norm,
         pool=PoolConfig(4, index_dim, overlap=True),
     )
-    common = {
+    common: dict[str, Any] = {
         "heads": heads,
         "head_dim": dim,
         "q_lora_rank": header.size("attention.q_lora_rank"),
@@ -204,7 +204,7 @@ def _deepseek4(header: Header) -> ModelConfig:
         if not ratio:
             return CompressedAttentionConfig(**common, rope=near)
         pool = PoolConfig(ratio, dim, overlap=ratio == 4)
-        own = {"indexer": indexer} if ratio == 4 else {}
+        own: dict[str, Any] = {"indexer": indexer} if ratio == 4 else {}
         return CompressedAttentionConfig(**common, rope=far, pool=pool, **own)
 
     def block(layer: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _halves(block: BlockConfig) -> tuple[int, list[int]]:
     return moe.experts, [moe.expert.intermediate_size] * 2
 
 
-def side_by_side(names: Names) -> Names:
+def side_by_side(names: Names) -> dict[str, Sequence[str | Rows]]:
     """Names of an MLP and of experts in one layer."""
     prefix = "blocks.{i}.mlp."
     parts = dict.fromkeys(("gate", "up", "down"), "dense")

@@ -10,7 +10,15 @@ from jaxsplit.cache.layers import (
 )
 from jaxsplit.context import ForwardContext, forward_context
 from jaxsplit.models.attention import Attention
-from jaxsplit.models.config import BlockConfig, DenseMoEConfig, MLPConfig, ModelConfig, MoEConfig
+from jaxsplit.models.compressed import CompressedAttention
+from jaxsplit.models.config import (
+    BlockConfig,
+    DenseMoEConfig,
+    GroveMoEConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from jaxsplit.models.decoder import Block, Decoder
 from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.indexer import BlockSparseAttention
@@ -22,6 +30,7 @@ from jaxsplit.models.mixer_config import (
     BlockIndexerConfig,
     BlockSparseConfig,
     ChannelMixConfig,
+    CompressedAttentionConfig,
     DeltaNetConfig,
     HybridConfig,
     IndexerConfig,
@@ -31,13 +40,14 @@ from jaxsplit.models.mixer_config import (
     LinearConfig,
     Mamba2Config,
     MambaConfig,
+    PoolConfig,
     RWKV6Config,
     RWKV7Config,
     ShortConvConfig,
 )
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
-from jaxsplit.models.moe import DenseMoE, MoE
+from jaxsplit.models.moe import DenseMoE, GroveMoE, MoE
 from jaxsplit.models.rwkv import RWKV6, RWKV7, ChannelMix
 from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
@@ -61,6 +71,8 @@ __all__ = [
     "ChannelMix",
     "ChannelMixConfig",
     "CacheArray",
+    "CompressedAttention",
+    "CompressedAttentionConfig",
     "Decoder",
     "DeltaNet",
     "DeltaNetConfig",
@@ -69,6 +81,8 @@ __all__ = [
     "Embedding",
     "ForwardContext",
     "GateConfig",
+    "GroveMoE",
+    "GroveMoEConfig",
     "Hybrid",
     "HybridConfig",
     "IndexerConfig",
@@ -90,6 +104,7 @@ __all__ = [
     "ModelConfig",
     "Norm",
     "NormConfig",
+    "PoolConfig",
     "RWKV6",
     "RWKV7",
     "RWKV6Config",

@@ -7,7 +7,7 @@ the same code over the heads, hidden units and vocabulary rows that it holds.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,7 @@ class Block(nnx.Module):
             x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
             residual = self._after_norm(x, residual)
             if isinstance(self.mlp, ChannelMix):
-                y, mlp_cache = self.mlp(x, batch, mlp_cache)
+                y, mlp_cache = cast(ChannelMix, self.mlp)(x, batch, mlp_cache)
             else:
                 y = self._transformed(x, residual if stream is None else stream, batch)
             y = self._scaled(y, residual, self.mlp_post_norm, c.mlp_scale)
@@ -426,9 +426,9 @@ class Decoder(nnx.Module):
                 if name
             }
         )
-        width = c.blocks[0].per_layer_embedding
+        width, of_layers = c.blocks[0].per_layer_embedding, c.blocks[0].per_layer_embedding_norm
         self.per_layer_embeddings = (
-            PerLayerEmbeddings(c.vocab, c.embed, c.layers, width, c.norm, rngs=rngs)
+            PerLayerEmbeddings(c.vocab, c.embed, c.layers, width, of_layers, rngs=rngs)
             if self.first and width
             else None
         )
