@@ -172,11 +172,13 @@ def mlp(c: Any) -> Iterator[str]:
 
 def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
     """Words for norms, and for what happens outside the layers."""
+    if b.ngrams:
+        yield "n-grams"
+    if b.residual:
+        yield RESIDUALS[type(b.residual)]
     norm = b.mixer_norm or b.mixer_post_norm
     if norm is None:
         return
-    if b.residual:
-        yield RESIDUALS[type(b.residual)]
     kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
     if b.mixer_post_norm:
         kind += " around mixer and MLP" if b.mixer_norm else " after mixer and MLP"

@@ -1,5 +1,6 @@
 """Decoders with recurrent layers beside attention."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,7 @@ from jaxsplit.architectures.names import NAMES, Names, Rows, beside, block_names
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import (
+    BlockSparseConfig,
     DeltaNetConfig,
     HybridConfig,
     KDAConfig,
@@ -33,9 +35,14 @@ from jaxsplit.models.mixer_config import (
     Mamba2Config,
     MambaConfig,
     PoolConfig,
+    PooledBlockIndexerConfig,
     ShortConvConfig,
 )
-from jaxsplit.models.residual_config import AttentionResidualConfig
+from jaxsplit.models.residual_config import (
+    AttentionResidualConfig,
+    LowRankConnectionConfig,
+    NGramConfig,
+)
 from jaxsplit.ops.activations.functions import SiTUGLU
 from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 
@@ -192,6 +199,88 @@ def _glm5(header: Header) -> ModelConfig:
     return decoder(header, block=block, head_residual=head)
 
 
+def _qwen4(header: Header) -> ModelConfig:
+    """Several streams; some attention layers see selected blocks only; n-grams in some layers."""
+    norm = header.norm()
+    streams, rank = header.size("hyper_connection.count"), header.size("hyper_connection.low_rank")
+    connection = LowRankConnectionConfig(streams, rank, norm)
+    sizes = _sizes(header)
+    recurrent = DeltaNetConfig(**sizes, norm=norm, tiled=True, epsilon=norm.epsilon, gate="sigmoid")
+    dim, width = header.size("attention.indexer.key_length"), header.size("attention.key_length")
+    top_k = header.size("attention.indexer.top_k")
+    ngrams = _ngrams(header, streams)
+
+    def mixer(layer: int) -> Any:
+        if header.has(f"blk.{layer}.ssm_conv1d.weight"):
+            return recurrent
+        attention = header.attention(layer, **head_norms(header, gate=GateConfig()))
+        block = header.count("attention.compress_ratios", 0, layer=layer)
+        if not block:
+            return attention
+        if top_k % block:
+            raise header.wrong("attention.indexer.top_k", top_k, f"whole blocks of {block} keys")
+        heads = header.size("attention.indexer.head_count")
+        indexer = PooledBlockIndexerConfig(
+            heads, dim, block, top_k // block, header.rope(width), norm
+        )
+        return BlockSparseConfig(attention, indexer)
+
+    def block(layer: int) -> dict[str, Any]:
+        found = {"mixer": mixer(layer), "mixer_norm": None, "mlp_norm": None}
+        return found | {"residual": connection, "ngrams": ngrams.get(layer)}
+
+    return decoder(
+        header,
+        block=block,
+        experts={"normalize": True},
+        norm=None,
+        head_residual=dataclasses.replace(connection, writes=False),
+    )
+
+
+def _ngrams(header: Header, streams: int) -> dict[int, NGramConfig]:
+    """Embeddings of n-grams, by layer."""
+    layers = header("ple.layers", [])
+    if not layers:
+        header.disregard("ple.*")
+        header.disregard("embedding_length_per_layer_input")
+        return {}
+    if not isinstance(layers, list) or len(layers) != 1 or layers[0] not in range(header.layers):
+        raise header.wrong("ple.layers", layers, "one layer")
+    size, heads = (
+        header.count(f"ple.{name}", least=1) for name in ("ngram_size", "heads_per_ngram")
+    )
+    lists = {}
+    for name, count, most in (
+        ("layer_multipliers", size, 2**64),
+        ("head_vocab_sizes", heads * (size - 1), 2**24),
+        ("head_offsets", heads * (size - 1), 2**31),
+    ):
+        values = lists[name] = header(f"ple.{name}")
+        whole = isinstance(values, list) and all(isinstance(v, int) for v in values)
+        if not whole or len(values) != count or not all(0 <= v < most for v in values):
+            expected = f"{count} whole numbers below {most}"
+            raise header.wrong(f"ple.{name}", values, expected)
+    table = header.file.tensor("per_layer_token_embd.weight").shape
+    ends = zip(lists["head_vocab_sizes"], lists["head_offsets"], strict=True)
+    if not all(rows and offset + rows <= table[0] for rows, offset in ends):
+        raise header.wrong("ple.head_offsets", lists["head_offsets"], f"parts of {table[0]} rows")
+    config = NGramConfig(
+        streams=streams,
+        rows=table[0],
+        width=header.size("embedding_length_per_layer_input"),
+        size=size,
+        heads=heads,
+        multipliers=tuple(lists["layer_multipliers"]),
+        sizes=tuple(lists["head_vocab_sizes"]),
+        offsets=tuple(lists["head_offsets"]),
+        kernel_size=header.count("ple.conv_kernel", least=2),
+        eos=header.count("ple.eos_token_id"),
+        norm=header.norm(),
+    )
+    return {layers[0]: config}
+
+
 def _bailing3(header: Header) -> ModelConfig:
     if not header.flag("kda.safe_gate", True):
         raise header.wrong("kda.safe_gate", False, "true")
@@ -281,7 +370,7 @@ def _lfm2(header: Header, **choices: Any) -> ModelConfig:
 
 
 def _query_and_gate(block: BlockConfig) -> tuple[int, list[int]]:
-    mixer = cast(AttentionConfig, block.mixer)
+    mixer = cast(AttentionConfig, getattr(block.mixer, "attention", block.mixer))
     return mixer.heads, [mixer.head_dim, mixer.value_dim]
 
 
@@ -463,6 +552,28 @@ ARCHITECTURES = {
     "qwen35": Architecture(partial(_delta_net, tiled=True), _DELTA_NET, harmless=_BY_TENSORS),
     "qwen35moe": Architecture(
         partial(_delta_net, tiled=True, **_NORMALIZED), _DELTA_NET, harmless=_BY_TENSORS
+    ),
+    "qwen4exp": Architecture(
+        _qwen4,
+        {
+            **_DELTA_NET,
+            **beside({**NAMES, **_DELTA_NET}, "attention"),
+            **block_names(
+                mixer__indexer__query__kernel="indexer.q_proj.weight",
+                mixer__indexer__key__kernel="indexer.k_proj.weight",
+                mixer__indexer__query_norm__scale="indexer.q_norm.weight",
+                mixer__indexer__key_norm__scale="indexer.k_norm.weight",
+                ngrams__key__kernel="ple_key.weight",
+                ngrams__value__kernel="ple_value.weight",
+                ngrams__key_norm__scale="ple_norm_key.weight",
+                ngrams__query_norm__scale="ple_norm_query.weight",
+                ngrams__conv_norm__scale="ple_norm_conv.weight",
+                ngrams__kernel="ple_conv1d.weight",
+            ),
+            "blocks.{i}.ngrams.embedding.table": ["per_layer_token_embd.weight"],
+        },
+        unused=r"blk\.\d+\.indexer\.",  # of layers that see all keys
+        harmless=_BY_TENSORS,
     ),
     "qwen3next": Architecture(partial(_delta_net, **_NORMALIZED), _DELTA_NET, harmless=_BY_TENSORS),
 }

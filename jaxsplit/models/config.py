@@ -11,6 +11,7 @@ from jaxsplit.models.mixer_config import ChannelMixConfig, LatentAttentionConfig
 from jaxsplit.models.residual_config import (
     AttentionResidualConfig,
     HeadResidualConfig,
+    NGramConfig,
     ResidualConfig,
 )
 from jaxsplit.ops.attention.spec import AttentionConfig
@@ -83,6 +84,7 @@ class BlockConfig:
       exchange: what the stream carries is added to the stream after the layer (`keep`), and the
         stream before that is carried on instead (`swap`); None: neither.
       source: which layer of the file it is, several layers may be one; None: its number.
+      ngrams: embeddings of n-grams that are added before the layer; None: none.
       carried_scale: what the stream carries, times a parameter, is added after the layer.
     """
 
@@ -106,12 +108,16 @@ class BlockConfig:
     stream_scale: float = 1.0
     carried_scale: bool = False
     end_norm: NormConfig | None = None
+    ngrams: NGramConfig | None = None
     exchange: str | None = None
     source: int | None = dataclasses.field(default=None, compare=False)
 
-    def cache(self, context: int, dtype: jnp.dtype) -> Any:
-        """What it keeps of a sequence, `CacheArray`s: of the mixer, and of an MLP with a state."""
+    def cache(self, context: int, dtype: jnp.dtype, embed: int) -> Any:
+        """What it keeps of a sequence, `CacheArray`s: of the mixer, and of n-grams or an MLP with a
+        state."""
         mixer = self.mixer and self.mixer.cache(context, dtype)
+        if self.ngrams is not None:
+            return mixer, self.ngrams.cache(embed)
         if not isinstance(self.mlp, ChannelMixConfig):
             return mixer
         return mixer, self.mlp.cache(context, dtype)
@@ -193,9 +199,9 @@ class ModelConfig:
 
     @property
     def looks_up_tokens(self) -> int:
-        """How many of the first layers there are up to the last one that looks up experts by
-        tokens."""
-        by_token = [getattr(block.mlp, "by_token", False) for block in self.blocks]
+        """How many of the first layers there are up to the last one that looks up experts or
+        n-grams by tokens."""
+        by_token = [b.ngrams or getattr(b.mlp, "by_token", False) for b in self.blocks]
         return max((i + 1 for i, by in enumerate(by_token) if by), default=0)
 
     @property
@@ -221,7 +227,7 @@ class ModelConfig:
           layers: which; None: all.
         """
         blocks = self.blocks if layers is None else self.blocks[layers.start : layers.stop]
-        return [block.cache(context, dtype) for block in blocks]
+        return [block.cache(context, dtype, self.embed) for block in blocks]
 
     @property
     def attention(self) -> AttentionConfig | LatentAttentionConfig | None:

@@ -64,6 +64,7 @@ from jaxsplit.models.mixer_config import (
 from jaxsplit.models.mla import LatentAttention
 from jaxsplit.models.mlp import MLP
 from jaxsplit.models.moe import DenseMoE, GroveMoE, MoE
+from jaxsplit.models.ngrams import NGrams
 from jaxsplit.models.residual import (
     AttentionResidual,
     HyperConnection,
@@ -77,6 +78,7 @@ from jaxsplit.models.residual_config import (
     HyperConnectionConfig,
     HyperHeadConfig,
     LowRankConnectionConfig,
+    NGramConfig,
 )
 from jaxsplit.models.rwkv import RWKV6, RWKV7, ChannelMix
 from jaxsplit.ops.activations.layout import Activations, Readers
@@ -137,6 +139,7 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     LowRankConnectionConfig: LowRankConnection,
     AttentionResidualConfig: AttentionResidual,
     AltUpConfig: AltUpProjections,
+    NGramConfig: NGrams,
 }
 """The module that each config of a mixer, an MLP or a residual connection describes."""
 
@@ -304,6 +307,7 @@ class StreamsBlock(Block):
             mlp = dataclasses.replace(mixer, begins=False)
         self.mixer_residual: Residual = module(mixer, embed, rngs)
         self.mlp_residual: Residual = module(mlp, embed, rngs)
+        self.ngrams: NGrams | None = module(config.ngrams, embed, rngs)
 
     def __call__(
         self,
@@ -315,6 +319,10 @@ class StreamsBlock(Block):
     ) -> tuple[Unreduced | None, Array, Any]:
         """As `Block.__call__`; the stream is `[batch, time, streams * embed]`."""
         assert y is None and self.mixer is not None and self.mlp is not None
+        ngram_cache = None
+        if self.ngrams is not None:
+            cache, ngram_cache = (None, None) if cache is None else cache
+            residual, ngram_cache = self.ngrams(residual, batch, ngram_cache)
         x, gates = self.mixer_residual.read(residual)
         x, _ = add_norm(None, x, self.mixer_norm, self.mixer.readers(x))
         y, cache = self.mixer(x, batch, cache)
@@ -322,7 +330,8 @@ class StreamsBlock(Block):
         x, gates = self.mlp_residual.read(residual)
         x, _ = add_norm(None, x, self.mlp_norm, self.mlp.readers(x))
         y = self._transformed(x, x.array, batch)
-        return None, self.mlp_residual.write(residual, y.all_reduce(residual.dtype), gates), cache
+        residual = self.mlp_residual.write(residual, y.all_reduce(residual.dtype), gates)
+        return None, residual, cache if ngram_cache is None else (cache, ngram_cache)
 
 
 class AltUpBlock(Block):

@@ -10,12 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jaxsplit.cache.layers import AttentionCache, Batch
+from jaxsplit.cache.layers import AttentionCache, Batch, RecurrentCache
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.models.attention import Attention
 from jaxsplit.models.compressor import BlockPool, complete_blocks
 from jaxsplit.models.layers import Linear, Norm
-from jaxsplit.models.mixer_config import BlockIndexerConfig, BlockSparseConfig, IndexerConfig
+from jaxsplit.models.mixer_config import (
+    BlockIndexerConfig,
+    BlockSparseConfig,
+    IndexerConfig,
+    PooledBlockIndexerConfig,
+)
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention.api import update_cache
 from jaxsplit.ops.attention.rope import RopeConfig, rope
@@ -148,7 +153,7 @@ class BlockIndexer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Activations, batch: Batch, cache: AttentionCache | None
+        self, x: Activations, batch: Batch, cache: AttentionCache | None, keys: int
     ) -> tuple[Array | None, AttentionCache | None]:
         """Selects blocks.
 
@@ -156,6 +161,7 @@ class BlockIndexer(nnx.Module):
           x: `[batch, time, embed]`.
           batch: where the tokens belong.
           cache: keys of earlier tokens; None: there are none.
+          keys: how many the attention reads.
 
         Returns:
           the mask of the keys in the selected blocks, bool `[batch, kv_heads, time, keys]`; None:
@@ -164,27 +170,68 @@ class BlockIndexer(nnx.Module):
         c, positions = self.config, batch.positions
         queries = self.query(x).reshape(*positions.shape, -1, c.head_dim)
         queries = _rotated(self.query_norm(queries), batch, c.rope, last=False)
-        keys = self.key_norm(self.key(x))[:, :, None]
-        keys = _rotated(keys, batch, c.rope, last=False)
-        memory, _, cache = update_cache(keys, None, batch, cache, None)
-        keys = memory.dequantized_keys(x.dtype)[:, 0]
-        blocks = -(-keys.shape[1] // c.block)
+        new = self.key_norm(self.key(x))[:, :, None]
+        new = _rotated(new, batch, c.rope, last=False)
+        memory, _, cache = update_cache(new, None, batch, cache, None)
+        index = memory.dequantized_keys(x.dtype)[:, 0]
+        blocks = -(-keys // c.block)
         if blocks <= c.top_k:
             return None, cache
         positions = positions[:, None, :, None]
         scores = jnp.einsum(
-            "btgd,bsd->bgts", queries, keys, precision=lax.Precision.HIGHEST,
+            "btgd,bsd->bgts", queries, index, precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        scores = jnp.where(jnp.arange(keys.shape[1]) <= positions, scores, -jnp.inf)
-        padding = [(0, 0)] * 3 + [(0, blocks * c.block - keys.shape[1])]
+        scores = jnp.where(jnp.arange(keys) <= positions, scores, -jnp.inf)
+        padding = [(0, 0)] * 3 + [(0, blocks * c.block - keys)]
         scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
         scores = scores.reshape(*scores.shape[:3], blocks, c.block).max(axis=-1)
         distance = positions // c.block - jnp.arange(blocks)
         scores = jnp.where((distance >= 0) & (distance < c.local), jnp.inf, scores)
         chosen = lax.top_k(scores, c.top_k)[1]
         mask = jax.nn.one_hot(chosen, blocks, dtype=bool).any(axis=-2)
-        return jnp.repeat(mask, c.block, axis=-1)[..., : keys.shape[1]], cache
+        return jnp.repeat(mask, c.block, axis=-1)[..., :keys], cache
+
+
+class PooledBlockIndexer(nnx.Module):
+    """An indexer that selects blocks of keys for all heads, by the means of their keys.
+
+    Args:
+      config: of the indexer.
+      embed: width of the residual stream.
+    """
+
+    def __init__(self, config: PooledBlockIndexerConfig, embed: int, *, rngs: nnx.Rngs):
+        c = config
+        self.query = Linear(EMBED, embed, _INDEX, c.heads * c.head_dim, rngs=rngs)
+        self.key = Linear(EMBED, embed, _INDEX, c.head_dim, rngs=rngs)
+        self.query_norm = Norm(c.norm, c.head_dim, _INDEX)
+        self.key_norm = Norm(c.norm, c.head_dim, _INDEX)
+        self.pool = BlockPool(c.pool, embed, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self, x: Activations, batch: Batch, cache: RecurrentCache | None, keys: int
+    ) -> tuple[Array | None, RecurrentCache | None]:
+        """Selects blocks, as `BlockIndexer`; the mask is the same for all key heads, and shows the
+        block that is not complete."""
+        c, positions = self.config, batch.positions
+
+        def finish(entries: Array, first: Array) -> Array:
+            return rope(self.key_norm(entries)[:, :, None], first, c.rope)[:, :, 0]
+
+        entries, cache = self.pool(x, self.key(x), batch, cache, finish)
+        if entries.shape[1] <= c.top_k:
+            return None, cache
+        queries = self.query(x).reshape(*positions.shape, c.heads, c.head_dim)
+        queries = rope(self.query_norm(queries), positions, c.rope).astype(jnp.float32)
+        weights = jnp.full((*positions.shape, c.heads), c.head_dim**-0.5)
+        complete = complete_blocks(positions, c.block)
+        chosen = mask_of(select(queries, entries, weights, complete - 1, c.top_k), entries.shape[1])
+        chosen = jnp.repeat(chosen, c.block, axis=-1)[..., :keys]
+        chosen = jnp.pad(chosen, [(0, 0)] * 3 + [(0, keys - chosen.shape[-1])])
+        last = jnp.arange(keys) >= (complete * c.block)[..., None]
+        return chosen & ~last[:, None] | last[:, None], cache
 
 
 class BlockSparseAttention(nnx.Module):
@@ -192,7 +239,11 @@ class BlockSparseAttention(nnx.Module):
 
     def __init__(self, config: BlockSparseConfig, embed: int, *, rngs: nnx.Rngs):
         self.attention = Attention(config.attention, embed, rngs=rngs)
-        self.indexer = BlockIndexer(config.indexer, config.attention, embed, rngs=rngs)
+        self.indexer = (
+            BlockIndexer(config.indexer, config.attention, embed, rngs=rngs)
+            if isinstance(config.indexer, BlockIndexerConfig)
+            else PooledBlockIndexer(config.indexer, embed, rngs=rngs)
+        )
 
     def readers(self, x: Array) -> Readers:
         """Who reads the input `[batch, time, embed]`."""
@@ -201,7 +252,11 @@ class BlockSparseAttention(nnx.Module):
     def __call__(self, x: Activations, batch: Batch, cache: Any) -> tuple[Unreduced, Any]:
         """Attends, as `Attention`; the cache holds keys and values, and the indexer's keys."""
         kv, index = (None, None) if cache is None else cache
-        visible, index = self.indexer(x, batch, index)
+        keys = x.shape[1]
+        if kv is not None:
+            pages = batch.pages_of(ring=False)
+            keys = kv.length * (1 if pages is None else pages.shape[1])
+        visible, index = self.indexer(x, batch, index, keys)
         y, kv = self.attention(x, batch, kv, visible)
         return y, None if cache is None else (kv, index)
 

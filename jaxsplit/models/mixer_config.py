@@ -229,6 +229,40 @@ class BlockIndexerConfig:
     rope: RopeConfig
     norm: NormConfig
 
+    def cache(self, context: int, dtype: jnp.dtype) -> AttentionCache:
+        """What it keeps of a sequence: keys."""
+        return attention_cache(LATENT, context, self.head_dim, None, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledBlockIndexerConfig:
+    """An indexer that selects blocks of keys for all heads, by their means.
+
+    Attributes:
+      heads: its heads, which share one key.
+      head_dim: width of a query or key.
+      block: positions of a block.
+      top_k: complete blocks that a query may see, beside the last one.
+      rope: of queries and of blocks' keys, at their first positions.
+      norm: of queries and of blocks' keys.
+    """
+
+    heads: int
+    head_dim: int
+    block: int
+    top_k: int
+    rope: RopeConfig
+    norm: NormConfig
+
+    @property
+    def pool(self) -> PoolConfig:
+        """How keys are pooled."""
+        return PoolConfig(self.block, self.head_dim, gated=False)
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
+        """What it keeps of a sequence: blocks' keys, and the last tokens'."""
+        return self.pool.cache(context)
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSparseConfig:
@@ -240,7 +274,7 @@ class BlockSparseConfig:
     """
 
     attention: AttentionConfig
-    indexer: BlockIndexerConfig
+    indexer: BlockIndexerConfig | PooledBlockIndexerConfig
 
     @property
     def heads(self) -> int:
@@ -252,10 +286,11 @@ class BlockSparseConfig:
         """Of the attention."""
         return self.attention.rope
 
-    def cache(self, context: int, dtype: jnp.dtype) -> tuple[AttentionCache | None, AttentionCache]:
+    def cache(
+        self, context: int, dtype: jnp.dtype
+    ) -> tuple[AttentionCache | None, AttentionCache | RecurrentCache]:
         """What it keeps of a sequence: keys and values, and the indexer's keys."""
-        index = attention_cache(LATENT, context, self.indexer.head_dim, None, dtype)
-        return self.attention.cache(context, dtype), index
+        return self.attention.cache(context, dtype), self.indexer.cache(context, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +313,7 @@ class LinearAttentionConfig:
       norm: of the output, before the last projection; None: no norm.
       conv_bias: the convolutions have biases.
       tiled: as in `Axis`.
+      gate: the activation of the output's gate.
     """
 
     value_heads: int
@@ -288,6 +324,7 @@ class LinearAttentionConfig:
     norm: NormConfig | None = None
     conv_bias: bool = False
     tiled: bool = False
+    gate: str = "silu"
 
     @property
     def axes(self) -> tuple[Axis, Axis]:

@@ -1,7 +1,13 @@
 """Residual connections of several streams: configs."""
 
+# `RecurrentCache` holds descriptions of arrays too.
+# pyright: reportArgumentType=false
+
 import dataclasses
 
+import jax.numpy as jnp
+
+from jaxsplit.cache.layers import CacheArray, RecurrentCache
 from jaxsplit.ops.norm.spec import NormConfig
 
 
@@ -68,6 +74,40 @@ class AttentionResidualConfig:
 
     norm: NormConfig
     begins: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class NGramConfig:
+    """Embeddings of n-grams that a layer adds to the streams first.
+
+    Attributes:
+      streams: of the layer.
+      rows, width: of the table.
+      size: tokens of the longest n-gram; the shortest has 2.
+      heads: hashes of each n-gram.
+      multipliers: of the token and those before it.
+      sizes, offsets: rows of each hash, and where they begin.
+      kernel_size: taps of the convolution, `size` tokens apart.
+      eos: the token before which others do not count.
+      norm: of keys, queries and of what is convolved.
+    """
+
+    streams: int
+    rows: int
+    width: int
+    size: int
+    heads: int
+    multipliers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    kernel_size: int
+    eos: int
+    norm: NormConfig
+
+    def cache(self, embed: int) -> RecurrentCache:
+        """What it keeps of a sequence: the last tokens, and what the convolution has seen."""
+        shapes = (self.size - 1, 1), ((self.kernel_size - 1) * self.size, self.streams * embed)
+        return RecurrentCache(tuple(CacheArray(s, (None, None), jnp.float32) for s in shapes))
 
 
 @dataclasses.dataclass(frozen=True)
