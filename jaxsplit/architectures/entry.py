@@ -80,7 +80,8 @@ def decoder(
     if not any(getattr(mixer, "rope", None) for mixer in mixers):
         header.disregard("rope.*")
     if not any(hasattr(mixer, "heads") for mixer in mixers):
-        header.disregard("attention.*")
+        for name in ("head_count*", "key_length*", "value_length*"):
+            header.disregard(f"attention.{name}")
     found = {
         "architecture": header.file.architecture,
         "vocab": header.vocab,

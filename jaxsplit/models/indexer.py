@@ -22,10 +22,9 @@ from jaxsplit.models.mixer_config import (
     PooledBlockIndexerConfig,
 )
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention.api import update_cache
+from jaxsplit.ops.attention.api import MAX_SCORES, update_cache
 from jaxsplit.ops.attention.rope import RopeConfig, rope
 from jaxsplit.ops.attention.spec import AttentionConfig
-from jaxsplit.ops.attention.xla import MAX_SCORES
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
 _INDEX = Axis("index")

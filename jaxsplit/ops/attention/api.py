@@ -17,9 +17,9 @@ from jaxsplit.context import current_context
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update, xla
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
-from jaxsplit.ops.attention.xla import apply_temperature, update_cache
+from jaxsplit.ops.attention.xla import MAX_SCORES, apply_temperature, update_cache
 
-__all__ = ["KV", "apply_temperature", "attend", "self_attention", "update_cache"]
+__all__ = ["KV", "MAX_SCORES", "apply_temperature", "attend", "self_attention", "update_cache"]
 
 
 @dataclasses.dataclass(frozen=True)
