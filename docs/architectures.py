@@ -172,6 +172,8 @@ def mlp(c: Any) -> Iterator[str]:
 
 def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
     """Words for norms, and for what happens outside the layers."""
+    if b.switch:
+        yield "adapters that tokens switch on"
     if b.ngrams:
         yield "n-grams"
     if b.residual:

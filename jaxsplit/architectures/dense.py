@@ -23,6 +23,7 @@ from jaxsplit.architectures.names import block_names
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import LinearConfig
+from jaxsplit.models.residual_config import SwitchConfig
 from jaxsplit.ops.activations.functions import XIELU
 
 
@@ -305,6 +306,38 @@ def _nanbeige(header: Header) -> ModelConfig:
     return dataclasses.replace(once, blocks=blocks)
 
 
+def _granite_switch(header: Header) -> ModelConfig:
+    """Granite with adapters in the file, which tokens switch on."""
+    count = header.count("adapters.count", least=1)
+
+    def tokens(name: str) -> list[int]:
+        ids = header(key := f"adapters.token_ids_{name}")
+        whole = isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+        if not whole or len(ids) != count or not all(0 <= i < header.vocab for i in ids):
+            raise header.wrong(key, ids, f"{count} token ids")
+        return ids
+
+    switch = SwitchConfig(
+        adapters=count + 1,
+        rank=header.size("adapters.lora_rank"),
+        tokens=tuple(tokens("activate")),
+        gain=header.number("adapters.router_gain", above=0),
+    )
+    choices = scaled(header)
+    common = choices.pop("block")
+
+    def block(layer: int) -> dict[str, Any]:
+        return common | {"switch": dataclasses.replace(switch, first=layer == 0)}
+
+    return decoder(
+        header,
+        block=block,
+        carried=count + 1,
+        substitutes=tuple(zip(switch.tokens, tokens("substitute"), strict=True)),
+        **choices,
+    )
+
+
 def _hrm(header: Header) -> ModelConfig:
     """Two stacks of layers, each with a state of its own that reads both (hierarchical reasoning
     model, Wang et al. 2025, arXiv:2506.21734): after several uses of the lower stack comes one of
@@ -397,6 +430,24 @@ ARCHITECTURES = {
     "gpt2": _layer_norm(_learned_positions),
     "gptneox": _layer_norm(_gptneox),
     "granite": Architecture(lambda h: decoder(h, **scaled(h))),
+    "graniteswitch": Architecture(
+        _granite_switch,
+        block_names(
+            **{
+                f"{path}__switched__{part}": f"{tensor}.lora_{end}"
+                for path, tensor in (
+                    ("mixer__query", "attn_q"),
+                    ("mixer__key", "attn_k"),
+                    ("mixer__value", "attn_v"),
+                    ("mixer__out", "attn_output"),
+                    ("mlp__gate", "ffn_gate"),
+                    ("mlp__up", "ffn_up"),
+                    ("mlp__down", "ffn_down"),
+                )
+                for part, end in (("down", "a"), ("up", "b"))
+            }
+        ),
+    ),
     "hrm_text": Architecture(_hrm),
     "hunyuan-dense": Architecture(lambda h: decoder(h, attention=head_norms(h, norm_first=False))),
     "hunyuan_vl": Architecture(_hunyuan_vl),

@@ -13,6 +13,7 @@ from jaxsplit.models.residual_config import (
     HeadResidualConfig,
     NGramConfig,
     ResidualConfig,
+    SwitchConfig,
 )
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
@@ -85,6 +86,7 @@ class BlockConfig:
         stream before that is carried on instead (`swap`); None: neither.
       source: which layer of the file it is, several layers may be one; None: its number.
       ngrams: embeddings of n-grams that are added before the layer; None: none.
+      switch: adapters that tokens switch on; None: there are none.
       carried_scale: what the stream carries, times a parameter, is added after the layer.
     """
 
@@ -109,6 +111,7 @@ class BlockConfig:
     carried_scale: bool = False
     end_norm: NormConfig | None = None
     ngrams: NGramConfig | None = None
+    switch: SwitchConfig | None = None
     exchange: str | None = None
     source: int | None = dataclasses.field(default=None, compare=False)
 
@@ -118,6 +121,8 @@ class BlockConfig:
         mixer = self.mixer and self.mixer.cache(context, dtype)
         if self.ngrams is not None:
             return mixer, self.ngrams.cache(embed)
+        if self.switch is not None and self.switch.first:
+            return mixer, self.switch.cache()
         if not isinstance(self.mlp, ChannelMixConfig):
             return mixer
         return mixer, self.mlp.cache(context, dtype)
@@ -144,6 +149,7 @@ class ModelConfig:
       carried: width of what the stream carries beside the residual stream, from the embedding, or
         a mixer of the first layer, to all layers; 0: nothing.
       carries_embedding: it is the embedding.
+      substitutes: tokens that have the embeddings of others, and which these are.
       embedding_offset: a parameter is added to the stream that layers read first.
       logit_softcap: logits are bounded to this by a tanh; None: they are not.
     """
@@ -163,6 +169,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     carried: int = 0
     carries_embedding: bool = False
+    substitutes: tuple[tuple[int, int], ...] = ()
     embedding_offset: bool = False
     logit_softcap: float | None = None
 
@@ -199,9 +206,12 @@ class ModelConfig:
 
     @property
     def looks_up_tokens(self) -> int:
-        """How many of the first layers there are up to the last one that looks up experts or
-        n-grams by tokens."""
-        by_token = [b.ngrams or getattr(b.mlp, "by_token", False) for b in self.blocks]
+        """How many of the first layers there are up to the last one that looks up experts, n-grams
+        or adapters by tokens."""
+        by_token = [
+            b.ngrams or getattr(b.mlp, "by_token", False) or (b.switch and b.switch.first)
+            for b in self.blocks
+        ]
         return max((i + 1 for i, by in enumerate(by_token) if by), default=0)
 
     @property

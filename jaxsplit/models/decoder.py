@@ -81,6 +81,7 @@ from jaxsplit.models.residual_config import (
     NGramConfig,
 )
 from jaxsplit.models.rwkv import RWKV6, RWKV7, ChannelMix
+from jaxsplit.models.switch import attach, token_adapters
 from jaxsplit.ops.activations.layout import Activations, Readers
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.matmul.api import matmul
@@ -356,10 +357,39 @@ class AltUpBlock(Block):
         return altup_layer(self, residual, batch, cache, per_layer_embedding)
 
 
+class SwitchedBlock(Block):
+    """A layer with adapters that tokens switch on."""
+
+    def __init__(self, config: BlockConfig, embed: int, *, rngs: nnx.Rngs):
+        super().__init__(config, embed, rngs=rngs)
+        assert config.switch is not None
+        attach((self.mixer, self.mlp), config.switch, rngs)
+
+    def __call__(
+        self,
+        y: Unreduced | None,
+        residual: Array,
+        batch: Batch,
+        cache: Any,
+        per_layer_embedding: Array | None = None,
+    ) -> tuple[Unreduced | None, Array, Any]:
+        """As `Block.__call__`."""
+        switch, sums = self.config.switch, None
+        assert switch is not None
+        if switch.first:
+            cache, sums = (None, None) if cache is None else cache
+            batch.lent[CARRIED], sums = token_adapters(switch, batch, sums)
+        with forward_context(token_adapters=batch.lent[CARRIED].astype(jnp.float32)):
+            y, residual, cache = super().__call__(y, residual, batch, cache, per_layer_embedding)
+        return y, residual, cache if sums is None else (cache, sums)
+
+
 def block_class(config: BlockConfig) -> type[Block]:
     """The kind of layer that a config describes."""
     if isinstance(config.residual, AltUpConfig):
         return AltUpBlock
+    if config.switch is not None:
+        return SwitchedBlock
     return Block if config.residual is None else StreamsBlock
 
 
@@ -600,6 +630,9 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: Array, positions: Array) -> tuple[Array, Array | None]:
         """The residual stream and the embeddings for each layer."""
         assert self.embedding is not None
+        given = tokens
+        for token, other in self.config.substitutes:
+            tokens = jnp.where(given == token, other, tokens)
         x = self.embedding(tokens, self.dtype) * self.config.embedding_scale
         if self.positions is not None:
             table = self.positions.get_value()

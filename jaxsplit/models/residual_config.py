@@ -111,6 +111,29 @@ class NGramConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SwitchConfig:
+    """Adapters of a model, of which each token has one.
+
+    Attributes:
+      adapters: how many, with the one of tokens before any that switches.
+      rank: of each.
+      tokens: ids that switch on adapters 1, 2 and so on.
+      gain: how much more than others such a token counts, as a logarithm.
+      first: the layer finds out which adapter each token has.
+    """
+
+    adapters: int
+    rank: int
+    tokens: tuple[int, ...]
+    gain: float
+    first: bool = False
+
+    def cache(self) -> RecurrentCache:
+        """What it keeps of a sequence: sums over its tokens."""
+        return RecurrentCache((CacheArray((1, 3), (None, None), jnp.float32),))
+
+
+@dataclasses.dataclass(frozen=True)
 class AltUpConfig:
     """Alternating updates (Baykal et al. 2023, arXiv:2301.13310), and a low-rank residual layer.
 
