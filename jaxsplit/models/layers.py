@@ -132,7 +132,7 @@ class SwitchedLoRA(nnx.Module):
     def __init__(
         self,
         axes: tuple[Axis, Axis],
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         adapters: int,
         rank: int,
         *,
