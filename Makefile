@@ -43,6 +43,7 @@ $(VENV)/gpu-compiler: $(VENV)/.installed
 	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*' \
+	  'nvidia-cuda-nvrtc==13.*' \
 	  || (echo "No compiler for GPUs is to be had here; its tests are skipped." && mkdir -p $@)
 
 clean:

@@ -8,9 +8,11 @@
   random times, beside reading and decoding them all together.
 - `packed`: milliseconds until 16 prompts of 128 tokens have their first tokens.
 - `shared`: milliseconds to the first token of a prompt that shares 4096 tokens with an earlier one.
+- `schema`: tokens/s of 8 sequences under a JSON schema, beside the same without one.
 - `budget`: how long a prompt of 16384 tokens delays the tokens of 8 sequences, beside the budget.
 """
 
+import json
 import random
 import statistics
 import threading
@@ -35,9 +37,21 @@ _REQUESTS = flags.DEFINE_integer("requests", 128, "requests of `arrivals`", 1)
 _SEQUENCES = flags.DEFINE_integer("sequences", 32, "at a time, of `arrivals`", 1)
 _SCALE = flags.DEFINE_integer("scale", 1, "divide all lengths by this, to try it on a CPU", 1)
 _REPEAT = flags.DEFINE_integer("repetitions", 3, "how often to measure", 1, short_name="r")
-_TESTS = flags.DEFINE_list("tests", "single,packed,shared,arrivals,budget", "which to run")
+_TESTS = flags.DEFINE_list("tests", "single,packed,shared,arrivals,schema,budget", "which to run")
 _LOAD = options.define(LoadConfig, skip=["ctx_size", "slots"])
 _JSON_DIR = options.define_json_dir()
+
+
+# A list that never ends.
+_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+    },
+    "minItems": 10**6,
+}
 
 
 class Serving:
@@ -117,6 +131,23 @@ class Serving:
         # While as many as there are clients are being served.
         first, last = start + spread, sorted(ends)[-sequences]
         return sum(first <= end <= last for end in ends) * count / (last - first)
+
+    def schema(self, sequences: int, length: int, count: int) -> tuple[float, float]:
+        """Tokens/s of sequences whose texts satisfy a JSON schema, and without one."""
+
+        def rate(grammar: jaxsplit.Grammar | None) -> float:
+            found = [
+                self.lm.submit(self.prompt(length), count, ignore_eos=True, grammar=grammar)
+                for _ in range(sequences)
+            ]
+            done = [x.result().request for x in found]
+            assert all(len(request.tokens) == count for request in done)
+            seconds = max(x.timings.last_token for x in done) - max(
+                x.timings.first_token for x in done
+            )
+            return sequences * (count - 1) / seconds
+
+        return rate(jaxsplit.Grammar("json_schema", json.dumps(_SCHEMA))), rate(None)
 
     def budget(self, sequences: int, length: int, count: int) -> float:
         """Longest time between two pieces of text of other sequences while a long prompt is read, a
@@ -214,6 +245,13 @@ def main(_: list[str]) -> None:
             lambda: serving.arrivals(_REQUESTS.value, many, *shape),
             limit=statistics.median(together),
             sequences=many,
+        )
+    if "schema" in wanted:
+        measure(
+            "under a JSON schema",
+            "tokens/s",
+            lambda: serving.schema(8, 128 // n, 512 // n),
+            sequences=8,
         )
     if "budget" in wanted:
         measure(

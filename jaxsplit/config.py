@@ -156,9 +156,10 @@ class LoadConfig(Config):
 
     kernels: str = option(
         "auto",
-        "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; xla: "
-        "XLA alone; auto: triton where it runs; interpret: its kernels on CPUs, to test them",
-        choices=("auto", "triton", "xla", "interpret"),
+        "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; cuda: "
+        "CUDA C++ for one and two rows, on GPUs of compute capability 6.1 on; xla: XLA alone; "
+        "auto: the first of these that runs; interpret: triton on CPUs, to test it",
+        choices=("auto", "triton", "cuda", "xla", "interpret"),
     )
     collectives: str = option(
         "auto",
@@ -182,6 +183,20 @@ class LoadConfig(Config):
         None,
         "tokens whose keys and values are kept, of all sequences together, on each replica of the "
         "data axis (default: what the devices' memory has room for; on CPUs, two contexts)",
+        low=1,
+    )
+    cache_ram: int = option(
+        0,
+        "MiB of host memory for prefixes that the devices forget, which are restored instead of "
+        "being read again; 0: none",
+        low=0,
+    )
+    prompt_cache_dir: Any = option(
+        None, "directory where prefixes are kept, for later runs too, on any mesh (default: none)"
+    )
+    prompt_cache_size: int = option(
+        16,
+        "GiB of files in prompt_cache_dir at most; the least recently used are removed",
         low=1,
     )
     itl_budget: float = option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxsplit.cuda.nvrtc import has_nvrtc
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.pallas import has_triton
 from jaxsplit.sharding.axes import AxisRules
@@ -23,6 +24,16 @@ def compute_capability(device: jax.Device) -> float:
     return float(found) if nvidia else 0.0
 
 
+_CUDA_CAPABILITY = 6.1
+"""With an instruction for dot products of 8-bit integers."""
+
+_NEEDED = {
+    "triton": "a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton",
+    "cuda": "an NVIDIA GPU of compute capability 6.1 or later, and NVRTC, which jax[cuda12] and "
+    "jax[cuda13] install",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class MatmulPolicy:
     """How activations are multiplied with matrices.
@@ -31,7 +42,8 @@ class MatmulPolicy:
       int8_activations: one or two rows are rounded to 8 bits for quantized matrices.
       float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
         so are the quantized matrices.
-      kernels: the devices run kernels; else XLA computes the same numbers.
+      kernels: the devices run Triton kernels; else XLA computes the same numbers.
+      cuda: compute capability for which kernels in CUDA C++ are compiled; 0: there are none.
       interpret: kernels are interpreted, to test them without a GPU.
       pdl: a kernel may start before the one it depends on has ended (programmatic dependent
         launch), which takes compute capability 9.0.
@@ -40,6 +52,7 @@ class MatmulPolicy:
     int8_activations: bool = False
     float8: bool = False
     kernels: bool = False
+    cuda: float = 0.0
     interpret: bool = False
     pdl: bool = False
 
@@ -49,7 +62,8 @@ class MatmulPolicy:
 
         Args:
           device: of the mesh.
-          kernels: as in `LoadConfig`. Triton needs compute capability 8.0, and a JAX that has it.
+          kernels: as in `LoadConfig`. Triton needs compute capability 8.0, and a JAX that has it;
+            CUDA C++ needs 6.1, and NVRTC.
 
         Raises:
           JaxsplitError: these kernels do not run on this device.
@@ -57,14 +71,20 @@ class MatmulPolicy:
         if kernels == "interpret":
             return MatmulPolicy(kernels=True, interpret=True)
         capability = compute_capability(device)
-        runs = kernels != "xla" and capability >= 8 and has_triton()
-        if kernels == "triton" and not runs:
+        runs = {
+            "triton": capability >= 8 and has_triton(),
+            "cuda": capability >= _CUDA_CAPABILITY and has_nvrtc(),
+            "xla": True,
+        }
+        if not runs.get(kernels, True):
             raise JaxsplitError(
-                f"kernels=triton does not run on {device.device_kind} with JAX {jax.__version__}: "
-                "it needs a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton; "
-                "try kernels=auto"
+                f"kernels={kernels} does not run on {device.device_kind} with JAX "
+                f"{jax.__version__}: it needs {_NEEDED[kernels]}; try kernels=auto"
             )
-        return MatmulPolicy(kernels=runs, pdl=capability >= 9)
+        chosen = next(name for name in runs if runs[name]) if kernels == "auto" else kernels
+        if chosen == "cuda":
+            return MatmulPolicy(cuda=capability)
+        return MatmulPolicy(kernels=chosen == "triton", pdl=capability >= 9)
 
 
 DEFAULT_POLICY = MatmulPolicy()

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 import operator
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsplit import __version__
 from jaxsplit.architectures import model_config
 from jaxsplit.arguments import checked_bool, checked_choice, checked_number
+from jaxsplit.cache.disk import PrefixDirectory, check_directory
 from jaxsplit.config import DEFAULT_CONTEXT, LoadConfig, SamplingConfig
 from jaxsplit.context import MatmulPolicy, compute_capability
 from jaxsplit.engine import (
@@ -29,6 +32,9 @@ from jaxsplit.engine import (
     Stream,
 )
 from jaxsplit.engine.chunked_prefill import CHUNKS
+from jaxsplit.engine.host_pages import STAGED_PAGES, STAGED_STATES
+from jaxsplit.engine.identity import adapter_hash, model_hash
+from jaxsplit.engine.prefix_store import PrefixStore
 from jaxsplit.engine.runner import CacheSize, bytes_per_device, fitting_pages
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile, open_gguf
@@ -70,6 +76,7 @@ def load(
     started = time.perf_counter()
     c: LoadConfig = LoadConfig.of(options, config)
     mesh = _choose_mesh(c)
+    _check_prefix_store(c)
     if isinstance(path, ModelFile):
         file = path
     else:
@@ -110,6 +117,7 @@ def load(
     )
     if c.collectives == "p2p":
         _check_peer_access(engine)
+    numbers = (c.weights, dtype, cache_dtype, policy.int8_activations, policy.float8)
     return LM(
         models,
         engine,
@@ -120,6 +128,7 @@ def load(
         asked_context=c.ctx_size or 0,
         itl_budget=c.itl_budget,
         adapters=adapters,
+        store=_prefix_store(c, engine, file, adapters, numbers),
     )
 
 
@@ -233,11 +242,14 @@ def _cache_size(
         slots = max(1, min(slots, int(fitting) * partition.data))
     per_replica = -(-slots // partition.data)
     checkpoints = per_replica if stateful else 0
-    size = dataclasses.replace(size, states=per_replica + checkpoints)
+    staged = bool(c.cache_ram or c.prompt_cache_dir)  # what comes from the host needs room, too
+    states = per_replica + checkpoints + (STAGED_STATES if staged and stateful else 0)
+    size = dataclasses.replace(size, states=states)
     pages = fitting_pages(model, partition.stages, free, size, cache_dtype)
+    pages -= STAGED_PAGES if staged else 0
     if c.cache_tokens is not None:
         return slots, c.cache_tokens, checkpoints
-    if not pages:
+    if pages < 1:
         raise JaxsplitError(
             "the devices have no memory left for keys and values: a smaller ctx_size, fewer slots, "
             "cache_dtype=int8 or more devices may help"
@@ -284,6 +296,53 @@ def _tokenizer(file: ModelFile, model: ModelConfig) -> tuple[Tokenizer | Jaxspli
     return tokenizer, tokenizer.vocab_size
 
 
+def _check_prefix_store(c: LoadConfig) -> None:
+    """Checks the options of prefixes on the host, before any file is read.
+
+    Raises:
+      JaxsplitError: they ask for what is not supported, or for more memory than there is.
+    """
+    given = {"cache_ram": c.cache_ram, "prompt_cache_dir": c.prompt_cache_dir}
+    asked = [name for name, value in given.items() if value]
+    if asked and jax.process_count() > 1:
+        raise JaxsplitError(
+            f"{asked[0]} is not supported with several processes; leave it out, or run one"
+        )
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    if c.cache_ram > there:
+        raise JaxsplitError(
+            f"cache_ram={c.cache_ram} is more than this machine's memory, {there} MiB; give less"
+        )
+    if c.prompt_cache_dir is not None:
+        check_directory(c.prompt_cache_dir)
+
+
+def _prefix_store(
+    c: LoadConfig,
+    engine: Engine,
+    file: ModelFile,
+    adapters: Sequence[Adapter],
+    numbers: tuple,
+) -> PrefixStore | None:
+    """Prefixes on the host, as the options say; None: there are none.
+
+    Args:
+      numbers: options that change keys and values.
+    """
+    if not c.cache_ram and c.prompt_cache_dir is None:
+        return None
+    shapes = engine.host_pages.shapes, engine.host_states.shapes
+    model = model_hash(
+        file, version=__version__, config=engine.config, options=numbers, kept=shapes
+    )
+    directory = None
+    if c.prompt_cache_dir is not None:
+        directory = PrefixDirectory(c.prompt_cache_dir, model, c.prompt_cache_size * 2**30)
+    hashes = [adapter_hash(adapter) for adapter in adapters]
+    ram = c.cache_ram * 2**20
+    return PrefixStore(engine, model, adapters=hashes, ram=ram, directory=directory)
+
+
 def _check_peer_access(engine: Engine) -> None:
     """Checks that all communication goes over peer access.
 
@@ -300,7 +359,7 @@ def _check_peer_access(engine: Engine) -> None:
 def _policy(c: LoadConfig, device: jax.Device, dtype: jnp.dtype) -> tuple[MatmulPolicy, bool]:
     """The matmul policy, and whether quantized matrices are stored as the kernels read them."""
     policy = MatmulPolicy.for_device(device, c.kernels)
-    as_u32 = policy.kernels and dtype.itemsize == 2
+    as_u32 = (policy.kernels or policy.cuda > 0) and dtype.itemsize == 2
     rounded = c.activations == "int8" or (c.activations == "auto" and as_u32)
     in_float8 = c.prefill_dtype == "float8"
     return dataclasses.replace(policy, int8_activations=rounded, float8=in_float8), as_u32
@@ -385,6 +444,7 @@ class LM:
         asked_context: int = 0,
         itl_budget: float = 0.1,
         adapters: Sequence[Adapter] = (),
+        store: PrefixStore | None = None,
     ):
         self.models: tuple[Decoder, ...] = tuple(models)
         self.file = file
@@ -392,7 +452,9 @@ class LM:
         self.engine = engine
         self._tokenizer = tokenizer
         self._grammars = None if isinstance(tokenizer, JaxsplitError) else Grammars(tokenizer)
-        self._thread = SchedulerThread(engine, itl_budget=itl_budget, grammars=self._grammars)
+        self._thread = SchedulerThread(
+            engine, itl_budget=itl_budget, grammars=self._grammars, store=store
+        )
         self.load_seconds = load_seconds
         self._split = split
         self._asked_context = asked_context

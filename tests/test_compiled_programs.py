@@ -64,6 +64,13 @@ def test_a_layer_of_a_decode_step_is_a_few_kernels(programs, name):
     assert not programs[f"{name} 1"]["collectives"]
 
 
+def test_kernels_in_cuda_are_as_few(programs):
+    """Without peers, devices exchange sums twice in a layer."""
+    assert of_a_layer(programs, "llama-8b H100 x1 decode cuda") == (8, {})
+    kernels, collectives = of_a_layer(programs, "llama-8b H100 x2 decode cuda")
+    assert (kernels, collectives) == (8 + 4, {"all-reduce": 2})  # start and end
+
+
 def test_devices_that_cannot_reach_one_another_meet_twice_in_a_layer(programs):
     for what in ("decode", "prefill"):
         _, collectives = of_a_layer(programs, f"llama-8b H100 x2 {what} nccl")
@@ -78,7 +85,7 @@ def test_a_decode_step_keeps_no_weights(programs):
     """The smallest matrix of a layer, of one of two devices, takes 1.1 MiB in 4 bits."""
     for name, program in programs.items():
         if "decode" in name:
-            assert program["temporary"] < 0.5 * MIB, name
+            assert program["temporary"] < 0.6 * MIB, name
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -14,6 +14,7 @@ from hypothesis.stateful import (
 )
 from tiny import fresh_rng
 
+from jaxsplit.cache.host import HostCache, HostCopy, Kept, page_key
 from jaxsplit.cache.prefixes import PrefixCache
 
 GARBAGE = -1
@@ -32,15 +33,36 @@ class Device:
     Attributes:
       pages: the tokens in each page, by position.
       states: the tokens that each state includes.
+      host: what it has forgotten; None: nothing is kept.
     """
 
-    def __init__(self, *, pages, page, states, slots, stateful):
-        self.cache = PrefixCache(pages, page, states, stateful=stateful)
+    def __init__(self, *, pages, page, states, slots, stateful, host=None):
+        keeper = None if host is None else self
+        self.cache = PrefixCache(pages, page, states, stateful=stateful, keeper=keeper)
+        self.host, self.restored = host, 0
         self.page, self.stateful, self.slots = page, stateful, slots
         self.pages = [[GARBAGE] * page for _ in range(pages)]
         self.states = [(GARBAGE,)] * states
         self.running: list[Sequence] = []
         self.computed: set[tuple[int, ...]] = set()
+
+    def root(self, model):
+        return repr(model).encode()
+
+    def keep(self, key, page, state):
+        """As of a `Keeper`."""
+        page, state = (
+            None if index is None else HostCopy([[[np.asarray(held[index])]]])
+            for index, held in ((page, self.pages), (state, self.states))
+        )
+        self.host.put(key, Kept(page, state))
+
+    def key_of(self, tokens):
+        """The key of the last of some full pages."""
+        key = self.root(None)
+        for start in range(0, len(tokens), self.page):
+            key = page_key(key, tokens[start : start + self.page])
+        return key
 
     @property
     def used(self):
@@ -53,7 +75,8 @@ class Device:
         """False: there is no room."""
         before = self.cache.available, self.cache.cached
         needed, matched = -(-len(prompt) // self.page), self.cache.match(prompt)
-        begun = self.cache.begin(prompt, share=share)
+        kept = None if self.host is None else self.host.get
+        begun = self.cache.begin(prompt, share=share, kept=kept)
         if begun is None:
             assert self.cache.available == before[0]
             assert needed > before[0] - before[1] or len(self.running) == len(self.states)
@@ -64,7 +87,16 @@ class Device:
         for source, target in begun.states:
             self.states[target] = self.states[source]
         allocation = begun.allocation
-        assert allocation.cached == (matched if share else 0) < len(prompt)
+        for copy, target in begun.restored:
+            self.pages[target] = copy.vectors[0][0][0].tolist()
+        if begun.state is not None:
+            self.states[allocation.state] = tuple(begun.state.vectors[0][0][0].tolist())
+        if begun.restored or begun.state:
+            assert allocation.cached % self.page == 0
+            assert matched < allocation.cached < len(prompt)
+            self.restored += 1
+        else:
+            assert allocation.cached == (matched if share else 0) < len(prompt)
         assert len(allocation.pages) == needed
         known = tuple(prompt[: allocation.cached])
         sequence = Sequence(allocation, [*known])
@@ -140,11 +172,16 @@ class Device:
             (tokens,) = (s.tokens for s in self.running if s.allocation is allocation)
             assert self.states[state] == tuple(tokens[:count])
         assert len(cache._checkpoints) <= len(self.states)
+        if self.host is not None:
+            assert self.host.nbytes == sum(kept.nbytes for _, kept in self.host.items())
+            assert self.host.nbytes <= self.host.capacity
         for node in nodes:  # what any later sequence may find
             path, above = [], node
             while above.parent is not None:
                 path = [*above.tokens, *path]
                 above = above.parent
+            if self.host is not None and len(node.tokens) == self.page:
+                assert cache.key(node) == self.key_of(path)
             assert self.pages[node.page][: len(node.tokens)] == [*node.tokens]
             for offset, state in node.states.items():
                 end = len(path) - len(node.tokens) + offset
@@ -165,10 +202,16 @@ class Machine(RuleBasedStateMachine):
         slots=st.integers(1, 4),
         checkpoints=st.integers(0, 3),
         stateful=st.booleans(),
+        host=st.none() | st.integers(0, 20_000).map(HostCache),
     )
-    def start(self, pages, page, slots, checkpoints, stateful):
+    def start(self, pages, page, slots, checkpoints, stateful, host):
         self.device = Device(
-            pages=pages, page=page, states=slots + checkpoints, slots=slots, stateful=stateful
+            pages=pages,
+            page=page,
+            states=slots + checkpoints,
+            slots=slots,
+            stateful=stateful,
+            host=host,
         )
 
     def chosen(self, index):
@@ -219,10 +262,12 @@ def test_a_prefix_that_is_found_is_in_the_pages_and_states():
     )
 
 
+@pytest.mark.parametrize("kept", [0, 60_000])
 @pytest.mark.parametrize("stateful", [False, True])
-def test_after_ten_thousand_operations_every_page_is_free_or_owned(stateful):
+def test_after_ten_thousand_operations_every_page_is_free_or_owned(stateful, kept):
     rng = fresh_rng()
-    device = Device(pages=40, page=4, states=9, slots=6, stateful=stateful)
+    host = HostCache(kept) if kept else None
+    device = Device(pages=40, page=4, states=9, slots=6, stateful=stateful, host=host)
     done = dict.fromkeys(("begin", "refused", "extend", "full", "checkpoint", "release"), 0)
     base = rng.integers(0, 3, 60).tolist()
     for _ in range(10_000):
@@ -242,6 +287,7 @@ def test_after_ten_thousand_operations_every_page_is_free_or_owned(stateful):
             done["release"] += 1
         device.check()
     assert all(done.values())
+    assert bool(device.restored) == bool(kept)
     for one in [*device.running]:
         device.release(one)
     device.check()

@@ -29,7 +29,7 @@ cache
 quant
 sharding
 formats text hub
-config pallas
+config pallas cuda
 arguments paths
 lazy errors
 """

@@ -23,6 +23,7 @@ from jaxsplit.bench.measure import WARM_UP, all_reduce_seconds, copy_bandwidth, 
 from jaxsplit.bench.random_model import model_and_type
 from jaxsplit.config import LoadConfig
 from jaxsplit.engine import compile_seconds
+from jaxsplit.engine.runner import CacheSize
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile
 from jaxsplit.llm import named_dtype
@@ -165,6 +166,7 @@ class Benchmark:
         config = LoadConfig(**options)
         self._file, self._mode, self._batch, self._tests = file, mode, batch, tests
         self._options = options
+        cache = CacheSize.of_slots(tests.context, batch)
         start, self._compiled_before = time.perf_counter(), compile_seconds()
         self.lm = jaxsplit.load(
             file,
@@ -173,7 +175,7 @@ class Benchmark:
             **options,
             ctx_size=tests.context,
             slots=batch,
-            cache_tokens=batch * tests.context,
+            cache_tokens=cache.pages * cache.page,
         )
         self._load_seconds = time.perf_counter() - start
         self._shortest = min(filter(None, tests.prompts), default=1)

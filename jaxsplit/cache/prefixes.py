@@ -7,12 +7,18 @@ later sequences copy.
 
 The rings of sliding windows and recurrent states cannot be cut back to an earlier token. For models
 with such layers, a prefix is known only up to a checkpoint, a copy of their state.
+
+A `Keeper` is told of pages and checkpoints before they are forgotten. What it has copied to the
+host can come back: a prompt that begins with such pages gets new ones, to copy them to.
 """
 
 import collections
 import dataclasses
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Protocol
+
+from jaxsplit.cache.host import HostCopy, Kept, Lookup, page_key
 
 Copy = tuple[int, int]
 """From and to."""
@@ -28,15 +34,29 @@ class _Node:
       children: by their tokens.
       users: running sequences that refer to it.
       states: checkpoints, by the number of this page's tokens that they include.
+      key: as of `page_key`, of a full page; None: nobody has asked for it.
     """
 
-    __slots__ = ("__weakref__", "children", "page", "parent", "states", "tokens", "users")
+    __slots__ = ("__weakref__", "children", "key", "page", "parent", "states", "tokens", "users")
 
     def __init__(self, tokens: tuple[int, ...], page: int, parent: "_Node | None"):
         self.tokens, self.page, self.parent = tokens, page, parent
         self.children: dict[tuple[int, ...], _Node] = {}
         self.users = 0
         self.states: dict[int, int] = {}
+        self.key: bytes | None = None
+
+
+class Keeper(Protocol):
+    """Copies what is about to be forgotten."""
+
+    def root(self, model: Hashable) -> bytes:
+        """A hash of what keys and values depend on besides tokens."""
+        ...
+
+    def keep(self, key: bytes, page: int | None, state: int | None) -> None:
+        """Copies a page, a checkpoint after it, or both, before anything overwrites them."""
+        ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,11 +95,15 @@ class Begun:
     Attributes:
       allocation: what it has.
       pages, states: copies to make.
+      restored: copies on the host, and the pages to write them to.
+      state: the copy of its state on the host; None: there is none to write.
     """
 
     allocation: Allocation
     pages: Sequence[Copy]
     states: Sequence[Copy]
+    restored: Sequence[tuple[HostCopy, int]] = ()
+    state: HostCopy | None = None
 
 
 class PrefixCache:
@@ -90,10 +114,13 @@ class PrefixCache:
       page: tokens of a page.
       states: places for rings and recurrent states: of running sequences, and checkpoints.
       stateful: whether the model has such layers; else prefixes need no checkpoints.
+      keeper: is told what is forgotten; None: nobody is.
     """
 
-    def __init__(self, pages: int, page: int, states: int, *, stateful: bool):
-        self.page, self.stateful = page, stateful
+    def __init__(
+        self, pages: int, page: int, states: int, *, stateful: bool, keeper: Keeper | None = None
+    ):
+        self.page, self.stateful, self._keeper = page, stateful, keeper
         self._free = list(range(pages))[::-1]
         self._free_states = list(range(states))[::-1]
         # A tree of prefixes for each model, which lives as long as one of its nodes.
@@ -125,8 +152,17 @@ class PrefixCache:
         """How many of a prompt's first tokens are in the cache; arguments as of `begin`."""
         return self._match(tokens, self._root(model))[2]
 
+    def full_pages(self, tokens: Sequence[int], model: Hashable = None) -> int:
+        """How many full pages of a prompt are in the cache, with or without a checkpoint."""
+        return len(self._full_pages(tokens, self._root(model)))
+
     def begin(
-        self, tokens: Sequence[int], model: Hashable = None, *, share: bool = True
+        self,
+        tokens: Sequence[int],
+        model: Hashable = None,
+        *,
+        share: bool = True,
+        kept: Lookup | None = None,
     ) -> Begun | None:
         """Pages for a prompt: those of the longest prefix that is known, and new ones.
 
@@ -134,14 +170,22 @@ class PrefixCache:
           tokens: the prompt. At least its last token has to be read.
           model: what else keys and values depend on, such as the scales of adapters.
           share: use known prefixes.
+          kept: what the host has; None: nothing.
 
         Returns:
           None: there are too few pages.
         """
         root = self._root(model)
         nodes, tail, cached, checkpoint = [], None, 0, None
+        restored: list[HostCopy] = []
+        kept_state = None
         if share:
             nodes, tail, cached, checkpoint = self._match(tokens, root)
+        if share and kept is not None:
+            found = self._match_kept(tokens, root, kept)
+            if (count := (len(found[0]) + len(found[1])) * self.page) > cached:
+                nodes, restored, kept_state = found
+                tail, cached, checkpoint = None, count, None
         for node in nodes:
             self._use(node)
         source = None if checkpoint is None else checkpoint[0].states[checkpoint[1]]
@@ -160,7 +204,11 @@ class PrefixCache:
             self._idle.move_to_end(tail)
         allocation = Allocation(nodes, own, state, cached, root)
         self._running.add(allocation)
-        return Begun(allocation, pages, [] if source is None else [(source, state)])
+        to = [*zip(restored, own, strict=False)]
+        if restored:
+            self.commit(allocation, tokens[:cached])
+        states = [] if source is None else [(source, state)]
+        return Begun(allocation, pages, states, to, kept_state)
 
     def extend(self, allocation: Allocation, tokens: int) -> bool:
         """Adds pages for as many tokens in all; False: there are too few."""
@@ -271,21 +319,71 @@ class PrefixCache:
         root = self._roots.get(model)
         if root is None:
             root = self._roots[model] = _Node((), -1, None)
+            if self._keeper is not None:
+                root.key = self._keeper.root(model)
         return root
 
-    def _match(
-        self, tokens: Sequence[int], root: _Node
-    ) -> tuple[list[_Node], _Node | None, int, tuple[_Node, int] | None]:
-        """The known prefix of a prompt: nodes of full pages, a page to copy the next tokens from,
-        how many tokens that is, and the checkpoint."""
-        limit, node, nodes = len(tokens) - 1, root, []
-        while (len(nodes) + 1) * self.page <= limit:
+    def key(self, node: _Node) -> bytes:
+        """The key of a full page."""
+        if node.key is None:
+            assert node.parent is not None
+            node.key = page_key(self.key(node.parent), node.tokens)
+        return node.key
+
+    def chains(self) -> Iterator[list[_Node]]:
+        """The full pages from the root to each page that none follows, most recently used
+        first."""
+        ends = [*reversed(self._idle)]
+        ends += [a.nodes[-1] for a in self._running if a.nodes and not a.nodes[-1].children]
+        for end in ends:
+            chain, node = [], end
+            while node.parent is not None:
+                chain.append(node)
+                node = node.parent
+            yield [node for node in reversed(chain) if len(node.tokens) == self.page]
+
+    def _full_pages(self, tokens: Sequence[int], root: _Node) -> list[_Node]:
+        """The full pages that a prompt begins with."""
+        node, nodes = root, []
+        while (len(nodes) + 1) * self.page <= len(tokens) - 1:
             start = len(nodes) * self.page
             following = node.children.get(tuple(tokens[start : start + self.page]))
             if following is None:
                 break
             node = following
             nodes.append(node)
+        return nodes
+
+    def _match_kept(
+        self, tokens: Sequence[int], root: _Node, kept: Lookup
+    ) -> tuple[list[_Node], list[HostCopy], HostCopy | None]:
+        """The prefix of a prompt that is known together with the host: nodes of full pages, copies
+        of those that follow, and of the state after them."""
+        nodes = self._full_pages(tokens, root)
+        found: list[Kept] = []
+        key = self.key(nodes[-1] if nodes else root)
+        while (start := (len(nodes) + len(found)) * self.page) + self.page <= len(tokens) - 1:
+            key = page_key(key, tokens[start : start + self.page])
+            one = kept(key)
+            if one is None or one.page is None:
+                break
+            found.append(one)
+        state = None
+        while self.stateful and (nodes or found):
+            last = found[-1] if found else kept(self.key(nodes[-1]))
+            state = None if last is None else last.state
+            if state is not None:
+                break
+            (found or nodes).pop()
+        return nodes, [one.page for one in found if one.page is not None], state
+
+    def _match(
+        self, tokens: Sequence[int], root: _Node
+    ) -> tuple[list[_Node], _Node | None, int, tuple[_Node, int] | None]:
+        """The known prefix of a prompt: nodes of full pages, a page to copy the next tokens from,
+        how many tokens that is, and the checkpoint."""
+        limit, nodes = len(tokens) - 1, self._full_pages(tokens, root)
+        node = nodes[-1] if nodes else root
         rest = tuple(tokens[len(nodes) * self.page : limit][: self.page])
         tail, count = None, 0
         for known, child in node.children.items():
@@ -334,6 +432,8 @@ class PrefixCache:
         assert parent is not None
         assert not node.users
         assert not node.children
+        if self._keeper is not None and len(node.tokens) == self.page:
+            self._keeper.keep(self.key(node), node.page, node.states.get(self.page))
         del parent.children[node.tokens]
         self._idle.pop(node, None)
         self._unused -= 1
@@ -360,6 +460,8 @@ class PrefixCache:
         """A free state, that of the oldest checkpoint if need be."""
         if not self._free_states and self._checkpoints:
             (node, offset), _ = self._checkpoints.popitem(last=False)
+            if self._keeper is not None and offset == self.page:
+                self._keeper.keep(self.key(node), None, node.states[offset])
             self._free_states.append(node.states.pop(offset))
         if not self._free_states and self._pending:
             self._free_states.append(self._pending.popitem(last=False)[1])

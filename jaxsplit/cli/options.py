@@ -37,7 +37,13 @@ MODEL_HELP = (
 )
 """Of the flag `--model`."""
 
-_TYPES = {"devices": int, "tensor_split": str, "lora": str, "logit_bias": str}
+_TYPES = {
+    "devices": int,
+    "tensor_split": str,
+    "lora": str,
+    "logit_bias": str,
+    "prompt_cache_dir": str,
+}
 """Of the flags of fields that take other values too in Python."""
 
 

@@ -17,7 +17,10 @@ _PACKAGES = [
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm-plugin", "libtpu"),
     *("flax", "orbax-checkpoint", "numpy", "ml-dtypes", "tokenizers", "gguf"),
 ]
-_VARIABLES = ("JAX_", "JAXSPLIT_", "XLA_", "CUDA_", "NVIDIA_", "NCCL_", "LD_LIBRARY_PATH")
+_VARIABLES = (
+    *("JAX_", "JAXSPLIT_", "XLA_", "CUDA_", "NCCL_", "LD_LIBRARY_PATH"),
+    *("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
+)
 """Prefixes of environment variables that change what JAX or jaxsplit does."""
 
 _PERFORMANCE_RANK, _ACCESS, _ATOMICS = 1, 2, 3
@@ -78,7 +81,7 @@ def _describe_device(device: "jax.Device") -> dict[str, Any]:
         "compute_capability": compute_capability(device) or None,
         "memory_bytes": stats.get("bytes_limit"),
         "free_bytes": stats["bytes_limit"] - stats["bytes_in_use"] if stats else None,
-        "kernels": "triton" if policy.kernels else "xla",
+        "kernels": "triton" if policy.kernels else "cuda" if policy.cuda else "xla",
         "float8": device.platform != "cpu" and float8.supported_by(device),
     }
 

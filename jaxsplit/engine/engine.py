@@ -2,20 +2,22 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsplit.cache.host import HostCopy
 from jaxsplit.comm.stage_transfer import fetch, transfer
 from jaxsplit.config import SamplingConfig
 from jaxsplit.context import DEFAULT_POLICY, MatmulPolicy
 from jaxsplit.engine import steps
 from jaxsplit.engine.chunked_prefill import CHUNKS
 from jaxsplit.engine.device_loop import DecodeLoops
+from jaxsplit.engine.host_pages import HostPages
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.runner import PAGE, CacheSize, StageRunner, compile_together
 from jaxsplit.engine.sampling import SamplerParams, SamplerSpec
@@ -132,7 +134,7 @@ class Engine:
         self.slots_per_replica = -(-slots // partition.data)
         size = CacheSize.of_slots(context, self.slots_per_replica, page)
         if cache_tokens is not None:
-            size = dataclasses.replace(size, pages=max(1, cache_tokens // size.page))
+            size = dataclasses.replace(size, pages=-(-cache_tokens // size.page))
         self.size = dataclasses.replace(size, states=size.states + checkpoints)
         self.runners = [
             StageRunner(
@@ -314,6 +316,40 @@ class Engine:
             for i, runner in enumerate(self.runners):
                 self._caches[i] = runner.copy()(self._caches[i], *both)
 
+    @functools.cached_property
+    def host_pages(self) -> HostPages:
+        """Pages of the cache on the host."""
+        return HostPages(self.runners, paged=True)
+
+    @functools.cached_property
+    def host_states(self) -> HostPages:
+        """Rings and recurrent states on the host."""
+        return HostPages(self.runners, paged=False)
+
+    def save(self, replica: int, *, page: int | None = None, state: int | None = None) -> HostCopy:
+        """Begins to copy a page or a state of a data replica to the host, in a single process. What
+        overwrites it later on does not change the copy."""
+        if page is not None:
+            return self.host_pages.save(self._caches, replica, page)
+        assert state is not None
+        return self.host_states.save(self._caches, replica, state)
+
+    def restore(
+        self,
+        replica: int,
+        copy: HostCopy,
+        *,
+        page: int | None = None,
+        state: int | None = None,
+    ) -> None:
+        """Writes a copy to a page or a state of a data replica."""
+        on_host = self.host_states if page is None else self.host_pages
+        index = state if page is None else page
+        assert index is not None
+        held = on_host.on_devices(copy)
+        with self._consuming():
+            self._caches = on_host.restore(self._caches, held, replica, index)
+
     def read_prompts(
         self,
         prompts: Sequence[Sequence[Prompt]],
@@ -366,7 +402,7 @@ class Engine:
         chunk = steps.PrefillChunk(start.reshape(-1), count.reshape(-1), host)
         programs = [runner.prefill(rows, length, wanted) for runner in self.runners]
         if stages > 1:
-            arguments = partial(self._prefill_arguments, rows, length, wanted=wanted)
+            arguments = functools.partial(self._prefill_arguments, rows, length, wanted=wanted)
             compile_together(programs, arguments)
         given = targets if wanted == "logprobs" else None
         for i, (runner, program) in enumerate(zip(self.runners, programs, strict=True)):

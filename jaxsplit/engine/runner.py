@@ -654,6 +654,54 @@ class StageRunner:
         body = functools.partial(steps.copied, paged=self._paged)
         return self._program("copy", body, specs, out, donate=[0])
 
+    @property
+    def cache_arrays(self) -> list[Any]:
+        """The caches of its layers, of `CacheArray`s."""
+        return _layers(self.config, self.stage, self.size, self.cache_dtype)
+
+    def gather(self, groups: Sequence[Sequence[int]], *, paged: bool) -> Callable:
+        """`(cache, index)` to a page of each array in pages, or a state of the others, on the host:
+        for each group of arrays a vector on each device, `[data, expert, tensor, elements]`.
+
+        Args:
+          groups: indices of arrays in the cache, flattened.
+          paged: gather a page; else a state. `index` is int32 `[data]`, of each data replica.
+        """
+
+        def gather(cache, index):
+            arrays = jax.tree.leaves(cache)
+            joined = [jnp.concatenate([arrays[i][index[0]].ravel() for i in g]) for g in groups]
+            # To pinned memory, so that devices need room for one page only, and for a moment.
+            return [jax.device_put(x.reshape(1, 1, 1, -1), jax.memory.Space.Host) for x in joined]
+
+        out = [self.device_spec] * len(groups)
+        specs = [self._cache_spec, self._slot_spec]
+        return self._program(("gather", paged), gather, specs, out)
+
+    def scatter(self, groups: Sequence[Sequence[int]], *, paged: bool) -> Callable:
+        """`(cache, vectors, index)` to the cache with what `gather` has gathered, in the places of
+        an index, int32 `[data]` (out of range: nowhere), and to the index, which is there once the
+        vectors have been read."""
+
+        def scatter(cache, vectors, index):
+            arrays, structure = jax.tree.flatten(cache)
+            for group, vector in zip(groups, vectors, strict=True):
+                sizes = [math.prod(arrays[i].shape[1:]) for i in group]
+                parts = jnp.split(vector.ravel(), np.cumsum(sizes)[:-1])
+                for i, part in zip(group, parts, strict=True):
+                    new = part.reshape(arrays[i].shape[1:])
+                    arrays[i] = arrays[i].at[index[0]].set(new, mode="drop")
+            return jax.tree.unflatten(structure, arrays), index + 0
+
+        specs = [self._cache_spec, [self.device_spec] * len(groups), self._slot_spec]
+        out = self._cache_spec, self._slot_spec
+        return self._program(("scatter", paged), scatter, specs, out, donate=[0])
+
+    @property
+    def device_spec(self) -> PartitionSpec:
+        """Of arrays with an entry for each device, `[data, expert, tensor, ...]`."""
+        return PartitionSpec(*self.stage.mesh.axis_names)
+
     def incoming_shapes(self, rows: int) -> list[jax.ShapeDtypeStruct]:
         """What the previous stage sends in a decode step, for `rows` rows on each device: its
         output, unless this is the first stage, and the step inputs."""

@@ -13,6 +13,7 @@ before are read. Sequences that have ended stay in blocks that are already in fl
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -27,6 +28,7 @@ from jaxsplit.cache.prefixes import Allocation, PrefixCache
 from jaxsplit.engine.chunked_prefill import CHUNK_OVERHEAD, MAX_LOGITS, chunk_lengths
 from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Masks, Prompt, Row, power_of_2
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
+from jaxsplit.engine.prefix_store import Loading, PrefixStore
 from jaxsplit.engine.request import (
     CANCELLED,
     CONTEXT,
@@ -79,6 +81,8 @@ class _Sequence:
       finite: whether the logits after its prompt have arrived, and are finite. Until then, nothing
         that has been computed is known to other sequences: a NaN spreads to all tokens of a chunk.
       matcher: of its grammar; None: it has none.
+      loading: what is read of its prompt's prefix from disk; None: nothing.
+      looked_up: whether it is known what is on disk.
     """
 
     request: Request
@@ -93,6 +97,8 @@ class _Sequence:
     finite: bool = False
     outputs: list[np.ndarray] = dataclasses.field(default_factory=list)
     matcher: Matcher | None = None
+    loading: Loading | None = None
+    looked_up: bool = False
 
     @property
     def order(self) -> tuple[int, int]:
@@ -158,6 +164,8 @@ class Statistics:
         prefixes which no running sequence uses.
       page: tokens of a page.
       counters: what it has done so far.
+      ram_bytes, disk_bytes: of prefixes in the host's memory and on disk.
+      restored_tokens, loaded_tokens: of `counters.cached_tokens`, those that came back from there.
     """
 
     waiting: int
@@ -167,6 +175,10 @@ class Statistics:
     cached_pages: int
     page: int
     counters: Counters
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    restored_tokens: int = 0
+    loaded_tokens: int = 0
 
 
 class Scheduler:
@@ -178,6 +190,7 @@ class Scheduler:
       measures: choose chunk and block lengths by measured times; else they are fixed, so that
         all processes choose alike.
       grammars: of the model's tokenizer; None: no request has a grammar.
+      store: prefixes on the host; None: what the devices forget is forgotten.
 
     Attributes:
       counters: what it has done so far.
@@ -190,7 +203,9 @@ class Scheduler:
         itl_budget: float = 0.1,
         measures: bool = True,
         grammars: Grammars | None = None,
+        store: PrefixStore | None = None,
     ):
+        self._store = store
         self.engine, self.itl_budget, self.measures = engine, itl_budget, measures
         self._grammars = grammars
         self.counters = Counters()
@@ -209,8 +224,14 @@ class Scheduler:
         engine, size = self.engine, self.engine.size
         self._stateful = engine.stateful
         self._caches = [
-            PrefixCache(size.pages, size.page, size.states, stateful=self._stateful)
-            for _ in range(engine.partition.data)
+            PrefixCache(
+                size.pages,
+                size.page,
+                size.states,
+                stateful=self._stateful,
+                keeper=self._store and self._store.of(replica),
+            )
+            for replica in range(engine.partition.data)
         ]
         count = engine.slots_per_replica
         self._free_slots = [list(range(count))[::-1] for _ in self._caches]
@@ -271,11 +292,19 @@ class Scheduler:
             self._units.append(unit)
         if self._units and (unit is None or len(self._units) >= self._most_in_flight):
             self._guarded(self._read_oldest)
+        elif not self._units:
+            self._wait_for_disk()
+
+    def close(self) -> None:
+        """Saves what it knows. No request may follow."""
+        if self._store is not None:
+            self._store.close(self._caches)
 
     @property
     def statistics(self) -> Statistics:
         """What it has done and is doing; may be asked for on any thread."""
         cached = sum(cache.cached for cache in self._caches)
+        store = self._store
         return Statistics(
             waiting=len(self._waiting),
             running=len(self._running),
@@ -284,6 +313,10 @@ class Scheduler:
             cached_pages=cached,
             page=self.engine.size.page,
             counters=dataclasses.replace(self.counters),
+            ram_bytes=store.ram_bytes if store else 0,
+            disk_bytes=store.disk_bytes if store else 0,
+            restored_tokens=store.restored if store else 0,
+            loaded_tokens=store.loaded if store else 0,
         )
 
     def late(self) -> list[int]:
@@ -318,6 +351,8 @@ class Scheduler:
             self.engine.reset()
         except Exception as another:
             failed, error = every, another
+        if self._store is not None:
+            self._store.clear()
         self._make_caches()
         for sequence in every:
             sequence.allocation, sequence.slot = None, -1
@@ -366,15 +401,48 @@ class Scheduler:
     # Admission
 
     def _admit(self, working: list[_Sequence]) -> None:
-        """Begins waiting requests, in order, as long as they fit."""
-        while self._waiting and self._begin(self._waiting[0], working):
-            self._running.append(self._waiting.pop(0))
+        """Begins waiting requests, in order, as long as they fit. Those whose prefix is read from
+        disk let others go first."""
+        for sequence in [*self._waiting]:
+            if not self._is_loaded(sequence):
+                continue
+            if not self._begin(sequence, working):
+                break
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+
+    def _is_loaded(self, sequence: _Sequence) -> bool:
+        """Whether what is on disk of a prompt's prefix has been read."""
+        if self._store is None:
+            return True
+        if not sequence.looked_up:
+            if self._store.is_busy:
+                return False
+            spec, sequence.looked_up = sequence.request.spec, True
+            if self._shares(spec):
+                tokens, scales = sequence.tokens, spec.lora_scales
+                sequence.loading = self._store.load(tokens, scales, self._caches)
+        return sequence.loading is None or sequence.loading.done
+
+    def _wait_for_disk(self) -> None:
+        """Waits a moment for what is read from disk, when there is nothing else to do."""
+        loading = [s.loading for s in self._waiting if s.loading and not s.loading.done]
+        if loading:
+            parts = [part for one in loading for part in one.parts.values()]
+            missing = [part for part in parts if not part.done()]
+            concurrent.futures.wait(missing, 0.01, concurrent.futures.FIRST_COMPLETED)
+
+    @staticmethod
+    def _shares(spec: RequestSpec) -> bool:
+        """Whether a request uses what the cache has of its prompt."""
+        return spec.share_prefix and spec.wanted == "last"
 
     def _begin(self, sequence: _Sequence, working: list[_Sequence]) -> bool:
         spec, size = sequence.request.spec, self.engine.size
         # The replica that has the longest prefix; among equals, that with most room.
         replicas = [r for r, free in enumerate(self._free_slots) if free]
-        share = spec.share_prefix and spec.wanted == "last"
+        share, store, loading = self._shares(spec), self._store, sequence.loading
+        kept = store.lookup(loading) if store is not None and share else None
         replicas.sort(
             key=lambda r: (
                 -self._caches[r].match(sequence.tokens, spec.lora_scales) if share else 0,
@@ -389,7 +457,7 @@ class Scheduler:
             known = cache.match(sequence.tokens, spec.lora_scales) // size.page
             if running and cache.available < pages - known:
                 continue
-            begun = cache.begin(sequence.tokens, spec.lora_scales, share=share)
+            begun = cache.begin(sequence.tokens, spec.lora_scales, share=share, kept=kept)
             if begun is None:
                 continue
             slot = self._free_slots[replica].pop()
@@ -399,6 +467,10 @@ class Scheduler:
             working.append(sequence)
             if begun.pages or begun.states:
                 self.engine.copy(replica, pages=begun.pages, states=begun.states)
+            if store is not None and share:
+                store.restore(replica, begun, loading)
+                store.use(replica, cache, begun)
+                sequence.loading = None
             request = sequence.request
             if not spec.reads_only:
                 stops = spec.stop_ids

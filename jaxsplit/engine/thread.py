@@ -7,6 +7,7 @@ other processes are to call the same in the same order.
 
 import functools
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -156,6 +157,7 @@ def _serve(
             bulletin.publish([_encoded(c) for c in given if not isinstance(c, _Run)])
         for command in given:
             if command is None:
+                _close(scheduler)
                 return
             _obey(scheduler, command)
             del command
@@ -191,6 +193,13 @@ def _step(scheduler: Scheduler) -> None:
         scheduler.step()
     except Exception as error:
         scheduler.abandon(error)
+
+
+def _close(scheduler: Scheduler) -> None:
+    try:
+        scheduler.close()
+    except Exception as error:
+        logging.getLogger(__name__).warning("prefixes could not be saved: %s", error)
 
 
 def _obey(scheduler: Scheduler, command: _Submit | _Cancel | _Run) -> None:

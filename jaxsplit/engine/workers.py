@@ -16,7 +16,7 @@ _workers: "weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue]" = (
 @atexit.register
 def _end_all() -> None:
     """JAX must not run on a thread while the interpreter shuts down."""
-    for thread, tasks in [*_workers.items()]:
+    for thread, tasks in [*_workers.items()][::-1]:  # the last ones may need the first
         tasks.put(None)
         thread.join()
 

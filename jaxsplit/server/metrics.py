@@ -96,6 +96,12 @@ class Metrics:
             ("vllm:generation_tokens", "Generated tokens.", c.generated_tokens),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up.", c.prompt_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", c.cached_tokens),
+            (
+                "jaxsplit:restored_tokens",
+                "Prompt tokens from the host's memory.",
+                s.restored_tokens,
+            ),
+            ("jaxsplit:loaded_tokens", "Prompt tokens from disk.", s.loaded_tokens),
             ("vllm:num_preemptions", "Sequences put back into the queue.", c.preemptions),
         ):
             yield CounterMetricFamily(name, help, value=value)
@@ -108,5 +114,7 @@ class Metrics:
             ("vllm:num_requests_waiting", "Requests that wait.", s.waiting),
             ("vllm:kv_cache_usage_perc", "Part of the cache in use, 0 to 1.", used / s.pages),
             ("jaxsplit:cached_pages", "Pages that keep prefixes.", s.cached_pages),
+            ("jaxsplit:cache_ram_bytes", "Prefixes in the host's memory.", s.ram_bytes),
+            ("jaxsplit:prompt_cache_bytes", "Prefixes on disk.", s.disk_bytes),
         ):
             yield GaugeMetricFamily(name, help, value=value)

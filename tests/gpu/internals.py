@@ -350,6 +350,7 @@ def trace_for(
     *,
     prefill: int | None = None,
     nccl: bool = False,
+    cuda: bool = False,
 ) -> jax.stages.Traced:
     """A program of a model in `graph` mode, as it would be for some GPUs.
 
@@ -359,8 +360,11 @@ def trace_for(
       file: the model, which is loaded onto CPU devices.
       prefill: tokens of a prompt's chunk; None: a decode step.
       nccl: GPUs cannot write to one another's memory.
+      cuda: with kernels in CUDA C++ instead of Triton.
     """
     kernels = MatmulPolicy(kernels=True, pdl=capability >= 9)
+    if cuda:
+        kernels = MatmulPolicy(cuda=capability)
 
     def tables(mesh: Mesh, axes: Sequence[str], size: object, owner: object) -> Array:
         count = int(np.prod([mesh.shape[axis] for axis in axes]))

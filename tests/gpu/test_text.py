@@ -19,7 +19,8 @@ def load(mode: str, **options) -> jaxsplit.LM:
     """The demo model, on one device or on all."""
     devices = 2 if internals.INTERPRET else len(jax.devices())
     devices = devices if mode == "graph" else 1
-    return jaxsplit.load(split_mode=mode, devices=devices, ctx_size=256, **options)
+    size = {"ctx_size": 256, "cache_tokens": 512}
+    return jaxsplit.load(split_mode=mode, devices=devices, **size, **options)
 
 
 @pytest.mark.parametrize("mode", ["none", "graph"])

@@ -6,11 +6,18 @@ from typing import Any
 
 from jax import Array
 
+from jaxsplit.context import current_context
+from jaxsplit.ops.activations import cuda_rows, triton_rows
 from jaxsplit.ops.activations.functions import Activation, activate
 from jaxsplit.ops.activations.layout import ActivationLayout, Activations, Readers
-from jaxsplit.ops.activations.triton_rows import store_rows
 
 __all__ = ["act_and_mul", "apply", "as_array", "in_layout", "store_rows"]
+
+
+def store_rows(function: Callable[..., Array], operands: Sequence[Array], *args: Any, **kw: Any):
+    """As `triton_rows.store_rows`, by a kernel of the backend that runs."""
+    backend = cuda_rows if current_context().policy.cuda else triton_rows
+    return backend.store_rows(function, operands, *args, **kw)
 
 
 def in_layout(x: Array | Activations, layout: ActivationLayout) -> Any:

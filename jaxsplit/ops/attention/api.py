@@ -15,7 +15,13 @@ from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update, xla
+from jaxsplit.ops.attention import (
+    cuda_decode,
+    triton_decode,
+    triton_flash,
+    triton_rope_cache_update,
+    xla,
+)
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.xla import MAX_SCORES, apply_temperature, update_cache
 
@@ -79,7 +85,7 @@ def self_attention(
         return _in_steps(query, key, value, batch, cache, **options, visible=visible)
     like = jax.ShapeDtypeStruct(query.parts.shape[1:], dtype)
     for supports, run in _SELF_ATTENTION:
-        if supports(config, batch, cache, like):
+        if supports(config, batch, cache, like, readers):
             options = {"config": config, "params": params, "dtype": dtype, "readers": readers}
             return run(query, key, value, batch, cache, **options)
     raise AssertionError("the last implementation supports everything")
@@ -119,6 +125,7 @@ def _kernels_support_decode(
     batch: Batch,
     cache: AttentionCache | None,
     query: jax.ShapeDtypeStruct,
+    readers: Readers,
 ) -> bool:
     kernels = current_context().policy.kernels
     return kernels and triton_decode.supports(config, batch, cache, query)
@@ -145,6 +152,23 @@ def _decode(
         layouts=layouts,
         **options,
     )
+
+
+def _cuda_supports_decode(
+    config: AttentionConfig,
+    batch: Batch,
+    cache: AttentionCache | None,
+    query: jax.ShapeDtypeStruct,
+    readers: Readers,
+) -> bool:
+    runs = current_context().policy.cuda > 0
+    return runs and cuda_decode.supports(config, batch, cache, query, readers)
+
+
+def _decode_by_cuda(
+    query: Unreduced, key: Unreduced, value: Unreduced, *args: Any, **options: Any
+) -> tuple[Activations, AttentionCache]:
+    return cuda_decode.decode_attention(query.parts, key.parts, value.parts, *args, **options)
 
 
 def _in_steps(
@@ -273,6 +297,7 @@ _Table = tuple[tuple[Callable[..., bool], Callable[..., Any]], ...]
 
 _SELF_ATTENTION: _Table = (
     (_kernels_support_decode, _decode),
+    (_cuda_supports_decode, _decode_by_cuda),
     (lambda *_: True, _in_steps),
 )
 _UPDATE: _Table = (

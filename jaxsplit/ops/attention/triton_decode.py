@@ -115,7 +115,7 @@ def decode_attention(
     value_dim = cache.own_values.shape[-1]
     pages = batch.pages_of(ring=config.window is not None)
     length = _length_of(cache, pages)
-    inputs = _kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
+    inputs = kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
     group = inputs[0].shape[3]
     leaves, structure = jax.tree.flatten(inputs)
     cache_leaves, cache_structure = jax.tree.flatten(in_pairs(cache))
@@ -163,7 +163,7 @@ def _length_of(cache: AttentionCache, pages: Array | jax.Ref | None) -> int:
     return cache.keys.shape[2] * (1 if pages is None else pages.shape[1])
 
 
-def _kernel_inputs(
+def kernel_inputs(
     projections: Sequence[Array],
     batch: Batch,
     pages: Array | None,

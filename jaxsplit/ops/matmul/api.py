@@ -26,7 +26,13 @@ from jaxsplit.ops.activations.layout import (
     rows_of,
 )
 from jaxsplit.ops.activations.packed import PackedLayout
-from jaxsplit.ops.matmul import triton_gemv_bf16, triton_gemv_int8, triton_small_m_gemm, xla
+from jaxsplit.ops.matmul import (
+    cuda_gemv_int8,
+    triton_gemv_bf16,
+    triton_gemv_int8,
+    triton_small_m_gemm,
+    xla,
+)
 from jaxsplit.ops.matmul.triton_gemv_bf16 import gemv_bf16
 from jaxsplit.ops.matmul.triton_gemv_int8 import gemv_int8
 from jaxsplit.ops.matmul.triton_small_m_gemm import small_m_gemm
@@ -74,6 +80,12 @@ def has_small_m_kernel(w: Weight, dtype: jnp.dtype) -> bool:
 
 def _supports_gemv_int8(x: Like, w: Weight) -> bool:
     return int8_rows(rows_of(x)) and has_int8_kernel(w)
+
+
+def _supports_cuda_gemv_int8(x: Like, w: Weight) -> bool:
+    policy = current_context().policy
+    few = policy.int8_activations and rows_of(x) <= cuda_gemv_int8.MAX_ROWS
+    return policy.cuda > 0 and few and isinstance(w, QTensor) and cuda_gemv_int8.supports(w)
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
@@ -138,6 +150,12 @@ _IMPLEMENTATIONS = (
         gemv_int8,
         layout=lambda weights, dtype: Int8Layout(),
         run_and_send=lambda rows, weights, peers: gemv_int8(rows, weights, peers=peers),
+    ),
+    _Implementation(
+        "gemv_int8 in CUDA C++",
+        _supports_cuda_gemv_int8,
+        cuda_gemv_int8.gemv_int8,
+        layout=lambda weights, dtype: Int8Layout(),
     ),
     _Implementation("int8 by XLA", _supports_int8_by_xla, _int8_by_xla),
     _Implementation(

@@ -1,0 +1,79 @@
+// What kernels use of the GPU beside C++: loads, conversions, exchanges between threads.
+// Without includes, since NVRTC's packages have no headers.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+struct alignas(16) Words {
+  u32 at[4];
+};
+
+// Loads of weights, which are read once. In order: the compiler moves no such load across another.
+__device__ inline Words load_words(const void* p) {
+  Words y;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y.at[0]), "=r"(y.at[1]), "=r"(y.at[2]), "=r"(y.at[3])
+               : "l"(p));
+  return y;
+}
+
+__device__ inline u32 load_word(const void* p) {
+  u32 y;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(y) : "l"(p));
+  return y;
+}
+
+__device__ inline u32 load_raw(const u16* p) {
+  u16 y;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(y) : "l"(p));
+  return y;
+}
+
+__device__ inline u32 load_raw(const u8* p) {
+  u32 y;
+  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(y) : "l"(p));
+  return y;
+}
+
+__device__ inline float half_to_float(u32 bits) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((u16)bits));
+  return y;
+}
+
+__device__ inline u16 float_to_half(float x) {
+  u16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline u32 float_bits(float x) { return __float_as_uint(x); }
+
+__device__ inline int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
+
+__device__ inline float exchange(float x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+__device__ inline u32 exchange(u32 x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+__device__ inline int exchange(int x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+__device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
+
+// What other blocks have written before their fence.
+__device__ inline float fresh(const float* p) { return *(const volatile float*)p; }
+
+__device__ inline void fence() { __threadfence(); }
+
+__device__ inline int atomic_add(int* p, int x) { return atomicAdd(p, x); }
+
+// To the nearest, half to even.
+__device__ inline int round_to_int(float x) { return __float2int_rn(x); }
+
+__device__ inline float inverse_root(float x) { return rsqrtf(x); }

@@ -1,0 +1,166 @@
+"""CUDA C++ to PTX: NVRTC, and a cache of what it has compiled.
+
+The interface is NVIDIA's (NVRTC documentation, "API Reference"), reached through `ctypes`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxsplit.errors import JaxsplitError
+
+_OPTIONS = ("--std=c++17",)
+
+_lock = threading.Lock()  # NVRTC compiles one program at a time anyway
+
+
+def has_nvrtc() -> bool:
+    """Whether NVRTC is installed."""
+    return _library() is not None
+
+
+def compile_ptx(source: str, capability: float, name: str) -> str:
+    """Compiles CUDA C++.
+
+    Args:
+      source: of a kernel, without includes.
+      capability: compute capability of the GPU, such as 7.5. One that this NVRTC does not know yet
+        gets code for the newest before it, which the driver translates.
+      name: of the file, for errors.
+
+    Returns:
+      PTX.
+
+    Raises:
+      JaxsplitError: NVRTC is not installed, is too new for the GPU, or finds an error.
+    """
+    library = _library()
+    if library is None:
+        raise JaxsplitError(
+            "kernels=cuda needs NVRTC, which jax[cuda12] and jax[cuda13] install; try kernels=auto"
+        )
+    options = (*_OPTIONS, f"--gpu-architecture=compute_{_architecture(capability)}")
+    key = hashlib.sha256("\0".join([*_version(), *options, source]).encode()).hexdigest()
+    path = _cache_folder() / f"{key}.ptx"
+    try:
+        return path.read_text()
+    except OSError:
+        ptx = _compile(library, source, name, options)
+    _write(path, ptx)
+    return ptx
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a whole file or none; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jaxsplit" / "ptx"
+
+
+def _compile(library: ctypes.CDLL, source: str, name: str, options: Sequence[str]) -> str:
+    program = ctypes.c_void_p()
+    given = [option.encode() for option in options]
+    with _lock:
+        _check(
+            library,
+            library.nvrtcCreateProgram(
+                ctypes.byref(program), source.encode(), name.encode(), 0, None, None
+            ),
+        )
+        try:
+            status = library.nvrtcCompileProgram(
+                program, len(given), (ctypes.c_char_p * len(given))(*given)
+            )
+            if status:
+                log = _text(library, program, "ProgramLog")
+                raise JaxsplitError(
+                    f"NVRTC cannot compile {name}: {log or _error(library, status)}"
+                )
+            return _text(library, program, "PTX")
+        finally:
+            library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+    size = ctypes.c_size_t()
+    _check(library, getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    text = ctypes.create_string_buffer(size.value)
+    _check(library, getattr(library, f"nvrtcGet{what}")(program, text))
+    return text.value.decode()
+
+
+def _error(library: ctypes.CDLL, status: int) -> str:
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library.nvrtcGetErrorString(status).decode()
+
+
+def _check(library: ctypes.CDLL, status: int) -> None:
+    if status:
+        raise JaxsplitError(f"NVRTC: {_error(library, status)}")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """NVRTC of the newest CUDA that is installed as a Python package; None: there is none."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else [*(spec.submodule_search_locations or ())]
+    found = [
+        path
+        for root in roots
+        for path in Path(root).glob("**/libnvrtc.so.*")
+        if re.fullmatch(r"libnvrtc\.so\.\d+", path.name)
+    ]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition(".")[2]), reverse=True):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    return None
+
+
+@functools.cache
+def _version() -> tuple[str, str]:
+    """Of NVRTC: major and minor."""
+    library, numbers = _library(), (ctypes.c_int(), ctypes.c_int())
+    assert library is not None
+    _check(library, library.nvrtcVersion(*map(ctypes.byref, numbers)))
+    return str(numbers[0].value), str(numbers[1].value)
+
+
+@functools.cache
+def _architectures() -> tuple[int, ...]:
+    """That NVRTC compiles for, such as 75."""
+    library, count = _library(), ctypes.c_int()
+    assert library is not None
+    _check(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    found = (ctypes.c_int * count.value)()
+    _check(library, library.nvrtcGetSupportedArchs(found))
+    return tuple(found)
+
+
+def _architecture(capability: float) -> int:
+    wanted = round(10 * capability)
+    usable = [found for found in _architectures() if found <= wanted]
+    if not usable:
+        oldest, version = min(_architectures()), ".".join(_version())
+        raise JaxsplitError(
+            f"NVRTC {version} compiles for compute capability {oldest / 10} and later, and this "
+            f"GPU has {capability}: try jax[cuda12], or kernels=xla"
+        )
+    return max(usable)

@@ -1,0 +1,60 @@
+// Floating-point types of arrays.
+
+struct Half {
+  u16 bits;
+};
+struct Bfloat16 {
+  u16 bits;
+};
+struct Int8 {
+  signed char value;
+};
+
+__device__ inline float load(const float* x) { return *x; }
+__device__ inline float load(const Half* x) { return half_to_float(x->bits); }
+__device__ inline float load(const Int8* x) { return x->value; }
+__device__ inline float load(const Bfloat16* x) { return bits_float((u32)x->bits << 16); }
+
+__device__ inline void store(float* y, float x) { *y = x; }
+__device__ inline void store(Half* y, float x) { y->bits = float_to_half(x); }
+__device__ inline void store(Bfloat16* y, float x) {
+  u32 bits = float_bits(x);
+  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  y->bits = nan ? 0x7fc0 : (u16)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// Eight neighbors, aligned to their size: loaded now, converted when they are used.
+template <class T>
+struct Run;
+
+template <>
+struct Run<Half> {
+  Words words;
+  __device__ void load(const Half* x, bool here) {
+    words = here ? *(const Words*)x : Words{};
+  }
+  __device__ float at(int i) const {
+    return half_to_float((words.at[i / 2] >> (16 * (i % 2))) & 0xffffu);
+  }
+};
+
+template <>
+struct Run<Bfloat16> {
+  Words words;
+  __device__ void load(const Bfloat16* x, bool here) {
+    words = here ? *(const Words*)x : Words{};
+  }
+  __device__ float at(int i) const {
+    return bits_float(i % 2 ? words.at[i / 2] & 0xffff0000u : words.at[i / 2] << 16);
+  }
+};
+
+template <>
+struct Run<Int8> {
+  u32 low, high;
+  __device__ void load(const Int8* x, bool here) {
+    low = here ? ((const u32*)x)[0] : 0;
+    high = here ? ((const u32*)x)[1] : 0;
+  }
+  __device__ float at(int i) const { return (signed char)((i < 4 ? low : high) >> (8 * (i % 4))); }
+};

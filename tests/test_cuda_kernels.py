@@ -1,0 +1,346 @@
+"""Kernels in CUDA C++: on the CPU against float64, and compiled for GPUs."""
+
+import importlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import cuda_host
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import usual_blocks
+from flax import nnx
+from helpers import nmse
+from tiny import fresh_rng
+
+from jaxsplit.cache.layers import AttentionCache, Batch
+from jaxsplit.context import MatmulPolicy
+from jaxsplit.cuda import call, nvrtc
+from jaxsplit.cuda.call import source_of
+from jaxsplit.cuda.expression import expression
+from jaxsplit.errors import JaxsplitError
+from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
+from jaxsplit.models.attention import Attention
+from jaxsplit.ops.activations import cuda_rows, int8
+from jaxsplit.ops.activations.functions import ACTIVATIONS, activate
+from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.activations.layout import Readers, RMSStatistics
+from jaxsplit.ops.attention import cuda_decode, xla
+from jaxsplit.ops.attention.spec import AttentionParams
+from jaxsplit.ops.matmul import cuda_gemv_int8
+from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
+from jaxsplit.quant import TYPES, dequantize, unpack
+
+READERS = Readers((Int8Layout(),), xla=False)
+
+COMPILER = os.environ.get("JAXSPLIT_GPU_COMPILER", "")
+
+on_cpu = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs g++")
+
+
+@pytest.fixture
+def rng():
+    return fresh_rng()
+
+
+def matrix(rng, name, rows, columns):
+    """A random matrix of a GGML type."""
+    raw = usual_blocks(rng, name, rows, columns // TYPES[name].block)
+    return unpack(name, jnp.asarray(raw))
+
+
+def rounded_rows(rng, rows, columns, *, normalized=False):
+    x = rng.normal(size=(rows, columns)).astype(np.float32)
+    found = int8.quantize_rows(jnp.asarray(x))
+    if not normalized:
+        return found
+    squares = (x.reshape(rows, 4, -1) ** 2).sum(axis=-1)
+    return int8.Int8Rows(
+        found.codes,
+        found.scale,
+        found.sums,
+        found.half_sums,
+        RMSStatistics(jnp.asarray(squares), 1e-5, columns),
+    )
+
+
+TYPES_WITH_KERNELS = [
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "TQ2_0",
+]
+
+
+@on_cpu
+@pytest.mark.parametrize("name", TYPES_WITH_KERNELS)
+def test_gemv_int8_equals_float64(rng, name):
+    """Rows that fill a step and rows that do not; two rows of activations."""
+    w = matrix(rng, name, 7, 2816)
+    assert cuda_gemv_int8.supports(w)
+    x = rounded_rows(rng, 2, 2816)
+    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
+    for tiling in (None, Tiling(32, 2, 3)):
+        [y] = cuda_host.run(launch_of(x, [w], jnp.float32, tiling=tiling))
+        assert nmse(y, expected) <= 1e-10
+
+
+def exact_rows(function, operands, addend, norm):
+    """In float64: rows before rounding, and the first operand with the addend."""
+    first, *others = [np.float64(x) for x in operands]
+    total = first if addend is None else first + np.float64(addend).sum(axis=0)
+    rows = np.float64(function(jnp.float32(total), *map(jnp.float32, others)))
+    if norm is not None:
+        rows = rows / np.sqrt((total**2).sum(axis=-1, keepdims=True) / norm[1] + norm[0])
+    return rows, total
+
+
+@on_cpu
+@pytest.mark.parametrize("columns", [96, 1344])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_are_added_normalized_and_rounded(rng, columns, dtype):
+    x = jnp.asarray(rng.normal(size=(2, 1, columns)), dtype)
+    scale = jnp.asarray(rng.uniform(0.5, 2, columns), jnp.float32)
+    parts, norm = jnp.asarray(rng.normal(size=(3, 2, 1, columns)), jnp.float32), (1e-5, columns)
+    addend = (parts, None, None)
+    given = (jnp.multiply, (x, scale), READERS)
+    *stored, squares, total = cuda_host.run(cuda_rows.launch_of(*given, addend=addend, norm=norm))
+    expected, sums = exact_rows(jnp.multiply, (x[:, 0], scale), parts[:, :, 0], norm)
+    assert (
+        nmse(np.float64(total), sums)
+        <= {"float32": 1e-12, "float16": 1e-6, "bfloat16": 2e-5}[dtype]
+    )
+    rms = RMSStatistics(jnp.asarray(squares), *norm)
+    found = int8.Int8Rows(*map(jnp.asarray, stored), rms)
+    assert 1e-7 < nmse(found.dequantized(), expected) <= 1e-4
+    # Against what XLA makes of the same rows.
+    y = jnp.asarray(np.float32(total)) * scale
+    same = int8.quantize_rows(y)
+    for a, b in zip(stored[1:], (same.scale, same.sums, same.half_sums), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "clamped_swiglu"])
+def test_activation_functions_are_printed_as_cuda(rng, name):
+    """Also where they are far from 0, and with the weight of an expert."""
+    up, gate = jnp.asarray(4 * rng.normal(size=(2, 2, 320)), jnp.float32)
+    weight = jnp.asarray(rng.uniform(size=(2, 1)), jnp.float32)
+
+    def function(up, gate, weight):
+        return activate(name, up, gate) * weight
+
+    assert expression(function, ["a", "b", "c"]) is not None
+    stored = cuda_host.run(cuda_rows.launch_of(function, (up, gate, weight), READERS))
+    found = int8.Int8Rows(*map(jnp.asarray, stored)).dequantized()
+    exact = int8.quantize_rows(function(up, gate, weight)).dequantized()
+    assert nmse(found, exact) <= 3e-5  # a value halfway between two codes may get either
+
+
+@on_cpu
+def test_what_is_not_a_number_stays_so(rng):
+    x = np.float32(rng.normal(size=(1, 96)))
+    x[0, 40] = np.nan
+    stored = cuda_host.run(cuda_rows.launch_of(lambda x: x, (jnp.asarray(x),), READERS))
+    found = np.asarray(int8.Int8Rows(*map(jnp.asarray, stored)).dequantized())
+    assert np.isnan(found[0, 32:64]).all() and np.isfinite(found[0, :32]).all()
+
+
+def test_functions_beyond_the_table_are_left_to_xla():
+    assert expression(lambda x: jnp.sin(x), ["x"]) is None
+
+
+@on_cpu
+def test_several_matrices_deferred_norms_and_experts(rng):
+    x = rounded_rows(rng, 2, 512, normalized=True)
+    matrices = [matrix(rng, name, 5 + i, 512) for i, name in enumerate(("Q6_K", "Q4_K", "Q8_0"))]
+    rows = np.float64(x.dequantized())
+    for y, w in zip(cuda_host.run(launch_of(x, matrices, jnp.float32)), matrices, strict=True):
+        assert nmse(y, rows @ np.float64(dequantize(w)).T) <= 1e-10
+    stack = matrix(rng, "Q5_K", 12, 512)
+    stack = jax.tree.map(lambda plane: plane.reshape(4, 3, -1), stack)
+    experts = jnp.asarray(rng.integers(0, 4, 6), jnp.int32)
+    [y] = cuda_host.run(launch_of(x, [stack], jnp.bfloat16, experts=experts))
+    each = np.float64(dequantize(stack))[np.asarray(experts)]
+    expected = np.einsum("pi,poi->po", np.repeat(rows, 3, axis=0), each)
+    assert nmse(np.float64(y), expected) <= 1e-5
+
+
+HEADS, KV_HEADS, WIDTH = 6, 2, 32
+LAYERS = {
+    "plain": {"rope": RopeConfig(32)},
+    "interleaved, in part": {"rope": RopeConfig(16, interleaved=True), "softcap": 3.0},
+    "window": {"rope": RopeConfig(8), "window": 40},
+    "norms, sinks": {
+        "rope": RopeConfig(32),
+        "query_norm": NormConfig(),
+        "key_norm": NormConfig(scale=False),
+        "sinks": True,
+    },
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
+    """In pages in any order, and in rings; padding stores nothing."""
+    window = LAYERS[name].get("window")
+    page, count = (window, 1) if window else (64, 5)
+    config = AttentionConfig(HEADS, KV_HEADS, WIDTH, WIDTH, **LAYERS[name])
+    module = Attention(config, 64, rngs=nnx.Rngs(0))
+    if module.query_norm is not None:
+        module.query_norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 2, WIDTH), jnp.float32))
+    if config.sinks:
+        module.sinks.set_value(jnp.asarray(rng.normal(size=HEADS), jnp.float32))
+
+    def normal(*shape, dtype="bfloat16"):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    positions = jnp.asarray([[0], [5], [130 if window else 300], [-1]])
+    pages = jnp.asarray(rng.permutation(4 * count).reshape(4, count), jnp.int32)
+    batch = Batch(positions, jnp.asarray([2, 0, 3, 1]), None if window else pages)
+    floats = "bfloat16" if dtype == "int8" else dtype
+    query, key, value = (normal(2, 4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
+    memory = (normal(4 * count, page, KV_HEADS, WIDTH, dtype=floats) for _ in range(2))
+    cache = AttentionCache.of(*memory, dtype)
+    like = jax.ShapeDtypeStruct(query.shape[1:], jnp.dtype(floats))
+    assert cuda_decode.supports(config, batch, cache, like, READERS)
+    options = {"config": config, "params": module.params}
+    results = cuda_host.run(cuda_decode.launch_of(query, key, value, batch, cache, **options))
+    leaves, structure = jax.tree.flatten(cache)
+    rows = int8.Int8Rows(*map(jnp.asarray, results[3:7])).dequantized()
+    found = jax.tree.unflatten(structure, results[7:])
+    exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
+    queries, kv, key_positions, expected = xla.rope_cache_update(*exact, batch, cache, **options)
+    y = xla.attend(
+        queries.reshape(4, 1, KV_HEADS, -1, WIDTH),
+        kv,
+        positions,
+        config=config,
+        key_positions=key_positions,
+        sinks=module.params.sinks,
+    ).reshape(4, -1)
+    for row in range(3):
+        # Rounding normal values to 8 bits alone costs 1e-5.
+        assert nmse(rows[row], y[row].astype(jnp.float32)) <= 1e-4, row
+    for new, actual in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert actual.dtype == new.dtype
+        assert nmse(np.float64(actual), np.float64(new)) <= 1e-5
+    changed = np.asarray(cache.keys != found.keys).any(axis=(1, 3)).sum()
+    assert changed <= 3  # a place for each token that is no padding
+
+
+# Code for GPUs that are not there.
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """`compiler(launch, capability)`: registers, bytes of shared memory, and bytes of spills, by
+    NVIDIA's assembler, which `make test` installs."""
+    assemblers = sorted(Path(COMPILER).glob("nvidia/**/bin/ptxas")) if COMPILER else []
+    if not assemblers:
+        pytest.skip("needs NVRTC and ptxas: make test installs them")
+    monkeypatch.syspath_prepend(COMPILER)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (nvrtc._library, nvrtc._version, nvrtc._architectures):
+        cached.cache_clear()
+    importlib.invalidate_caches()
+    assert nvrtc.has_nvrtc()
+
+    def used(launch, capability):
+        ptx, architecture = tmp_path / "kernel.ptx", f"sm_{round(10 * capability)}"
+        ptx.write_text(nvrtc.compile_ptx(launch.kernel.source, capability, launch.kernel.name))
+        command = [assemblers[0], f"-arch={architecture}", "-v", ptx, "-o", tmp_path / "cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = [re.search(p, done.stderr) for p in (r"(\d+) registers", r"(\d+) bytes smem")]
+        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+        return *(int(x[1]) if x else 0 for x in found), spills
+
+    yield used
+    for cached in (nvrtc._library, nvrtc._version, nvrtc._architectures):
+        cached.cache_clear()
+
+
+def launches():
+    """Of an 8B, as traced: no array is made."""
+
+    def shapes(function, *arrays):
+        found = []
+        like = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
+        jax.eval_shape(lambda *given: found.append(function(*given)), *like)
+        return found[0]
+
+    def gemv(name, rows, columns):
+        block = TYPES[name]
+        raw = (rows, columns // block.block, block.block_bytes), "uint8"
+        x = (1, columns), "float32"
+        return shapes(
+            lambda x, raw: launch_of(int8.quantize_rows(x), [unpack(name, raw)], jnp.bfloat16),
+            *(x, raw),
+        )
+
+    def attention(kv_heads, width, dtype):
+        config = AttentionConfig(32, kv_heads, width, width, rope=RopeConfig(width))
+        heads = [((1, 1, 1, n * width), "bfloat16") for n in (32, kv_heads, kv_heads)]
+        memory = [((64, 256, kv_heads, width), "bfloat16")] * 2
+
+        def launch(query, key, value, positions, pages, keys, values):
+            batch = Batch(positions, jnp.zeros(1, jnp.int32), pages)
+            cache = AttentionCache.of(keys, values, dtype)
+            options = {"config": config, "params": AttentionParams()}
+            return cuda_decode.launch_of(query, key, value, batch, cache, **options)
+
+        return shapes(launch, *heads, ((1, 1), "int32"), ((1, 16), "int32"), *memory)
+
+    def rows():
+        function, norm = jnp.multiply, (1e-5, 4096)
+        stream, scale, parts = ((1, 1, 4096), "bfloat16"), ((4096,), "float32"), (1, 1, 1, 4096)
+        return shapes(
+            lambda x, scale, parts: cuda_rows.launch_of(
+                function, (x, scale), READERS, addend=(parts, None, None), norm=norm
+            ),
+            *(stream, scale, (parts, "float32")),
+        )
+
+    yield "rows", rows()
+    for name, out, columns in (("Q4_K", 28672, 4096), ("Q6_K", 4096, 14336), ("Q8_0", 4096, 4096)):
+        yield name, gemv(name, out, columns)
+    for kv_heads, width, dtype in ((8, 128, "bfloat16"), (4, 128, "bfloat16"), (8, 64, "int8")):
+        yield f"{kv_heads} x {width} {dtype}", attention(kv_heads, width, dtype)
+
+
+@pytest.mark.parametrize("capability", [7.5, 9.0])
+def test_kernels_fit_their_gpu(compiler, capability):
+    """A T4's multiprocessor has 65536 registers and 64 KiB of shared memory; nothing is spilled."""
+    for name, launch in launches():
+        registers, shared, spills = compiler(launch, capability)
+        assert registers * launch.kernel.threads <= 65536 // 2, name
+        assert shared <= 32768, name
+        assert spills == 0, name
+
+
+def test_errors_name_the_file_and_the_line(compiler):
+    kernel = call.Kernel("broken", source_of("\nint x = y;"), (1, 1, 1), 32)
+    with pytest.raises(JaxsplitError, match=r"cannot compile broken.cu: .*y"):
+        nvrtc.compile_ptx(kernel.source, 9.0, "broken.cu")
+    with pytest.raises(JaxsplitError, match=r"this GPU has 5.2"):
+        nvrtc.compile_ptx(kernel.source, 5.2, "broken.cu")
+
+
+def test_without_nvrtc_the_backend_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_library", lambda: None)
+    with pytest.raises(JaxsplitError, match=r"kernels=cuda needs NVRTC"):
+        nvrtc.compile_ptx("", 9.0, "x.cu")
+    with pytest.raises(JaxsplitError, match=r"kernels=cuda does not run on cpu"):
+        MatmulPolicy.for_device(jax.devices()[0], "cuda")
