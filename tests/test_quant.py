@@ -16,7 +16,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.ops.matmul.api import matmul
 from jaxsplit.quant import TYPES, QTensor, dequantize, quant_type, take_rows, unpack
 
-NAMES = list(TYPES)
+NAMES = [name for name in TYPES if name != "I32"]  # which is of tables, not of weights
 QUANTIZED = [name for name, kind in TYPES.items() if kind.layout is not None]
 PACKED_AS_IN_THE_FILE = (
     *("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K"),

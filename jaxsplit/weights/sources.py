@@ -153,6 +153,8 @@ def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
     for source in sources.values():
         try:
             quant_type(source.tensor.type)
+            if source.is_matrix and source.tensor.type == "I32":
+                raise JaxsplitError("I32 is a type of tables, not of matrices")
         except JaxsplitError as error:
             raise JaxsplitError(f"{file.path}: tensor {source.tensor.name!r}: {error}") from None
     return sources
