@@ -11,13 +11,31 @@ from jaxsplit.formats import ModelFile, TensorInfo
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
+    BlockSparseConfig,
+    ChannelMixConfig,
+    CompressedAttentionConfig,
     DeltaNetConfig,
+    DenseMoEConfig,
+    GroveMoEConfig,
+    HybridConfig,
+    KDAConfig,
     LatentAttentionConfig,
+    LightningConfig,
+    LinearConfig,
     Mamba2Config,
+    MambaConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
+    RWKV6Config,
+    RWKV7Config,
     ShortConvConfig,
+)
+from jaxsplit.models.residual_config import (
+    AltUpConfig,
+    AttentionResidualConfig,
+    HyperConnectionConfig,
+    LowRankConnectionConfig,
 )
 
 RECIPES = Path(__file__).parent.parent / "tests" / "data" / "arch"
@@ -28,6 +46,13 @@ MIXERS = {
     DeltaNetConfig: "gated delta-net",
     Mamba2Config: "Mamba-2",
     ShortConvConfig: "short convolution",
+    KDAConfig: "Kimi delta attention",
+    CompressedAttentionConfig: "compressed attention",
+    LightningConfig: "lightning attention",
+    LinearConfig: "projection in place of a mixer",
+    MambaConfig: "Mamba",
+    RWKV6Config: "RWKV-6",
+    RWKV7Config: "RWKV-7",
 }
 
 HEAD = """# Architectures
@@ -46,15 +71,32 @@ test` takes some of the combinations, `pytest -m full` takes all.
 """
 
 
+RESIDUALS = {
+    AltUpConfig: "alternating updates",
+    AttentionResidualConfig: "attention residuals",
+    HyperConnectionConfig: "hyper-connections",
+    LowRankConnectionConfig: "low-rank hyper-connections",
+}
+
+
 def mixer(c: Any) -> Iterator[str]:
     """Words for a mixer."""
+    if isinstance(c, HybridConfig | BlockSparseConfig):
+        yield from mixer(c.attention)
+        if isinstance(c, BlockSparseConfig):
+            yield "indexer of blocks"
+        else:
+            yield f"{MIXERS[type(c.recurrent)]} beside it"
+        return
+    if c is None:
+        return
     yield MIXERS[type(c)]
     if getattr(c, "window", None):
-        yield "chunks" if c.chunked else "sliding window"
-    if isinstance(c, LatentAttentionConfig | AttentionConfig):
+        yield "chunks" if getattr(c, "chunked", False) else "sliding window"
+    if isinstance(c, LatentAttentionConfig | AttentionConfig | CompressedAttentionConfig):
         rope = c.rope
         if rope is None:
-            yield "no RoPE" if c.alibi is None else "ALiBi"
+            yield "ALiBi" if getattr(c, "alibi", None) else "no RoPE"
         else:
             yield f"RoPE by {'neighbours' if rope.interleaved else 'halves'}"
             if rope.dim < c.head_dim and isinstance(c, AttentionConfig):
@@ -63,12 +105,26 @@ def mixer(c: Any) -> Iterator[str]:
                 yield rope.scaling
             if rope.freq_factors:
                 yield "frequency factors"
+    if isinstance(c, CompressedAttentionConfig):
+        yield "sinks"
+        if c.pool:
+            yield f"blocks of {c.pool.block}"
+        if c.indexer:
+            yield "indexer"
+    if isinstance(c, LatentAttentionConfig):
+        if c.indexer:
+            yield "indexer" if c.indexer.pool is None else "indexer of blocks"
+        if c.gate:
+            yield "output gate"
+        if c.sinks:
+            yield "sinks"
     if isinstance(c, AttentionConfig):
         words = {
             "softcap": "soft-cap",
             "clip_qkv": "clamped q, k, v",
             "sinks": "sinks",
             "gate": "output gate",
+            "out_norm": "output norm",
             "attn_temperature": "temperature by position",
             "value_norm": "v norm",
             "value_is_key": "K = V",
@@ -81,26 +137,50 @@ def mixer(c: Any) -> Iterator[str]:
             yield width[c.norm_over] + ("" if c.norm_first else " after RoPE")
 
 
+def activation(function: Any) -> str:
+    """The name of an activation."""
+    return function if isinstance(function, str) else type(function).__name__
+
+
 def mlp(c: Any) -> Iterator[str]:
     """Words for an MLP."""
     if isinstance(c, MLPConfig):
-        yield f"{'gated' if c.gated else 'plain'} {c.activation}"
+        yield f"{'gated' if c.gated else 'plain'} {activation(c.activation)}"
+        if c.sparsity:
+            yield "sparse gates"
     elif isinstance(c, MoEConfig):
-        yield f"experts ({c.expert.activation})"
+        yield f"experts ({activation(c.expert.activation)})"
+        if c.latent:
+            yield "latent"
         yield c.routing.replace("_", " ")
+        if c.by_token:
+            yield "by token id"
         if c.groups > 1:
             yield "groups"
         if c.selection_bias:
             yield "selection bias"
         if c.shared:
             yield "shared expert" + (" with gate" if c.shared_gate else "")
-    else:
+    elif isinstance(c, DenseMoEConfig):
         yield from (*mlp(c.dense), *mlp(c.moe))
+    elif isinstance(c, GroveMoEConfig):
+        yield from mlp(c.moe)
+        yield "experts of groups"
+    elif isinstance(c, ChannelMixConfig):
+        yield "channel mix" + (" with gate" if c.gated else "")
 
 
 def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
     """Words for norms, and for what happens outside the layers."""
+    if b.switch:
+        yield "adapters that tokens switch on"
+    if b.ngrams:
+        yield "n-grams"
+    if b.residual:
+        yield RESIDUALS[type(b.residual)]
     norm = b.mixer_norm or b.mixer_post_norm
+    if norm is None:
+        return
     kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
     if b.mixer_post_norm:
         kind += " around mixer and MLP" if b.mixer_norm else " after mixer and MLP"
@@ -116,6 +196,12 @@ def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
         "tied": "tied head",
     }
     yield from (word for field, word in words.items() if getattr(c, field))
+    if b.normalized_residual:
+        yield "post-norm residual"
+    if len({c.source(i) for i in range(c.layers)}) < c.layers:
+        yield "layers used several times"
+    if c.carries_embedding and not c.embedding_offset:
+        yield "embedding in each layer"
     if (c.embedding_scale, c.logit_scale, b.residual_scale) != (1, 1, 1):
         yield "scales"
 
@@ -147,7 +233,12 @@ def table() -> str:
         cells = [
             f"`{name}`",
             cell(word for block, _ in blocks for word in mixer(block.mixer)),
-            cell(word for block, _ in blocks for word in mlp(block.mlp)),
+            cell(
+                word
+                for block, _ in blocks
+                for c in (block.mlp, block.stream_mlp)
+                for word in mlp(c)
+            ),
             cell(word for block, config in blocks for word in residual(block, config)),
             cell(variant for variant, _ in variants),
         ]

@@ -108,6 +108,8 @@ class ForwardContext:
       fuse_all_reduce: matmul kernels send their results to the peers themselves.
       lora_scales: of each adapter in each sequence, float32 `[batch, adapters]`; None: those that
         the adapters were loaded with.
+      token_adapters: which of a model's own adapters each token has, float32 `[batch, time,
+        adapters]`, one 1 each; None: the model has none.
     """
 
     rules: AxisRules = dataclasses.field(default=AxisRules(), metadata={"static": True})
@@ -115,6 +117,7 @@ class ForwardContext:
     peers: "PeerGroup | None" = None
     fuse_all_reduce: bool = dataclasses.field(default=True, metadata={"static": True})
     lora_scales: jax.Array | None = None
+    token_adapters: jax.Array | None = None
 
 
 _PLAIN = ForwardContext()

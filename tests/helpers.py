@@ -77,10 +77,13 @@ def recipe(name: str) -> dict:
 
 
 def recipe_values(seed: int, spec: dict) -> np.ndarray:
-    """A tensor's values, float32, from bits that are the same in every NumPy."""
+    """A tensor's values, float32 or whole numbers, from bits that are the same in every NumPy."""
     shape = spec["shape"][::-1]
     raw = np.random.PCG64([seed, zlib.crc32(spec["name"].encode())]).random_raw(math.prod(shape))
     uniform = (raw >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+    if spec.get("type") == "I32":
+        low, high = int(spec["low"]), int(spec["high"])
+        return (low + (uniform * np.float32(high - low + 1)).astype(np.int32)).reshape(shape)
     spread = np.float32(spec["std"] * math.sqrt(12))
     values = np.float32(spec["mean"]) + spread * (uniform - np.float32(0.5))
     return np.clip(values, np.float32(spec["low"]), np.float32(spec["high"])).reshape(shape)
@@ -94,6 +97,9 @@ def write_recipe(recipe: dict, path: Path, quantize: dict[str, str] | None = Non
         writer.add_key_value(key, value, gguf.GGUFValueType[kinds[0]], sub_type=sub_type)
     for spec in recipe["tensors"]:
         values = recipe_values(recipe["seed"], spec)
+        if values.dtype == np.int32:
+            writer.add_tensor(spec["name"], values)
+            continue
         kind = next((k for end, k in (quantize or {}).items() if spec["name"].endswith(end)), "F32")
         kind = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(spec["name"], gguf.quants.quantize(values, kind), raw_dtype=kind)
@@ -132,7 +138,7 @@ def recipe_file(recipe: dict, metadata: dict | None = None) -> ModelFile:
         Path(recipe["name"]),
         {"general.architecture": recipe["arch"]} | metadata,
         {
-            t["name"]: TensorInfo(t["name"], "F32", tuple(t["shape"][::-1]))
+            t["name"]: TensorInfo(t["name"], t.get("type", "F32"), tuple(t["shape"][::-1]))
             for t in recipe["tensors"]
         },
     )

@@ -21,7 +21,7 @@ from jaxsplit.errors import JaxsplitError
 VARIANTS = sorted(path.stem for path in (DATA / "arch").glob("*.json"))
 DEEP = (
     *("baichuan", "baichuan-13b", "command-r-plus", "deepseek2-lite", "exaone4-32b"),
-    *("gemma2-27b", "gemma3-27b"),
+    *("gemma2-27b", "gemma3-27b", "gemma3n"),
 )
 MODES = ("graph", "row", "layer")
 DEVICES = (2, 3, 4)
@@ -101,6 +101,6 @@ def test_the_table_in_the_docs_is_up_to_date():
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(recipe_gguf):
-    unknown = recipe("llama") | {"name": "unknown", "arch": "mamba"}
-    with pytest.raises(JaxsplitError, match=r"architecture 'mamba' is not supported.*qwen3moe"):
+    unknown = recipe("llama") | {"name": "unknown", "arch": "unheard"}
+    with pytest.raises(JaxsplitError, match=r"architecture 'unheard' is not supported.*qwen3moe"):
         load(recipe_gguf(unknown), "none")

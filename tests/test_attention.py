@@ -15,11 +15,17 @@ from jaxsplit.cache.layers import AttentionCache, init_cache
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
+    BlockIndexerConfig,
+    BlockSparseConfig,
+    CompressedAttentionConfig,
     Decoder,
+    GateConfig,
+    IndexerConfig,
     LatentAttentionConfig,
     MLPConfig,
     ModelConfig,
     NormConfig,
+    PoolConfig,
     RopeConfig,
 )
 from jaxsplit.ops.attention import spec
@@ -38,9 +44,19 @@ def attention(**choices) -> AttentionConfig:
 
 def latent(**choices) -> LatentAttentionConfig:
     """So narrow that 16 tokens or fewer are read absorbed, more with keys and values."""
-    return LatentAttentionConfig(4, 8, 8, 16, 0, ROPE, 16**-0.5, **choices)
+    choices = {"q_lora_rank": 0, "rope": ROPE} | choices
+    return LatentAttentionConfig(4, 8, 8, 16, scale=16**-0.5, **choices)
 
 
+LAYER_NORM = NormConfig("layer", bias=True)
+INDEXER = IndexerConfig(3, 8, 5, ROPE, LAYER_NORM)
+POOLED = IndexerConfig(3, 8, 8, None, LAYER_NORM, pool=PoolConfig(4, 8))
+OF_ENTRIES = IndexerConfig(3, 8, 3, ROPE, NormConfig(), pool=PoolConfig(2, 8, overlap=True))
+BLOCKS = BlockIndexerConfig(8, 4, 3, 1, ROPE, NormConfig())
+COMPRESSED = {
+    **{"heads": 4, "head_dim": 16, "q_lora_rank": 12, "groups": 2, "out_rank": 6},
+    **{"window": 5, "rope": ROPE, "norm": NormConfig()},
+}
 MIXERS = {
     "all": [attention()],
     "window": [attention(window=5), attention()],
@@ -53,7 +69,10 @@ MIXERS = {
     "norms, gate, temperature": [
         attention(query_norm=NormConfig(), key_norm=NormConfig("layer"), norm_over="each"),
         attention(
-            gate=True, attn_temperature=(0.3, 4, 1), value_is_key=True, value_norm=NormConfig()
+            gate=GateConfig(),
+            attn_temperature=(0.3, 4, 1),
+            value_is_key=True,
+            value_norm=NormConfig(),
         ),
     ],
     "lent": [
@@ -63,6 +82,19 @@ MIXERS = {
         attention(kv_source="global"),
     ],
     "latent": [latent(), latent(k_up_transposed=True)],
+    "latent, window, gate": [latent(window=5, sinks=True, gate=GateConfig(per_head=True))],
+    "selected keys": [
+        latent(q_lora_rank=12, sparse=True, indexer=INDEXER),
+        latent(q_lora_rank=12, sparse=True),
+        latent(rope=None, unrotated_dim=8, q_lora_rank=12, sparse=True, indexer=POOLED),
+    ],
+    "selected blocks": [BlockSparseConfig(attention(), BLOCKS)],
+    "compressed": [
+        CompressedAttentionConfig(pool=PoolConfig(3, 16), **COMPRESSED),
+        CompressedAttentionConfig(
+            pool=PoolConfig(2, 16, overlap=True), indexer=OF_ENTRIES, **COMPRESSED
+        ),
+    ],
 }
 
 
@@ -135,7 +167,7 @@ def test_a_window_is_all_that_is_kept():
     assert every.keys.shape == (2, CONTEXT, 8)
     assert attention(window=500).cache(CONTEXT, jnp.float32).keys.shape == (2, CONTEXT, 8)
     assert attention(kv_source="global").cache(CONTEXT, jnp.float32) is None
-    kept = latent().cache(CONTEXT, jnp.float32)
+    kept, _ = latent().cache(CONTEXT, jnp.float32)
     assert (kept.keys.shape, kept.values) == ((1, CONTEXT, 24), None)
 
 

@@ -25,7 +25,13 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
 from jaxsplit.ops.activations import cuda_rows, int8
-from jaxsplit.ops.activations.functions import ACTIVATIONS, activate
+from jaxsplit.ops.activations.functions import (
+    ACTIVATIONS,
+    XIELU,
+    BoundedSwiGLU,
+    SiTUGLU,
+    activate,
+)
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers, RMSStatistics
 from jaxsplit.ops.attention import cuda_decode, xla
@@ -133,7 +139,10 @@ def test_rows_are_added_normalized_and_rounded(rng, columns, dtype):
 
 
 @on_cpu
-@pytest.mark.parametrize("name", [*ACTIVATIONS, "clamped_swiglu"])
+@pytest.mark.parametrize(
+    "name",
+    [*ACTIVATIONS, "clamped_swiglu", BoundedSwiGLU(2.0), BoundedSwiGLU(2.0, True), SiTUGLU(2.0, 3)],
+)
 def test_activation_functions_are_printed_as_cuda(rng, name):
     """Also where they are far from 0, and with the weight of an expert."""
     up, gate = jnp.asarray(4 * rng.normal(size=(2, 2, 320)), jnp.float32)
@@ -156,6 +165,11 @@ def test_what_is_not_a_number_stays_so(rng):
     stored = cuda_host.run(cuda_rows.launch_of(lambda x: x, (jnp.asarray(x),), READERS))
     found = np.asarray(int8.Int8Rows(*map(jnp.asarray, stored)).dequantized())
     assert np.isnan(found[0, 32:64]).all() and np.isfinite(found[0, :32]).all()
+
+
+def test_an_activation_of_plain_mlps_is_printed_as_cuda():
+    xielu = XIELU(0.7, 1.1, 0.5, -1e-6)
+    assert expression(lambda up: activate(xielu, up), ["up"]) is not None
 
 
 def test_functions_beyond_the_table_are_left_to_xla():

@@ -17,7 +17,8 @@ from jaxsplit.formats import IK_TYPES
 from jaxsplit.ops.matmul.api import matmul
 from jaxsplit.quant import TYPES, QTensor, dequantize, quant_type, take_rows, unpack
 
-NAMES = [name for name in TYPES if name not in IK_TYPES]  # those of ik_llama.cpp: test_ik.py
+# Not those of ik_llama.cpp (test_ik.py) and of tables.
+NAMES = [name for name in TYPES if name not in IK_TYPES and name != "I32"]
 QUANTIZED = [name for name in NAMES if TYPES[name].layout is not None]
 PACKED_AS_IN_THE_FILE = (
     *("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K"),

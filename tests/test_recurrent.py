@@ -18,16 +18,24 @@ from jaxsplit.engine.steps import PrefillChunk, Rows
 from jaxsplit.models import (
     AttentionConfig,
     BlockConfig,
+    ChannelMixConfig,
     Decoder,
     DeltaNetConfig,
+    GateConfig,
+    KDAConfig,
+    LightningConfig,
     Mamba2Config,
+    MambaConfig,
     MLPConfig,
     ModelConfig,
     NormConfig,
     RopeConfig,
+    RWKV6Config,
+    RWKV7Config,
     ShortConvConfig,
 )
 from jaxsplit.models.decoder import MODULES
+from jaxsplit.models.dplr import dplr_attention
 from jaxsplit.ops.activations.layout import Activations
 from jaxsplit.plan.cost import trace_decode
 from jaxsplit.sharding import grouped_heads, make_partition
@@ -41,6 +49,19 @@ MIXERS = {
     "mamba 2": Mamba2Config(value_heads=6, key_heads=1, conv_bias=True, **SIZES),
     "mamba 2, groups": Mamba2Config(value_heads=6, key_heads=2, **SIZES),
     "short convolution": ShortConvConfig(EMBED, kernel_size=3),
+}
+RECURRENCES = [*MIXERS]
+"""Those that `expected` computes in float64."""
+MIXERS |= {
+    "kimi delta attention": KDAConfig(4, 6, 4, NORM, 1e-3, decay_rank=3),
+    "kimi delta attention, bounded": KDAConfig(4, 6, 3, NORM, 1e-3, gate_rank=3, lower_bound=-5.0),
+    "lightning attention": LightningConfig(4, 6, 0.7, NORM),
+    "mamba": MambaConfig(10, 5, 3, 4, 10, norm=NORM, conv_bias=True),
+    "mamba, heads": MambaConfig(12, 5, 3, 4, 4, scalar_decay=True),
+    "rwkv 6": RWKV6Config(4, 4, 6, 3, 5),
+    "rwkv 6, shared keys": RWKV6Config(4, 2, 6, 3, 5, bonus=False, bias=True),
+    "rwkv 7": RWKV7Config(4, 6, 3, 4, 2, gate_rank=5, norm=True, first=True),
+    "channel mix": ChannelMixConfig(EMBED, 40, gated=True),
 }
 TILED = DeltaNetConfig(value_heads=6, key_heads=3, tiled=True, **SIZES)
 
@@ -158,7 +179,7 @@ def expected(module, config, x):
     return np.stack(rows) @ p["out.kernel"].T
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", RECURRENCES)
 def test_a_mixer_computes_its_recurrence(rng, name):
     module, config = make(name, rng)
     x = rng.normal(size=(2, 70, EMBED)).astype(np.float32)
@@ -176,6 +197,32 @@ def test_keys_that_repeat_are_written_as_often():
     module.dt_bias.set_value(jnp.full_like(module.dt_bias.get_value(), 9.0))
     y, _ = run(module, x)
     assert nmse(y[0], expected(module, config, x[0])) < 1e-9
+
+
+@pytest.mark.parametrize("removes", [False, True])
+@pytest.mark.parametrize("bonus", [False, True])
+def test_states_that_decay_by_dimension(rng, removes, bonus):
+    """Against float64, token by token; some decays are so fast that float32 has no number for
+    them."""
+    shape = 2, 50, 3, 5
+    q, k, b, c = (rng.normal(size=shape) / 2 for _ in range(4))
+    v, u = rng.normal(size=(2, 50, 3, 4)), rng.normal(size=(3, 5))
+    g = -3 * rng.exponential(size=shape)
+    g[0, 3] = -200
+    state, rows = rng.normal(size=(2, 3, 5, 4)), []
+    start = state
+    for t in range(50):
+        write = np.einsum("bhd,bhe->bhde", k[:, t], v[:, t])
+        removed = np.einsum("bhd,bhf,bhfe->bhde", b[:, t], c[:, t], state) if removes else 0
+        read = state + u[..., None] * write if bonus else 0
+        state = np.exp(g[:, t])[..., None] * state + removed + write
+        rows.append(np.einsum("bhd,bhde->bhe", q[:, t], read if bonus else state))
+    arrays = (np.float32(x) for x in (q, k, v, g, start, b, c, u))
+    q, k, v, g, start, b, c, u = arrays
+    options = {"removal": (b, c) if removes else None, "bonus": u if bonus else None}
+    y, last = dplr_attention(q, k, v, log_decay=g, state=start, **options)
+    assert nmse(y, np.stack(rows, axis=1)) < 1e-11
+    assert nmse(last, state) < 1e-11
 
 
 # What is remembered
@@ -226,7 +273,7 @@ def test_slots_begin_wait_and_begin_again(rng, name):
 def hybrid(*mixers):
     """A model of these mixers and one attention with a gate."""
     rope = RopeConfig(8)
-    attention = AttentionConfig(6, 2, 8, 8, rope, query_norm=NORM, key_norm=NORM, gate=True)
+    attention = AttentionConfig(6, 2, 8, 8, rope, query_norm=NORM, key_norm=NORM, gate=GateConfig())
     blocks = tuple(BlockConfig(mixer, MLPConfig(40)) for mixer in (*mixers, attention))
     return ModelConfig("hybrid", 33, EMBED, 256, blocks)
 
@@ -267,7 +314,7 @@ def logits(config, values, mode, devices, tokens):
 def whole():
     """A model's config and parameters, tokens, and their logits on one device."""
     rng = fresh_rng()
-    config = hybrid(*MIXERS.values())
+    config = hybrid(*(MIXERS[name] for name in RECURRENCES))
     model = randomize(Decoder(config, rngs=nnx.Rngs(int(rng.integers(2**31)))), rng)
     values = {path: np.array(param.get_value()) for path, param in parameters(model).items()}
     tokens = rng.integers(0, config.vocab, 12)
@@ -313,7 +360,7 @@ def test_tiled_heads_lie_beside_what_they_share():
 
 def test_collectives_of_a_decode_step():
     """Two for each layer, and one for a norm over heads on several devices."""
-    config = hybrid(*MIXERS.values())
+    config = hybrid(*(MIXERS[name] for name in RECURRENCES))
     (stage,) = make_partition(config, "graph", {"tensor": 3}, None).stages
     work = trace_decode(config, stage, jnp.float32, 64, 1)
     assert work.collectives == Counter({"all-reduce": 2 * config.layers + 2 + 1, "all-gather": 1})

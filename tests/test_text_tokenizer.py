@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -624,7 +625,7 @@ def test_every_pre_tokenizer_is_fast(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "rwkv"}, "'rwkv'.*supported: gpt2, llama"),
+        ({"tokenizer.ggml.model": "plamo2"}, "'plamo2'.*supported: gpt2, llama"),
         ({"tokenizer.ggml.model": "no_vocab"}, "no tokenizer.*only token ids"),
         ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model is missing"),
         ({"tokenizer.ggml.pre": "strange"}, "'strange'.*supported: default, gpt-2"),
@@ -816,3 +817,41 @@ def test_end_tokens_are_no_markup():
     tokenizer = Tokenizer.from_metadata(metadata | {"tokenizer.chat_template": template})
     assert tokenizer.end_ids == {3, 4}
     assert tokenizer.markup_ids == set()
+
+
+# RWKV
+
+
+def world_vocabulary(words):
+    """Metadata of a vocabulary of single bytes and words, written as RWKV's converter does."""
+    tokens = [bytes([byte]) for byte in range(256)] + words
+    return {
+        "tokenizer.ggml.model": "rwkv",
+        "tokenizer.ggml.tokens": ["<s>", *(repr(token)[2:-1] for token in tokens)],
+        "tokenizer.ggml.token_type": [3, *[1] * len(tokens)],
+    }
+
+
+def test_the_longest_token_is_taken_each_time():
+    """Against a regular expression whose alternatives are the tokens, the longest first."""
+    rng = random.Random(0)
+    alphabet = [b"a", b"b", b"'", b'"', b"\\", b"\n", b" ", "\u00e9".encode(), b"\xff"]
+    words = {b"".join(rng.choices(alphabet, k=rng.randint(2, 6))) for _ in range(60)}
+    words = sorted(word for word in words if len(word) > 1)
+    tokenizer = Tokenizer.from_metadata(world_vocabulary(words))
+    by_bytes = {bytes([byte]): byte + 1 for byte in range(256)}
+    by_bytes |= {word: id for id, word in enumerate(words, 257)}
+    longest = sorted(by_bytes, key=len, reverse=True)
+    pattern = re.compile(b"|".join(map(re.escape, longest)), re.DOTALL)
+    for _ in range(50):
+        text = b"".join(rng.choices(alphabet, k=rng.randint(0, 40)))
+        ids = tokenizer.encode(text)
+        assert ids == [by_bytes[token] for token in pattern.findall(text)]
+        assert tokenizer.decode_bytes(ids) == text
+
+
+def test_a_vocabulary_without_all_bytes_is_refused():
+    metadata = world_vocabulary([])
+    metadata["tokenizer.ggml.tokens"][66] = "AA"
+    with pytest.raises(JaxsplitError, match="no token for 1 of the 256 bytes.*b'A'"):
+        Tokenizer.from_metadata(metadata)

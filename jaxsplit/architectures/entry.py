@@ -9,6 +9,8 @@ from typing import Any
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Names
 from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.residual_config import HyperConnectionConfig, HyperHeadConfig
+from jaxsplit.ops.activations.functions import Activation
 from jaxsplit.ops.attention.rope import RopeConfig
 
 
@@ -40,7 +42,7 @@ def decoder(
     header: Header,
     *,
     interleaved: bool = False,
-    activation: str = "silu",
+    activation: Activation = "silu",
     attention: Choices | Callable[[int], Choices] = _NONE,
     block: Choices | Callable[[int], Choices] = _NONE,
     experts: Choices = _NONE,
@@ -78,7 +80,8 @@ def decoder(
     if not any(getattr(mixer, "rope", None) for mixer in mixers):
         header.disregard("rope.*")
     if not any(hasattr(mixer, "heads") for mixer in mixers):
-        header.disregard("attention.*")
+        for name in ("head_count*", "key_length*", "value_length*"):
+            header.disregard(f"attention.{name}")
     found = {
         "architecture": header.file.architecture,
         "vocab": header.vocab,
@@ -111,6 +114,35 @@ def _check_experts(header: Header) -> None:
         ]:
             layers = reprlib.repr(layers)
             raise header.wrong(name, value, f"experts where their tensors are: in layers {layers}")
+
+
+def uses(config: ModelConfig, layers: range) -> tuple[BlockConfig, ...]:
+    """A run of layers of a file that is used more than once."""
+    return tuple(dataclasses.replace(config.blocks[i], source=i) for i in layers)
+
+
+def hyper_connections(header: Header) -> tuple[HyperConnectionConfig, HyperHeadConfig]:
+    """Manifold-constrained hyper-connections, and what the head reads."""
+    streams = header.size("hyper_connection.count")
+    epsilon = header.number("hyper_connection.epsilon", 1e-6)
+    iterations = header.count("hyper_connection.sinkhorn_iterations", 0)
+    norm_epsilon = header.norm().epsilon
+    mean = not header.has("output_hc_fn.weight")
+    head = HyperHeadConfig(streams, epsilon, norm_epsilon, mean)
+    return HyperConnectionConfig(streams, epsilon, norm_epsilon, iterations), head
+
+
+def bounded_mlp(
+    header: Header, layer: int, *, after: bool = False, one_bound: bool = False
+) -> dict[str, Any]:
+    """Fields of `BlockConfig`: MLP, experts and shared expert with their bounds; `one_bound`: that
+    of experts for all, where the file does not give another."""
+    routed, other = (header.bounded(kind, layer, after=after) for kind in ("exp", "shexp"))
+    if one_bound and not header.given("swiglu_clamp_shexp"):
+        other = routed
+    if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
+        return {"mlp": header.mlp(layer, other)}
+    return {"mlp": header.experts(layer, routed, shared_activation=other, routing=None)}
 
 
 def head_norms(header: Header, **choices: Any) -> dict[str, Any]:

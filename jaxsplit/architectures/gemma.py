@@ -13,8 +13,9 @@ from jaxsplit.architectures.entry import (
     unscaled,
 )
 from jaxsplit.architectures.header import Header
-from jaxsplit.architectures.names import NAMES, Names, block_names
+from jaxsplit.architectures.names import NAMES, block_names, side_by_side
 from jaxsplit.models.config import DenseMoEConfig, ModelConfig
+from jaxsplit.models.residual_config import AltUpConfig
 
 
 def _gemma_scale(header: Header, large: int) -> float | None:
@@ -124,34 +125,81 @@ def _gemma4(header: Header) -> ModelConfig:
     )
 
 
-def _side_by_side() -> Names:
-    """Names of an MLP and of experts in one layer."""
-    prefix = "blocks.{i}.mlp."
-    parts = dict.fromkeys(("gate", "up", "down"), "dense")
-    parts |= dict.fromkeys(("router", "experts", "expert_scale"), "moe")
-    moved = {
-        f"{prefix}{parts[part]}.{part}{rest}": choices
-        for path, choices in NAMES.items()
-        for part, dot, end in [path.removeprefix(prefix).partition(".")]
-        for rest in [dot + end]
-        if path.startswith(prefix) and part in parts
-    }
-    return moved | block_names(
-        mlp__dense_norm__scale="ffn_norm.weight",
-        mlp__dense_post_norm__scale="post_ffw_norm_1.weight",
-        mlp__moe_norm__scale="pre_ffw_norm_2.weight",
-        mlp__moe_post_norm__scale="post_ffw_norm_2.weight",
-        mlp__router_norm__scale="ffn_gate_inp.scale",
+def _gemma3n(header: Header) -> ModelConfig:
+    """Four streams, 10 layers with sparse gates and 20 with keys of their own, whatever the file
+    says: llama.cpp does not read these keys."""
+    window, pattern = header.window(), header.windowed()
+    norm = header.norm()
+    rope, local_rope = rotations(header)
+    lenders = {kind: i for i, kind in enumerate(pattern[:20])}
+    if not lenders.keys() >= set(pattern[20:]):
+        raise header.wrong(
+            "attention.sliding_window_pattern", pattern, "both kinds of layers first"
+        )
+    rank = header.file.tensor("blk.0.laurel_l.weight").shape[0]
+
+    def attention(layer: int) -> dict[str, Any]:
+        local = pattern[layer]
+        name, lends = "local" if local else "global", header.layers > 20
+        return {
+            "rope": local_rope if local else rope,
+            "window": window if local else None,
+            "scale": 1.0,
+            "query_norm": norm,
+            "key_norm": norm,
+            "value_norm": dataclasses.replace(norm, scale=False),
+            "kv_donor": name if lends and lenders[local] == layer else None,
+            "kv_source": name if layer >= 20 else None,
+        }
+
+    def block(layer: int) -> dict[str, Any]:
+        mlp = header.mlp(layer, "gelu_tanh")
+        sparsity = _NINETY_FIVE_PERCENT if layer < 10 else None
+        return post_norms(header) | {
+            "mlp": dataclasses.replace(mlp, sparsity=sparsity),
+            "residual": AltUpConfig(4, rank, norm),
+            "per_layer_embedding": header.size("embedding_length_per_layer_input"),
+            "per_layer_embedding_norm": norm,
+        }
+
+    return _gemma(
+        header,
+        attention=attention,
+        block=block,
+        head_residual=AltUpConfig(4, rank, norm),
+        logit_softcap=30.0,
     )
 
+
+_NINETY_FIVE_PERCENT = 1.6448533535003662
+"""Of values in a normal distribution are at most this many standard deviations above the mean."""
+
+_SIDE_BY_SIDE = side_by_side(NAMES) | block_names(
+    mlp__dense_norm__scale="ffn_norm.weight",
+    mlp__dense_post_norm__scale="post_ffw_norm_1.weight",
+    mlp__moe_norm__scale="pre_ffw_norm_2.weight",
+    mlp__moe_post_norm__scale="post_ffw_norm_2.weight",
+    mlp__router_norm__scale="ffn_gate_inp.scale",
+)
 
 ARCHITECTURES = {
     "gemma": Architecture(_gemma),
     "gemma2": Architecture(_gemma2),
     "gemma3": Architecture(_gemma3),
+    "gemma3n": Architecture(
+        _gemma3n,
+        unused=r"blk\.\d+\.attn_(k|v|k_norm)\.weight",
+        harmless=dict.fromkeys(
+            (
+                *("altup.*", "activation_sparsity_scale", "attention.shared_kv_layers"),
+                "final_logit_softcapping",
+            ),
+            "llama.cpp has one value for all files",
+        ),
+    ),
     "gemma4": Architecture(
         _gemma4,
-        _side_by_side(),
+        _SIDE_BY_SIDE,
         # Layers that use the keys and values of others may have tensors for them nevertheless.
         unused=r"blk\.\d+\.attn_(k|v|k_norm)\.weight",
     ),

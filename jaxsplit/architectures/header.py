@@ -11,11 +11,12 @@ from typing import Any
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile
 from jaxsplit.models.config import MLPConfig, MoEConfig
+from jaxsplit.ops.activations.functions import Activation, BoundedSwiGLU
 from jaxsplit.ops.attention.rope import RopeConfig
-from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.attention.spec import AttentionConfig, GateConfig
 from jaxsplit.ops.norm.spec import NormConfig
 
-_ROUTINGS = {1: "softmax", 2: "sigmoid", 3: "softmax_after_topk"}
+_ROUTINGS = {1: "softmax", 2: "sigmoid", 3: "softmax_after_topk", 4: "sqrt_softplus"}
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _POSITIONS = 2**31 - 1
@@ -32,12 +33,16 @@ class Header:
       file: the model file.
       context: tokens that the model will be used with; 0: as many as it was made for.
       norms: kind of the architecture's norms, as in `NormConfig`.
+      sections_kept: a fourth section of M-RoPE is kept as it is in texts; else it is refused.
+      physical_layers: how many the file has, where `block_count` counts their uses.
       known: keys that have been read or need not be, without the prefix.
     """
 
     file: ModelFile
     context: int = 0
     norms: str = "rms"
+    sections_kept: bool = False
+    physical_layers: int | None = None
     known: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, name: str, default: Any = None) -> Any:
@@ -123,6 +128,13 @@ class Header:
             raise self.wrong(name, value, "true or false")
         return value
 
+    def flags(self, name: str, default: bool) -> list[bool]:
+        """Whether something is so, of each layer."""
+        values = [self._value(name, default, layer) for layer in range(self.layers)]
+        if not all(value in (0, 1) for value in values):
+            raise self.wrong(name, self(name, default), "true or false for each layer")
+        return [bool(value) for value in values]
+
     def window(self, default: int | None = None, *, least: int = 1) -> int:
         """How many of the last positions layers with a window see."""
         return min(self.count("attention.sliding_window", default, least=least), _POSITIONS)
@@ -137,10 +149,7 @@ class Header:
         name = "attention.sliding_window_pattern"
         pattern = self(name, every)
         if isinstance(pattern, list):
-            layers = [self._value(name, None, layer) for layer in range(self.layers)]
-            if not all(value in (0, 1) for value in layers):
-                raise self.wrong(name, pattern, "true or false for each layer")
-            return [bool(value) for value in layers]
+            return self.flags(name, True)
         every = self._whole(name, pattern, 0)
         return [every == 0 or layer % every < every - 1 for layer in range(self.layers)]
 
@@ -182,6 +191,8 @@ class Header:
     @functools.cached_property
     def layers(self) -> int:
         """Layers, without those for predicting several tokens."""
+        if self.physical_layers is not None:
+            return self.physical_layers
         name = "nextn_predict_layers"
         more = self._whole(name, self(name, 0), 0)
         if more >= self.blocks:
@@ -219,7 +230,8 @@ class Header:
         name = "rope.dimension_sections"
         value = self(name, [])
         fits = isinstance(value, list) and len(value) in (0, 3, 4)
-        if not fits or not all(isinstance(n, int) and n >= 0 for n in value) or any(value[3:]):
+        whole = fits and all(isinstance(n, int) and n >= 0 for n in value)
+        if not whole or (any(value[3:]) and not self.sections_kept):
             raise self.wrong(name, value, "three whole numbers, and 0 if there is a fourth")
         return tuple(value)
 
@@ -236,13 +248,16 @@ class Header:
         heads = self.size("attention.head_count", layer=layer)
         return self.size("attention.key_length", self.embed // heads)
 
-    def rope(self, head_dim: int, *, interleaved: bool = False, end: str = "") -> RopeConfig:
+    def rope(
+        self, head_dim: int, *, interleaved: bool = False, end: str = "", dim: int | None = None
+    ) -> RopeConfig:
         """The rotary embedding of heads.
 
         Args:
           head_dim: their width.
           interleaved: neighbours are a pair.
           end: of the key that tells how many of their dimensions are rotated.
+          dim: how many they are, whatever the key says.
         """
         scaling = self("rope.scaling.type", "linear")
         if scaling not in _SCALINGS:
@@ -250,13 +265,16 @@ class Header:
                 f"{self.file.path}: {self.file.architecture}.rope.scaling.type {scaling!r} is not "
                 f"supported; supported are {', '.join(_SCALINGS)}"
             )
-        _ = self.sections  # refuses positions that text does not have
+        sections = self.sections  # refuses positions that text does not have
         trained = self.context_length
         original = self.count("rope.scaling.original_context_length", trained) or trained
-        dim = self.size(key := f"rope.dimension_count{end}", head_dim, least=2)
+        key = f"rope.dimension_count{end}"
+        dim = dim or self.size(key, head_dim, least=2)
         if dim > head_dim or dim % 2:
             expected = f"an even number of at most {head_dim}, the width of a head"
             raise self.wrong(key, dim, expected)
+        if any(sections[3:]) and sum(sections) != dim // 2:
+            raise self.wrong("rope.dimension_sections", list(sections), f"a sum of {dim // 2}")
         factors = "freqs" if self.has("rope_freqs.weight") else None
         if self.has("rope_factors_long.weight"):
             factors = "long" if (self.context or trained) > original else "short"
@@ -270,6 +288,7 @@ class Header:
             magnitude /= 1 + 0.1 * multiplier * math.log(max(1.0, factor))
         return RopeConfig(
             dim=dim,
+            still=sum(sections[3:]),
             base=self.number("rope.freq_base", 10000.0, above=1),
             interleaved=interleaved,
             scaling="linear" if scaling == "longrope" else scaling,
@@ -321,20 +340,42 @@ class Header:
             return None
         return scale, min(self.count(length, default, least=1), _POSITIONS), 0
 
-    def mlp(self, layer: int, activation: str = "silu") -> MLPConfig:
+    def gate(self, layer: int, activation: str = "sigmoid") -> GateConfig:
+        """The gate of a layer's attention: for each head or each element, as the tensor is wide."""
+        rows = self.file.tensor(f"blk.{layer}.attn_gate.weight").shape[0]
+        heads = self.size("attention.head_count", layer=layer)
+        return GateConfig(activation, per_head=rows == heads)
+
+    def bounded(self, kind: str, layer: int, *, after: bool = False) -> Activation:
+        """The SwiGLU of experts (`exp`), or of shared experts and MLPs (`shexp`), with its bound;
+        0: there is none. `after`: as in `BoundedSwiGLU`."""
+        limit = self.number(f"swiglu_clamp_{kind}", 0.0, layer=layer)
+        return BoundedSwiGLU(limit, after) if limit else "silu"
+
+    def mlp(
+        self, layer: int, activation: Activation = "silu", *, hidden: int | None = None
+    ) -> MLPConfig:
         """The MLP of a layer, gated if the file has the tensors for it."""
-        hidden = self.size("feed_forward_length", layer=layer)
+        hidden = hidden or self.size("feed_forward_length", layer=layer)
         gated = self.has(f"blk.{layer}.ffn_gate.weight")
         if not gated and self.has(up := f"blk.{layer}.ffn_up.weight"):
             gated = self.file.tensors[up].shape[0] == 2 * hidden
         return MLPConfig(hidden, activation, gated, self.has(f"blk.{layer}.ffn_up.bias"))
 
-    def experts(self, layer: int, activation: str = "silu", **choices: Any) -> MoEConfig:
+    def experts(
+        self,
+        layer: int,
+        activation: Activation = "silu",
+        *,
+        shared_activation: Activation | None = None,
+        **choices: Any,
+    ) -> MoEConfig:
         """The mixture of experts of a layer.
 
         Args:
           layer: which.
           activation: of the experts.
+          shared_activation: of the shared expert; None: the same.
           **choices: fields of `MoEConfig` that are known otherwise; `routing` and `normalize` where
             the file does not say, a `routing` of None: it must.
         """
@@ -342,8 +383,11 @@ class Header:
         def has(tensor: str) -> bool:
             return self.has(f"blk.{layer}.{tensor}")
 
-        def mlp(hidden: int, name: str) -> MLPConfig:
+        def mlp(hidden: int, name: str, activation: Activation) -> MLPConfig:
             gated = has(f"ffn_gate_{name}.weight") or has(f"ffn_gate_up_{name}.weight")
+            if name == "shexp" and not gated:
+                rows = self.file.tensor(f"blk.{layer}.ffn_up_{name}.weight").shape[0]
+                gated = rows == 2 * hidden
             return MLPConfig(hidden, activation, gated, has(f"ffn_down_{name}.bias"))
 
         experts, used = self.size("expert_count"), self.size("expert_used_count")
@@ -360,20 +404,21 @@ class Header:
                 "expert_group_used_count", used_groups, f"groups of {used} experts, of {groups}"
             )
         hidden = self.size("feed_forward_length", 0, least=0, layer=layer)
-        shared = self.file.tensors.get(f"blk.{layer}.ffn_up_shexp.weight")
+        shared = self.file.tensors.get(f"blk.{layer}.ffn_down_shexp.weight")
+        of_shared = activation if shared_activation is None else shared_activation
         found = {
             "routing": self._routing(choices.pop("routing", "softmax")),
             "router_bias": has("ffn_gate_inp.bias"),
-            "selection_bias": has("exp_probs_b.bias"),
+            "selection_bias": has("exp_probs_b.bias") or has("exp_probs_b"),
             "groups": groups,
             "used_groups": used_groups,
             "normalize": self.flag("expert_weights_norm", choices.pop("normalize", False)),
             "scale": self.number("expert_weights_scale", 1.0) or 1.0,
             "expert_scale": has("ffn_down_exps.scale"),
-            "shared": None if shared is None else mlp(shared.shape[0], "shexp"),
+            "shared": None if shared is None else mlp(shared.shape[-1], "shexp", of_shared),
             "shared_gate": has("ffn_gate_inp_shexp.weight"),
         }
-        expert = mlp(self.size("expert_feed_forward_length", hidden), "exps")
+        expert = mlp(self.size("expert_feed_forward_length", hidden), "exps", activation)
         return MoEConfig(experts, used, expert, **(found | choices))
 
     def _routing(self, usual: str | None) -> str:

@@ -37,17 +37,17 @@ class Rows:
     layout: Layout | None = None
 
     def of(
-        self, available: int, count: int, block: BlockConfig, start: int = 0
+        self, available: int, count: int, block: BlockConfig | None, start: int = 0
     ) -> np.ndarray | None:
         """Which rows they are: int `[count]`; None: the tensor has not as many.
 
         Args:
           available: rows of the tensor.
           count: rows of the parameter.
-          block: the layer.
+          block: the layer; None: it is outside of layers.
           start: rows of the parameters that come before.
         """
-        if self.layout is None:
+        if self.layout is None or block is None:
             return np.arange(start, start + count) if start + count <= available else None
         try:
             groups, parts = self.layout(block)
@@ -99,10 +99,41 @@ def _halves(block: BlockConfig) -> tuple[int, list[int]]:
     return moe.experts, [moe.expert.intermediate_size] * 2
 
 
+def side_by_side(names: Names) -> dict[str, Sequence[str | Rows]]:
+    """Names of an MLP and of experts in one layer."""
+    prefix = "blocks.{i}.mlp."
+    parts = dict.fromkeys(("gate", "up", "down"), "dense")
+    parts |= dict.fromkeys(("router", "experts", "expert_scale"), "moe")
+    return {
+        f"{prefix}{parts[part]}.{part}{rest}": choices
+        for path, choices in names.items()
+        for part, dot, end in [path.removeprefix(prefix).partition(".")]
+        for rest in [dot + end]
+        if path.startswith(prefix) and part in parts
+    }
+
+
+def beside(names: Names, name: str) -> Names:
+    """Names of a mixer's parameters as those of a mixer of this name beside another."""
+
+    def moved(choice: str | Rows) -> str | Rows:
+        if isinstance(choice, str):
+            return choice
+        after = tuple(path.replace("mixer.", f"mixer.{name}.", 1) for path in choice.after)
+        return dataclasses.replace(choice, after=after)
+
+    return {
+        path.replace(".mixer.", f".mixer.{name}.", 1): [moved(choice) for choice in choices]
+        for path, choices in names.items()
+        if ".mixer." in path
+    }
+
+
 NAMES: Names = {
     "embedding.table": ["token_embd.weight"],
     "embedding_norm.scale": ["token_embd_norm.weight"],
     "embedding_norm.bias": ["token_embd_norm.bias"],
+    "embedding_offset": ["hrm.z_l_init"],
     "positions": ["position_embd.weight"],
     "freq_factors.freqs": ["rope_freqs.weight"],
     "freq_factors.long": ["rope_factors_long.weight"],
@@ -116,7 +147,41 @@ NAMES: Names = {
     "head.bias": ["output.bias"],
     **_qkv("weight"),
     **_qkv("bias"),
+    "head_residual.gates.mix.kernel": ["output_hc_fn.weight"],
+    "head_residual.gates.scale": ["output_hc_scale.weight"],
+    "head_residual.gates.base": ["output_hc_base.weight"],
+    "head_residual.norm.scale": ["output_hc_norm.weight"],
+    "head_residual.down.kernel": ["output_hc_down.weight"],
+    "head_residual.up.kernel": ["output_hc_up.weight"],
+    "altup.kernel": ["altup_proj.weight"],
+    "head_residual.kernel": ["altup_unembd_proj.weight"],
+    "head_residual.score.scale": ["output_res_score.weight"],
+    "blocks.{i}.end_norm.scale": ["output_norm.weight"],
     **block_names(
+        mixer_residual__gates__mix__kernel="hc_attn_fn.weight",
+        mixer_residual__gates__scale="hc_attn_scale.weight",
+        mixer_residual__gates__base="hc_attn_base.weight",
+        mixer_residual__norm__scale="hc_attn_norm.weight",
+        mixer_residual__down__kernel="hc_attn_down.weight",
+        mixer_residual__up__kernel="hc_attn_up.weight",
+        mixer_residual__inject__kernel="hc_attn_inject.weight",
+        mixer_residual__score__scale="attn_res_score.weight",
+        mlp_residual__gates__mix__kernel="hc_ffn_fn.weight",
+        mlp_residual__gates__scale="hc_ffn_scale.weight",
+        mlp_residual__gates__base="hc_ffn_base.weight",
+        mlp_residual__norm__scale="hc_ffn_norm.weight",
+        mlp_residual__down__kernel="hc_ffn_down.weight",
+        mlp_residual__up__kernel="hc_ffn_up.weight",
+        mlp_residual__inject__kernel="hc_ffn_inject.weight",
+        mlp_residual__score__scale="ffn_res_score.weight",
+        altup__router_norm__scale="altup_router_norm.weight",
+        altup__router__kernel="altup_router.weight",
+        altup__predict__kernel="altup_predict_coef.weight",
+        altup__correct__kernel="altup_correct_coef.weight",
+        altup__correct_scale="altup_correct_scale.weight",
+        laurel__down__kernel="laurel_l.weight",
+        laurel__up__kernel="laurel_r.weight",
+        laurel__norm__scale="laurel_post_norm.weight",
         mixer_norm__scale="attn_norm.weight",
         mixer_norm__bias="attn_norm.bias",
         mixer_post_norm__scale="post_attention_norm.weight",
@@ -127,22 +192,28 @@ NAMES: Names = {
         per_layer_embedding__out__kernel="proj.weight",
         per_layer_embedding__norm__scale="post_norm.weight",
         output_scale="layer_output_scale.weight",
+        carried_scale="layer_output_scale.weight",
+        mixer__query_scale="attn_q_norm.weight",
         mixer__query_norm__scale="attn_q_norm.weight",
         mixer__query_norm__bias="attn_q_norm.bias",
         mixer__key_norm__scale="attn_k_norm.weight",
         mixer__key_norm__bias="attn_k_norm.bias",
         mixer__sinks="attn_sinks.weight",
+        mixer__gate__kernel="attn_gate.weight",
+        mixer__out_norm__scale="attn_sub_norm.weight",
         mixer__out__kernel="attn_output.weight",
         mixer__out__bias="attn_output.bias",
         mlp__gate__kernel=["ffn_gate.weight", Rows("ffn_up.weight")],
         mlp__gate__bias="ffn_gate.bias",
         mlp__up__kernel=["ffn_up.weight", Rows("ffn_up.weight", ("mlp.gate.kernel",))],
         mlp__up__bias="ffn_up.bias",
+        mlp__norm__scale="ffn_sub_norm.weight",
         mlp__down__kernel="ffn_down.weight",
         mlp__down__bias="ffn_down.bias",
         mlp__router__kernel="ffn_gate_inp.weight",
         mlp__router__bias="ffn_gate_inp.bias",
-        mlp__selection_bias="exp_probs_b.bias",
+        mlp__table="ffn_gate_tid2eid.weight",
+        mlp__selection_bias=["exp_probs_b.bias", "exp_probs_b"],
         mlp__expert_scale="ffn_down_exps.scale",
         mlp__experts__gate__kernel=[
             "ffn_gate_exps.weight",
@@ -156,10 +227,16 @@ NAMES: Names = {
         mlp__experts__up__bias="ffn_up_exps.bias",
         mlp__experts__down__kernel="ffn_down_exps.weight",
         mlp__experts__down_bias="ffn_down_exps.bias",
-        mlp__shared__gate__kernel="ffn_gate_shexp.weight",
-        mlp__shared__up__kernel="ffn_up_shexp.weight",
+        mlp__shared__gate__kernel=["ffn_gate_shexp.weight", Rows("ffn_up_shexp.weight")],
+        mlp__shared__up__kernel=[
+            "ffn_up_shexp.weight",
+            Rows("ffn_up_shexp.weight", ("mlp.shared.gate.kernel",)),
+        ],
         mlp__shared__down__kernel="ffn_down_shexp.weight",
         mlp__shared_gate="ffn_gate_inp_shexp.weight",
+        mlp__latent_down__kernel=["ffn_latent_down.weight", "ffn_routed_down.weight"],
+        mlp__latent_norm__scale="ffn_routed_norm.weight",
+        mlp__latent_up__kernel=["ffn_latent_up.weight", "ffn_routed_up.weight"],
     ),
 }
 
@@ -193,9 +270,10 @@ def tensor_names(
         layer = "".join(re.findall(r"^blocks\.(\d+)\.", path))
         choices = names.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", path), ())
         prefix = f"blocks.{layer}." if layer else ""
+        source = config.source(int(layer)) if layer else ""
         misfit = None
         for choice in choices:
-            name = (choice.tensor if isinstance(choice, Rows) else choice).format(i=layer)
+            name = (choice.tensor if isinstance(choice, Rows) else choice).format(i=source)
             tensor = file.tensors.get(name)
             if tensor is None:
                 continue
@@ -204,7 +282,8 @@ def tensor_names(
             if isinstance(choice, Rows):
                 siblings = [prefix + sibling for sibling in choice.after]
                 if all(sibling in shapes for sibling in siblings):
-                    block, before = config.blocks[int(layer)], [_rows(shapes[s]) for s in siblings]
+                    block = config.blocks[int(layer)] if layer else None
+                    before = [_rows(shapes[s]) for s in siblings]
                     rows = choice.of(available, _rows(shape), block, sum(before))
                 fits = rows is not None
                 if rows is not None:
@@ -217,9 +296,9 @@ def tensor_names(
         else:
             first = choices[0] if choices else path
             first = first.tensor if isinstance(first, Rows) else first
-            problems.append(misfit or f"{first.format(i=layer)} is missing")
+            problems.append(misfit or f"{first.format(i=source)} is missing")
     for name, weights in taken.items():
-        if weights < math.prod(shape := file.tensors[name].shape):
+        if weights < math.prod(shape := file.tensors[name].shape) and not re.match(unused, name):
             problems.append(f"{name} has shape {shape}, of which only a part would be used")
     problems += sorted(
         f"{name} is not used by this architecture"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxsplit.architectures import dense, gemma, hybrids, mla, moe
+from jaxsplit.architectures import dense, gemma, hybrids, mla, moe, rwkv
 from jaxsplit.architectures.entry import Architecture, decoder
 from jaxsplit.architectures.harmless import check_keys
 from jaxsplit.architectures.header import Header
@@ -28,6 +28,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **moe.ARCHITECTURES,
     **mla.ARCHITECTURES,
     **hybrids.ARCHITECTURES,
+    **rwkv.ARCHITECTURES,
 }
 
 

@@ -55,17 +55,15 @@ class Batch:
       slots: int32 `[batch]`: the slot of each sequence; None: all slots in order.
       pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: its slot.
       freq_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
-      shared_kv: keys and values that layers share with later ones, and the keys' positions, by
-        name.
+      lent: what layers lend to later ones, by name: keys and values with the keys' positions, or
+        which keys an indexer has selected.
     """
 
     positions: Array
     slots: Array | None = None
     pages: Array | None = None
     freq_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
-    shared_kv: dict[str, tuple["AttentionCache", Array | None]] = dataclasses.field(
-        default_factory=dict
-    )
+    lent: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> Array:
@@ -172,6 +170,32 @@ class AttentionCache:
 
         return jax.tree.map(of, self)
 
+    def at(self, index: Array, pages: Array | None, filled: Array) -> "AttentionCache":
+        """Gathers some positions of each sequence.
+
+        Args:
+          index: int32 `[batch, kv_heads or 1, n]`.
+          pages: int32 `[batch, pages]`; None: the n-th sequence has page n.
+          filled: as in `read`.
+
+        Returns:
+          a cache `[batch, kv_heads, n, width]`.
+        """
+        batch, heads, _ = index.shape
+        if pages is None:
+            pages = jnp.arange(batch)[:, None]
+        page = jnp.take_along_axis(pages[:, None], index // self.length, axis=2)
+        head = jnp.arange(self.keys.shape[1] if heads == 1 else heads)[:, None]
+        exists = index < filled[:, None, None]
+
+        def of(x: Array) -> Array:
+            x = x[page, head, index % self.length]
+            return jnp.where(exists.reshape(*exists.shape, *[1] * (x.ndim - 3)), x, 0).astype(
+                x.dtype
+            )
+
+        return jax.tree.map(of, self)
+
     def positions(self, last: Array) -> Array:
         """Position at each index once `last`, int32 `[batch]`, is written: int32 `[batch, length]`,
         negative where there is none. Of a sequence in a single page."""
@@ -271,6 +295,13 @@ def recurrent_cache(
     heads, *sizes = state
     matrices = CacheArray((heads.units, *sizes), (heads, None, None), jnp.float32)
     return RecurrentCache(tuple(inputs), matrices)
+
+
+def pool_cache(rows: int, row_width: int, entries: int, width: int) -> RecurrentCache:
+    """`RecurrentCache` of `CacheArray`s: the last `rows` tokens of a sequence, and entries for its
+    blocks of tokens."""
+    shapes = (rows, row_width), (max(1, entries), width)
+    return RecurrentCache(tuple(CacheArray(s, (None, None), jnp.float32) for s in shapes))
 
 
 Cache = list[Any]

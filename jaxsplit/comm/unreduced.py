@@ -55,6 +55,12 @@ class Unreduced:
             y = all_gather(y, self.axis, self.axis.units)
         return y if self.bias is None else (y + self.bias).astype(dtype)
 
+    def __mul__(self, factor: float) -> "Unreduced":
+        """Times a number; it may not be sent already."""
+        assert self.epochs is None
+        bias = None if self.bias is None else self.bias * factor
+        return dataclasses.replace(self, parts=self.parts * factor, bias=bias)
+
     def __add__(self, other: "Unreduced") -> "Unreduced":
         """The sum of both, with one all-reduce if the same devices take part in theirs.
 

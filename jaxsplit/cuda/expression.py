@@ -19,6 +19,7 @@ _PRIMITIVES: dict[str, str] = {
     "abs": "fabsf({0})",
     "exp": "expf({0})",
     "log": "logf({0})",
+    "expm1": "expm1f({0})",
     "log1p": "log1pf({0})",
     "tanh": "tanhf({0})",
     "erf": "erff({0})",

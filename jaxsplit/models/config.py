@@ -1,12 +1,20 @@
 """What a decoder looks like: sizes and choices, independent of where they came from."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxsplit.models.mixer_config import LatentAttentionConfig, Mixer
+from jaxsplit.models.mixer_config import ChannelMixConfig, LatentAttentionConfig, Mixer
+from jaxsplit.models.residual_config import (
+    AttentionResidualConfig,
+    HeadResidualConfig,
+    NGramConfig,
+    ResidualConfig,
+    SwitchConfig,
+)
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.spec import NormConfig
@@ -14,23 +22,40 @@ from jaxsplit.ops.norm.spec import NormConfig
 
 @dataclasses.dataclass(frozen=True)
 class DenseMoEConfig:
-    """An MLP and a mixture of experts side by side, each between norms of its own.
+    """An MLP and a mixture of experts side by side.
 
     Attributes:
       dense: the MLP.
       moe: the experts.
-      norm: of what they read and write; the router reads the stream normalized without parameters,
-        times a vector.
-      router_scale: and times this.
+      norm: of what each of them reads and writes; the router reads the stream normalized without
+        parameters, times a vector. None: no norms.
+      router_scale: multiplies the router's normalized input.
     """
 
     dense: MLPConfig
     moe: MoEConfig
-    norm: NormConfig
-    router_scale: float
+    norm: NormConfig | None = None
+    router_scale: float = 1.0
 
 
-FeedForward = MLPConfig | MoEConfig | DenseMoEConfig
+@dataclasses.dataclass(frozen=True)
+class GroveMoEConfig:
+    """A mixture of experts, and smaller experts of groups of them that read its output.
+
+    Attributes:
+      moe: the mixture.
+      chunk: each of the smaller experts.
+      per_group: experts of a group.
+      scale: multiplies what the smaller experts add.
+    """
+
+    moe: MoEConfig
+    chunk: MLPConfig
+    per_group: int
+    scale: float
+
+
+FeedForward = GroveMoEConfig | MLPConfig | MoEConfig | DenseMoEConfig | ChannelMixConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,29 +63,69 @@ class BlockConfig:
     """A layer: a mixer of tokens, then an MLP, each added to the residual stream.
 
     Attributes:
-      mixer: how tokens see one another.
-      mlp: what is done to each token.
+      mixer: how tokens see one another; None: the layer has no mixer.
+      mlp: what is done to each token; None: the layer has no MLP.
       mixer_norm, mlp_norm: of what they read; None: no norm.
       mixer_post_norm, mlp_post_norm: of what they write; None: no norm.
       parallel: both read the stream before the layer; without `mlp_norm` what the mixer reads.
+      mixer_scale, mlp_scale: multiply their outputs, before their norms.
       residual_scale: multiplies what they write.
+      normalized_residual: mixer and MLP are added to the outputs of their norms times this; None:
+        to the stream that the norms read.
+      residual: how they are connected to several streams; None: there is one.
+      stream_mlp: a second MLP, which reads the stream before the mixer, through a norm of its own;
+        its output is added to that of the first. None: there is none.
+      routes_stream: the router of the experts reads the stream before the mixer.
       per_layer_embedding: width of the tokens' embeddings for this layer, which are gated and added
         to the stream last; 0: none.
       per_layer_embedding_norm: of what is added.
       output_scale: a parameter multiplies the stream after the layer.
+      stream_scale: multiplies the stream after the layer.
+      end_norm: of the stream after the layer; None: no norm.
+      exchange: what the stream carries is added to the stream after the layer (`keep`), and the
+        stream before that is carried on instead (`swap`); None: neither.
+      source: which layer of the file it is, several layers may be one; None: its number.
+      ngrams: embeddings of n-grams that are added before the layer; None: none.
+      switch: adapters that tokens switch on; None: there are none.
+      carried_scale: what the stream carries, times a parameter, is added after the layer.
     """
 
-    mixer: Mixer
-    mlp: FeedForward
+    mixer: Mixer | None
+    mlp: FeedForward | None
     mixer_norm: NormConfig | None = NormConfig()
     mlp_norm: NormConfig | None = NormConfig()
     mixer_post_norm: NormConfig | None = None
     mlp_post_norm: NormConfig | None = None
     parallel: bool = False
+    mixer_scale: float = 1.0
+    mlp_scale: float = 1.0
     residual_scale: float = 1.0
+    normalized_residual: float | None = None
+    residual: ResidualConfig | None = None
+    stream_mlp: FeedForward | None = None
+    routes_stream: bool = False
     per_layer_embedding: int = 0
     per_layer_embedding_norm: NormConfig = NormConfig()
     output_scale: bool = False
+    stream_scale: float = 1.0
+    carried_scale: bool = False
+    end_norm: NormConfig | None = None
+    ngrams: NGramConfig | None = None
+    switch: SwitchConfig | None = None
+    exchange: str | None = None
+    source: int | None = dataclasses.field(default=None, compare=False)
+
+    def cache(self, context: int, dtype: jnp.dtype, embed: int) -> Any:
+        """What it keeps of a sequence, `CacheArray`s: of the mixer, and of n-grams or an MLP with a
+        state."""
+        mixer = self.mixer and self.mixer.cache(context, dtype)
+        if self.ngrams is not None:
+            return mixer, self.ngrams.cache(embed)
+        if self.switch is not None and self.switch.first:
+            return mixer, self.switch.cache()
+        if not isinstance(self.mlp, ChannelMixConfig):
+            return mixer
+        return mixer, self.mlp.cache(context, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +138,19 @@ class ModelConfig:
       embed: width of the residual stream.
       context: longest context that the model was made for, in tokens.
       blocks: the layers.
-      norm: of the last layer's output.
+      norm: of the last layer's output; None: no norm.
+      head_residual: what is read of several streams after the last layer; None: there is one.
       embedding_scale: multiplies embeddings.
       embedding_norm: of embeddings; None: no norm.
       learned_positions: positions that have an embedding of their own; 0: none have.
       tied: the embedding is the output head too.
       head_bias: the head has a bias.
       logit_scale: multiplies logits.
+      carried: width of what the stream carries beside the residual stream, from the embedding, or
+        a mixer of the first layer, to all layers; 0: nothing.
+      carries_embedding: it is the embedding.
+      substitutes: tokens that have the embeddings of others, and which these are.
+      embedding_offset: a parameter is added to the stream that layers read first.
       logit_softcap: logits are bounded to this by a tanh; None: they are not.
     """
 
@@ -88,13 +159,18 @@ class ModelConfig:
     embed: int
     context: int
     blocks: tuple[BlockConfig, ...]
-    norm: NormConfig = NormConfig()
+    norm: NormConfig | None = NormConfig()
+    head_residual: HeadResidualConfig | None = None
     embedding_scale: float = 1.0
     embedding_norm: NormConfig | None = None
     learned_positions: int = 0
     tied: bool = False
     head_bias: bool = False
     logit_scale: float = 1.0
+    carried: int = 0
+    carries_embedding: bool = False
+    substitutes: tuple[tuple[int, int], ...] = ()
+    embedding_offset: bool = False
     logit_softcap: float | None = None
 
     @property
@@ -102,21 +178,54 @@ class ModelConfig:
         """How many there are."""
         return len(self.blocks)
 
+    def source(self, layer: int) -> int:
+        """The layer of the file that a layer is."""
+        source = self.blocks[layer].source
+        return layer if source is None else source
+
+    def first_use(self, layer: int) -> int:
+        """The first layer with the same parameters."""
+        return self._first_uses[layer]
+
+    @functools.cached_property
+    def _first_uses(self) -> list[int]:
+        first: dict[int, int] = {}
+        return [first.setdefault(self.source(i), i) for i in range(self.layers)]
+
+    def streams(self, layer: int) -> int:
+        """How many streams of the width `embed` a layer is given."""
+        earlier = [block.residual for block in self.blocks[:layer]]
+        begun = sum(isinstance(r, AttentionResidualConfig) and r.begins for r in earlier)
+        return getattr(self.blocks[0].residual, "streams", 1) + begun
+
     def stream_width(self, layer: int) -> int:
         """Numbers of each token that a layer is given: the residual stream, and the embeddings for
-        this and later layers."""
-        return self.embed + sum(block.per_layer_embedding for block in self.blocks[layer:])
+        this and later layers, and what the stream carries."""
+        later = sum(block.per_layer_embedding for block in self.blocks[layer:])
+        return self.streams(layer) * self.embed + later + self.carried
+
+    @property
+    def looks_up_tokens(self) -> int:
+        """How many of the first layers there are up to the last one that looks up experts, n-grams
+        or adapters by tokens."""
+        by_token = [
+            b.ngrams or getattr(b.mlp, "by_token", False) or (b.switch and b.switch.first)
+            for b in self.blocks
+        ]
+        return max((i + 1 for i, by in enumerate(by_token) if by), default=0)
 
     @property
     def colocated_layers(self) -> list[range]:
-        """Runs of layers that must be in one stage: a KV donor and all layers up to the
-        last one that uses its keys and values."""
-        kv_donor = [getattr(block.mixer, "kv_donor", None) for block in self.blocks]
-        kv_source = [getattr(block.mixer, "kv_source", None) for block in self.blocks]
-        spans = {}
-        for i, name in enumerate(kv_source):
-            if name:
-                spans[name] = range(kv_donor.index(name), i + 1)
+        """Runs of layers that must be in one stage: one that lends keys and values, or a selection
+        of keys, and all layers up to the last one that uses them."""
+        lenders, spans = {}, {}
+        if self.looks_up_tokens:  # which only the first stage knows
+            spans[0] = range(self.looks_up_tokens)
+        for i, block in enumerate(self.blocks):
+            if name := getattr(block.mixer, "borrows", None):
+                spans[lenders[name]] = range(lenders[name], i + 1)
+            if name := getattr(block.mixer, "lends", None):
+                lenders[name] = i
         return list(spans.values())
 
     def cache(self, context: int, dtype: jnp.dtype, layers: range | None = None) -> list:
@@ -128,12 +237,12 @@ class ModelConfig:
           layers: which; None: all.
         """
         blocks = self.blocks if layers is None else self.blocks[layers.start : layers.stop]
-        return [block.mixer.cache(context, dtype) for block in blocks]
+        return [block.cache(context, dtype, self.embed) for block in blocks]
 
     @property
     def attention(self) -> AttentionConfig | LatentAttentionConfig | None:
         """Of the first layer that has any."""
-        mixers = (block.mixer for block in self.blocks)
+        mixers = (getattr(block.mixer, "attention", block.mixer) for block in self.blocks)
         return next(
             (m for m in mixers if isinstance(m, AttentionConfig | LatentAttentionConfig)), None
         )

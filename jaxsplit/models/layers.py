@@ -119,6 +119,41 @@ class LoRA(nnx.Module):
         return matmul_ops.matmul(low.astype(x.dtype), self.up.get_value())
 
 
+class SwitchedLoRA(nnx.Module):
+    """Low-rank changes of a matrix, one of several for each token: `x A B` of the token's adapter.
+
+    Args:
+      axes: of the matrix, rows and columns.
+      shape: of the matrix.
+      adapters: how many there are.
+      rank: of each.
+    """
+
+    def __init__(
+        self,
+        axes: tuple[Axis, Axis],
+        shape: tuple[int, ...],
+        adapters: int,
+        rank: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        (rows, columns), (out_size, in_size), latent = axes, shape, Axis("lora_rank")
+        self.down = param(rngs, (latent, columns), (adapters * rank, in_size))
+        self.up = param(rngs, (Axis("adapters"), rows, latent), (adapters, out_size, rank))
+
+    def __call__(self, x: Rows) -> Array:
+        """What the tokens' adapters add: `[batch, time, in]` to float32 `[batch, time, out]`; on a
+        mesh, of this device's rows and columns."""
+        chosen = current_context().token_adapters
+        assert chosen is not None
+        low = matmul_ops.matmul(x, self.down.get_value())
+        low = low.reshape(*chosen.shape, -1) * chosen[..., None]
+        low = jnp.moveaxis(low.astype(x.dtype), 2, 0).reshape(chosen.shape[2], -1, low.shape[-1])
+        y = jax.vmap(matmul_ops.matmul)(low, self.up.get_value()).sum(axis=0)
+        return y.reshape(*chosen.shape[:2], -1)
+
+
 class Linear(nnx.Module):
     """A projection from one logical axis to another.
 
@@ -128,9 +163,11 @@ class Linear(nnx.Module):
 
     Attributes:
       lora: what adapters add to the result, split as the kernel; None: there are none.
+      switched: what the model's own adapters add; None: it has none.
     """
 
     lora: LoRA | None = None
+    switched: SwitchedLoRA | None = None
 
     def __init__(
         self,
@@ -162,11 +199,11 @@ class Linear(nnx.Module):
             "axis": self.rows,
             "bias": None if self.bias is None else self.bias.get_value(),
         }
-        if self.lora is None:
+        if not self.low_rank:
             return unreduced_matmul(x, self.kernel.get_value(), **options)
         with forward_context(fuse_all_reduce=False):  # one for both, after they are added
             y = unreduced_matmul(x, self.kernel.get_value(), **options)
-        parts = y.local_sum + self.lora(x)
+        parts = sum((change(x) for change in self.low_rank), y.local_sum)
         return dataclasses.replace(y, parts=parts[None])
 
     def __call__(self, x: Rows) -> Array:
@@ -174,6 +211,11 @@ class Linear(nnx.Module):
         if self.rows.name == "embed_out":
             return self.unreduced(x).all_reduce(x.dtype)
         return project(x, self)[0].local_sum
+
+    @property
+    def low_rank(self) -> list[LoRA | SwitchedLoRA]:
+        """The changes of its matrix."""
+        return [change for change in (self.lora, self.switched) if change is not None]
 
     @property
     def _gathers(self) -> bool:
@@ -189,7 +231,7 @@ def readers_of(x: Like, *linears: Linear | None) -> Readers:
     """Who reads rows like `x` when several projections multiply them; None: no projection."""
     present = [linear for linear in linears if linear]
     params = [linear.kernel for linear in present]
-    params += [linear.lora.down for linear in present if linear.lora]
+    params += [change.down for linear in present for change in linear.low_rank]
     return matmul_ops.readers_of(x, [param.get_value() for param in params])
 
 
@@ -208,11 +250,11 @@ def project(
     """
     present = [first, *(linear for linear in others if linear is not None)]
     kernels, x = [linear.kernel.get_value() for linear in present], first._gathered(x)
-    if any(linear.bias is not None or linear.lora is not None for linear in present):
+    if any(linear.bias is not None or linear.low_rank for linear in present):
         results = []
         for y, linear in zip(matmul_ops.matmuls(x, kernels), present, strict=True):
             y = y if linear.bias is None else y + linear.bias.get_value()
-            y = y if linear.lora is None else y + linear.lora(x)
+            y = sum((change(x) for change in linear.low_rank), y)
             results.append(Unreduced.of(y.astype(x.dtype)))
     elif split_k:
         results = split_k_matmuls(x, kernels, x.dtype)

@@ -241,7 +241,7 @@ class LinearAttention(nnx.Module):
         queries, keys = (y.reshape(*shape, -1, c.key_dim) for y in projected[:2])
         heads = (keys.shape[2], -1)  # key heads, and the value heads that share each of them
         values = projected[2].reshape(*shape, *heads, c.value_dim)
-        gate = jax.nn.silu(self.gate(x).astype(jnp.float32)).reshape(values.shape)
+        gate = getattr(jax.nn, c.gate)(self.gate(x).astype(jnp.float32)).reshape(values.shape)
         dt = jax.nn.softplus(self.dt(x).astype(jnp.float32) + self.dt_bias.get_value())
         # Padding leaves the state unchanged: dt = 0 stops the decay, a zero key writes nothing.
         exists = batch.positions[..., None] >= 0

@@ -1,5 +1,7 @@
 """Multi-head latent attention: one small latent vector per token instead of keys and values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,9 +9,10 @@ from jax import Array
 
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.unreduced import Unreduced
+from jaxsplit.models.indexer import Indexer, mask_of
 from jaxsplit.models.layers import Linear, Norm, param, readers_of
-from jaxsplit.models.mixer_config import LatentAttentionConfig
-from jaxsplit.ops.activations.layout import Activations, Readers
+from jaxsplit.models.mixer_config import SELECTION, LatentAttentionConfig
+from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention.api import KV, apply_temperature, attend, update_cache
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig
@@ -29,7 +32,7 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, config: LatentAttentionConfig, embed: int, *, rngs: nnx.Rngs):
         c, heads = config, config.axis
-        width = c.heads * (c.head_dim + c.rope.dim)
+        width = c.heads * (c.head_dim + c.shared_dim)
 
         def stack(*shape: int) -> nnx.Param:
             return param(rngs, (heads, Axis("up"), LATENT), (c.heads, *shape))
@@ -39,37 +42,55 @@ class LatentAttention(nnx.Module):
         self.query_norm = Norm(c.norm, low, LATENT) if low else None
         source = (LATENT, low) if low else (EMBED, embed)
         self.query = Linear(*source, heads, width, rngs=rngs)
-        self.latent = Linear(EMBED, embed, LATENT, c.kv_lora_rank + c.rope.dim, rngs=rngs)
+        self.latent = Linear(EMBED, embed, LATENT, c.kv_lora_rank + c.shared_dim, rngs=rngs)
         self.latent_norm = Norm(c.norm, c.kv_lora_rank, LATENT)
+        shared = c.shared_key_norm
+        self.shared_key_norm = Norm(shared, c.shared_dim, LATENT) if shared else None
         self.key_up = stack(
             *((c.head_dim, c.kv_lora_rank) if c.k_up_transposed else (c.kv_lora_rank, c.head_dim))
         )
         self.value_up = stack(c.value_dim, c.kv_lora_rank)
+        self.sinks = nnx.Param(jnp.zeros(c.heads, jnp.float32), axes=(heads,)) if c.sinks else None
+        gate_width = 1 if c.gate and c.gate.per_head else c.value_dim
+        self.gate = Linear(EMBED, embed, heads, c.heads * gate_width, rngs=rngs) if c.gate else None
+        self.indexer = Indexer(c.indexer, embed, low, rngs=rngs) if c.indexer else None
         self.out = Linear(heads, c.heads * c.value_dim, EMBED, embed, rngs=rngs)
         self.config = config
 
     def readers(self, x: Array) -> Readers:
         """Who reads the input `[batch, time, embed]`."""
-        return readers_of(x, self.query_down or self.query, self.latent)
+        readers = readers_of(x, self.query_down or self.query, self.latent, self.gate)
+        return readers if self.indexer is None else readers | XLA_ONLY
 
     def __call__(
-        self, x: Activations, batch: Batch, cache: AttentionCache | None
-    ) -> tuple[Unreduced, AttentionCache | None]:
-        """Attends, as `Attention`."""
+        self,
+        x: Activations,
+        batch: Batch,
+        cache: Any,
+    ) -> tuple[Unreduced, Any]:
+        """Attends, as `Attention`; the cache holds latent vectors and the indexer's keys."""
         c, positions = self.config, batch.positions
-        freq_factors = c.rope.divisors(batch.freq_factors)
+        latents, index = (None, None) if cache is None else cache
         low = x
         if self.query_down is not None and self.query_norm is not None:
             low = self.query_norm(self.query_down(x))
-        queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.rope.dim)
+        if self.indexer is not None:
+            assert not isinstance(low, Activations)
+            batch.lent[SELECTION], index = self.indexer(x, low, batch, index)
+        queries = self.query(low).reshape(*positions.shape, -1, c.head_dim + c.shared_dim)
         queries = apply_temperature(queries, positions, c.attn_temperature)
         queries, rope_queries = jnp.split(queries, [c.head_dim], axis=-1)
-        rope_queries = rope(rope_queries, positions, c.rope, freq_factors)
         latent, rope_key = jnp.split(self.latent(x), [c.kv_lora_rank], axis=-1)
-        rope_key = rope(rope_key[:, :, None], positions, c.rope, freq_factors)
+        if self.shared_key_norm is not None:
+            rope_key = self.shared_key_norm(rope_key)
+        rope_key = rope_key[:, :, None]
+        if c.rope is not None:
+            freq_factors = c.rope.divisors(batch.freq_factors)
+            rope_queries = rope(rope_queries, positions, c.rope, freq_factors)
+            rope_key = rope(rope_key, positions, c.rope, freq_factors)
         latent = jnp.concatenate([self.latent_norm(latent)[:, :, None], rope_key], axis=-1)
-        memory, key_positions, cache = update_cache(latent, None, batch, cache, None)
-        kv = KV(memory, key_positions)
+        kv, latents = self._keys(latent, batch, latents)
+        cache = None if cache is None else (latents, index)
         # Multiplications per key: absorbed attention takes more for each query, but needs no
         # up-projection of the key.
         extra = positions.shape[1] * (2 * c.kv_lora_rank - c.head_dim - c.value_dim)
@@ -77,7 +98,39 @@ class LatentAttention(nnx.Module):
             y = self._absorbed(queries, rope_queries, kv, batch)
         else:
             y = self._expanded(queries, rope_queries, kv, batch)
-        return self.out.unreduced(y.reshape(*positions.shape, -1)), cache
+        y = y.reshape(*positions.shape, -1)
+        if self.gate is not None and c.gate is not None:
+            y = c.gate(y, self.gate(x), c.value_dim)
+        return self.out.unreduced(y), cache
+
+    def _keys(
+        self, latent: Array, batch: Batch, cache: AttentionCache | None
+    ) -> tuple[KV, AttentionCache | None]:
+        """Writes the vectors of new tokens to the cache, and returns those that they attend to."""
+        c = self.config
+        selected = batch.lent.get(SELECTION) if c.sparse else None
+        if selected is None:
+            memory, key_positions, cache = update_cache(latent, None, batch, cache, c.window)
+            return KV(memory, key_positions), cache
+        if latent.shape[1] > 1 or cache is None:
+            memory, key_positions, cache = update_cache(latent, None, batch, cache, None)
+            return KV(memory, key_positions, visible=mask_of(selected, memory.length)), cache
+        # A single token reads only what was selected.
+        cache = cache.write(AttentionCache.of(latent, None, cache.keys.dtype), batch)
+        filled = batch.positions.max(axis=1) + 1
+        index = jnp.clip(selected, 0, jnp.maximum(filled - 1, 0)[:, None, None])
+        memory = cache.at(index, batch.pages_of(ring=False), filled)
+        return KV(memory, selected[:, 0]), cache
+
+    def _attend(self, queries: Array, kv: KV, batch: Batch, kv_heads: int, value_dim: int) -> Array:
+        """Attends with queries `[batch, time, kv_heads, group, width]`: `[batch, time, heads,
+        value_dim]`."""
+        c = self.config
+        options: dict[str, Any] = {"scale": c.scale, "window": c.window}
+        config = AttentionConfig(c.heads, kv_heads, queries.shape[-1], value_dim, **options)
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        y = attend(queries, kv, batch, config=config, sinks=sinks).array
+        return y.reshape(*queries.shape[:2], -1, value_dim)
 
     def _absorbed(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
         """Attends to the latent vectors, as a single KV head.
@@ -94,12 +147,9 @@ class LatentAttention(nnx.Module):
         c = self.config
         up = self.key_up.get_value()
         up = _transposed(up, queries.dtype) if c.k_up_transposed else up
-        queries = jnp.concatenate([_matmul_by_head(queries, up), rope_queries], axis=-1)
-        queries = queries[:, :, None]
-        config = AttentionConfig(c.heads, 1, queries.shape[-1], c.kv_lora_rank, scale=c.scale)
-        y = attend(queries, kv, batch, config=config).array
-        y = y.reshape(*queries.shape[:2], -1, c.kv_lora_rank)
-        return _matmul_by_head(y, self.value_up.get_value())
+        queries = jnp.concatenate([matmul_by_head(queries, up), rope_queries], axis=-1)
+        y = self._attend(queries[:, :, None], kv, batch, 1, c.kv_lora_rank)
+        return matmul_by_head(y, self.value_up.get_value())
 
     def _expanded(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
         """As `_absorbed`, with the keys and values of each head."""
@@ -109,16 +159,14 @@ class LatentAttention(nnx.Module):
         up = self.key_up.get_value()
         keys = _matmul_to_heads(latent, up if c.k_up_transposed else _transposed(up, dtype))
         values = _matmul_to_heads(latent, self.value_up.get_value())
-        rope_key = jnp.broadcast_to(rope_key[:, :, None], (*keys.shape[:3], c.rope.dim))
+        rope_key = jnp.broadcast_to(rope_key[:, :, None], (*keys.shape[:3], c.shared_dim))
         keys = jnp.concatenate([keys, rope_key], axis=-1)
         queries = jnp.concatenate([queries, rope_queries], axis=-1)[:, :, :, None]
-        config = AttentionConfig(c.heads, c.heads, queries.shape[-1], c.value_dim, scale=c.scale)
-        kv = KV(AttentionCache.of(keys, values, dtype), kv.positions)
-        y = attend(queries, kv, batch, config=config).array
-        return y.reshape(*queries.shape[:3], -1)
+        kv = KV(AttentionCache.of(keys, values, dtype), kv.positions, visible=kv.visible)
+        return self._attend(queries, kv, batch, c.heads, c.value_dim)
 
 
-def _matmul_by_head(x: Array, w: Weight) -> Array:
+def matmul_by_head(x: Array, w: Weight) -> Array:
     """Multiplies `[batch, time, heads, in]` with each head's matrix, `[heads, out, in]`: `[batch,
     time, heads, out]`."""
     rows = jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3])

@@ -9,13 +9,13 @@ from jax import Array
 
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import forward_context
-from jaxsplit.models.config import DenseMoEConfig, MLPConfig, MoEConfig
-from jaxsplit.models.layers import Linear, Norm, add_norm, param
+from jaxsplit.models.config import DenseMoEConfig, GroveMoEConfig, MLPConfig, MoEConfig
+from jaxsplit.models.layers import Linear, Norm, add_norm, norm, param
 from jaxsplit.models.mlp import MLP
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.moe import api as moe_ops
-from jaxsplit.ops.moe.api import ExpertMatrices, ExpertParams, topk_experts
-from jaxsplit.sharding.axes import EMBED, Axis
+from jaxsplit.ops.moe.api import ExpertMatrices, ExpertParams, topk_experts, weigh_experts
+from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
 ROUTER = Axis("router")
 
@@ -104,6 +104,9 @@ class MoE(nnx.Module):
 
     def __init__(self, config: MoEConfig, embed: int, *, rngs: nnx.Rngs):
         c = config
+        rows = c.vocab * c.top_k if c.by_token else 0
+        table = jnp.zeros(rows, jnp.float32)
+        self.table = nnx.Param(table, axes=(Axis("table"),)) if c.by_token else None
 
         def vector(has: bool) -> nnx.Param | None:
             return nnx.Param(jnp.zeros(c.experts, jnp.float32), axes=(ROUTER,)) if has else None
@@ -111,22 +114,34 @@ class MoE(nnx.Module):
         self.router = Linear(EMBED, embed, ROUTER, c.experts, bias=c.router_bias, rngs=rngs)
         self.selection_bias = vector(c.selection_bias)
         self.expert_scale = vector(c.expert_scale)
-        on_input = c.apply_router_weight_on_input
-        self.experts = Experts(c.experts, c.expert, embed, weight_on_input=on_input, rngs=rngs)
+        on_input, low = c.apply_router_weight_on_input, c.latent
+        self.latent_down = Linear(EMBED, embed, LATENT, low, rngs=rngs) if low else None
+        self.experts = Experts(
+            c.experts, c.expert, low or embed, weight_on_input=on_input, rngs=rngs
+        )
+        self.latent_norm = Norm(c.latent_norm, low, LATENT) if low and c.latent_norm else None
+        self.latent_up = Linear(LATENT, low, EMBED, embed, rngs=rngs) if low else None
         self.shared = None if c.shared is None else MLP(c.shared, embed, rngs=rngs)
         self.shared_gate = param(None, (EMBED,), (embed,)) if c.shared_gate else None
         self.config = config
 
     def readers(self, x: Array) -> Readers:
         """Who reads the input `[..., embed]`; XLA does, for the router."""
-        readers = moe_ops.readers_of(x, self.config.top_k, self.experts.params) | XLA_ONLY
+        if self.latent_down is not None:
+            readers = XLA_ONLY
+        else:
+            readers = moe_ops.readers_of(x, self.config.top_k, self.experts.params) | XLA_ONLY
         return readers if self.shared is None else readers | self.shared.readers(x)
 
-    def __call__(self, x: Activations, router_input: Array | None = None) -> Unreduced:
-        """`[..., embed]` to the same; the router reads `router_input` if it is given."""
-        topk_ids, weights = self.route(x if router_input is None else Activations(router_input))
+    def __call__(
+        self, x: Activations, router_input: Array | None = None, tokens: Array | None = None
+    ) -> Unreduced:
+        """`[..., embed]` to the same; the router reads `router_input` if it is given, and token ids
+        `[...]` if a table has their experts."""
+        read = x if router_input is None else Activations(router_input)
+        topk_ids, weights = self.route(read, tokens)
         if self.shared is None:
-            return self.experts(x, topk_ids, weights)
+            return self._routed(x, topk_ids, weights)
         with forward_context(fuse_all_reduce=False):  # one for both, after they are added
             shared = self.shared(x)
         if self.shared_gate is not None:
@@ -134,10 +149,22 @@ class MoE(nnx.Module):
             gate = jax.nn.sigmoid(gate.sum(-1, keepdims=True))
             bias = None if shared.bias is None else shared.bias * gate
             shared = dataclasses.replace(shared, parts=(shared.local_sum * gate)[None], bias=bias)
-        return self.experts(x, topk_ids, weights) + shared
+        return self._routed(x, topk_ids, weights) + shared
 
-    def route(self, x: Activations) -> tuple[Array, Array]:
+    def _routed(self, x: Activations, topk_ids: Array, weights: Array) -> Unreduced:
+        """The experts' outputs, which are summed before they are projected back."""
+        if self.latent_down is None or self.latent_up is None:
+            return self.experts(x, topk_ids, weights)
+        y = self.experts(Activations(self.latent_down(x)), topk_ids, weights).all_reduce(x.dtype)
+        return self.latent_up.unreduced(y if self.latent_norm is None else self.latent_norm(y))
+
+    def route(self, x: Activations, tokens: Array | None = None) -> tuple[Array, Array]:
         """The experts of tokens `[..., embed]` and their weights: as `topk_experts`."""
+        if self.table is not None and tokens is not None:
+            table = self.table.get_value().astype(jnp.int32).reshape(-1, self.config.top_k)
+            topk_ids = table[tokens]
+            logits = self.router(x.array.astype(jnp.float32))
+            return topk_ids, weigh_experts(logits, topk_ids, self.config)
         bias, scale = (
             None if vector is None else vector.get_value()
             for vector in (self.selection_bias, self.expert_scale)
@@ -150,26 +177,59 @@ class MoE(nnx.Module):
         return topk_experts(logits, self.config, bias, scale, rms=x.rms)
 
 
+class GroveMoE(nnx.Module):
+    """GroveMoE (Wu et al. 2025, arXiv:2508.07785), as llama.cpp computes it: the adjugate experts
+    of the chosen experts' groups read the mixture's output."""
+
+    def __init__(self, config: GroveMoEConfig, embed: int, *, rngs: nnx.Rngs):
+        c = config
+        self.moe = MoE(c.moe, embed, rngs=rngs)
+        self.groups = c.moe.experts // c.per_group
+        self.chunks = Experts(self.groups, c.chunk, embed, rngs=rngs)
+        self.config = config
+
+    def readers(self, x: Array) -> Readers:
+        """Who reads the input `[..., embed]`."""
+        return self.moe.readers(x)
+
+    def __call__(self, x: Activations) -> Unreduced:
+        """`[..., embed]` to the same."""
+        c = self.config
+        y = self.moe(x).all_reduce(x.dtype)
+        logits = self.moe.router(x.array.astype(jnp.float32))
+        groups = jax.lax.top_k(logits, c.moe.top_k)[1] // c.per_group
+        # A group's weight is the probability of the expert that has its number.
+        weights = jnp.take_along_axis(jax.nn.softmax(logits), groups, axis=-1)
+        weights = weights / weights.sum(axis=-1, keepdims=True) * c.scale
+        # Several chosen experts may be of one group.
+        of_groups = (jax.nn.one_hot(groups, self.groups) * weights[..., None]).sum(axis=-2)
+        weights, ids = jax.lax.top_k(of_groups, min(c.moe.top_k, self.groups))
+        return self.chunks(Activations(y), ids, weights) + Unreduced.of(y.astype(jnp.float32))
+
+
 class DenseMoE(nnx.Module):
-    """An MLP and a mixture of experts side by side, each between norms of its own."""
+    """An MLP and a mixture of experts side by side, perhaps each between norms of its own."""
 
     def __init__(self, config: DenseMoEConfig, embed: int, *, rngs: nnx.Rngs):
         c = config
-        self.dense_norm = Norm(c.norm, embed)
+        self.dense_norm = norm(c.norm, embed)
         self.dense = MLP(c.dense, embed, rngs=rngs)
-        self.dense_post_norm = Norm(c.norm, embed)
-        self.moe_norm = Norm(c.norm, embed)
+        self.dense_post_norm = norm(c.norm, embed)
+        self.moe_norm = norm(c.norm, embed)
         self.moe = MoE(c.moe, embed, rngs=rngs)
-        self.moe_post_norm = Norm(c.norm, embed)
-        self.router_norm = Norm(c.norm, embed)
+        self.moe_post_norm = norm(c.norm, embed)
+        self.router_norm = norm(c.norm, embed)
         self.router_scale = c.router_scale
 
     def readers(self, x: Array) -> Readers:
-        """Who reads the input `[..., embed]`: the norms."""
-        return XLA_ONLY
+        """Who reads the input `[..., embed]`: the norms, if there are any."""
+        return XLA_ONLY if self.dense_norm else self.dense.readers(x) | self.moe.readers(x)
 
     def __call__(self, x: Activations) -> Unreduced:
-        """`[..., embed]` to the same, summed already."""
+        """`[..., embed]` to the same; with norms, summed already."""
+        if not (self.dense_post_norm and self.router_norm and self.moe_post_norm):
+            with forward_context(fuse_all_reduce=False):  # one for both, after they are added
+                return self.moe(x) + self.dense(x)
         stream = x.array
         dense, _ = add_norm(None, stream, self.dense_norm, self.dense.readers(stream))
         dense = self.dense_post_norm(self.dense(dense).all_reduce(x.dtype))

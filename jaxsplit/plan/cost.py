@@ -184,8 +184,8 @@ def _expert_cost(config: ModelConfig, stage: Stage, tokens: int, *, step: bool) 
         layout = stage.layout(Axis("expert_mlp", moe.expert.intermediate_size))
         assert layout is not None  # the axis has units
         hidden = layout.size // layout.devices
-        matrices = 3 if moe.expert.gated else 2
-        flops += 2 * pairs / stage.shards(experts) * matrices * config.embed * hidden
+        matrices, width = 3 if moe.expert.gated else 2, moe.latent or config.embed
+        flops += 2 * pairs / stage.shards(experts) * matrices * width * hidden
     return ProgramCost(round(flops))
 
 

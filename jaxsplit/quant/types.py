@@ -127,6 +127,7 @@ TYPES: dict[str, QuantType] = {
     "F32": QuantType(1, 4, dtype=jnp.float32),
     "F16": QuantType(1, 2, dtype=jnp.float16),
     "BF16": QuantType(1, 2, dtype=jnp.bfloat16),
+    "I32": QuantType(1, 4, dtype=jnp.int32),
     "Q4_0": QuantType(32, 18, PlaneLayout((4,), offset=8), blocks.q4_0),
     "Q4_1": QuantType(32, 20, PlaneLayout((4,)), blocks.q4_1),
     "Q5_0": QuantType(32, 22, PlaneLayout((4, 1), offset=16), blocks.q5_0),

@@ -188,10 +188,64 @@ class Gemma4BPE:
         return token_bytes(token.replace(_SPACE, " "))
 
 
+class LongestMatch:
+    """`rwkv`: RWKV's World vocabulary; the longest token that the text goes on with, each time.
+
+    Tokens are bytes, written as Python does.
+    """
+
+    bos: int | None = None
+    eos: int | None = None
+    add_bos: bool = False
+    always_bos: bool = False
+    space_prefix: bool = False
+    clean_spaces: bool = False
+
+    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
+        self._ids = {self.piece(token): id for token, id in ids.items()}
+        if missing := [byte for byte in range(256) if bytes([byte]) not in self._ids]:
+            raise JaxsplitError(
+                f"the vocabulary has no token for {len(missing)} of the 256 bytes that its "
+                f"tokenizer needs, such as {bytes(missing[:1])!r}"
+            )
+        # The lengths of tokens by how they begin, the longest first.
+        lengths: dict[bytes, set[int]] = {}
+        for token in self._ids:
+            lengths.setdefault(token[:2], set()).add(len(token))
+        self._lengths = {start: sorted(found)[::-1] for start, found in lengths.items()}
+
+    def encode(self, text: bytes) -> list[int]:
+        out, at = [], 0
+        while at < len(text):
+            for length in (*self._lengths.get(text[at : at + 2], ()), 1):
+                id = self._ids.get(text[at : at + length])
+                if id is not None:
+                    break
+            else:
+                raise AssertionError("every byte is a token")
+            out.append(id)
+            at += min(length, len(text) - at)
+        return out
+
+    def piece(self, token: str) -> bytes:
+        return _PYTHON_ESCAPE.sub(_unescaped, token_bytes(token))
+
+
+_PYTHON_ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|(.))", re.DOTALL)
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    """The byte of an escape sequence of Python's."""
+    if match[1]:
+        return bytes.fromhex(match[1].decode())
+    return {b"t": b"\t", b"n": b"\n", b"r": b"\r"}.get(match[2], match[2])
+
+
 TOKENIZER_MODELS: dict[str, type[TokenizerModel]] = {
     "gpt2": ByteLevelBPE,
     "llama": SentencePieceBPE,
     "gemma4": Gemma4BPE,
+    "rwkv": LongestMatch,
 }
 
 

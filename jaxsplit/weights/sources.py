@@ -62,7 +62,8 @@ def _abstract_parameters(config: ModelConfig, layers: range) -> dict[str, nnx.Pa
 def parameter_path(model: Decoder, path: Sequence[Any]) -> str:
     """The path of a parameter of a decoder, or of some layers of a model, in the whole model."""
     if path[0] == "blocks":
-        path = (path[0], path[1] + model.layers.start, *path[2:])
+        layer = model.config.first_use(path[1] + model.layers.start)
+        path = (path[0], layer, *path[2:])
     return ".".join(map(str, path))
 
 
@@ -152,6 +153,8 @@ def parameter_sources(file: ModelFile, config: ModelConfig) -> Sources:
     for source in sources.values():
         try:
             quant_type(source.tensor.type)
+            if source.is_matrix and source.tensor.type == "I32":
+                raise JaxsplitError("I32 is a type of tables, not of matrices")
         except JaxsplitError as error:
             raise JaxsplitError(f"{file.path}: tensor {source.tensor.name!r}: {error}") from None
     return sources
@@ -166,6 +169,7 @@ def layer_costs(sources: Sources, config: ModelConfig) -> list[int]:
             costs[int(rest.partition(".")[0])] += source.nbytes
         else:
             costs[-1 if name in ("norm", "head") else 0] += source.nbytes
+    costs = [costs[config.first_use(layer)] for layer in range(config.layers)]
     if config.tied:
         costs[-1] += sources["embedding.table"].nbytes
     return costs

@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxsplit.context import current_context
 from jaxsplit.ops.activations import cuda_rows, triton_rows
-from jaxsplit.ops.activations.functions import activate
+from jaxsplit.ops.activations.functions import Activation, activate
 from jaxsplit.ops.activations.layout import ActivationLayout, Activations, Readers
 
 __all__ = ["act_and_mul", "apply", "as_array", "in_layout", "store_rows"]
@@ -38,7 +38,7 @@ def as_array(x: Array | Activations) -> Array:
 def act_and_mul(
     up: Array,
     gate: Array | None,
-    activation: str,
+    activation: Activation,
     readers: Readers,
     *,
     row_scale: Array | None = None,
@@ -47,7 +47,7 @@ def act_and_mul(
 
     Args:
       up, gate: `[..., hidden]`, as in `activate`.
-      activation: a name that `activate` knows.
+      activation: as `activate` takes it.
       readers: of the result.
       row_scale: `[..., 1]`, multiplies the result; None: 1.
     """
@@ -73,7 +73,7 @@ def apply(
     return Activations(array, readers.layouts, stored)
 
 
-def _activated(activation: str, gated: bool, up: Array, *others: Array) -> Array:
+def _activated(activation: Activation, gated: bool, up: Array, *others: Array) -> Array:
     gate, scale = others[:1] if gated else (None,), others[int(gated) :]
     y = activate(activation, up, gate[0])
     return y * scale[0] if scale else y

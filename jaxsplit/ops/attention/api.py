@@ -23,9 +23,9 @@ from jaxsplit.ops.attention import (
     xla,
 )
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
-from jaxsplit.ops.attention.xla import apply_temperature, update_cache
+from jaxsplit.ops.attention.xla import MAX_SCORES, apply_temperature, update_cache
 
-__all__ = ["KV", "apply_temperature", "attend", "self_attention", "update_cache"]
+__all__ = ["KV", "MAX_SCORES", "apply_temperature", "attend", "self_attention", "update_cache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,14 @@ class KV:
         key's position is its index.
       pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: the n-th sequence
         has page n.
+      visible: bool `[batch, kv_heads or 1, time, keys]`: which keys a query may see, of those at
+        and before its position; None: all.
     """
 
     memory: AttentionCache
     positions: Array | None = None
     pages: Array | None = None
+    visible: Array | None = None
 
 
 def self_attention(
@@ -57,10 +60,11 @@ def self_attention(
     params: AttentionParams,
     dtype: jnp.dtype,
     readers: Readers = XLA_ONLY,
+    visible: Array | None = None,
 ) -> tuple[Activations, AttentionCache | None]:
     """Causal attention of new tokens to earlier ones and themselves.
 
-    Adds the keys and values to `batch.shared_kv` if the config is a `kv_donor`.
+    Adds the keys and values to `batch.lent` if the config is a `kv_donor`.
 
     Args:
       query, key, value: projections, `[batch, time, heads * width]`; key and value are None where
@@ -71,10 +75,14 @@ def self_attention(
       params: parameters of norms, and sinks.
       dtype: of the result.
       readers: of the result.
+      visible: as in `KV`.
 
     Returns:
       `[batch, time, heads * value_dim]`, and the cache with the new tokens.
     """
+    if visible is not None:
+        options = {"config": config, "params": params, "dtype": dtype, "readers": readers}
+        return _in_steps(query, key, value, batch, cache, **options, visible=visible)
     like = jax.ShapeDtypeStruct(query.parts.shape[1:], dtype)
     for supports, run in _SELF_ATTENTION:
         if supports(config, batch, cache, like, readers):
@@ -107,7 +115,7 @@ def attend(
       are float32.
     """
     for supports, run in _ATTEND:
-        if supports(queries, kv.memory, config):
+        if supports(queries, kv, config):
             return run(queries, kv, batch, config=config, sinks=sinks, readers=readers)
     raise AssertionError("the last implementation supports everything")
 
@@ -174,6 +182,7 @@ def _in_steps(
     params: AttentionParams,
     dtype: jnp.dtype,
     readers: Readers,
+    visible: Array | None = None,
 ) -> tuple[Activations, AttentionCache | None]:
     """Rotation and cache update, then attention."""
     q = query.local_sum.astype(dtype)
@@ -182,13 +191,14 @@ def _in_steps(
     if config.kv_source is not None:
         queries, kv = (
             xla.rotate_queries(q, batch, **options),
-            KV(*batch.shared_kv[config.kv_source]),
+            KV(*batch.lent[config.kv_source]),
         )
     else:
         update = next(run for supports, run in _UPDATE if supports(config, batch, cache, dtype))
         queries, kv, cache = update(q, k, v, batch, cache, **options)
     if config.kv_donor is not None:
-        batch.shared_kv[config.kv_donor] = kv.memory, kv.positions
+        batch.lent[config.kv_donor] = kv.memory, kv.positions
+    kv = dataclasses.replace(kv, visible=visible)
     queries = queries.reshape(*batch.positions.shape, kv.memory.keys.shape[1], -1, config.head_dim)
     sinks = params.sinks
     return attend(queries, kv, batch, config=config, sinks=sinks, readers=readers), cache
@@ -235,11 +245,9 @@ def _update_by_xla(*projections: Any, **options: Any) -> tuple[Array, KV, Attent
     return queries, KV(memory, positions), cache
 
 
-def _kernel_supports_attend(
-    queries: Array, memory: AttentionCache, config: AttentionConfig
-) -> bool:
-    kernels = current_context().policy.kernels
-    return kernels and triton_flash.supports(queries, memory, config)
+def _kernel_supports_attend(queries: Array, kv: KV, config: AttentionConfig) -> bool:
+    kernels = current_context().policy.kernels and kv.visible is None
+    return kernels and triton_flash.supports(queries, kv.memory, config)
 
 
 def _flash(
@@ -280,6 +288,7 @@ def _attend_by_xla(
         key_positions=kv.positions,
         sinks=sinks,
         pages=kv.pages,
+        visible=kv.visible,
     )
     return Activations(y)
 

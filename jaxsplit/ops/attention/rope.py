@@ -22,6 +22,7 @@ class RopeConfig:
       original_context: the context length in training, for YaRN.
       attention_factor: multiplies cosine and sine.
       freq_factors: name of the parameter that divides the frequencies; None: there is none.
+      still: how many of the last pairs are not rotated.
       beta_fast, beta_slow: YaRN scales dimensions with less than `beta_slow` rotations in the
         original context, keeps those with more than `beta_fast`, and blends between.
     """
@@ -36,6 +37,7 @@ class RopeConfig:
     freq_factors: str | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    still: int = 0
 
     def divisors(self, freq_factors: Mapping[str, Array]) -> Array | None:
         """The parameter named `freq_factors`, float32 `[dim / 2]`, of those of a `Batch`."""
@@ -51,6 +53,7 @@ class RopeConfig:
           float32 `[dim / 2]` in radians, and the factor of cosine and sine.
         """
         frequency = self.base ** (-np.arange(0, self.dim, 2, dtype=np.float64) / self.dim)
+        frequency[self.dim // 2 - self.still :] = 0
         if self.scaling == "none" or self.factor == 1.0:
             return frequency.astype(np.float32), self.attention_factor
         scaled = frequency / self.factor

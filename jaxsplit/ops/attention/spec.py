@@ -13,18 +13,36 @@ from jaxsplit.sharding.axes import Axis, head_axes
 
 SHAPE_FIELDS = (
     *("heads", "kv_heads", "head_dim", "value_dim"),
-    *("qkv_bias", "out_bias", "gate", "value_is_key", "kv_donor"),
+    *("qkv_bias", "out_bias", "gate", "out_norm", "value_is_key", "kv_donor"),
 )
 """Fields of `AttentionConfig` that do not change what rotation and attention compute."""
 
 HEAD_FIELDS = (
     *("rope", "query_norm", "key_norm", "value_norm", "norm_over", "norm_first"),
-    *("clip_qkv", "attn_temperature", "kv_source"),
+    *("clip_qkv", "attn_temperature", "kv_source", "query_scale"),
 )
 """Fields about what is done to heads before attention."""
 
 SCORE_FIELDS = ("scale", "window", "chunked", "softcap", "alibi", "sinks")
 """Fields about scores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """A projection of a mixer's input that multiplies its output.
+
+    Attributes:
+      activation: of the projection: `sigmoid` or `softplus`.
+      per_head: it has one value for each head; else one for each element of the output.
+    """
+
+    activation: str = "sigmoid"
+    per_head: bool = False
+
+    def __call__(self, y: Array, gate: Array, width: int) -> Array:
+        """The output `[..., heads * width]` times the gate, `[..., heads]` or as the output."""
+        gate = getattr(jax.nn, self.activation)(gate.astype(y.dtype))
+        return y * (jnp.repeat(gate, width, axis=-1) if self.per_head else gate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +68,11 @@ class AttentionConfig:
       qkv_bias, out_bias: the projections have biases.
       clip_qkv: bound of queries, keys and values; None: none.
       sinks: each head has a learned score that takes part in the softmax and reads nothing.
-      gate: outputs are multiplied with the sigmoid of a projection of the input.
+      gate: of the output; None: there is none.
+      out_norm: of the output of all heads together, before the last projection; None: no norm.
       attn_temperature: `(scale, floor, offset)`: queries at position p are multiplied with
         `1 + scale * log(1 + (p + offset) // floor)`; None: they are not.
+      query_scale: a parameter multiplies the queries of each head.
       value_is_key: values are the keys as projected.
       kv_donor: the name under which later layers may use its keys and values; None: they do not.
       kv_source: it has no keys and values of its own but uses those lent under this name.
@@ -77,8 +97,10 @@ class AttentionConfig:
     out_bias: bool = False
     clip_qkv: float | None = None
     sinks: bool = False
-    gate: bool = False
+    gate: GateConfig | None = None
+    out_norm: NormConfig | None = None
     attn_temperature: tuple[float, int, int] | None = None
+    query_scale: bool = False
     value_is_key: bool = False
     kv_donor: str | None = None
     kv_source: str | None = None
@@ -88,6 +110,16 @@ class AttentionConfig:
         return all(
             f.name in fields or getattr(self, f.name) == f.default for f in dataclasses.fields(self)
         )
+
+    @property
+    def lends(self) -> str | None:
+        """The name under which later layers may use its keys and values."""
+        return self.kv_donor
+
+    @property
+    def borrows(self) -> str | None:
+        """The name under which it finds the keys and values of an earlier layer."""
+        return self.kv_source
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
@@ -113,12 +145,14 @@ class AttentionParams:
     Attributes:
       query_norm, key_norm, value_norm: as in `AttentionConfig`; None: no norm.
       sinks: float32 `[heads]`; None: none.
+      query_scale: float32 `[heads]`; None: queries are not scaled.
     """
 
     query_norm: NormParams | None = None
     key_norm: NormParams | None = None
     value_norm: NormParams | None = None
     sinks: Array | None = None
+    query_scale: Array | None = None
 
     @property
     def norm_scales(self) -> tuple[Array | None, Array | None]:

@@ -51,6 +51,8 @@ def rotate_queries(
     """`[batch, time, heads * head_dim]` to `[batch, time, heads, head_dim]`, normalized, rotated
     and scaled by temperature."""
     queries = _heads(query, config.head_dim, params.query_norm, config, batch)
+    if params.query_scale is not None:
+        queries = (queries * params.query_scale[:, None]).astype(queries.dtype)
     return apply_temperature(queries, batch.positions, config.attn_temperature)
 
 
@@ -154,6 +156,7 @@ def attend(
     key_positions: Array | None = None,
     sinks: Array | None = None,
     pages: Array | None = None,
+    visible: Array | None = None,
 ) -> Array:
     """As `jaxsplit.ops.attention.api.attend`; the result is an array."""
     kv = kv.read(pages, positions.max(axis=1) + 1)
@@ -162,20 +165,24 @@ def attend(
     at_once = max(1, MAX_SCORES // kv.length)
     if queries.shape[1] > at_once:
 
-        def attend_one(query: tuple[Array, Array]) -> Array:
-            one, position = (x[:, None] for x in query)
+        def attend_one(query: tuple[Array, Array, Array | None]) -> Array:
+            one, position, seen = query
             return attend(
-                one,
+                one[:, None],
                 kv,
-                position,
+                position[:, None],
                 config=config,
                 key_positions=key_positions,
                 sinks=sinks,
+                visible=None if seen is None else seen[:, :, None],
             )[:, 0]
 
-        by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (queries, positions))
+        seen = None if visible is None else visible.swapaxes(1, 2)
+        by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (queries, positions, seen))
         return jnp.moveaxis(lax.map(attend_one, by_time, batch_size=at_once), 0, 1)
     scores = _scores(queries, kv, positions, key_positions, config)
+    if visible is not None:
+        scores = jnp.where(visible[:, :, None], scores, -1e30)
     weights = _softmax(scores, sinks)
     values, value_scale = kv.values, kv.value_scale
     if values is None:

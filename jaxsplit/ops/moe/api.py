@@ -29,10 +29,18 @@ from jaxsplit.ops.moe.experts import (
     by_tiles,
     by_vmap,
 )
+from jaxsplit.ops.moe.router import weigh_experts
 from jaxsplit.ops.moe.spec import MoEConfig
 from jaxsplit.quant import QTensor
 
-__all__ = ["ExpertMatrices", "ExpertParams", "experts", "readers_of", "topk_experts"]
+__all__ = [
+    "ExpertMatrices",
+    "ExpertParams",
+    "experts",
+    "readers_of",
+    "topk_experts",
+    "weigh_experts",
+]
 
 _FEW_PAIRS = 64  # up to which XLA's matmuls with quantized experts need little memory
 

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxsplit.comm.api import all_gather, is_split
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.ops.activations.api import act_and_mul, as_array
-from jaxsplit.ops.activations.functions import activate
+from jaxsplit.ops.activations.functions import Activation, activate
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.matmul.api import GroupedGemmInfo, expert_matmuls, grouped_matmuls, matmul
@@ -72,7 +72,7 @@ class ExpertParams:
     up: ExpertMatrices
     gate: ExpertMatrices | None
     down: ExpertMatrices
-    activation: str = dataclasses.field(metadata={"static": True})
+    activation: Activation = dataclasses.field(metadata={"static": True})
     axis: Axis = dataclasses.field(metadata={"static": True})
     mlp: Axis = dataclasses.field(metadata={"static": True})
     weight_on_input: bool = dataclasses.field(metadata={"static": True})

@@ -28,10 +28,27 @@ def topk_experts(
     return topk_ids, weights * c.scale
 
 
+def weigh_experts(logits: Array, topk_ids: Array, config: MoEConfig) -> Array:
+    """The router weights of experts that are chosen already.
+
+    Args:
+      logits: float32 `[..., experts]`.
+      topk_ids: int32 `[..., top_k]`.
+      config: of the mixture.
+
+    Returns:
+      float32 `[..., top_k]`.
+    """
+    scores = jnp.take_along_axis(scores_of(logits, config), topk_ids, axis=-1)
+    return weights_of(scores, config) * config.scale
+
+
 def scores_of(logits: Array, config: MoEConfig) -> Array:
     """The scores of experts, `[..., experts]`, from which router weights are computed."""
     if config.routing == "softmax":
         return jax.nn.softmax(logits)
+    if config.routing == "sqrt_softplus":
+        return jnp.sqrt(jax.nn.softplus(logits))
     return jax.nn.sigmoid(logits) if config.routing == "sigmoid" else logits
 
 
