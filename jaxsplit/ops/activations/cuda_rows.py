@@ -56,13 +56,11 @@ def launch_of(
     assert readers.layouts == (Int8Layout(),)
     first, columns = operands[0], operands[0].shape[-1]
     rows, programs = math.prod(first.shape[:-1]), -(-columns // _WIDTH)
-    names = [f"x{i}" for i in range(len(operands))]
-    lines = expression(function, names)
+    lines = expression(function, [f"x{i}" for i in range(len(operands))])
     if lines is None:  # XLA computes it
         assert addend is None
         assert norm is None
-        operands = (function(*operands).astype(jnp.float32),)
-        names, lines = ["x0"], ["return x0;"]
+        operands, lines = (function(*operands).astype(jnp.float32),), ["return x0;"]
     given = [x if x.ndim == 1 else x.reshape(rows, -1) for x in operands]
     parts = None
     if addend is not None:
@@ -71,33 +69,30 @@ def launch_of(
         assert peers is None
         parts = parts.reshape(-1, rows, columns)
     dtypes = [_TYPES[x.dtype.name] for x in given]
-    fields = "".join(f"  const {d}* {n};\n" for d, n in zip(dtypes, names, strict=True))
+    parameters = [f"const {dtype}* p{i}" for i, dtype in enumerate(dtypes)]
+    fields = "".join(f"  {parameter};\n" for parameter in parameters)
     loads = "".join(
-        f"    float {n}_ = load(this->{n} + {_place(x, rows, columns)});\n"
-        for n, x in zip(names[1:], given[1:], strict=True)
+        f"    float x{i} = load(p{i} + {_place(x, rows, columns)});\n"
+        for i, x in enumerate(given)
+        if i
     )
     body = "\n    ".join(lines)
-    for name in names[1:]:
-        body = _renamed(body, name)
     structure = (
         f"struct Operands {{\n{fields}"
         "  __device__ float first(int row, int column) const {\n"
-        f"    return load(x0 + {_place(given[0], rows, columns)});\n  }}\n"
+        f"    return load(p0 + {_place(given[0], rows, columns)});\n  }}\n"
         "  __device__ float function(float x0, int row, int column) const {\n"
         f"{loads}    {body}\n  }}\n}};\n"
     )
     results = Int8Layout().shapes(rows, columns)
-    padded = 4 * results[0].shape[1]
     constants = {
         "ROWS": rows,
         "COLUMNS": columns,
-        "PADDED": padded,
         "ADDENDS": 0 if parts is None else len(parts),
         "SQUARES": int(norm is not None),
         "PROGRAMS": programs,
     }
     declared = "".join(f"constexpr int {key} = {value};\n" for key, value in constants.items())
-    parameters = [f"const {d}* {n}" for d, n in zip(dtypes, names, strict=True)]
     outputs = ["u32* codes", "float* scales", "float* sums", "float* half_sums"]
     operands = [*given]
     if parts is not None:
@@ -109,16 +104,13 @@ def launch_of(
     if parts is not None:
         results.append(jax.ShapeDtypeStruct((rows, columns), first.dtype))
         outputs.append("First* total")
-    absent = dict.fromkeys(("parts", "total", "squares"), "0")
-    present = {text.rpartition(" ")[2]: text.rpartition(" ")[2] for text in parameters + outputs}
-    names_of = absent | present
+    adds, squares = parts is not None, "0" if norm is None else "squares"
     main = (
         f'extern "C" __global__ void __launch_bounds__({_THREADS}) store_rows(\n    '
         + ", ".join([*parameters, *outputs])
-        + f") {{\n  Operands operands = {{{', '.join(names)}}};\n"
+        + f") {{\n  Operands operands = {{{', '.join(f'p{i}' for i in range(len(given)))}}};\n"
         + "  Int8Rows out = {codes, scales, sums, half_sums};\n"
-        + f"  store_row(operands, {names_of['parts']}, {names_of['total']}, out, "
-        + f"{names_of['squares']});\n}}\n"
+        + f"  store_row(operands, {'parts, total' if adds else '0, 0'}, out, {squares});\n}}\n"
     )
     first_type = f"typedef {dtypes[0]} First;"
     source = source_of(
@@ -132,10 +124,3 @@ def _place(x: Array, rows: int, columns: int) -> str:
     if x.ndim == 1:
         return "column"
     return "row" if x.shape[-1] == 1 != columns else f"(long)row * {columns} + column"
-
-
-def _renamed(body: str, name: str) -> str:
-    """A body in which a loaded operand has its local name."""
-    import re
-
-    return re.sub(rf"\b{name}\b", f"{name}_", body)
