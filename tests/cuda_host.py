@@ -15,13 +15,12 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="jaxsplit-cuda-host-"))
 
 def run(launch):
     """The results of what `cuda_call` would launch, as NumPy arrays."""
-    kernel = launch.kernel
-    path = _FOLDER / (hashlib.sha256(kernel.source.encode()).hexdigest() + ".so")
+    path = _FOLDER / (hashlib.sha256(launch.source.encode()).hexdigest() + ".so")
     if not path.exists():
-        rest = kernel.source[kernel.source.index('#line 1 "types.cuh"') :]
+        rest = launch.source[launch.source.index('#line 1 "types.cuh"') :]
         entry = (
             'extern "C" void run_kernel(void** pointers, const int* grid, int threads) {\n'
-            f"  launch({kernel.name}, pointers, grid, threads);\n}}\n"
+            f"  launch({launch.name}, pointers, grid, threads);\n}}\n"
         )
         source = f'#include "cuda_host.h"\n{rest}\n{entry}'
         path.with_suffix(".cpp").write_text(source)
@@ -49,6 +48,6 @@ def run(launch):
     pointers = (ctypes.c_void_p * (len(arrays) + len(results)))(
         *(x.ctypes.data for x in (*arrays, *results))
     )
-    grid = (ctypes.c_int * 3)(*kernel.grid)
-    ctypes.CDLL(str(path)).run_kernel(pointers, grid, kernel.threads)
+    grid = (ctypes.c_int * 3)(*launch.grid)
+    ctypes.CDLL(str(path)).run_kernel(pointers, grid, launch.threads)
     return results

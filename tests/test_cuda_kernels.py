@@ -18,9 +18,9 @@ from tiny import fresh_rng
 
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.context import MatmulPolicy
-from jaxsplit.cuda import call, nvrtc
-from jaxsplit.cuda.call import source_of
+from jaxsplit.cuda import nvrtc
 from jaxsplit.cuda.expression import expression
+from jaxsplit.cuda.source import source_of
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
@@ -276,7 +276,7 @@ def compiler(monkeypatch, tmp_path):
 
     def used(launch, capability):
         ptx, architecture = tmp_path / "kernel.ptx", f"sm_{round(10 * capability)}"
-        ptx.write_text(nvrtc.compile_ptx(launch.kernel.source, capability, launch.kernel.name))
+        ptx.write_text(nvrtc.compile_ptx(launch.source, capability, launch.name))
         command = [assemblers[0], f"-arch={architecture}", "-v", ptx, "-o", tmp_path / "cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -343,17 +343,17 @@ def test_kernels_fit_their_gpu(compiler, capability):
     spilled."""
     for name, launch in launches():
         registers, shared, spills = compiler(launch, capability)
-        assert registers * launch.kernel.threads <= 65536 // 2, name
+        assert registers * launch.threads <= 65536 // 2, name
         assert shared <= 32768, name
         assert spills <= 32, name
 
 
 def test_errors_name_the_file_and_the_line(compiler):
-    kernel = call.Kernel("broken", source_of("\nint x = y;"), (1, 1, 1), 32)
+    source = source_of("\nint x = y;")
     with pytest.raises(JaxsplitError, match=r"cannot compile broken.cu: .*y"):
-        nvrtc.compile_ptx(kernel.source, 9.0, "broken.cu")
+        nvrtc.compile_ptx(source, 9.0, "broken.cu")
     with pytest.raises(JaxsplitError, match=r"this GPU has 5.2"):
-        nvrtc.compile_ptx(kernel.source, 5.2, "broken.cu")
+        nvrtc.compile_ptx(source, 5.2, "broken.cu")
 
 
 def test_without_nvrtc_the_backend_is_refused_by_name(monkeypatch):

@@ -58,3 +58,22 @@ struct Run<Int8> {
   }
   __device__ float at(int i) const { return (signed char)((i < 4 ? low : high) >> (8 * (i % 4))); }
 };
+
+// What is loaded now and converted when it is used: scales of weights.
+__device__ inline u32 load_raw(const Half* p) { return load_raw(&p->bits); }
+__device__ inline u32 load_raw(const Int8* p) { return load_raw((const u8*)p); }
+
+template <class T>
+struct Raw;
+template <>
+struct Raw<Half> {
+  __device__ static float value(u32 raw) { return half_to_float(raw); }
+};
+template <>
+struct Raw<u8> {
+  __device__ static int value(u32 raw) { return (int)raw; }
+};
+template <>
+struct Raw<Int8> {
+  __device__ static int value(u32 raw) { return (int)(signed char)raw; }
+};

@@ -5,8 +5,8 @@
 
 constexpr int THREADS = 128, WIDTH = 4 * THREADS;
 
-__device__ void store_row(const Operands& operands, const float* parts, First* total,
-                          const Int8Rows& out, float* squares) {
+__device__ void store_row(const Operands& operands, const float* parts, const Int8Rows& out,
+                          float* squares, First* total) {
   int row = blockIdx.x, thread = threadIdx.x, column = blockIdx.y * WIDTH + 4 * thread;
   bool exists = column < COLUMNS;
   float y[4] = {}, square = 0;

@@ -11,8 +11,9 @@ from jax import Array
 
 from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.context import current_context
-from jaxsplit.cuda.call import Kernel, Launch, cuda_call, source_of
+from jaxsplit.cuda.call import Launch, cuda_call
 from jaxsplit.cuda.expression import expression
+from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers, RMSStatistics, wrap_layouts
 
@@ -21,8 +22,6 @@ _WIDTH = 4 * _THREADS
 """Elements of a block."""
 
 FOLDER = importlib.resources.files("jaxsplit") / "ops" / "activations"
-
-_TYPES = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16"}
 
 
 def store_rows(
@@ -67,59 +66,46 @@ def launch_of(
         parts, epochs, peers = addend
         assert epochs is None
         assert peers is None
-        parts = parts.reshape(-1, rows, columns)
-    dtypes = [_TYPES[x.dtype.name] for x in given]
-    parameters = [f"const {dtype}* p{i}" for i, dtype in enumerate(dtypes)]
-    fields = "".join(f"  {parameter};\n" for parameter in parameters)
-    loads = "".join(
-        f"    float x{i} = load(p{i} + {_place(x, rows, columns)});\n"
-        for i, x in enumerate(given)
-        if i
-    )
-    body = "\n    ".join(lines)
+        parts = parts.reshape(-1, rows, columns).astype(jnp.float32)
+    places = [_place(x, columns) for x in given]
+    fields = "".join(f"  const {cpp_type(x.dtype)}* p{i};\n" for i, x in enumerate(given))
+    loads = [f"float x{i} = load(p{i} + {at});" for i, at in enumerate(places) if i]
     structure = (
+        f"typedef {cpp_type(given[0].dtype)} First;\n"
         f"struct Operands {{\n{fields}"
         "  __device__ float first(int row, int column) const {\n"
-        f"    return load(p0 + {_place(given[0], rows, columns)});\n  }}\n"
-        "  __device__ float function(float x0, int row, int column) const {\n"
-        f"{loads}    {body}\n  }}\n}};\n"
+        f"    return load(p0 + {places[0]});\n  }}\n"
+        "  __device__ float function(float x0, int row, int column) const {\n    "
+        + "\n    ".join([*loads, *lines])
+        + "\n  }\n};\n"
     )
-    results = Int8Layout().shapes(rows, columns)
-    constants = {
+    sizes = {
         "ROWS": rows,
         "COLUMNS": columns,
         "ADDENDS": 0 if parts is None else len(parts),
         "SQUARES": int(norm is not None),
         "PROGRAMS": programs,
     }
-    declared = "".join(f"constexpr int {key} = {value};\n" for key, value in constants.items())
-    outputs = ["u32* codes", "float* scales", "float* sums", "float* half_sums"]
-    operands = [*given]
-    if parts is not None:
-        operands.append(parts.astype(jnp.float32))
-        parameters.append("const float* parts")
-    if norm is not None:
-        results.append(jax.ShapeDtypeStruct((rows, programs), jnp.float32))
-        outputs.append("float* squares")
-    if parts is not None:
-        results.append(jax.ShapeDtypeStruct((rows, columns), first.dtype))
-        outputs.append("First* total")
-    adds, squares = parts is not None, "0" if norm is None else "squares"
-    main = (
-        f'extern "C" __global__ void __launch_bounds__({_THREADS}) store_rows(\n    '
-        + ", ".join([*parameters, *outputs])
-        + f") {{\n  Operands operands = {{{', '.join(f'p{i}' for i in range(len(given)))}}};\n"
-        + "  Int8Rows out = {codes, scales, sums, half_sums};\n"
-        + f"  store_row(operands, {'parts, total' if adds else '0, 0'}, out, {squares});\n}}\n"
+    arrays = Arguments()
+    body = f"  Operands operands = {arrays.operands(*given)};\n"
+    body += f"  Int8Rows out = {arrays.results(*Int8Layout().shapes(rows, columns))};\n"
+    squares = norm and jax.ShapeDtypeStruct((rows, programs), jnp.float32)
+    total = None if parts is None else jax.ShapeDtypeStruct((rows, columns), first.dtype)
+    out = f"out, {arrays.result(squares)}, {arrays.result(total)}"
+    body += f"  store_row(operands, {arrays.operand(parts)}, {out});\n"
+    return arrays.launch(
+        "store_rows",
+        FOLDER / "cuda_int8.cuh",
+        constants(sizes),
+        structure,
+        FOLDER / "cuda_rows.cu",
+        body=body,
+        grid=(rows, programs, 1),
+        threads=_THREADS,
     )
-    first_type = f"typedef {dtypes[0]} First;"
-    source = source_of(
-        FOLDER / "cuda_int8.cuh", first_type, declared, structure, FOLDER / "cuda_rows.cu", main
-    )
-    return Launch(Kernel("store_rows", source, (rows, programs, 1), _THREADS), operands, results)
 
 
-def _place(x: Array, rows: int, columns: int) -> str:
+def _place(x: Array, columns: int) -> str:
     """The index of an operand's element: `[in]`, `[rows, 1]` or `[rows, in]`."""
     if x.ndim == 1:
         return "column"

@@ -8,7 +8,8 @@ from jax import Array
 
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.context import current_context
-from jaxsplit.cuda.call import Kernel, Launch, cuda_call, source_of
+from jaxsplit.cuda.call import Launch, cuda_call
+from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations import cuda_rows
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Activations, Readers, wrap_layouts
@@ -21,7 +22,6 @@ _MAX_GROUP = 8
 
 _MAX_SPLITS = 32
 _MAX_BLOCKS = 1024
-_TYPES = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16", "int8": "Int8"}
 _FOLDER = importlib.resources.files("jaxsplit") / "ops" / "attention"
 
 
@@ -107,7 +107,7 @@ def launch_of(
     rope, norms = config.rope, (config.query_norm, config.key_norm)
     assert rope is not None  # see `supports`
     scale = head_dim**-0.5 if config.scale is None else config.scale
-    integers = {
+    numbers = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "GROUP": group,
@@ -121,81 +121,35 @@ def launch_of(
         "INTERLEAVED": int(rope.interleaved),
         "NORMS": sum(bit for bit, norm in zip((1, 2), norms, strict=True) if norm is not None),
         "SINKS": int(sinks is not None),
+        "SCALE": float(scale),
+        "SOFTCAP": float(config.softcap or 0),
+        "QUERY_EPSILON": float(norms[0].epsilon) if norms[0] else 0.0,
+        "KEY_EPSILON": float(norms[1].epsilon) if norms[1] else 0.0,
     }
-    floats = {
-        "SCALE": scale,
-        "SOFTCAP": config.softcap or 0.0,
-        "QUERY_EPSILON": norms[0].epsilon if norms[0] else 0.0,
-        "KEY_EPSILON": norms[1].epsilon if norms[1] else 0.0,
-    }
-    declared = "".join(f"constexpr int {key} = {number};\n" for key, number in integers.items())
-    declared += "".join(
-        f"constexpr float {key} = {float(number)!r}f;\n" for key, number in floats.items()
-    )
-    declared += f"typedef {_TYPES[cache.keys.dtype.name]} Stored;\n"
-    declared += f"typedef {_TYPES[query.dtype.name]} Projected;\n"
-    arrays = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "cos": cos,
-        "sin": sin,
-        "query_scale": scales[0],
-        "key_scale": scales[1],
-        "sinks": sinks,
-        "positions": positions,
-        "pages": pages,
-        "finished": finished,
-    }
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-    projected = "query", "key", "value"
-    operands = [
-        x if x.dtype == jnp.int32 or name in projected else x.astype(jnp.float32)
-        for name, x in arrays.items()
-    ]
-    kinds = [
-        "Projected" if name in projected else "int" if x.dtype == jnp.int32 else "float"
-        for name, x in arrays.items()
-    ]
-    parameters = [f"{kind}* {name}" for kind, name in zip(kinds, arrays, strict=True)]
-    leaves = jax.tree.leaves(cache)
-    names = ["keys", "values", "key_scales", "value_scales"][: len(leaves)]
-    types = ["Stored", "Stored", "float", "float"]
-    parameters += [f"{kind}* old_{name}" for kind, name in zip(types, names, strict=False)]
-    columns = kv_heads * group * value_dim
-    state = (splits, sequences, kv_heads, group)
-    results = [
+    types = f"typedef {cpp_type(cache.keys.dtype)} Stored;\n"
+    types += f"typedef {cpp_type(query.dtype)} Projected;\n"
+    columns, state = kv_heads * group * value_dim, (splits, sequences, kv_heads, group)
+    given = Arguments()
+    scales = [None if x is None else x.astype(jnp.float32) for x in (*scales, sinks)]
+    body = f"  Token token = {given.operands(query, key, value, cos, sin, *scales)};\n"
+    sums = given.results(
         jax.ShapeDtypeStruct((*state, value_dim), jnp.float32),
         *[jax.ShapeDtypeStruct(state, jnp.float32)] * 2,
-        *Int8Layout().shapes(sequences, columns),
-        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves),
-    ]
-    parameters += ["float* split_sums", "float* split_most", "float* split_total"]
-    parameters += ["u32* codes", "float* scales", "float* sums", "float* half_sums"]
-    parameters += [f"{kind}* {name}" for kind, name in zip(types, names, strict=False)]
-
-    def given(*wanted: str) -> str:
-        return ", ".join(name if name in (*arrays, *names) else "0" for name in wanted)
-
-    main = (
-        f'extern "C" __global__ void __launch_bounds__({_THREADS}) decode_attention(\n    '
-        + ", ".join(parameters)
-        + ") {\n"
-        + "  Token token = {"
-        + given("query", "key", "value", "cos", "sin", "query_scale", "key_scale", "sinks")
-        + "};\n"
-        + f"  Cache cache = {{{given('keys', 'values', 'key_scales', 'value_scales')}}};\n"
-        + "  Splits splits = {split_sums, split_most, split_total, finished};\n"
-        + "  Int8Rows out = {codes, scales, sums, half_sums};\n"
-        + "  attend(token, positions, pages, cache, splits, out);\n}\n"
     )
-    source = source_of(
-        cuda_rows.FOLDER / "cuda_int8.cuh", declared, _FOLDER / "cuda_decode.cu", main
-    )
-    first, after = len(arrays), len(results) - len(leaves)
-    return Launch(
-        Kernel("decode_attention", source, (kv_heads, sequences, splits), _THREADS),
-        [*operands, *leaves],
-        results,
-        aliases={first + i: after + i for i in range(len(leaves))},
+    counter = f"(int*){given.operand(finished)}"  # left as it was found
+    body += f"  Splits splits = {{{sums.strip('{}')}, {counter}}};\n"
+    body += f"  Int8Rows out = {given.results(*Int8Layout().shapes(sequences, columns))};\n"
+    kept = cache.keys, cache.own_values, cache.key_scale, cache.value_scale
+    body += f"  Cache cache = {{{', '.join(map(given.overwritten, kept))}}};\n"
+    where = f"{given.operand(positions)}, {given.operand(pages)}"
+    body += f"  attend(token, {where}, cache, splits, out);\n"
+    return given.launch(
+        "decode_attention",
+        cuda_rows.FOLDER / "cuda_int8.cuh",
+        constants(numbers),
+        types,
+        _FOLDER / "cuda_decode.cu",
+        body=body,
+        grid=(kv_heads, sequences, splits),
+        threads=_THREADS,
     )

@@ -16,33 +16,12 @@ struct Activations {
   const float* squares;    // [rows, PARTS]; null: the rows are final
 };
 
-__device__ inline int swizzled(int slice) { return slice ^ ((slice >> 3) & 7); }
-
 // The codes of four neighbors, their offset subtracted: borrows stay within each byte.
 template <int OFFSET>
 __device__ inline u32 signed_codes(u32 codes) {
   if (OFFSET == 0) return codes;
   return ((codes | 0x80808080u) - OFFSET * 0x01010101u) ^ 0x80808080u;
 }
-
-// Integers or float16, as in the planes of scales.
-template <int KIND>
-struct Scale;
-template <>
-struct Scale<0> {
-  typedef u16 stored;
-  __device__ static float value(u32 raw) { return half_to_float(raw); }
-};
-template <>
-struct Scale<1> {
-  typedef u8 stored;
-  __device__ static int value(u32 raw) { return (int)raw; }
-};
-template <>
-struct Scale<2> {
-  typedef u8 stored;
-  __device__ static int value(u32 raw) { return (int)(signed char)raw; }
-};
 
 template <class W>
 struct Unit {
@@ -134,7 +113,7 @@ template <class W, int X, int LANES, int ROWS, int STEPS, class T>
 __device__ void multiply(const W& w, const Activations& x, long stacked, int x_row, int program,
                          T* y, int y_row) {
   typedef Unit<W> U;
-  typedef Scale<W::SCALE> S;
+  typedef Raw<typename W::Scale> S;
   constexpr int ROUND = LANES * STEPS, ROUNDS = (U::IN_ROW + ROUND - 1) / ROUND;
   constexpr int PADDED = (W::COLUMNS + 127) / 128 * 128;
   int lane = threadIdx.x % LANES, team = threadIdx.x / LANES;
@@ -201,7 +180,7 @@ __device__ void multiply(const W& w, const Activations& x, long stacked, int x_r
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
               scaled[r] += S::value(units[s][r].scale[i]) * dots[r];
-              if (W::MINIMUM) below[r] += (float)Scale<W::MINIMUM_KIND>::value(units[s][r].minimum[i]) * sum;
+              if (W::MINIMUM) below[r] += (float)Raw<typename W::Minimum>::value(units[s][r].minimum[i]) * sum;
             }
           }
 #pragma unroll

@@ -6,31 +6,30 @@ As `triton_gemv_int8`, for GPUs from compute capability 6.1 on, which have `dp4a
 import dataclasses
 import importlib.resources
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.context import current_context
-from jaxsplit.cuda.call import Kernel, Launch, cuda_call, source_of
+from jaxsplit.cuda.call import Launch, cuda_call
+from jaxsplit.cuda.source import Arguments, constants, cpp_type
+from jaxsplit.ops.activations import cuda_rows
 from jaxsplit.ops.activations.int8 import SLICE, Int8Rows
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.quant.qtensor import QTensor, to_u32
 
 THREADS = 128
 
-_OUTPUTS = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat16"}
-_SCALES = {"float16": 0, "uint8": 1, "int8": 2}
-_PLANES = ("scale", "minimum", "super_scale", "super_minimum")
+_FILE = importlib.resources.files("jaxsplit") / "ops" / "matmul" / "cuda_gemv_int8.cu"
 
 
 def supports(w: QTensor) -> bool:
     """Whether `gemv_int8` can multiply with a matrix, or a stack."""
     layout = w.layout
-    affine = layout.table is None and layout.decode_scale is None and layout.scale_bits == 8
+    plain = layout.table is None and layout.decode_scale is None and not layout.trellis
     outer = w.scale if w.super_scale is None else w.super_scale
-    affine = affine and outer.dtype != jnp.float32
+    affine = plain and layout.scale_bits == 8 and outer.dtype != jnp.float32
     first, *more = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk
     planes = len(more) <= 1 and all(
         size % (4 if first <= 2 * SLICE else SLICE) == 0 for size in more
@@ -107,113 +106,70 @@ def launch_of(
     rows = len(x.codes)
     pairs = rows if experts is None else len(experts)
     weights = [w if w.codes[0].dtype == jnp.uint32 else to_u32(w) for w in weights]
-    operands, text = [], _Text()
+    given, structs, body, blocks = Arguments(), [], "", 0
     squares = None if x.rms is None else x.rms.squares
-    row_arrays = x.codes, x.scale, x.sums, x.half_sums, squares
-    rows_given = [text.pointer(operands, array) for array in row_arrays]
-    expert_ids = text.pointer(operands, experts)
-    structs, calls, blocks = [], [], 0
+    body += f"  Activations x = {given.operands(x.codes, x.scale, x.sums, x.half_sums, squares)};\n"
+    body += "  int program = blockIdx.x, pair = blockIdx.y;\n"
+    if experts is None:
+        body += "  int row = 0;\n  long expert = 0;\n"
+    else:
+        body += f"  int row = pair / {pairs // rows};\n"
+        body += f"  long expert = {given.operand(experts)}[pair];\n"
     for i, w in enumerate(weights):
         t = tiling or Tiling.of(w)
-        planes = [*w.codes, *[None] * (2 - len(w.codes))]
-        planes += [getattr(w, name) for name in _PLANES]
-        if w.super_scale is not None and w.super_minimum is None:
-            planes[-1] = w.super_scale
-        pointers = [text.pointer(operands, plane) for plane in planes]
+        planes = [*w.codes, *[None] * (2 - len(w.codes)), w.scale, w.minimum, w.super_scale]
+        outer = w.super_scale if w.super_minimum is None else w.super_minimum
+        result = given.result(jax.ShapeDtypeStruct((pairs, w.shape[-2]), dtype))
         structs.append(_struct(f"W{i}", w))
         own = -(-w.shape[-2] // (THREADS // t.lanes * t.rows))
         tile = f"W{i}, {rows if experts is None else 1}, {t.lanes}, {t.rows}, {t.steps}"
-        calls.append(
+        body += (
             f"  if (program < {own}) {{\n"
-            f"    W{i} w = {{{', '.join(pointers)}}};\n"
-            f"    multiply<{tile}>(w, x, expert * {w.shape[-2]}L, row, program, y{i}, pair);\n"
+            f"    W{i} w = {given.operands(*planes, outer)};\n"
+            f"    multiply<{tile}>(w, x, expert * {w.shape[-2]}L, row, program, {result}, pair);\n"
             "    return;\n  }\n"
             f"  program -= {own};\n"
         )
         blocks += own
-    output = _OUTPUTS[jnp.dtype(dtype).name]
-    parameters = [*text.parameters, *(f"{output}* y{i}" for i in range(len(weights)))]
-    per_row = pairs // rows
-    single = experts is None
-    main = (
-        f'extern "C" __global__ void __launch_bounds__({THREADS}) gemv_int8(\n    '
-        + ",\n    ".join(parameters)
-        + ") {\n"
-        f"  Activations x = {{{', '.join(rows_given)}}};\n"
-        "  int program = blockIdx.x, pair = blockIdx.y;\n"
-        f"  int row = {'0' if single else f'pair / {per_row}'};\n"
-        f"  long expert = {'0' if single else f'{expert_ids}[pair]'};\n" + "".join(calls) + "}\n"
+    return given.launch(
+        "gemv_int8",
+        cuda_rows.FOLDER / "cuda_int8.cuh",
+        constants(_normalization(x)),
+        _FILE,
+        *structs,
+        body=body,
+        grid=(blocks, 1 if experts is None else pairs, 1),
+        threads=THREADS,
     )
-    file = importlib.resources.files("jaxsplit") / "ops" / "matmul" / "cuda_gemv_int8.cu"
-    source = source_of(_constants(x), file, *structs, main)
-    grid = blocks, 1 if single else pairs, 1
-    results = [jax.ShapeDtypeStruct((pairs, w.shape[-2]), dtype) for w in weights]
-    return Launch(Kernel("gemv_int8", source, grid, THREADS), operands, results)
-
-
-class _Text:
-    """Parameters of a kernel: one for each operand."""
-
-    _TYPES = {
-        "uint32": "u32",
-        "float32": "float",
-        "float16": "u16",
-        "uint8": "u8",
-        "int8": "u8",
-        "int32": "int",
-    }
-
-    def __init__(self) -> None:
-        self.parameters: list[str] = []
-
-    def pointer(self, operands: list[Array], array: Array | None) -> str:
-        """The name of the parameter for an operand, which is added."""
-        if array is None:
-            return "0"
-        for i, other in enumerate(operands):
-            if other is array:
-                return f"p{i}"
-        name = f"p{len(operands)}"
-        self.parameters.append(f"const {self._TYPES[array.dtype.name]}* {name}")
-        operands.append(array)
-        return name
 
 
 def _struct(name: str, w: QTensor) -> str:
     """A matrix as the kernel sees it."""
     layout, columns = w.layout, w.shape[-1]
-
-    def size(plane: Array | None) -> int:
-        return 0 if plane is None else columns // plane.shape[-1]
-
     minimum = w.scale if w.minimum is None else w.minimum
-    constants: dict[str, Any] = {
+    sizes = {
         "OUT": w.shape[-2],
         "COLUMNS": columns,
         "CHUNK": layout.chunk,
         "BITS0": layout.bits[0],
         "BITS1": layout.bits[1] if len(layout.bits) > 1 else 0,
         "OFFSET": int(layout.offset),
-        "GROUP": size(w.scale),
-        "SUPER": size(w.super_scale),
-        "SCALE": _SCALES[w.scale.dtype.name],
-        "MINIMUM_KIND": _SCALES[minimum.dtype.name],
+        "GROUP": columns // w.scale.shape[-1],
+        "SUPER": 0 if w.super_scale is None else columns // w.super_scale.shape[-1],
         "MINIMUM": int(w.minimum is not None),
     }
-    stored = {0: "u16", 1: "u8", 2: "u8"}
-    fields = "const u32 *first, *second;\n  "
-    fields += f"const {stored[constants['SCALE']]}* scale;\n  "
-    fields += f"const {stored[constants['MINIMUM_KIND']]}* minimum;\n  "
-    fields += "const u16 *super_scale, *super_minimum;"
-    declared = (f"static constexpr int {key} = {value};" for key, value in constants.items())
-    lines = "\n  ".join(declared)
-    return f"struct {name} {{\n  {lines}\n  {fields}\n}};\n"
-
-
-def _constants(x: Int8Rows) -> str:
-    parts = 0 if x.rms is None else x.rms.squares.shape[1]
-    size, epsilon = (1, 0.0) if x.rms is None else (x.rms.size, x.rms.epsilon)
     return (
-        f"constexpr int RMS_PARTS = {parts}, RMS_SIZE = {size};\n"
-        f"constexpr float RMS_EPSILON = {float(epsilon)!r}f;\n"
+        f"struct {name} {{\n{constants(sizes, '  static ')}"
+        f"  typedef {cpp_type(w.scale.dtype)} Scale;\n"
+        f"  typedef {cpp_type(minimum.dtype)} Minimum;\n"
+        "  const u32 *first, *second;\n  const Scale* scale;\n  const Minimum* minimum;\n"
+        "  const Half *super_scale, *super_minimum;\n};\n"
     )
+
+
+def _normalization(x: Int8Rows) -> dict[str, float]:
+    """What is left to divide by, as the kernel knows it."""
+    if x.rms is None:
+        return {"RMS_PARTS": 0, "RMS_SIZE": 1, "RMS_EPSILON": 0.0}
+    parts = x.rms.squares.shape[1]
+    return {"RMS_PARTS": parts, "RMS_SIZE": x.rms.size, "RMS_EPSILON": x.rms.epsilon}
