@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxsplit.cuda.nvrtc import has_nvrtc
+from jaxsplit.cuda.nvrtc import compiles_for
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.pallas import has_triton
 from jaxsplit.sharding.axes import AxisRules
@@ -29,8 +29,8 @@ _CUDA_CAPABILITY = 6.1
 
 _NEEDED = {
     "triton": "a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton",
-    "cuda": "an NVIDIA GPU of compute capability 6.1 or later, and NVRTC, which jax[cuda12] and "
-    "jax[cuda13] install",
+    "cuda": "an NVIDIA GPU of compute capability 6.1 or later, and an NVRTC that compiles for it "
+    "and is no newer than the driver (jax[cuda12] and jax[cuda13] install one)",
 }
 
 
@@ -42,7 +42,7 @@ class MatmulPolicy:
       int8_activations: one or two rows are rounded to 8 bits for quantized matrices.
       float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
         so are the quantized matrices.
-      kernels: the devices run Triton kernels; else XLA computes the same numbers.
+      kernels: the devices run Triton kernels.
       cuda: compute capability for which kernels in CUDA C++ are compiled; 0: there are none.
       interpret: kernels are interpreted, to test them without a GPU.
       pdl: a kernel may start before the one it depends on has ended (programmatic dependent
@@ -78,7 +78,7 @@ class MatmulPolicy:
         capability = compute_capability(device)
         runs = {
             "triton": capability >= 8 and has_triton(),
-            "cuda": capability >= _CUDA_CAPABILITY and has_nvrtc(),
+            "cuda": capability >= _CUDA_CAPABILITY and compiles_for(capability),
             "xla": True,
         }
         if not runs.get(kernels, True):

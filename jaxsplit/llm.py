@@ -86,14 +86,15 @@ def load(
     sources = parameter_sources(file, model)
     context = min(context or model.context, model.context)
     weights, dtype = named_dtype(c.weights), named_dtype(c.dtype)
-    dtype = dtype or jnp.dtype(_auto_dtype(mesh.devices[0]))
+    weakest = min(mesh.devices, key=compute_capability)
+    dtype = dtype or jnp.dtype(_auto_dtype(weakest))
     cache_dtype = named_dtype(c.cache_dtype) or dtype
     partition = _partition(
         c, mesh, sources, model, dtype=dtype, cache_dtype=cache_dtype, context=context
     )
     adapters = open_adapters(c.lora, file, sources, model)
     tokenizer, vocab = _tokenizer(file, model)
-    policy, as_u32 = _policy(c, mesh.devices[0], dtype)
+    policy, as_u32 = _policy(c, weakest, dtype)
     models = load_decoders(
         sources, model, partition, weights=weights, dtype=dtype, as_u32=as_u32, progress=progress
     )
@@ -773,7 +774,10 @@ class LM:
             model += f" (all that it was trained for; ctx_size={self._asked_context} is more)"
         device = self.mesh.devices.flat[0]
         without = compute_capability(device) >= 8 and not has_triton()
-        notes = ["XLA runs everything: this JAX has no Pallas-Triton"] if without else []
+        rest = "XLA runs everything"
+        if self.engine.runners[0].policy.cuda:
+            rest = "CUDA C++ decodes one and two sequences, XLA runs the rest"
+        notes = [f"{rest}: this JAX has no Pallas-Triton"] if without else []
         if self.adapters:
             notes.append(f"adapters {', '.join(f'{a.name}:{a.scale:g}' for a in self.adapters)}")
         return " | ".join([model, self._split, *self.engine.communication, *notes])

@@ -269,10 +269,10 @@ def compiler(monkeypatch, tmp_path):
         pytest.skip("needs NVRTC and ptxas: make test installs them")
     monkeypatch.syspath_prepend(COMPILER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (nvrtc._library, nvrtc._version, nvrtc._architectures):
+    for cached in (nvrtc._library, nvrtc._architectures):
         cached.cache_clear()
     importlib.invalidate_caches()
-    assert nvrtc.has_nvrtc()
+    assert nvrtc.compiles_for(7.5)
 
     def used(launch, capability):
         ptx, architecture = tmp_path / "kernel.ptx", f"sm_{round(10 * capability)}"
@@ -285,7 +285,7 @@ def compiler(monkeypatch, tmp_path):
         return *(int(x[1]) if x else 0 for x in found), spills
 
     yield used
-    for cached in (nvrtc._library, nvrtc._version, nvrtc._architectures):
+    for cached in (nvrtc._library, nvrtc._architectures):
         cached.cache_clear()
 
 
@@ -352,6 +352,7 @@ def test_errors_name_the_file_and_the_line(compiler):
     source = source_of("\nint x = y;")
     with pytest.raises(JaxsplitError, match=r"cannot compile broken.cu: .*y"):
         nvrtc.compile_ptx(source, 9.0, "broken.cu")
+    assert not nvrtc.compiles_for(5.2)
     with pytest.raises(JaxsplitError, match=r"this GPU has 5.2"):
         nvrtc.compile_ptx(source, 5.2, "broken.cu")
 

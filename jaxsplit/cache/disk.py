@@ -3,7 +3,7 @@
     DIR/MODEL/KEY.page     a page: keys and values of its tokens
     DIR/MODEL/KEY.state    rings and recurrent states after its last token
 
-MODEL is a hash of the model's file and of the options that its numbers depend on, KEY that of
+MODEL is a hash of the model's file and of the options that change keys and values, KEY that of
 `page_key`. A file is a zip archive, uncompressed: each member an array, little-endian, in C order,
 with zip's checksum; its comment is the file's name. It is complete when it has its name. Several
 processes may share a directory.
@@ -111,10 +111,11 @@ class PrefixDirectory:
                 if archive.comment != path.name.encode():
                     raise ValueError("it was written under another name")
                 found = {name: _array(archive, name, *shapes[name]) for name in shapes}
-            os.utime(path)
-            return found
         except FileNotFoundError:
             self._names.discard(path.name)
+            raise LookupError(path) from None
+        except (OSError, MemoryError) as error:  # the file may be as it should
+            _LOG.warning("%s cannot be read: %s", path, error or type(error).__name__)
             raise LookupError(path) from None
         except Exception as error:  # whatever a foreign file makes zipfile do
             self._names.discard(path.name)
@@ -122,6 +123,9 @@ class PrefixDirectory:
             with contextlib.suppress(OSError):
                 path.unlink()
             raise LookupError(path) from None
+        with contextlib.suppress(OSError):  # another server may have removed it meanwhile
+            os.utime(path)
+        return found
 
     def write(
         self, key: bytes, arrays: Arrays, *, state: bool = False, used: float | None = None
@@ -152,7 +156,9 @@ class PrefixDirectory:
                 with contextlib.suppress(OSError):
                     os.unlink(unfinished)
             if not self._failed:
-                _LOG.warning("%s: prefixes cannot be written: %s", self.path, error.strerror)
+                _LOG.warning(
+                    "%s: prefixes cannot be written: %s", self.path, error.strerror or error
+                )
             self._failed = True
             return
         self._failed = False

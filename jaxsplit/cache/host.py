@@ -93,8 +93,11 @@ class HostCache:
 
     def put(self, key: bytes, kept: Kept) -> None:
         """Keeps a page, or more of it, unless it is larger than all there is room for."""
-        before = self._kept.pop(key, None)
+        before = self._kept.get(key)
         kept = kept.joined(before)
+        if kept.nbytes > self.capacity:
+            return
+        self._kept.pop(key, None)
         self.nbytes += kept.nbytes - (0 if before is None else before.nbytes)
         self._kept[key] = kept
         while self.nbytes > self.capacity:

@@ -10,9 +10,15 @@ struct alignas(16) Words {
 };
 
 // Loads of weights, which are read once. In order: the compiler moves no such load across another.
+#if __CUDA_ARCH__ >= 700
+#define ONCE ".L1::no_allocate"
+#else
+#define ONCE ""
+#endif
+
 __device__ inline Words load_words(const void* p) {
   Words y;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc" ONCE ".v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(y.at[0]), "=r"(y.at[1]), "=r"(y.at[2]), "=r"(y.at[3])
                : "l"(p));
   return y;
@@ -20,7 +26,7 @@ __device__ inline Words load_words(const void* p) {
 
 __device__ inline u32 load_word(const void* p) {
   u32 y;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(y) : "l"(p));
+  asm volatile("ld.global.nc" ONCE ".u32 %0, [%1];" : "=r"(y) : "l"(p));
   return y;
 }
 

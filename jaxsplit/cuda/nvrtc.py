@@ -3,10 +3,12 @@
 The interface is NVIDIA's (NVRTC documentation, "API Reference"), reached through `ctypes`.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import tempfile
@@ -18,12 +20,15 @@ from jaxsplit.errors import JaxsplitError
 
 _OPTIONS = ("--std=c++17",)
 
+_END = "// end\n"
+"""Of a whole file in the cache."""
+
 _lock = threading.Lock()  # NVRTC compiles one program at a time anyway
 
 
-def has_nvrtc() -> bool:
-    """Whether NVRTC is installed."""
-    return _library() is not None
+def compiles_for(capability: float) -> bool:
+    """Whether NVRTC is installed, and compiles for a GPU."""
+    return _library() is not None and min(_architectures()) <= round(10 * capability)
 
 
 def compile_ptx(source: str, capability: float, name: str) -> str:
@@ -47,29 +52,31 @@ def compile_ptx(source: str, capability: float, name: str) -> str:
             "kernels=cuda needs NVRTC, which jax[cuda12] and jax[cuda13] install; try kernels=auto"
         )
     options = (*_OPTIONS, f"--gpu-architecture=compute_{_architecture(capability)}")
-    key = hashlib.sha256("\0".join([*_version(), *options, source]).encode()).hexdigest()
-    path = _cache_folder() / f"{key}.ptx"
-    try:
-        return path.read_text()
-    except OSError:
-        ptx = _compile(library, source, name, options)
-    _write(path, ptx)
+    key = "\0".join([str(_version(library)), *options, source]).encode()
+    path = _cache_folder() / f"{hashlib.sha256(key).hexdigest()}.ptx"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if (ptx := path.read_text()).endswith(_END):
+            return ptx
+    ptx = _compile(library, source, name, options)
+    _write(path, ptx + _END)
     return ptx
 
 
 def _write(path: Path, text: str) -> None:
     """Writes a whole file or none; a cache that cannot be written is no error."""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+            try:
+                file.write(text)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(root) / "jaxsplit" / "ptx"
 
 
@@ -117,7 +124,8 @@ def _check(library: ctypes.CDLL, status: int) -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """NVRTC of the newest CUDA that is installed as a Python package; None: there is none."""
+    """NVRTC of the newest CUDA that is installed as a Python package, but no newer than the driver,
+    which would not know its PTX; None: there is none."""
     spec = importlib.util.find_spec("nvidia")
     roots = [] if spec is None else [*(spec.submodule_search_locations or ())]
     found = [
@@ -126,21 +134,29 @@ def _library() -> ctypes.CDLL | None:
         for path in Path(root).glob("**/libnvrtc.so.*")
         if re.fullmatch(r"libnvrtc\.so\.\d+", path.name)
     ]
-    for path in sorted(found, key=lambda path: int(path.name.rpartition(".")[2]), reverse=True):
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            continue
-    return None
+    usable = []
+    for path in found:
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(str(path))
+            if (version := _version(library)) <= _driver_version():
+                usable.append((version, library))
+    return max(usable, key=lambda one: one[0])[1] if usable else None
 
 
-@functools.cache
-def _version() -> tuple[str, str]:
+def _version(library: ctypes.CDLL) -> tuple[int, int]:
     """Of NVRTC: major and minor."""
-    library, numbers = _library(), (ctypes.c_int(), ctypes.c_int())
-    assert library is not None
+    numbers = ctypes.c_int(), ctypes.c_int()
     _check(library, library.nvrtcVersion(*map(ctypes.byref, numbers)))
-    return str(numbers[0].value), str(numbers[1].value)
+    return numbers[0].value, numbers[1].value
+
+
+def _driver_version() -> tuple[float, float]:
+    """Of the newest CUDA that the driver runs; infinity where there is no driver."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
+            return version.value // 1000, version.value % 1000 // 10
+    return math.inf, math.inf
 
 
 @functools.cache
@@ -158,7 +174,9 @@ def _architecture(capability: float) -> int:
     wanted = round(10 * capability)
     usable = [found for found in _architectures() if found <= wanted]
     if not usable:
-        oldest, version = min(_architectures()), ".".join(_version())
+        library = _library()
+        assert library is not None
+        oldest, version = min(_architectures()), ".".join(map(str, _version(library)))
         raise JaxsplitError(
             f"NVRTC {version} compiles for compute capability {oldest / 10} and later, and this "
             f"GPU has {capability}: try jax[cuda12], or kernels=xla"

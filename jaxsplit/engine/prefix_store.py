@@ -34,13 +34,16 @@ from jaxsplit.errors import JaxsplitError
 _LOG = logging.getLogger(__name__)
 
 _THREADS = 4
-"""That read, and that write: one checks some 2 GB/s."""
+"""That read, and as many that write: one verifies about 2 GB/s."""
 
 _UNWRITTEN_BYTES = 2**29
 """In memory on their way to the disk, at most; prefixes without room are saved another time."""
 
 _MOST_LOADING = 4
 """Requests whose prefixes may be in memory on their way from the disk."""
+
+_LOADING_BYTES = 2**32
+"""Of each of them, at most: a longer prefix is restored in part."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -232,13 +235,14 @@ class PrefixStore:
         if directory.outdated:
             self._writers.add(directory.trim)
         on_devices = max(cache.full_pages(tokens, model) for cache in caches)
+        most = max(1, _LOADING_BYTES // max(1, self._bytes_of("page")))
         key, pages, found = self.root(model), [], None
         best = max(cache.match(tokens, model) for cache in caches)
         for i in range((len(tokens) - 1) // size):
             key = page_key(key, tokens[i * size : (i + 1) * size])
             kept = self._ram.get(key) or Kept()
             if i >= on_devices and kept.page is None:
-                if key not in directory:
+                if key not in directory or len(pages) == most:
                     break
                 pages.append(key)
             known = not self._engine.stateful or kept.state is not None

@@ -1,4 +1,4 @@
-// Decode attention: heads are normalized and turned, the new token goes to the cache, and a block
+// Decode attention: heads are normalized and rotated, the new token goes to the cache, and a block
 // attends to a split of the keys with all query heads of a key head. The last block of a head to
 // finish combines the splits (Dao et al. 2023, "Flash-Decoding").
 //
@@ -35,10 +35,13 @@ struct Splits {
 __device__ inline float scale_of(const Half*, const float*, int) { return 1; }
 __device__ inline float scale_of(const Bfloat16*, const float*, int) { return 1; }
 __device__ inline float scale_of(const Int8*, const float* x, int width) {
-  float most = 0;
+  u32 most = 0;  // magnitudes, whose bits have their order, with NaN above infinity
 #pragma unroll 1
-  for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-  return most / 127;
+  for (int i = 0; i < width; i++) {
+    u32 bits = float_bits(x[i]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return bits_float(most) / 127;
 }
 
 __device__ inline Half rounded(const Half*, float x, float) {
