@@ -394,6 +394,7 @@ def test_an_interrupt_stops_the_answer_and_the_next_line_is_taken(tmp_path):
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     assert re.match(rb"\[interrupted\]  context \d+ of 32768", process.stderr.readline())
+    time.sleep(1)
     process.send_signal(signal.SIGINT)  # while it waits for input, it ends
     assert process.wait(30) == 130
     assert not process.stderr.read()

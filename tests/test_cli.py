@@ -328,16 +328,16 @@ def test_commands_run_their_programs(tiny, lm, folder):
 def test_rates_are_measured_beside_their_limits(tmp_path):
     """Of sequences whose last page is not full."""
     model = write_tiny_model(tmp_path / "tiny.gguf", context=512)
-    arguments = ["-p", "8", "-n", "4", "-d", "300", "-b", "2", "-r", "1", "--split=layer@stage:2"]
+    arguments = ["-p", "300", "-n", "4", "-b", "2", "-r", "1", "--split=layer@stage:2"]
     done = jaxsplit_command("bench", f"--model={model}", *arguments, f"--json_dir={tmp_path}")
     assert (done.code, done.err) == (0, "")
     assert re.search(
-        r"^\| tiny.gguf \| \S+ \| layer stage:2 \| 2 \| tg4 @ d300 \|", done.out, re.MULTILINE
+        r"^\| tiny.gguf \| \S+ \| layer stage:2 \| 2 \| tg4 \|", done.out, re.MULTILINE
     )
     [run] = record.load(tmp_path)
     assert (run["benchmark"], run["command"][:22]) == ("bench", "jaxsplit bench --model")
     found = [(row["metric"], row["sequences"], row["mesh"]) for row in run["rows"]]
-    assert found == [("prefill 8 after 300", 2, "stage:2"), ("decode after 300", 2, "stage:2")]
+    assert found == [("prefill 300", 2, "stage:2"), ("decode", 2, "stage:2")]
     assert all(row["limit"] > 0 and row["plan"] > 0 for row in run["rows"])
 
 
