@@ -390,7 +390,7 @@ class _Writers:
         return name in self._names
 
     def has_room(self, nbytes: int, *, wait: bool) -> bool:
-        """Whether a task may hold so many bytes more; with `wait`, once it may."""
+        """Whether there is room for this many bytes; with `wait`, once there is."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: not self._held or self._held + nbytes <= self._most)
