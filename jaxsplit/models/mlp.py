@@ -47,7 +47,8 @@ class MLP(nnx.Module):
         return self.down.unreduced(h)
 
     def _sparse(self, gate: Array, sparsity: float) -> Array:
-        """Gates minus a threshold, their mean plus some standard deviations; at least 0 (Gemma 3n)."""
+        """Gates above a threshold, their mean plus some standard deviations (Gemma 3n): what is
+        above it, else 0."""
         units, x = self.config.intermediate_size, gate.astype(jnp.float32)
         sums = jnp.stack([x.sum(axis=-1), (x * x).sum(axis=-1)])
         mean, square = all_reduce_unique_units(sums, self.axis)[..., None] / units
