@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 
 from jaxsplit.bench.random_model import random_blocks
-from jaxsplit.formats import IK_TYPES
+from jaxsplit.formats import IK_TYPES, STORED_TYPES
 from jaxsplit.quant import TYPES
 
 
@@ -28,12 +28,25 @@ def any_blocks(rng, name, *shape):
     return rng.integers(0, 256, (*shape, TYPES[name].block_bytes), dtype=np.uint8)
 
 
+def with_row_scales(rng, name, blocks):
+    """Blocks `[..., rows, blocks, block_bytes]` whose rows have scales of their own, if the type
+    has scales of rows."""
+    stored = STORED_TYPES[name]
+    if stored.header:
+        size = np.dtype(stored.scale).itemsize
+        scales = np.ascontiguousarray(blocks[..., :size]).view(stored.scale)
+        factors = rng.uniform(0.5, 2, (*blocks.shape[:-2], 1, 1))
+        blocks[..., :size] = (scales * factors).astype(stored.scale).view(np.uint8)
+    return blocks
+
+
 def usual_blocks(rng, name, *shape):
     """Blocks as in a file: of normal weights if the gguf package can quantize to the type, else
     random bytes that give finite weights of ordinary size."""
     kind, count = TYPES[name], int(np.prod(shape))
     if name in IK_TYPES:
-        return random_blocks(rng, name, count).reshape(*shape, kind.block_bytes)
+        blocks = random_blocks(rng, name, count).reshape(*shape, kind.block_bytes)
+        return blocks if STORED_TYPES[name].trailer else with_row_scales(rng, name, blocks)
     try:
         weights = rng.normal(size=(count, kind.block)).astype(np.float32)
         packed = gguf.quants.quantize(weights, ggml_type(name))

@@ -12,7 +12,7 @@
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 
 typedef unsigned char u8;
 typedef unsigned short u16;

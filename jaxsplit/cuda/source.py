@@ -102,7 +102,7 @@ class Arguments:
         parameters = [f"const {cpp_type(x.dtype)}* in{i}" for i, x in enumerate(self._operands)]
         parameters += [f"{cpp_type(x.dtype)}* out{i}" for i, x in enumerate(self._results)]
         kernel = (
-            f'extern "C" __global__ void __launch_bounds__({threads})\n{name}('
+            f'extern "C" __global__ void __launch_bounds__({threads}, 1)\n{name}('
             + ", ".join(parameters)
             + f") {{\n{body}}}\n"
         )

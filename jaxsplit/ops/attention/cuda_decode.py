@@ -20,7 +20,7 @@ _THREADS = 128
 _MAX_GROUP = 8
 """Query heads of a key head: a thread has sums for all of them in registers."""
 
-_MAX_SPLITS = 32
+_MAX_SPLITS = 16
 _MAX_BLOCKS = 1024
 _FOLDER = importlib.resources.files("jaxsplit") / "ops" / "attention"
 
