@@ -299,6 +299,18 @@ def test_texts_show_the_markers_of_thoughts_that_the_template_spells(tmp_path):
     }
 
 
+def test_token_ids_work_without_a_supported_tokenizer(path, tmp_path):
+    metadata = {"tokenizer.ggml.model": "bert"}
+    unsupported = write_tiny_model(tmp_path / "bert.gguf", kind="Q8_0", metadata=metadata)
+    lm, other = (jaxsplit.load(file, devices=1) for file in (path, unsupported))
+    ids = lm.tokenizer.encode(PROMPTS[0])
+    expected, found = (each.stream(ids, 4, **GREEDY) for each in (lm, other))
+    assert "".join(expected) and not "".join(found)
+    assert found.tokens == expected.tokens and len(found.tokens) == 4
+    with pytest.raises(JaxsplitError, match="'bert', which is unknown; supported: gpt2"):
+        other.generate("hello", 4)
+
+
 # Arguments
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vocabularies import plamo_metadata, unigram_metadata
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.text import Tokenizer
@@ -625,7 +626,7 @@ def test_every_pre_tokenizer_is_fast(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "plamo2"}, "'plamo2'.*supported: gpt2, llama"),
+        ({"tokenizer.ggml.model": "bert"}, "'bert'.*supported: gpt2, llama"),
         ({"tokenizer.ggml.model": "no_vocab"}, "no tokenizer.*only token ids"),
         ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model is missing"),
         ({"tokenizer.ggml.pre": "strange"}, "'strange'.*supported: default, gpt-2"),
@@ -674,6 +675,7 @@ def test_ids_outside_the_vocabulary(spm):
 
 KEYS = [
     *("model", "pre", "tokens", "token_type", "scores", "merges", "add_space_prefix"),
+    *("remove_extra_whitespaces", "precompiled_charsmap"),
     *("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id", "unknown_token_id"),
     *("fim_pre_token_id", "fim_pad_token_id", "add_bos_token", "add_eos_token"),
 ]
@@ -684,13 +686,15 @@ ODD = [
 
 
 @pytest.mark.parametrize("key", ["general.name", "tokenizer.chat_template", *KEYS])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma4"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma4", "t5", "plamo3"])
 def test_odd_metadata(kind, key):
     """Whatever a key holds, on its own or in place of one item: it works, or is one line."""
     metadata = {
         "gpt2": byte_level_metadata(["<|im_end|>", "<think>"]),
         "llama": spm_metadata(),
         "gemma4": gemma4_metadata(["a", "b", "ab"], ["a b"]),
+        "t5": unigram_metadata(),
+        "plamo3": plamo_metadata(model="plamo3"),
     }[kind]
     key = key if "." in key else f"tokenizer.ggml.{key}"
     values = [*ODD]
@@ -707,13 +711,15 @@ def test_odd_metadata(kind, key):
             str(error).encode()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma4"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma4", "t5", "plamo3"])
 def test_tokens_that_are_not_utf8_are_bytes(kind):
     data = b"\xff\xfea"
     metadata = {
         "gpt2": byte_level_metadata(["<x>"]),
         "llama": spm_metadata(),
         "gemma4": gemma4_metadata(["a", "b", "ab"], ["a b"]),
+        "t5": unigram_metadata(),
+        "plamo3": plamo_metadata(model="plamo3"),
     }[kind]
     metadata["tokenizer.ggml.tokens"][-1] = data.decode("utf-8", "surrogateescape")
     for type in (1, 3, 4):  # Normal, control, user-defined.

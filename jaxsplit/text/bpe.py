@@ -1,49 +1,21 @@
-"""Tokenizer models: one class for each supported value of `tokenizer.ggml.model`.
+"""Tokenizer models that merge pairs (BPE), and the one that takes the longest match.
 
-A model tokenizes text without special tokens, and maps tokens to bytes. The `tokenizers` library
-merges by rank; it cannot express merging by score.
+The `tokenizers` library merges by rank; it cannot express merging by score.
 """
 
 import heapq
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.text.metadata import get, require, token_bytes
 from jaxsplit.text.pretokenizers import pre_tokenizer
 
-_SPACE = "\u2581"  # Stands for a space in SentencePiece vocabularies.
+SPACE = "\u2581"
+"""Stands for a space in SentencePiece vocabularies."""
+
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-class TokenizerModel(Protocol):
-    """Interface of a tokenizer model.
-
-    Attributes:
-        bos, eos: default ids of the special tokens, if the file does not name them.
-        add_bos: whether text starts with BOS by default.
-        always_bos: text starts with BOS whatever the file says.
-        space_prefix: text at the start of a prompt or after a special token gets a leading space.
-        clean_spaces: conventional detokenization removes spaces before punctuation.
-    """
-
-    bos: int | None
-    eos: int | None
-    add_bos: bool
-    always_bos: bool
-    space_prefix: bool
-    clean_spaces: bool
-
-    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]): ...
-
-    def encode(self, text: bytes) -> list[int]:
-        """Tokenizes text without special tokens; invalid UTF-8 is allowed."""
-        ...
-
-    def piece(self, token: str) -> bytes:
-        """The bytes of a normal token."""
-        ...
 
 
 class ByteLevelBPE:
@@ -54,7 +26,7 @@ class ByteLevelBPE:
     always_bos: bool = False
     space_prefix: bool = False
 
-    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
+    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int], types: Sequence[int]):
         from tokenizers import Regex, pre_tokenizers
 
         pre = pre_tokenizer(get(metadata, "tokenizer.ggml.pre", str))
@@ -94,15 +66,15 @@ class SentencePieceBPE:
     always_bos: bool = False
     clean_spaces: bool = False
 
-    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
+    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int], types: Sequence[int]):
         self.space_prefix = bool(get(metadata, "tokenizer.ggml.add_space_prefix", bool, True))
         scores = require(metadata, "tokenizer.ggml.scores", list[float])
-        self._byte_ids = _byte_token_ids(ids)
+        self._byte_ids = byte_token_ids(ids)
         self._ids = {token_bytes(token): id for token, id in ids.items()}
         self._scores = {token: scores[id] for token, id in self._ids.items()}
 
     def encode(self, text: bytes) -> list[int]:
-        symbols = _SYMBOLS.findall(text.replace(b" ", _SPACE.encode()))
+        symbols = _SYMBOLS.findall(text.replace(b" ", SPACE.encode()))
         out: list[int] = []
         for token in merge_by_score(symbols, self._scores):
             if token in self._ids:
@@ -112,7 +84,7 @@ class SentencePieceBPE:
         return out
 
     def piece(self, token: str) -> bytes:
-        return token_bytes(token.replace(_SPACE, " "))
+        return token_bytes(token.replace(SPACE, " "))
 
 
 # One character each. The lead byte alone says how many bytes a character has, valid or not.
@@ -164,9 +136,9 @@ class Gemma4BPE:
     space_prefix = False
     clean_spaces = True
 
-    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
+    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int], types: Sequence[int]):
         self._ids = ids
-        self._byte_ids = _byte_token_ids(ids)
+        self._byte_ids = byte_token_ids(ids)
 
         def spell(text: str) -> list[int]:
             return [self._byte_ids[byte] for byte in text.encode()]
@@ -176,7 +148,7 @@ class Gemma4BPE:
     def encode(self, text: bytes) -> list[int]:
         out = []
         for valid, surrogates in _decode_lenient(text):
-            for line in re.findall(r"\n+|[^\n]+", valid.replace(" ", _SPACE)):
+            for line in re.findall(r"\n+|[^\n]+", valid.replace(" ", SPACE)):
                 if line[0] == "\n" and line in self._ids:
                     out.append(self._ids[line])
                 else:
@@ -185,7 +157,7 @@ class Gemma4BPE:
         return out
 
     def piece(self, token: str) -> bytes:
-        return token_bytes(token.replace(_SPACE, " "))
+        return token_bytes(token.replace(SPACE, " "))
 
 
 class LongestMatch:
@@ -201,7 +173,7 @@ class LongestMatch:
     space_prefix: bool = False
     clean_spaces: bool = False
 
-    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int]):
+    def __init__(self, metadata: Mapping[str, Any], ids: dict[str, int], types: Sequence[int]):
         self._ids = {self.piece(token): id for token, id in ids.items()}
         if missing := [byte for byte in range(256) if bytes([byte]) not in self._ids]:
             raise JaxsplitError(
@@ -241,34 +213,6 @@ def _unescaped(match: re.Match[bytes]) -> bytes:
     return {b"t": b"\t", b"n": b"\n", b"r": b"\r"}.get(match[2], match[2])
 
 
-TOKENIZER_MODELS: dict[str, type[TokenizerModel]] = {
-    "gpt2": ByteLevelBPE,
-    "llama": SentencePieceBPE,
-    "gemma4": Gemma4BPE,
-    "rwkv": LongestMatch,
-}
-
-
-def find_model(metadata: Mapping[str, Any]) -> type[TokenizerModel]:
-    """The class for the file's `tokenizer.ggml.model`.
-
-    Raises:
-        JaxsplitError: the file has no tokenizer, or an unknown one.
-    """
-    model = require(metadata, "tokenizer.ggml.model", str)
-    if model in ("no_vocab", "none"):
-        raise JaxsplitError(
-            f"the file has no tokenizer (tokenizer.ggml.model is {model!r}): "
-            "only token ids can be used with it"
-        )
-    if model not in TOKENIZER_MODELS:
-        raise JaxsplitError(
-            f"tokenizer.ggml.model is {model!r}, which is unknown; supported: "
-            f"{', '.join(TOKENIZER_MODELS)}"
-        )
-    return TOKENIZER_MODELS[model]
-
-
 class _RankBPE:
     """A file's merges in the `tokenizers` library.
 
@@ -286,7 +230,7 @@ class _RankBPE:
         from tokenizers import models
 
         # The library holds only valid UTF-8, and no text contains other tokens.
-        vocabulary = {token: id for token, id in ids.items() if not _SURROGATE.search(token)}
+        vocabulary = {token: id for token, id in ids.items() if not SURROGATE.search(token)}
         merges = _read_merges(metadata)
         first_free = max(ids.values()) + 1
         self._spelled: dict[int, list[int]] = {}
@@ -312,7 +256,7 @@ class _RankBPE:
         return encode
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _read_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -321,12 +265,12 @@ def _read_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     for merge in require(metadata, "tokenizer.ggml.merges", list[str]):
         # The first character of the left part may itself be a space.
         at = merge.find(" ", 1)
-        if at > 0 and merge[at + 1 :] and not _SURROGATE.search(merge):
+        if at > 0 and merge[at + 1 :] and not SURROGATE.search(merge):
             merges[merge[:at], merge[at + 1 :]] = None
     return [*merges]
 
 
-def _byte_token_ids(ids: Mapping[str, int]) -> list[int]:
+def byte_token_ids(ids: Mapping[str, int]) -> list[int]:
     """The ids of `<0x00>` to `<0xFF>`, for models that need all of them."""
     found = [ids[name] for name in _BYTE_TOKENS if name in ids]
     if len(found) < 256:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text.bpe import TOKENIZER_MODELS
 from jaxsplit.text.metadata import get, get_token_id
+from jaxsplit.text.models import TOKENIZER_MODELS
 
 _MARKUP_NAME = re.compile(
     r'think|thought|reason|channel|tool|call|args|arg_|action|python_tag|function|"', re.IGNORECASE

@@ -8,9 +8,9 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.text.bpe import TokenizerModel, find_model
 from jaxsplit.text.chat import ChatTemplate
 from jaxsplit.text.metadata import check_length, get, get_token_id, require, token_bytes
+from jaxsplit.text.models import TokenizerModel, find_model
 from jaxsplit.text.special import HIDDEN, TokenType, find_special_tokens, is_special
 
 SHOW_SPECIAL = ("template", "none", "all")
@@ -56,18 +56,18 @@ class Tokenizer:
         scores = get(metadata, "tokenizer.ggml.scores", list[float])
         if scores is not None:
             check_length("tokenizer.ggml.scores", scores, len(tokens))
-        self._model: TokenizerModel = model(metadata, ids)
         self._metadata = metadata
         self._tokens = tokens
         self.vocab_size = len(tokens)
         self.bos_id = get_token_id(metadata, "bos", len(tokens), model.bos)
         self.eos_id = get_token_id(metadata, "eos", len(tokens), model.eos)
+        self._special = find_special_tokens(metadata, ids, types, self.eos_id)
+        self._model: TokenizerModel = model(metadata, ids, self._special.types)
         add_bos = get(metadata, "tokenizer.ggml.add_bos_token", bool, self._model.add_bos)
         self.add_bos = bool(add_bos or model.always_bos) and self.bos_id is not None
         add_eos = get(metadata, "tokenizer.ggml.add_eos_token", bool, False)
         self.add_eos = bool(add_eos) and self.eos_id is not None
 
-        self._special = find_special_tokens(metadata, ids, types, self.eos_id)
         self.end_ids = self._special.end_ids
         for id, (token, type) in enumerate(zip(tokens, self._special.types, strict=True)):
             if type == TokenType.BYTE and not _BYTE_TOKEN.fullmatch(token):
