@@ -2,15 +2,17 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import nmse
+from helpers import DATA, nmse, recipe
 from tiny import fresh_rng
 
+import jaxsplit
 from jaxsplit.cache.layers import AttentionCache, init_cache
 from jaxsplit.models import (
     AttentionConfig,
@@ -30,7 +32,7 @@ from jaxsplit.models import (
 )
 from jaxsplit.ops.attention import spec
 from jaxsplit.ops.attention import xla as attention_ops
-from jaxsplit.ops.attention.xla import attend
+from jaxsplit.ops.attention.xla import attend, attend_gathered, attend_masked, gathers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -159,6 +161,155 @@ def test_a_long_context_takes_no_more_memory():
         return program.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(2**15) <= 1.5 * temporaries(2**12) + 2**23
+
+
+# --- Sparse attention: keys are gathered, or the others masked
+
+SPARSE = ("selected keys", "selected blocks", "compressed")
+
+
+def attention_to_selected(queries, keys, values, selected, sinks, scale) -> np.ndarray:
+    """In float64, query by query: `[batch, time, kv_heads * group * value_dim]`."""
+    batch, time, kv_heads, group, _ = queries.shape
+    out = np.zeros((batch, time, kv_heads, group, values.shape[-1]))
+    for b, t, h in itertools.product(range(batch), range(time), range(kv_heads)):
+        index = selected[b, min(h, selected.shape[1] - 1), t]
+        index = index[index >= 0]
+        scores = queries[b, t, h] @ keys[b, h, index].T * scale
+        weights = np.exp(scores) / (np.exp(scores).sum(-1) + np.exp(sinks[h]))[:, None]
+        out[b, t, h] = weights @ values[b, h, index]
+    return out.reshape(batch, time, -1)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("kv_heads", "selected_heads"), [(1, 1), (2, 1), (2, 2)])
+def test_gathered_keys_give_what_masked_ones_give(
+    monkeypatch, at_once, paged, kv_heads, selected_heads
+):
+    """Both forms, and a plain one. The last queries are padding; some keys are none."""
+    rng, (batch, time, keys, n, width) = fresh_rng(), (2, 7, 24, 5, 8)
+    queries = rng.standard_normal((batch, time, kv_heads, 3, width))
+    memory = rng.standard_normal((batch, kv_heads, keys, width))
+    values = rng.standard_normal((batch, kv_heads, keys, width)) if kv_heads > 1 else None
+    positions = np.arange(17, 17 + time) + np.zeros((batch, 1), int)
+    positions[1, 5:] = -1
+    order = rng.permuted(np.tile(np.arange(17), (batch, selected_heads, time, 1)), axis=-1)
+    selected = np.where(rng.random((batch, selected_heads, time, n)) < 0.2, -1, order[..., :n])
+    selected[..., 0] = order[..., 0]
+    selected[np.broadcast_to(positions[:, None, :, None] < 0, selected.shape)] = -1
+    sinks = rng.standard_normal((kv_heads, 3))
+    value_dim = width if kv_heads > 1 else 6
+    config = AttentionConfig(kv_heads * 3, kv_heads, width, value_dim, scale=0.3)
+    cache, pages = (
+        AttentionCache(*(x if x is None else np.float32(x) for x in (memory, values))),
+        None,
+    )
+    if paged:  # Pages of 8, in any order; what no sequence has is not finite.
+        pages = rng.permutation(9)[: batch * 3].reshape(batch, 3)
+
+        def in_pages(x: np.ndarray) -> np.ndarray:
+            found = np.full((9, kv_heads, 8, width), np.nan, np.float32)
+            found[pages] = np.moveaxis(x.reshape(batch, kv_heads, 3, 8, width), 2, 1)
+            return found
+
+        cache = jax.tree.map(in_pages, cache)
+    monkeypatch.setattr(attention_ops, "MAX_GATHERED", at_once * batch * n * kv_heads * width * 2)
+    options = {"config": config, "sinks": np.float32(sinks).reshape(-1), "pages": pages}
+    arrays = (np.float32(queries), jax.tree.map(jnp.asarray, cache), jnp.asarray(positions))
+    masked, found = (
+        np.asarray(jax.jit(partial(run, **options))(*arrays, selected=jnp.asarray(selected)))
+        for run in (attend_masked, attend_gathered)
+    )
+    values = memory[..., :value_dim] if values is None else values
+    expected = attention_to_selected(queries, memory, values, selected, sinks, 0.3)
+    real = positions >= 0
+    assert np.isfinite(found).all()
+    assert nmse(found[real], masked[real]) <= 1e-12
+    assert nmse(found[real], expected[real]) <= 1e-12
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_prompts_gather_what_they_select(monkeypatch, name):
+    """A whole prompt, and its parts after cached tokens, give in both forms the same logits."""
+    model, tokens = model_with(MIXERS[name]), fresh_rng().integers(0, 50, (2, LENGTH))
+    slots, gathered = jnp.asarray([2, 0]), []
+    run = attention_ops.attend_gathered
+    monkeypatch.setattr(
+        attention_ops, "attend_gathered", lambda *a, **k: gathered.append(0) or run(*a, **k)
+    )
+
+    def logits() -> list[np.ndarray]:
+        fresh = nnx.jit(lambda *arguments: model(*arguments))
+        cache = init_cache(model.config.cache(CONTEXT, jnp.float32), slots=3)
+        found = [fresh(tokens)[0]]
+        for start, stop in ((0, LENGTH // 2), (LENGTH // 2, LENGTH)):
+            positions = np.tile(np.arange(start, stop), (2, 1))
+            positions[1] = np.where(positions[1] < LENGTH - 5, positions[1], -1)
+            part, cache = fresh(tokens[:, start:stop], positions, cache, slots)
+            found += [part[:1], part[1:, : LENGTH - 5 - start]]
+        return [np.asarray(part) for part in found]
+
+    found = {}
+    for cost in (1e9, -1e9):
+        monkeypatch.setattr(attention_ops, "MOVE_COST", cost)
+        jax.clear_caches()
+        gathered.clear()
+        found[cost] = logits()
+        assert bool(gathered) == (cost < 0)
+    for gathers_, masks in zip(found[-1e9], found[1e9], strict=True):
+        assert nmse(gathers_, masks) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"), [("glm5-next", 2), ("deepseek4", 3), ("minimax-m3", 3)]
+)
+def test_split_models_gather_what_they_select(monkeypatch, recipe_gguf, name, devices):
+    monkeypatch.setattr(attention_ops, "MOVE_COST", -1e9)
+    jax.clear_caches()
+    options = {"split_mode": "graph", "devices": devices, "dtype": "float32", "ctx_size": 256}
+    lm = jaxsplit.load(recipe_gguf(name), **options)
+    reference = np.load(DATA / "arch" / f"{name}.npy")
+    assert nmse(lm.logits(recipe(name)["tokens"]), reference) <= 1e-9
+
+
+def test_gathered_keys_take_memory_for_some_queries_only():
+    """Temporaries are a multiple of `MAX_GATHERED`, for any number of keys and queries; a mask has
+    an element for each pair."""
+    config = AttentionConfig(4, 1, 64, 64)
+
+    def temporaries(run, queries: int, keys: int) -> int:
+        shapes = ((1, queries, 1, 4, 64), (1, 1, keys, 64), (1, queries), (1, 1, queries, 256))
+        q, k, positions, selected = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in zip(shapes, ("float32", "float32", "int32", "int32"), strict=True)
+        )
+        cache = AttentionCache(k, None)
+        program = jax.jit(run, static_argnames="config").lower(
+            q, cache, positions, selected=selected, config=config
+        )
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    inputs = 2**14 * 4 * 64 * 4  # queries in another order
+    for keys in (2**12, 2**14):
+        bound = 6 * 4 * attention_ops.MAX_GATHERED + 3 * inputs
+        assert temporaries(attend_gathered, 2**14, keys) <= bound
+    assert temporaries(attend_masked, 2**14, 2**14) >= 2**28
+
+
+def test_when_keys_are_gathered():
+    assert all(gathers(keys, 2048, 1, heads) for keys in (2048, 4096) for heads in (1, 128))
+    # DeepSeek 3.2: prompts longer than a multiple of what each query sees; fewer heads, longer.
+    absorbed, expanded = 2 * 512 + 64, 128 + 128 + 64
+    shortest = {
+        heads: next(
+            keys
+            for keys in range(2048, 2**17, 1024)
+            if gathers(keys, 2048, 512, heads, absorbed / expanded)
+        )
+        for heads in (128, 16)
+    }
+    assert 2 * 2048 < shortest[128] < shortest[16] < 2**14
 
 
 def test_a_window_is_all_that_is_kept():

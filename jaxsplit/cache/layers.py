@@ -170,23 +170,22 @@ class AttentionCache:
 
         return jax.tree.map(of, self)
 
-    def at(self, index: Array, pages: Array | None, filled: Array) -> "AttentionCache":
+    def at(self, index: Array, pages: Array | None) -> "AttentionCache":
         """Gathers some positions of each sequence.
 
         Args:
-          index: int32 `[batch, kv_heads or 1, n]`.
+          index: int32 `[batch, kv_heads or 1, n]`; negative: zeros.
           pages: int32 `[batch, pages]`; None: the n-th sequence has page n.
-          filled: as in `read`.
 
         Returns:
           a cache `[batch, kv_heads, n, width]`.
         """
         batch, heads, _ = index.shape
+        exists, index = index >= 0, jnp.maximum(index, 0)
         if pages is None:
             pages = jnp.arange(batch)[:, None]
         page = jnp.take_along_axis(pages[:, None], index // self.length, axis=2)
         head = jnp.arange(self.keys.shape[1] if heads == 1 else heads)[:, None]
-        exists = index < filled[:, None, None]
 
         def of(x: Array) -> Array:
             x = x[page, head, index % self.length]

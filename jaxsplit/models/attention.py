@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         x: Activations,
         batch: Batch,
         cache: AttentionCache | None,
-        visible: Array | None = None,
+        selected: Array | None = None,
     ) -> tuple[Unreduced, AttentionCache | None]:
         """What the tokens read from one another.
 
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
           x: `[batch, time, embed]`.
           batch: where the tokens belong.
           cache: keys and values of earlier tokens; None: there are none.
-          visible: which keys they may see, as in `KV`; None: all.
+          selected: the keys that they see, as in `KV`; None: all.
 
         Returns:
           `[batch, time, embed]`, and the cache with these tokens.
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
             params=self.params,
             dtype=x.dtype,
             readers=XLA_ONLY if self.gate or self.out_norm else self.out.readers(x),
-            visible=visible,
+            selected=selected,
         )
         if gate is not None and self.config.gate is not None:
             y = Activations(self.config.gate(y.array, gate.local_sum, self.config.value_dim))

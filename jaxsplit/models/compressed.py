@@ -10,12 +10,12 @@ from jax import Array
 from jaxsplit.cache.layers import AttentionCache, Batch, RecurrentCache
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.models.compressor import BlockPool, complete_blocks
-from jaxsplit.models.indexer import mask_of, select
+from jaxsplit.models.indexer import select
 from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import CompressedAttentionConfig, PoolConfig
 from jaxsplit.models.mla import matmul_by_head
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention.api import KV, attend, update_cache
+from jaxsplit.ops.attention.api import KV, attend, gathers, update_cache, window_of
 from jaxsplit.ops.attention.rope import RopeConfig, rope
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.norm.spec import NormConfig
@@ -65,8 +65,8 @@ class BlockSelector(nnx.Module):
         cache: RecurrentCache | None,
         config: RopeConfig,
     ) -> tuple[Array | None, RecurrentCache | None]:
-        """The mask of the selected entries, bool `[batch, 1, time, blocks]`, None for all, and the
-        updated cache; as `Indexer`."""
+        """The selected entries, int32 `[batch, 1, time, n]`, negative for none; None: all that
+        exist. And the updated cache; as `Indexer`."""
         c, positions = self.config, batch.positions
         assert c.pool is not None
         keys, cache = self.keys(x, batch, cache, config)
@@ -76,7 +76,7 @@ class BlockSelector(nnx.Module):
         queries = _rotated(queries, positions, config).astype(jnp.float32)
         weights = self.weight(x).astype(jnp.float32) * (c.heads * c.head_dim) ** -0.5
         last = complete_blocks(positions, c.pool.block) - 1
-        return mask_of(select(queries, keys, weights, last, c.top_k), keys.shape[1]), cache
+        return select(queries, keys, weights, last, c.top_k), cache
 
 
 class CompressedAttention(nnx.Module):
@@ -113,23 +113,23 @@ class CompressedAttention(nnx.Module):
         queries = (queries * jax.lax.rsqrt(squares + c.norm.epsilon)).astype(queries.dtype)
         queries = _rotated(queries, positions, c.rope)
         key = _rotated(self.key_norm(self.key(x))[:, :, None], positions, c.rope)
-        memory, key_positions, window = update_cache(key, None, batch, window, c.window)
-        assert key_positions is not None  # there is a window
-        distance = positions[:, :, None] - key_positions[:, None]
-        visible = (distance >= 0) & (distance < c.window) & (key_positions >= 0)[:, None]
-        keys, visible = memory.dequantized_keys(x.dtype), visible[:, None]
+        selected = window_of(batch, window, c.window)[:, None]
+        memory, _, window = update_cache(key, None, batch, window, c.window)
+        keys = memory.dequantized_keys(x.dtype)
         if self.entries is not None and c.pool is not None:
             entries, entries_cache = self.entries(x, batch, entries_cache, c.rope)
-            complete = complete_blocks(positions, c.pool.block)[..., None]
-            exists = (jnp.arange(entries.shape[1]) < complete)[:, None]
+            chosen = None
             if self.indexer is not None:
-                selected, index = self.indexer(x, low, batch, index, c.rope)
-                exists = exists if selected is None else exists & selected
+                chosen, index = self.indexer(x, low, batch, index, c.rope)
+            if chosen is None:
+                complete = complete_blocks(positions, c.pool.block)[:, None, :, None]
+                every = jnp.arange(entries.shape[1])
+                chosen = jnp.where(every < complete, every, -1)
+            chosen = jnp.where(chosen < 0, -1, chosen + keys.shape[2])
+            selected = jnp.concatenate([selected, chosen], axis=-1)
             keys = jnp.concatenate([keys, entries[:, None].astype(keys.dtype)], axis=2)
-            visible = jnp.concatenate([visible, exists], axis=-1)
-        # Only the mask tells what is visible.
-        nowhere = jnp.zeros((1, keys.shape[2]), jnp.int32)
-        kv = KV(AttentionCache(keys, None), nowhere, visible=visible)
+        few = gathers(keys.shape[2], selected.shape[-1], *queries.shape[1:3])
+        kv = KV(AttentionCache(keys, None), selected=selected, gathers=few)
         config = AttentionConfig(c.heads, 1, c.head_dim, c.head_dim)
         sinks = self.sinks.get_value()
         y = attend(queries[:, :, None], kv, batch, config=config, sinks=sinks).array

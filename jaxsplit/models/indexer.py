@@ -61,8 +61,8 @@ class Indexer(nnx.Module):
           cache: keys of earlier tokens; None: there are none.
 
         Returns:
-          the indices of the selected keys, int32 `[batch, time, n]`, beyond the last one for none;
-          None: there are not more keys than may be selected. And the cache with the new keys.
+          the selected keys, as in `KV`, int32 `[batch, 1, time, n]`; None: there are not more keys
+          than may be selected. And the cache with the new keys.
         """
         c, shape = self.config, batch.positions.shape
         queries = self.query(low).reshape(*shape, c.heads, c.head_dim)
@@ -72,25 +72,13 @@ class Indexer(nnx.Module):
         weights = self.weight(x).astype(jnp.float32) * (c.heads * c.head_dim) ** -0.5
         if self.pool is not None and c.pool is not None:
             keys, cache = self.pool(x, keys[:, :, 0], batch, cache, lambda entries, _: entries)
-            return self._of_blocks(queries, keys, weights, batch.positions, c.pool.block), cache
+            top_k, block = c.top_k // c.pool.block, c.pool.block
+            return select_blocks(queries, keys, weights, batch.positions, top_k, block), cache
         memory, _, cache = update_cache(keys, None, batch, cache, None)
         if memory.length <= c.top_k:
             return None, cache
         keys = memory.dequantized_keys(x.dtype)[:, 0]
         return select(queries, keys, weights, batch.positions, c.top_k), cache
-
-    def _of_blocks(
-        self, queries: Array, keys: Array, weights: Array, positions: Array, block: int
-    ) -> Array | None:
-        """The keys of the selected blocks, and those of the block that is not complete."""
-        blocks = self.config.top_k // block
-        if keys.shape[1] <= blocks:
-            return None
-        complete = complete_blocks(positions, block)[..., None]
-        chosen = select(queries, keys, weights, complete[..., 0] - 1, blocks)
-        chosen = jnp.where(chosen < complete, chosen, 2**30 // block)
-        chosen = jnp.concatenate([chosen, complete], axis=-1)[..., None]
-        return (chosen * block + jnp.arange(block)).reshape(*positions.shape, -1)
 
 
 def _rotated(x: Array, batch: Batch, config: RopeConfig | None, *, last: bool) -> Array:
@@ -103,7 +91,7 @@ def _rotated(x: Array, batch: Batch, config: RopeConfig | None, *, last: bool) -
 
 
 def select(queries: Array, keys: Array, weights: Array, positions: Array, top_k: int) -> Array:
-    """The keys with the largest scores, at and before each query's position.
+    """The keys with the largest scores, of those at and before each query's position.
 
     Args:
       queries: `[batch, time, heads, width]`.
@@ -113,7 +101,7 @@ def select(queries: Array, keys: Array, weights: Array, positions: Array, top_k:
       top_k: how many.
 
     Returns:
-      int32 `[batch, time, top_k]`: also keys after the position, if there are not enough.
+      int32 `[batch, 1, time, top_k]`, negative for none.
     """
 
     def select_one(query: Array, weight: Array, position: Array) -> Array:
@@ -123,12 +111,33 @@ def select(queries: Array, keys: Array, weights: Array, positions: Array, top_k:
         )  # fmt: skip
         scores = jnp.einsum("bh,bhs->bs", weight, jax.nn.relu(scores), precision="highest")
         visible = jnp.arange(keys.shape[1]) <= position[:, None]
-        return lax.top_k(jnp.where(visible, scores, -jnp.inf), top_k)[1]
+        chosen = lax.top_k(jnp.where(visible, scores, -jnp.inf), top_k)[1]
+        return jnp.where(chosen <= position[:, None], chosen, -1)
 
     by_time = (jnp.moveaxis(a, 1, 0) for a in (queries, weights, positions))
     at_once = max(1, MAX_SCORES // (keys.shape[1] * queries.shape[2]))
     chosen = lax.map(lambda query: select_one(*query), tuple(by_time), batch_size=at_once)
-    return jnp.moveaxis(chosen, 0, 1)
+    return jnp.moveaxis(chosen, 0, 1)[:, None]
+
+
+def select_blocks(
+    queries: Array, entries: Array, weights: Array, positions: Array, top_k: int, block: int
+) -> Array | None:
+    """As `select`, by entries `[batch, blocks, width]` for blocks of keys: the keys of the blocks,
+    and of the one that is not complete. None: there are not more blocks than `top_k`."""
+    if entries.shape[1] <= top_k:
+        return None
+    complete = complete_blocks(positions, block)
+    chosen = select(queries, entries, weights, complete - 1, top_k)
+    return _keys_of(jnp.concatenate([chosen, complete[:, None, :, None]], -1), positions, block)
+
+
+def _keys_of(blocks: Array, positions: Array, block: int) -> Array:
+    """The keys at and before each position, int32 `[batch, time]`, of its blocks, int32 `[batch,
+    heads, time, n]`: `[batch, heads, time, n * block]`; negative for none."""
+    keys = blocks[..., None] * block + jnp.arange(block)
+    keys = jnp.where((blocks < 0)[..., None], -1, keys).reshape(*blocks.shape[:3], -1)
+    return jnp.where(keys <= positions[:, None, :, None], keys, -1)
 
 
 class BlockIndexer(nnx.Module):
@@ -163,7 +172,7 @@ class BlockIndexer(nnx.Module):
           keys: how many the attention reads.
 
         Returns:
-          the mask of the keys in the selected blocks, bool `[batch, kv_heads, time, keys]`; None:
+          the keys of the selected blocks, as in `KV`, int32 `[batch, kv_heads, time, n]`; None:
           there are not more blocks than may be selected. And the cache with the new keys.
         """
         c, positions = self.config, batch.positions
@@ -176,20 +185,18 @@ class BlockIndexer(nnx.Module):
         blocks = -(-keys // c.block)
         if blocks <= c.top_k:
             return None, cache
-        positions = positions[:, None, :, None]
+        places = positions[:, None, :, None]
         scores = jnp.einsum(
             "btgd,bsd->bgts", queries, index, precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        scores = jnp.where(jnp.arange(keys) <= positions, scores, -jnp.inf)
+        scores = jnp.where(jnp.arange(keys) <= places, scores, -jnp.inf)
         padding = [(0, 0)] * 3 + [(0, blocks * c.block - keys)]
         scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
         scores = scores.reshape(*scores.shape[:3], blocks, c.block).max(axis=-1)
-        distance = positions // c.block - jnp.arange(blocks)
+        distance = places // c.block - jnp.arange(blocks)
         scores = jnp.where((distance >= 0) & (distance < c.local), jnp.inf, scores)
-        chosen = lax.top_k(scores, c.top_k)[1]
-        mask = jax.nn.one_hot(chosen, blocks, dtype=bool).any(axis=-2)
-        return jnp.repeat(mask, c.block, axis=-1)[..., :keys], cache
+        return _keys_of(lax.top_k(scores, c.top_k)[1], positions, c.block), cache
 
 
 class PooledBlockIndexer(nnx.Module):
@@ -212,25 +219,18 @@ class PooledBlockIndexer(nnx.Module):
     def __call__(
         self, x: Activations, batch: Batch, cache: RecurrentCache | None, keys: int
     ) -> tuple[Array | None, RecurrentCache | None]:
-        """Selects blocks, as `BlockIndexer`; the mask is the same for all key heads, and shows the
-        block that is not complete."""
+        """Selects blocks, as `BlockIndexer`: the same for all key heads, and the block that is not
+        complete."""
         c, positions = self.config, batch.positions
 
         def finish(entries: Array, first: Array) -> Array:
             return rope(self.key_norm(entries)[:, :, None], first, c.rope)[:, :, 0]
 
         entries, cache = self.pool(x, self.key(x), batch, cache, finish)
-        if entries.shape[1] <= c.top_k:
-            return None, cache
         queries = self.query(x).reshape(*positions.shape, c.heads, c.head_dim)
         queries = rope(self.query_norm(queries), positions, c.rope).astype(jnp.float32)
         weights = jnp.full((*positions.shape, c.heads), c.head_dim**-0.5)
-        complete = complete_blocks(positions, c.block)
-        chosen = mask_of(select(queries, entries, weights, complete - 1, c.top_k), entries.shape[1])
-        chosen = jnp.repeat(chosen, c.block, axis=-1)[..., :keys]
-        chosen = jnp.pad(chosen, [(0, 0)] * 3 + [(0, keys - chosen.shape[-1])])
-        last = jnp.arange(keys) >= (complete * c.block)[..., None]
-        return chosen & ~last[:, None] | last[:, None], cache
+        return select_blocks(queries, entries, weights, positions, c.top_k, c.block), cache
 
 
 class BlockSparseAttention(nnx.Module):
@@ -255,13 +255,6 @@ class BlockSparseAttention(nnx.Module):
         if kv is not None:
             pages = batch.pages_of(ring=False)
             keys = kv.length * (1 if pages is None else pages.shape[1])
-        visible, index = self.indexer(x, batch, index, keys)
-        y, kv = self.attention(x, batch, kv, visible)
+        selected, index = self.indexer(x, batch, index, keys)
+        y, kv = self.attention(x, batch, kv, selected)
         return y, None if cache is None else (kv, index)
-
-
-def mask_of(selected: Array, keys: int) -> Array:
-    """The mask of selected keys, int32 `[batch, time, n]`: bool `[batch, 1, time, keys]`."""
-    rows = jnp.zeros((*selected.shape[:2], keys), bool)
-    batch, time = (jnp.arange(size) for size in selected.shape[:2])
-    return rows.at[batch[:, None, None], time[:, None], selected].set(True)[:, None]

@@ -1,5 +1,6 @@
 """Multi-head latent attention: one small latent vector per token instead of keys and values."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,11 +10,11 @@ from jax import Array
 
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.models.indexer import Indexer, mask_of
+from jaxsplit.models.indexer import Indexer
 from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import SELECTION, LatentAttentionConfig
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention.api import KV, apply_temperature, attend, update_cache
+from jaxsplit.ops.attention.api import KV, apply_temperature, attend, gathers, update_cache
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.matmul.api import matmul
@@ -27,7 +28,8 @@ class LatentAttention(nnx.Module):
     The cache holds the latent vectors, replicated on every device; heads are split. A few queries
     attend to the latent vectors directly: the up-projections of keys and values are absorbed into
     the queries and the output. For many queries it is cheaper to project the latent vectors up to
-    keys and values first.
+    keys and values first. Queries of sparse attention attend to the latent vectors that were
+    selected, gathered for each of them, or to all with a mask, whichever is cheaper.
     """
 
     def __init__(self, config: LatentAttentionConfig, embed: int, *, rngs: nnx.Rngs):
@@ -89,12 +91,15 @@ class LatentAttention(nnx.Module):
             rope_queries = rope(rope_queries, positions, c.rope, freq_factors)
             rope_key = rope(rope_key, positions, c.rope, freq_factors)
         latent = jnp.concatenate([self.latent_norm(latent)[:, :, None], rope_key], axis=-1)
-        kv, latents = self._keys(latent, batch, latents)
-        cache = None if cache is None else (latents, index)
         # Multiplications per key: absorbed attention takes more for each query, but needs no
         # up-projection of the key.
-        extra = positions.shape[1] * (2 * c.kv_lora_rank - c.head_dim - c.value_dim)
-        if extra <= c.kv_lora_rank * (c.head_dim + c.value_dim):
+        absorbed = 2 * c.kv_lora_rank + c.shared_dim
+        expanded = c.head_dim + c.value_dim + c.shared_dim
+        expanded += c.kv_lora_rank * (c.head_dim + c.value_dim) / positions.shape[1]
+        cost = max(1.0, absorbed / expanded)
+        kv, latents = self._keys(latent, batch, latents, queries.shape[2], cost)
+        cache = None if cache is None else (latents, index)
+        if kv.gathers or absorbed <= expanded:
             y = self._absorbed(queries, rope_queries, kv, batch)
         else:
             y = self._expanded(queries, rope_queries, kv, batch)
@@ -104,23 +109,31 @@ class LatentAttention(nnx.Module):
         return self.out.unreduced(y), cache
 
     def _keys(
-        self, latent: Array, batch: Batch, cache: AttentionCache | None
+        self,
+        latent: Array,
+        batch: Batch,
+        cache: AttentionCache | None,
+        heads: int,
+        cost: float,
     ) -> tuple[KV, AttentionCache | None]:
-        """Writes the vectors of new tokens to the cache, and returns those that they attend to."""
+        """Writes the vectors of new tokens to the cache, and returns those that they attend to.
+
+        Args:
+          heads: how many attend to them, on this device.
+          cost: of absorbed attention, relative to the cheaper form.
+        """
         c = self.config
         selected = batch.lent.get(SELECTION) if c.sparse else None
         if selected is None:
             memory, key_positions, cache = update_cache(latent, None, batch, cache, c.window)
             return KV(memory, key_positions), cache
-        if latent.shape[1] > 1 or cache is None:
-            memory, key_positions, cache = update_cache(latent, None, batch, cache, None)
-            return KV(memory, key_positions, visible=mask_of(selected, memory.length)), cache
-        # A single token reads only what was selected.
-        cache = cache.write(AttentionCache.of(latent, None, cache.keys.dtype), batch)
-        filled = batch.positions.max(axis=1) + 1
-        index = jnp.clip(selected, 0, jnp.maximum(filled - 1, 0)[:, None, None])
-        memory = cache.at(index, batch.pages_of(ring=False), filled)
-        return KV(memory, selected[:, 0]), cache
+        if cache is None:
+            kv = KV(AttentionCache.of(latent, None, latent.dtype))
+        else:
+            cache = cache.write(AttentionCache.of(latent, None, cache.keys.dtype), batch)
+            kv = KV(cache, pages=batch.pages_of(ring=False))
+        few = gathers(kv.length, selected.shape[-1], latent.shape[1], heads, cost)
+        return dataclasses.replace(kv, selected=selected, gathers=few), cache
 
     def _attend(self, queries: Array, kv: KV, batch: Batch, kv_heads: int, value_dim: int) -> Array:
         """Attends with queries `[batch, time, kv_heads, group, width]`: `[batch, time, heads,
@@ -154,7 +167,8 @@ class LatentAttention(nnx.Module):
     def _expanded(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
         """As `_absorbed`, with the keys and values of each head."""
         c, dtype = self.config, queries.dtype
-        latent = kv.memory.dequantized_keys(dtype)[:, 0]
+        memory = kv.memory.read(kv.pages, batch.positions.max(axis=1) + 1)
+        latent = memory.dequantized_keys(dtype)[:, 0]
         latent, rope_key = jnp.split(latent, [c.kv_lora_rank], axis=-1)
         up = self.key_up.get_value()
         keys = _matmul_to_heads(latent, up if c.k_up_transposed else _transposed(up, dtype))
@@ -162,7 +176,7 @@ class LatentAttention(nnx.Module):
         rope_key = jnp.broadcast_to(rope_key[:, :, None], (*keys.shape[:3], c.shared_dim))
         keys = jnp.concatenate([keys, rope_key], axis=-1)
         queries = jnp.concatenate([queries, rope_queries], axis=-1)[:, :, :, None]
-        kv = KV(AttentionCache.of(keys, values, dtype), kv.positions, visible=kv.visible)
+        kv = KV(AttentionCache.of(keys, values, dtype), kv.positions, selected=kv.selected)
         return self._attend(queries, kv, batch, c.heads, c.value_dim)
 
 

@@ -23,9 +23,24 @@ from jaxsplit.ops.attention import (
     xla,
 )
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
-from jaxsplit.ops.attention.xla import MAX_SCORES, apply_temperature, update_cache
+from jaxsplit.ops.attention.xla import (
+    MAX_SCORES,
+    apply_temperature,
+    gathers,
+    update_cache,
+    window_of,
+)
 
-__all__ = ["KV", "MAX_SCORES", "apply_temperature", "attend", "self_attention", "update_cache"]
+__all__ = [
+    "KV",
+    "MAX_SCORES",
+    "apply_temperature",
+    "attend",
+    "gathers",
+    "self_attention",
+    "update_cache",
+    "window_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +54,22 @@ class KV:
         key's position is its index.
       pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: the n-th sequence
         has page n.
-      visible: bool `[batch, kv_heads or 1, time, keys]`: which keys a query may see, of those at
-        and before its position; None: all.
+      selected: int32 `[batch, kv_heads or 1, time, n]`: the keys that a query sees, by their index,
+        negative for none, whatever its position; None: all at and before its position, within the
+        window.
+      gathers: the selected keys are gathered for each query; else the others are masked.
     """
 
     memory: AttentionCache
     positions: Array | None = None
     pages: Array | None = None
-    visible: Array | None = None
+    selected: Array | None = None
+    gathers: bool = False
+
+    @property
+    def length(self) -> int:
+        """How many keys there are."""
+        return self.memory.length * (1 if self.pages is None else self.pages.shape[1])
 
 
 def self_attention(
@@ -60,7 +83,7 @@ def self_attention(
     params: AttentionParams,
     dtype: jnp.dtype,
     readers: Readers = XLA_ONLY,
-    visible: Array | None = None,
+    selected: Array | None = None,
 ) -> tuple[Activations, AttentionCache | None]:
     """Causal attention of new tokens to earlier ones and themselves.
 
@@ -75,14 +98,14 @@ def self_attention(
       params: parameters of norms, and sinks.
       dtype: of the result.
       readers: of the result.
-      visible: as in `KV`.
+      selected: as in `KV`, of a config without window and ALiBi.
 
     Returns:
       `[batch, time, heads * value_dim]`, and the cache with the new tokens.
     """
-    if visible is not None:
+    if selected is not None:
         options = {"config": config, "params": params, "dtype": dtype, "readers": readers}
-        return _in_steps(query, key, value, batch, cache, **options, visible=visible)
+        return _in_steps(query, key, value, batch, cache, **options, selected=selected)
     like = jax.ShapeDtypeStruct(query.parts.shape[1:], dtype)
     for supports, run in _SELF_ATTENTION:
         if supports(config, batch, cache, like, readers):
@@ -182,7 +205,7 @@ def _in_steps(
     params: AttentionParams,
     dtype: jnp.dtype,
     readers: Readers,
-    visible: Array | None = None,
+    selected: Array | None = None,
 ) -> tuple[Activations, AttentionCache | None]:
     """Rotation and cache update, then attention."""
     q = query.local_sum.astype(dtype)
@@ -198,8 +221,10 @@ def _in_steps(
         queries, kv, cache = update(q, k, v, batch, cache, **options)
     if config.kv_donor is not None:
         batch.lent[config.kv_donor] = kv.memory, kv.positions
-    kv = dataclasses.replace(kv, visible=visible)
     queries = queries.reshape(*batch.positions.shape, kv.memory.keys.shape[1], -1, config.head_dim)
+    if selected is not None:
+        few = gathers(kv.length, selected.shape[-1], queries.shape[1], queries.shape[3])
+        kv = dataclasses.replace(kv, selected=selected, gathers=few)
     sinks = params.sinks
     return attend(queries, kv, batch, config=config, sinks=sinks, readers=readers), cache
 
@@ -246,7 +271,7 @@ def _update_by_xla(*projections: Any, **options: Any) -> tuple[Array, KV, Attent
 
 
 def _kernel_supports_attend(queries: Array, kv: KV, config: AttentionConfig) -> bool:
-    kernels = current_context().policy.kernels and kv.visible is None
+    kernels = current_context().policy.kernels and kv.selected is None
     return kernels and triton_flash.supports(queries, kv.memory, config)
 
 
@@ -280,17 +305,13 @@ def _attend_by_xla(
     sinks: Array | None,
     readers: Readers,
 ) -> Activations:
-    y = xla.attend(
-        queries,
-        kv.memory,
-        batch.positions,
-        config=config,
-        key_positions=kv.positions,
-        sinks=sinks,
-        pages=kv.pages,
-        visible=kv.visible,
-    )
-    return Activations(y)
+    run = xla.attend
+    options: dict[str, Any] = {"key_positions": kv.positions}
+    if kv.selected is not None:
+        run = xla.attend_gathered if kv.gathers else xla.attend_masked
+        options = {"selected": kv.selected}
+    options |= {"config": config, "sinks": sinks, "pages": kv.pages}
+    return Activations(run(queries, kv.memory, batch.positions, **options))
 
 
 _Table = tuple[tuple[Callable[..., bool], Callable[..., Any]], ...]

@@ -16,6 +16,11 @@ from jaxsplit.ops.norm.xla import normalize
 
 MAX_SCORES = 2**21
 """Scores of a head that are computed at a time: more would take too much memory."""
+MAX_GATHERED = 2**23
+"""Elements of keys and values that are gathered at a time, likewise."""
+MOVE_COST = 32.0
+"""How many heads could attend to a key in the time that it takes to move it; see `gathers`.
+Measured on a CPU: 20 to 30; by the bandwidth and arithmetic of an H200: about 80."""
 
 
 def rope_cache_update(
@@ -136,6 +141,31 @@ def update_cache(
     return kv, positions, cache.write(new, batch, ring=True)
 
 
+def window_of(batch: Batch, cache: AttentionCache | None, window: int) -> Array:
+    """The keys of a sliding window, among those that `update_cache` returns.
+
+    Args:
+      batch: where the tokens belong.
+      cache: as it was before the update; None: there was none.
+      window: how many positions, that of the query included.
+
+    Returns:
+      int32 `[batch, time, window]`: their indices, negative before the sequence's start, and for
+      padding.
+    """
+    positions = batch.positions[..., None]
+    wanted = jnp.where(positions < 0, -1, positions - jnp.arange(window))
+    first = positions[:, :1]
+    if cache is None:
+        index = wanted - first
+    elif positions.shape[1] == 1:
+        index = wanted % cache.length
+    else:
+        earlier = wanted < first
+        index = jnp.where(earlier, wanted % cache.length, cache.length + wanted - first)
+    return jnp.where(wanted >= 0, index, -1)
+
+
 def alibi_slopes(heads: int, largest: float) -> np.ndarray:
     """How much each head's scores fall with distance: float32 `[heads]`.
 
@@ -191,6 +221,79 @@ def attend(
         weights = weights * value_scale[:, :, None, None]
     y = _einsum("bkgts,bksd->btkgd", weights.astype(queries.dtype), values.astype(queries.dtype))
     return y.astype(queries.dtype).reshape(*y.shape[:2], -1)
+
+
+def gathers(keys: int, selected: int, queries: int, heads: int, cost: float = 1.0) -> bool:
+    """Whether it is faster to gather the keys that each query sees than to mask the others.
+
+    Masked keys are moved once for all queries, gathered ones for each query; but all heads of a
+    query attend to every masked key. So a single query always gathers, and many do if they see few
+    of the keys, or have many heads.
+
+    Args:
+      keys: how many there are.
+      selected: how many a query sees.
+      queries: how many there are of a sequence.
+      heads: of queries that share a key.
+      cost: of attention to a gathered key, relative to a masked one, if it is computed in another
+        form.
+    """
+    gathered = selected * (heads * cost + MOVE_COST)
+    return gathered <= keys * (heads + MOVE_COST / queries)
+
+
+def attend_masked(
+    queries: Array,
+    kv: AttentionCache,
+    positions: Array,
+    *,
+    selected: Array,
+    config: AttentionConfig,
+    sinks: Array | None = None,
+    pages: Array | None = None,
+) -> Array:
+    """As `attend`, to the selected keys, int32 `[batch, kv_heads or 1, time, n]`, negative for
+    none. The scores of the others are computed, too, and masked."""
+    kv = kv.read(pages, positions.max(axis=1) + 1)
+    batch, heads, time = (jnp.arange(size) for size in selected.shape[:3])
+    visible = jnp.zeros((*selected.shape[:3], kv.length), bool)
+    place = batch[:, None, None, None], heads[:, None, None], time[:, None]
+    visible = visible.at[*place, jnp.where(selected < 0, kv.length, selected)].set(
+        True, mode="drop"
+    )
+    options = {"config": config, "sinks": sinks, "visible": visible}
+    nowhere = jnp.zeros((1, kv.length), jnp.int32)  # Only the mask tells what is seen.
+    return attend(queries, kv, positions, key_positions=nowhere, **options)
+
+
+def attend_gathered(
+    queries: Array,
+    kv: AttentionCache,
+    positions: Array,
+    *,
+    selected: Array,
+    config: AttentionConfig,
+    sinks: Array | None = None,
+    pages: Array | None = None,
+) -> Array:
+    """As `attend_masked`, but the keys of each query are gathered, for some queries at a time."""
+
+    def attend_one(arguments: tuple[Array, Array, Array]) -> Array:
+        query, position, index = arguments
+        memory = kv.at(index, pages)
+        nowhere = jnp.zeros((1, memory.length), jnp.int32)
+        options = {"config": config, "sinks": sinks, "visible": (index >= 0)[:, :, None]}
+        one = query[:, None], memory, position[:, None]
+        return attend(*one, key_positions=nowhere, **options)[:, 0]
+
+    arrays = queries, positions, selected.swapaxes(1, 2)
+    by_time = tuple(jnp.moveaxis(x, 1, 0) for x in arrays)
+    per_key = sum(x.shape[1] * x.shape[3] for x in (kv.keys, kv.values) if x is not None)
+    per_query = queries.shape[0] * selected.shape[-1] * per_key
+    at_once = max(1, MAX_GATHERED // per_query)
+    few = queries.shape[1] <= at_once
+    y = jax.vmap(attend_one)(by_time) if few else lax.map(attend_one, by_time, batch_size=at_once)
+    return jnp.moveaxis(y, 0, 1)
 
 
 def _einsum(subscripts: str, *operands: Array) -> Array:
