@@ -39,8 +39,10 @@ def test_kernels_compute_what_xla_does(
     ok = []
     for mode, error in errors.items():
         largest = next(value for end, value in LARGEST.items() if mode.endswith(end))
-        bound = min(largest, BOUNDS.get(name, {}).get(mode, largest))
-        ok.append(bounded(name, mode, error, bound))
+        measured = BOUNDS.get(name, {}).get(mode)
+        bound = largest if measured is None else min(largest, measured)
+        provisional = measured is None and mode != "none llama.cpp"
+        ok.append(bounded(name, mode, error, bound, provisional=provisional))
         new_bounds.setdefault(name, {})[mode] = float(f"{2 * error:.1e}")
     assert all(ok), errors
 

@@ -287,7 +287,7 @@ def attend_gathered(
         return attend(*one, key_positions=nowhere, **options)[:, 0]
 
     arrays = queries, positions, selected.swapaxes(1, 2)
-    by_time = tuple(jnp.moveaxis(x, 1, 0) for x in arrays)
+    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays)
     per_key = sum(x.shape[1] * x.shape[3] for x in (kv.keys, kv.values) if x is not None)
     per_query = queries.shape[0] * selected.shape[-1] * per_key
     at_once = max(1, MAX_GATHERED // per_query)
