@@ -20,6 +20,13 @@ FEW = ["gemma2", "llama", "qwen3moe"]
 BOUNDS = json.loads((Path(__file__).parent / "bounds.json").read_text())
 LARGEST = {"llama.cpp": 1e-6, "prompt": 2e-2, "one by one": 5e-2}
 """What no bound may exceed, and what recipes without one have, by how the mode's name ends."""
+ROUNDED = {
+    **{"deepseek32": 0.04, "gemma3n": 0.12, "glm-dsa": 0.35, "glm5-next": 0.05},
+    **{"graniteswitch": 0.05, "kimi-k3": 0.06},
+}
+"""The same for prompts of recipes in which bfloat16 alone changes more: three times the error on a
+CPU without kernels. There, an indexer or a sparse gate chooses others; `glm-dsa` has an error of
+0.11 where 8 of 100 keys are selected, and of 0.002 where all are."""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +46,8 @@ def test_kernels_compute_what_xla_does(
     ok = []
     for mode, error in errors.items():
         largest = next(value for end, value in LARGEST.items() if mode.endswith(end))
+        if mode.endswith("prompt"):
+            largest = max(largest, ROUNDED.get(name, 0.0))
         measured = BOUNDS.get(name, {}).get(mode)
         bound = largest if measured is None else min(largest, measured)
         provisional = measured is None and mode != "none llama.cpp"
@@ -48,4 +57,4 @@ def test_kernels_compute_what_xla_does(
 
 
 def test_bounds_are_of_recipes_that_exist():
-    assert set(BOUNDS) <= {path.stem for path in (DATA / "arch").glob("*.json")}
+    assert BOUNDS.keys() | ROUNDED.keys() <= {path.stem for path in (DATA / "arch").glob("*.json")}
