@@ -57,6 +57,7 @@ class Tokenizer:
         if scores is not None:
             check_length("tokenizer.ggml.scores", scores, len(tokens))
         self._model: TokenizerModel = model(metadata, ids)
+        self._normal_piece = functools.cache(self._model.piece)
         self._metadata = metadata
         self._tokens = tokens
         self.vocab_size = len(tokens)
@@ -276,7 +277,7 @@ class Tokenizer:
             case TokenType.USER_DEFINED:
                 return token_bytes(token)
             case TokenType.NORMAL:
-                return self._model.piece(token)
+                return self._normal_piece(token)
             case TokenType.BYTE:
                 return bytes([int(token[3:5], 16)])
         return b""
