@@ -1,5 +1,6 @@
 """`jaxsplit chat`: conversations, their token ids, reasoning, and the program around them."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -22,6 +23,7 @@ from tiny import CHATML, fresh_rng, write_tiny_model
 import jaxsplit
 from jaxsplit.cli import program
 from jaxsplit.conversation import Conversation
+from jaxsplit.engine.stream import Stream
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.text import ChatTemplate, Tokenizer
 from jaxsplit.text.reasoning import MARKS, ReasoningParser
@@ -379,6 +381,26 @@ HEED_INTERRUPTS = (  # which are ignored in what a shell runs with `&`
 )
 
 
+def test_an_interrupt_that_python_drops_stops_the_answer(chat, monkeypatch):
+    """As of an exception in a callback of the garbage collector."""
+    take = Stream.__next__
+
+    def interrupted(stream):
+        piece = take(stream)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return piece
+
+    monkeypatch.setattr(Stream, "__next__", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, out, err = chat("Tell\n/stats\n", "--n_predict=20", "--stream_interval=1", "--quiet")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 0 and out.strip()
+    assert re.search(r"\[interrupted\] .* generated 1 tokens", err)
+
+
 def test_an_interrupt_stops_the_answer_and_the_next_line_is_taken(tmp_path):
     path = write_tiny_model(tmp_path / "long.gguf", context=32768)
     arguments = [f"--model={path}", "--devices=1", "--stream_interval=1", "--ctx_size=32768"]
@@ -441,7 +463,7 @@ class Terminal:
     def write(self, text):
         os.write(self.master, text.encode())
 
-    def wait_for(self, pattern, seconds=30):
+    def wait_for(self, pattern, seconds=120):
         """Reads to a pattern; returns what came before it, and forgets both."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.output)):

@@ -1,12 +1,15 @@
 """`jaxsplit serve`: endpoints and fields, through OpenAI's client and as plain HTTP."""
 
+import asyncio
 import base64
+import collections
 import concurrent.futures
 import gc
 import json
 import math
 import socket
 import time
+import types
 
 import httpx
 import numpy as np
@@ -17,6 +20,8 @@ from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
 from jaxsplit.engine import Generation
+from jaxsplit.engine.stream import Event
+from jaxsplit.server.running import Running, Waker
 
 USER = [{"role": "user", "content": "Hello there"}]
 
@@ -534,6 +539,43 @@ def test_nothing_is_kept_of_a_request_that_has_ended(lm, http):
         return sum(isinstance(x, Generation) for x in gc.get_objects())
 
     assert wait_for(lambda: left() == 0), left()
+
+
+def test_pings_fill_silence_and_nothing_else():
+    """Gaps in seconds between the events of a generation, of which some are longer than a ping."""
+    gaps = [0.01] * 20 + [1.0] + [0.01] * 20
+
+    async def run():
+        news, listeners = collections.deque(), []
+
+        def next_now():
+            event = news.popleft() if news else None
+            generation.finish_reason = event and event.finish_reason
+            return event
+
+        generation = types.SimpleNamespace(
+            request=types.SimpleNamespace(listen=listeners.append),
+            next_now=next_now,
+            finish_reason=None,
+            cancel=lambda: None,
+        )
+        running = Running([generation], Waker(asyncio.get_running_loop()))
+
+        async def produce():
+            for number, gap in enumerate(gaps):
+                await asyncio.sleep(gap)
+                last = number == len(gaps) - 1
+                news.append(Event(str(number), finish_reason="stop" if last else None))
+                listeners[0]()
+
+        task = asyncio.ensure_future(produce())
+        found = [None if event is None else event[1].text async for event in running.events(0.6)]
+        await task
+        return found
+
+    found = asyncio.run(run())
+    assert [text for text in found if text] == [*map(str, range(len(gaps)))]
+    assert found.count(None) == 1 and found[found.index("20") - 1] is None
 
 
 # Grammars

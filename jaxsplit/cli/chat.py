@@ -124,8 +124,11 @@ class Chat:
         shown = ReasoningParser(prompt.text)
         show = _printer()
         try:
-            for piece in stream:
-                show(shown.push(piece))
+            with interrupts_raise() as interrupted:
+                for piece in stream:
+                    show(shown.push(piece))
+                    if interrupted.is_set():
+                        break
         except KeyboardInterrupt:
             pass
         finally:

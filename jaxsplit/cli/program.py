@@ -130,16 +130,26 @@ def _leave_on_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interrupts_raise() -> Iterator[None]:
-    """Within, Ctrl-C raises `KeyboardInterrupt` instead of ending the process."""
+def interrupts_raise() -> Iterator[threading.Event]:
+    """Within, Ctrl-C raises `KeyboardInterrupt` instead of ending the process.
+
+    Python drops what is raised in a callback of the garbage collector, and JAX has one. So the
+    event that is yielded is set, too.
+    """
+    interrupted = threading.Event()
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        yield
+        yield interrupted
         return
+
+    def handle(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
     wakeup = signal.set_wakeup_fd(-1)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = signal.signal(signal.SIGINT, handle)
     try:
-        yield
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.set_wakeup_fd(wakeup)

@@ -169,10 +169,7 @@ class Request:
 
     def next_now(self) -> Progress | None:
         """News, if there are any."""
-        try:
-            return self._checked(self._news.get_nowait())
-        except queue.Empty:
-            return None
+        return None if self._news.empty() else self._checked(self._news.get_nowait())
 
     @staticmethod
     def _checked(news: Progress) -> Progress:

@@ -17,7 +17,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from jaxsplit.cache.prefixes import Allocation, PrefixCache
-from jaxsplit.engine.chunked_prefill import CHUNK_OVERHEAD, MAX_LOGITS, chunk_lengths
-from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Masks, Prompt, Row, power_of_2
+from jaxsplit.engine.engine import MAX_STOP_IDS, Engine, Masks, Prompt, Row
+from jaxsplit.engine.pace import MAX_BLOCK, Chunk, Pace, Step
 from jaxsplit.engine.pending import PendingPrompts, PendingTokens
 from jaxsplit.engine.prefix_store import Loading, PrefixStore
 from jaxsplit.engine.request import (
@@ -43,24 +42,6 @@ from jaxsplit.engine.request import (
 from jaxsplit.engine.sampling import NOT_FINITE, SamplerSpec
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.text.grammar import Grammars, Matcher
-
-MAX_BLOCK = 32
-"""Steps of a decode block at most."""
-
-BLOCK_SECONDS = 0.04
-"""Of a block of several sequences."""
-
-BLOCK_SECONDS_BESIDE_GRAMMARS = 0.01
-"""Of a block beside sequences under a grammar, which then take one step."""
-
-STREAM_SECONDS = 0.1
-"""Of a block of a single one."""
-
-_FIRST_BLOCK = 4
-"""Steps of a block whose speed is not known yet."""
-
-_PACKED_ROWS = (1, 4, 16, 64)
-"""Prompts that are read at a time, for which prefill is compiled."""
 
 _RESERVE = 128
 """Tokens that must fit into the cache after a prompt, before it is read."""
@@ -118,15 +99,15 @@ class _Unit:
     Attributes:
       sequences: of each data replica, in the order of the rows.
       pending: its results.
-      key: what its time depends on.
-      steps: of a block; 0: it reads prompts.
+      work: what its time depends on.
+      steps: of a block; 1 of prompts.
       enqueued: when.
       parts: what was read of each prompt.
     """
 
     sequences: Sequence[Sequence[_Sequence]]
     pending: PendingTokens | PendingPrompts
-    key: tuple
+    work: Chunk | Step
     steps: int
     enqueued: float
     parts: Sequence[Sequence[Prompt]] = ()
@@ -206,16 +187,14 @@ class Scheduler:
         store: PrefixStore | None = None,
     ):
         self._store = store
-        self.engine, self.itl_budget, self.measures = engine, itl_budget, measures
+        self.engine = engine
+        self._pace = Pace(engine, itl_budget, measures)
         self._grammars = grammars
         self.counters = Counters()
         self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
         self._units: collections.deque[_Unit] = collections.deque()
         self._most_in_flight = engine.most_in_flight
-        self._seconds: dict[tuple, float] = {}
-        self._last_read = self._last_added = 0.0
-        self._interval = 1.0  # seconds between requests, a moving average
         self._prompts_last = self._masked_last = False
         self._make_caches()
 
@@ -256,9 +235,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request that `check` has passed."""
-        now = time.perf_counter()
-        since, self._last_added = min(now - self._last_added, 1.0), now
-        self._interval = 0.8 * self._interval + 0.2 * since
+        self._pace.arrived()
         spec = SamplerSpec.of(request.spec.sampling, self.engine.context)
         sequence = _Sequence(request, [*request.spec.prompt], spec)
         if request.spec.grammar is not None:
@@ -368,7 +345,9 @@ class Scheduler:
         self._admit(working)
         reading = [s for s in self._running if not s.decodes]
         decoding = self._may_decode()
-        waits = decoding and (self._prompts_last or self._more_come(reading))
+        tokens = sum(self._until(s) - s.read for s in reading)
+        oldest = min((s.request.timings.submitted for s in reading), default=0.0)
+        waits = decoding and (self._prompts_last or self._pace.waits_for_more(tokens, oldest))
         if reading and not waits:
             self._prompts_last = True
             return self._read_prompts(reading, bool(decoding), working)
@@ -384,19 +363,10 @@ class Scheduler:
         """The sequences of the next block: all under a grammar, or all others."""
         decoding = [s for s in self._running if s.decodes and self._steps_left(s) > 0]
         masked = [s for s in decoding if s.spec.mask and len(s.tokens) == s.prompt + s.sampled]
-        if any(unit.steps and unit.key[-1].mask for unit in self._units):
+        if any(isinstance(unit.work, Step) and unit.work.sampler.mask for unit in self._units):
             masked = []  # they wait for one another, and take the next step together
         others = [s for s in decoding if not s.spec.mask]
         return masked if masked and not (others and self._masked_last) else others
-
-    def _more_come(self, reading: list[_Sequence]) -> bool:
-        """Whether short prompts should wait for others to be read with: a chunk has a fixed cost,
-        and meanwhile the devices decode."""
-        if not self.measures or self._interval > self.itl_budget / 2:
-            return False
-        tokens = sum(self._until(s) - s.read for s in reading)
-        oldest = min((s.request.timings.submitted for s in reading), default=0.0)
-        return tokens < CHUNK_OVERHEAD and time.perf_counter() - oldest < self.itl_budget
 
     # Admission
 
@@ -517,14 +487,12 @@ class Scheduler:
             if s is first
             or (wanted == "last" == s.request.spec.wanted and self._fits(s, length, decoding))
         ]
-        rows = self._packed(alike, length, decoding) if wanted == "last" else 1
+        count = max(collections.Counter(s.replica for s in alike).values())
+        rows = self._pace.rows(count, length, decoding=decoding) if wanted == "last" else 1
         spec = SamplerSpec.join(s.spec for s in alike)
-        if self.measures and not self.engine.is_ready(rows, length, wanted, spec):
-            # Meanwhile, one prompt at a time, in chunks whose program is there.
-            left = self._until(first) - first.read
-            chunks = sorted(self.engine.ready_chunks(wanted))
-            if chunks:
-                rows, length = 1, next((c for c in chunks if c >= left), chunks[-1])
+        chunk = Chunk(rows, length, wanted)
+        chunk = self._pace.compiled(chunk, spec, self._until(first) - first.read)
+        rows, length, _ = chunk
         sequences: list[list[_Sequence]] = [[] for _ in self._caches]
         for sequence in alike:
             if len(sequences[sequence.replica]) < rows:
@@ -548,7 +516,7 @@ class Scheduler:
                 sequence.read += len(part.tokens)
                 sequence.sampled += part.ends
                 self._save_state(sequence)
-        return _Unit(sequences, pending, ("prompts", rows, length, wanted), 0, now, parts)
+        return _Unit(sequences, pending, chunk, 1, now, parts)
 
     def _masks(self, spec: SamplerSpec, sequences: list[list[_Sequence]]) -> Masks | None:
         """What computes the masks of rows; None: none has a grammar."""
@@ -600,53 +568,15 @@ class Scheduler:
 
     def _chunk(self, sequence: _Sequence, decoding: bool, queued: int) -> int:
         """Length of the next chunk of a prompt."""
-        spec = sequence.request.spec
+        spec, left = sequence.request.spec, self._until(sequence) - sequence.read
         if spec.one_by_one:
             return 1
-        left = self._until(sequence) - sequence.read
-        chunks = [c for c in self.engine.chunks if not decoding or self._in_budget(1, c)]
-        if spec.wanted != "last":
-            chunks = [c for c in chunks if c <= MAX_LOGITS]
-        chunks = chunks or [min(self.engine.chunks)]
-        return chunk_lengths(left, chunks, len(self.engine.runners), queued)[0]
-
-    def _in_budget(self, rows: int, length: int) -> bool:
-        """Whether a chunk delays the tokens of others no longer than they may be."""
-        known = {k: s for k, s in self._seconds.items() if k[0] == "prompts"}
-        if not known or not self.measures:
-            return rows * length <= MAX_LOGITS
-        size = rows * length
-        # By all chunks that were measured: one that took long once must not be shunned for ever.
-        seconds = min(
-            s * max(1, (size + CHUNK_OVERHEAD) / (r * n + CHUNK_OVERHEAD))
-            for (_, r, n, _), s in known.items()
-        )
-        return seconds <= self.itl_budget
+        return self._pace.chunk(left, spec.wanted, decoding=decoding, queued=queued)
 
     def _fits(self, sequence: _Sequence, length: int, decoding: bool) -> bool:
         """Whether the next chunk of a prompt has about this length."""
         left = self._until(sequence) - sequence.read
         return left <= length or self._chunk(sequence, decoding, 1) == length
-
-    def _packed(self, alike: list[_Sequence], length: int, decoding: bool) -> int:
-        """How many prompts to read at a time, on each data replica."""
-        count = max(collections.Counter(s.replica for s in alike).values())
-        most = max(self.engine.chunks)
-
-        def cost(rows: int) -> float:
-            return (rows * length + CHUNK_OVERHEAD) / min(rows, count)
-
-        options = [
-            rows
-            for rows in _PACKED_ROWS
-            if rows == 1
-            or (
-                rows <= self.engine.slots_per_replica
-                and rows * length <= most
-                and (not decoding or self._in_budget(rows, length))
-            )
-        ]
-        return min(options, key=cost)
 
     # Decoding
 
@@ -685,30 +615,24 @@ class Scheduler:
         pending = self.engine.decode(rows, spec, steps, length=MAX_BLOCK, masks=masks)
         for sequence in decoding:
             sequence.sampled += min(steps, self._steps_left(sequence))
-        key = ("steps", power_of_2(max(map(len, rows))), spec)
-        return _Unit(sequences, pending, key, steps, now)
+        return _Unit(sequences, pending, Step.of(max(map(len, rows)), spec), steps, now)
 
     def _block(self, decoding: list[_Sequence], busy: bool) -> int:
         """Steps of the next block."""
         if decoding[0].spec.mask:
             return 1
-        asked = [s.request.spec.block for s in decoding if s.request.spec.block is not None]
         left = max(map(self._steps_left, decoding))
+        asked = [s.request.spec.block for s in decoding if s.request.spec.block is not None]
         if asked:
             return min(*asked, left, MAX_BLOCK)
-        if not self.measures:
-            return min(MAX_BLOCK // 4, left)
-        rows = collections.Counter(s.replica for s in decoding).most_common(1)[0][1]
-        spec = SamplerSpec.join(s.spec for s in decoding)
-        seconds = self._seconds.get(("steps", power_of_2(rows), spec))
-        if seconds is None:
-            return min(_FIRST_BLOCK, left)
-        target = STREAM_SECONDS if len(self._running) == 1 and not busy else BLOCK_SECONDS
-        if busy:
-            target /= 2
-        if any(s.spec.mask for s in self._running):
-            target = min(target, BLOCK_SECONDS_BESIDE_GRAMMARS)
-        return max(1, min(MAX_BLOCK, left, int(target / max(seconds, 1e-6))))
+        steps = self._pace.block(
+            collections.Counter(s.replica for s in decoding).most_common(1)[0][1],
+            SamplerSpec.join(s.spec for s in decoding),
+            alone=len(self._running) == 1,
+            busy=busy,
+            beside_grammars=any(s.spec.mask for s in self._running),
+        )
+        return min(steps, left)
 
     def _preempt(self, replica: int) -> None:
         """Puts the youngest sequence of a replica back into the queue."""
@@ -757,7 +681,7 @@ class Scheduler:
             details = unit.pending.details()
             values = unit.pending.values()
         now = time.perf_counter()
-        self._measure(unit, now)
+        self._pace.done(unit.work, unit.steps, unit.enqueued, now)
         for at, sequence in unit.rows():
             if sequence not in self._running:
                 continue
@@ -768,19 +692,6 @@ class Scheduler:
                     continue
             if outputs is not None:
                 self._take_tokens(sequence, outputs, at, now)
-
-    def _measure(self, unit: _Unit, now: float) -> None:
-        """Notes how long a unit took: since it was enqueued, or the one before it was done.
-
-        Whatever else happens on the host makes it longer: the least counts, and is forgotten
-        slowly.
-        """
-        since = max(unit.enqueued, self._last_read)
-        self._last_read = now
-        if self.engine.compiled_at < unit.enqueued:
-            seconds = (now - since) / max(unit.steps, 1)
-            before = self._seconds.get(unit.key, math.inf)
-            self._seconds[unit.key] = min(seconds, 1.05 * before)
 
     def _take_details(
         self,

@@ -33,6 +33,42 @@ class Waker:
             self._ready.popleft().set()
 
 
+class _Silence:
+    """Says when nothing has come for some seconds. One timer serves a whole request: a timeout
+    around each wait takes longer than what is waited for.
+
+    Args:
+      seconds: None: never.
+      ready: is set when they are over.
+
+    Attributes:
+      due: whether they are.
+    """
+
+    def __init__(self, seconds: float | None, ready: asyncio.Event):
+        self.due = False
+        self._seconds, self._ready = seconds, ready
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self._check)
+
+    def broken(self) -> None:
+        """Something has come."""
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        """Stops the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        assert self._seconds is not None
+        if (left := self._since + self._seconds - self._loop.time()) <= 0:
+            self.due, left = True, self._seconds
+            self._ready.set()
+        self._timer = self._loop.call_later(left, self._check)
+
+
 class Running:
     """Generations that began together.
 
@@ -60,26 +96,26 @@ class Running:
         Raises:
           JaxsplitError: one has failed; all end.
         """
-        left = dict(enumerate(self.generations))
+        left, silence = dict(enumerate(self.generations)), _Silence(ping, self._ready)
         try:
             while left:
-                try:
-                    async with asyncio.timeout(ping):
-                        await self._ready.wait()
-                except TimeoutError:
-                    yield None
-                    continue
+                await self._ready.wait()
                 self._ready.clear()
+                if silence.due:
+                    silence.due = False
+                    yield None
                 for index, generation in [*left.items()]:
                     while generation.finish_reason is None:
                         event = generation.next_now()
                         if event is None:
                             break
+                        silence.broken()
                         self.logprobs[index] += event.logprobs
                         yield index, event
                     else:
                         del left[index]
         finally:
+            silence.end()
             self.cancel()
 
     async def finished(self) -> "Running":

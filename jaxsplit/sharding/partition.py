@@ -183,7 +183,7 @@ class Partition:
         """Number of data replicas."""
         return self.mesh.shape.get("data", 1)
 
-    @property
+    @functools.cached_property
     def global_mesh(self) -> Mesh:
         """All devices as axes `data`, `expert` and `tensor`."""
         mesh = cast(Mesh, self.mesh)

@@ -63,6 +63,7 @@ class Tokenizer:
         self.eos_id = get_token_id(metadata, "eos", len(tokens), model.eos)
         self._special = find_special_tokens(metadata, ids, types, self.eos_id)
         self._model: TokenizerModel = model(metadata, ids, self._special.types)
+        self._normal_piece = functools.cache(self._model.piece)
         add_bos = get(metadata, "tokenizer.ggml.add_bos_token", bool, self._model.add_bos)
         self.add_bos = bool(add_bos or model.always_bos) and self.bos_id is not None
         add_eos = get(metadata, "tokenizer.ggml.add_eos_token", bool, False)
@@ -276,7 +277,7 @@ class Tokenizer:
             case TokenType.USER_DEFINED:
                 return token_bytes(token)
             case TokenType.NORMAL:
-                return self._model.piece(token)
+                return self._normal_piece(token)
             case TokenType.BYTE:
                 return bytes([int(token[3:5], 16)])
         return b""

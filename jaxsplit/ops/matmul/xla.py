@@ -6,6 +6,7 @@ the activations, by a kernel where there is one.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -33,6 +34,9 @@ from jaxsplit.quant.qtensor import (
 
 MAX_CONCAT_BYTES = 2**28
 """Bytes up to which the matrices of the same activations are dequantized into one."""
+
+_MAX_ADDED = 9
+"""Groups that a CPU adds one by one: with twice as many, XLA splits the loop."""
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -105,8 +109,8 @@ def one_row(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
         y = lax.platform_dependent(
             row,
             w,
-            cpu=partial(_row_product, sum_groups_first=True),
-            default=partial(_row_product, sum_groups_first=False),
+            cpu=partial(_row_product, for_cpu=True),
+            default=partial(_row_product, for_cpu=False),
         )
         return y.reshape(*x.shape[:-1], -1).astype(dtype)
     if x.dtype == jnp.float32:
@@ -158,31 +162,27 @@ def _slices(w: QTensor) -> list[Array]:
     return slices
 
 
-def _trellis_row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
+def _trellis_row_product(x: Array, w: QTensor, *, for_cpu: bool) -> Array:
     """`_row_product` of a trellis layout."""
     scale = scales(w)[..., None]
     values = unscaled(w).reshape(*scale.shape[:-1], -1)
     products = values * x.reshape(*values.shape[1:])
-    if sum_groups_first:
+    if for_cpu:
         products = jnp.sum(products, axis=-1, keepdims=True)
     return jnp.sum(products * scale, axis=(1, 2))
 
 
-def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
-    """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`.
-
-    Summing each group before it is scaled is fastest on a CPU; a GPU needs a single sum, since
-    two would be two kernels.
-    """
+def _row_product(x: Array, w: QTensor, *, for_cpu: bool) -> Array:
+    """`w @ x` for float32 `x` `[in]`, as one loop over the stored bytes: float32 `[out]`."""
     if w.layout.trellis:
-        return _trellis_row_product(x, w, sum_groups_first=sum_groups_first)
+        return _trellis_row_product(x, w, for_cpu=for_cpu)
     slices = _slices(w)
     chunk, width = w.layout.chunk, slices[0].shape[-1]
+    chunks = w.shape[-1] // chunk
     x = x.reshape(-1, len(slices), width)
 
     def per_chunk(groups: Array) -> Array:
         """`[out, groups]` to `[out, chunks, groups in a chunk]`."""
-        chunks = w.shape[-1] // chunk
         if groups.shape[-1] < chunks:
             groups = jnp.repeat(groups, chunks // groups.shape[-1], axis=-1)
         return groups.reshape(groups.shape[0], chunks, -1, 1)
@@ -196,17 +196,26 @@ def _row_product(x: Array, w: QTensor, *, sum_groups_first: bool) -> Array:
     if groups > len(slices):
         raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
     per_group = len(slices) // groups
-    total = 0.0
+    most = _MAX_ADDED if for_cpu and groups == 1 and shift is None else 1
+    added = max(n for n in range(1, most + 1) if chunks % n == 0)
+    total = below = jnp.zeros(())
     for g in range(groups):
         members = range(g * per_group, (g + 1) * per_group)
         products = sum(slices[i] * x[:, i] for i in members)
         inputs = sum(x[:, i] for i in members)
-        if sum_groups_first:
-            products = jnp.sum(products, axis=-1, keepdims=True)
+        if for_cpu:
             inputs = jnp.sum(inputs, axis=-1, keepdims=True)
+        if for_cpu and added == 1:
+            products = jnp.sum(products, axis=-1, keepdims=True)
         if shift is not None:
             products = products + inputs * shift[:, :, g]
         total = total + products * scale[:, :, g]
         if minimum is not None:
-            total = total + inputs * minimum[:, :, g]
-    return jnp.sum(total, axis=(1, 2))
+            below = below + inputs * minimum[:, :, g]
+    if added == 1:
+        return jnp.sum(total + below, axis=(1, 2))
+    # XLA unrolls sums over a slice. LLVM would then vectorize over chunks, whose bytes it has to
+    # gather; where several chunks are added one by one, it vectorizes over the bytes of a slice.
+    parts = total.reshape(total.shape[0], -1, added, width)
+    y = jnp.sum(functools.reduce(jnp.add, (parts[:, :, i] for i in range(added))), axis=(1, 2))
+    return y if minimum is None else y + jnp.sum(below, axis=(1, 2))
