@@ -1,9 +1,10 @@
-"""Residual connections of several streams: configs."""
+"""Configs of residual connections: several streams, and what is done to a stream after a layer."""
 
 # `RecurrentCache` holds descriptions of arrays too.
 # pyright: reportArgumentType=false
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -148,9 +149,74 @@ class AltUpConfig:
     norm: NormConfig
 
 
-ResidualConfig = (
-    AltUpConfig | HyperConnectionConfig | LowRankConnectionConfig | AttentionResidualConfig
-)
+ResidualConfig = HyperConnectionConfig | LowRankConnectionConfig | AttentionResidualConfig
 HeadResidualConfig = (
     AltUpConfig | HyperHeadConfig | LowRankConnectionConfig | AttentionResidualConfig
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayerEmbeddingConfig:
+    """The token's embedding for this layer, gated by the stream, is added to it (Gemma 3n).
+
+    Attributes:
+      width: of the embedding.
+      norm: of what is added.
+    """
+
+    name: ClassVar = "per_layer_embedding"
+    width: int
+    norm: NormConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputScaleConfig:
+    """A parameter multiplies the stream."""
+
+    name: ClassVar = "output_scale"
+
+
+@dataclasses.dataclass(frozen=True)
+class CarriedScaleConfig:
+    """What is carried, times a parameter, is added to the stream."""
+
+    name: ClassVar = "carried_scale"
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamScaleConfig:
+    """A constant multiplies the stream."""
+
+    name: ClassVar = "stream_scale"
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EndNormConfig:
+    """The stream is normalized."""
+
+    name: ClassVar = "end_norm"
+    norm: NormConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+    """What is carried is added to the stream.
+
+    Attributes:
+      swap: the stream before that is carried on instead.
+    """
+
+    name: ClassVar = "exchange"
+    swap: bool
+
+
+AfterConfig = (
+    PerLayerEmbeddingConfig
+    | OutputScaleConfig
+    | CarriedScaleConfig
+    | StreamScaleConfig
+    | EndNormConfig
+    | ExchangeConfig
+)
+"""What is done to the stream after a layer; `name` is that of the module in the layer."""
