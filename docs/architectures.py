@@ -40,7 +40,7 @@ from jaxsplit.models.block_config import (
 from jaxsplit.models.config import LayerConfig
 from jaxsplit.models.residual_config import (
     AttentionResidualConfig,
-    CarriedScaleConfig,
+    CarriedConfig,
     HyperConnectionConfig,
     LowRankConnectionConfig,
 )
@@ -209,7 +209,7 @@ def residual(b: LayerConfig, c: ModelConfig) -> Iterator[str]:
         yield "post-norm residual"
     if len({c.source(i) for i in range(c.layers)}) < c.layers:
         yield "layers used several times"
-    if CarriedScaleConfig() in getattr(b, "after", ()):
+    if CarriedConfig(scaled=True) in getattr(b, "after", ()):
         yield "embedding in each layer"
     if (c.embedding_scale, c.logit_scale, getattr(b, "mixer_scale", 1)) != (1, 1, 1):
         yield "scales"

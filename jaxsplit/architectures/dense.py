@@ -24,12 +24,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.models.block_config import ParallelBlockConfig, SwitchedBlockConfig
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import LinearConfig
-from jaxsplit.models.residual_config import (
-    CarriedScaleConfig,
-    EndNormConfig,
-    ExchangeConfig,
-    SwitchConfig,
-)
+from jaxsplit.models.residual_config import CarriedConfig, EndNormConfig, SwitchConfig
 from jaxsplit.ops.activations.functions import XIELU
 
 
@@ -372,7 +367,7 @@ def _hrm(header: Header) -> ModelConfig:
     blocks = stacks["l"]
     for before, stack in itertools.pairwise(order):
         swap = before != stack  # else the stack that comes computes the same state again
-        after = EndNormConfig(norm), ExchangeConfig(swap)
+        after = EndNormConfig(norm), CarriedConfig(swap=swap)
         joint = BlockConfig(None, None, after=after, source=2 * size + swap)
         blocks = (*blocks, joint, *stacks[stack])
     return dataclasses.replace(once, blocks=blocks)
@@ -385,7 +380,7 @@ def _talkie(header: Header) -> ModelConfig:
     return decoder(
         header,
         attention=norms,
-        block={"mixer_norm": norm, "mlp_norm": norm, "after": (CarriedScaleConfig(),)},
+        block={"mixer_norm": norm, "mlp_norm": norm, "after": (CarriedConfig(scaled=True),)},
         norm=norm,
         embedding_norm=norm,
         carried=header.embed,

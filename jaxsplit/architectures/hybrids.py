@@ -287,6 +287,7 @@ def _ngrams(header: Header, streams: int) -> dict[int, NGramConfig]:
         kernel_size=header.count("ple.conv_kernel", least=2),
         eos=header.count("ple.eos_token_id"),
         norm=header.norm(),
+        embed=header.embed,
     )
     return {layers[0]: config}
 

@@ -9,7 +9,7 @@ from jaxsplit.architectures.names import Names, Rows, block_names
 from jaxsplit.models.block_config import TokenShiftBlockConfig
 from jaxsplit.models.config import ModelConfig
 from jaxsplit.models.mixer_config import ChannelMixConfig, RWKV6Config, RWKV7Config
-from jaxsplit.models.residual_config import StreamScaleConfig
+from jaxsplit.models.residual_config import OutputScaleConfig
 
 
 def _heads(header: Header) -> tuple[int, int]:
@@ -63,7 +63,7 @@ def _rwkv6(header: Header) -> ModelConfig:
 
     def block(layer: int) -> dict[str, Any]:
         halved = every and (layer + 1) % every == 0
-        after = (StreamScaleConfig(0.5),) if halved else ()
+        after = (OutputScaleConfig(0.5),) if halved else ()
         return {"mixer": _rwkv6_config(header), "mlp": mlp, "after": after}
 
     norm = header.norm()

@@ -1,6 +1,6 @@
 """What is done to the residual stream after a layer.
 
-Modules are called with the stream `[batch, time, embed]` and the batch, and return the stream.
+Modules take the stream `[batch, time, embed]` and the batch, and return the stream.
 """
 
 import jax
@@ -10,12 +10,10 @@ from jax import Array
 from jaxsplit.cache.layers import Batch
 from jaxsplit.models.layers import Linear, Norm, param
 from jaxsplit.models.residual_config import (
-    CarriedScaleConfig,
+    CarriedConfig,
     EndNormConfig,
-    ExchangeConfig,
     OutputScaleConfig,
     PerLayerEmbeddingConfig,
-    StreamScaleConfig,
 )
 from jaxsplit.sharding.axes import EMBED, PER_LAYER, Axis
 
@@ -31,47 +29,42 @@ class PerLayerEmbedding(nnx.Module):
         self.out = Linear(PER_LAYER, config.width, EMBED, embed, rngs=rngs)
         self.norm = Norm(config.norm, embed)
 
-    def added(self, x: Array, batch: Batch) -> Array:
-        """What is added for a stream `[batch, time, embed]`: the same shape."""
+    def gated(self, x: Array, batch: Batch) -> Array:
+        """What is added, for a stream `[batch, time, embed]`: the same shape."""
         [embedding] = batch.beside.per_layer_embeddings
         return self.norm(self.out(jax.nn.gelu(self.gate(x)) * embedding))
 
     def __call__(self, residual: Array, batch: Batch) -> Array:
-        """The stream with the embedding."""
-        return residual + self.added(residual, batch)
+        return residual + self.gated(residual, batch)
 
 
 class OutputScale(nnx.Module):
-    """Multiplies the stream by a parameter."""
+    """Multiplies the stream by a constant or a parameter."""
 
     def __init__(self, config: OutputScaleConfig, embed: int, *, rngs: nnx.Rngs):
-        self.scale = param(None, (Axis("scalar"),), (1,))
+        self.constant = config.constant or 1.0
+        self.scale = param(None, (Axis("scalar"),), (1,)) if config.constant is None else None
 
     def __call__(self, residual: Array, batch: Batch) -> Array:
-        """The scaled stream."""
-        return (residual * self.scale.get_value()).astype(residual.dtype)
+        scale = self.constant if self.scale is None else self.scale.get_value()
+        return (residual * scale).astype(residual.dtype)
 
 
-class CarriedScale(nnx.Module):
-    """Adds what is carried, times a parameter."""
+class Carried(nnx.Module):
+    """Adds what is carried."""
 
-    def __init__(self, config: CarriedScaleConfig, embed: int, *, rngs: nnx.Rngs):
-        self.scale = param(None, (Axis("scalar"),), (1,))
-
-    def __call__(self, residual: Array, batch: Batch) -> Array:
-        """The sum."""
-        return (residual + batch.beside.carried * self.scale.get_value()).astype(residual.dtype)
-
-
-class StreamScale(nnx.Module):
-    """Multiplies the stream by a constant."""
-
-    def __init__(self, config: StreamScaleConfig, embed: int, *, rngs: nnx.Rngs):
-        self.factor = config.factor
+    def __init__(self, config: CarriedConfig, embed: int, *, rngs: nnx.Rngs):
+        self.scale = param(None, (Axis("scalar"),), (1,)) if config.scaled else None
+        self.swap = config.swap
 
     def __call__(self, residual: Array, batch: Batch) -> Array:
-        """The scaled stream."""
-        return residual * self.factor
+        carried = batch.beside.carried
+        assert carried is not None
+        if self.swap:
+            batch.beside.carried = residual
+        if self.scale is not None:
+            carried = carried * self.scale.get_value()
+        return (residual + carried).astype(residual.dtype)
 
 
 class EndNorm(nnx.Module):
@@ -81,20 +74,4 @@ class EndNorm(nnx.Module):
         self.norm = Norm(config.norm, embed)
 
     def __call__(self, residual: Array, batch: Batch) -> Array:
-        """The normalized stream."""
         return self.norm(residual)
-
-
-class Exchange(nnx.Module):
-    """Adds what is carried, and may have the stream before that carried on."""
-
-    def __init__(self, config: ExchangeConfig, embed: int, *, rngs: nnx.Rngs):
-        self.swap = config.swap
-
-    def __call__(self, residual: Array, batch: Batch) -> Array:
-        """The sum."""
-        carried = batch.beside.carried
-        assert carried is not None
-        if self.swap:
-            batch.beside.carried = residual
-        return residual + carried

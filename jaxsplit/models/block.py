@@ -12,6 +12,12 @@ from jaxsplit.models.layers import Norm, add_norm, norm
 from jaxsplit.models.modules import FeedForwardModule, MixerModule, module
 from jaxsplit.ops.norm.api import add
 
+Added = Unreduced | None
+"""What a layer has computed, still to be added to the residual stream; None: nothing."""
+
+Output = tuple[Added, Array, Any]
+"""What a layer has computed, the residual stream, and the layer's cache."""
+
 
 class Layer(nnx.Module):
     """The parts that layers of every shape have. `Block` is the usual one, the others are in
@@ -25,19 +31,14 @@ class Layer(nnx.Module):
         self.mlp: FeedForwardModule = module(c.mlp, embed, rngs)
         self.config: Any = config
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced | None, Array, Any]:
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         """What the layer makes of the residual stream.
 
         Args:
-          y: what the layer before has computed, still to be added to the stream; None: nothing.
-          residual: the stream, `[batch, time, streams * embed]`; most models have one stream.
+          y: what the layer before has computed.
+          residual: the stream `[batch, time, embed]`, or several, `[batch, time, streams * embed]`.
           batch: where the tokens belong, and what accompanies the stream.
           cache: what the layer kept of earlier tokens; None: nothing.
-
-        Returns:
-          what this layer has computed, still to be added, the stream, and the layer's cache.
         """
         raise NotImplementedError
 
@@ -52,10 +53,7 @@ class Block(Layer):
         self.mlp_post_norm = norm(config.mlp_post_norm, embed)
         self.after = nnx.Dict({c.name: module(c, embed, rngs) for c in config.after})
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced | None, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         c = self.config
         if c.mixer is not None:
             x, residual = add_norm(y, residual, self.mixer_norm, self.mixer.readers(residual))
@@ -67,9 +65,7 @@ class Block(Layer):
             y = scaled(y, residual, c.mlp_scale, self.mlp_post_norm)
         return *self.finished(y, residual, batch), cache
 
-    def finished(
-        self, y: Unreduced | None, residual: Array, batch: Batch
-    ) -> tuple[Unreduced | None, Array]:
+    def finished(self, y: Added, residual: Array, batch: Batch) -> tuple[Added, Array]:
         """The stream after the layer: `y` is added only if something is done to the sum."""
         if not self.config.after:
             return y, residual

@@ -1,15 +1,8 @@
 """Configs of layers of other shapes than the usual one, which is `BlockConfig`."""
 
-# `RecurrentCache` holds descriptions of arrays too.
-# pyright: reportArgumentType=false
-
 import dataclasses
-from typing import Any
-
-import jax.numpy as jnp
 
 from jaxsplit.models.config import BlockConfig, FeedForward, LayerConfig
-from jaxsplit.models.mixer_config import ChannelMixConfig
 from jaxsplit.models.residual_config import (
     AltUpConfig,
     NGramConfig,
@@ -63,11 +56,6 @@ class TwoMLPsBlockConfig(LayerConfig):
 class TokenShiftBlockConfig(BlockConfig):
     """The MLP, a `ChannelMixConfig`, reads the token before too (RWKV)."""
 
-    def cache(self, context: int, dtype: jnp.dtype, embed: int) -> Any:
-        """What it keeps of a sequence: of the mixer, and of the MLP."""
-        assert isinstance(self.mlp, ChannelMixConfig)
-        return super().cache(context, dtype, embed), self.mlp.cache(context, dtype)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwitchedBlockConfig(BlockConfig):
@@ -78,16 +66,6 @@ class SwitchedBlockConfig(BlockConfig):
     """
 
     switch: SwitchConfig
-
-    @property
-    def looks_up_tokens(self) -> bool:
-        """Whether it finds out which adapter each token has."""
-        return self.switch.first or super().looks_up_tokens
-
-    def cache(self, context: int, dtype: jnp.dtype, embed: int) -> Any:
-        """What it keeps of a sequence: of the mixer, and of the switch."""
-        mixer = super().cache(context, dtype, embed)
-        return (mixer, self.switch.cache()) if self.switch.first else mixer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,26 +80,6 @@ class StreamsBlockConfig(LayerConfig):
     mixer_residual: ResidualConfig
     mlp_residual: ResidualConfig
     ngrams: NGramConfig | None = None
-
-    @property
-    def streams(self) -> int:
-        """How many residual streams it reads if it is the first layer."""
-        return getattr(self.mixer_residual, "streams", 1)
-
-    @property
-    def begins_stream(self) -> bool:
-        """Whether later layers read one stream more."""
-        return getattr(self.mixer_residual, "begins", False)
-
-    @property
-    def looks_up_tokens(self) -> bool:
-        """Whether it has experts or n-grams that are looked up."""
-        return self.ngrams is not None or super().looks_up_tokens
-
-    def cache(self, context: int, dtype: jnp.dtype, embed: int) -> Any:
-        """What it keeps of a sequence: of the mixer, and of n-grams."""
-        mixer = super().cache(context, dtype, embed)
-        return mixer if self.ngrams is None else (mixer, self.ngrams.cache(embed))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,8 +96,3 @@ class AltUpBlockConfig(LayerConfig):
     mixer_post_norm: NormConfig
     mlp_post_norm: NormConfig
     per_layer_embedding: PerLayerEmbeddingConfig
-
-    @property
-    def streams(self) -> int:
-        """How many residual streams it reads."""
-        return self.altup.streams

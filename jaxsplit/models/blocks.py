@@ -1,4 +1,4 @@
-"""Layers of other shapes than `Block`, and the table of all of them."""
+"""Layers of other shapes than `Block`, called as any `Layer`, and the table of all of them."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -8,11 +8,10 @@ from flax import nnx
 from jax import Array
 
 from jaxsplit.cache.layers import Batch
-from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import forward_context
 from jaxsplit.models.after import PerLayerEmbedding
 from jaxsplit.models.altup import AltUp, Laurel
-from jaxsplit.models.block import Block, Layer, scaled
+from jaxsplit.models.block import Added, Block, Layer, Output, scaled
 from jaxsplit.models.block_config import (
     AltUpBlockConfig,
     NormalizedStreamBlockConfig,
@@ -37,10 +36,7 @@ from jaxsplit.ops.activations.layout import XLA_ONLY
 class ParallelBlock(Layer):
     """Mixer and MLP read the same stream, and both are added to it."""
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         c, readers = self.config, self.mixer.readers(residual)
         if self.mlp_norm is None:
             readers |= self.mlp.readers(residual)
@@ -56,10 +52,7 @@ class ParallelBlock(Layer):
 class NormalizedStreamBlock(Layer):
     """Outputs are added to what the norms have made of the stream."""
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         scale = self.config.scale
         x, residual = add_norm(y, residual, self.mixer_norm, self.mixer.readers(residual))
         residual = (x.array * scale).astype(residual.dtype)
@@ -72,10 +65,7 @@ class NormalizedStreamBlock(Layer):
 class RoutedEarlyBlock(Layer):
     """The router of the experts reads the stream before the mixer."""
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         x, residual = add_norm(y, residual, self.mixer_norm, self.mixer.readers(residual))
         stream = residual
         y, cache = self.mixer(x, batch, cache)
@@ -91,10 +81,7 @@ class TwoMLPsBlock(Layer):
         self.stream_norm = norm(config.mlp_norm, embed)
         self.stream_mlp: FeedForwardModule = module(config.stream_mlp, embed, rngs)
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         tokens = batch.beside.tokens
         x, residual = add_norm(y, residual, self.mixer_norm, self.mixer.readers(residual))
         stream = residual
@@ -109,10 +96,7 @@ class TwoMLPsBlock(Layer):
 class TokenShiftBlock(Block):
     """The MLP reads the token before too, which the cache keeps."""
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced | None, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         c, (mixer_cache, mlp_cache) = self.config, (None, None) if cache is None else cache
         x, residual = add_norm(y, residual, self.mixer_norm, self.mixer.readers(residual))
         y, mixer_cache = self.mixer(x, batch, mixer_cache)
@@ -131,19 +115,15 @@ class SwitchedBlock(Block):
         super().__init__(config, embed, rngs=rngs)
         attach((self.mixer, self.mlp), config.switch, rngs)
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[Unreduced | None, Array, Any]:
-        """As `Layer.__call__`."""
-        switch, sums = self.config.switch, None
-        if switch.first:
-            cache, sums = (None, None) if cache is None else cache
-            batch.beside.carried, sums = token_adapters(switch, batch, sums)
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
+        cache, sums = (None, None) if cache is None else cache
+        if self.config.switch.first:
+            batch.beside.carried, sums = token_adapters(self.config.switch, batch, sums)
         adapters = batch.beside.carried
         assert adapters is not None
         with forward_context(token_adapters=adapters.astype(jnp.float32)):
             y, residual, cache = super().__call__(y, residual, batch, cache)
-        return y, residual, cache if sums is None else (cache, sums)
+        return y, residual, (cache, sums)
 
 
 class StreamsBlock(Layer):
@@ -155,10 +135,7 @@ class StreamsBlock(Layer):
         self.mlp_residual: Residual = module(config.mlp_residual, embed, rngs)
         self.ngrams: NGrams | None = module(config.ngrams, embed, rngs)
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[None, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         assert y is None
         ngrams = None
         if self.ngrams is not None:
@@ -186,10 +163,7 @@ class AltUpBlock(Layer):
         self.altup = AltUp(config.altup, embed, rngs=rngs)
         self.laurel = Laurel(config.altup, embed, rngs=rngs)
 
-    def __call__(
-        self, y: Unreduced | None, residual: Array, batch: Batch, cache: Any
-    ) -> tuple[None, Array, Any]:
-        """As `Layer.__call__`."""
+    def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         assert y is None
         dtype, predictions = residual.dtype, self.altup.predictions(residual)
         active = predictions[:, :, 0].astype(dtype)
@@ -201,7 +175,7 @@ class AltUpBlock(Layer):
         hidden = self.mlp(x, batch.beside.tokens).all_reduce(dtype)
         active = (active + self.mlp_post_norm(hidden)).astype(jnp.float32)
         streams = self.altup.corrected(predictions, active)
-        added = self.per_layer_embedding.added(self.altup.scaled(streams).astype(dtype), batch)
+        added = self.per_layer_embedding.gated(self.altup.scaled(streams).astype(dtype), batch)
         streams = self.altup.added_to_others(streams, added.astype(jnp.float32))
         return None, streams.astype(dtype).reshape(residual.shape), cache
 

@@ -78,21 +78,28 @@ class LayerConfig:
     @property
     def streams(self) -> int:
         """How many residual streams it reads if it is the first layer."""
-        return 1
+        return max(self._of_parts("streams"), default=1)
 
     @property
     def begins_stream(self) -> bool:
         """Whether later layers read one stream more."""
-        return False
+        return any(self._of_parts("begins"))
 
     @property
-    def looks_up_tokens(self) -> bool:
-        """Whether it looks something up by token ids."""
-        return getattr(self.mlp, "by_token", False)
+    def by_token(self) -> bool:
+        """Whether something is looked up by token ids."""
+        return any(self._of_parts("by_token"))
 
-    def cache(self, context: int, dtype: jnp.dtype, embed: int) -> Any:
-        """What it keeps of a sequence: a tree of `CacheArray`s; None: nothing."""
-        return self.mixer and self.mixer.cache(context, dtype)
+    def cache(self, context: int, dtype: jnp.dtype) -> Any:
+        """What it keeps of a sequence: a tree of `CacheArray`s, or one for each of several parts
+        that keep something; None: nothing."""
+        caches = tuple(cache(context, dtype) for cache in self._of_parts("cache"))
+        return caches if len(caches) > 1 else next(iter(caches), None)
+
+    def _of_parts(self, name: str) -> list[Any]:
+        """An attribute of those of its parts that have it, in the order of fields."""
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [getattr(part, name) for part in parts if hasattr(part, name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +202,8 @@ class ModelConfig:
 
     @property
     def looks_up_tokens(self) -> int:
-        """How many of the first layers there are up to the last one that looks up token ids."""
-        return max((i + 1 for i, b in enumerate(self.blocks) if b.looks_up_tokens), default=0)
+        """How many of the first layers there are up to the last one that looks up by token ids."""
+        return max((i + 1 for i, b in enumerate(self.blocks) if b.by_token), default=0)
 
     @property
     def colocated_layers(self) -> list[range]:
@@ -221,7 +228,7 @@ class ModelConfig:
           layers: which; None: all.
         """
         blocks = self.blocks if layers is None else self.blocks[layers.start : layers.stop]
-        return [block.cache(context, dtype, self.embed) for block in blocks]
+        return [block.cache(context, dtype) for block in blocks]
 
     @property
     def attention(self) -> AttentionConfig | LatentAttentionConfig | None:

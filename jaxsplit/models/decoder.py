@@ -16,14 +16,15 @@ from flax import nnx
 from jax import Array
 
 from jaxsplit.cache.layers import Batch, Beside, Cache
-from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import ForwardContext, current_context, forward_context
-from jaxsplit.models.block import Layer
+from jaxsplit.models.altup import AltUpProjections
+from jaxsplit.models.block import Added, Layer
 from jaxsplit.models.blocks import BLOCKS
 from jaxsplit.models.config import ModelConfig
 from jaxsplit.models.layers import (
     Embedding,
     Linear,
+    Norm,
     PerLayerEmbeddings,
     add_norm,
     norm,
@@ -36,19 +37,16 @@ from jaxsplit.ops.norm.api import add
 from jaxsplit.quant import Weight, take_rows
 from jaxsplit.sharding.axes import EMBED, Axis
 
-Stream = tuple[Unreduced | None, Array]
-"""What the last layer has computed, still to be added, and the residual stream."""
-
 
 @functools.partial(jax.jit, static_argnums=1)
 def _run_block(
     context: ForwardContext,
     graphdef: nnx.GraphDef,
     state: nnx.State,
-    stream: Stream,
+    stream: tuple[Added, Array],
     batch: Batch,
     cache: Any,
-) -> tuple[Stream, Any, Mapping, Array | None]:
+) -> tuple[tuple[Added, Array], Any, Mapping, Array | None]:
     """`Layer.__call__` as a program of its own, traced once for all layers that are alike.
 
     Args:
@@ -82,6 +80,16 @@ class Decoder(nnx.Module):
       rngs: for the parameters' initial values.
     """
 
+    embedding: Embedding | None = None
+    positions: nnx.Param | None = None
+    embedding_norm: Norm | None = None
+    per_layer_embeddings: PerLayerEmbeddings | None = None
+    embedding_offset: nnx.Param | None = None
+    altup: AltUpProjections | None = None
+    head_residual: Any = None
+    norm: Norm | None = None
+    head: Linear | None = None
+
     def __init__(
         self,
         config: ModelConfig,
@@ -92,52 +100,43 @@ class Decoder(nnx.Module):
     ):
         layers = range(config.layers) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == config.layers
+        self.config, self.layers, self.dtype = config, layers, dtype
         c, blocks = config, config.blocks[layers.start : layers.stop]
-        self.embedding = (
-            Embedding(c.vocab, c.embed, rngs=rngs) if self.first or (self.last and c.tied) else None
-        )
-        self.positions = (
-            param(rngs, (Axis("positions"), EMBED), (c.learned_positions, c.embed))
-            if self.first and c.learned_positions
-            else None
-        )
-        self.embedding_norm = norm(c.embedding_norm, c.embed) if self.first else None
+        if self.first or (self.last and c.tied):
+            self.embedding = Embedding(c.vocab, c.embed, rngs=rngs)
+        if self.first:
+            self._add_embeddings(rngs)
         ropes = [getattr(block.mixer, "rope", None) for block in blocks]
-        ropes = {rope.freq_factors: rope for rope in ropes if rope}
+        factors = {rope.freq_factors: rope.dim // 2 for rope in ropes if rope and rope.freq_factors}
         self.freq_factors = nnx.Dict(
-            {
-                name: param(None, (Axis("rope"),), (rope.dim // 2,))
-                for name, rope in ropes.items()
-                if name
-            }
-        )
-        self.per_layer_embeddings = (
-            PerLayerEmbeddings(c.per_layer_embeddings, c.vocab, c.embed, c.layers, rngs=rngs)
-            if self.first and c.per_layer_embeddings
-            else None
+            {name: param(None, (Axis("rope"),), (size,)) for name, size in factors.items()}
         )
         made: dict[int, Layer] = {}
         for i, block in zip(layers, blocks, strict=True):
             if (first := c.first_use(i)) not in made:
                 made[first] = BLOCKS[type(block)](block, c.embed, rngs=rngs)
         self.blocks = nnx.List([made[c.first_use(i)] for i in layers])
-        self.embedding_offset = (
-            nnx.Param(jnp.zeros(c.embed, jnp.float32), axes=(EMBED,))
-            if self.first and c.embedding_offset
-            else None
-        )
-        self.altup = module(c.altup, c.embed, rngs) if self.first else None
-        self.head_residual = module(c.head_residual, c.embed, rngs) if self.last else None
-        self.norm = norm(c.norm, c.embed) if self.last else None
-        vocab = Axis("vocab", c.vocab)
-        self.head = (
-            Linear(EMBED, c.embed, vocab, c.vocab, bias=c.head_bias, rngs=rngs)
-            if self.last and not c.tied
-            else None
-        )
-        self.config = config
-        self.layers = layers
-        self.dtype = dtype
+        if self.last:
+            self.head_residual = module(c.head_residual, c.embed, rngs)
+            self.norm = norm(c.norm, c.embed)
+        if self.last and not c.tied:
+            vocab = Axis("vocab", c.vocab)
+            self.head = Linear(EMBED, c.embed, vocab, c.vocab, bias=c.head_bias, rngs=rngs)
+
+    def _add_embeddings(self, rngs: nnx.Rngs) -> None:
+        """What the first layer reads beside the embedding of tokens, in models that have it."""
+        c = self.config
+        if c.learned_positions:
+            shape = c.learned_positions, c.embed
+            self.positions = param(rngs, (Axis("positions"), EMBED), shape)
+        self.embedding_norm = norm(c.embedding_norm, c.embed)
+        if (own := c.per_layer_embeddings) is not None:
+            self.per_layer_embeddings = PerLayerEmbeddings(
+                own, c.vocab, c.embed, c.layers, rngs=rngs
+            )
+        if c.embedding_offset:
+            self.embedding_offset = nnx.Param(jnp.zeros(c.embed, jnp.float32), axes=(EMBED,))
+        self.altup = module(c.altup, c.embed, rngs)
 
     def __call__(
         self,
@@ -195,7 +194,7 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         slots: Array | None,
         pages: Array | None,
-    ) -> tuple[Stream, Beside, Cache | None]:
+    ) -> tuple[tuple[Added, Array], Beside, Cache | None]:
         """The stream after the last layer, what accompanies it, and the cache."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
@@ -227,7 +226,7 @@ class Decoder(nnx.Module):
         """The last layer's output as the head reads it, `[..., embed]`."""
         return x if self.norm is None else self.norm(x)
 
-    def _logits(self, y: Unreduced | None, residual: Array) -> Array:
+    def _logits(self, y: Added, residual: Array) -> Array:
         """Logits of the stream with what the last layer has computed."""
         c, w = self.config, self._head_matrix
         head = self.head

@@ -8,14 +8,7 @@ from jax import Array
 
 from jaxsplit.cache.layers import Batch
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.models.after import (
-    CarriedScale,
-    EndNorm,
-    Exchange,
-    OutputScale,
-    PerLayerEmbedding,
-    StreamScale,
-)
+from jaxsplit.models.after import Carried, EndNorm, OutputScale, PerLayerEmbedding
 from jaxsplit.models.altup import AltUpProjections
 from jaxsplit.models.attention import Attention, TokenwiseLinear
 from jaxsplit.models.compressed import CompressedAttention
@@ -54,16 +47,14 @@ from jaxsplit.models.residual import (
 from jaxsplit.models.residual_config import (
     AltUpConfig,
     AttentionResidualConfig,
-    CarriedScaleConfig,
+    CarriedConfig,
     EndNormConfig,
-    ExchangeConfig,
     HyperConnectionConfig,
     HyperHeadConfig,
     LowRankConnectionConfig,
     NGramConfig,
     OutputScaleConfig,
     PerLayerEmbeddingConfig,
-    StreamScaleConfig,
 )
 from jaxsplit.models.rwkv import RWKV6, RWKV7, ChannelMix
 from jaxsplit.ops.activations.layout import Activations, Readers
@@ -123,10 +114,8 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     NGramConfig: NGrams,
     PerLayerEmbeddingConfig: PerLayerEmbedding,
     OutputScaleConfig: OutputScale,
-    CarriedScaleConfig: CarriedScale,
-    StreamScaleConfig: StreamScale,
+    CarriedConfig: Carried,
     EndNormConfig: EndNorm,
-    ExchangeConfig: Exchange,
 }
 """The module that each config of a part of a layer describes: a mixer, an MLP, a residual
 connection, or what is done to the stream after the layer."""

@@ -91,6 +91,7 @@ class NGramConfig:
       kernel_size: taps of the convolution, `size` tokens apart.
       eos: the token before which others do not count.
       norm: of keys, queries and of what is convolved.
+      embed: width of a stream.
     """
 
     streams: int
@@ -104,10 +105,13 @@ class NGramConfig:
     kernel_size: int
     eos: int
     norm: NormConfig
+    embed: int
+    by_token: ClassVar = True
 
-    def cache(self, embed: int) -> RecurrentCache:
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
         """What it keeps of a sequence: the last tokens, and what the convolution has seen."""
-        shapes = (self.size - 1, 1), ((self.kernel_size - 1) * self.size, self.streams * embed)
+        convolved = (self.kernel_size - 1) * self.size, self.streams * self.embed
+        shapes = (self.size - 1, 1), convolved
         return RecurrentCache(tuple(CacheArray(s, (None, None), jnp.float32) for s in shapes))
 
 
@@ -129,9 +133,15 @@ class SwitchConfig:
     gain: float
     first: bool = False
 
-    def cache(self) -> RecurrentCache:
+    @property
+    def by_token(self) -> bool:
+        """Whether it looks at token ids."""
+        return self.first
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache | None:
         """What it keeps of a sequence: sums over its tokens."""
-        return RecurrentCache((CacheArray((1, 3), (None, None), jnp.float32),))
+        sums = RecurrentCache((CacheArray((1, 3), (None, None), jnp.float32),))
+        return sums if self.first else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,24 +181,24 @@ class PerLayerEmbeddingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OutputScaleConfig:
-    """A parameter multiplies the stream."""
+    """The stream is multiplied by a constant; None: by a parameter."""
 
     name: ClassVar = "output_scale"
+    constant: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class CarriedScaleConfig:
-    """What is carried, times a parameter, is added to the stream."""
+class CarriedConfig:
+    """What is carried is added to the stream.
 
-    name: ClassVar = "carried_scale"
+    Attributes:
+      scaled: times a parameter.
+      swap: the stream before that is carried on instead.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class StreamScaleConfig:
-    """A constant multiplies the stream."""
-
-    name: ClassVar = "stream_scale"
-    factor: float
+    name: ClassVar = "carried"
+    scaled: bool = False
+    swap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,24 +209,5 @@ class EndNormConfig:
     norm: NormConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class ExchangeConfig:
-    """What is carried is added to the stream.
-
-    Attributes:
-      swap: the stream before that is carried on instead.
-    """
-
-    name: ClassVar = "exchange"
-    swap: bool
-
-
-AfterConfig = (
-    PerLayerEmbeddingConfig
-    | OutputScaleConfig
-    | CarriedScaleConfig
-    | StreamScaleConfig
-    | EndNormConfig
-    | ExchangeConfig
-)
-"""What is done to the stream after a layer; `name` is that of the module in the layer."""
+AfterConfig = PerLayerEmbeddingConfig | OutputScaleConfig | CarriedConfig | EndNormConfig
+"""What is done to the stream after a layer; `name` is that of its module in the layer."""
