@@ -34,6 +34,7 @@ from jaxsplit.models.block_config import (
     AltUpBlockConfig,
     NormalizedStreamBlockConfig,
     ParallelBlockConfig,
+    RoutedEarlyBlockConfig,
     StreamsBlockConfig,
     SwitchedBlockConfig,
 )
@@ -78,6 +79,13 @@ test` takes some of the combinations, `pytest -m full` takes all.
 """
 
 
+SHAPES = {
+    AltUpBlockConfig: "alternating updates",
+    NormalizedStreamBlockConfig: "post-norm residual",
+    ParallelBlockConfig: "parallel residual",
+    RoutedEarlyBlockConfig: "router before the mixer",
+    SwitchedBlockConfig: "adapters that tokens switch on",
+}
 RESIDUALS = {
     AttentionResidualConfig: "attention residuals",
     HyperConnectionConfig: "hyper-connections",
@@ -178,10 +186,6 @@ def mlp(c: Any) -> Iterator[str]:
 
 def residual(b: LayerConfig, c: ModelConfig) -> Iterator[str]:
     """Words for norms, and for what happens outside the layers."""
-    if isinstance(b, SwitchedBlockConfig):
-        yield "adapters that tokens switch on"
-    if isinstance(b, AltUpBlockConfig):
-        yield "alternating updates"
     if isinstance(b, StreamsBlockConfig):
         if b.ngrams:
             yield "n-grams"
@@ -194,8 +198,8 @@ def residual(b: LayerConfig, c: ModelConfig) -> Iterator[str]:
     if post_norm:
         kind += " around mixer and MLP" if b.mixer_norm else " after mixer and MLP"
     yield kind if norm.scale else f"{kind} without parameters"
-    if isinstance(b, ParallelBlockConfig):
-        yield "parallel residual"
+    if type(b) in SHAPES:
+        yield SHAPES[type(b)]
     if c.per_layer_embeddings:
         yield "per-layer embeddings"
     words = {
@@ -205,8 +209,6 @@ def residual(b: LayerConfig, c: ModelConfig) -> Iterator[str]:
         "tied": "tied head",
     }
     yield from (word for field, word in words.items() if getattr(c, field))
-    if isinstance(b, NormalizedStreamBlockConfig):
-        yield "post-norm residual"
     if len({c.source(i) for i in range(c.layers)}) < c.layers:
         yield "layers used several times"
     if CarriedConfig(scaled=True) in getattr(b, "after", ()):

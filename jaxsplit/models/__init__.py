@@ -13,12 +13,9 @@ from jaxsplit.context import ForwardContext, forward_context
 from jaxsplit.models.attention import Attention
 from jaxsplit.models.block import Block, Layer
 from jaxsplit.models.block_config import (
-    AltUpBlockConfig,
     NormalizedStreamBlockConfig,
     ParallelBlockConfig,
     RoutedEarlyBlockConfig,
-    StreamsBlockConfig,
-    SwitchedBlockConfig,
     TokenShiftBlockConfig,
     TwoMLPsBlockConfig,
 )
@@ -68,7 +65,6 @@ from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.sharding.axes import Axis, AxisRules
 
 __all__ = [
-    "AltUpBlockConfig",
     "Attention",
     "AttentionCache",
     "AttentionConfig",
@@ -133,8 +129,6 @@ __all__ = [
     "RoutedEarlyBlockConfig",
     "ShortConv",
     "ShortConvConfig",
-    "StreamsBlockConfig",
-    "SwitchedBlockConfig",
     "TokenShiftBlockConfig",
     "TwoMLPsBlockConfig",
     "forward_context",
