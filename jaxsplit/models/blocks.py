@@ -70,7 +70,8 @@ class RoutedEarlyBlock(Layer):
         stream = residual
         y, cache = self.mixer(x, batch, cache)
         x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
-        return cast(MoE, self.mlp)(x, router_input=stream), residual, cache
+        y = cast(MoE, self.mlp)(x, batch.beside.tokens, router_input=stream)
+        return y, residual, cache
 
 
 class TwoMLPsBlock(Layer):

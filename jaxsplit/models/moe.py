@@ -160,7 +160,8 @@ class MoE(nnx.Module):
 
     def route(self, x: Activations, tokens: Array | None = None) -> tuple[Array, Array]:
         """The experts of tokens `[..., embed]` and their weights: as `topk_experts`."""
-        if self.table is not None and tokens is not None:
+        if self.table is not None:
+            assert tokens is not None
             table = self.table.get_value().astype(jnp.int32).reshape(-1, self.config.top_k)
             topk_ids = table[tokens]
             logits = self.router(x.array.astype(jnp.float32))
