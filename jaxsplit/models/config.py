@@ -247,7 +247,8 @@ class ModelConfig:
             if not dataclasses.is_dataclass(config):
                 return config
             fields = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-            return {name: plain(v) for name, v in fields if v is not None and v is not False}
+            given = {k: plain(v) for k, v in fields if v is not None and v is not False and v != ()}
+            return given | {"type": type(config).__name__}
 
         runs: dict[str, Any] = {}
         start = 0
@@ -256,4 +257,6 @@ class ModelConfig:
             stop = start + len(blocks)
             runs[f"{start}-{stop - 1}" if len(blocks) > 1 else str(start)] = plain(blocks[0])
             start = stop
-        return plain(self) | {"blocks": runs}
+        summary = plain(self) | {"blocks": runs}
+        del summary["type"]
+        return summary
