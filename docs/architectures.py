@@ -10,7 +10,6 @@ from jaxsplit.architectures import ARCHITECTURES, model_config
 from jaxsplit.formats import ModelFile, TensorInfo
 from jaxsplit.models import (
     AttentionConfig,
-    BlockConfig,
     BlockSparseConfig,
     ChannelMixConfig,
     CompressedAttentionConfig,
@@ -31,9 +30,18 @@ from jaxsplit.models import (
     RWKV7Config,
     ShortConvConfig,
 )
+from jaxsplit.models.block_config import (
+    AltUpBlockConfig,
+    NormalizedStreamBlockConfig,
+    ParallelBlockConfig,
+    RoutedEarlyBlockConfig,
+    StreamsBlockConfig,
+    SwitchedBlockConfig,
+)
+from jaxsplit.models.config import LayerConfig
 from jaxsplit.models.residual_config import (
-    AltUpConfig,
     AttentionResidualConfig,
+    CarriedConfig,
     HyperConnectionConfig,
     LowRankConnectionConfig,
 )
@@ -71,8 +79,14 @@ test` takes some of the combinations, `pytest -m full` takes all.
 """
 
 
+SHAPES = {
+    AltUpBlockConfig: "alternating updates",
+    NormalizedStreamBlockConfig: "post-norm residual",
+    ParallelBlockConfig: "parallel residual",
+    RoutedEarlyBlockConfig: "router before the mixer",
+    SwitchedBlockConfig: "adapters that tokens switch on",
+}
 RESIDUALS = {
-    AltUpConfig: "alternating updates",
     AttentionResidualConfig: "attention residuals",
     HyperConnectionConfig: "hyper-connections",
     LowRankConnectionConfig: "low-rank hyper-connections",
@@ -170,24 +184,23 @@ def mlp(c: Any) -> Iterator[str]:
         yield "channel mix" + (" with gate" if c.gated else "")
 
 
-def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
+def residual(b: LayerConfig, c: ModelConfig) -> Iterator[str]:
     """Words for norms, and for what happens outside the layers."""
-    if b.switch:
-        yield "adapters that tokens switch on"
-    if b.ngrams:
-        yield "n-grams"
-    if b.residual:
-        yield RESIDUALS[type(b.residual)]
-    norm = b.mixer_norm or b.mixer_post_norm
+    if isinstance(b, StreamsBlockConfig):
+        if b.ngrams:
+            yield "n-grams"
+        yield RESIDUALS[type(b.mixer_residual)]
+    post_norm = getattr(b, "mixer_post_norm", None)
+    norm = b.mixer_norm or post_norm
     if norm is None:
         return
     kind = {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
-    if b.mixer_post_norm:
+    if post_norm:
         kind += " around mixer and MLP" if b.mixer_norm else " after mixer and MLP"
     yield kind if norm.scale else f"{kind} without parameters"
-    if b.parallel:
-        yield "parallel residual"
-    if b.per_layer_embedding:
+    if type(b) in SHAPES:
+        yield SHAPES[type(b)]
+    if c.per_layer_embeddings:
         yield "per-layer embeddings"
     words = {
         "learned_positions": "learned positions",
@@ -196,13 +209,11 @@ def residual(b: BlockConfig, c: ModelConfig) -> Iterator[str]:
         "tied": "tied head",
     }
     yield from (word for field, word in words.items() if getattr(c, field))
-    if b.normalized_residual:
-        yield "post-norm residual"
     if len({c.source(i) for i in range(c.layers)}) < c.layers:
         yield "layers used several times"
-    if c.carries_embedding and not c.embedding_offset:
+    if CarriedConfig(scaled=True) in getattr(b, "after", ()):
         yield "embedding in each layer"
-    if (c.embedding_scale, c.logit_scale, b.residual_scale) != (1, 1, 1):
+    if (c.embedding_scale, c.logit_scale, getattr(b, "mixer_scale", 1)) != (1, 1, 1):
         yield "scales"
 
 
@@ -236,7 +247,7 @@ def table() -> str:
             cell(
                 word
                 for block, _ in blocks
-                for c in (block.mlp, block.stream_mlp)
+                for c in (block.mlp, getattr(block, "stream_mlp", None))
                 for word in mlp(c)
             ),
             cell(word for block, config in blocks for word in residual(block, config)),

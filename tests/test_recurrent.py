@@ -34,8 +34,8 @@ from jaxsplit.models import (
     RWKV7Config,
     ShortConvConfig,
 )
-from jaxsplit.models.decoder import MODULES
 from jaxsplit.models.dplr import dplr_attention
+from jaxsplit.models.modules import MODULES
 from jaxsplit.ops.activations.layout import Activations
 from jaxsplit.plan.cost import trace_decode
 from jaxsplit.sharding import grouped_heads, make_partition

@@ -21,9 +21,10 @@ from jaxsplit.architectures.harmless import NO_WINDOW, ONE_BASE
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import block_names
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.models.block_config import ParallelBlockConfig, SwitchedBlockConfig
 from jaxsplit.models.config import BlockConfig, ModelConfig
 from jaxsplit.models.mixer_config import LinearConfig
-from jaxsplit.models.residual_config import SwitchConfig
+from jaxsplit.models.residual_config import CarriedConfig, EndNormConfig, SwitchConfig
 from jaxsplit.ops.activations.functions import XIELU
 
 
@@ -86,7 +87,8 @@ def _command_r(header: Header) -> ModelConfig:
         header,
         interleaved=True,
         attention=head_norms(header, norm_over="each") if large else {},
-        block={"parallel": True, "mlp_norm": None},
+        block={"mlp_norm": None},
+        block_type=ParallelBlockConfig,
         logit_scale=header.number("logit_scale", 0.0) or 1.0,
     )
 
@@ -97,7 +99,8 @@ def _cohere2(header: Header) -> ModelConfig:
         header,
         interleaved=True,
         attention=lambda layer: {"window": window} if local[layer] else {"rope": None},
-        block={"parallel": True, "mlp_norm": None},
+        block={"mlp_norm": None},
+        block_type=ParallelBlockConfig,
         logit_scale=header.number("logit_scale"),
     )
 
@@ -136,10 +139,8 @@ def _exaone4(header: Header) -> ModelConfig:
 
 
 def _falcon(header: Header) -> ModelConfig:
-    block: dict[str, Any] = {"parallel": True}
-    if not header.has("blk.*.attn_norm_2.weight"):
-        block["mlp_norm"] = None
-    return decoder(header, activation="gelu_tanh", block=block)
+    block = {} if header.has("blk.*.attn_norm_2.weight") else {"mlp_norm": None}
+    return _gelu(header, block=block, block_type=ParallelBlockConfig)
 
 
 def _hunyuan_vl(header: Header) -> ModelConfig:
@@ -169,7 +170,7 @@ def _learned_positions(header: Header) -> ModelConfig:
 
 def _gptneox(header: Header) -> ModelConfig:
     parallel = header.flag("use_parallel_residual", True)
-    return decoder(header, activation="gelu_tanh", block={"parallel": parallel})
+    return _gelu(header, block_type=ParallelBlockConfig if parallel else BlockConfig)
 
 
 def _minicpm(header: Header) -> ModelConfig:
@@ -281,12 +282,9 @@ def _spark(header: Header) -> ModelConfig:
 
 def _stablelm(header: Header) -> ModelConfig:
     norms = header.has("blk.*.attn_q_norm.weight")
-    parallel = not header.has("blk.*.ffn_norm.weight")
-    return decoder(
-        header,
-        attention=head_norms(header, norm_over="each") if norms else {},
-        block={"parallel": True, "mlp_norm": None} if parallel else {},
-    )
+    attention = head_norms(header, norm_over="each") if norms else {}
+    build = decoder if header.has("blk.*.ffn_norm.weight") else _parallel
+    return build(header, attention=attention)
 
 
 def _glm4(header: Header) -> ModelConfig:
@@ -300,7 +298,8 @@ def _nanbeige(header: Header) -> ModelConfig:
     loops = header.count("num_loops", 1, least=1)
     plain = header.flag("skip_loop_final_norm", False)
     once = decoder(header, interleaved=True)
-    between = () if plain else (BlockConfig(None, None, end_norm=once.norm, source=header.layers),)
+    norm = BlockConfig(None, None, after=(EndNormConfig(header.norm()),), source=header.layers)
+    between = () if plain else (norm,)
     layers = uses(once, range(header.layers))
     blocks = layers + (between + layers) * (loops - 1)
     return dataclasses.replace(once, blocks=blocks)
@@ -332,6 +331,7 @@ def _granite_switch(header: Header) -> ModelConfig:
     return decoder(
         header,
         block=block,
+        block_type=SwitchedBlockConfig,
         carried=count + 1,
         substitutes=tuple(zip(switch.tokens, tokens("substitute"), strict=True)),
         **choices,
@@ -366,11 +366,9 @@ def _hrm(header: Header) -> ModelConfig:
     order = ("l" * low + "h") * high
     blocks = stacks["l"]
     for before, stack in itertools.pairwise(order):
-        # The carried state stays if the stack that comes computes the same one again.
-        exchange = "keep" if before == stack else "swap"
-        joint = BlockConfig(None, None, end_norm=norm, exchange=exchange, source=2 * size)
-        if before != stack:
-            joint = dataclasses.replace(joint, source=2 * size + 1)
+        swap = before != stack  # else the stack that comes computes the same state again
+        after = EndNormConfig(norm), CarriedConfig(swap=swap)
+        joint = BlockConfig(None, None, after=after, source=2 * size + swap)
         blocks = (*blocks, joint, *stacks[stack])
     return dataclasses.replace(once, blocks=blocks)
 
@@ -382,7 +380,7 @@ def _talkie(header: Header) -> ModelConfig:
     return decoder(
         header,
         attention=norms,
-        block={"mixer_norm": norm, "mlp_norm": norm, "carried_scale": True},
+        block={"mixer_norm": norm, "mlp_norm": norm, "after": (CarriedConfig(scaled=True),)},
         norm=norm,
         embedding_norm=norm,
         carried=header.embed,
@@ -393,6 +391,7 @@ def _talkie(header: Header) -> ModelConfig:
 
 _interleaved = partial(decoder, interleaved=True)
 _gelu = partial(decoder, activation="gelu_tanh")
+_parallel = partial(decoder, block={"mlp_norm": None}, block_type=ParallelBlockConfig)
 _squared_relu = partial(decoder, activation="relu2")
 
 _layer_norm = partial(Architecture, norms="layer")
@@ -469,9 +468,9 @@ ARCHITECTURES = {
     "orion": _layer_norm(decoder),
     "paddleocr": Architecture(decoder),
     "pangu-embedded": Architecture(decoder),
-    "phi2": _layer_norm(partial(_gelu, block={"parallel": True, "mlp_norm": None})),
+    "phi2": _layer_norm(partial(_parallel, activation="gelu_tanh")),
     "phi3": _windowless(decoder),
-    "plamo": Architecture(partial(decoder, block={"parallel": True, "mlp_norm": None})),
+    "plamo": Architecture(_parallel),
     "plamo3": Architecture(
         _plamo3,
         block_names(

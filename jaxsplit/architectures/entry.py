@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Names
-from jaxsplit.models.config import BlockConfig, ModelConfig
-from jaxsplit.models.residual_config import HyperConnectionConfig, HyperHeadConfig
+from jaxsplit.models.config import BlockConfig, LayerConfig, ModelConfig
+from jaxsplit.models.residual_config import HyperConnectionConfig, HyperHeadConfig, ResidualConfig
 from jaxsplit.ops.activations.functions import Activation
 from jaxsplit.ops.attention.rope import RopeConfig
 
@@ -45,6 +45,7 @@ def decoder(
     activation: Activation = "silu",
     attention: Choices | Callable[[int], Choices] = _NONE,
     block: Choices | Callable[[int], Choices] = _NONE,
+    block_type: type[LayerConfig] = BlockConfig,
     experts: Choices = _NONE,
     **choices: Any,
 ) -> ModelConfig:
@@ -54,12 +55,13 @@ def decoder(
       header: of the model file.
       interleaved: neighbouring dimensions of a head are a pair.
       activation: of MLPs and experts.
-      attention, block: fields of `AttentionConfig` and `BlockConfig`, of all layers or of each.
+      attention, block: fields of `AttentionConfig` and `block_type`, of all layers or of each.
+      block_type: the shape of layers.
       experts: fields of `MoEConfig`, of layers that have experts.
       **choices: fields of `ModelConfig`.
     """
 
-    def of(layer: int) -> BlockConfig:
+    def of(layer: int) -> LayerConfig:
         in_block = dict(block(layer) if callable(block) else block)
         if "mixer" not in in_block:
             in_attention = attention(layer) if callable(attention) else attention
@@ -69,7 +71,7 @@ def decoder(
         elif "mlp" not in in_block:
             in_block["mlp"] = header.mlp(layer, activation)
         fields: dict[str, Any] = {"mixer_norm": norm, "mlp_norm": norm} | in_block
-        return BlockConfig(**fields)
+        return block_type(**fields)
 
     if not header.flag("attention.causal", True):
         raise header.wrong("attention.causal", False, "true: other models do not generate text")
@@ -116,7 +118,7 @@ def _check_experts(header: Header) -> None:
             raise header.wrong(name, value, f"experts where their tensors are: in layers {layers}")
 
 
-def uses(config: ModelConfig, layers: range) -> tuple[BlockConfig, ...]:
+def uses(config: ModelConfig, layers: range) -> tuple[LayerConfig, ...]:
     """A run of layers of a file that is used more than once."""
     return tuple(dataclasses.replace(config.blocks[i], source=i) for i in layers)
 
@@ -130,6 +132,11 @@ def hyper_connections(header: Header) -> tuple[HyperConnectionConfig, HyperHeadC
     mean = not header.has("output_hc_fn.weight")
     head = HyperHeadConfig(streams, epsilon, norm_epsilon, mean)
     return HyperConnectionConfig(streams, epsilon, norm_epsilon, iterations), head
+
+
+def connected(connection: ResidualConfig) -> dict[str, Any]:
+    """Fields of `StreamsBlockConfig` where mixer and MLP are connected to the streams alike."""
+    return {"mixer_residual": connection, "mlp_residual": connection}
 
 
 def bounded_mlp(
@@ -178,7 +185,7 @@ def scaled(header: Header, **defaults: float) -> dict[str, Any]:
 
     Args:
       header: of the model file.
-      **defaults: of `embedding_scale`, `residual_scale` and `logit_scale`, else 1.
+      **defaults: of `embedding_scale`, `residual_scale` and `logit_scale`, else 1; these are keys.
     """
     keys = ("embedding_scale", "residual_scale", "logit_scale")
     embedding, residual, logit = (header.number(k, defaults.get(k, 1.0)) or 1.0 for k in keys)
@@ -188,7 +195,7 @@ def scaled(header: Header, **defaults: float) -> dict[str, Any]:
     return {
         "interleaved": True,
         "attention": attention,
-        "block": {"residual_scale": residual},
+        "block": {"mixer_scale": residual, "mlp_scale": residual},
         "embedding_scale": embedding,
         "logit_scale": 1 / logit,
     }

@@ -14,8 +14,13 @@ from jaxsplit.architectures.entry import (
 )
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import NAMES, block_names, side_by_side
+from jaxsplit.models.block_config import AltUpBlockConfig
 from jaxsplit.models.config import DenseMoEConfig, ModelConfig
-from jaxsplit.models.residual_config import AltUpConfig
+from jaxsplit.models.residual_config import (
+    AltUpConfig,
+    OutputScaleConfig,
+    PerLayerEmbeddingConfig,
+)
 
 
 def _gemma_scale(header: Header, large: int) -> float | None:
@@ -86,6 +91,9 @@ def _gemma4(header: Header) -> ModelConfig:
     ropes = {kind: header.rope(head_dims[kind], end=end) for kind, end in ends.items()}
     ropes[True] = unscaled(ropes[True], base=base)
 
+    width = header.size("embedding_length_per_layer_input", 0, least=0)
+    own = PerLayerEmbeddingConfig(width, norm) if width else None
+
     def attention(layer: int) -> dict[str, Any]:
         local = pattern[layer]
         name = "local" if local else "global"
@@ -105,11 +113,9 @@ def _gemma4(header: Header) -> ModelConfig:
         }
 
     def block(layer: int) -> dict[str, Any]:
-        choices = post_norms(header) | {
-            "per_layer_embedding": header.size("embedding_length_per_layer_input", 0, least=0),
-            "per_layer_embedding_norm": norm,
-            "output_scale": header.has(f"blk.{layer}.layer_output_scale.weight"),
-        }
+        scaled = header.has(f"blk.{layer}.layer_output_scale.weight")
+        after = (own, OutputScaleConfig() if scaled else None)
+        choices = post_norms(header) | {"after": tuple(filter(None, after))}
         if header.has(f"blk.{layer}.ffn_gate_inp.weight"):
             moe = header.experts(layer, "gelu_tanh", normalize=True)
             dense = header.mlp(layer, "gelu_tanh")
@@ -121,6 +127,7 @@ def _gemma4(header: Header) -> ModelConfig:
         header,
         attention=attention,
         block=block,
+        per_layer_embeddings=own,
         logit_softcap=header.number("final_logit_softcapping", 30.0) or None,
     )
 
@@ -136,7 +143,8 @@ def _gemma3n(header: Header) -> ModelConfig:
         raise header.wrong(
             "attention.sliding_window_pattern", pattern, "both kinds of layers first"
         )
-    rank = header.file.tensor("blk.0.laurel_l.weight").shape[0]
+    altup = AltUpConfig(4, header.file.tensor("blk.0.laurel_l.weight").shape[0], norm)
+    own = PerLayerEmbeddingConfig(header.size("embedding_length_per_layer_input"), norm)
 
     def attention(layer: int) -> dict[str, Any]:
         local = pattern[layer]
@@ -157,16 +165,18 @@ def _gemma3n(header: Header) -> ModelConfig:
         sparsity = _NINETY_FIVE_PERCENT if layer < 10 else None
         return post_norms(header) | {
             "mlp": dataclasses.replace(mlp, sparsity=sparsity),
-            "residual": AltUpConfig(4, rank, norm),
-            "per_layer_embedding": header.size("embedding_length_per_layer_input"),
-            "per_layer_embedding_norm": norm,
+            "altup": altup,
+            "per_layer_embedding": own,
         }
 
     return _gemma(
         header,
         attention=attention,
         block=block,
-        head_residual=AltUpConfig(4, rank, norm),
+        block_type=AltUpBlockConfig,
+        altup=altup,
+        head_residual=altup,
+        per_layer_embeddings=own,
         logit_softcap=30.0,
     )
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 from jaxsplit.architectures.entry import (
     Architecture,
     bounded_mlp,
+    connected,
     decoder,
     head_norms,
     hyper_connections,
@@ -25,7 +26,8 @@ from jaxsplit.architectures.mla import (
 )
 from jaxsplit.architectures.names import NAMES, Names, Rows, beside, block_names
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.block_config import NormalizedStreamBlockConfig, StreamsBlockConfig
+from jaxsplit.models.config import LayerConfig, ModelConfig
 from jaxsplit.models.mixer_config import (
     BlockSparseConfig,
     DeltaNetConfig,
@@ -161,21 +163,28 @@ def _kimi_k3(header: Header) -> ModelConfig:
     activation = SiTUGLU(beta, linear if linear > 0 else None)
     every, norm = header.count("attn_res.block_size", least=1), header.norm()
     latent = header.size("expert_latent_length", 0, least=0)
+    within = AttentionResidualConfig(norm)
 
     def block(layer: int) -> dict[str, Any]:
-        residual = AttentionResidualConfig(norm, begins=layer % every == 0)
+        # Blocks of layers begin before mixers.
+        begins = AttentionResidualConfig(norm, begins=layer % every == 0)
         mixer = recurrent
         if not header.has(f"blk.{layer}.ssm_a"):
             mixer = unrotated(latent_attention(header, gate=header.gate(layer)))
-        found: dict[str, Any] = {"mixer": mixer, "residual": residual}
+        found: dict[str, Any] = {"mixer": mixer, "mixer_residual": begins, "mlp_residual": within}
         if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
             return found
         normed = header.has(f"blk.{layer}.ffn_routed_norm.weight")
         experts = {"routing": None, "latent": latent, "latent_norm": norm if normed else None}
         return found | {"mlp": header.experts(layer, activation, **experts)}
 
-    head = AttentionResidualConfig(norm)
-    return decoder(header, activation=activation, block=block, head_residual=head)
+    return decoder(
+        header,
+        activation=activation,
+        block=block,
+        block_type=StreamsBlockConfig,
+        head_residual=within,
+    )
 
 
 def _glm5(header: Header) -> ModelConfig:
@@ -190,13 +199,13 @@ def _glm5(header: Header) -> ModelConfig:
     selects = header.flags("attention.indexer.types", True)
 
     def block(layer: int) -> dict[str, Any]:
-        common = bounded_mlp(header, layer, one_bound=True) | {"residual": connection}
+        common = bounded_mlp(header, layer, one_bound=True) | connected(connection)
         if header.has(f"blk.{layer}.ssm_a"):
             return common | {"mixer": recurrent}
         own: dict[str, Any] = {"indexer": indexer} if selects[layer] else {}
         return common | {"mixer": latent_attention(header, sparse=True, **own)}
 
-    return decoder(header, block=block, head_residual=head)
+    return decoder(header, block=block, block_type=StreamsBlockConfig, head_residual=head)
 
 
 def _qwen4(header: Header) -> ModelConfig:
@@ -227,11 +236,12 @@ def _qwen4(header: Header) -> ModelConfig:
 
     def block(layer: int) -> dict[str, Any]:
         found = {"mixer": mixer(layer), "mixer_norm": None, "mlp_norm": None}
-        return found | {"residual": connection, "ngrams": ngrams.get(layer)}
+        return found | connected(connection) | {"ngrams": ngrams.get(layer)}
 
     return decoder(
         header,
         block=block,
+        block_type=StreamsBlockConfig,
         experts={"normalize": True},
         norm=None,
         head_residual=dataclasses.replace(connection, writes=False),
@@ -277,6 +287,7 @@ def _ngrams(header: Header, streams: int) -> dict[int, NGramConfig]:
         kernel_size=header.count("ple.conv_kernel", least=2),
         eos=header.count("ple.eos_token_id"),
         norm=header.norm(),
+        embed=header.embed,
     )
     return {layers[0]: config}
 
@@ -299,7 +310,7 @@ def _minimax_01(header: Header) -> ModelConfig:
     """Lightning attention, and softmax attention in some layers; norms are in the stream."""
     interval, layers = header.count("full_attention_interval", 8, least=1), header.layers
     heads, norm = header.size("attention.head_count"), header.norm()
-    common = {"normalized_residual": header.number("residual_scale", 1.0)}
+    common = {"scale": header.number("residual_scale", 1.0)}
 
     def block(layer: int) -> dict[str, Any]:
         if (layer + 1) % interval == 0:
@@ -307,7 +318,8 @@ def _minimax_01(header: Header) -> ModelConfig:
         rate = 1 - layer / max(layers - 1, 1) + 1e-5
         return common | {"mixer": LightningConfig(heads, header.head_dim(), rate, norm)}
 
-    return decoder(header, block=block, experts={"normalize": True})
+    experts = {"normalize": True}
+    return decoder(header, block=block, block_type=NormalizedStreamBlockConfig, experts=experts)
 
 
 def _mamba_config(header: Header, **choices: Any) -> MambaConfig:
@@ -369,17 +381,17 @@ def _lfm2(header: Header, **choices: Any) -> ModelConfig:
     return decoder(header, attention=attention, block=block, **choices)
 
 
-def _query_and_gate(block: BlockConfig) -> tuple[int, list[int]]:
+def _query_and_gate(block: LayerConfig) -> tuple[int, list[int]]:
     mixer = cast(AttentionConfig, getattr(block.mixer, "attention", block.mixer))
     return mixer.heads, [mixer.head_dim, mixer.value_dim]
 
 
-def _beta_and_dt(block: BlockConfig) -> tuple[int, list[int]]:
+def _beta_and_dt(block: LayerConfig) -> tuple[int, list[int]]:
     mixer = cast(DeltaNetConfig, block.mixer)
     return mixer.key_heads, [mixer.value_heads // mixer.key_heads] * 2
 
 
-def _all_projections(block: BlockConfig) -> tuple[int, list[int]]:
+def _all_projections(block: LayerConfig) -> tuple[int, list[int]]:
     """Older files have queries, keys, values and gates in one tensor."""
     mixer = cast(DeltaNetConfig, block.mixer)
     values = mixer.value_heads // mixer.key_heads * mixer.value_dim
@@ -473,7 +485,7 @@ def _with_latent(names: Names) -> Names:
     return {path: [*LATENT_NAMES.get(path, ()), *names.get(path, ())] for path in sorted(paths)}
 
 
-def _q_k_v(block: BlockConfig) -> tuple[int, list[int]]:
+def _q_k_v(block: LayerConfig) -> tuple[int, list[int]]:
     mixer = cast(LightningConfig, block.mixer)
     return mixer.heads, [mixer.head_dim] * 3
 
@@ -504,7 +516,7 @@ _MAMBA = _names(
 )
 
 
-def _gate_and_value(block: BlockConfig) -> tuple[int, list[int]]:
+def _gate_and_value(block: LayerConfig) -> tuple[int, list[int]]:
     mixer = cast(MambaConfig, block.mixer)
     return mixer.heads, [mixer.channels // mixer.heads] * 2
 

@@ -8,13 +8,15 @@ from typing import Any, cast
 from jaxsplit.architectures.entry import (
     Architecture,
     bounded_mlp,
+    connected,
     decoder,
     hyper_connections,
     unscaled,
 )
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Rows, block_names
-from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.block_config import StreamsBlockConfig
+from jaxsplit.models.config import LayerConfig, ModelConfig
 from jaxsplit.models.mixer_config import (
     CompressedAttentionConfig,
     IndexerConfig,
@@ -148,7 +150,7 @@ def _hy4(header: Header) -> ModelConfig:
         own: dict[str, Any] = {"indexer": indexer} if selects[layer] else {}
         gate = header.gate(layer)
         mixer = latent_attention(header, sparse=True, sinks=True, gate=gate, **own)
-        found: dict[str, Any] = {"mixer": mixer, "residual": connection}
+        found: dict[str, Any] = {"mixer": mixer, **connected(connection)}
         if not header.has(f"blk.{layer}.ffn_gate_inp.weight"):
             return found
         bounded = header.bounded("exp", layer)
@@ -156,7 +158,7 @@ def _hy4(header: Header) -> ModelConfig:
             "mlp": header.experts(layer, bounded, shared_activation="silu", routing=None)
         }
 
-    return decoder(header, block=block, head_residual=head)
+    return decoder(header, block=block, block_type=StreamsBlockConfig, head_residual=head)
 
 
 def indexed_layers(header: Header) -> list[bool]:
@@ -215,19 +217,17 @@ def _deepseek4(header: Header) -> ModelConfig:
         if layer < hashed:
             mlp = dataclasses.replace(found["mlp"], by_token=True, vocab=header.vocab)
             found["mlp"] = dataclasses.replace(mlp, selection_bias=False)
-        return found | {"mixer": mixer(layer), "residual": connection}
+        return found | {"mixer": mixer(layer), **connected(connection)}
 
-    return decoder(header, block=block, head_residual=head)
+    return decoder(header, block=block, block_type=StreamsBlockConfig, head_residual=head)
 
 
 def _minicpm3(header: Header) -> ModelConfig:
     """Its scales are not in the file."""
+    mixer, scale = latent_attention(header, interleaved=False), 1.4 / math.sqrt(header.layers)
     return decoder(
         header,
-        block={
-            "mixer": latent_attention(header, interleaved=False),
-            "residual_scale": 1.4 / math.sqrt(header.layers),
-        },
+        block={"mixer": mixer, "mixer_scale": scale, "mlp_scale": scale},
         embedding_scale=12.0,
         logit_scale=256 / header.embed,
     )
@@ -237,7 +237,7 @@ def _plm(header: Header) -> ModelConfig:
     return decoder(header, activation="relu2", block={"mixer": latent_attention(header)})
 
 
-def _layout(block: BlockConfig) -> tuple[int, list[int]]:
+def _layout(block: LayerConfig) -> tuple[int, list[int]]:
     """Keys and values alternate by head."""
     mixer = cast(LatentAttentionConfig, block.mixer)
     return mixer.heads, [mixer.head_dim, mixer.value_dim]

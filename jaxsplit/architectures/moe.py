@@ -18,6 +18,11 @@ from jaxsplit.architectures.entry import (
 from jaxsplit.architectures.harmless import NO_WINDOW
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import NAMES, Rows, beside, block_names, side_by_side
+from jaxsplit.models.block_config import (
+    ParallelBlockConfig,
+    RoutedEarlyBlockConfig,
+    TwoMLPsBlockConfig,
+)
 from jaxsplit.models.config import DenseMoEConfig, GroveMoEConfig, MLPConfig, ModelConfig
 from jaxsplit.models.mixer_config import BlockIndexerConfig, BlockSparseConfig
 from jaxsplit.ops.norm.spec import NormConfig
@@ -50,7 +55,7 @@ def _arctic(header: Header) -> ModelConfig:
         dense = header.mlp(layer, hidden=header.embed)
         return {"mlp": dense, "stream_mlp": header.experts(layer, normalize=True)}
 
-    return decoder(header, interleaved=True, block=block)
+    return decoder(header, interleaved=True, block=block, block_type=TwoMLPsBlockConfig)
 
 
 def _cohere2(header: Header) -> ModelConfig:
@@ -68,13 +73,14 @@ def _cohere2(header: Header) -> ModelConfig:
     def block(layer: int) -> dict[str, Any]:
         shared = header.has(f"blk.{layer}.ffn_up_shexp.weight")
         halved = {"mlp_scale": 0.5} if shared else {}  # the mean of routed and shared experts
-        return {"parallel": True, "mlp_norm": None} | halved
+        return {"mlp_norm": None} | halved
 
     return decoder(
         header,
         interleaved=True,
         attention=attention,
         block=block,
+        block_type=ParallelBlockConfig,
         experts=_ROUTED,
         logit_scale=header.number("logit_scale", 0.0) or 1.0,
     )
@@ -254,7 +260,7 @@ def _smallthinker(header: Header) -> ModelConfig:
         header,
         activation="relu",
         attention=attention,
-        block={"routes_stream": True},
+        block_type=RoutedEarlyBlockConfig,
         experts=_NORMALIZED,
     )
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.formats import ModelFile
-from jaxsplit.models.config import BlockConfig, ModelConfig
+from jaxsplit.models.config import LayerConfig, ModelConfig
 from jaxsplit.ops.moe.spec import MoEConfig
 
-Layout = Callable[[BlockConfig], tuple[int, Sequence[int]]]
+Layout = Callable[[LayerConfig], tuple[int, Sequence[int]]]
 """How the rows of a tensor are divided: into how many groups, and the rows of each part of one."""
 
 
@@ -37,7 +37,7 @@ class Rows:
     layout: Layout | None = None
 
     def of(
-        self, available: int, count: int, block: BlockConfig | None, start: int = 0
+        self, available: int, count: int, block: LayerConfig | None, start: int = 0
     ) -> np.ndarray | None:
         """Which rows they are: int `[count]`; None: the tensor has not as many.
 
@@ -93,7 +93,7 @@ def _qkv(end: str) -> dict[str, list[str | Rows]]:
     )
 
 
-def _halves(block: BlockConfig) -> tuple[int, list[int]]:
+def _halves(block: LayerConfig) -> tuple[int, list[int]]:
     """Rows of gates and of the others where each expert has both."""
     moe = cast(MoEConfig, getattr(block.mlp, "moe", block.mlp))
     return moe.experts, [moe.expert.intermediate_size] * 2
@@ -156,7 +156,7 @@ NAMES: Names = {
     "altup.kernel": ["altup_proj.weight"],
     "head_residual.kernel": ["altup_unembd_proj.weight"],
     "head_residual.score.scale": ["output_res_score.weight"],
-    "blocks.{i}.end_norm.scale": ["output_norm.weight"],
+    "blocks.{i}.after.end_norm.norm.scale": ["output_norm.weight"],
     **block_names(
         mixer_residual__gates__mix__kernel="hc_attn_fn.weight",
         mixer_residual__gates__scale="hc_attn_scale.weight",
@@ -188,11 +188,14 @@ NAMES: Names = {
         mlp_norm__scale=["ffn_norm.weight", "post_attention_norm.weight"],
         mlp_norm__bias="ffn_norm.bias",
         mlp_post_norm__scale="post_ffw_norm.weight",
+        after__per_layer_embedding__gate__kernel="inp_gate.weight",
+        after__per_layer_embedding__out__kernel="proj.weight",
+        after__per_layer_embedding__norm__scale="post_norm.weight",
+        after__output_scale__scale="layer_output_scale.weight",
+        after__carried__scale="layer_output_scale.weight",
         per_layer_embedding__gate__kernel="inp_gate.weight",
         per_layer_embedding__out__kernel="proj.weight",
         per_layer_embedding__norm__scale="post_norm.weight",
-        output_scale="layer_output_scale.weight",
-        carried_scale="layer_output_scale.weight",
         mixer__query_scale="attn_q_norm.weight",
         mixer__query_norm__scale="attn_q_norm.weight",
         mixer__query_norm__bias="attn_q_norm.bias",

@@ -6,8 +6,10 @@ from typing import Any
 from jaxsplit.architectures.entry import Architecture, decoder
 from jaxsplit.architectures.header import Header
 from jaxsplit.architectures.names import Names, Rows, block_names
+from jaxsplit.models.block_config import TokenShiftBlockConfig
 from jaxsplit.models.config import ModelConfig
 from jaxsplit.models.mixer_config import ChannelMixConfig, RWKV6Config, RWKV7Config
+from jaxsplit.models.residual_config import OutputScaleConfig
 
 
 def _heads(header: Header) -> tuple[int, int]:
@@ -61,10 +63,11 @@ def _rwkv6(header: Header) -> ModelConfig:
 
     def block(layer: int) -> dict[str, Any]:
         halved = every and (layer + 1) % every == 0
-        scale = {"stream_scale": 0.5} if halved else {}
-        return {"mixer": _rwkv6_config(header), "mlp": mlp} | scale
+        after = (OutputScaleConfig(0.5),) if halved else ()
+        return {"mixer": _rwkv6_config(header), "mlp": mlp, "after": after}
 
-    return decoder(header, block=block, embedding_norm=header.norm())
+    norm = header.norm()
+    return decoder(header, block=block, block_type=TokenShiftBlockConfig, embedding_norm=norm)
 
 
 def _rwkv6_qwen(header: Header) -> ModelConfig:
@@ -76,6 +79,7 @@ def _rwkv7(header: Header) -> ModelConfig:
     return decoder(
         header,
         block=lambda layer: {"mixer": _rwkv7_config(header, layer), "mlp": mlp},
+        block_type=TokenShiftBlockConfig,
         embedding_norm=header.norm(),
         carried=header.embed,
     )

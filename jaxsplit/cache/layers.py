@@ -45,6 +45,29 @@ class CacheArray:
 
 
 @jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Beside:
+    """What accompanies the residual stream from layer to layer; None: no layer reads it.
+
+    Attributes:
+      tokens: token ids, int32 `[batch, time]`; only the first stage has them.
+      carried: `[batch, time, carried]`: the embedding, or what a layer has put there for all later
+        ones.
+      per_layer_embeddings: `[batch, time, width]` each, of the layers to come; a layer is given its
+        own.
+    """
+
+    tokens: Array | None = None
+    carried: Array | None = None
+    per_layer_embeddings: tuple[Array, ...] = ()
+
+    def of_layer(self, index: int) -> "Beside":
+        """What a layer is given, the first to come being 0."""
+        own = self.per_layer_embeddings[index : index + 1]
+        return dataclasses.replace(self, per_layer_embeddings=own)
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Inputs of a forward pass that all layers share.
@@ -55,8 +78,9 @@ class Batch:
       slots: int32 `[batch]`: the slot of each sequence; None: all slots in order.
       pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: its slot.
       freq_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
-      lent: what layers lend to later ones, by name: keys and values with the keys' positions, or
-        which keys an indexer has selected.
+      lent: what layers lend to later ones of their stage, by name: keys and values with the keys'
+        positions, or which keys an indexer has selected.
+      beside: what accompanies the residual stream.
     """
 
     positions: Array
@@ -64,6 +88,7 @@ class Batch:
     pages: Array | None = None
     freq_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     lent: dict[str, Any] = dataclasses.field(default_factory=dict)
+    beside: Beside = dataclasses.field(default_factory=Beside)
 
     @property
     def rows(self) -> Array:

@@ -710,5 +710,5 @@ class StageRunner:
 
     def input_shape(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the previous stage's output, `[*shape, width]`."""
-        width = self.config.stream_width(self.stage.layers.start)
+        width = self.config.stream_layout(self.stage.layers.start).width
         return jax.ShapeDtypeStruct((*shape, width), np.dtype(self.dtype))

@@ -3,6 +3,7 @@
 from jaxsplit.cache.layers import (
     AttentionCache,
     Batch,
+    Beside,
     Cache,
     CacheArray,
     RecurrentCache,
@@ -10,16 +11,25 @@ from jaxsplit.cache.layers import (
 )
 from jaxsplit.context import ForwardContext, forward_context
 from jaxsplit.models.attention import Attention
+from jaxsplit.models.block import Block, Layer
+from jaxsplit.models.block_config import (
+    NormalizedStreamBlockConfig,
+    ParallelBlockConfig,
+    RoutedEarlyBlockConfig,
+    TokenShiftBlockConfig,
+    TwoMLPsBlockConfig,
+)
 from jaxsplit.models.compressed import CompressedAttention
 from jaxsplit.models.config import (
     BlockConfig,
     DenseMoEConfig,
     GroveMoEConfig,
+    LayerConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
 )
-from jaxsplit.models.decoder import Block, Decoder
+from jaxsplit.models.decoder import Decoder
 from jaxsplit.models.hybrid import Hybrid
 from jaxsplit.models.indexer import BlockSparseAttention
 from jaxsplit.models.kda import KimiDeltaAttention, LightningAttention
@@ -55,22 +65,22 @@ from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.sharding.axes import Axis, AxisRules
 
 __all__ = [
-    "MLP",
     "Attention",
     "AttentionCache",
     "AttentionConfig",
     "Axis",
     "AxisRules",
     "Batch",
+    "Beside",
     "Block",
     "BlockConfig",
     "BlockIndexerConfig",
     "BlockSparseAttention",
     "BlockSparseConfig",
     "Cache",
+    "CacheArray",
     "ChannelMix",
     "ChannelMixConfig",
-    "CacheArray",
     "CompressedAttention",
     "CompressedAttentionConfig",
     "Decoder",
@@ -90,10 +100,13 @@ __all__ = [
     "KimiDeltaAttention",
     "LatentAttention",
     "LatentAttentionConfig",
+    "Layer",
+    "LayerConfig",
     "LightningAttention",
     "LightningConfig",
     "Linear",
     "LinearConfig",
+    "MLP",
     "MLPConfig",
     "Mamba",
     "Mamba2",
@@ -104,15 +117,20 @@ __all__ = [
     "ModelConfig",
     "Norm",
     "NormConfig",
+    "NormalizedStreamBlockConfig",
+    "ParallelBlockConfig",
     "PoolConfig",
     "RWKV6",
-    "RWKV7",
     "RWKV6Config",
+    "RWKV7",
     "RWKV7Config",
     "RecurrentCache",
     "RopeConfig",
+    "RoutedEarlyBlockConfig",
     "ShortConv",
     "ShortConvConfig",
+    "TokenShiftBlockConfig",
+    "TwoMLPsBlockConfig",
     "forward_context",
     "init_cache",
 ]

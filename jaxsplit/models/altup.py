@@ -1,16 +1,11 @@
 """Alternating updates: layers compute one of several streams and predict the others (Gemma 3n)."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsplit.cache.layers import Batch
-from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.models.layers import Linear, Norm, PerLayerEmbedding, param
+from jaxsplit.models.layers import Linear, Norm, param
 from jaxsplit.models.residual_config import AltUpConfig
-from jaxsplit.ops.activations.layout import Activations
 from jaxsplit.quant import dequantize
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
@@ -80,6 +75,15 @@ class AltUp(nnx.Module):
         weights = 1 + self.correct(self._modalities(y))
         return predictions + weights[..., None] * (y - predictions[:, :, 0])[:, :, None]
 
+    def scaled(self, streams: Array) -> Array:
+        """The stream that is computed, of `[batch, time, streams, embed]`, scaled."""
+        return streams[:, :, 0] * self.correct_scale.get_value()
+
+    def added_to_others(self, streams: Array, x: Array) -> Array:
+        """Adds `[batch, time, embed]` to the streams that are not computed."""
+        others = (jnp.arange(self.streams) > 0)[:, None]
+        return streams + jnp.where(others, x[:, :, None], 0)
+
 
 class Laurel(nnx.Module):
     """A learned augmented residual layer of low rank (Menghani et al. 2024, arXiv:2411.07501)."""
@@ -92,34 +96,3 @@ class Laurel(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """`[batch, time, embed]` to the same."""
         return x + self.norm(self.up(self.down(x)))
-
-
-def altup_layer(
-    block: Any, streams: Array, batch: Batch, cache: Any, per_layer_embedding: Array | None
-) -> tuple[Unreduced | None, Array, Any]:
-    """A layer around `AltUp`, with `Laurel` beside the mixer.
-
-    Args:
-      block: with norms, mixer, MLP, `altup`, `laurel` and `per_layer_embedding`.
-      streams: `[batch, time, streams * embed]`.
-      batch, cache, per_layer_embedding: as in `Block.__call__`.
-
-    Returns:
-      as `Block.__call__`.
-    """
-    dtype, altup = streams.dtype, block.altup
-    predictions = altup.predictions(streams)
-    active = predictions[:, :, 0].astype(dtype)
-    x = block.mixer_norm(active)
-    laurel = block.laurel(x)
-    y, cache = block.mixer(Activations(x), batch, cache)
-    y = (active + block.mixer_post_norm(y.all_reduce(dtype)) + laurel) * 2**-0.5
-    hidden = block.mlp(Activations(block.mlp_norm(y))).all_reduce(dtype)
-    y = (y + block.mlp_post_norm(hidden)).astype(jnp.float32)
-    corrected = altup.corrected(predictions, y)
-    assert per_layer_embedding is not None
-    embedding: PerLayerEmbedding = block.per_layer_embedding
-    first = (corrected[:, :, 0] * altup.correct_scale.get_value()).astype(dtype)
-    added = embedding(first, per_layer_embedding).astype(jnp.float32)[:, :, None]
-    added = jnp.where((jnp.arange(altup.streams) > 0)[:, None], added, 0)
-    return None, (corrected + added).astype(dtype).reshape(streams.shape), cache

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from jaxsplit.models.mixer_config import ChannelMixConfig, LatentAttentionConfig, Mixer
 from jaxsplit.models.residual_config import (
-    AttentionResidualConfig,
+    AfterConfig,
+    AltUpConfig,
     HeadResidualConfig,
-    NGramConfig,
-    ResidualConfig,
-    SwitchConfig,
+    PerLayerEmbeddingConfig,
 )
+from jaxsplit.models.stream import StreamLayout
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.spec import NormConfig
@@ -59,73 +59,64 @@ FeedForward = GroveMoEConfig | MLPConfig | MoEConfig | DenseMoEConfig | ChannelM
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """A layer: a mixer of tokens, then an MLP, each added to the residual stream.
+class LayerConfig:
+    """What layers of every shape have: a mixer of tokens and an MLP, which read a residual stream.
 
     Attributes:
       mixer: how tokens see one another; None: the layer has no mixer.
       mlp: what is done to each token; None: the layer has no MLP.
       mixer_norm, mlp_norm: of what they read; None: no norm.
-      mixer_post_norm, mlp_post_norm: of what they write; None: no norm.
-      parallel: both read the stream before the layer; without `mlp_norm` what the mixer reads.
-      mixer_scale, mlp_scale: multiply their outputs, before their norms.
-      residual_scale: multiplies what they write.
-      normalized_residual: mixer and MLP are added to the outputs of their norms times this; None:
-        to the stream that the norms read.
-      residual: how they are connected to several streams; None: there is one.
-      stream_mlp: a second MLP, which reads the stream before the mixer, through a norm of its own;
-        its output is added to that of the first. None: there is none.
-      routes_stream: the router of the experts reads the stream before the mixer.
-      per_layer_embedding: width of the tokens' embeddings for this layer, which are gated and added
-        to the stream last; 0: none.
-      per_layer_embedding_norm: of what is added.
-      output_scale: a parameter multiplies the stream after the layer.
-      stream_scale: multiplies the stream after the layer.
-      end_norm: of the stream after the layer; None: no norm.
-      exchange: what the stream carries is added to the stream after the layer (`keep`), and the
-        stream before that is carried on instead (`swap`); None: neither.
       source: which layer of the file it is, several layers may be one; None: its number.
-      ngrams: embeddings of n-grams that are added before the layer; None: none.
-      switch: adapters that tokens switch on; None: there are none.
-      carried_scale: what the stream carries, times a parameter, is added after the layer.
     """
 
     mixer: Mixer | None
     mlp: FeedForward | None
     mixer_norm: NormConfig | None = NormConfig()
     mlp_norm: NormConfig | None = NormConfig()
+    source: int | None = dataclasses.field(default=None, compare=False, kw_only=True)
+
+    @property
+    def streams(self) -> int:
+        """How many residual streams it reads if it is the first layer."""
+        return max(self._of_parts("streams"), default=1)
+
+    @property
+    def begins_stream(self) -> bool:
+        """Whether later layers read one stream more."""
+        return any(self._of_parts("begins"))
+
+    @property
+    def by_token(self) -> bool:
+        """Whether something is looked up by token ids."""
+        return any(self._of_parts("by_token"))
+
+    def cache(self, context: int, dtype: jnp.dtype) -> Any:
+        """What it keeps of a sequence: a tree of `CacheArray`s, or one for each of several parts
+        that keep something; None: nothing."""
+        caches = tuple(cache(context, dtype) for cache in self._of_parts("cache"))
+        return caches if len(caches) > 1 else next(iter(caches), None)
+
+    def _of_parts(self, name: str) -> list[Any]:
+        """An attribute of those of its parts that have it, in the order of fields."""
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [getattr(part, name) for part in parts if hasattr(part, name)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig(LayerConfig):
+    """The usual layer: a mixer, then an MLP, each added to the residual stream.
+
+    Attributes:
+      mixer_post_norm, mlp_post_norm: of what they write; None: no norm.
+      mixer_scale, mlp_scale: multiply their outputs, before these norms.
+      after: what is done to the stream then, in this order.
+    """
+
     mixer_post_norm: NormConfig | None = None
     mlp_post_norm: NormConfig | None = None
-    parallel: bool = False
     mixer_scale: float = 1.0
     mlp_scale: float = 1.0
-    residual_scale: float = 1.0
-    normalized_residual: float | None = None
-    residual: ResidualConfig | None = None
-    stream_mlp: FeedForward | None = None
-    routes_stream: bool = False
-    per_layer_embedding: int = 0
-    per_layer_embedding_norm: NormConfig = NormConfig()
-    output_scale: bool = False
-    stream_scale: float = 1.0
-    carried_scale: bool = False
-    end_norm: NormConfig | None = None
-    ngrams: NGramConfig | None = None
-    switch: SwitchConfig | None = None
-    exchange: str | None = None
-    source: int | None = dataclasses.field(default=None, compare=False)
-
-    def cache(self, context: int, dtype: jnp.dtype, embed: int) -> Any:
-        """What it keeps of a sequence, `CacheArray`s: of the mixer, and of n-grams or an MLP with a
-        state."""
-        mixer = self.mixer and self.mixer.cache(context, dtype)
-        if self.ngrams is not None:
-            return mixer, self.ngrams.cache(embed)
-        if self.switch is not None and self.switch.first:
-            return mixer, self.switch.cache()
-        if not isinstance(self.mlp, ChannelMixConfig):
-            return mixer
-        return mixer, self.mlp.cache(context, dtype)
+    after: tuple[AfterConfig, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +130,17 @@ class ModelConfig:
       context: longest context that the model was made for, in tokens.
       blocks: the layers.
       norm: of the last layer's output; None: no norm.
+      altup: how several streams begin; None: each is the embedding.
       head_residual: what is read of several streams after the last layer; None: there is one.
+      per_layer_embeddings: tokens have an embedding for each layer; None: they have not.
       embedding_scale: multiplies embeddings.
       embedding_norm: of embeddings; None: no norm.
       learned_positions: positions that have an embedding of their own; 0: none have.
       tied: the embedding is the output head too.
       head_bias: the head has a bias.
       logit_scale: multiplies logits.
-      carried: width of what the stream carries beside the residual stream, from the embedding, or
-        a mixer of the first layer, to all layers; 0: nothing.
+      carried: width of what goes with the residual stream from the embedding, or the first layer,
+        to all layers; 0: nothing.
       carries_embedding: it is the embedding.
       substitutes: tokens that have the embeddings of others, and which these are.
       embedding_offset: a parameter is added to the stream that layers read first.
@@ -158,9 +151,11 @@ class ModelConfig:
     vocab: int
     embed: int
     context: int
-    blocks: tuple[BlockConfig, ...]
+    blocks: tuple[LayerConfig, ...]
     norm: NormConfig | None = NormConfig()
+    altup: AltUpConfig | None = None
     head_residual: HeadResidualConfig | None = None
+    per_layer_embeddings: PerLayerEmbeddingConfig | None = None
     embedding_scale: float = 1.0
     embedding_norm: NormConfig | None = None
     learned_positions: int = 0
@@ -194,25 +189,21 @@ class ModelConfig:
 
     def streams(self, layer: int) -> int:
         """How many streams of the width `embed` a layer is given."""
-        earlier = [block.residual for block in self.blocks[:layer]]
-        begun = sum(isinstance(r, AttentionResidualConfig) and r.begins for r in earlier)
-        return getattr(self.blocks[0].residual, "streams", 1) + begun
+        return self.blocks[0].streams + sum(b.begins_stream for b in self.blocks[:layer])
 
-    def stream_width(self, layer: int) -> int:
-        """Numbers of each token that a layer is given: the residual stream, and the embeddings for
-        this and later layers, and what the stream carries."""
-        later = sum(block.per_layer_embedding for block in self.blocks[layer:])
-        return self.streams(layer) * self.embed + later + self.carried
+    def stream_layout(self, layer: int) -> StreamLayout:
+        """What a layer is given if it is the first of a stage."""
+        return StreamLayout(
+            residual=self.streams(layer) * self.embed,
+            per_layer=self.per_layer_embeddings.width if self.per_layer_embeddings else 0,
+            layers=self.layers - layer if self.per_layer_embeddings else 0,
+            carried=self.carried,
+        )
 
     @property
     def looks_up_tokens(self) -> int:
-        """How many of the first layers there are up to the last one that looks up experts, n-grams
-        or adapters by tokens."""
-        by_token = [
-            b.ngrams or getattr(b.mlp, "by_token", False) or (b.switch and b.switch.first)
-            for b in self.blocks
-        ]
-        return max((i + 1 for i, by in enumerate(by_token) if by), default=0)
+        """How many of the first layers there are up to the last one that looks up by token ids."""
+        return max((i + 1 for i, b in enumerate(self.blocks) if b.by_token), default=0)
 
     @property
     def colocated_layers(self) -> list[range]:
@@ -237,7 +228,7 @@ class ModelConfig:
           layers: which; None: all.
         """
         blocks = self.blocks if layers is None else self.blocks[layers.start : layers.stop]
-        return [block.cache(context, dtype, self.embed) for block in blocks]
+        return [block.cache(context, dtype) for block in blocks]
 
     @property
     def attention(self) -> AttentionConfig | LatentAttentionConfig | None:
@@ -251,10 +242,13 @@ class ModelConfig:
         """Everything that is there as plain values, for people; alike layers together."""
 
         def plain(config: Any) -> Any:
+            if isinstance(config, tuple):
+                return [plain(part) for part in config]
             if not dataclasses.is_dataclass(config):
                 return config
             fields = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-            return {name: plain(v) for name, v in fields if v is not None and v is not False}
+            given = {k: plain(v) for k, v in fields if v is not None and v is not False and v != ()}
+            return given | {"type": type(config).__name__}
 
         runs: dict[str, Any] = {}
         start = 0
@@ -263,4 +257,6 @@ class ModelConfig:
             stop = start + len(blocks)
             runs[f"{start}-{stop - 1}" if len(blocks) > 1 else str(start)] = plain(blocks[0])
             start = stop
-        return plain(self) | {"blocks": runs}
+        summary = plain(self) | {"blocks": runs}
+        del summary["type"]
+        return summary

@@ -16,6 +16,7 @@ from jax import Array
 from jaxsplit.comm.api import all_gather, all_reduce, is_split, shard_index
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context, forward_context
+from jaxsplit.models.residual_config import PerLayerEmbeddingConfig
 from jaxsplit.ops.activations.api import as_array
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.matmul import api as matmul_ops
@@ -284,46 +285,28 @@ class Embedding(nnx.Module):
 
 class PerLayerEmbeddings(nnx.Module):
     """An embedding of each token for every layer, plus a projection of its embedding for the stream
-    (Gemma 3n).
-
-    Args:
-      width: of the embedding for one layer.
-    """
+    (Gemma 3n)."""
 
     def __init__(
         self,
+        config: PerLayerEmbeddingConfig,
         vocab: int,
         embed: int,
         layers: int,
-        width: int,
-        config: NormConfig,
         *,
         rngs: nnx.Rngs,
     ):
+        width = config.width
         self.embedding = Embedding(vocab, layers * width, rngs=rngs)
         self.project = Linear(EMBED, embed, PER_LAYER, layers * width, rngs=rngs)
-        self.norm = Norm(config, width, PER_LAYER)
-        self.width = width
+        self.norm = Norm(config.norm, width, PER_LAYER)
+        self.layers, self.width = layers, width
 
-    def __call__(self, tokens: Array, x: Array) -> Array:
-        """Tokens `[...]` and their scaled embeddings `[..., embed]` to `[..., layers * width]`."""
+    def __call__(self, tokens: Array, x: Array) -> tuple[Array, ...]:
+        """Tokens `[...]` and their scaled embeddings `[..., embed]` to `[..., width]` for each
+        layer."""
         own = self.embedding(tokens, x.dtype) * self.width**0.5
         projected = self.project(x) * x.shape[-1] ** -0.5
         projected = self.norm(projected.reshape(*tokens.shape, -1, self.width))
-        return ((projected.reshape(own.shape) + own) * 2**-0.5).astype(x.dtype)
-
-
-class PerLayerEmbedding(nnx.Module):
-    """What a layer adds to the stream last: its own embedding of the token, gated by the stream.
-
-    Its matrices are small: every device has them whole, so that none has to wait.
-    """
-
-    def __init__(self, width: int, embed: int, config: NormConfig, *, rngs: nnx.Rngs):
-        self.gate = Linear(EMBED, embed, PER_LAYER, width, rngs=rngs)
-        self.out = Linear(PER_LAYER, width, EMBED, embed, rngs=rngs)
-        self.norm = Norm(config, embed)
-
-    def __call__(self, x: Array, per_layer_embedding: Array) -> Array:
-        """`[..., embed]` and `[..., width]` to `[..., embed]`."""
-        return self.norm(self.out(jax.nn.gelu(self.gate(x)) * per_layer_embedding))
+        every = ((projected.reshape(own.shape) + own) * 2**-0.5).astype(x.dtype)
+        return tuple(jnp.split(every, self.layers, axis=-1))

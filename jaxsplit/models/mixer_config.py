@@ -19,12 +19,6 @@ from jaxsplit.sharding.axes import EMBED, LATENT, Axis, head_axes
 SELECTION = "selection"
 """The name under which layers lend which keys their indexers have selected."""
 
-TOKENS = "tokens"
-"""The name under which the decoder lends token ids to layers that look up experts by them."""
-
-CARRIED = "carried"
-"""The name under which the stream carries something to all later layers, in other stages too."""
-
 
 @dataclasses.dataclass(frozen=True)
 class PoolConfig:

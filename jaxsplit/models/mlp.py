@@ -34,7 +34,7 @@ class MLP(nnx.Module):
         """Who reads the input `[..., embed]`."""
         return readers_of(x, self.up, self.gate)
 
-    def __call__(self, x: Activations) -> Unreduced:
+    def __call__(self, x: Activations, tokens: Array | None = None) -> Unreduced:
         """`[..., embed]` to `[..., embed]`."""
         up, gate = project(x, self.up, self.gate)
         gate = None if gate is None else gate.local_sum

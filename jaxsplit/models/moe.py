@@ -134,7 +134,7 @@ class MoE(nnx.Module):
         return readers if self.shared is None else readers | self.shared.readers(x)
 
     def __call__(
-        self, x: Activations, router_input: Array | None = None, tokens: Array | None = None
+        self, x: Activations, tokens: Array | None = None, *, router_input: Array | None = None
     ) -> Unreduced:
         """`[..., embed]` to the same; the router reads `router_input` if it is given, and token ids
         `[...]` if a table has their experts."""
@@ -160,7 +160,8 @@ class MoE(nnx.Module):
 
     def route(self, x: Activations, tokens: Array | None = None) -> tuple[Array, Array]:
         """The experts of tokens `[..., embed]` and their weights: as `topk_experts`."""
-        if self.table is not None and tokens is not None:
+        if self.table is not None:
+            assert tokens is not None
             table = self.table.get_value().astype(jnp.int32).reshape(-1, self.config.top_k)
             topk_ids = table[tokens]
             logits = self.router(x.array.astype(jnp.float32))
@@ -192,10 +193,10 @@ class GroveMoE(nnx.Module):
         """Who reads the input `[..., embed]`."""
         return self.moe.readers(x)
 
-    def __call__(self, x: Activations) -> Unreduced:
+    def __call__(self, x: Activations, tokens: Array | None = None) -> Unreduced:
         """`[..., embed]` to the same."""
         c = self.config
-        y = self.moe(x).all_reduce(x.dtype)
+        y = self.moe(x, tokens).all_reduce(x.dtype)
         logits = self.moe.router(x.array.astype(jnp.float32))
         groups = jax.lax.top_k(logits, c.moe.top_k)[1] // c.per_group
         # A group's weight is the probability of the expert that has its number.
@@ -225,15 +226,16 @@ class DenseMoE(nnx.Module):
         """Who reads the input `[..., embed]`: the norms, if there are any."""
         return XLA_ONLY if self.dense_norm else self.dense.readers(x) | self.moe.readers(x)
 
-    def __call__(self, x: Activations) -> Unreduced:
+    def __call__(self, x: Activations, tokens: Array | None = None) -> Unreduced:
         """`[..., embed]` to the same; with norms, summed already."""
         if not (self.dense_post_norm and self.router_norm and self.moe_post_norm):
             with forward_context(fuse_all_reduce=False):  # one for both, after they are added
-                return self.moe(x) + self.dense(x)
+                return self.moe(x, tokens) + self.dense(x)
         stream = x.array
         dense, _ = add_norm(None, stream, self.dense_norm, self.dense.readers(stream))
         dense = self.dense_post_norm(self.dense(dense).all_reduce(x.dtype))
         router_input = self.router_norm(stream) * self.router_scale
         routed, _ = add_norm(None, stream, self.moe_norm, self.moe.readers(stream))
-        routed = self.moe_post_norm(self.moe(routed, router_input).all_reduce(x.dtype))
+        routed = self.moe(routed, tokens, router_input=router_input).all_reduce(x.dtype)
+        routed = self.moe_post_norm(routed)
         return Unreduced.of((dense + routed).astype(jnp.float32))

@@ -11,7 +11,6 @@ from jax import Array
 
 from jaxsplit.cache.layers import Batch, RecurrentCache
 from jaxsplit.models.layers import Embedding, Linear, Norm, param
-from jaxsplit.models.mixer_config import TOKENS
 from jaxsplit.models.residual_config import NGramConfig
 from jaxsplit.quant import dequantize
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
@@ -76,7 +75,8 @@ class NGrams(nnx.Module):
         c, shape = self.config, streams.shape[:2]
         past = (None, None) if cache is None else cache.read(batch).inputs
         count = (batch.positions >= 0).sum(axis=1)[:, None]
-        rows, tokens = self._rows(batch.lent[TOKENS], past[0], count)
+        assert batch.beside.tokens is not None
+        rows, tokens = self._rows(batch.beside.tokens, past[0], count)
         e = self.embedding(rows, streams.dtype).reshape(*shape, -1)
 
         def split(x: Array) -> Array:

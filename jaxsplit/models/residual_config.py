@@ -1,9 +1,10 @@
-"""Residual connections of several streams: configs."""
+"""Configs of residual connections: several streams, and what is done to a stream after a layer."""
 
 # `RecurrentCache` holds descriptions of arrays too.
 # pyright: reportArgumentType=false
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -90,6 +91,7 @@ class NGramConfig:
       kernel_size: taps of the convolution, `size` tokens apart.
       eos: the token before which others do not count.
       norm: of keys, queries and of what is convolved.
+      embed: width of a stream.
     """
 
     streams: int
@@ -103,10 +105,13 @@ class NGramConfig:
     kernel_size: int
     eos: int
     norm: NormConfig
+    embed: int
+    by_token: ClassVar = True
 
-    def cache(self, embed: int) -> RecurrentCache:
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache:
         """What it keeps of a sequence: the last tokens, and what the convolution has seen."""
-        shapes = (self.size - 1, 1), ((self.kernel_size - 1) * self.size, self.streams * embed)
+        convolved = (self.kernel_size - 1) * self.size, self.streams * self.embed
+        shapes = (self.size - 1, 1), convolved
         return RecurrentCache(tuple(CacheArray(s, (None, None), jnp.float32) for s in shapes))
 
 
@@ -128,9 +133,15 @@ class SwitchConfig:
     gain: float
     first: bool = False
 
-    def cache(self) -> RecurrentCache:
+    @property
+    def by_token(self) -> bool:
+        """Whether it looks at token ids."""
+        return self.first
+
+    def cache(self, context: int, dtype: jnp.dtype) -> RecurrentCache | None:
         """What it keeps of a sequence: sums over its tokens."""
-        return RecurrentCache((CacheArray((1, 3), (None, None), jnp.float32),))
+        sums = RecurrentCache((CacheArray((1, 3), (None, None), jnp.float32),))
+        return sums if self.first else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +159,55 @@ class AltUpConfig:
     norm: NormConfig
 
 
-ResidualConfig = (
-    AltUpConfig | HyperConnectionConfig | LowRankConnectionConfig | AttentionResidualConfig
-)
+ResidualConfig = HyperConnectionConfig | LowRankConnectionConfig | AttentionResidualConfig
 HeadResidualConfig = (
     AltUpConfig | HyperHeadConfig | LowRankConnectionConfig | AttentionResidualConfig
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayerEmbeddingConfig:
+    """The token's embedding for this layer, gated by the stream, is added to it (Gemma 3n).
+
+    Attributes:
+      width: of the embedding.
+      norm: of what is added.
+    """
+
+    name: ClassVar = "per_layer_embedding"
+    width: int
+    norm: NormConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputScaleConfig:
+    """The stream is multiplied by a constant; None: by a parameter."""
+
+    name: ClassVar = "output_scale"
+    constant: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CarriedConfig:
+    """What is carried is added to the stream.
+
+    Attributes:
+      scaled: times a parameter.
+      swap: the stream before that is carried on instead.
+    """
+
+    name: ClassVar = "carried"
+    scaled: bool = False
+    swap: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EndNormConfig:
+    """The stream is normalized."""
+
+    name: ClassVar = "end_norm"
+    norm: NormConfig
+
+
+AfterConfig = PerLayerEmbeddingConfig | OutputScaleConfig | CarriedConfig | EndNormConfig
+"""What is done to the stream after a layer; `name` is that of its module in the layer."""

@@ -12,7 +12,7 @@ from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context
 from jaxsplit.models.dplr import dplr_attention
 from jaxsplit.models.layers import Linear, Norm, param
-from jaxsplit.models.mixer_config import CARRIED, ChannelMixConfig, RWKV6Config, RWKV7Config
+from jaxsplit.models.mixer_config import ChannelMixConfig, RWKV6Config, RWKV7Config
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.matmul.api import matmul
 from jaxsplit.ops.norm.spec import NormConfig
@@ -110,9 +110,10 @@ class RWKV7(nnx.Module):
         v, iclr = heads(self.value(mixed["v"])), heads(jax.nn.sigmoid(self.iclr(mixed["a"])))
         log_decay = -0.606531 * heads(jax.nn.sigmoid(self.decay(mixed["w"], tanh=True)))
         if self.value_mix is None:
-            batch.lent[CARRIED] = _whole(v, c.axis).astype(rows.dtype)
+            batch.beside.carried = _whole(v, c.axis).astype(rows.dtype)
         else:
-            first = heads(_local(batch.lent[CARRIED], c.axis, c.head_dim))
+            assert batch.beside.carried is not None
+            first = heads(_local(batch.beside.carried, c.axis, c.head_dim))
             v = v + (first - v) * heads(jax.nn.sigmoid(self.value_mix(mixed["v"])))
         removed = k * vector(self.removal_scale)
         length = jnp.sqrt(jnp.sum(removed * removed, axis=-1, keepdims=True))

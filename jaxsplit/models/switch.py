@@ -8,7 +8,6 @@ from jax import Array
 
 from jaxsplit.cache.layers import Batch, RecurrentCache
 from jaxsplit.models.layers import Linear, SwitchedLoRA
-from jaxsplit.models.mixer_config import TOKENS
 from jaxsplit.models.residual_config import SwitchConfig
 
 
@@ -38,7 +37,8 @@ def token_adapters(
     Returns:
       float32 `[batch, time, adapters]`, one 1 for each token, and the updated cache.
     """
-    tokens, exists = batch.lent[TOKENS], batch.positions >= 0
+    tokens, exists = batch.beside.tokens, batch.positions >= 0
+    assert tokens is not None
     number = jnp.zeros_like(tokens)
     for i, token in enumerate(config.tokens):
         number = jnp.where((tokens == token) & exists, i + 1, number)

@@ -254,7 +254,7 @@ def make_plan(
         for stage in partition.stages
     ]
     boundaries = len(partition.stages) - 1
-    widths = [config.stream_width(stage.layers.start) for stage in partition.stages[1:]]
+    widths = [config.stream_layout(stage.layers.start).width for stage in partition.stages[1:]]
     size = batch_slots // partition.data * sum(width * dtype.itemsize + 8 for width in widths)
     transfers = (boundaries, size)
     free = [
