@@ -118,6 +118,39 @@ static T exchange(T x, int distance) {
   return from_thread(x, threadIdx.x ^ distance);
 }
 
+static float from_member(float x, int member) {
+  return from_thread(x, threadIdx.x / 4 * 4 + member);
+}
+
+// Products of 16 rows of codes with 8 columns: threads have WORDS words of rows, half as many of
+// columns.
+template <int WORDS>
+static void multiply_codes(int* y, const u32* a, const u32* b, int start) {
+  int thread = threadIdx.x, warp = thread / 32 * 32, member = thread % 4;
+  for (int i = 0; i < WORDS; i++) exchanged[thread][i] = a[i];
+  for (int i = 0; i < WORDS / 2; i++) exchanged[thread][WORDS + i] = b[i];
+  wait_for_warp();
+  for (int i = 0; i < 4; i++) {
+    int row = warp + thread % 32 / 4 * 4, column = warp + (2 * member + i % 2) * 4;
+    y[i] = start;
+    for (int half = 0; half < WORDS / 2; half++) {
+      for (int other = 0; other < 4; other++) {
+        u32 codes = exchanged[row + other][2 * half + i / 2];
+        y[i] = dot4(codes, exchanged[column + other][WORDS + half], y[i]);
+      }
+    }
+  }
+  wait_for_warp();
+}
+
+static void multiply_16(int* y, const u32* a, u32 b, int start) {
+  multiply_codes<2>(y, a, &b, start);
+}
+
+static void multiply_32(int* y, const u32* a, const u32* b, int start) {
+  multiply_codes<4>(y, a, b, start);
+}
+
 static inline float bits_float(u32 bits) {
   float y;
   std::memcpy(&y, &bits, sizeof y);

@@ -36,7 +36,7 @@ from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers, RMSStatistics
 from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
-from jaxsplit.ops.matmul import cuda_gemv_int8
+from jaxsplit.ops.matmul import cuda_gemm_int8, cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.quant import TYPES, dequantize, unpack
 
@@ -101,6 +101,28 @@ def test_gemv_int8_equals_float64(rng, name):
     for tiling in (None, Tiling(32, 2, 3)):
         [y] = cuda_host.run(launch_of(x, [w], jnp.float32, tiling=tiling))
         assert nmse(y, expected) <= 1e-10
+
+
+def in_blocks(x):
+    """The same rows as `Int8Blocks`."""
+    rows, columns = x.dequantized().shape
+    slices = np.asarray(x.codes).reshape(rows, -1, 4)[:, int8.bank_swizzle(np.arange(columns // 16))]
+    codes = slices.reshape(rows, -1, 2, 4).transpose(1, 0, 3, 2)
+    return int8.Int8Blocks(jnp.asarray(codes), x.scale.T, x.sums.T, x.half_sums.T, x.rms)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", TYPES_WITH_KERNELS)
+def test_gemm_int8_equals_float64(rng, name):
+    """Rows of matrices that fill no tile, with the last round of a row cut short where units are
+    whole chunks."""
+    columns = 768 if TYPES[name].block == 256 else 736 // TYPES[name].block * TYPES[name].block
+    w = matrix(rng, name, 37, columns)
+    assert cuda_gemm_int8.supports(w)
+    x = in_blocks(rounded_rows(rng, 5, columns))
+    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
+    [y] = cuda_host.run(cuda_gemm_int8.launch_of(x, [w], jnp.float32, split_k=1))
+    assert nmse(y[0], expected) <= 1e-12
 
 
 def exact_rows(function, operands, addend, norm):
@@ -233,7 +255,8 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
     like = jax.ShapeDtypeStruct(query.shape[1:], jnp.dtype(floats))
     assert cuda_decode.supports(config, batch, cache, like, READERS)
     options = {"config": config, "params": module.params}
-    results = cuda_host.run(cuda_decode.launch_of(query, key, value, batch, cache, **options))
+    launch = cuda_decode.launch_of(query, key, value, batch, cache, **options, readers=READERS)
+    results = cuda_host.run(launch)
     leaves, structure = jax.tree.flatten(cache)
     rows = int8.Int8Rows(*map(jnp.asarray, results[3:7])).dequantized()
     found = jax.tree.unflatten(structure, results[7:])
@@ -315,7 +338,7 @@ def launches():
         def launch(query, key, value, positions, pages, keys, values):
             batch = Batch(positions, jnp.zeros(1, jnp.int32), pages)
             cache = AttentionCache.of(keys, values, dtype)
-            options = {"config": config, "params": AttentionParams()}
+            options = {"config": config, "params": AttentionParams(), "readers": READERS}
             return cuda_decode.launch_of(query, key, value, batch, cache, **options)
 
         return shapes(launch, *heads, ((1, 1), "int32"), ((1, 16), "int32"), *memory)

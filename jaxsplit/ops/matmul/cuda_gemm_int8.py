@@ -1,0 +1,142 @@
+"""GEMM of 3 to 64 rows with quantized matrices, on integer tensor cores: a CUDA C++ kernel.
+
+Rows are rounded to 8 bits as for `cuda_gemv_int8`; weights are unpacked in registers into operands
+of `mma`, for GPUs from compute capability 7.5 on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsplit.context import current_context
+from jaxsplit.cuda.call import Launch, cuda_call
+from jaxsplit.cuda.source import Arguments, constants
+from jaxsplit.ops.activations import cuda_rows
+from jaxsplit.ops.activations.int8 import Int8Blocks
+from jaxsplit.ops.matmul import cuda_planes
+from jaxsplit.ops.matmul.cuda_planes import supports
+from jaxsplit.quant.qtensor import QTensor
+
+__all__ = ["MAX_ROWS", "MIN_CAPABILITY", "Tiling", "gemm_int8", "launch_of", "supports"]
+
+MAX_ROWS = 64
+"""Rows of activations whose sums a thread has in registers."""
+
+MIN_CAPABILITY = 7.5
+"""With tensor cores for 8-bit integers."""
+
+_TILE = 16  # rows of a matrix, of an operand
+_WARPS = 4  # of a block
+_MIN_BLOCKS = 128  # of a matrix, for tilings that share activations
+_MIN_WARPS = 1024  # with fewer, split-K adds parts to keep the GPU busy
+_FEW_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the four warps of a block share a matrix.
+
+    Attributes:
+      tiles: of 16 rows of the matrix, of a warp: the activations that it loads serve all of them.
+      share: warps of a tile, each with some of its columns: 1, 2 or 4.
+    """
+
+    tiles: int
+    share: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix of a block."""
+        return _TILE * self.tiles * (_WARPS // self.share)
+
+    @staticmethod
+    def of(w: QTensor, rows: int) -> "Tiling":
+        """The largest tiling that leaves enough blocks, for a number of rows of activations.
+
+        Few rows: warps share tiles, since activations cost little, and sums of warps too. Many
+        rows: warps have tiles of their own, since each block loads the activations of its columns.
+        """
+        few = Tiling(2, 4), Tiling(1, 4)
+        many = Tiling(2, 1), Tiling(1, 1), Tiling(1, 2)
+        candidates = few if rows <= _FEW_ROWS else many
+        enough = [t for t in candidates if w.shape[-2] >= _MIN_BLOCKS * t.rows]
+        return enough[0] if enough else candidates[-1]
+
+
+def gemm_int8(
+    x: Int8Blocks,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    sum_parts: bool = True,
+) -> list[Array]:
+    """`x @ w.T` for each matrix, in one launch: `[rows, out]`.
+
+    Args:
+      x: `[rows, in]`.
+      weights: supported matrices `[out, in]`.
+      dtype: of the results.
+      sum_parts: the inner dimension is not split; else the results are float32 `[parts, rows,
+        out]`, as many parts as keep the GPU busy.
+    """
+    launch = launch_of(x, weights, dtype, split_k=1 if sum_parts else None)
+    ys = cuda_call(launch, capability=current_context().policy.cuda)
+    return [y[0] for y in ys] if sum_parts else ys
+
+
+def launch_of(
+    x: Int8Blocks,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype,
+    *,
+    split_k: int | None = None,
+    tiling: Tiling | None = None,
+) -> Launch:
+    """The launch of `gemm_int8`, with results `[parts, rows, out]`.
+
+    Args:
+      x, weights, dtype: as of `gemm_int8`; several parts are float32.
+      split_k: parts of the inner dimension; None: as many as keep the GPU busy.
+      tiling: None: `Tiling.of` each matrix.
+    """
+    rows = x.codes.shape[1]
+    weights = [cuda_planes.as_loaded(w) for w in weights]
+    tilings = [tiling or Tiling.of(w, rows) for w in weights]
+    blocks = [-(-w.shape[-2] // t.rows) for w, t in zip(weights, tilings, strict=True)]
+    rounds = max(-(-cuda_planes.units(w) // 4) for w in weights)
+    parts = split_k or max(1, min(_MIN_WARPS // (_WARPS * sum(blocks)), rounds // _WARPS))
+    dtype = dtype if split_k == 1 else jnp.float32
+    given, structs = Arguments(), []
+    squares = None if x.rms is None else x.rms.squares
+    body = f"  Activations x = {given.operands(x.codes, x.scale, x.sums, x.half_sums, squares)};\n"
+    body += "  int program = blockIdx.x, part = blockIdx.y;\n"
+    for i, (w, t, own) in enumerate(zip(weights, tilings, blocks, strict=True)):
+        result = given.result(jax.ShapeDtypeStruct((parts, rows, w.shape[-2]), dtype))
+        structs.append(cuda_planes.struct_of(f"W{i}", w))
+        body += (
+            f"  if (program < {own}) {{\n"
+            f"    W{i} w = {cuda_planes.pointers_of(w, given)};\n"
+            f"    multiply<W{i}, {t.tiles}, {t.share}>(w, x, program, part, {result});\n"
+            "    return;\n  }\n"
+            f"  program -= {own};\n"
+        )
+    sizes = {
+        "ROWS": rows,
+        "PARTS": parts,
+        "WARPS": _WARPS,
+        "SHARES": int(any(t.share > 1 for t in tilings)),
+        **cuda_rows.normalization(x.rms),
+    }
+    return given.launch(
+        "gemm_int8",
+        constants(sizes),
+        cuda_planes.FILE,
+        cuda_planes.FOLDER / "cuda_gemm_int8.cu",
+        *structs,
+        body=body,
+        grid=(sum(blocks), parts, 1),
+        threads=32 * _WARPS,
+    )

@@ -1,0 +1,73 @@
+"""Quantized matrices as kernels in CUDA C++ read them."""
+
+import importlib.resources
+
+import jax.numpy as jnp
+
+from jaxsplit.cuda.source import Arguments, constants, cpp_type
+from jaxsplit.ops.activations.int8 import SLICE
+from jaxsplit.ops.activations.layout import BLOCK
+from jaxsplit.quant.qtensor import QTensor, to_u32
+
+FOLDER = importlib.resources.files("jaxsplit") / "ops" / "matmul"
+FILE = FOLDER / "cuda_planes.cuh"
+
+
+def supports(w: QTensor) -> bool:
+    """Whether kernels in CUDA C++ can multiply with a matrix, or a stack."""
+    layout = w.layout
+    plain = layout.table is None and layout.decode_scale is None and not layout.trellis
+    outer = w.scale if w.super_scale is None else w.super_scale
+    affine = plain and layout.scale_bits == 8 and outer.dtype != jnp.float32
+    first, *more = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk
+    planes = len(more) <= 1 and all(
+        size % (4 if first <= 2 * SLICE else SLICE) == 0 for size in more
+    )
+    offset = layout.offset == int(layout.offset) and (layout.offset == 0 or layout.bits != (8,))
+    columns, groups = w.shape[-1], w.scale.shape[-1]
+    group = columns // groups if columns % groups == 0 else 0
+    whole = group == SLICE or (group > 0 and group % BLOCK == 0)
+    return affine and first % SLICE == 0 and planes and offset and whole and columns % BLOCK == 0
+
+
+def as_loaded(w: QTensor) -> QTensor:
+    """With the code planes in words."""
+    return w if w.codes[0].dtype == jnp.uint32 else to_u32(w)
+
+
+def units(w: QTensor) -> int:
+    """Units of a row; as in `Unit`."""
+    layout = w.layout
+    size = layout.chunk * layout.bits[0] // 8
+    return w.shape[-1] // layout.chunk * (1 if size <= 2 * SLICE else size // SLICE)
+
+
+def struct_of(name: str, w: QTensor) -> str:
+    """A matrix as `Unit` takes it: a type with its constants and pointers."""
+    layout, columns = w.layout, w.shape[-1]
+    minimum = w.scale if w.minimum is None else w.minimum
+    sizes = {
+        "OUT": w.shape[-2],
+        "COLUMNS": columns,
+        "CHUNK": layout.chunk,
+        "BITS0": layout.bits[0],
+        "BITS1": layout.bits[1] if len(layout.bits) > 1 else 0,
+        "OFFSET": int(layout.offset),
+        "GROUP": columns // w.scale.shape[-1],
+        "SUPER": 0 if w.super_scale is None else columns // w.super_scale.shape[-1],
+        "MINIMUM": int(w.minimum is not None),
+    }
+    return (
+        f"struct {name} {{\n{constants(sizes, '  static ')}"
+        f"  typedef {cpp_type(w.scale.dtype)} Scale;\n"
+        f"  typedef {cpp_type(minimum.dtype)} Minimum;\n"
+        "  const u32 *first, *second;\n  const Scale* scale;\n  const Minimum* minimum;\n"
+        "  const Half *super_scale, *super_minimum;\n};\n"
+    )
+
+
+def pointers_of(w: QTensor, given: Arguments) -> str:
+    """What initializes that type."""
+    planes = [*w.codes, *[None] * (2 - len(w.codes)), w.scale, w.minimum, w.super_scale]
+    outer = w.super_scale if w.super_minimum is None else w.super_minimum
+    return given.operands(*planes, outer)
