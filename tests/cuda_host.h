@@ -102,25 +102,17 @@ static inline int dot4(u32 a, u32 b, int c) {
   return c;
 }
 
-// What another thread of the warp gives as `x`; all threads of the warp call it.
 template <class T>
-static T from_thread(T x, int thread) {
+static T exchange(T x, int distance) {
   T y;
   std::memcpy(exchanged[threadIdx.x], &x, sizeof x);
   wait_for_warp();
-  std::memcpy(&y, exchanged[thread], sizeof x);
+  std::memcpy(&y, exchanged[threadIdx.x ^ distance], sizeof x);
   wait_for_warp();
   return y;
 }
 
-template <class T>
-static T exchange(T x, int distance) {
-  return from_thread(x, threadIdx.x ^ distance);
-}
-
-static float from_member(float x, int member) {
-  return from_thread(x, threadIdx.x / 4 * 4 + member);
-}
+static inline int warp_index() { return threadIdx.x / 32; }
 
 // Products of 16 rows of codes with 8 columns: threads have WORDS words of rows, half as many of
 // columns.

@@ -70,10 +70,11 @@ __device__ inline int exchange(int x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
-// What member `member` of a quad, four threads in a row, gives as `x`.
-__device__ inline float from_member(float x, int member) {
-  return __shfl_sync(0xffffffffu, x, member, 4);
-}
+// What threads of the warp have written to shared memory can then be read by the others.
+__device__ inline void wait_for_warp() { __syncwarp(); }
+
+// Of a thread; the compiler knows that it is the same for all threads of a warp.
+__device__ inline int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 // Products of 16 x 16 and 16 x 32 codes with 8 columns of as many on tensor cores, added to `start`
 // (PTX ISA, "Matrix Fragments for mma.m16n8k32"). A quad has a row, and the row eight below, of `a`:

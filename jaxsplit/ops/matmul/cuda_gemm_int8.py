@@ -15,7 +15,7 @@ from jaxsplit.context import current_context
 from jaxsplit.cuda.call import Launch, cuda_call
 from jaxsplit.cuda.source import Arguments, constants
 from jaxsplit.ops.activations import cuda_rows
-from jaxsplit.ops.activations.int8 import Int8Blocks
+from jaxsplit.ops.activations.int8 import SLICE, Int8Blocks
 from jaxsplit.ops.matmul import cuda_planes
 from jaxsplit.ops.matmul.cuda_planes import supports
 from jaxsplit.quant.qtensor import QTensor
@@ -32,6 +32,7 @@ _TILE = 16  # rows of a matrix, of an operand
 _WARPS = 4  # of a block
 _MIN_BLOCKS = 128  # of a matrix, for tilings that share activations
 _MIN_WARPS = 1024  # with fewer, split-K adds parts to keep the GPU busy
+_MAX_SCRATCH = 24576  # bytes, for tilings with several tiles: two blocks of a T4's multiprocessor
 _FEW_ROWS = 16
 
 
@@ -52,6 +53,14 @@ class Tiling:
         """Rows of the matrix of a block."""
         return _TILE * self.tiles * (_WARPS // self.share)
 
+    def scratch(self, w: QTensor, rows: int) -> int:
+        """Bytes of shared memory: units of all threads, and later sums of warps."""
+        groups = cuda_planes.segments(w) * (1 if w.minimum is None else 2)
+        staged = cuda_planes.unit_bytes(w) + SLICE * (len(w.codes) - 1) + 4 * groups
+        units = 32 * _WARPS * 2 * self.tiles * staged
+        sums = 4 * _WARPS * _TILE * 8 * -(-rows // 8)
+        return max(units, sums if self.share > 1 else 0)
+
     @staticmethod
     def of(w: QTensor, rows: int) -> "Tiling":
         """The largest tiling that leaves enough blocks, for a number of rows of activations.
@@ -62,8 +71,11 @@ class Tiling:
         few = Tiling(2, 4), Tiling(1, 4)
         many = Tiling(2, 1), Tiling(1, 1), Tiling(1, 2)
         candidates = few if rows <= _FEW_ROWS else many
-        enough = [t for t in candidates if w.shape[-2] >= _MIN_BLOCKS * t.rows]
-        return enough[0] if enough else candidates[-1]
+        for tiling in candidates[:-1]:
+            enough = w.shape[-2] >= _MIN_BLOCKS * tiling.rows
+            if enough and tiling.scratch(w, rows) <= _MAX_SCRATCH:
+                return tiling
+        return candidates[-1]
 
 
 def gemm_int8(
@@ -127,7 +139,7 @@ def launch_of(
         "ROWS": rows,
         "PARTS": parts,
         "WARPS": _WARPS,
-        "SHARES": int(any(t.share > 1 for t in tilings)),
+        "SCRATCH": max(t.scratch(w, rows) for w, t in zip(weights, tilings, strict=True)),
         **cuda_rows.normalization(x.rms),
     }
     return given.launch(

@@ -86,16 +86,30 @@ struct Unit {
 
   // Four codes: those of word `k` of a slice.
   __device__ u32 codes(int slice, int k, int place) const {
-    int i = slice / (BYTES / 16), j = slice % (BYTES / 16);
-    u32 y = first[4 * j + k];
-    if (W::BITS0 < 8) y = (y >> (i * W::BITS0)) & (0x01010101u * ((1 << W::BITS0) - 1));
+    u32 low = first[slice % (BYTES / 16) * 4 + k];
+    return codes_of(low, SECOND ? second[second_word(slice, k)] : 0, slice, k, place);
+  }
+
+  // The word of a unit in the second plane with their upper bits.
+  __device__ static int second_word(int slice, int k) {
+    return WHOLE ? byte_of(slice, k, 0) % (SECOND ? SECOND : 1) / 4 : k;
+  }
+
+  // What the words of both planes hold of them.
+  __device__ static u32 codes_of(u32 first, u32 second, int slice, int k, int place) {
+    u32 y = first;
+    if (W::BITS0 < 8) {
+      y = (y >> (slice / (BYTES / 16) * W::BITS0)) & (0x01010101u * ((1 << W::BITS0) - 1));
+    }
     if (SECOND) {
-      // The bit and the word where these codes are in the chunk of the second plane.
-      int byte = i * CHUNK_BYTES + place * BYTES + 16 * j + 4 * k;
-      int word = WHOLE ? byte % (SECOND ? SECOND : 1) / 4 : k;
-      u32 more = second[word] >> (byte / (SECOND ? SECOND : 1) * W::BITS1);
+      u32 more = second >> (byte_of(slice, k, place) / (SECOND ? SECOND : 1) * W::BITS1);
       y |= (more & (0x01010101u * ((1 << W::BITS1) - 1))) << W::BITS0;
     }
     return signed_codes<W::OFFSET>(y);
+  }
+
+  // Of a chunk whose codes had a byte each.
+  __device__ static int byte_of(int slice, int k, int place) {
+    return slice / (BYTES / 16) * CHUNK_BYTES + place * BYTES + slice % (BYTES / 16) * 16 + 4 * k;
   }
 };

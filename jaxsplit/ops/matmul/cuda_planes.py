@@ -35,11 +35,28 @@ def as_loaded(w: QTensor) -> QTensor:
     return w if w.codes[0].dtype == jnp.uint32 else to_u32(w)
 
 
+def _chunk_bytes(w: QTensor) -> int:
+    """Of the first plane."""
+    return w.layout.chunk * w.layout.bits[0] // 8
+
+
 def units(w: QTensor) -> int:
     """Units of a row; as in `Unit`."""
-    layout = w.layout
-    size = layout.chunk * layout.bits[0] // 8
-    return w.shape[-1] // layout.chunk * (1 if size <= 2 * SLICE else size // SLICE)
+    return w.shape[-1] // w.layout.chunk * max(1, _chunk_bytes(w) // unit_bytes(w))
+
+
+def unit_bytes(w: QTensor) -> int:
+    """Bytes of a unit in the first plane; as in `Unit`."""
+    size = _chunk_bytes(w)
+    return size if size <= 2 * SLICE else SLICE
+
+
+def segments(w: QTensor) -> int:
+    """Scales of a unit; as in `Unit`."""
+    size = unit_bytes(w)
+    slices = size * 8 // w.layout.bits[0] // SLICE
+    blocks = size == _chunk_bytes(w) and w.shape[-1] // w.scale.shape[-1] >= BLOCK
+    return slices // 2 if blocks else slices
 
 
 def struct_of(name: str, w: QTensor) -> str:
