@@ -32,7 +32,7 @@ from jaxsplit.ops.activations.functions import (
     SiTUGLU,
     activate,
 )
-from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import Readers, RMSStatistics
 from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
@@ -105,24 +105,77 @@ def test_gemv_int8_equals_float64(rng, name):
 
 def in_blocks(x):
     """The same rows as `Int8Blocks`."""
-    rows, columns = x.dequantized().shape
-    slices = np.asarray(x.codes).reshape(rows, -1, 4)[:, int8.bank_swizzle(np.arange(columns // 16))]
-    codes = slices.reshape(rows, -1, 2, 4).transpose(1, 0, 3, 2)
+    rows, blocks = x.scale.shape
+    slices = np.asarray(x.codes).reshape(rows, -1, 4)[:, int8.bank_swizzle(np.arange(2 * blocks))]
+    codes = slices.reshape(rows, blocks, 2, 4).transpose(1, 0, 3, 2)
     return int8.Int8Blocks(jnp.asarray(codes), x.scale.T, x.sums.T, x.half_sums.T, x.rms)
+
+
+def gemm(x, weights, **options):
+    """float32 `[parts, rows, out]` for each matrix."""
+    return cuda_host.run(cuda_gemm_int8.launch_of(x, weights, jnp.float32, **options))
 
 
 @on_cpu
 @pytest.mark.parametrize("name", TYPES_WITH_KERNELS)
 def test_gemm_int8_equals_float64(rng, name):
-    """Rows of matrices that fill no tile, with the last round of a row cut short where units are
-    whole chunks."""
-    columns = 768 if TYPES[name].block == 256 else 736 // TYPES[name].block * TYPES[name].block
+    """Rows of a matrix that fill no tile; a last round in which some units do not exist."""
+    columns = 768 if TYPES[name].block == 256 else 704
     w = matrix(rng, name, 37, columns)
     assert cuda_gemm_int8.supports(w)
     x = in_blocks(rounded_rows(rng, 5, columns))
     expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
-    [y] = cuda_host.run(cuda_gemm_int8.launch_of(x, [w], jnp.float32, split_k=1))
+    [y] = gemm(x, [w], split_k=1)
     assert nmse(y[0], expected) <= 1e-12
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [3, 8, 17, 33, 64])
+def test_each_row_is_what_it_is_alone(rng, rows):
+    """Several matrices, deferred norms, and split-K, whose parts do not divide the rounds."""
+    x = rounded_rows(rng, rows, 1280, normalized=True)
+    weights = [matrix(rng, name, 5 + 40 * i, 1280) for i, name in enumerate(("Q6_K", "Q4_K"))]
+    ys = gemm(in_blocks(x), weights, split_k=3)
+    row = rows - 2
+    alone = jax.tree.map(lambda array: array[row : row + 1], x)
+    one_row = cuda_host.run(launch_of(alone, weights, jnp.float32))
+    for y, w, same in zip(ys, weights, one_row, strict=True):
+        assert y.shape == (3, rows, len(w.scale))
+        y = np.float64(y).sum(axis=0)
+        assert nmse(y, np.float64(x.dequantized()) @ np.float64(dequantize(w)).T) <= 1e-12
+        assert nmse(y[row], np.float64(same[0])) <= 1e-12
+
+
+@on_cpu
+@pytest.mark.parametrize("tiling", [(1, 1), (1, 2), (2, 1), (2, 4)])
+def test_tilings_of_gemm_int8_equal_float64(rng, tiling):
+    x = rounded_rows(rng, 11, 512)
+    w = matrix(rng, "Q5_K", 150, 512)
+    [y] = gemm(in_blocks(x), [w], split_k=2, tiling=cuda_gemm_int8.Tiling(*tiling))
+    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
+    assert nmse(y.sum(axis=0), expected) <= 1e-12
+
+
+def test_split_k_and_tilings_keep_a_gpu_busy():
+    """Small matrices are split; large ones are not, and share activations between tiles."""
+
+    def chosen(out, columns, rows):
+        found = []
+        raw = jax.ShapeDtypeStruct((out, columns // 32, 18), "uint8")
+
+        def launch(raw, *arrays):
+            x = Int8BlockLayout().wrap(arrays, None)
+            found.append(cuda_gemm_int8.launch_of(x, [unpack("Q4_0", raw)], jnp.float32))
+
+        jax.eval_shape(launch, raw, *Int8BlockLayout().shapes(rows, columns))
+        blocks, parts, _ = found[0].grid
+        return blocks, parts
+
+    assert chosen(28672, 4096, 8) == (28672 // 32, 1)
+    assert chosen(4096, 4096, 8) == (4096 // 32, 2)
+    assert chosen(28672, 4096, 64) == (28672 // 128, 1)
+    assert chosen(4096, 4096, 64) == (4096 // 32, 2)
+    assert chosen(64, 4096, 8) == (4, 8)
 
 
 def exact_rows(function, operands, addend, norm):
