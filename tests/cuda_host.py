@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ COMPILER = shutil.which("g++")
 _FOLDER = Path(tempfile.mkdtemp(prefix="jaxsplit-cuda-host-"))
 
 
+_lock = threading.Lock()
 _OPTIONS = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas"]
 
 
@@ -41,7 +43,8 @@ def run(launch):
         *(x.ctypes.data for x in (*arrays, *results))
     )
     grid = (ctypes.c_int * 3)(*launch.grid)
-    ctypes.CDLL(str(path)).run_kernel(pointers, grid, launch.threads)
+    with _lock:  # shared memory is static
+        ctypes.CDLL(str(path)).run_kernel(pointers, grid, launch.threads)
     return results
 
 

@@ -1,5 +1,6 @@
 """Kernels in CUDA C++: on the CPU against float64, and compiled for GPUs."""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from blocks import usual_blocks
 from flax import nnx
-from helpers import nmse
-from tiny import fresh_rng
+from helpers import GREEDY, nmse
+from tiny import fresh_rng, write_tiny_model
 
+import jaxsplit
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.context import MatmulPolicy
 from jaxsplit.cuda import nvrtc
@@ -41,6 +43,7 @@ from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.quant import TYPES, dequantize, unpack
 
 READERS = Readers((Int8Layout(),), xla=False)
+OF_MANY_ROWS = Readers((Int8BlockLayout(),), xla=False)
 
 COMPILER = os.environ.get("JAXSPLIT_GPU_COMPILER", "")
 
@@ -214,6 +217,21 @@ def test_rows_are_added_normalized_and_rounded(rng, columns, dtype):
 
 
 @on_cpu
+def test_many_rows_are_stored_block_by_block(rng):
+    """The same codes and scales as row by row."""
+    x = jnp.asarray(rng.normal(size=(5, 352)), "bfloat16")
+    by_row, by_block = (
+        cuda_host.run(cuda_rows.launch_of(jnp.abs, (x,), readers))
+        for readers in (READERS, OF_MANY_ROWS)
+    )
+    expected = in_blocks(int8.Int8Rows(*map(jnp.asarray, by_row)))
+    found = int8.Int8Blocks(*map(jnp.asarray, by_block))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    np.testing.assert_array_equal(found.dequantized(), expected.dequantized())
+    assert 1e-7 < nmse(found.dequantized(), np.float64(jnp.abs(x))) <= 1e-4
+
+
+@on_cpu
 @pytest.mark.parametrize(
     "name",
     [*ACTIVATIONS, "clamped_swiglu", BoundedSwiGLU(2.0), BoundedSwiGLU(2.0, True), SiTUGLU(2.0, 3)],
@@ -306,12 +324,12 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
     memory = (normal(4 * count, page, KV_HEADS, WIDTH, dtype=floats) for _ in range(2))
     cache = AttentionCache.of(*memory, dtype)
     like = jax.ShapeDtypeStruct(query.shape[1:], jnp.dtype(floats))
-    assert cuda_decode.supports(config, batch, cache, like, READERS)
+    assert cuda_decode.supports(config, batch, cache, like, OF_MANY_ROWS)
     options = {"config": config, "params": module.params}
-    launch = cuda_decode.launch_of(query, key, value, batch, cache, **options, readers=READERS)
-    results = cuda_host.run(launch)
+    given = query, key, value, batch, cache
+    results = cuda_host.run(cuda_decode.launch_of(*given, **options, readers=OF_MANY_ROWS))
     leaves, structure = jax.tree.flatten(cache)
-    rows = int8.Int8Rows(*map(jnp.asarray, results[3:7])).dequantized()
+    rows = int8.Int8Blocks(*map(jnp.asarray, results[3:7])).dequantized()
     found = jax.tree.unflatten(structure, results[7:])
     exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
     queries, kv, key_positions, expected = xla.rope_cache_update(*exact, batch, cache, **options)
@@ -331,6 +349,54 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
         assert nmse(np.float64(actual), np.float64(new)) <= 1e-5
     changed = np.asarray(cache.keys != found.keys).any(axis=(1, 3)).sum()
     assert changed <= 3  # a place for each token that is no padding
+
+
+def emulate_gpu(monkeypatch):
+    """Models that are loaded from here on run CUDA C++ on the CPU; the names of kernels that were
+    launched."""
+    launched = set()
+
+    def emulated(launch, *, capability):
+        assert capability == 7.5
+
+        def run(*arrays):
+            launched.add(launch.name)
+            return cuda_host.run(dataclasses.replace(launch, operands=arrays))
+
+        return list(jax.pure_callback(run, list(launch.results), *launch.operands))
+
+    for module in (cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8):
+        monkeypatch.setattr(module, "cuda_call", emulated)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=7.5))
+    return launched
+
+
+@on_cpu
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_model_of_several_sequences_is_the_one_without_kernels(tmp_path, rng, monkeypatch):
+    """Prompts in one go and token by token, and sequences that are decoded together."""
+    sizes = {"embed": 128, "heads": 4, "kv_heads": 2, "mlp": 96, "layers": 1}
+    path = write_tiny_model(
+        tmp_path / "tiny.gguf", kind="Q8_0", seed=int(rng.integers(99)), **sizes
+    )
+    options = {"devices": 1, "ctx_size": 64, "slots": 5, "cache_tokens": 5 * 64}
+    prompts = rng.integers(97, 122, (5, 4)).tolist()
+
+    def run(**more):
+        """Logits of both ways to read a prompt, and the tokens that follow each."""
+        lm = jaxsplit.load(path, **options | more)
+        ways = [lm.logits(prompts[0], one_by_one=single) for single in (False, True)]
+        lm.closed_batch.start_all(dict(enumerate(prompts)), GREEDY)
+        return ways, lm.closed_batch.loop(3, 3)[:5].tolist()
+
+    exact, expected = run(dtype="float32")
+    launched = emulate_gpu(monkeypatch)
+    ways, tokens = run(dtype="bfloat16")
+    assert launched == {"store_rows", "gemv_int8", "gemm_int8", "decode_attention"}
+    for logits, values in zip(ways, exact, strict=True):
+        assert 1e-7 < nmse(logits, values) <= 1e-3
+    assert nmse(*ways) <= 1e-3
+    assert sum(map(list.__eq__, tokens, expected)) >= 4, (tokens, expected)
 
 
 # Code for GPUs that are not there.
@@ -383,6 +449,18 @@ def launches():
             *(x, raw),
         )
 
+    def gemm(name, rows, out, columns):
+        block = TYPES[name]
+        raw = (out, columns // block.block, block.block_bytes), "uint8"
+        layout = Int8BlockLayout()
+        x = [(array.shape, array.dtype) for array in layout.shapes(rows, columns)]
+        return shapes(
+            lambda raw, *x: cuda_gemm_int8.launch_of(
+                layout.wrap(x, None), [unpack(name, raw)], jnp.bfloat16
+            ),
+            *(raw, *x),
+        )
+
     def attention(kv_heads, width, dtype):
         config = AttentionConfig(32, kv_heads, width, width, rope=RopeConfig(width))
         heads = [((1, 1, 1, n * width), "bfloat16") for n in (32, kv_heads, kv_heads)]
@@ -409,11 +487,13 @@ def launches():
     yield "rows", rows()
     for name, out, columns in (("Q4_K", 28672, 4096), ("Q6_K", 4096, 14336), ("Q8_0", 4096, 4096)):
         yield name, gemv(name, out, columns)
+        for count in (8, 64):
+            yield f"{count} rows, {name}", gemm(name, count, out, columns)
     for kv_heads, width, dtype in ((8, 128, "bfloat16"), (4, 128, "bfloat16"), (8, 64, "int8")):
         yield f"{kv_heads} x {width} {dtype}", attention(kv_heads, width, dtype)
 
 
-@pytest.mark.parametrize("capability", [7.5, 9.0])
+@pytest.mark.parametrize("capability", [7.5, 8.0, 9.0])
 def test_kernels_fit_their_gpu(compiler, capability):
     """A T4's multiprocessor has 65536 registers and 64 KiB of shared memory; nothing is spilled."""
     for name, launch in launches():
