@@ -83,6 +83,8 @@ def gemm_int8(
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
+    tiling: Tiling | None = None,
+    split_k: int | None = None,
     sum_parts: bool = True,
 ) -> list[Array]:
     """`x @ w.T` for each matrix, in one launch: `[rows, out]`.
@@ -91,12 +93,18 @@ def gemm_int8(
       x: `[rows, in]`.
       weights: supported matrices `[out, in]`.
       dtype: of the results.
-      sum_parts: the inner dimension is not split; else the results are float32 `[parts, rows,
-        out]`, as many parts as keep the GPU busy.
+      tiling: None: `Tiling.of` each matrix.
+      split_k: parts of the inner dimension. None: as many as keep the GPU busy, but 1 if they are
+        to be summed.
+      sum_parts: XLA sums the parts; else the results are float32 `[parts, rows, out]`.
     """
-    launch = launch_of(x, weights, dtype, split_k=1 if sum_parts else None)
+    split_k = 1 if split_k is None and sum_parts else split_k
+    part_dtype = dtype if sum_parts and split_k == 1 else jnp.float32
+    launch = launch_of(x, weights, part_dtype, tiling=tiling, split_k=split_k)
     ys = cuda_call(launch, capability=current_context().policy.cuda)
-    return [y[0] for y in ys] if sum_parts else ys
+    if not sum_parts:
+        return ys
+    return [y[0] if split_k == 1 else jnp.sum(y, axis=0).astype(dtype) for y in ys]
 
 
 def launch_of(
@@ -104,23 +112,16 @@ def launch_of(
     weights: Sequence[QTensor],
     dtype: jnp.dtype,
     *,
-    split_k: int | None = None,
     tiling: Tiling | None = None,
+    split_k: int | None = None,
 ) -> Launch:
-    """The launch of `gemm_int8`, with results `[parts, rows, out]`.
-
-    Args:
-      x, weights, dtype: as of `gemm_int8`; several parts are float32.
-      split_k: parts of the inner dimension; None: as many as keep the GPU busy.
-      tiling: None: `Tiling.of` each matrix.
-    """
+    """The launch, arguments as of `gemm_int8`; its results are `[parts, rows, out]` of a dtype."""
     rows = x.codes.shape[1]
     weights = [cuda_planes.as_loaded(w) for w in weights]
     tilings = [tiling or Tiling.of(w, rows) for w in weights]
     blocks = [-(-w.shape[-2] // t.rows) for w, t in zip(weights, tilings, strict=True)]
     rounds = max(-(-cuda_planes.units(w) // 4) for w in weights)
     parts = split_k or max(1, min(_MIN_WARPS // (_WARPS * sum(blocks)), rounds // _WARPS))
-    dtype = dtype if split_k == 1 else jnp.float32
     given, structs = Arguments(), []
     squares = None if x.rms is None else x.rms.squares
     body = f"  Activations x = {given.operands(x.codes, x.scale, x.sums, x.half_sums, squares)};\n"
