@@ -112,6 +112,15 @@ static T exchange(T x, int distance) {
   return y;
 }
 
+static inline u32 pick_bytes(u32 low, u32 high, u32 which) {
+  u32 y = 0;
+  for (int i = 0; i < 4; i++) {
+    int at = which >> (4 * i) & 7;
+    y |= ((at < 4 ? low : high) >> (8 * (at % 4)) & 255) << (8 * i);
+  }
+  return y;
+}
+
 static inline int warp_index() { return threadIdx.x / 32; }
 
 // Products of 16 rows of codes with 8 columns: threads have WORDS words of rows, half as many of

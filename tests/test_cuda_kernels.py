@@ -90,6 +90,10 @@ TYPES_WITH_KERNELS = [
     "Q6_0",
     "IQ1_BN",
     "Q8_K_R8",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ2_KL",
+    "Q1_0",
 ]
 
 

@@ -70,6 +70,11 @@ __device__ inline int exchange(int x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
+// Bytes of `low` and `high`, numbered 0 to 7, by the four lowest hexadecimal digits of `which`.
+__device__ inline u32 pick_bytes(u32 low, u32 high, u32 which) {
+  return __byte_perm(low, high, which);
+}
+
 // What threads of the warp have written to shared memory can then be read by the others.
 __device__ inline void wait_for_warp() { __syncwarp(); }
 

@@ -11,6 +11,16 @@ __device__ inline u32 signed_codes(u32 codes) {
   return ((codes | 0x80808080u) - OFFSET * 0x01010101u) ^ 0x80808080u;
 }
 
+// What a table of up to 16 signed bytes, in four words, holds for four codes.
+template <class W>
+__device__ inline u32 look_up(u32 codes) {
+  u32 digits = pick_bytes(codes | codes >> 4, 0, 0x4420);
+  u32 low = pick_bytes(W::TABLE0, W::TABLE1, W::TABLE > 8 ? digits & 0x7777 : digits);
+  if (W::TABLE <= 8) return low;
+  u32 high = pick_bytes(W::TABLE2, W::TABLE3, digits & 0x7777);
+  return pick_bytes(low, high, 0x3210 | (digits & 0x8888) >> 1);
+}
+
 template <class W>
 struct Unit {
   static constexpr int PER_BYTE = 8 / W::BITS0;
@@ -105,7 +115,7 @@ struct Unit {
       u32 more = second >> (byte_of(slice, k, place) / (SECOND ? SECOND : 1) * W::BITS1);
       y |= (more & (0x01010101u * ((1 << W::BITS1) - 1))) << W::BITS0;
     }
-    return signed_codes<W::OFFSET>(y);
+    return W::TABLE ? look_up<W>(y) : signed_codes<W::OFFSET>(y);
   }
 
   // Of a chunk whose codes had a byte each.

@@ -3,6 +3,7 @@
 import importlib.resources
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations.int8 import SLICE
@@ -13,10 +14,15 @@ FOLDER = importlib.resources.files("jaxsplit") / "ops" / "matmul"
 FILE = FOLDER / "cuda_planes.cuh"
 
 
+_MAX_TABLE = 16
+"""Entries, which bytes of four words are picked from."""
+
+
 def supports(w: QTensor) -> bool:
     """Whether kernels in CUDA C++ can multiply with a matrix, or a stack."""
     layout = w.layout
-    plain = layout.table is None and layout.decode_scale is None and not layout.trellis
+    known = len(layout.table or ()) <= _MAX_TABLE and not layout.shift and not layout.trellis
+    plain = known and layout.decode_scale is None
     outer = w.scale if w.super_scale is None else w.super_scale
     affine = plain and layout.scale_bits == 8 and outer.dtype != jnp.float32
     first, *more = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk
@@ -63,6 +69,8 @@ def struct_of(name: str, w: QTensor) -> str:
     """A matrix as `Unit` takes it: a type with its constants and pointers."""
     layout, columns = w.layout, w.shape[-1]
     minimum = w.scale if w.minimum is None else w.minimum
+    table = layout.table or ()
+    words = np.pad(np.array(table, np.int8), (0, _MAX_TABLE - len(table))).view("<i4")
     sizes = {
         "OUT": w.shape[-2],
         "COLUMNS": columns,
@@ -70,6 +78,8 @@ def struct_of(name: str, w: QTensor) -> str:
         "BITS0": layout.bits[0],
         "BITS1": layout.bits[1] if len(layout.bits) > 1 else 0,
         "OFFSET": int(layout.offset),
+        "TABLE": len(table),
+        **{f"TABLE{i}": int(word) for i, word in enumerate(words)},
         "GROUP": columns // w.scale.shape[-1],
         "SUPER": 0 if w.super_scale is None else columns // w.super_scale.shape[-1],
         "MINIMUM": int(w.minimum is not None),
