@@ -87,8 +87,9 @@ struct Staged {
       }
       codes_[i][quad][slot(quad, member)] = words;
     }
-    float outer = W::SUPER ? half_to_float(unit.super_scale) : 1;
-    float below = W::SUPER && W::MINIMUM ? half_to_float(unit.super_minimum) : 1;
+    float outer = W::SUPER ? (float)Raw<typename W::Super>::value(unit.super_scale) : 1;
+    float below = 1;
+    if (W::SUPER && W::MINIMUM) below = (float)Raw<typename W::Super>::value(unit.super_minimum);
 #pragma unroll
     for (int i = 0; i < U::SEGMENTS; i++) {
       groups[i][quad][member] = (float)Raw<typename W::Scale>::value(unit.scale[i]) * outer;

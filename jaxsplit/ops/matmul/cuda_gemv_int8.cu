@@ -94,8 +94,8 @@ __device__ void multiply(const W& w, const Activations& x, long stacked, int x_r
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-          if (W::SUPER) y[r] *= half_to_float(units[s][r].super_scale);
-          if (W::SUPER && W::MINIMUM) below[r] *= half_to_float(units[s][r].super_minimum);
+          if (W::SUPER) y[r] *= (float)Raw<typename W::Super>::value(units[s][r].super_scale);
+          if (W::SUPER && W::MINIMUM) below[r] *= (float)Raw<typename W::Super>::value(units[s][r].super_minimum);
           total[m][r] += y[r] + below[r];
         }
       }

@@ -1,18 +1,30 @@
 """Quantized matrices as kernels in CUDA C++ read them."""
 
 import importlib.resources
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations.int8 import SLICE
 from jaxsplit.ops.activations.layout import BLOCK
+from jaxsplit.quant import TYPES
 from jaxsplit.quant.qtensor import QTensor, to_u32
 
 FOLDER = importlib.resources.files("jaxsplit") / "ops" / "matmul"
 FILE = FOLDER / "cuda_planes.cuh"
 
+
+def _scale_decoder(kind: str) -> Callable[[Array], Array] | None:
+    layout = TYPES[kind].layout
+    assert layout is not None
+    return layout.decode_scale
+
+
+_DECODED = {None: "", _scale_decoder("MXFP4"): "E8m0", _scale_decoder("NVFP4"): "Ue4m3"}
+"""Types of `types.cuh` that decode scales, by what does in Python."""
 
 _MAX_TABLE = 16
 """Entries, which bytes of four words are picked from."""
@@ -22,9 +34,7 @@ def supports(w: QTensor) -> bool:
     """Whether kernels in CUDA C++ can multiply with a matrix, or a stack."""
     layout = w.layout
     known = len(layout.table or ()) <= _MAX_TABLE and not layout.shift and not layout.trellis
-    plain = known and layout.decode_scale is None
-    outer = w.scale if w.super_scale is None else w.super_scale
-    affine = plain and layout.scale_bits == 8 and outer.dtype != jnp.float32
+    affine = known and layout.decode_scale in _DECODED and layout.scale_bits == 8
     first, *more = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk
     planes = len(more) <= 1 and all(
         size % (4 if first <= 2 * SLICE else SLICE) == 0 for size in more
@@ -68,7 +78,10 @@ def segments(w: QTensor) -> int:
 def struct_of(name: str, w: QTensor) -> str:
     """A matrix as `Unit` takes it: a type with its constants and pointers."""
     layout, columns = w.layout, w.shape[-1]
-    minimum = w.scale if w.minimum is None else w.minimum
+    scale = cpp_type(w.scale.dtype)
+    minimum, outer = (
+        scale if plane is None else cpp_type(plane.dtype) for plane in (w.minimum, w.super_scale)
+    )
     table = layout.table or ()
     words = np.pad(np.array(table, np.int8), (0, _MAX_TABLE - len(table))).view("<i4")
     sizes = {
@@ -86,10 +99,10 @@ def struct_of(name: str, w: QTensor) -> str:
     }
     return (
         f"struct {name} {{\n{constants(sizes, '  static ')}"
-        f"  typedef {cpp_type(w.scale.dtype)} Scale;\n"
-        f"  typedef {cpp_type(minimum.dtype)} Minimum;\n"
-        "  const u32 *first, *second;\n  const Scale* scale;\n  const Minimum* minimum;\n"
-        "  const Half *super_scale, *super_minimum;\n};\n"
+        f"  typedef {_DECODED[layout.decode_scale] or scale} Scale;\n"
+        f"  typedef {minimum} Minimum;\n  typedef {outer} Super;\n"
+        f"  const u32 *first, *second;\n  const {scale}* scale;\n  const Minimum* minimum;\n"
+        "  const Super *super_scale, *super_minimum;\n};\n"
     )
 
 
