@@ -12,7 +12,7 @@ from jaxsplit.cuda.call import Launch, cuda_call
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations import cuda_rows
 from jaxsplit.ops.activations.layout import Activations, Readers, wrap_layouts
-from jaxsplit.ops.attention import triton_decode
+from jaxsplit.ops.attention.kernels import decode_inputs, supports_decode
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 
 _THREADS = 128
@@ -35,7 +35,7 @@ def supports(
     return (
         cuda_rows.supports(readers)
         and not readers.xla
-        and triton_decode.supports(config, batch, cache, query)
+        and supports_decode(config, batch, cache, query)
         and cache is not None
         and cache.keys.shape[-1] % 8 == 0
         and 8 * _THREADS % cache.own_values.shape[-1] == 0
@@ -98,8 +98,8 @@ def launch_of(
     pages = batch.pages_of(ring=config.window is not None)
     if pages is None:
         pages = jnp.arange(sequences, dtype=jnp.int32)[:, None]
-    query, key, value, positions, pages, cos, sin, scales, sinks, finished = (
-        triton_decode.kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
+    query, key, value, positions, pages, cos, sin, scales, sinks, finished = decode_inputs(
+        (query, key, value), batch, pages, config, params, kv_heads
     )
     group, head_dim, value_dim = query.shape[3], query.shape[-1], value.shape[-1]
     page, count = cache.keys.shape[2], pages.shape[1]
