@@ -127,8 +127,9 @@ class LoadConfig(Config):
     )
     activations: str = option(
         "auto",
-        "of one or two rows, in products with quantized matrices: int8 rounds them to 8 bits with "
-        "a scale for each 32, as llama.cpp does; float does not; auto rounds where kernels do it",
+        "of one or two rows (with CUDA C++ of up to 64), in products with quantized matrices: int8 "
+        "rounds them to 8 bits with a scale for each 32, as llama.cpp does; float does not; auto "
+        "rounds where kernels do it",
         choices=("auto", "float", "int8"),
     )
     prefill_dtype: str = option(
@@ -157,8 +158,9 @@ class LoadConfig(Config):
     kernels: str = option(
         "auto",
         "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; cuda: "
-        "CUDA C++ for one and two rows, on GPUs of compute capability 6.1 on; xla: XLA alone; "
-        "auto: the first of these that runs; interpret: triton on CPUs, to test it",
+        "CUDA C++ for one and two rows, on GPUs of compute capability 6.1 on, and for up to 64 "
+        "from 7.5 on; xla: XLA alone; auto: the first of these that runs; interpret: triton on "
+        "CPUs, to test it",
         choices=("auto", "triton", "cuda", "xla", "interpret"),
     )
     collectives: str = option(

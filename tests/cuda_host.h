@@ -1,11 +1,13 @@
-// CUDA C++ on a CPU, to test kernels without a GPU: a thread for each thread of a block, one block
-// after the other. Takes the place of jaxsplit/cuda/device.cuh.
+// CUDA C++ on a CPU, to test kernels without a GPU: the threads of a block take turns, each until it
+// waits for others; one block runs after the other. Takes the place of jaxsplit/cuda/device.cuh.
 
-#include <barrier>
+#include <ucontext.h>
+
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -26,12 +28,39 @@ struct Index {
   int x, y, z;
 };
 
-static thread_local Index threadIdx, blockIdx;
-static Index gridDim;
-static std::unique_ptr<std::barrier<>> together;
-static u32 exchanged[1024];
+static Index threadIdx, blockIdx, gridDim;
+static u32 exchanged[1024][8];
 
-static inline void __syncthreads() { together->arrive_and_wait(); }
+struct Barrier {
+  int members, arrived = 0, passed = 0;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done;
+};
+
+constexpr std::size_t STACK_BYTES = 1 << 18;
+static ucontext_t scheduler;
+static std::vector<Thread> threads_of_block;
+static std::vector<Barrier> warps;
+static Barrier block;
+static bool progress;
+
+static inline void wait_at(Barrier& barrier) {
+  progress = true;
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    barrier.passed++;
+    return;
+  }
+  int thread = threadIdx.x, passed = barrier.passed;
+  while (barrier.passed == passed) swapcontext(&threads_of_block[thread].context, &scheduler);
+}
+
+static inline void __syncthreads() { wait_at(block); }
+static inline void wait_for_warp() { wait_at(warps[threadIdx.x / 32]); }
 
 static inline Words load_words(const void* p) {
   Words y;
@@ -76,11 +105,51 @@ static inline int dot4(u32 a, u32 b, int c) {
 template <class T>
 static T exchange(T x, int distance) {
   T y;
-  std::memcpy(&exchanged[threadIdx.x], &x, sizeof x);
-  __syncthreads();
-  std::memcpy(&y, &exchanged[threadIdx.x ^ distance], sizeof y);
-  __syncthreads();
+  std::memcpy(exchanged[threadIdx.x], &x, sizeof x);
+  wait_for_warp();
+  std::memcpy(&y, exchanged[threadIdx.x ^ distance], sizeof x);
+  wait_for_warp();
   return y;
+}
+
+static inline u32 pick_bytes(u32 low, u32 high, u32 which) {
+  u32 y = 0;
+  for (int i = 0; i < 4; i++) {
+    int at = which >> (4 * i) & 7;
+    y |= ((at < 4 ? low : high) >> (8 * (at % 4)) & 255) << (8 * i);
+  }
+  return y;
+}
+
+static inline int warp_index() { return threadIdx.x / 32; }
+
+// Products of 16 rows of codes with 8 columns: threads have WORDS words of rows, half as many of
+// columns.
+template <int WORDS>
+static void multiply_codes(int* y, const u32* a, const u32* b, int start) {
+  int thread = threadIdx.x, warp = thread / 32 * 32, member = thread % 4;
+  for (int i = 0; i < WORDS; i++) exchanged[thread][i] = a[i];
+  for (int i = 0; i < WORDS / 2; i++) exchanged[thread][WORDS + i] = b[i];
+  wait_for_warp();
+  for (int i = 0; i < 4; i++) {
+    int row = warp + thread % 32 / 4 * 4, column = warp + (2 * member + i % 2) * 4;
+    y[i] = start;
+    for (int half = 0; half < WORDS / 2; half++) {
+      for (int other = 0; other < 4; other++) {
+        u32 codes = exchanged[row + other][2 * half + i / 2];
+        y[i] = dot4(codes, exchanged[column + other][WORDS + half], y[i]);
+      }
+    }
+  }
+  wait_for_warp();
+}
+
+static void multiply_16(int* y, const u32* a, u32 b, int start) {
+  multiply_codes<2>(y, a, &b, start);
+}
+
+static void multiply_32(int* y, const u32* a, const u32* b, int start) {
+  multiply_codes<4>(y, a, b, start);
 }
 
 static inline float bits_float(u32 bits) {
@@ -110,17 +179,42 @@ static void call(void (*kernel)(A...), void** pointers, std::index_sequence<I...
 
 template <class... A>
 static void launch(void (*kernel)(A...), void** pointers, const int* grid, int threads) {
+  static void (*called)(A...);
+  static void** given;
+  called = kernel, given = pointers;
   gridDim = {grid[0], grid[1], grid[2]};
-  for (int block = 0; block < grid[0] * grid[1] * grid[2]; block++) {
-    together = std::make_unique<std::barrier<>>(threads);
-    std::vector<std::thread> running;
-    for (int i = 0; i < threads; i++) {
-      running.emplace_back([=] {
-        threadIdx = {i, 0, 0};
-        blockIdx = {block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]};
-        call(kernel, pointers, std::index_sequence_for<A...>());
-      });
+  threads_of_block.resize(threads);
+  for (auto& one : threads_of_block) one.stack.reset(new char[STACK_BYTES]);
+  for (int i = 0; i < grid[0] * grid[1] * grid[2]; i++) {
+    blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
+    block = {threads};
+    warps.assign((threads + 31) / 32, Barrier{threads < 32 ? threads : 32});
+    for (auto& one : threads_of_block) {
+      getcontext(&one.context);
+      one.context.uc_stack.ss_sp = one.stack.get();
+      one.context.uc_stack.ss_size = STACK_BYTES;
+      one.context.uc_link = &scheduler;
+      one.done = false;
+      makecontext(
+          &one.context,
+          (void (*)()) + [] {
+            call(called, given, std::index_sequence_for<A...>());
+            threads_of_block[threadIdx.x].done = progress = true;
+          },
+          0);
     }
-    for (auto& one : running) one.join();
+    for (bool running = true; running;) {
+      running = progress = false;
+      for (int thread = 0; thread < threads; thread++) {
+        if (threads_of_block[thread].done) continue;
+        threadIdx = {thread, 0, 0};
+        swapcontext(&scheduler, &threads_of_block[thread].context);
+        running = true;
+      }
+      if (running && !progress) {
+        std::fprintf(stderr, "threads wait for others that have ended\n");
+        std::abort();
+      }
+    }
   }
 }

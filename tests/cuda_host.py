@@ -1,16 +1,22 @@
 """Runs CUDA C++ kernels on the CPU, compiled by g++: `cuda_host.h` takes the place of the GPU."""
 
 import ctypes
+import functools
 import hashlib
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
 
 COMPILER = shutil.which("g++")
 _FOLDER = Path(tempfile.mkdtemp(prefix="jaxsplit-cuda-host-"))
+
+
+_lock = threading.Lock()
+_OPTIONS = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas"]
 
 
 def run(launch):
@@ -22,22 +28,10 @@ def run(launch):
             'extern "C" void run_kernel(void** pointers, const int* grid, int threads) {\n'
             f"  launch({launch.name}, pointers, grid, threads);\n}}\n"
         )
-        source = f'#include "cuda_host.h"\n{rest}\n{entry}'
-        path.with_suffix(".cpp").write_text(source)
-        options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
-        done = subprocess.run(
-            [
-                COMPILER,
-                *options,
-                f"-I{Path(__file__).parent}",
-                path.with_suffix(".cpp"),
-                "-o",
-                path,
-            ],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[:4000]
+        source = path.with_suffix(".cpp")
+        source.write_text(f'#include "cuda_host.h"\n{rest}\n{entry}')
+        _compile_header()
+        _compile(source, "-shared", f"-I{_FOLDER}", "-o", path)
     # Results that overwrite an operand begin as a copy of it.
     arrays = [np.ascontiguousarray(x) for x in launch.operands]
     results = [np.empty(r.shape, r.dtype) for r in launch.results]
@@ -49,5 +43,18 @@ def run(launch):
         *(x.ctypes.data for x in (*arrays, *results))
     )
     grid = (ctypes.c_int * 3)(*launch.grid)
-    ctypes.CDLL(str(path)).run_kernel(pointers, grid, launch.threads)
+    with _lock:  # shared memory is static
+        ctypes.CDLL(str(path)).run_kernel(pointers, grid, launch.threads)
     return results
+
+
+@functools.cache
+def _compile_header():
+    """Once: it takes longer than most kernels."""
+    header = Path(__file__).with_suffix(".h")
+    _compile("-x", "c++-header", header, "-o", _FOLDER / "cuda_host.h.gch")
+
+
+def _compile(*arguments):
+    done = subprocess.run([COMPILER, *_OPTIONS, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]

@@ -1,5 +1,6 @@
 """Kernels in CUDA C++: on the CPU against float64, and compiled for GPUs."""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from blocks import usual_blocks
 from flax import nnx
-from helpers import nmse
-from tiny import fresh_rng
+from helpers import GREEDY, nmse
+from tiny import fresh_rng, write_tiny_model
 
+import jaxsplit
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.context import MatmulPolicy
 from jaxsplit.cuda import nvrtc
@@ -32,15 +34,16 @@ from jaxsplit.ops.activations.functions import (
     SiTUGLU,
     activate,
 )
-from jaxsplit.ops.activations.int8 import Int8Layout
+from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import Readers, RMSStatistics
 from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
-from jaxsplit.ops.matmul import cuda_gemv_int8
+from jaxsplit.ops.matmul import cuda_gemm_int8, cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.quant import TYPES, dequantize, unpack
 
 READERS = Readers((Int8Layout(),), xla=False)
+OF_MANY_ROWS = Readers((Int8BlockLayout(),), xla=False)
 
 COMPILER = os.environ.get("JAXSPLIT_GPU_COMPILER", "")
 
@@ -87,6 +90,14 @@ TYPES_WITH_KERNELS = [
     "Q6_0",
     "IQ1_BN",
     "Q8_K_R8",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ2_KL",
+    "Q1_0",
+    "MXFP4",
+    "NVFP4",
+    "IQ2_BN",
+    "Q8_KV",
 ]
 
 
@@ -101,6 +112,81 @@ def test_gemv_int8_equals_float64(rng, name):
     for tiling in (None, Tiling(32, 2, 3)):
         [y] = cuda_host.run(launch_of(x, [w], jnp.float32, tiling=tiling))
         assert nmse(y, expected) <= 1e-10
+
+
+def in_blocks(x):
+    """The same rows as `Int8Blocks`."""
+    rows, blocks = x.scale.shape
+    slices = np.asarray(x.codes).reshape(rows, -1, 4)[:, int8.bank_swizzle(np.arange(2 * blocks))]
+    codes = slices.reshape(rows, blocks, 2, 4).transpose(1, 0, 3, 2)
+    return int8.Int8Blocks(jnp.asarray(codes), x.scale.T, x.sums.T, x.half_sums.T, x.rms)
+
+
+def gemm(x, weights, **options):
+    """float32 `[parts, rows, out]` for each matrix."""
+    return cuda_host.run(cuda_gemm_int8.launch_of(x, weights, jnp.float32, **options))
+
+
+@on_cpu
+@pytest.mark.parametrize("name", TYPES_WITH_KERNELS)
+def test_gemm_int8_equals_float64(rng, name):
+    """Rows of a matrix that fill no tile; a last round in which some units do not exist."""
+    columns = 704 if TYPES[name].block <= 64 else 768
+    w = matrix(rng, name, 37, columns)
+    assert cuda_gemm_int8.supports(w)
+    x = in_blocks(rounded_rows(rng, 5, columns))
+    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
+    [y] = gemm(x, [w], split_k=1)
+    assert nmse(y[0], expected) <= 1e-12
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [3, 8, 17, 33, 64])
+def test_each_row_is_what_it_is_alone(rng, rows):
+    """Several matrices, deferred norms, and split-K, whose parts do not divide the rounds."""
+    x = rounded_rows(rng, rows, 1280, normalized=True)
+    weights = [matrix(rng, name, 5 + 40 * i, 1280) for i, name in enumerate(("Q6_K", "Q4_K"))]
+    ys = gemm(in_blocks(x), weights, split_k=3)
+    row = rows - 2
+    alone = jax.tree.map(lambda array: array[row : row + 1], x)
+    one_row = cuda_host.run(launch_of(alone, weights, jnp.float32))
+    for y, w, same in zip(ys, weights, one_row, strict=True):
+        assert y.shape == (3, rows, len(w.scale))
+        y = np.float64(y).sum(axis=0)
+        assert nmse(y, np.float64(x.dequantized()) @ np.float64(dequantize(w)).T) <= 1e-12
+        assert nmse(y[row], np.float64(same[0])) <= 1e-12
+
+
+@on_cpu
+@pytest.mark.parametrize("tiling", [(1, 1), (1, 2), (2, 1), (2, 4)])
+def test_tilings_of_gemm_int8_equal_float64(rng, tiling):
+    x = rounded_rows(rng, 11, 512)
+    w = matrix(rng, "Q5_K", 150, 512)
+    [y] = gemm(in_blocks(x), [w], split_k=2, tiling=cuda_gemm_int8.Tiling(*tiling))
+    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
+    assert nmse(y.sum(axis=0), expected) <= 1e-12
+
+
+def test_split_k_and_tilings_keep_a_gpu_busy():
+    """Small matrices are split; large ones are not, and share activations between tiles."""
+
+    def chosen(out, columns, rows):
+        found = []
+        raw = jax.ShapeDtypeStruct((out, columns // 32, 18), "uint8")
+
+        def launch(raw, *arrays):
+            x = Int8BlockLayout().wrap(arrays, None)
+            found.append(cuda_gemm_int8.launch_of(x, [unpack("Q4_0", raw)], jnp.float32))
+
+        jax.eval_shape(launch, raw, *Int8BlockLayout().shapes(rows, columns))
+        blocks, parts, _ = found[0].grid
+        return blocks, parts
+
+    assert chosen(28672, 4096, 8) == (28672 // 32, 1)
+    assert chosen(4096, 4096, 8) == (4096 // 32, 2)
+    assert chosen(28672, 4096, 64) == (28672 // 128, 1)
+    assert chosen(4096, 4096, 64) == (4096 // 32, 2)
+    assert chosen(64, 4096, 8) == (4, 8)
 
 
 def exact_rows(function, operands, addend, norm):
@@ -136,6 +222,21 @@ def test_rows_are_added_normalized_and_rounded(rng, columns, dtype):
     same = int8.quantize_rows(y)
     for a, b in zip(stored[1:], (same.scale, same.sums, same.half_sums), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@on_cpu
+def test_many_rows_are_stored_block_by_block(rng):
+    """The same codes and scales as row by row."""
+    x = jnp.asarray(rng.normal(size=(5, 352)), "bfloat16")
+    by_row, by_block = (
+        cuda_host.run(cuda_rows.launch_of(jnp.abs, (x,), readers))
+        for readers in (READERS, OF_MANY_ROWS)
+    )
+    expected = in_blocks(int8.Int8Rows(*map(jnp.asarray, by_row)))
+    found = int8.Int8Blocks(*map(jnp.asarray, by_block))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    np.testing.assert_array_equal(found.dequantized(), expected.dequantized())
+    assert 1e-7 < nmse(found.dequantized(), np.float64(jnp.abs(x))) <= 1e-4
 
 
 @on_cpu
@@ -231,11 +332,12 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
     memory = (normal(4 * count, page, KV_HEADS, WIDTH, dtype=floats) for _ in range(2))
     cache = AttentionCache.of(*memory, dtype)
     like = jax.ShapeDtypeStruct(query.shape[1:], jnp.dtype(floats))
-    assert cuda_decode.supports(config, batch, cache, like, READERS)
+    assert cuda_decode.supports(config, batch, cache, like, OF_MANY_ROWS)
     options = {"config": config, "params": module.params}
-    results = cuda_host.run(cuda_decode.launch_of(query, key, value, batch, cache, **options))
+    given = query, key, value, batch, cache
+    results = cuda_host.run(cuda_decode.launch_of(*given, **options, readers=OF_MANY_ROWS))
     leaves, structure = jax.tree.flatten(cache)
-    rows = int8.Int8Rows(*map(jnp.asarray, results[3:7])).dequantized()
+    rows = int8.Int8Blocks(*map(jnp.asarray, results[3:7])).dequantized()
     found = jax.tree.unflatten(structure, results[7:])
     exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
     queries, kv, key_positions, expected = xla.rope_cache_update(*exact, batch, cache, **options)
@@ -255,6 +357,54 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
         assert nmse(np.float64(actual), np.float64(new)) <= 1e-5
     changed = np.asarray(cache.keys != found.keys).any(axis=(1, 3)).sum()
     assert changed <= 3  # a place for each token that is no padding
+
+
+def emulate_gpu(monkeypatch):
+    """Models that are loaded from here on run CUDA C++ on the CPU; the names of kernels that were
+    launched."""
+    launched = set()
+
+    def emulated(launch, *, capability):
+        assert capability == 7.5
+
+        def run(*arrays):
+            launched.add(launch.name)
+            return cuda_host.run(dataclasses.replace(launch, operands=arrays))
+
+        return list(jax.pure_callback(run, list(launch.results), *launch.operands))
+
+    for module in (cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8):
+        monkeypatch.setattr(module, "cuda_call", emulated)
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=7.5))
+    return launched
+
+
+@on_cpu
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_model_of_several_sequences_is_the_one_without_kernels(tmp_path, rng, monkeypatch):
+    """Prompts in one go and token by token, and sequences that are decoded together."""
+    sizes = {"embed": 128, "heads": 4, "kv_heads": 2, "mlp": 96, "layers": 1}
+    path = write_tiny_model(
+        tmp_path / "tiny.gguf", kind="Q8_0", seed=int(rng.integers(99)), **sizes
+    )
+    options = {"devices": 1, "ctx_size": 64, "slots": 5, "cache_tokens": 5 * 64}
+    prompts = rng.integers(97, 122, (5, 4)).tolist()
+
+    def run(**more):
+        """Logits of both ways to read a prompt, and the tokens that follow each."""
+        lm = jaxsplit.load(path, **options | more)
+        ways = [lm.logits(prompts[0], one_by_one=single) for single in (False, True)]
+        lm.closed_batch.start_all(dict(enumerate(prompts)), GREEDY)
+        return ways, lm.closed_batch.loop(3, 3)[:5].tolist()
+
+    exact, expected = run(dtype="float32")
+    launched = emulate_gpu(monkeypatch)
+    ways, tokens = run(dtype="bfloat16")
+    assert launched == {"store_rows", "gemv_int8", "gemm_int8", "decode_attention"}
+    for logits, values in zip(ways, exact, strict=True):
+        assert 1e-7 < nmse(logits, values) <= 1e-3
+    assert nmse(*ways) <= 1e-3
+    assert sum(map(list.__eq__, tokens, expected)) >= 4, (tokens, expected)
 
 
 # Code for GPUs that are not there.
@@ -307,6 +457,18 @@ def launches():
             *(x, raw),
         )
 
+    def gemm(name, rows, out, columns):
+        block = TYPES[name]
+        raw = (out, columns // block.block, block.block_bytes), "uint8"
+        layout = Int8BlockLayout()
+        x = [(array.shape, array.dtype) for array in layout.shapes(rows, columns)]
+        return shapes(
+            lambda raw, *x: cuda_gemm_int8.launch_of(
+                layout.wrap(x, None), [unpack(name, raw)], jnp.bfloat16
+            ),
+            *(raw, *x),
+        )
+
     def attention(kv_heads, width, dtype):
         config = AttentionConfig(32, kv_heads, width, width, rope=RopeConfig(width))
         heads = [((1, 1, 1, n * width), "bfloat16") for n in (32, kv_heads, kv_heads)]
@@ -315,7 +477,7 @@ def launches():
         def launch(query, key, value, positions, pages, keys, values):
             batch = Batch(positions, jnp.zeros(1, jnp.int32), pages)
             cache = AttentionCache.of(keys, values, dtype)
-            options = {"config": config, "params": AttentionParams()}
+            options = {"config": config, "params": AttentionParams(), "readers": READERS}
             return cuda_decode.launch_of(query, key, value, batch, cache, **options)
 
         return shapes(launch, *heads, ((1, 1), "int32"), ((1, 16), "int32"), *memory)
@@ -333,11 +495,13 @@ def launches():
     yield "rows", rows()
     for name, out, columns in (("Q4_K", 28672, 4096), ("Q6_K", 4096, 14336), ("Q8_0", 4096, 4096)):
         yield name, gemv(name, out, columns)
+        for count in (8, 64):
+            yield f"{count} rows, {name}", gemm(name, count, out, columns)
     for kv_heads, width, dtype in ((8, 128, "bfloat16"), (4, 128, "bfloat16"), (8, 64, "int8")):
         yield f"{kv_heads} x {width} {dtype}", attention(kv_heads, width, dtype)
 
 
-@pytest.mark.parametrize("capability", [7.5, 9.0])
+@pytest.mark.parametrize("capability", [7.5, 8.0, 9.0])
 def test_kernels_fit_their_gpu(compiler, capability):
     """A T4's multiprocessor has 65536 registers and 64 KiB of shared memory; nothing is spilled."""
     for name, launch in launches():

@@ -118,6 +118,9 @@ _SCALES: dict[str, dict[int, float]] = {
     "Q8_0": {0: 1.0},
     "Q4_0": {0: 1.0},
     "Q4_1": {0: 1.0, 2: -7.5},
+    "Q5_0": {0: 1.0},
+    "Q5_1": {0: 1.0, 2: -15.5},
+    "Q3_K": {108: 1.0},
     "Q4_K": {0: 1.0, 2: 7.5},
     "Q5_K": {0: 1.0, 2: 15.5},
     "Q6_K": {208: 1.0},
@@ -126,6 +129,9 @@ _SCALES: dict[str, dict[int, float]] = {
     "Q4_K_R4": {0: 1.0, 2: 7.5},
     "Q5_K_R4": {0: 1.0, 2: 15.5},
 }
+QUANTIZED = [kind for kind, scales in _SCALES.items() if scales]
+"""Types of which `random_blocks` makes blocks."""
+
 _MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 
 # Mixes such as those of published files for ik_llama.cpp: types of the matrices in MLPs but for

@@ -70,6 +70,58 @@ __device__ inline int exchange(int x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
+// Bytes of `low` and `high`, numbered 0 to 7, by the four lowest hexadecimal digits of `which`.
+__device__ inline u32 pick_bytes(u32 low, u32 high, u32 which) {
+  return __byte_perm(low, high, which);
+}
+
+// What threads of the warp have written to shared memory can then be read by the others.
+__device__ inline void wait_for_warp() { __syncwarp(); }
+
+// Of a thread; the compiler knows that it is the same for all threads of a warp.
+__device__ inline int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
+// Products of 16 x 16 and 16 x 32 codes with 8 columns of as many on tensor cores, added to `start`
+// (PTX ISA, "Matrix Fragments for mma.m16n8k32"). A quad has a row, and the row eight below, of `a`:
+// words of 4 codes, row by row; and a column of `b`. Thread `i` of it gets the products with columns
+// 2 i and 2 i + 1, row by row.
+#if __CUDA_ARCH__ >= 800
+
+__device__ inline void multiply_16(int* y, const u32* a, u32 b, int start) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%7, %7, %7, %7};"
+      : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(start));
+}
+
+__device__ inline void multiply_32(int* y, const u32* a, const u32* b, int start) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %10, %10, %10};"
+      : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(start));
+}
+
+#elif __CUDA_ARCH__ >= 750
+
+__device__ inline void multiply_8(int* y, u32 a, u32 b, int c0, int c1) {
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
+      : "=r"(y[0]), "=r"(y[1])
+      : "r"(a), "r"(b), "r"(c0), "r"(c1));
+}
+
+__device__ inline void multiply_16(int* y, const u32* a, u32 b, int start) {
+  multiply_8(y, a[0], b, start, start);
+  multiply_8(y + 2, a[1], b, start, start);
+}
+
+__device__ inline void multiply_32(int* y, const u32* a, const u32* b, int start) {
+  multiply_16(y, a, b[0], start);
+  multiply_8(y, a[2], b[1], y[0], y[1]);
+  multiply_8(y + 2, a[3], b[1], y[2], y[3]);
+}
+
+#endif
+
 __device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
 
 // What other blocks have written before their fence.

@@ -62,6 +62,7 @@ struct Run<Int8> {
 // What is loaded now and converted when it is used: scales of weights.
 __device__ inline u32 load_raw(const Half* p) { return load_raw(&p->bits); }
 __device__ inline u32 load_raw(const Int8* p) { return load_raw((const u8*)p); }
+__device__ inline u32 load_raw(const float* p) { return float_bits(*p); }
 
 template <class T>
 struct Raw;
@@ -70,10 +71,32 @@ struct Raw<Half> {
   __device__ static float value(u32 raw) { return half_to_float(raw); }
 };
 template <>
+struct Raw<float> {
+  __device__ static float value(u32 raw) { return bits_float(raw); }
+};
+template <>
 struct Raw<u8> {
   __device__ static int value(u32 raw) { return (int)raw; }
 };
 template <>
 struct Raw<Int8> {
   __device__ static int value(u32 raw) { return (int)(signed char)raw; }
+};
+
+// Halves of powers of two, and of numbers with 4 bits of exponent and 3 of mantissa: as `_e8m0` and
+// `_ue4m3` (jaxsplit/quant/types.py).
+struct E8m0;
+struct Ue4m3;
+
+template <>
+struct Raw<E8m0> {
+  __device__ static float value(u32 raw) {
+    return bits_float(raw < 2 ? 0x00200000u << raw : (raw - 1) << 23);
+  }
+};
+template <>
+struct Raw<Ue4m3> {
+  __device__ static float value(u32 raw) {
+    return raw == 127 ? 0 : half_to_float((raw & 127) << 7) * 128;
+  }
 };

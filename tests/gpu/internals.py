@@ -349,6 +349,7 @@ def trace_for(
     file: ModelFile,
     *,
     prefill: int | None = None,
+    sequences: int = 1,
     nccl: bool = False,
     cuda: bool = False,
 ) -> jax.stages.Traced:
@@ -359,6 +360,7 @@ def trace_for(
       capability: their compute capability.
       file: the model, which is loaded onto CPU devices.
       prefill: tokens of a prompt's chunk; None: a decode step.
+      sequences: of a decode step.
       nccl: GPUs cannot write to one another's memory.
       cuda: with kernels in CUDA C++ instead of Triton.
     """
@@ -379,6 +381,7 @@ def trace_for(
             devices=len(devices),
             dtype="bfloat16",
             ctx_size=4096,
+            slots=sequences,
             collectives="nccl" if nccl else "auto",
         )
     [there] = lm.engine.runners
@@ -389,8 +392,8 @@ def trace_for(
     here = StageRunner(lm.model, stage, *sizes, vocab=there.vocab, peer_access=False)
     here._buffer_pointers = _shapes(there._buffer_pointers)
     params, [cache] = _shapes(here.params), _shapes(lm.engine._caches)
-    count = jax.ShapeDtypeStruct((1,), np.int32)
-    pages = jax.ShapeDtypeStruct((1, there.size.pages_per_sequence), np.int32)
+    count = jax.ShapeDtypeStruct((sequences,), np.int32)
+    pages = jax.ShapeDtypeStruct((sequences, there.size.pages_per_sequence), np.int32)
     rows = steps.Rows(count, count, pages)
     if prefill:
         tokens = jax.ShapeDtypeStruct((1, prefill), np.int32)

@@ -5,7 +5,8 @@
 
 constexpr int THREADS = 128, WIDTH = 4 * THREADS;
 
-__device__ void store_row(const Operands& operands, const float* parts, const Int8Rows& out,
+template <class Out>
+__device__ void store_row(const Operands& operands, const float* parts, const Out& out,
                           float* squares, First* total) {
   int row = blockIdx.x, thread = threadIdx.x, column = blockIdx.y * WIDTH + 4 * thread;
   bool exists = column < COLUMNS;
@@ -27,7 +28,7 @@ __device__ void store_row(const Operands& operands, const float* parts, const In
       y[i] = operands.function(x, row, column + i);
     }
   }
-  out.store_quad(y, row, column, COLUMNS, exists);
+  out.store_quad(y, row, column, ROWS, COLUMNS, exists);
   if (SQUARES) {
     __shared__ float warps[THREADS / 32];
     for (int d = 16; d; d /= 2) square += exchange(square, d);

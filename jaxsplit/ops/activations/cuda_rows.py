@@ -1,4 +1,4 @@
-"""A kernel in CUDA C++ between two matmuls: as `triton_rows`, in the layout of `Int8Rows`."""
+"""A kernel in CUDA C++ between two matmuls: as `triton_rows`, for rows in 8 bits."""
 
 import importlib.resources
 import math
@@ -14,14 +14,44 @@ from jaxsplit.context import current_context
 from jaxsplit.cuda.call import Launch, cuda_call
 from jaxsplit.cuda.expression import expression
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
-from jaxsplit.ops.activations.int8 import Int8Layout
-from jaxsplit.ops.activations.layout import Readers, RMSStatistics, wrap_layouts
+from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
+from jaxsplit.ops.activations.layout import (
+    ActivationLayout,
+    Readers,
+    RMSStatistics,
+    wrap_layouts,
+)
 
 _THREADS = 128
 _WIDTH = 4 * _THREADS
 """Elements of a block."""
 
+_STRUCTS: dict[type[ActivationLayout], str] = {
+    Int8Layout: "Int8Rows",
+    Int8BlockLayout: "Int8Blocks",
+}
+"""What stores rows in a layout; of `cuda_int8.cuh`."""
+
 FOLDER = importlib.resources.files("jaxsplit") / "ops" / "activations"
+
+
+def supports(readers: Readers) -> bool:
+    """Whether kernels store rows for some readers."""
+    return len(readers.layouts) == 1 and type(readers.layouts[0]) in _STRUCTS
+
+
+def declare_out(readers: Readers, given: Arguments, rows: int, columns: int) -> str:
+    """Declares `out`, which stores rows for supported readers."""
+    [layout] = readers.layouts
+    return f"  {_STRUCTS[type(layout)]} out = {given.results(*layout.shapes(rows, columns))};\n"
+
+
+def normalization(rms: RMSStatistics | None) -> dict[str, float]:
+    """What results are left to be divided by, as constants of a kernel."""
+    if rms is None:
+        return {"RMS_PARTS": 0, "RMS_SIZE": 1, "RMS_EPSILON": 0.0}
+    parts = rms.squares.shape[1]
+    return {"RMS_PARTS": parts, "RMS_SIZE": rms.size, "RMS_EPSILON": rms.epsilon}
 
 
 def store_rows(
@@ -52,7 +82,7 @@ def launch_of(
     norm: tuple[float, int] | None = None,
 ) -> Launch:
     """The launch, arguments as of `store_rows`."""
-    assert readers.layouts == (Int8Layout(),)
+    assert supports(readers)
     first, columns = operands[0], operands[0].shape[-1]
     rows, programs = math.prod(first.shape[:-1]), -(-columns // _WIDTH)
     lines = expression(function, [f"x{i}" for i in range(len(operands))])
@@ -88,7 +118,7 @@ def launch_of(
     }
     arrays = Arguments()
     body = f"  Operands operands = {arrays.operands(*given)};\n"
-    body += f"  Int8Rows out = {arrays.results(*Int8Layout().shapes(rows, columns))};\n"
+    body += declare_out(readers, arrays, rows, columns)
     squares = norm and jax.ShapeDtypeStruct((rows, programs), jnp.float32)
     total = None if parts is None else jax.ShapeDtypeStruct((rows, columns), first.dtype)
     out = f"out, {arrays.result(squares)}, {arrays.result(total)}"

@@ -100,6 +100,59 @@ class Int8Layout:
         return self == other
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Blocks:
+    """`Int8Rows`, block by block: as operands of tensor cores, whose rows are neighbors.
+
+    Attributes:
+      codes: four neighbors per uint32, a word of the first half of a block beside one of the second
+        half: `[in / 32, rows, 4, 2]`.
+      scale: float32 `[in / 32, rows]`.
+      sums: sum of each block of 32 values, float32 `[in / 32, rows]`.
+      half_sums: sum of each half block, float32 `[in / 16, rows]`.
+      rms: statistics of a deferred normalization; None: the rows are final.
+    """
+
+    codes: Array
+    scale: Array
+    sums: Array
+    half_sums: Array
+    rms: RMSStatistics | None = None
+
+    def dequantized(self) -> Array:
+        """The rows as float32 `[rows, in]`, normalized."""
+        words = jnp.moveaxis(self.codes, (1, 3), (0, 2))
+        codes = lax.bitcast_convert_type(words, jnp.int8).reshape(*words.shape[:2], BLOCK)
+        x = (codes.astype(jnp.float32) * self.scale.T[..., None]).reshape(len(words), -1)
+        return x if self.rms is None else x * self.rms.inverse[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8BlockLayout:
+    """The layout of `Int8Blocks`, which kernels in CUDA C++ store."""
+
+    def shapes(self, rows: int, columns: int) -> list[jax.ShapeDtypeStruct]:
+        blocks = columns // BLOCK
+        codes = jax.ShapeDtypeStruct((blocks, rows, SLICE // 4, 2), jnp.uint32)
+        return [
+            codes,
+            *(jax.ShapeDtypeStruct((n, rows), jnp.float32) for n in (blocks, blocks, 2 * blocks)),
+        ]
+
+    def store(
+        self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
+    ) -> None:
+        raise NotImplementedError("Triton kernels store rows one by one")
+
+    def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> Int8Blocks:
+        codes, scale, sums, half_sums = arrays
+        return Int8Blocks(codes, scale, sums, half_sums, rms)
+
+    def serves(self, other: ActivationLayout) -> bool:
+        return self == other
+
+
 def _quantize_block(x: Array) -> tuple[Array, Array, Array, Array]:
     """Quantizes blocks of 32 so that the largest magnitude of each becomes 127.
 

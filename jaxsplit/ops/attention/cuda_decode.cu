@@ -346,7 +346,7 @@ __device__ void attend(const Token& token, const int* positions, const int* page
       for (int j = 0; j < 4; j++) y[j] += weight * fresh(splits.sums + at * VALUE_DIM + column + j);
     }
     for (int j = 0; j < 4; j++) y[j] /= sum < 1e-30f ? 1e-30f : sum;
-    out.store_quad(y, sequence, (head * GROUP + g) * VALUE_DIM + column,
+    out.store_quad(y, sequence, (head * GROUP + g) * VALUE_DIM + column, sequences,
                    heads * GROUP * VALUE_DIM, exists);
   }
 }

@@ -11,9 +11,8 @@ from jaxsplit.context import current_context
 from jaxsplit.cuda.call import Launch, cuda_call
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations import cuda_rows
-from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Activations, Readers, wrap_layouts
-from jaxsplit.ops.attention import triton_decode
+from jaxsplit.ops.attention.kernels import decode_inputs, supports_decode
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 
 _THREADS = 128
@@ -34,8 +33,9 @@ def supports(
 ) -> bool:
     """Whether `decode_attention` supports a layer, for queries `[batch, time, heads * width]`."""
     return (
-        readers == Readers((Int8Layout(),), xla=False)
-        and triton_decode.supports(config, batch, cache, query)
+        cuda_rows.supports(readers)
+        and not readers.xla
+        and supports_decode(config, batch, cache, query)
         and cache is not None
         and cache.keys.shape[-1] % 8 == 0
         and 8 * _THREADS % cache.own_values.shape[-1] == 0
@@ -70,7 +70,8 @@ def decode_attention(
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
     """
-    launch = launch_of(query, key, value, batch, cache, config=config, params=params)
+    options = {"config": config, "params": params, "readers": readers}
+    launch = launch_of(query, key, value, batch, cache, **options)
     results = cuda_call(launch, capability=current_context().policy.cuda)
     leaves, structure = jax.tree.flatten(cache)
     arrays, leaves = results[3 : -len(leaves)], results[-len(leaves) :]
@@ -90,14 +91,15 @@ def launch_of(
     *,
     config: AttentionConfig,
     params: AttentionParams,
+    readers: Readers,
 ) -> Launch:
     """The launch, arguments as of `decode_attention`."""
     sequences, kv_heads = query.shape[1], cache.keys.shape[1]
     pages = batch.pages_of(ring=config.window is not None)
     if pages is None:
         pages = jnp.arange(sequences, dtype=jnp.int32)[:, None]
-    query, key, value, positions, pages, cos, sin, scales, sinks, finished = (
-        triton_decode.kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
+    query, key, value, positions, pages, cos, sin, scales, sinks, finished = decode_inputs(
+        (query, key, value), batch, pages, config, params, kv_heads
     )
     group, head_dim, value_dim = query.shape[3], query.shape[-1], value.shape[-1]
     page, count = cache.keys.shape[2], pages.shape[1]
@@ -138,7 +140,7 @@ def launch_of(
     )
     counter = f"(int*){given.operand(finished)}"  # left as it was found
     body += f"  Splits splits = {{{sums.strip('{}')}, {counter}}};\n"
-    body += f"  Int8Rows out = {given.results(*Int8Layout().shapes(sequences, columns))};\n"
+    body += cuda_rows.declare_out(readers, given, sequences, columns)
     kept = cache.keys, cache.own_values, cache.key_scale, cache.value_scale
     body += f"  Cache cache = {{{', '.join(map(given.overwritten, kept))}}};\n"
     where = f"{given.operand(positions)}, {given.operand(pages)}"

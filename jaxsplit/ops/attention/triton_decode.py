@@ -28,8 +28,9 @@ from jaxsplit.ops.activations.layout import (
     store_layouts,
     wrap_layouts,
 )
-from jaxsplit.ops.attention import triton_flash, triton_rope_cache_update
-from jaxsplit.ops.attention.rope import RopeConfig, rope_cos_sin
+from jaxsplit.ops.attention import triton_flash
+from jaxsplit.ops.attention.kernels import decode_inputs, supports_decode
+from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.triton_softmax import (
     LOG2_E,
@@ -74,13 +75,9 @@ def supports(
 ) -> bool:
     """Whether `decode_attention` supports a layer, for queries `[batch, time, heads * width]`."""
     return (
-        batch.positions.shape[1] == 1
+        supports_decode(config, batch, cache, query)
         and cache is not None
-        and triton_rope_cache_update.supports(config, batch, cache, query.dtype)
-        and triton_flash.supports(query, cache, config)
         and query.shape[-1] // config.head_dim <= MIN_MMA_M * cache.keys.shape[1]
-        and config.kv_donor is None
-        and cache.own_values.shape[-1] % BLOCK == 0
     )
 
 
@@ -115,7 +112,7 @@ def decode_attention(
     value_dim = cache.own_values.shape[-1]
     pages = batch.pages_of(ring=config.window is not None)
     length = _length_of(cache, pages)
-    inputs = kernel_inputs((query, key, value), batch, pages, config, params, kv_heads)
+    inputs = decode_inputs((query, key, value), batch, pages, config, params, kv_heads)
     group = inputs[0].shape[3]
     leaves, structure = jax.tree.flatten(inputs)
     cache_leaves, cache_structure = jax.tree.flatten(in_pairs(cache))
@@ -163,43 +160,6 @@ def _length_of(cache: AttentionCache, pages: Array | jax.Ref | None) -> int:
     return cache.keys.shape[2] * (1 if pages is None else pages.shape[1])
 
 
-def kernel_inputs(
-    projections: Sequence[Array],
-    batch: Batch,
-    pages: Array | None,
-    config: AttentionConfig,
-    params: AttentionParams,
-    kv_heads: int,
-) -> tuple:
-    """The inputs of the kernel, except for the cache.
-
-    Args:
-      projections: query, key and value, `[parts, sequences, 1, heads * width]`.
-      batch, config, params: as in `decode_attention`.
-      pages: as of `Batch.pages_of`.
-      kv_heads: number of KV heads.
-    """
-    query, key, value = projections
-    rope = config.rope
-    assert rope is not None  # see `supports`
-    group = query.shape[-1] // (kv_heads * config.head_dim)
-    query = query.reshape(-1, query.shape[1], kv_heads, group, config.head_dim)
-    divisors = rope.divisors(batch.freq_factors)
-    cos, sin = _rope_factors(batch.positions, rope, config.head_dim, divisors)
-    return (
-        query,
-        *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
-        batch.positions.reshape(-1),
-        pages,
-        cos,
-        sin,
-        list(params.norm_scales),
-        params.sinks,
-        # Finished splits of each sequence and head. The last program resets its counter to zero.
-        jnp.zeros(query.shape[1:3], jnp.int32),
-    )
-
-
 def _tiling_for(group: int, length: int, width: int, heads: int) -> triton_flash.Tiling:
     """The tiling for a number of KV heads, summed over all sequences.
 
@@ -220,7 +180,7 @@ class _Heads:
       head_dim: columns of a head.
       columns: the same, padded.
       rope: the rotation.
-      factors: references to the cosines and sines, as of `_rope_factors`.
+      factors: references to the cosines and sines, as of `decode_inputs`.
       sequence: index of the sequence.
     """
 
@@ -293,21 +253,6 @@ class _Heads:
             return x * cos + y * sin
 
         return compute
-
-
-def _rope_factors(
-    positions: Array, rope: RopeConfig, head_dim: int, divisors: Array | None
-) -> list[Array]:
-    """The factors of each dimension of a head, and of the dimension it is rotated with: float32
-    `[sequences, head_dim]` each."""
-    cos, sin = (x[:, 0] for x in rope_cos_sin(positions, rope, divisors))
-    axis = -1 if rope.interleaved else -2
-    rest = head_dim - rope.dim
-    pairs = (jnp.stack(x, axis).reshape(len(cos), -1) for x in ((cos, cos), (-sin, sin)))
-    return [
-        jnp.pad(x, ((0, 0), (0, rest)), constant_values=identity)
-        for x, identity in zip(pairs, (1.0, 0.0), strict=True)
-    ]
 
 
 def _load_parts(ref: jax.Ref, index: tuple, mask: Array) -> list[Array]:

@@ -22,7 +22,8 @@ from jaxsplit.ops.activations.layout import (
     store_layouts,
     wrap_layouts,
 )
-from jaxsplit.ops.attention.spec import HEAD_FIELDS, SHAPE_FIELDS, AttentionConfig
+from jaxsplit.ops.attention.kernels import supports_attend
+from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.attention.triton_softmax import (
     LOG2_E,
     MIN_MMA_M,
@@ -44,21 +45,8 @@ from jaxsplit.pallas import pl, plgpu
 _SPLIT_KEYS = 256
 _MAX_SPLITS = 64
 _PROGRAMS = 128  # as a large GPU runs at a time
-_MAX_HEAD_DIM = 256
 
-
-def supports(
-    queries: Array | jax.ShapeDtypeStruct, memory: AttentionCache, config: AttentionConfig
-) -> bool:
-    """Whether `flash_attention` can compute this."""
-    return (
-        queries.dtype.itemsize == 2
-        and memory.values is not None
-        and memory.keys.dtype.itemsize <= 2
-        and max(memory.keys.size, memory.values.size) < 2**31  # elements are counted in 32 bits
-        and max(memory.keys.shape[-1], memory.values.shape[-1]) <= _MAX_HEAD_DIM
-        and config.uses_only(*SHAPE_FIELDS, *HEAD_FIELDS, "scale", "window", "softcap", "sinks")
-    )
+supports = supports_attend
 
 
 @dataclasses.dataclass(frozen=True)

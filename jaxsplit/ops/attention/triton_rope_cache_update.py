@@ -15,13 +15,9 @@ from jax import Array
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.int8 import largest_magnitude
+from jaxsplit.ops.attention.kernels import supports_update
 from jaxsplit.ops.attention.rope import RopeConfig, rope_cos_sin
-from jaxsplit.ops.attention.spec import (
-    SCORE_FIELDS,
-    SHAPE_FIELDS,
-    AttentionConfig,
-    AttentionParams,
-)
+from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.triton_softmax import locate
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.pallas import pl, plgpu
@@ -30,33 +26,7 @@ _MAX_ELEMENTS = 2048  # of a program
 _WARPS = 4  # of a program
 _FEW_TOKENS = 32  # up to which a program has a single head and a single warp
 
-
-_FIELDS = ("rope", "query_norm", "key_norm", "norm_over", "norm_first")
-
-
-def supports(
-    config: AttentionConfig, batch: Batch, cache: AttentionCache | None, dtype: jnp.dtype
-) -> bool:
-    """Whether `rope_cache_update` supports a layer."""
-    c = config
-
-    def is_rms(norm: NormConfig | None) -> bool:
-        return norm is None or (norm.kind == "rms" and not norm.bias)
-
-    normed = c.query_norm is not None or c.key_norm is not None
-    return (
-        cache is not None
-        and cache.values is not None
-        and max(cache.keys.size, cache.values.size) < 2**31  # indices are 32-bit
-        # A chunk may wrap around a ring buffer: two of its tokens would store to one index.
-        and (batch.positions.shape[1] == 1 or c.window is None)
-        and jnp.dtype(dtype).itemsize == 2
-        and c.uses_only(*SHAPE_FIELDS, *SCORE_FIELDS, *_FIELDS)
-        and c.rope is not None
-        and is_rms(c.query_norm)
-        and is_rms(c.key_norm)
-        and (not normed or (c.norm_over == "head" and c.norm_first))
-    )
+supports = supports_update
 
 
 def rope_cache_update(

@@ -18,7 +18,7 @@ from jaxsplit.comm.peers import WIDTH, padded
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.context import current_context
 from jaxsplit.ops.activations.api import as_array, in_layout
-from jaxsplit.ops.activations.int8 import Int8Layout, quantize_rows
+from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout, quantize_rows
 from jaxsplit.ops.activations.layout import (
     ActivationLayout,
     Activations,
@@ -28,12 +28,14 @@ from jaxsplit.ops.activations.layout import (
 )
 from jaxsplit.ops.activations.packed import PackedLayout
 from jaxsplit.ops.matmul import (
+    cuda_gemm_int8,
     cuda_gemv_int8,
     triton_gemv_bf16,
     triton_gemv_int8,
     triton_small_m_gemm,
     xla,
 )
+from jaxsplit.ops.matmul.cuda_gemm_int8 import gemm_int8
 from jaxsplit.ops.matmul.triton_gemv_bf16 import gemv_bf16
 from jaxsplit.ops.matmul.triton_small_m_gemm import small_m_gemm
 from jaxsplit.quant.qtensor import QTensor, Weight
@@ -71,6 +73,13 @@ def gemv_int8(rows: Any, weights: Sequence[QTensor], *args: Any, **options: Any)
     return _gemv_backend().gemv_int8(rows, weights, *args, **options)
 
 
+def _gemm_int8_rows(rows: int) -> bool:
+    """Whether a kernel in CUDA C++ multiplies this number of rows in integers, on tensor cores."""
+    policy = current_context().policy
+    some = MAX_INT8_ROWS < rows <= cuda_gemm_int8.MAX_ROWS
+    return some and policy.int8_activations and policy.cuda >= cuda_gemm_int8.MIN_CAPABILITY
+
+
 def _small_m(rows: int) -> bool:
     """Whether a kernel multiplies this number of rows with quantized matrices on tensor cores."""
     some = 1 < rows <= MAX_SMALL_M_ROWS
@@ -90,6 +99,10 @@ def has_small_m_kernel(w: Weight, dtype: jnp.dtype) -> bool:
 
 def _supports_gemv_int8(x: Like, w: Weight) -> bool:
     return int8_rows(rows_of(x)) and has_int8_kernel(w)
+
+
+def _supports_gemm_int8(x: Like, w: Weight) -> bool:
+    return _gemm_int8_rows(rows_of(x)) and isinstance(w, QTensor) and cuda_gemm_int8.supports(w)
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
@@ -154,6 +167,13 @@ _IMPLEMENTATIONS = (
         gemv_int8,
         layout=lambda weights, dtype: Int8Layout(),
         run_and_send=lambda rows, weights, peers: gemv_int8(rows, weights, peers=peers),
+    ),
+    _Implementation(
+        "gemm_int8",
+        _supports_gemm_int8,
+        gemm_int8,
+        layout=lambda weights, dtype: Int8BlockLayout(),
+        run_split_k=lambda rows, weights: gemm_int8(rows, weights, sum_parts=False),
     ),
     _Implementation("int8 by XLA", _supports_int8_by_xla, _int8_by_xla),
     _Implementation(
