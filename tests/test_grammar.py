@@ -13,6 +13,7 @@ from tiny import fresh_rng, write_tiny_model
 
 from jaxsplit import Grammar
 from jaxsplit.engine import Engine, Request, RequestSpec, SamplingConfig, Scheduler, scheduler
+from jaxsplit.engine.pace import Step
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.llm import open_model
 from jaxsplit.text import Grammars, Tokenizer, grammar
@@ -459,7 +460,8 @@ class Driver:
                 break
             self.scheduler.step()
             self.scheduler.check_pages()
-            masked = [u for u in self.scheduler._units if u.steps and u.key[-1].mask]
+            steps = [u for u in self.scheduler._units if isinstance(u.work, Step)]
+            masked = [u for u in steps if u.work.sampler.mask]
             assert len(masked) <= 1
             for unit in masked:
                 assert unit.steps == 1
