@@ -196,7 +196,8 @@ def _row_product(x: Array, w: QTensor, *, for_cpu: bool) -> Array:
     if groups > len(slices):
         raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
     per_group = len(slices) // groups
-    most = _MAX_ADDED if for_cpu and groups == 1 and shift is None else 1
+    one_scale = groups == 1 and shift is None and w.super_scale is None
+    most = _MAX_ADDED if for_cpu and one_scale else 1
     added = max(n for n in range(1, most + 1) if chunks % n == 0)
     total = below = jnp.zeros(())
     for g in range(groups):
