@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, sampler: SamplerSpec) -> "Step":
-        """Of the program that decodes so many rows."""
+        """A step of some rows: programs are compiled for powers of two."""
         return cls(power_of_2(rows), sampler)
 
 

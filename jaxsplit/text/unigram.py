@@ -210,11 +210,12 @@ _PLAMO_UNKNOWN = -1e7
 
 
 class Plamo3(Plamo2):
-    """`plamo3`: PLaMo 3's tokenizer (Preferred Networks, tokenization_plamo.py of
-    https://huggingface.co/pfnet/plamo-3-nict-2b-base): that of PLaMo 2, with boundaries.
+    """`plamo3`: PLaMo 3's tokenizer (https://huggingface.co/pfnet/plamo-3-nict-2b-base): that of
+    PLaMo 2, with boundaries.
 
     No token crosses the ends of a control token's name, of a character four or more times, or of
-    two or more spaces. U+EE00 stands for a boundary, and is not tokenized itself.
+    two or more spaces. U+EE00 stands for a boundary, and is not tokenized itself. These numbers are
+    those of a port of llama.cpp; they were not compared with the model's own files.
     """
 
     def _fragments(self, text: str) -> Sequence[str]:

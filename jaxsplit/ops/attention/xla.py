@@ -17,7 +17,7 @@ from jaxsplit.ops.norm.xla import normalize
 MAX_SCORES = 2**21
 """Scores of a head that are computed at a time: more would take too much memory."""
 MAX_GATHERED = 2**23
-"""Elements of keys and values that are gathered at a time, likewise."""
+"""Elements of keys and values that are gathered at a time: more would take too much memory."""
 MOVE_COST = 32.0
 """How many heads could attend to a key in the time that it takes to move it; see `gathers`.
 Measured on a CPU: 20 to 30; by the bandwidth and arithmetic of an H200: about 80."""

@@ -36,7 +36,7 @@ MAX_CONCAT_BYTES = 2**28
 """Bytes up to which the matrices of the same activations are dequantized into one."""
 
 _MAX_ADDED = 9
-"""Groups that a CPU adds one by one: with twice as many, XLA splits the loop."""
+"""Chunks that a CPU adds one by one: twice as many are slower than none (docs/log.md)."""
 
 _HIGHEST = lax.Precision.HIGHEST
 
