@@ -46,7 +46,7 @@ class CacheArray:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Beside:
+class SideInputs:
     """What accompanies the residual stream from layer to layer; None: no layer reads it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Beside:
     carried: Array | None = None
     per_layer_embeddings: tuple[Array, ...] = ()
 
-    def of_layer(self, index: int) -> "Beside":
+    def of_layer(self, index: int) -> "SideInputs":
         """What a layer is given, the first to come being 0."""
         own = self.per_layer_embeddings[index : index + 1]
         return dataclasses.replace(self, per_layer_embeddings=own)
@@ -80,7 +80,7 @@ class Batch:
       freq_factors: divisors of rotary frequencies, float32 `[dim / 2]`, by name.
       lent: what layers lend to later ones of their stage, by name: keys and values with the keys'
         positions, or which keys an indexer has selected.
-      beside: what accompanies the residual stream.
+      side_inputs: what accompanies the residual stream.
     """
 
     positions: Array
@@ -88,7 +88,7 @@ class Batch:
     pages: Array | None = None
     freq_factors: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     lent: dict[str, Any] = dataclasses.field(default_factory=dict)
-    beside: Beside = dataclasses.field(default_factory=Beside)
+    side_inputs: SideInputs = dataclasses.field(default_factory=SideInputs)
 
     @property
     def rows(self) -> Array:

@@ -3,10 +3,10 @@
 from jaxsplit.cache.layers import (
     AttentionCache,
     Batch,
-    Beside,
     Cache,
     CacheArray,
     RecurrentCache,
+    SideInputs,
     init_cache,
 )
 from jaxsplit.context import ForwardContext, forward_context
@@ -71,7 +71,7 @@ __all__ = [
     "Axis",
     "AxisRules",
     "Batch",
-    "Beside",
+    "SideInputs",
     "Block",
     "BlockConfig",
     "BlockIndexerConfig",

@@ -31,7 +31,7 @@ class PerLayerEmbedding(nnx.Module):
 
     def gated(self, x: Array, batch: Batch) -> Array:
         """What is added, for a stream `[batch, time, embed]`: the same shape."""
-        [embedding] = batch.beside.per_layer_embeddings
+        [embedding] = batch.side_inputs.per_layer_embeddings
         return self.norm(self.out(jax.nn.gelu(self.gate(x)) * embedding))
 
     def __call__(self, residual: Array, batch: Batch) -> Array:
@@ -58,10 +58,10 @@ class Carried(nnx.Module):
         self.swap = config.swap
 
     def __call__(self, residual: Array, batch: Batch) -> Array:
-        carried = batch.beside.carried
+        carried = batch.side_inputs.carried
         assert carried is not None
         if self.swap:
-            batch.beside.carried = residual
+            batch.side_inputs.carried = residual
         if self.scale is not None:
             carried = carried * self.scale.get_value()
         return (residual + carried).astype(residual.dtype)

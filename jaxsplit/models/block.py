@@ -61,7 +61,7 @@ class Block(Layer):
             y = scaled(y, residual, c.mixer_scale, self.mixer_post_norm)
         if c.mlp is not None:
             x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
-            y = self.mlp(x, batch.beside.tokens)
+            y = self.mlp(x, batch.side_inputs.tokens)
             y = scaled(y, residual, c.mlp_scale, self.mlp_post_norm)
         return *self.finished(y, residual, batch), cache
 

@@ -45,7 +45,7 @@ class ParallelBlock(Layer):
             y, cache = self.mixer(x, batch, cache)
             if self.mlp_norm is not None:
                 x, _ = add_norm(None, residual, self.mlp_norm, self.mlp.readers(residual))
-            mlp = self.mlp(x, batch.beside.tokens)
+            mlp = self.mlp(x, batch.side_inputs.tokens)
         return y + (mlp if c.mlp_scale == 1 else mlp * c.mlp_scale), residual, cache
 
 
@@ -59,7 +59,7 @@ class NormalizedStreamBlock(Layer):
         y, cache = self.mixer(x, batch, cache)
         x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
         residual = (x.array * scale).astype(residual.dtype)
-        return self.mlp(x, batch.beside.tokens), residual, cache
+        return self.mlp(x, batch.side_inputs.tokens), residual, cache
 
 
 class RoutedEarlyBlock(Layer):
@@ -70,7 +70,7 @@ class RoutedEarlyBlock(Layer):
         stream = residual
         y, cache = self.mixer(x, batch, cache)
         x, residual = add_norm(y, residual, self.mlp_norm, self.mlp.readers(residual))
-        y = cast(MoE, self.mlp)(x, batch.beside.tokens, router_input=stream)
+        y = cast(MoE, self.mlp)(x, batch.side_inputs.tokens, router_input=stream)
         return y, residual, cache
 
 
@@ -83,7 +83,7 @@ class TwoMLPsBlock(Layer):
         self.stream_mlp: FeedForwardModule = module(config.stream_mlp, embed, rngs)
 
     def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
-        tokens = batch.beside.tokens
+        tokens = batch.side_inputs.tokens
         x, residual = add_norm(y, residual, self.mixer_norm, self.mixer.readers(residual))
         stream = residual
         y, cache = self.mixer(x, batch, cache)
@@ -119,8 +119,8 @@ class SwitchedBlock(Block):
     def __call__(self, y: Added, residual: Array, batch: Batch, cache: Any) -> Output:
         cache, sums = (None, None) if cache is None else cache
         if self.config.switch.first:
-            batch.beside.carried, sums = token_adapters(self.config.switch, batch, sums)
-        adapters = batch.beside.carried
+            batch.side_inputs.carried, sums = token_adapters(self.config.switch, batch, sums)
+        adapters = batch.side_inputs.carried
         assert adapters is not None
         with forward_context(token_adapters=adapters.astype(jnp.float32)):
             y, residual, cache = super().__call__(y, residual, batch, cache)
@@ -148,7 +148,7 @@ class StreamsBlock(Layer):
         residual = self.mixer_residual.write(residual, y.all_reduce(residual.dtype), gates)
         x, gates = self.mlp_residual.read(residual)
         x, _ = add_norm(None, x, self.mlp_norm, self.mlp.readers(x))
-        y = self.mlp(x, batch.beside.tokens)
+        y = self.mlp(x, batch.side_inputs.tokens)
         residual = self.mlp_residual.write(residual, y.all_reduce(residual.dtype), gates)
         return None, residual, cache if ngrams is None else (cache, ngrams)
 
@@ -173,7 +173,7 @@ class AltUpBlock(Layer):
         mixed = self.mixer_post_norm(mixed.all_reduce(dtype))
         active = (active + mixed + self.laurel(x.array)) * 2**-0.5
         x, _ = add_norm(None, active, self.mlp_norm, XLA_ONLY)
-        hidden = self.mlp(x, batch.beside.tokens).all_reduce(dtype)
+        hidden = self.mlp(x, batch.side_inputs.tokens).all_reduce(dtype)
         active = (active + self.mlp_post_norm(hidden)).astype(jnp.float32)
         streams = self.altup.corrected(predictions, active)
         added = self.per_layer_embedding.gated(self.altup.scaled(streams).astype(dtype), batch)

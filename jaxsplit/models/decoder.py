@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsplit.cache.layers import Batch, Beside, Cache
+from jaxsplit.cache.layers import Batch, Cache, SideInputs
 from jaxsplit.context import ForwardContext, current_context, forward_context
 from jaxsplit.models.altup import AltUpProjections
 from jaxsplit.models.block import Added, Layer
@@ -61,7 +61,7 @@ def _run_block(
     with forward_context(context):
         block: Layer = nnx.merge(graphdef, state)
         y, residual, cache = block(*stream, batch, cache)
-    return (y, residual), cache, batch.lent, batch.beside.carried
+    return (y, residual), cache, batch.lent, batch.side_inputs.carried
 
 
 class Decoder(nnx.Module):
@@ -181,10 +181,10 @@ class Decoder(nnx.Module):
           `[batch, time, width]` and the cache; the width is that of `ModelConfig.stream_layout`, or
           after the last layer `embed`.
         """
-        (y, residual), beside, cache = self._layers(inputs, positions, cache, slots, pages)
+        (y, residual), side_inputs, cache = self._layers(inputs, positions, cache, slots, pages)
         residual = add(y, residual)
         if not self.last:
-            residual = self.config.stream_layout(self.layers.stop).pack(residual, beside)
+            residual = self.config.stream_layout(self.layers.stop).pack(residual, side_inputs)
         return residual, cache
 
     def _layers(
@@ -194,29 +194,29 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         slots: Array | None,
         pages: Array | None,
-    ) -> tuple[tuple[Added, Array], Beside, Cache | None]:
+    ) -> tuple[tuple[Added, Array], SideInputs, Cache | None]:
         """The stream after the last layer, what accompanies it, and the cache."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         if self.first:
-            residual, beside = self._embed(inputs, positions)
+            residual, side_inputs = self._embed(inputs, positions)
         else:
-            residual, beside = self.config.stream_layout(self.layers.start).unpack(inputs)
+            residual, side_inputs = self.config.stream_layout(self.layers.start).unpack(inputs)
         factors = {name: factor.get_value() for name, factor in self.freq_factors.items()}
         batch = Batch(positions, slots, pages, factors)
         y, caches, context = None, [], current_context()
         for i, block in enumerate(self.blocks):
-            batch = dataclasses.replace(batch, beside=beside.of_layer(i))
+            batch = dataclasses.replace(batch, side_inputs=side_inputs.of_layer(i))
             layer_cache = None if cache is None else cache[i]
             stream = y, residual
-            (y, residual), layer_cache, lent, beside.carried = _run_block(
+            (y, residual), layer_cache, lent, side_inputs.carried = _run_block(
                 context, *nnx.split(block), stream, batch, layer_cache
             )
             batch = dataclasses.replace(batch, lent=lent)
             caches.append(layer_cache)
         if self.head_residual is not None:
             residual, _ = self.head_residual.read(residual)
-        return (y, residual), beside, None if cache is None else caches
+        return (y, residual), side_inputs, None if cache is None else caches
 
     def logits(self, x: Array) -> Array:
         """`[..., embed]` to float32 logits `[..., vocab]`; on a mesh, of this device's rows."""
@@ -250,11 +250,11 @@ class Decoder(nnx.Module):
         assert self.embedding is not None
         return self.embedding.table.get_value()
 
-    def _embed(self, tokens: Array, positions: Array) -> tuple[Array, Beside]:
+    def _embed(self, tokens: Array, positions: Array) -> tuple[Array, SideInputs]:
         """The residual stream that the first layer reads, and what accompanies it."""
         assert self.embedding is not None
         c, given = self.config, tokens
-        beside = Beside(tokens=given if c.looks_up_tokens else None)
+        side_inputs = SideInputs(tokens=given if c.looks_up_tokens else None)
         for token, other in c.substitutes:
             tokens = jnp.where(given == token, other, tokens)
         x = self.embedding(tokens, self.dtype) * c.embedding_scale
@@ -263,11 +263,11 @@ class Decoder(nnx.Module):
             x = x + take_rows(table, jnp.maximum(positions, 0), self.dtype)
         x = (x if self.embedding_norm is None else self.embedding_norm(x)).astype(self.dtype)
         if self.per_layer_embeddings is not None:
-            beside.per_layer_embeddings = self.per_layer_embeddings(tokens, x)
+            side_inputs.per_layer_embeddings = self.per_layer_embeddings(tokens, x)
         if c.carries_embedding:
-            beside.carried = x
+            side_inputs.carried = x
         if self.embedding_offset is not None:
             x = (x + self.embedding_offset.get_value()).astype(x.dtype)
         if self.altup is not None:
-            return self.altup.begin(x), beside
-        return jnp.tile(x, c.streams(0)), beside
+            return self.altup.begin(x), side_inputs
+        return jnp.tile(x, c.streams(0)), side_inputs

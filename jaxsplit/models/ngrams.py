@@ -75,8 +75,8 @@ class NGrams(nnx.Module):
         c, shape = self.config, streams.shape[:2]
         past = (None, None) if cache is None else cache.read(batch).inputs
         count = (batch.positions >= 0).sum(axis=1)[:, None]
-        assert batch.beside.tokens is not None
-        rows, tokens = self._rows(batch.beside.tokens, past[0], count)
+        assert batch.side_inputs.tokens is not None
+        rows, tokens = self._rows(batch.side_inputs.tokens, past[0], count)
         e = self.embedding(rows, streams.dtype).reshape(*shape, -1)
 
         def split(x: Array) -> Array:

@@ -110,10 +110,10 @@ class RWKV7(nnx.Module):
         v, iclr = heads(self.value(mixed["v"])), heads(jax.nn.sigmoid(self.iclr(mixed["a"])))
         log_decay = -0.606531 * heads(jax.nn.sigmoid(self.decay(mixed["w"], tanh=True)))
         if self.value_mix is None:
-            batch.beside.carried = _whole(v, c.axis).astype(rows.dtype)
+            batch.side_inputs.carried = _whole(v, c.axis).astype(rows.dtype)
         else:
-            assert batch.beside.carried is not None
-            first = heads(_local(batch.beside.carried, c.axis, c.head_dim))
+            assert batch.side_inputs.carried is not None
+            first = heads(_local(batch.side_inputs.carried, c.axis, c.head_dim))
             v = v + (first - v) * heads(jax.nn.sigmoid(self.value_mix(mixed["v"])))
         removed = k * vector(self.removal_scale)
         length = jnp.sqrt(jnp.sum(removed * removed, axis=-1, keepdims=True))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsplit.cache.layers import Beside
+from jaxsplit.cache.layers import SideInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +30,19 @@ class StreamLayout:
         """Elements of each token."""
         return self.residual + self.per_layer * self.layers + self.carried
 
-    def pack(self, residual: Array, beside: Beside) -> Array:
+    def pack(self, residual: Array, side_inputs: SideInputs) -> Array:
         """The array; embeddings for earlier layers are left out."""
-        embeddings = beside.per_layer_embeddings
+        embeddings = side_inputs.per_layer_embeddings
         parts = [residual, *embeddings[len(embeddings) - self.layers :]]
-        parts += [] if beside.carried is None else [beside.carried]
+        parts += [] if side_inputs.carried is None else [side_inputs.carried]
         return residual if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
-    def unpack(self, x: Array) -> tuple[Array, Beside]:
+    def unpack(self, x: Array) -> tuple[Array, SideInputs]:
         """The residual streams of such an array, and what accompanies them."""
         if self.width == self.residual:
-            return x, Beside()
+            return x, SideInputs()
         widths = [self.residual, *[self.per_layer] * self.layers, self.carried]
         residual, *embeddings, carried = jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
-        return residual, Beside(
+        return residual, SideInputs(
             carried=carried if self.carried else None, per_layer_embeddings=tuple(embeddings)
         )

@@ -37,7 +37,7 @@ def token_adapters(
     Returns:
       float32 `[batch, time, adapters]`, one 1 for each token, and the updated cache.
     """
-    tokens, exists = batch.beside.tokens, batch.positions >= 0
+    tokens, exists = batch.side_inputs.tokens, batch.positions >= 0
     assert tokens is not None
     number = jnp.zeros_like(tokens)
     for i, token in enumerate(config.tokens):
