@@ -34,7 +34,7 @@ from jaxsplit.engine import compiler_options
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.ops.activations.api import apply, in_layout
 from jaxsplit.ops.activations.layout import Activations
-from jaxsplit.ops.matmul import api, cuda_gemm_int8, cuda_gemv_int8
+from jaxsplit.ops.matmul import api, cuda_gemm_bf16, cuda_gemm_int8, cuda_gemv_int8
 from jaxsplit.quant import TYPES, QTensor, dequantize, to_u32, unpack
 
 _KERNELS = flags.DEFINE_list("kernels", None, "of xla, triton, cuda (default: those that run here)")
@@ -125,8 +125,10 @@ def _chosen(parts: bool, dtype: jnp.dtype) -> _Product:
     return product
 
 
-def _tilings(rows: int, parts: bool, dtype: jnp.dtype) -> Iterator[tuple[str, _Product]]:
-    """All tilings of the kernel in CUDA C++ for a number of rows, by name."""
+def _tilings(
+    weights: Sequence[QTensor], rows: int, parts: bool, dtype: jnp.dtype, capability: float
+) -> Iterator[tuple[str, _Product]]:
+    """All tilings of the kernels in CUDA C++ for some matrices and rows, by name."""
 
     def gemv(x: Activations, weights: Sequence[QTensor], tiling: Any) -> list[Array]:
         stored = in_layout(x, api.Int8Layout())
@@ -136,16 +138,29 @@ def _tilings(rows: int, parts: bool, dtype: jnp.dtype) -> Iterator[tuple[str, _P
         stored = in_layout(x, api.Int8BlockLayout())
         return cuda_gemm_int8.gemm_int8(stored, weights, dtype, **options)
 
+    def gemm_bf16(x: Activations, weights: Sequence[QTensor], **options: Any) -> list[Array]:
+        stored = in_layout(x, api.SwizzledLayout(dtype))
+        return cuda_gemm_bf16.gemm_bf16(stored, weights, dtype, **options)
+
     if rows <= api.MAX_INT8_ROWS:
         for sizes in itertools.product((32, 64, 128), (1, 2, 4), (1, 2, 4)):
             tiling = cuda_gemv_int8.Tiling(*sizes)
             yield str(sizes), functools.partial(gemv, tiling=tiling)
         return
-    for sizes in itertools.product((1, 2), (1, 2, 4)):
-        for split_k in (1, 2, 4) if parts else (1,):
+    splits = (1, 2, 4) if parts else (1,)
+    if rows <= cuda_gemm_int8.MAX_ROWS:
+        for *sizes, split_k in itertools.product((1, 2), (1, 2, 4), splits):
             options = {"split_k": split_k, "sum_parts": not parts}
             tiling = cuda_gemm_int8.Tiling(*sizes)
-            yield f"{sizes} x {split_k}", functools.partial(gemm, tiling=tiling, **options)
+            yield f"int8 {sizes} x {split_k}", functools.partial(gemm, tiling=tiling, **options)
+    if rows <= cuda_gemm_bf16.MAX_ROWS and capability >= cuda_gemm_bf16.MIN_CAPABILITY:
+        heights = {-(-rows // (8 * tiles)) * 8 for tiles in (1, 2)}
+        for *sizes, split_k in itertools.product((4, 8), heights, (2, 3, 4), splits):
+            options = {"split_k": split_k, "sum_parts": not parts}
+            tiling = cuda_gemm_bf16.Tiling(*sizes)
+            if tiling.fits(weights, capability):
+                named = f"bf16 {sizes} x {split_k}"
+                yield named, functools.partial(gemm_bf16, tiling=tiling, **options)
 
 
 def _error(product: _Product, x: Array, weights: Sequence[QTensor], policy: MatmulPolicy) -> float:
@@ -199,7 +214,7 @@ def _measure(dtype: jnp.dtype, limits: _Limits) -> Iterator[dict[str, Any]]:
             x = jax.random.normal(jax.random.key(rows), (rows, weights[0].shape[1])).astype(dtype)
             products = [("", _chosen(parts, dtype))]
             if _TILINGS.value and backend == "cuda" and all(map(cuda_gemm_int8.supports, weights)):
-                products = list(_tilings(rows, parts, dtype))
+                products = list(_tilings(weights, rows, parts, dtype, policy.cuda))
             for tiling, product in products:
                 took = _seconds(product, x, weights, policy)
                 yield {

@@ -152,6 +152,132 @@ static void multiply_32(int* y, const u32* a, const u32* b, int start) {
   multiply_codes<4>(y, a, b, start);
 }
 
+static inline float bits_float(u32 bits);
+
+// Copies to shared memory take place when they are waited for.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+alignas(1024) static char dynamic_shared[1 << 18];
+static std::vector<std::vector<Copy>> groups_of_threads[1024];  // the last one is not ended yet
+
+static inline void start_copy(void* to, const void* from) {
+  auto& groups = groups_of_threads[threadIdx.x];
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, from});
+}
+
+static inline void end_group() {
+  auto& groups = groups_of_threads[threadIdx.x];
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+
+template <int NEWEST>
+static void wait_for_groups() {
+  auto& groups = groups_of_threads[threadIdx.x];
+  while ((int)groups.size() - 1 > NEWEST) {
+    for (const Copy& one : groups.front()) std::memcpy(one.to, one.from, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+static inline u32 float_bits(float x);
+struct Half;
+struct Bfloat16;
+
+template <class T>
+static u32 round_16(float x);
+
+template <>
+u32 round_16<Half>(float x) {
+  return float_to_half(x);
+}
+
+template <>
+u32 round_16<Bfloat16>(float x) {
+  u32 bits = float_bits(x);
+  return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+
+template <class T>
+static u32 pack(float first, float second) {
+  return round_16<T>(first) | round_16<T>(second) << 16;
+}
+
+template <class T>
+static float number(const u32* words, int i);
+
+template <>
+float number<Half>(const u32* words, int i) {
+  return half_to_float(words[i / 2] >> (16 * (i % 2)) & 0xffff);
+}
+
+template <>
+float number<Bfloat16>(const u32* words, int i) {
+  return bits_float(words[i / 2] >> (16 * (i % 2)) << 16);
+}
+
+static const void* rows_of_matrices[1024];
+
+static inline void load_matrices(u32* y, const void* row) {
+  int thread = threadIdx.x, warp = thread / 32 * 32;
+  rows_of_matrices[thread] = row;
+  wait_for_warp();
+  for (int i = 0; i < 4; i++) {
+    const char* from = (const char*)rows_of_matrices[warp + 8 * i + thread % 32 / 4];
+    std::memcpy(y + i, from + 4 * (thread % 4), 4);
+  }
+  wait_for_warp();
+}
+
+template <class T>
+static void multiply_add(float* y, const u32* a, const u32* b) {
+  int thread = threadIdx.x, warp = thread / 32 * 32, member = thread % 4;
+  for (int i = 0; i < 4; i++) exchanged[thread][i] = a[i];
+  for (int i = 0; i < 2; i++) exchanged[thread][4 + i] = b[i];
+  wait_for_warp();
+  for (int i = 0; i < 4; i++) {
+    int row = warp + thread % 32 / 4 * 4, column = warp + (2 * member + i % 2) * 4;
+    for (int k = 0; k < 16; k++) {
+      int other = k % 8 / 2;
+      const u32 *of_row = exchanged[row + other], *of_column = exchanged[column + other];
+      y[i] += number<T>(of_row + k / 8 * 2 + i / 2, k % 2) * number<T>(of_column + 4 + k / 8, k % 2);
+    }
+  }
+  wait_for_warp();
+}
+
+static inline void begin_products() {}
+static inline void end_products() {}
+template <int NEWEST>
+static void wait_for_products() {}
+
+static inline unsigned long long columns_at(const void* p) { return (unsigned long long)p; }
+
+// As `multiply_add`, for COLUMNS columns in shared memory. Bits 4 to 6 of an address are swizzled by
+// the three above them.
+template <class T, int COLUMNS>
+static void multiply_add_columns(float* y, const u32* a, unsigned long long columns) {
+  int thread = threadIdx.x, warp = thread / 32 * 32, member = thread % 4;
+  for (int i = 0; i < 4; i++) exchanged[thread][i] = a[i];
+  wait_for_warp();
+  for (int i = 0; i < COLUMNS / 2; i++) {
+    int row = warp + thread % 32 / 4 * 4, column = i / 4 * 8 + 2 * member + i % 2;
+    for (int k = 0; k < 16; k++) {
+      unsigned long long at = columns + 128 * column + 2 * k;
+      at ^= (at >> 7 & 7) << 4;
+      u16 bits;
+      std::memcpy(&bits, (const void*)at, sizeof bits);
+      u32 word = bits;
+      y[i] += number<T>(exchanged[row + k % 8 / 2] + k / 8 * 2 + i / 2 % 2, k % 2) * number<T>(&word, 0);
+    }
+  }
+  wait_for_warp();
+}
+
 static inline float bits_float(u32 bits) {
   float y;
   std::memcpy(&y, &bits, sizeof y);
@@ -189,6 +315,7 @@ static void launch(void (*kernel)(A...), void** pointers, const int* grid, int t
     blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
     block = {threads};
     warps.assign((threads + 31) / 32, Barrier{threads < 32 ? threads : 32});
+    for (auto& groups : groups_of_threads) groups.clear();
     for (auto& one : threads_of_block) {
       getcontext(&one.context);
       one.context.uc_stack.ss_sp = one.stack.get();

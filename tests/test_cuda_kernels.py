@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
 from jaxsplit.cache.layers import AttentionCache, Batch
-from jaxsplit.context import MatmulPolicy
+from jaxsplit.context import MatmulPolicy, current_context
 from jaxsplit.cuda import nvrtc
 from jaxsplit.cuda.expression import expression
 from jaxsplit.cuda.source import source_of
@@ -36,9 +37,10 @@ from jaxsplit.ops.activations.functions import (
 )
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import Readers, RMSStatistics
+from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
-from jaxsplit.ops.matmul import cuda_gemm_int8, cuda_gemv_int8
+from jaxsplit.ops.matmul import cuda_gemm_bf16, cuda_gemm_int8, cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.quant import TYPES, dequantize, unpack
 
@@ -165,6 +167,66 @@ def test_tilings_of_gemm_int8_equal_float64(rng, tiling):
     [y] = gemm(in_blocks(x), [w], split_k=2, tiling=cuda_gemm_int8.Tiling(*tiling))
     expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
     assert nmse(y.sum(axis=0), expected) <= 1e-12
+
+
+def swizzled(x):
+    """`[rows, in]` as a kernel stores it."""
+    layout = SwizzledLayout(x.dtype)
+    readers = Readers((layout,), xla=False)
+    stored = cuda_host.run(cuda_rows.launch_of(lambda x: x, (x,), readers))
+    rows = layout.wrap(list(map(jnp.asarray, stored)), None)
+    np.testing.assert_array_equal(rows.array(), np.float32(x))
+    return rows
+
+
+def product_of_rounded(x, w):
+    """In float64, with weights rounded to the dtype of the activations: `[rows, out]`."""
+    return np.float64(x) @ np.float64(dequantize(w).astype(x.dtype)).T
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("capability", "names"), [(8.0, slice(0, None, 2)), (9.0, slice(1, None, 2))]
+)
+def test_gemm_bf16_equals_float64(rng, capability, names):
+    """Rows that fill no tile; matrices that fill no block."""
+    names = TYPES_WITH_KERNELS[names]
+    x = jnp.asarray(rng.normal(size=(11, 1024)), "bfloat16")
+    weights = [matrix(rng, name, 19 + i, 1024) for i, name in enumerate(names)]
+    assert all(cuda_gemm_bf16.supports(w, x.dtype) for w in weights)
+    launch = cuda_gemm_bf16.launch_of(swizzled(x), weights, jnp.float32, capability, split_k=1)
+    for y, w, name in zip(cuda_host.run(launch), weights, names, strict=True):
+        assert nmse(y[0], product_of_rounded(x, w)) <= 1e-12, name
+
+
+@on_cpu
+@pytest.mark.parametrize("capability", [8.6, 9.0])
+def test_gemm_bf16_of_tiles_parts_and_norms(rng, capability):
+    """Several tiles of rows and blocks of a matrix, float16, split-K, deferred normalization."""
+    x = jnp.asarray(rng.normal(size=(45, 1280)), "float16")
+    squares = jnp.square(x.astype(jnp.float32)).reshape(45, 5, -1).sum(axis=-1)
+    rows = dataclasses.replace(swizzled(x), rms=RMSStatistics(squares, 1e-5, 1280))
+    weights = [matrix(rng, name, out, 1280) for name, out in (("Q6_K", 5), ("Q4_K", 75))]
+    tiling = cuda_gemm_bf16.Tiling(warps=4, rows=24, stages=3)
+    options = {"tiling": tiling, "split_k": 3}
+    launch = cuda_gemm_bf16.launch_of(rows, weights, jnp.float32, capability, **options)
+    assert launch.grid == (3, 3, 2)
+    norm = np.sqrt(np.float64(squares).sum(axis=-1, keepdims=True) / 1280 + 1e-5)
+    for y, w in zip(cuda_host.run(launch), weights, strict=True):
+        assert nmse(y.sum(axis=0), product_of_rounded(x, w) / norm) <= 1e-12
+
+
+def test_gemm_bf16_fits_the_shared_memory_of_each_gpu(rng):
+    """With several stages, and without a second tile where one fits."""
+    weights = [matrix(rng, name, 4, 1024) for name in ("Q4_K", "Q8_0", "Q6_K", "TQ2_0")]
+    for w, (capability, limit), rows in itertools.product(
+        weights, ((8.0, 163), (8.6, 99), (9.0, 227), (12.0, 99)), (2, 16, 100, 256)
+    ):
+        tiling = cuda_gemm_bf16.Tiling.of([w], rows, capability)
+        assert tiling.stages >= 2
+        assert tiling.shared_bytes([w]) <= 1024 * limit - 2048
+        assert tiling.rows % 8 == 0
+        assert tiling.rows >= rows or rows > 64
 
 
 def test_split_k_and_tilings_keep_a_gpu_busy():
@@ -359,13 +421,13 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
     assert changed <= 3  # a place for each token that is no padding
 
 
-def emulate_gpu(monkeypatch):
+def emulate_gpu(monkeypatch, capability):
     """Models that are loaded from here on run CUDA C++ on the CPU; the names of kernels that were
     launched."""
     launched = set()
 
     def emulated(launch, *, capability):
-        assert capability == 7.5
+        assert capability == current_context().policy.cuda
 
         def run(*arrays):
             launched.add(launch.name)
@@ -373,15 +435,21 @@ def emulate_gpu(monkeypatch):
 
         return list(jax.pure_callback(run, list(launch.results), *launch.operands))
 
-    for module in (cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8):
+    for module in (cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16):
         monkeypatch.setattr(module, "cuda_call", emulated)
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=7.5))
+    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
     return launched
 
 
 @on_cpu
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_model_of_several_sequences_is_the_one_without_kernels(tmp_path, rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "activations", "kernels"),
+    [(7.5, "int8", {"gemv_int8", "gemm_int8"}), (9.0, "float", {"gemm_bf16"})],
+)
+def test_a_model_of_several_sequences_is_the_one_without_kernels(
+    tmp_path, rng, monkeypatch, capability, activations, kernels
+):
     """Prompts in one go and token by token, and sequences that are decoded together."""
     sizes = {"embed": 128, "heads": 4, "kv_heads": 2, "mlp": 96, "layers": 1}
     path = write_tiny_model(
@@ -398,9 +466,9 @@ def test_a_model_of_several_sequences_is_the_one_without_kernels(tmp_path, rng, 
         return ways, lm.closed_batch.loop(3, 3)[:5].tolist()
 
     exact, expected = run(dtype="float32")
-    launched = emulate_gpu(monkeypatch)
-    ways, tokens = run(dtype="bfloat16")
-    assert launched == {"store_rows", "gemv_int8", "gemm_int8", "decode_attention"}
+    launched = emulate_gpu(monkeypatch, capability)
+    ways, tokens = run(dtype="bfloat16", activations=activations)
+    assert launched == {"store_rows", "decode_attention", *kernels}
     for logits, values in zip(ways, exact, strict=True):
         assert 1e-7 < nmse(logits, values) <= 1e-3
     assert nmse(*ways) <= 1e-3
@@ -425,11 +493,14 @@ def compiler(monkeypatch, tmp_path):
     assert nvrtc.compiles_for(7.5)
 
     def used(launch, capability):
-        ptx, architecture = tmp_path / "kernel.ptx", f"sm_{round(10 * capability)}"
-        ptx.write_text(nvrtc.compile_ptx(launch.source, capability, launch.name))
+        ptx = tmp_path / "kernel.ptx"
+        text = nvrtc.compile_ptx(launch.source, capability, launch.name)
+        ptx.write_text(text)
+        architecture = re.search(r"\.target (\w+)", text)[1]
         command = [assemblers[0], f"-arch={architecture}", "-v", ptx, "-o", tmp_path / "cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        assert "serialized" not in done.stderr  # products of warpgroups
         found = [re.search(p, done.stderr) for p in (r"(\d+) registers", r"(\d+) bytes smem")]
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
         return *(int(x[1]) if x else 0 for x in found), spills
@@ -509,6 +580,25 @@ def test_kernels_fit_their_gpu(compiler, capability):
         assert registers * launch.threads <= 65536 // 2, name
         assert shared <= 32768, name
         assert spills == 0, name
+
+
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+def test_gemm_bf16_fits_its_gpu(compiler, capability):
+    """With all sums of 256 rows in registers."""
+    columns, block, layout = 4096, TYPES["Q4_K"], SwizzledLayout(jnp.dtype("bfloat16"))
+    raw = jax.ShapeDtypeStruct((28672, columns // block.block, block.block_bytes), "uint8")
+    found = []
+
+    def launch(raw, *x):
+        weights = [unpack("Q4_K", raw)]
+        rows = layout.wrap(x, None)
+        found.append(cuda_gemm_bf16.launch_of(rows, weights, jnp.bfloat16, capability))
+
+    for rows in (16, 256):
+        jax.eval_shape(launch, raw, *layout.shapes(rows, columns))
+        registers, _, spills = compiler(found[-1], capability)
+        assert registers * found[-1].threads <= 65536
+        assert spills == 0
 
 
 def test_errors_name_the_file_and_the_line(compiler):

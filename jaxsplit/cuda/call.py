@@ -26,6 +26,7 @@ class Launch:
       operands: arrays, which the kernel finds in row-major order.
       results: shapes and dtypes.
       aliases: results that overwrite an operand: its index to theirs.
+      shared_bytes: of shared memory, beside what the source declares.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Launch:
     operands: Sequence[Array]
     results: Sequence[jax.ShapeDtypeStruct]
     aliases: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    shared_bytes: int = 0
 
 
 def cuda_call(launch: Launch, *, capability: float) -> list[Array]:
@@ -56,7 +58,7 @@ def cuda_call(launch: Launch, *, capability: float) -> list[Array]:
             kernel_type="ptx",
             kernel_data=compile_ptx(launch.source, capability, f"{launch.name}.cu"),
             output_indices=outputs,
-            shared_mem_bytes=np.int32(0),
+            shared_mem_bytes=np.int32(launch.shared_bytes),
             **_sizes("grid", launch.grid),
             **_sizes("block", (launch.threads, 1, 1)),
         )

@@ -124,6 +124,110 @@ __device__ inline void multiply_32(int* y, const u32* a, const u32* b, int start
 
 __device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
 
+// Of a block; as many bytes as its launch says.
+extern __shared__ __align__(1024) char dynamic_shared[];
+
+#if __CUDA_ARCH__ >= 800
+
+__device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Copies 16 bytes to shared memory, without waiting for them; `end_group` ends a group of copies.
+__device__ inline void start_copy(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most some of the newest groups of the thread are under way. The threads of the block then
+// wait for one another before they read what others have copied.
+template <int NEWEST>
+__device__ inline void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads shared memory, too
+#endif
+}
+
+// Two neighbors in 16 bits, rounded to nearest: the first in the lower half.
+struct Half;
+struct Bfloat16;
+template <class T>
+__device__ inline u32 pack(float first, float second);
+
+template <>
+__device__ inline u32 pack<Half>(float first, float second) {
+  u32 y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+template <>
+__device__ inline u32 pack<Bfloat16>(float first, float second) {
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+// Four matrices of 8 rows, 16 bytes each, whose addresses the threads have: those of the first in
+// the first eight. Thread `i` of a quad gets word `i` of the quad's row in each.
+__device__ inline void load_matrices(u32* y, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Adds the products of 16 rows of 16 numbers with 8 columns (PTX ISA, "Matrix Fragments for
+// mma.m16n8k16 with floating point type"). A quad has words of its row, of the row eight below, and
+// of both eight numbers later; and of a column. Results as those of `multiply_16`.
+template <class T>
+__device__ inline void multiply_add(float* y, const u32* a, const u32* b);
+
+#define MULTIPLY_ADD(T, NAME)                                                                      \
+  template <>                                                                                      \
+  __device__ inline void multiply_add<T>(float* y, const u32* a, const u32* b) {                   \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, "  \
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                   \
+                 : "+f"(y[0]), "+f"(y[1]), "+f"(y[2]), "+f"(y[3])                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));              \
+  }
+MULTIPLY_ADD(Half, "f16")
+MULTIPLY_ADD(Bfloat16, "bf16")
+
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Products of warpgroups (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"): between a
+// fence and `end_products`, registers are theirs until they are waited for.
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ inline void end_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int NEWEST>
+__device__ inline void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST) : "memory");
+}
+
+// Describes columns of 128 bytes in shared memory, aligned to 1024 bytes, whose pieces of 16 bytes
+// are swizzled; groups of eight columns are 1024 bytes apart.
+__device__ inline unsigned long long columns_at(const void* p) {
+  unsigned long long address = shared_address(p) & 0x3ffff;
+  return address >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#else
+
+__device__ inline void begin_products() {}
+__device__ inline void end_products() {}
+template <int NEWEST>
+__device__ inline void wait_for_products() {}
+
+#endif
+
 // What other blocks have written before their fence.
 __device__ inline float fresh(const float* p) { return *(const volatile float*)p; }
 

@@ -20,6 +20,9 @@ from jaxsplit.errors import JaxsplitError
 
 _OPTIONS = ("--std=c++17",)
 
+_SPECIFIC = 9.0
+"""Compute capability whose code runs on no other, as it has instructions of its own."""
+
 _END = "// end\n"
 """Of a whole file in the cache."""
 
@@ -51,7 +54,8 @@ def compile_ptx(source: str, capability: float, name: str) -> str:
         raise JaxsplitError(
             "kernels=cuda needs NVRTC, which jax[cuda12] and jax[cuda13] install; try kernels=auto"
         )
-    options = (*_OPTIONS, f"--gpu-architecture=compute_{_architecture(capability)}")
+    architecture, specific = _architecture(capability), "a" if capability == _SPECIFIC else ""
+    options = (*_OPTIONS, f"--gpu-architecture=compute_{architecture}{specific}")
     key = "\0".join([str(_version(library)), *options, source]).encode()
     path = _cache_folder() / f"{hashlib.sha256(key).hexdigest()}.ptx"
     with contextlib.suppress(OSError, UnicodeDecodeError):

@@ -89,6 +89,8 @@ class Arguments:
         body: str,
         grid: Sequence[int],
         threads: int,
+        shared_bytes: int = 0,
+        device: str = "",
     ) -> Launch:
         """A launch with these arrays.
 
@@ -98,6 +100,8 @@ class Arguments:
           body: its statements.
           grid: number of blocks in x, y and z.
           threads: of a block.
+          shared_bytes: of `dynamic_shared`.
+          device: what it uses of the GPU beside `device.cuh`.
         """
         parameters = [f"const {cpp_type(x.dtype)}* in{i}" for i, x in enumerate(self._operands)]
         parameters += [f"{cpp_type(x.dtype)}* out{i}" for i, x in enumerate(self._results)]
@@ -108,18 +112,19 @@ class Arguments:
         )
         return Launch(
             name,
-            source_of(*parts, kernel),
+            source_of(*parts, kernel, device=device),
             tuple(grid),
             threads,
             self._operands,
             self._results,
             self._aliases,
+            shared_bytes,
         )
 
 
-def source_of(*parts: str | Traversable) -> str:
-    """CUDA C++ after what all kernels use, from texts and files."""
-    shared = _FOLDER / "device.cuh", _FOLDER / "types.cuh"
+def source_of(*parts: str | Traversable, device: str = "") -> str:
+    """CUDA C++ after what all kernels use, from texts and files; `device` as for a launch."""
+    shared = _FOLDER / "device.cuh", device, _FOLDER / "types.cuh"
     return "\n".join(
         part if isinstance(part, str) else f'#line 1 "{part.name}"\n{part.read_text()}'
         for part in (*shared, *parts)

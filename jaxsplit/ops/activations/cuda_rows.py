@@ -21,6 +21,7 @@ from jaxsplit.ops.activations.layout import (
     RMSStatistics,
     wrap_layouts,
 )
+from jaxsplit.ops.activations.swizzled import SwizzledLayout
 
 _THREADS = 128
 _WIDTH = 4 * _THREADS
@@ -29,10 +30,12 @@ _WIDTH = 4 * _THREADS
 _STRUCTS: dict[type[ActivationLayout], str] = {
     Int8Layout: "Int8Rows",
     Int8BlockLayout: "Int8Blocks",
+    SwizzledLayout: "Swizzled",
 }
-"""What stores rows in a layout; of `cuda_int8.cuh`."""
+"""What stores rows in a layout; of `FILES`."""
 
 FOLDER = importlib.resources.files("jaxsplit") / "ops" / "activations"
+FILES = FOLDER / "cuda_int8.cuh", FOLDER / "cuda_swizzled.cuh"
 
 
 def supports(readers: Readers) -> bool:
@@ -43,7 +46,8 @@ def supports(readers: Readers) -> bool:
 def declare_out(readers: Readers, given: Arguments, rows: int, columns: int) -> str:
     """Declares `out`, which stores rows for supported readers."""
     [layout] = readers.layouts
-    return f"  {_STRUCTS[type(layout)]} out = {given.results(*layout.shapes(rows, columns))};\n"
+    shapes = layout.shapes(rows, columns)
+    return f"  {_STRUCTS[type(layout)]} out = {given.results(*shapes)};\n"
 
 
 def normalization(rms: RMSStatistics | None) -> dict[str, float]:
@@ -125,7 +129,7 @@ def launch_of(
     body += f"  store_row(operands, {arrays.operand(parts)}, {out});\n"
     return arrays.launch(
         "store_rows",
-        FOLDER / "cuda_int8.cuh",
+        *FILES,
         constants(sizes),
         structure,
         FOLDER / "cuda_rows.cu",

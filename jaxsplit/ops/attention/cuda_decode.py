@@ -147,7 +147,7 @@ def launch_of(
     body += f"  attend(token, {where}, cache, splits, out);\n"
     return given.launch(
         "decode_attention",
-        cuda_rows.FOLDER / "cuda_int8.cuh",
+        *cuda_rows.FILES,
         constants(numbers),
         types,
         _FOLDER / "cuda_decode.cu",

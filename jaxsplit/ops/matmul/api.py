@@ -27,7 +27,9 @@ from jaxsplit.ops.activations.layout import (
     rows_of,
 )
 from jaxsplit.ops.activations.packed import PackedLayout
+from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.matmul import (
+    cuda_gemm_bf16,
     cuda_gemm_int8,
     cuda_gemv_int8,
     triton_gemv_bf16,
@@ -35,6 +37,7 @@ from jaxsplit.ops.matmul import (
     triton_small_m_gemm,
     xla,
 )
+from jaxsplit.ops.matmul.cuda_gemm_bf16 import gemm_bf16
 from jaxsplit.ops.matmul.cuda_gemm_int8 import gemm_int8
 from jaxsplit.ops.matmul.triton_gemv_bf16 import gemv_bf16
 from jaxsplit.ops.matmul.triton_small_m_gemm import small_m_gemm
@@ -80,6 +83,12 @@ def _gemm_int8_rows(rows: int) -> bool:
     return some and policy.int8_activations and policy.cuda >= cuda_gemm_int8.MIN_CAPABILITY
 
 
+def _gemm_bf16_rows(rows: int) -> bool:
+    """Whether a kernel in CUDA C++ multiplies this number of rows as they are, on tensor cores."""
+    some = 1 < rows <= cuda_gemm_bf16.MAX_ROWS
+    return some and current_context().policy.cuda >= cuda_gemm_bf16.MIN_CAPABILITY
+
+
 def _small_m(rows: int) -> bool:
     """Whether a kernel multiplies this number of rows with quantized matrices on tensor cores."""
     some = 1 < rows <= MAX_SMALL_M_ROWS
@@ -103,6 +112,11 @@ def _supports_gemv_int8(x: Like, w: Weight) -> bool:
 
 def _supports_gemm_int8(x: Like, w: Weight) -> bool:
     return _gemm_int8_rows(rows_of(x)) and isinstance(w, QTensor) and cuda_gemm_int8.supports(w)
+
+
+def _supports_gemm_bf16(x: Like, w: Weight) -> bool:
+    known = isinstance(w, QTensor) and cuda_gemm_bf16.supports(w, x.dtype)
+    return known and _gemm_bf16_rows(rows_of(x))
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
@@ -174,6 +188,13 @@ _IMPLEMENTATIONS = (
         gemm_int8,
         layout=lambda weights, dtype: Int8BlockLayout(),
         run_split_k=lambda rows, weights: gemm_int8(rows, weights, sum_parts=False),
+    ),
+    _Implementation(
+        "gemm_bf16",
+        _supports_gemm_bf16,
+        gemm_bf16,
+        layout=lambda weights, dtype: SwizzledLayout(dtype),
+        run_split_k=lambda rows, weights: gemm_bf16(rows, weights, sum_parts=False),
     ),
     _Implementation("int8 by XLA", _supports_int8_by_xla, _int8_by_xla),
     _Implementation(

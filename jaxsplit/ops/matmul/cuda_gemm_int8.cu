@@ -30,24 +30,12 @@ struct alignas(2 * sizeof(T)) Two {
 };
 
 __shared__ Words scratch[SCRATCH / 16];
-__shared__ float factors[RMS_PARTS ? ROWS : 1];
 
 // Of the two rows of activations that a thread has results of; rows past the last one repeat it.
 __device__ inline Two<float> of_results(const float* x, int tile) {
   int row = 8 * tile + threadIdx.x % 4 * 2;
   if (ROWS % 2 == 0) return *(const Two<float>*)(x + (row < ROWS ? row : ROWS - 2));
   return {x[row < ROWS ? row : ROWS - 1], x[row + 1 < ROWS ? row + 1 : ROWS - 1]};
-}
-
-// The deferred normalization: what results of each row are multiplied with.
-__device__ inline void find_factors(const Activations& x) {
-  if (!RMS_PARTS) return;
-  for (int row = threadIdx.x; row < ROWS; row += 32 * WARPS) {
-    float squares = 0;
-    for (int i = 0; i < RMS_PARTS; i++) squares += x.squares[row * RMS_PARTS + i];
-    factors[row] = inverse_root(squares / RMS_SIZE + RMS_EPSILON);
-  }
-  __syncthreads();
 }
 
 // A tile's results of 8 rows of activations, from the thread's four sums.
@@ -218,7 +206,7 @@ __device__ void multiply(const W& w, const Activations& x, int program, int part
     wait_for_warp();
   }
 
-  find_factors(x);
+  find_factors(x.squares);
   y += (long)part * ROWS * W::OUT;
   float* sums_of_warps = (float*)scratch;
 #pragma unroll

@@ -146,6 +146,7 @@ def launch_of(
     return given.launch(
         "gemm_int8",
         constants(sizes),
+        cuda_planes.FOLDER / "cuda_factors.cuh",
         cuda_planes.FILE,
         cuda_planes.FOLDER / "cuda_gemm_int8.cu",
         *structs,

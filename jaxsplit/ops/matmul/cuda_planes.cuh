@@ -107,6 +107,12 @@ struct Unit {
 
   // What the words of both planes hold of them.
   __device__ static u32 codes_of(u32 first, u32 second, int slice, int k, int place) {
+    u32 y = stored_codes_of(first, second, slice, k, place);
+    return W::TABLE ? look_up<W>(y) : signed_codes<W::OFFSET>(y);
+  }
+
+  // As they are stored: without table and offset.
+  __device__ static u32 stored_codes_of(u32 first, u32 second, int slice, int k, int place) {
     u32 y = first;
     if (W::BITS0 < 8) {
       y = (y >> (slice / (BYTES / 16) * W::BITS0)) & (0x01010101u * ((1 << W::BITS0) - 1));
@@ -115,7 +121,7 @@ struct Unit {
       u32 more = second >> (byte_of(slice, k, place) / (SECOND ? SECOND : 1) * W::BITS1);
       y |= (more & (0x01010101u * ((1 << W::BITS1) - 1))) << W::BITS0;
     }
-    return W::TABLE ? look_up<W>(y) : signed_codes<W::OFFSET>(y);
+    return y;
   }
 
   // Of a chunk whose codes had a byte each.

@@ -1,0 +1,221 @@
+"""GEMM of rows in 16 bits with quantized matrices, on tensor cores: a CUDA C++ kernel.
+
+Weights are dequantized in registers, to the dtype of the activations, and multiplied from there:
+for GPUs from compute capability 8.0 on, and on 9.0 with products of warpgroups.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsplit.context import current_context
+from jaxsplit.cuda.call import Launch, cuda_call
+from jaxsplit.cuda.source import Arguments, constants, cpp_type
+from jaxsplit.ops.activations import cuda_rows, swizzled
+from jaxsplit.ops.activations.swizzled import SwizzledRows
+from jaxsplit.ops.matmul import cuda_planes
+from jaxsplit.quant.qtensor import QTensor
+
+MAX_ROWS = 256
+"""Beyond, dequantized matrices cost little beside the products."""
+
+MIN_CAPABILITY = 8.0
+"""With tensor cores for bfloat16, and copies to shared memory that do not wait."""
+
+_WARPGROUPS = 9.0
+"""Compute capability with products of warpgroups."""
+
+_TILE = 16  # rows of a matrix, of a warp
+_MAX_TILE = 256  # rows of activations whose sums a thread has in registers
+_ROUND = 64  # bytes of a row
+_MIN_BLOCKS = 128  # with fewer, split-K adds parts to keep the GPU busy
+_MIN_ROUNDS = 4  # of a part
+_RESERVED = 2048  # bytes of shared memory, for the runtime and for normalizations
+
+_SHARED_KIB = {8.0: 163, 8.7: 163, 9.0: 227, 10.0: 227, 10.1: 227, 10.3: 227, 11.0: 227}
+"""Shared memory that a block may have, by compute capability (CUDA C++ Programming Guide,
+"Technical Specifications per Compute Capability")."""
+
+_OTHER_SHARED_KIB = 99
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a launch is divided.
+
+    Attributes:
+      warps: of a block, each with 16 rows of a matrix.
+      rows: of activations, of a block.
+      stages: rounds in shared memory: one is multiplied while the others are copied.
+    """
+
+    warps: int
+    rows: int
+    stages: int
+
+    def shared_bytes(self, weights: Sequence[QTensor]) -> int:
+        """Bytes of shared memory."""
+        slab = 4 * min(self.rows, 32) * (_TILE * self.warps + 4)  # of results
+        return max(slab, *(self._bytes(w) for w in weights))
+
+    def _bytes(self, w: QTensor) -> int:
+        tiles = 8 // w.layout.bits[0]
+        codes = self.warps * _pieces(w) * (16 * _TILE + 32)
+        stage = -(-(tiles * 2 * swizzled.COLUMNS * self.rows + codes) // 1024) * 1024
+        spans = tiles * swizzled.COLUMNS // min(_group(w), swizzled.COLUMNS)
+        scales = 4 * _TILE * spans * (1 if w.minimum is None else 2)
+        return self.stages * stage + self.warps * scales
+
+    def fits(self, weights: Sequence[QTensor], capability: float) -> bool:
+        """Whether a GPU of a compute capability has that much for a block."""
+        limit = 1024 * _SHARED_KIB.get(capability, _OTHER_SHARED_KIB) - _RESERVED
+        return self.shared_bytes(weights) <= limit
+
+    @staticmethod
+    def of(weights: Sequence[QTensor], rows: int, capability: float) -> "Tiling":
+        """The fewest tiles of rows that leave shared memory for three stages, or for two."""
+        for tiles in range(-(-rows // _MAX_TILE), rows + 1):
+            height = -(-rows // (8 * tiles)) * 8
+            for stages in (4, 3, 2):
+                tiling = Tiling(8, height, stages)
+                if tiling.fits(weights, capability):
+                    return tiling
+        raise ValueError(f"no tile of {rows} rows fits into shared memory")
+
+
+def _group(w: QTensor) -> int:
+    """Weights that share a scale."""
+    return w.shape[-1] // w.scale.shape[-1]
+
+
+def _pieces(w: QTensor) -> int:
+    """Of 16 bytes, of a row of the matrix in a round: see `Round`."""
+    first, *second = [w.layout.chunk * bits // 8 for bits in w.layout.bits]
+    return (_ROUND + sum(second) * max(1, _ROUND // first)) // 16
+
+
+def supports(w: QTensor, dtype: jnp.dtype) -> bool:
+    """Whether the kernel can multiply rows of a dtype with a matrix."""
+    if dtype not in (jnp.bfloat16, jnp.float16) or not cuda_planes.supports(w):
+        return False
+    first, *second = [w.layout.chunk * bits // 8 for bits in w.layout.bits]
+    rounds = w.shape[-1] % (_ROUND * 8 // w.layout.bits[0]) == 0
+    chunks = first in (16, 32) or first % _ROUND == 0
+    whole = all(size * max(1, _ROUND // first) % 16 == 0 for size in second)
+    group = _group(w)
+    spans = group in (16, 32) or group % swizzled.COLUMNS == 0
+    return rounds and chunks and whole and spans
+
+
+def gemm_bf16(
+    x: SwizzledRows,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    tiling: Tiling | None = None,
+    split_k: int | None = None,
+    sum_parts: bool = True,
+) -> list[Array]:
+    """`x @ w.T` for each matrix, in one launch: `[rows, out]`.
+
+    Args:
+      x: `[rows, in]`.
+      weights: supported matrices `[out, in]`.
+      dtype: of the results.
+      tiling: None: `Tiling.of` the matrices.
+      split_k: parts of the inner dimension. None: as many as keep the GPU busy, but 1 if they are
+        to be summed.
+      sum_parts: XLA sums the parts; else the results are float32 `[parts, rows, out]`.
+    """
+    split_k = 1 if split_k is None and sum_parts else split_k
+    part_dtype = dtype if sum_parts and split_k == 1 else jnp.float32
+    capability = current_context().policy.cuda
+    launch = launch_of(x, weights, part_dtype, capability, tiling=tiling, split_k=split_k)
+    ys = cuda_call(launch, capability=capability)
+    if not sum_parts:
+        return ys
+    return [y[0] if split_k == 1 else jnp.sum(y, axis=0).astype(dtype) for y in ys]
+
+
+def launch_of(
+    x: SwizzledRows,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype,
+    capability: float,
+    *,
+    tiling: Tiling | None = None,
+    split_k: int | None = None,
+) -> Launch:
+    """The launch for a GPU of some compute capability, other arguments as of `gemm_bf16`; its
+    results are `[parts, rows, out]` of a dtype."""
+    rows = x.values.shape[1]
+    weights = [cuda_planes.as_loaded(w) for w in weights]
+    tiling = tiling or Tiling.of(weights, rows, capability)
+    blocks = [-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights]
+    tiles = -(-rows // tiling.rows)
+    rounds = max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
+    parts = split_k or max(1, min(_MIN_BLOCKS // (sum(blocks) * tiles), rounds // _MIN_ROUNDS))
+    given, structs = Arguments(), []
+    squares = None if x.rms is None else x.rms.squares
+    body = f"  Activations x = {given.operands(x.values, squares)};\n"
+    body += "  int program = blockIdx.x, part = blockIdx.y;\n"
+    for i, (w, own) in enumerate(zip(weights, blocks, strict=True)):
+        result = given.result(jax.ShapeDtypeStruct((parts, rows, w.shape[-2]), dtype))
+        structs.append(cuda_planes.struct_of(f"W{i}", w))
+        body += (
+            f"  if (program < {own}) {{\n"
+            f"    W{i} w = {cuda_planes.pointers_of(w, given)};\n"
+            f"    multiply<W{i}, {tiling.stages}>(w, x, program, part, {result});\n"
+            "    return;\n  }\n"
+            f"  program -= {own};\n"
+        )
+    element, warpgroups = cpp_type(x.values.dtype), capability == _WARPGROUPS
+    sizes = {
+        "ROWS": rows,
+        "TILE": tiling.rows,
+        "PARTS": parts,
+        "WARPS": tiling.warps,
+        "SHARED": tiling.shared_bytes(weights),
+        **cuda_rows.normalization(x.rms),
+    }
+    return given.launch(
+        "gemm_bf16",
+        "#define WARPGROUPS\n" if warpgroups else "",
+        constants(sizes) + f"typedef {element} X;\n",
+        cuda_planes.FOLDER / "cuda_factors.cuh",
+        cuda_planes.FILE,
+        cuda_planes.FOLDER / "cuda_gemm_bf16.cu",
+        *structs,
+        body=body,
+        grid=(sum(blocks), parts, tiles),
+        threads=32 * tiling.warps,
+        shared_bytes=tiling.shared_bytes(weights),
+        device=_products_of_warpgroups(element, tiling.rows) if warpgroups else "",
+    )
+
+
+def _products_of_warpgroups(element: str, columns: int) -> str:
+    """Declares `multiply_add_columns`: as `multiply_add`, for columns in shared memory. The
+    instruction names all of its registers."""
+    count, kind = columns // 2, {"Bfloat16": "bf16", "Half": "f16"}[element]
+    sums = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(y[{i}])' for i in range(count))
+    return f"""
+struct {element};
+template <class T, int COLUMNS>
+__device__ void multiply_add_columns(float* y, const u32* a, unsigned long long columns);
+
+template <>
+__device__ __forceinline__ void multiply_add_columns<{element}, {columns}>(
+    float* y, const u32* a, unsigned long long columns) {{
+  asm volatile(
+      "{{ .reg .pred add; setp.ne.b32 add, %{count + 5}, 0;"
+      "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{sums}}}, "
+      "{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, add, 1, 1, 0; }}"
+      : {outputs}
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns), "r"(1));
+}}
+"""
