@@ -73,6 +73,7 @@ PROGRAMS = {
         ("llama-8b", "H100", 2, "prefill nccl", {"prefill": 512, "nccl": True}),
         ("llama-8b", "H100", 1, "decode cuda", {"cuda": True}),
         ("llama-8b", "H100", 1, "decode 8 cuda", {"cuda": True, "sequences": 8}),
+        ("llama-8b", "H100", 1, "decode 128 cuda", {"cuda": True, "sequences": 128}),
         ("llama-8b", "H100", 2, "decode cuda", {"cuda": True, "nccl": True}),
         ("qwen3-30b-a3b", "H100", 1, "decode", {}),
         ("qwen3-30b-a3b", "H100", 1, "decode cuda", {"cuda": True}),

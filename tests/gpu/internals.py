@@ -197,6 +197,13 @@ def products(x: Array, weights: Sequence, *, int8: bool, float8: bool = False) -
         return api.matmuls(x, weights)
 
 
+def products_in_cuda(x: Array, weights: Sequence, *, int8: bool) -> list[Array]:
+    """As `products`, by kernels in CUDA C++."""
+    found = MatmulPolicy.for_device(jax.devices()[0], "cuda")
+    with forward_context(policy=dataclasses.replace(found, int8_activations=int8)):
+        return api.matmuls(x, weights)
+
+
 def expert_products(x: Array, stacks: Sequence[QTensor], experts: Array) -> list[Array]:
     """Rows with matrices of the experts chosen for each: float32 `[pairs, out]`."""
     with _kernels(int8_activations=True):

@@ -98,6 +98,24 @@ def test_products_with_matrices_of_several_types(rng, bounded):
     assert all(ok)
 
 
+@pytest.mark.skipif(internals.INTERPRET, reason="compiles for a GPU")
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS", "Q3_K", "MXFP4"])
+def test_products_by_kernels_in_cuda(rng, bounded, name):
+    """Rounded to 8 bits and not; some tiles and blocks are not full."""
+    raw = internals.raw_blocks(rng, name, 200, 2048)
+    w, exact = internals.from_blocks(name, raw), exact_matrix(name, raw)
+    run = jax.jit(internals.products_in_cuda, static_argnames="int8")
+    minima, ok = w.minimum is not None, []
+    for rows, int8 in ((1, True), (8, True), (64, True), (8, False), (100, False), (256, False)):
+        x = (unrounded if int8 else activations)(rng, rows, 2048)
+        [y] = run(x, [w], int8=int8)
+        expected = int8_rounded(np.float64(x)) if int8 else np.float64(x)
+        bound = INT8 if int8 else MINIMA if minima else BFLOAT16
+        mode = f"CUDA, {rows} rows{', int8' if int8 else ''}"
+        ok.append(bounded(name, mode, nmse(y, expected @ exact.T), bound))
+    assert all(ok)
+
+
 @pytest.mark.parametrize("columns", [512, 4096 + 64])
 def test_products_with_plain_matrices(rng, bounded, columns):
     weights = [activations(rng, rows, columns) for rows in (9, 40)]
