@@ -20,7 +20,7 @@ from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
 from jaxsplit.cache.layers import AttentionCache, Batch
-from jaxsplit.context import MatmulPolicy, current_context
+from jaxsplit.context import MatmulPolicy, current_context, forward_context
 from jaxsplit.cuda import nvrtc
 from jaxsplit.cuda.expression import expression
 from jaxsplit.cuda.source import source_of
@@ -36,13 +36,17 @@ from jaxsplit.ops.activations.functions import (
     activate,
 )
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
-from jaxsplit.ops.activations.layout import Readers, RMSStatistics
+from jaxsplit.ops.activations.layout import Activations, Readers, RMSStatistics
 from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import cuda_gemm_bf16, cuda_gemm_int8, cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
+from jaxsplit.ops.matmul.groups import GroupedGemmInfo
+from jaxsplit.ops.moe import api as moe
+from jaxsplit.ops.moe.experts import ExpertMatrices, ExpertParams
 from jaxsplit.quant import TYPES, dequantize, unpack
+from jaxsplit.sharding.axes import Axis
 
 READERS = Readers((Int8Layout(),), xla=False)
 OF_MANY_ROWS = Readers((Int8BlockLayout(),), xla=False)
@@ -214,6 +218,31 @@ def test_gemm_bf16_of_tiles_parts_and_norms(rng, capability):
     norm = np.sqrt(np.float64(squares).sum(axis=-1, keepdims=True) / 1280 + 1e-5)
     for y, w in zip(cuda_host.run(launch), weights, strict=True):
         assert nmse(y.sum(axis=0), product_of_rounded(x, w) / norm) <= 1e-12
+
+
+@on_cpu
+def test_gemm_bf16_of_groups(rng):
+    """Groups of 16 rows in two tiles: some end within a tile, some have one only, one does not
+    exist."""
+    x = jnp.asarray(rng.normal(size=(9, 768)), "bfloat16")
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    rows = dataclasses.replace(swizzled(x), rms=RMSStatistics(squares, 1e-5, 768))
+    each = {name: [matrix(rng, name, 37, 768) for _ in range(3)] for name in ("Q4_K", "Q3_K")}
+    stacks = [jax.tree.map(lambda *planes: jnp.stack(planes), *ws) for ws in each.values()]
+    of_group = [(2, 0, 16), (0, 16, 27), (2, 27, 30)]  # matrix, start, stop
+    index, start, stop = np.array([*of_group, (1, 0, 9)], np.int32).T
+    x_row = np.int32(rng.integers(0, 9, (4, 16)))
+    groups = GroupedGemmInfo(*map(jnp.asarray, (index, start, stop, x_row, np.int32(3))))
+    tiling = cuda_gemm_bf16.Tiling(warps=4, rows=8, stages=2)
+    more = {"groups": groups, "out_rows": 30, "tiling": tiling}
+    norm = np.sqrt(np.float64(squares) / 768 + 1e-5)
+    ys = cuda_host.run(cuda_gemm_bf16.launch_of(rows, stacks, jnp.float32, 9.0, **more))
+    for y, ws in zip(ys, each.values(), strict=True):
+        expected = [
+            (product_of_rounded(x, ws[m]) / norm)[x_row[i, : stop - start]]
+            for i, (m, start, stop) in enumerate(of_group)
+        ]
+        assert nmse(y[0], np.concatenate(expected)) <= 1e-12
 
 
 def test_gemm_bf16_fits_the_shared_memory_of_each_gpu(rng):
@@ -473,6 +502,44 @@ def test_a_model_of_several_sequences_is_the_one_without_kernels(
         assert 1e-7 < nmse(logits, values) <= 1e-3
     assert nmse(*ways) <= 1e-3
     assert sum(map(list.__eq__, tokens, expected)) >= 4, (tokens, expected)
+
+
+@on_cpu
+def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch):
+    """In groups; some experts have no tokens, some have more than a group's."""
+    launched = emulate_gpu(monkeypatch, 9.0)
+    tokens, used = 45, 2
+    each = {
+        name: [matrix(rng, kind, *shape) for _ in range(6)]
+        for name, kind, shape in (
+            ("up", "Q4_K", (256, 512)),
+            ("gate", "Q6_K", (256, 512)),
+            ("down", "Q8_0", (24, 256)),
+        )
+    }
+    stacks = {
+        name: ExpertMatrices(jax.tree.map(lambda *planes: jnp.stack(planes), *ws))
+        for name, ws in each.items()
+    }
+    params = ExpertParams(
+        **stacks, activation="silu", axis=Axis("experts", 6), mlp=Axis("mlp"), weight_on_input=False
+    )
+    x = jnp.asarray(rng.normal(size=(1, tokens, 512)), "bfloat16")
+    ids = rng.permuted(np.tile(np.arange(4), (tokens, 1)), axis=1)[:, :used]
+    ids[:, 0] = np.where(rng.uniform(size=tokens) < 0.7, 5, ids[:, 0])
+    weights = np.float32(rng.uniform(size=(tokens, used)))
+    with forward_context(policy=MatmulPolicy(cuda=9.0)):
+        args = Activations(x), jnp.asarray(ids[None]), jnp.asarray(weights[None]), params
+        y = np.float64(moe.experts(*args)).sum(axis=0)[0]
+    assert launched == {"store_rows", "gemm_bf16"}
+    exact = {name: [np.float64(dequantize(w)) for w in ws] for name, ws in each.items()}
+    expected = np.zeros((tokens, 24))
+    for token, slot in np.ndindex(tokens, used):
+        row, expert = np.float64(x[0, token]), ids[token, slot]
+        up, gate = (exact[name][expert] @ row for name in ("up", "gate"))
+        hidden = up * gate / (1 + np.exp(-gate))
+        expected[token] += weights[token, slot] * (exact["down"][expert] @ hidden)
+    assert 1e-7 < nmse(y, expected) <= 1e-4
 
 
 # Code for GPUs that are not there.

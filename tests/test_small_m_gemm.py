@@ -14,6 +14,7 @@ from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.activations.packed import PackedLayout, packing_of
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import trellis, triton_small_m_gemm
+from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.quant import TYPES, dequantize, qtensor, to_u32, unpack
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -196,7 +197,7 @@ def test_grouped_gemm_equals_float64(rng):
     x_row = rng.integers(0, 9, (4, 8))
     of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, start, stop
     matrix_, start, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
-    groups = triton_small_m_gemm.GroupedGemmInfo(
+    groups = GroupedGemmInfo(
         *map(jnp.asarray, (matrix_, start, stop, np.int32(x_row), np.int32(len(of_group))))
     )
     results = multiply(x, stacks, groups=groups, out_rows=12)

@@ -39,6 +39,7 @@ from jaxsplit.ops.matmul import (
 )
 from jaxsplit.ops.matmul.cuda_gemm_bf16 import gemm_bf16
 from jaxsplit.ops.matmul.cuda_gemm_int8 import gemm_int8
+from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.matmul.triton_gemv_bf16 import gemv_bf16
 from jaxsplit.ops.matmul.triton_small_m_gemm import small_m_gemm
 from jaxsplit.quant.qtensor import QTensor, Weight
@@ -49,9 +50,6 @@ Rows = Array | Activations
 
 Like = Array | Activations | jax.ShapeDtypeStruct
 """What has the shape and dtype of activations."""
-
-GroupedGemmInfo = triton_small_m_gemm.GroupedGemmInfo
-
 
 # Which kernels the policy allows for a number of rows.
 
@@ -83,12 +81,6 @@ def _gemm_int8_rows(rows: int) -> bool:
     return some and policy.int8_activations and policy.cuda >= cuda_gemm_int8.MIN_CAPABILITY
 
 
-def _gemm_bf16_rows(rows: int) -> bool:
-    """Whether a kernel in CUDA C++ multiplies this number of rows as they are, on tensor cores."""
-    some = 1 < rows <= cuda_gemm_bf16.MAX_ROWS
-    return some and current_context().policy.cuda >= cuda_gemm_bf16.MIN_CAPABILITY
-
-
 def _small_m(rows: int) -> bool:
     """Whether a kernel multiplies this number of rows with quantized matrices on tensor cores."""
     some = 1 < rows <= MAX_SMALL_M_ROWS
@@ -100,10 +92,21 @@ def has_int8_kernel(w: Weight) -> bool:
     return isinstance(w, QTensor) and _gemv_backend().supports(w)
 
 
-def has_small_m_kernel(w: Weight, dtype: jnp.dtype) -> bool:
+def _has_small_m_kernel(w: Weight, dtype: jnp.dtype) -> bool:
     """Whether the small-M kernel can multiply activations of a dtype with a matrix, or a stack."""
     kernels = current_context().policy.kernels
     return kernels and isinstance(w, QTensor) and triton_small_m_gemm.supports(w, dtype)
+
+
+def _has_gemm_bf16(w: Weight, dtype: jnp.dtype) -> bool:
+    """As `_has_small_m_kernel`, in CUDA C++."""
+    runs = current_context().policy.cuda >= cuda_gemm_bf16.MIN_CAPABILITY
+    return runs and isinstance(w, QTensor) and cuda_gemm_bf16.supports(w, dtype)
+
+
+def has_grouped_kernel(stack: Weight, dtype: jnp.dtype) -> bool:
+    """Whether a kernel can multiply groups of rows of a dtype with a matrix of a stack each."""
+    return _has_small_m_kernel(stack, dtype) or _has_gemm_bf16(stack, dtype)
 
 
 def _supports_gemv_int8(x: Like, w: Weight) -> bool:
@@ -115,8 +118,7 @@ def _supports_gemm_int8(x: Like, w: Weight) -> bool:
 
 
 def _supports_gemm_bf16(x: Like, w: Weight) -> bool:
-    known = isinstance(w, QTensor) and cuda_gemm_bf16.supports(w, x.dtype)
-    return known and _gemm_bf16_rows(rows_of(x))
+    return 1 < rows_of(x) <= cuda_gemm_bf16.MAX_ROWS and _has_gemm_bf16(w, x.dtype)
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
@@ -126,7 +128,7 @@ def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
 
 
 def _supports_small_m_gemm(x: Like, w: Weight) -> bool:
-    return _small_m(rows_of(x)) and has_small_m_kernel(w, x.dtype)
+    return _small_m(rows_of(x)) and _has_small_m_kernel(w, x.dtype)
 
 
 def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
@@ -331,7 +333,7 @@ def grouped_matmuls(
 
     Args:
       x: `[rows, in]`.
-      stacks: `[experts, out, in]` each, with `has_small_m_kernel`.
+      stacks: `[experts, out, in]` each, with `has_grouped_kernel`.
       groups: of rows.
       results: number of rows of the results.
       dtype: of the results.
@@ -339,8 +341,11 @@ def grouped_matmuls(
     Returns:
       `[results, out]` each.
     """
-    rows = in_layout(x, PackedLayout.of(stacks))
-    return small_m_gemm(rows, stacks, dtype, groups=groups, out_rows=results)
+    if current_context().policy.cuda:
+        run, layout = gemm_bf16, SwizzledLayout(x.dtype)
+    else:
+        run, layout = small_m_gemm, PackedLayout.of(stacks)
+    return run(in_layout(x, layout), stacks, dtype, groups=groups, out_rows=results)
 
 
 def _shaped(y: Array, x: Like) -> Any:

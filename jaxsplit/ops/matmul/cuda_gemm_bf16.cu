@@ -1,7 +1,7 @@
 // Rows of activations in 16 bits, times quantized matrices, on tensor cores.
 //
 // A warp has 16 rows of a matrix, a block of threads 16 for each of its WARPS, and TILE rows of the
-// ROWS of activations. A round is 64 bytes of each row of the matrix, in four pieces of 16, and the
+// ROWS of activations, which make some of the RESULTS. A round is 64 bytes of each row of the matrix, in four pieces of 16, and the
 // tiles of activations that they are multiplied with: 64 columns each. Rounds are copied to shared
 // memory ahead of time, to one of STAGES places. A thread dequantizes words of its quad's row and of
 // the row eight below, four neighbors at a time, and never stores them.
@@ -14,6 +14,30 @@ constexpr int TILE_BYTES = 128 * TILE;
 struct Activations {
   const X* values;       // [COLUMNS / 64, ROWS, 64], see SwizzledRows
   const float* squares;  // [ROWS, RMS_PARTS]; null: the rows are final
+};
+
+// The rows of a block: which activations it multiplies with which matrix, and where results go.
+struct Neighbors {
+  int first = blockIdx.z * TILE;
+
+  __device__ int matrix() const { return 0; }
+  __device__ int source(int i) const { return first + i < ROWS ? first + i : ROWS - 1; }
+  __device__ int result(int i) const { return first + i; }
+  __device__ int stop() const { return ROWS; }
+};
+
+// Those of a group: see `GroupedGemmInfo`.
+struct Group {
+  const int *matrices, *starts, *stops;  // [groups]
+  const int* sources;                    // [groups, GROUP]
+  const int* count;
+  int group = blockIdx.z / (GROUP / TILE), first = blockIdx.z % (GROUP / TILE) * TILE;
+
+  __device__ bool exists() const { return group < *count && result(0) < stop(); }
+  __device__ int matrix() const { return matrices[group]; }
+  __device__ int source(int i) const { return sources[group * GROUP + first + i]; }
+  __device__ int result(int i) const { return starts[group] + first + i; }
+  __device__ int stop() const { return stops[group]; }
 };
 
 // A round of a matrix.
@@ -138,22 +162,24 @@ __device__ inline void multiply_tile(float* sums, const u32* a, const char* tile
 #endif
 }
 
-// Copies COUNT pieces of 16 bytes of a plane, of each of the warp's rows.
-template <int COUNT, int PIECE_BYTES>
-__device__ inline void copy_rows(char* to, const u32* plane, long row_bytes, long offset, int first,
-                                 int out) {
+// Copies COUNT pieces of 16 bytes of a plane, of each of the warp's rows: `first` of OUT of a
+// matrix.
+template <class W, int COUNT>
+__device__ inline void copy_rows(char* to, const u32* plane, int matrix, int first, int row_bytes,
+                                 int offset) {
 #pragma unroll
   for (int i = 0; i < (COUNT + 1) / 2; i++) {
     int at = 32 * i + threadIdx.x % 32, row = at / COUNT, piece = at % COUNT;
     if (16 * COUNT % 32 && row >= 16) continue;
-    long existing = first + row < out ? first + row : out - 1;
-    start_copy(to + piece * PIECE_BYTES + 16 * row,
+    long existing = (long)matrix * W::OUT + (first + row < W::OUT ? first + row : W::OUT - 1);
+    start_copy(to + piece * Round<W>::PIECE_BYTES + 16 * row,
                (const char*)plane + existing * row_bytes + offset + 16 * piece);
   }
 }
 
-template <class W, int STAGES, class Y>
-__device__ void multiply(const W& w, const Activations& x, int program, int part, Y* y) {
+template <class W, int STAGES, class Rows, class Y>
+__device__ void multiply(const W& w, const Activations& x, const Rows& rows, int program, int part,
+                         Y* y) {
   typedef Round<W> R;
   typedef Scales<W> S;
   typedef typename R::U U;
@@ -161,10 +187,19 @@ __device__ void multiply(const W& w, const Activations& x, int program, int part
   constexpr int OF_WARP = S::SPANS * (W::MINIMUM ? 2 : 1);
   static_assert(STAGES * R::STAGE_BYTES + WARPS * OF_WARP * 64 <= SHARED, "all of it fits");
   int warp = warp_index(), lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
-  int first = (program * WARPS + warp) * 16, first_row = blockIdx.z * TILE;
+  int first = (program * WARPS + warp) * 16, matrix = rows.matrix();
   int begin = part * OF_PART, stop = begin + OF_PART < R::COUNT ? begin + OF_PART : R::COUNT;
   float(*scales)[16] = (float(*)[16])(dynamic_shared + STAGES * R::STAGE_BYTES) + warp * OF_WARP;
   float(*minima)[16] = scales + S::SPANS;
+
+  // The thread's pieces of a tile: where they are in a block of 64 columns, in pieces.
+  constexpr int OF_THREAD = (8 * TILE + THREADS - 1) / THREADS;
+  int source[OF_THREAD];
+#pragma unroll
+  for (int i = 0; i < OF_THREAD; i++) {
+    int at = i * THREADS + threadIdx.x, row = rows.source(at / 8 < TILE ? at / 8 : TILE - 1);
+    source[i] = 8 * row + (at % 8 ^ at / 8 % 8 ^ row % 8);
+  }
 
   // A group of copies: of a round, if there is one.
   auto fetch = [&](int round) {
@@ -172,19 +207,20 @@ __device__ void multiply(const W& w, const Activations& x, int program, int part
       char* stage = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
 #pragma unroll
       for (int tile = 0; tile < R::TILES; tile++) {
-        long row = (long)(R::weight(round, tile) / 64) * ROWS + first_row;
-        for (int at = threadIdx.x; at < TILE_BYTES / 16; at += THREADS) {
-          if (ROWS % TILE && first_row + at / 8 >= ROWS) continue;
-          start_copy(stage + tile * TILE_BYTES + 16 * at, (const char*)x.values + 128 * row + 16 * at);
+        const char* from = (const char*)x.values + 128l * ROWS * (R::weight(round, tile) / 64);
+#pragma unroll
+        for (int i = 0; i < OF_THREAD; i++) {
+          int at = i * THREADS + threadIdx.x;
+          if (8 * TILE % THREADS && at >= 8 * TILE) continue;
+          start_copy(stage + tile * TILE_BYTES + 16 * at, from + 16l * source[i]);
         }
       }
       char* codes = stage + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;
-      copy_rows<4, R::PIECE_BYTES>(codes, w.first, W::COLUMNS / U::PER_BYTE, 64l * round, first,
-                                   W::OUT);
+      copy_rows<W, 4>(codes, w.first, matrix, first, W::COLUMNS / U::PER_BYTE, 64 * round);
       if (R::SECOND) {
-        copy_rows<R::SECOND ? R::SECOND / 16 : 1, R::PIECE_BYTES>(
-            codes + 4 * R::PIECE_BYTES, w.second, W::COLUMNS / 8 * W::BITS1,
-            (long)R::SECOND * (round / R::OF_CHUNK), first, W::OUT);
+        copy_rows<W, R::SECOND ? R::SECOND / 16 : 1>(codes + 4 * R::PIECE_BYTES, w.second, matrix,
+                                                     first, W::COLUMNS / 8 * W::BITS1,
+                                                     R::SECOND * (round / R::OF_CHUNK));
       }
     }
     end_group();
@@ -193,7 +229,8 @@ __device__ void multiply(const W& w, const Activations& x, int program, int part
   float total[TILE / 2] = {};
   u32 a[2][4];
   S own;
-  int scaled_row = first + lane % 16 < W::OUT ? first + lane % 16 : W::OUT - 1;
+  int scaled = first + lane % 16 < W::OUT ? first + lane % 16 : W::OUT - 1;
+  long scaled_row = (long)matrix * W::OUT + scaled;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) fetch(begin + i);
   if (begin < stop) own.load(w, scaled_row, begin);
@@ -256,11 +293,11 @@ __device__ void multiply(const W& w, const Activations& x, int program, int part
     }
     __syncthreads();
     for (int at = threadIdx.x; at < SLAB * WIDTH; at += THREADS) {
-      int row = first_row + slab + at / WIDTH, of_matrix = program * WIDTH + at % WIDTH;
-      if (slab + at / WIDTH >= TILE || row >= ROWS || of_matrix >= W::OUT) continue;
+      int i = slab + at / WIDTH, of_matrix = program * WIDTH + at % WIDTH;
+      if (i >= TILE || rows.result(i) >= rows.stop() || of_matrix >= W::OUT) continue;
       float value = results[at / WIDTH * STRIDE + at % WIDTH];
-      if (RMS_PARTS) value *= factors[row];
-      store(y + ((long)part * ROWS + row) * W::OUT + of_matrix, value);
+      if (RMS_PARTS) value *= factors[rows.source(i)];
+      store(y + ((long)part * RESULTS + rows.result(i)) * W::OUT + of_matrix, value);
     }
   }
 }

@@ -17,6 +17,7 @@ from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations import cuda_rows, swizzled
 from jaxsplit.ops.activations.swizzled import SwizzledRows
 from jaxsplit.ops.matmul import cuda_planes
+from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.quant.qtensor import QTensor
 
 MAX_ROWS = 256
@@ -77,13 +78,14 @@ class Tiling:
     @staticmethod
     def of(weights: Sequence[QTensor], rows: int, capability: float) -> "Tiling":
         """The fewest tiles of rows that leave shared memory for three stages, or for two."""
-        for tiles in range(-(-rows // _MAX_TILE), rows + 1):
+        tiles = -(-rows // _MAX_TILE)
+        while True:
             height = -(-rows // (8 * tiles)) * 8
             for stages in (4, 3, 2):
                 tiling = Tiling(8, height, stages)
                 if tiling.fits(weights, capability):
                     return tiling
-        raise ValueError(f"no tile of {rows} rows fits into shared memory")
+            tiles *= 2
 
 
 def _group(w: QTensor) -> int:
@@ -115,6 +117,8 @@ def gemm_bf16(
     weights: Sequence[QTensor],
     dtype: jnp.dtype = jnp.float32,
     *,
+    groups: GroupedGemmInfo | None = None,
+    out_rows: int = 0,
     tiling: Tiling | None = None,
     split_k: int | None = None,
     sum_parts: bool = True,
@@ -125,6 +129,9 @@ def gemm_bf16(
       x: `[rows, in]`.
       weights: supported matrices `[out, in]`.
       dtype: of the results.
+      groups: the weights are stacks `[matrices, out, in]`, multiplied with these groups of rows: 8
+        times a power of 2 each.
+      out_rows: with groups, the number of rows of the results.
       tiling: None: `Tiling.of` the matrices.
       split_k: parts of the inner dimension. None: as many as keep the GPU busy, but 1 if they are
         to be summed.
@@ -133,7 +140,8 @@ def gemm_bf16(
     split_k = 1 if split_k is None and sum_parts else split_k
     part_dtype = dtype if sum_parts and split_k == 1 else jnp.float32
     capability = current_context().policy.cuda
-    launch = launch_of(x, weights, part_dtype, capability, tiling=tiling, split_k=split_k)
+    more = {"groups": groups, "out_rows": out_rows, "tiling": tiling, "split_k": split_k}
+    launch = launch_of(x, weights, part_dtype, capability, **more)
     ys = cuda_call(launch, capability=capability)
     if not sum_parts:
         return ys
@@ -146,6 +154,8 @@ def launch_of(
     dtype: jnp.dtype,
     capability: float,
     *,
+    groups: GroupedGemmInfo | None = None,
+    out_rows: int = 0,
     tiling: Tiling | None = None,
     split_k: int | None = None,
 ) -> Launch:
@@ -153,28 +163,38 @@ def launch_of(
     results are `[parts, rows, out]` of a dtype."""
     rows = x.values.shape[1]
     weights = [cuda_planes.as_loaded(w) for w in weights]
-    tiling = tiling or Tiling.of(weights, rows, capability)
+    height = rows if groups is None else groups.x_row.shape[1]
+    tiling = tiling or Tiling.of(weights, height, capability)
     blocks = [-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights]
-    tiles = -(-rows // tiling.rows)
-    rounds = max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
-    parts = split_k or max(1, min(_MIN_BLOCKS // (sum(blocks) * tiles), rounds // _MIN_ROUNDS))
     given, structs = Arguments(), []
     squares = None if x.rms is None else x.rms.squares
     body = f"  Activations x = {given.operands(x.values, squares)};\n"
+    if groups is None:
+        tiles, results = -(-rows // tiling.rows), rows
+        rounds = max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
+        parts = split_k or max(1, min(_MIN_BLOCKS // (sum(blocks) * tiles), rounds // _MIN_ROUNDS))
+        body += "  Neighbors rows;\n"
+    else:
+        tiles, results, parts = len(groups.matrix) * (height // tiling.rows), out_rows, 1
+        arrays = groups.matrix, groups.start, groups.stop, groups.x_row, groups.count
+        body += f"  Group rows = {given.operands(*arrays)};\n"
+        body += "  if (!rows.exists()) return;\n"
     body += "  int program = blockIdx.x, part = blockIdx.y;\n"
     for i, (w, own) in enumerate(zip(weights, blocks, strict=True)):
-        result = given.result(jax.ShapeDtypeStruct((parts, rows, w.shape[-2]), dtype))
+        result = given.result(jax.ShapeDtypeStruct((parts, results, w.shape[-2]), dtype))
         structs.append(cuda_planes.struct_of(f"W{i}", w))
         body += (
             f"  if (program < {own}) {{\n"
             f"    W{i} w = {cuda_planes.pointers_of(w, given)};\n"
-            f"    multiply<W{i}, {tiling.stages}>(w, x, program, part, {result});\n"
+            f"    multiply<W{i}, {tiling.stages}>(w, x, rows, program, part, {result});\n"
             "    return;\n  }\n"
             f"  program -= {own};\n"
         )
     element, warpgroups = cpp_type(x.values.dtype), capability == _WARPGROUPS
     sizes = {
         "ROWS": rows,
+        "RESULTS": results,
+        "GROUP": height,
         "TILE": tiling.rows,
         "PARTS": parts,
         "WARPS": tiling.warps,

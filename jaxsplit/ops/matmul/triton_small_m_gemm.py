@@ -24,6 +24,7 @@ from jaxsplit.ops.activations.packed import (
 from jaxsplit.ops.launch import dispatch_programs, divmod_pow2
 from jaxsplit.ops.matmul import triton_gemv_int8
 from jaxsplit.ops.matmul.byte_tables import look_up_ptx
+from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.matmul.scaling import both_halves, scale_by_jax, scale_ptx
 from jaxsplit.ops.matmul.trellis import scaled_trellis
 from jaxsplit.pallas import ArrayRef, pl, plgpu
@@ -77,27 +78,6 @@ def _shorten_steps(tiling: _Tiling, weights: Sequence[QTensor]) -> _Tiling:
     """Fewer byte pairs per step, for lower register pressure."""
     codes_per_byte = max(packing_of(w.layout)[0] for w in weights)
     return dataclasses.replace(tiling, pairs=max(64, tiling.pairs // codes_per_byte))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GroupedGemmInfo:
-    """Groups of rows, each multiplied with one matrix of a stack.
-
-    Attributes:
-      matrix: index into the stack, int32 `[groups]`.
-      start: first row of the results of each group, int32 `[groups]`.
-      stop: end of its rows, int32 `[groups]`.
-      x_row: the rows of activations that each group multiplies, int32 `[groups, rows]`; the rows
-        past `stop` are padding.
-      count: number of groups that exist, int32.
-    """
-
-    matrix: Array
-    start: Array
-    stop: Array
-    x_row: Array
-    count: Array
 
 
 def supports(w: QTensor, dtype: jnp.dtype) -> bool:

@@ -19,7 +19,7 @@ from jaxsplit.ops.activations.layout import (
     RMSStatistics,
     rows_of,
 )
-from jaxsplit.ops.matmul.api import Like, has_int8_kernel, has_small_m_kernel, int8_rows
+from jaxsplit.ops.matmul.api import Like, has_grouped_kernel, has_int8_kernel, int8_rows
 from jaxsplit.ops.moe import router, triton_router
 from jaxsplit.ops.moe.experts import (
     ExpertMatrices,
@@ -130,7 +130,7 @@ def _supports_grouped_gemm(x: Like, top_k: int, params: ExpertParams) -> bool:
         return False
     if _few_pairs(x, top_k, params) and int8_rows(rows_of(x)):
         return False
-    return all(has_small_m_kernel(stack, x.dtype) for stack in params.stacks)
+    return all(has_grouped_kernel(stack, x.dtype) for stack in params.stacks)
 
 
 _EXPERTS = (

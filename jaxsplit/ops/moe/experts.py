@@ -12,7 +12,8 @@ from jaxsplit.ops.activations.api import act_and_mul, as_array
 from jaxsplit.ops.activations.functions import Activation, activate
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.matmul.api import GroupedGemmInfo, expert_matmuls, grouped_matmuls, matmul
+from jaxsplit.ops.matmul.api import expert_matmuls, grouped_matmuls, matmul
+from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.moe.tiles import ExpertTiles, make_tiles, tile_rows
 from jaxsplit.quant import QTensor, Weight, to_u8
 from jaxsplit.sharding.axes import Axis
