@@ -1,6 +1,7 @@
 // CUDA C++ on a CPU, to test kernels without a GPU: the threads of a block take turns, each until it
 // waits for others; one block runs after the other. Takes the place of jaxsplit/cuda/device.cuh.
 
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <cmath>
@@ -37,16 +38,31 @@ struct Barrier {
 
 struct Thread {
   ucontext_t context;
+  std::jmp_buf resumed;
   std::unique_ptr<char[]> stack;
-  bool done;
+  bool started, done;
 };
 
 constexpr std::size_t STACK_BYTES = 1 << 18;
-static ucontext_t scheduler;
+static std::jmp_buf scheduler;
 static std::vector<Thread> threads_of_block;
 static std::vector<Barrier> warps;
 static Barrier block;
 static bool progress;
+
+// Jumps, since `swapcontext` calls the kernel each time.
+static inline void take_turns() {
+  if (!setjmp(threads_of_block[threadIdx.x].resumed)) std::longjmp(scheduler, 1);
+}
+
+static void run_thread(int thread) {
+  auto& one = threads_of_block[thread];
+  threadIdx = {thread, 0, 0};
+  if (setjmp(scheduler)) return;
+  if (one.started) std::longjmp(one.resumed, 1);
+  one.started = true;
+  setcontext(&one.context);
+}
 
 static inline void wait_at(Barrier& barrier) {
   progress = true;
@@ -55,8 +71,8 @@ static inline void wait_at(Barrier& barrier) {
     barrier.passed++;
     return;
   }
-  int thread = threadIdx.x, passed = barrier.passed;
-  while (barrier.passed == passed) swapcontext(&threads_of_block[thread].context, &scheduler);
+  int passed = barrier.passed;
+  while (barrier.passed == passed) take_turns();
 }
 
 static inline void __syncthreads() { wait_at(block); }
@@ -320,13 +336,14 @@ static void launch(void (*kernel)(A...), void** pointers, const int* grid, int t
       getcontext(&one.context);
       one.context.uc_stack.ss_sp = one.stack.get();
       one.context.uc_stack.ss_size = STACK_BYTES;
-      one.context.uc_link = &scheduler;
-      one.done = false;
+      one.context.uc_link = nullptr;
+      one.started = one.done = false;
       makecontext(
           &one.context,
           (void (*)()) + [] {
             call(called, given, std::index_sequence_for<A...>());
             threads_of_block[threadIdx.x].done = progress = true;
+            std::longjmp(scheduler, 1);
           },
           0);
     }
@@ -334,8 +351,7 @@ static void launch(void (*kernel)(A...), void** pointers, const int* grid, int t
       running = progress = false;
       for (int thread = 0; thread < threads; thread++) {
         if (threads_of_block[thread].done) continue;
-        threadIdx = {thread, 0, 0};
-        swapcontext(&scheduler, &threads_of_block[thread].context);
+        run_thread(thread);
         running = true;
       }
       if (running && !progress) {

@@ -82,42 +82,53 @@ def rounded_rows(rng, rows, columns, *, normalized=False):
     )
 
 
-TYPES_WITH_KERNELS = [
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q8_0",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "TQ2_0",
-    "Q6_0",
-    "IQ1_BN",
-    "Q8_K_R8",
-    "IQ4_NL",
-    "IQ4_XS",
-    "IQ2_KL",
-    "Q1_0",
-    "MXFP4",
-    "NVFP4",
-    "IQ2_BN",
-    "Q8_KV",
+SMALL_BLOCKS = [
+    ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_0"],
+    ["IQ1_BN", "IQ2_BN", "IQ4_NL", "MXFP4", "NVFP4", "Q8_KV"],
 ]
+LARGE_BLOCKS = [
+    ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"],
+    ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"],
+    ["TQ1_0", "TQ2_0", "Q1_0", "Q8_K_R8", "IQ2_KL", "IQ2_KS"],
+    ["IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ3_KS"],
+    ["IQ4_KS", "IQ5_KS", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT"],
+]
+TYPES_WITH_KERNELS = SMALL_BLOCKS + LARGE_BLOCKS
+"""In groups that are multiplied by one kernel, as compiling takes the longest."""
+
+
+def matrices(names, columns):
+    """Random matrices of a few rows, and their values."""
+    rng = fresh_rng()
+    raws = [
+        usual_blocks(rng, name, 37 - i, columns // TYPES[name].block)
+        for i, name in enumerate(names)
+    ]
+
+    @jax.jit
+    def unpacked(raws):
+        weights = [unpack(name, raw) for name, raw in zip(names, raws, strict=True)]
+        return weights, list(map(dequantize, weights))
+
+    return unpacked(raws)
+
+
+@pytest.fixture(scope="module", params=TYPES_WITH_KERNELS, ids=" ".join)
+def some(request):
+    """Names of types, matrices, and their values."""
+    return request.param, *matrices(request.param, 2816)
 
 
 @on_cpu
-@pytest.mark.parametrize("name", TYPES_WITH_KERNELS)
-def test_gemv_int8_equals_float64(rng, name):
+def test_gemv_int8_equals_float64(rng, some):
     """Rows that fill a step and rows that do not; two rows of activations."""
-    w = matrix(rng, name, 7, 2816)
-    assert cuda_gemv_int8.supports(w)
+    names, weights, values = some
+    assert all(map(cuda_gemv_int8.supports, weights))
     x = rounded_rows(rng, 2, 2816)
-    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
     for tiling in (None, Tiling(32, 2, 3)):
-        [y] = cuda_host.run(launch_of(x, [w], jnp.float32, tiling=tiling))
-        assert nmse(y, expected) <= 1e-10
+        ys = cuda_host.run(launch_of(x, weights, jnp.float32, tiling=tiling))
+        for y, w, name in zip(ys, values, names, strict=True):
+            assert nmse(y, np.float64(x.dequantized()) @ np.float64(w).T) <= 1e-10, name
 
 
 def in_blocks(x):
@@ -134,16 +145,22 @@ def gemm(x, weights, **options):
 
 
 @on_cpu
-@pytest.mark.parametrize("name", TYPES_WITH_KERNELS)
-def test_gemm_int8_equals_float64(rng, name):
-    """Rows of a matrix that fill no tile; a last round in which some units do not exist."""
-    columns = 704 if TYPES[name].block <= 64 else 768
-    w = matrix(rng, name, 37, columns)
-    assert cuda_gemm_int8.supports(w)
-    x = in_blocks(rounded_rows(rng, 5, columns))
-    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
-    [y] = gemm(x, [w], split_k=1)
-    assert nmse(y[0], expected) <= 1e-12
+def test_gemm_int8_equals_float64(rng, some):
+    """Rows of a matrix that fill no tile; where chunks are long, a last round in which some units
+    do not exist."""
+    names, weights, values = some
+    assert all(map(cuda_gemm_int8.supports, weights))
+    x = in_blocks(rounded_rows(rng, 5, 2816))
+    for y, w, name in zip(gemm(x, weights, split_k=1), values, names, strict=True):
+        assert nmse(y[0], np.float64(x.dequantized()) @ np.float64(w).T) <= 1e-12, name
+
+
+@on_cpu
+def test_gemm_int8_of_a_last_round_that_is_not_full(rng):
+    weights, values = matrices(["Q4_0", "Q8_0"], 704)
+    x = in_blocks(rounded_rows(rng, 5, 704))
+    for y, w in zip(gemm(x, weights, split_k=1), values, strict=True):
+        assert nmse(y[0], np.float64(x.dequantized()) @ np.float64(w).T) <= 1e-12
 
 
 @on_cpu
@@ -189,18 +206,17 @@ def product_of_rounded(x, w):
 
 
 @on_cpu
-@pytest.mark.parametrize(
-    ("capability", "names"), [(8.0, slice(0, None, 2)), (9.0, slice(1, None, 2))]
-)
-def test_gemm_bf16_equals_float64(rng, capability, names):
+@pytest.mark.parametrize("names", TYPES_WITH_KERNELS, ids=" ".join)
+def test_gemm_bf16_equals_float64(rng, names):
     """Rows that fill no tile; matrices that fill no block."""
-    names = TYPES_WITH_KERNELS[names]
+    capability = 8.0 if names in TYPES_WITH_KERNELS[::2] else 9.0
     x = jnp.asarray(rng.normal(size=(11, 1024)), "bfloat16")
-    weights = [matrix(rng, name, 19 + i, 1024) for i, name in enumerate(names)]
+    weights, values = matrices(names, 1024)
     assert all(cuda_gemm_bf16.supports(w, x.dtype) for w in weights)
     launch = cuda_gemm_bf16.launch_of(swizzled(x), weights, jnp.float32, capability, split_k=1)
-    for y, w, name in zip(cuda_host.run(launch), weights, names, strict=True):
-        assert nmse(y[0], product_of_rounded(x, w)) <= 1e-12, name
+    for y, w, name in zip(cuda_host.run(launch), values, names, strict=True):
+        exact = np.float64(x) @ np.float64(w.astype(x.dtype)).T
+        assert nmse(y[0], exact) <= 1e-12, name
 
 
 @on_cpu

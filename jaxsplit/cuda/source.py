@@ -16,6 +16,7 @@ CPP_TYPES = {
     "bfloat16": "Bfloat16",
     "int32": "int",
     "uint32": "u32",
+    "int16": "Int16",
     "int8": "Int8",
     "uint8": "u8",
 }

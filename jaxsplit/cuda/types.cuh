@@ -6,6 +6,9 @@ struct Half {
 struct Bfloat16 {
   u16 bits;
 };
+struct Int16 {
+  short value;
+};
 struct Int8 {
   signed char value;
 };
@@ -61,6 +64,7 @@ struct Run<Int8> {
 
 // What is loaded now and converted when it is used: scales of weights.
 __device__ inline u32 load_raw(const Half* p) { return load_raw(&p->bits); }
+__device__ inline u32 load_raw(const Int16* p) { return load_raw((const u16*)p); }
 __device__ inline u32 load_raw(const Int8* p) { return load_raw((const u8*)p); }
 __device__ inline u32 load_raw(const float* p) { return float_bits(*p); }
 
@@ -79,24 +83,31 @@ struct Raw<u8> {
   __device__ static int value(u32 raw) { return (int)raw; }
 };
 template <>
+struct Raw<Int16> {
+  __device__ static int value(u32 raw) { return (int)(short)raw; }
+};
+template <>
 struct Raw<Int8> {
   __device__ static int value(u32 raw) { return (int)(signed char)raw; }
 };
 
-// Halves of powers of two, and of numbers with 4 bits of exponent and 3 of mantissa: as `_e8m0` and
-// `_ue4m3` (jaxsplit/quant/types.py).
-struct E8m0;
-struct Ue4m3;
+// As the functions of their names in jaxsplit/quant/scale_codes.py.
+__device__ inline float e8m0(u32 raw) {
+  return bits_float(raw < 2 ? 0x00200000u << raw : (raw - 1) << 23);
+}
 
-template <>
-struct Raw<E8m0> {
-  __device__ static float value(u32 raw) {
-    return bits_float(raw < 2 ? 0x00200000u << raw : (raw - 1) << 23);
-  }
-};
-template <>
-struct Raw<Ue4m3> {
-  __device__ static float value(u32 raw) {
-    return raw == 127 ? 0 : half_to_float((raw & 127) << 7) * 128;
-  }
-};
+__device__ inline float ue4m3(u32 raw) {
+  return raw == 127 ? 0 : half_to_float((raw & 127) << 7) * 128;
+}
+
+__device__ inline float half_steps(u32 raw, float step) { return ((int)raw + 0.5f) * step; }
+
+__device__ inline int signed_odd(u32 raw) {
+  int magnitude = 2 * (int)(raw & 7) + 1;
+  return raw > 7 ? -magnitude : magnitude;
+}
+
+__device__ inline int signed_4(u32 raw) {
+  int magnitude = (int)(raw & 15);
+  return raw > 15 ? -magnitude : magnitude;
+}

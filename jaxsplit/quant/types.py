@@ -29,6 +29,15 @@ from jaxsplit.quant.qtensor import (
     pack_scales,
     trellis_slice,
 )
+from jaxsplit.quant.scale_codes import (
+    above_shift,
+    e8m0,
+    half_steps,
+    odd,
+    signed_4,
+    signed_odd,
+    ue4m3,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,73 +63,28 @@ class QuantType:
     adds_offset: bool = False
 
 
-def _half_steps(scales: Array, step: float) -> Array:
-    """`(scales + 0.5) * step`, float32."""
-    return (scales.astype(jnp.float32) + 0.5) * step
-
-
-def _signed(scales: Array) -> Array:
-    """The odd number 1, 3, ..., 15 that the low 3 bits encode, negated if bit 3 is set."""
-    magnitude = _half_steps(scales & 7, 2)
-    return jnp.where(scales > 7, -magnitude, magnitude)
-
-
-def _signed_4(scales: Array) -> Array:
-    """The number that the low 4 bits are, negated if bit 4 is set."""
-    magnitude = (scales & 15).astype(jnp.float32)
-    return jnp.where(scales > 15, -magnitude, magnitude)
-
-
-def _above_shift(scales: Array) -> Array:
-    """The scale above the bit that shifts its group's values."""
-    return scales >> 1
-
-
-def _odd(scales: Array) -> Array:
-    """The odd scale whose lowest bit shifts its group's values."""
-    return scales | 1
-
-
-def _e8m0(scales: Array) -> Array:
-    """E8M0 scales, halved: `2**(e - 128)`. The smallest two are subnormal; XLA's CPU backend
-    flushes them to zero."""
-    bits = scales.astype(jnp.uint32)
-    bits = jnp.where(bits < 2, jnp.uint32(0x00200000) << bits, (bits - 1) << 23)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _ue4m3(scales: Array) -> Array:
-    """UE4M3 scales (4 exponent bits, 3 mantissa bits, top bit unused), halved; code 127 is zero.
-
-    The bits are reinterpreted as float16, whose exponent bias differs: that value is 2**8 times too
-    small.
-    """
-    small = lax.bitcast_convert_type((scales & 127).astype(jnp.uint16) << 7, jnp.float16)
-    return jnp.where(scales == 127, 0, small.astype(jnp.float32) * 2.0**7)
-
-
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _IQ4 = gguf.quants.IQ4_NL.kvalues
 
 # Codebook types get one code per weight, with 4-bit scales. IQ3_S (odd integers from -15 to 15) and
 # IQ1 (-1, 0 and 1, plus 1/8) need no table.
-_IQ1 = PlaneLayout((2,), offset=0.875, decode_scale=_signed, scale_bits=4)
+_IQ1 = PlaneLayout((2,), offset=0.875, decode_scale=signed_odd, scale_bits=4)
 _IQ2 = PlaneLayout(
     (2, 1),
     table=(8, 25, 43, 0, -8, -25, -43, 0),
-    decode_scale=partial(_half_steps, step=0.25),
+    decode_scale=partial(half_steps, step=0.25),
     scale_bits=4,
     chunk=64,
 )
 _IQ3_XXS = PlaneLayout(
     (4,),
     table=(-62, *range(-52, 53, 8), 62),
-    decode_scale=partial(_half_steps, step=0.5),
+    decode_scale=partial(half_steps, step=0.5),
     scale_bits=4,
     chunk=64,
 )
 _IQ3_S = PlaneLayout(
-    (4,), offset=7.5, decode_scale=partial(_half_steps, step=4), scale_bits=4, chunk=64
+    (4,), offset=7.5, decode_scale=partial(half_steps, step=4), scale_bits=4, chunk=64
 )
 
 TYPES: dict[str, QuantType] = {
@@ -133,8 +97,8 @@ TYPES: dict[str, QuantType] = {
     "Q5_0": QuantType(32, 22, PlaneLayout((4, 1), offset=16), blocks.q5_0),
     "Q5_1": QuantType(32, 24, PlaneLayout((4, 1)), blocks.q5_1),
     "Q8_0": QuantType(32, 34, PlaneLayout((8,)), blocks.q8_0),
-    "MXFP4": QuantType(32, 17, PlaneLayout((4,), table=_E2M1, decode_scale=_e8m0), blocks.mxfp4),
-    "NVFP4": QuantType(64, 36, PlaneLayout((4,), table=_E2M1, decode_scale=_ue4m3), blocks.nvfp4),
+    "MXFP4": QuantType(32, 17, PlaneLayout((4,), table=_E2M1, decode_scale=e8m0), blocks.mxfp4),
+    "NVFP4": QuantType(64, 36, PlaneLayout((4,), table=_E2M1, decode_scale=ue4m3), blocks.nvfp4),
     "Q2_K": QuantType(256, 84, PlaneLayout((2,), scale_bits=4, chunk=64), blocks.q2_k),
     "Q3_K": QuantType(256, 110, PlaneLayout((2, 1), offset=4, chunk=64), blocks.q3_k),
     "Q4_K": QuantType(256, 144, PlaneLayout((4,)), blocks.q4_k),
@@ -169,13 +133,13 @@ _T6 = (
     *(-2, 0, 3, 6, 9, 12, 14, 17, 20, 23, 27, 30, 33, 36, 40, 44),
     *(47, 51, 55, 59, 63, 68, 72, 77, 82, 87, 92, 98, 103, 109, 115, 121),
 )
-_IK2 = PlaneLayout((2,), table=_T2, shift=5, decode_scale=_above_shift, chunk=64)
-_IK3 = PlaneLayout((2, 1), table=_T3, shift=4, decode_scale=_above_shift, chunk=64)
-_IK4 = PlaneLayout((4,), table=ik_blocks.T4, shift=4, decode_scale=_above_shift)
-_IK5 = PlaneLayout((4, 1), table=_T5, shift=2, decode_scale=_above_shift, chunk=128)
-_IK6 = PlaneLayout((4, 2), table=_T6, shift=1, decode_scale=_above_shift, chunk=64)
-_IK4S = dataclasses.replace(_IK4, decode_scale=_odd)
-_IK5S = dataclasses.replace(_IK5, decode_scale=_odd, chunk=256)
+_IK2 = PlaneLayout((2,), table=_T2, shift=5, decode_scale=above_shift, chunk=64)
+_IK3 = PlaneLayout((2, 1), table=_T3, shift=4, decode_scale=above_shift, chunk=64)
+_IK4 = PlaneLayout((4,), table=ik_blocks.T4, shift=4, decode_scale=above_shift)
+_IK5 = PlaneLayout((4, 1), table=_T5, shift=2, decode_scale=above_shift, chunk=128)
+_IK6 = PlaneLayout((4, 2), table=_T6, shift=1, decode_scale=above_shift, chunk=64)
+_IK4S = dataclasses.replace(_IK4, decode_scale=odd)
+_IK5S = dataclasses.replace(_IK5, decode_scale=odd, chunk=256)
 _IK2KL = PlaneLayout((2, 1), table=_T3, chunk=64)
 _Q6_0 = PlaneLayout((4, 2), offset=32)
 _BN = PlaneLayout((2,), offset=1, chunk=64)
@@ -220,7 +184,7 @@ _IK: dict[str, tuple[PlaneLayout | None, Callable[[Array], BlockFields]]] = {
     "IQ2_S_R4": (TYPES["IQ2_S"].layout, ik_blocks.iq2_s_r4),
     "IQ4_XS_R8": (TYPES["IQ4_XS"].layout, ik_blocks.iq4_xs_r8),
     "IQ1_M_R4": (
-        dataclasses.replace(_IQ1, decode_scale=_signed_4, scale_bits=8),
+        dataclasses.replace(_IQ1, decode_scale=signed_4, scale_bits=8),
         ik_blocks.iq1_m_r4,
     ),
     "Q6_0_R4": (_Q6_0, ik_blocks.q6_0_r4),

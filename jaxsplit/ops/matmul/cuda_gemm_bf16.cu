@@ -79,6 +79,13 @@ struct Round {
     return U::WHOLE ? i * (U::BYTES / 16) + piece % (U::BYTES / 16) : i;
   }
 
+  // The word of a row in the second plane that goes with four neighbors: its byte in the round.
+  __device__ static int second_byte(int piece, int of_unit, int member, int place) {
+    int at = U::WHOLE ? 4 * U::second_word(of_unit, member)
+                      : U::byte_of(of_unit, member, place) % (U::SECOND ? U::SECOND : 1);
+    return chunk(piece) * U::SECOND + at;
+  }
+
   __device__ static int place(int round, int piece) {
     return U::WHOLE ? 0 : (round % OF_CHUNK * 4 + piece) % U::PER_CHUNK;
   }
@@ -88,6 +95,7 @@ struct Round {
 template <class W>
 struct Scales {
   typedef Round<W> R;
+  typedef typename R::U U;
   static constexpr int SPANS = R::TILES * R::SPANS;
   static constexpr int OF_THREAD = (SPANS + 1) / 2;
 
@@ -101,8 +109,8 @@ struct Scales {
       span = span < SPANS ? span : SPANS - 1;
       int weight = R::weight(round, span / R::SPANS) + span % R::SPANS * R::SPAN;
       long at = row * (W::COLUMNS / W::GROUP) + weight / W::GROUP;
-      scale[i] = load_raw(w.scale + at);
-      if (W::MINIMUM) minimum[i] = load_raw(w.minimum + at);
+      scale[i] = load_group<W>(w.scale, at);
+      if (W::MINIMUM) minimum[i] = load_group<W>(w.minimum, at);
       if (W::SUPER) {
         constexpr int SUPER = W::SUPER ? W::SUPER : 1;
         at = row * (W::COLUMNS / SUPER) + weight / SUPER;
@@ -117,28 +125,28 @@ struct Scales {
     for (int i = 0; i < OF_THREAD; i++) {
       int span = 2 * i + threadIdx.x / 16 % 2;
       if (span >= SPANS) continue;
-      float outer = 1, below = 1;
-      if (W::SUPER) outer = (float)Raw<typename W::Super>::value(super_scale[i]);
-      if (W::SUPER && W::MINIMUM) below = (float)Raw<typename W::Super>::value(super_minimum[i]);
-      scales[span][threadIdx.x % 16] = (float)Raw<typename W::Scale>::value(scale[i]) * outer;
-      if (!W::MINIMUM) continue;
-      minima[span][threadIdx.x % 16] = (float)Raw<typename W::Minimum>::value(minimum[i]) * below;
+      int row = threadIdx.x % 16;
+      scales[span][row] = W::scale_value(scale[i]) * U::outer_of(super_scale[i]);
+      if (!U::BELOW) continue;
+      float below = U::outer_below_of(super_scale[i], super_minimum[i]);
+      minima[span][row] = U::minimum_of(scale[i], minimum[i]) * below;
     }
   }
 };
 
-// Four weights, rounded to 16 bits: in words of two.
+// Four weights, rounded to 16 bits: in words of two. Codes are signed where a table or a trellis made
+// them, or as they are stored.
 template <class W>
 __device__ inline void dequantize(u32 codes, float scale, float minimum, u32* y, int distance) {
   // Bytes become the lowest bits of 2^23, the rest of whose mantissa counts units.
-  constexpr float START = 8388608 + (W::TABLE || W::BITS0 == 8 ? 128 : W::OFFSET);
-  if (W::TABLE) codes = look_up<W>(codes);
-  if (W::TABLE || W::BITS0 == 8) codes ^= 0x80808080u;
+  constexpr bool SIGNED = W::TABLE || W::TRELLIS || W::BITS0 == 8;
+  constexpr float START = 8388608 + (SIGNED ? 128 : W::OFFSET);
+  if (SIGNED) codes ^= 0x80808080u;
   float values[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     float value = bits_float(pick_bytes(codes, 0x4b000000, 0x7440 | i)) - START;
-    values[i] = W::MINIMUM ? value * scale + minimum : value * scale;
+    values[i] = Unit<W>::BELOW ? value * scale + minimum : value * scale;
   }
   y[0] = pack<X>(values[0], values[1]);
   y[distance] = pack<X>(values[2], values[3]);
@@ -184,7 +192,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   typedef Scales<W> S;
   typedef typename R::U U;
   constexpr int OF_PART = (R::COUNT + PARTS - 1) / PARTS, THREADS = 32 * WARPS;
-  constexpr int OF_WARP = S::SPANS * (W::MINIMUM ? 2 : 1);
+  constexpr int OF_WARP = S::SPANS * (U::BELOW ? 2 : 1);
   static_assert(STAGES * R::STAGE_BYTES + WARPS * OF_WARP * 64 <= SHARED, "all of it fits");
   int warp = warp_index(), lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
   int first = (program * WARPS + warp) * 16, matrix = rows.matrix();
@@ -249,24 +257,27 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
       u32 words[2], second[2] = {};
       int place = R::place(round, piece);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const char* of_row = codes + 16 * (quad + 8 * half);
-        words[half] = *(const u32*)(of_row + piece * R::PIECE_BYTES + 4 * member);
-        if (!R::SECOND) continue;
-        int at = U::byte_of(R::unit_slice(piece, 0), member, place) % (U::SECOND ? U::SECOND : 1);
-        at = (at + R::chunk(piece) * U::SECOND) & ~3;
-        second[half] = *(const u32*)(of_row + (4 + at / 16) * R::PIECE_BYTES + at % 16);
-      }
-#pragma unroll
       for (int i = 0; i < R::TILES; i++) {
         u32* operand = a[(piece * R::TILES + i) % 2];
-        int slice = R::slice(piece, i), span = slice * 16 / R::SPAN;
+        int of_unit = R::unit_slice(piece, i), slice = R::slice(piece, i);
+        int span = slice * 16 / R::SPAN;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          u32 stored = U::stored_codes_of(words[half], second[half], R::unit_slice(piece, i), member,
-                                          place);
-          float minimum = W::MINIMUM ? minima[span][quad + 8 * half] : 0;
-          dequantize<W>(stored, scales[span][quad + 8 * half], minimum, operand + half, 2);
+          int row = quad + 8 * half;
+          const char* of_row = codes + 16 * row;
+          if (i == 0 || W::TRELLIS) {
+            int word = U::first_word(of_unit, member) % 4;
+            words[half] = *(const u32*)(of_row + piece * R::PIECE_BYTES + 4 * word);
+          }
+          if (R::SECOND && (i == 0 || W::TRELLIS)) {
+            int at = R::second_byte(piece, of_unit, member, place);
+            second[half] = *(const u32*)(of_row + (4 + at / 16) * R::PIECE_BYTES + at % 16);
+          }
+          u32 four = W::TABLE || W::TRELLIS
+                         ? U::codes_of(words[half], second[half], of_unit, member, place)
+                         : U::stored_codes_of(words[half], second[half], of_unit, member, place);
+          float minimum = U::BELOW ? minima[span][row] : 0;
+          dequantize<W>(four, scales[span][row], minimum, operand + half, 2);
         }
         begin_products();
         multiply_tile(total, operand, tiles + slice / 4 * TILE_BYTES, slice % 4);

@@ -66,8 +66,8 @@ class Tiling:
         tiles = 8 // w.layout.bits[0]
         codes = self.warps * _pieces(w) * (16 * _TILE + 32)
         stage = -(-(tiles * 2 * swizzled.COLUMNS * self.rows + codes) // 1024) * 1024
-        spans = tiles * swizzled.COLUMNS // min(_group(w), swizzled.COLUMNS)
-        scales = 4 * _TILE * spans * (1 if w.minimum is None else 2)
+        spans = tiles * swizzled.COLUMNS // min(cuda_planes.group(w), swizzled.COLUMNS)
+        scales = 4 * _TILE * spans * (2 if cuda_planes.has_minima(w) else 1)
         return self.stages * stage + self.warps * scales
 
     def fits(self, weights: Sequence[QTensor], capability: float) -> bool:
@@ -88,14 +88,9 @@ class Tiling:
             tiles *= 2
 
 
-def _group(w: QTensor) -> int:
-    """Weights that share a scale."""
-    return w.shape[-1] // w.scale.shape[-1]
-
-
 def _pieces(w: QTensor) -> int:
     """Of 16 bytes, of a row of the matrix in a round: see `Round`."""
-    first, *second = [w.layout.chunk * bits // 8 for bits in w.layout.bits]
+    first, *second = [cuda_planes.chunk(w) * bits // 8 for bits in w.layout.bits]
     return (_ROUND + sum(second) * max(1, _ROUND // first)) // 16
 
 
@@ -103,11 +98,11 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     """Whether the kernel can multiply rows of a dtype with a matrix."""
     if dtype not in (jnp.bfloat16, jnp.float16) or not cuda_planes.supports(w):
         return False
-    first, *second = [w.layout.chunk * bits // 8 for bits in w.layout.bits]
+    first, *second = [cuda_planes.chunk(w) * bits // 8 for bits in w.layout.bits]
     rounds = w.shape[-1] % (_ROUND * 8 // w.layout.bits[0]) == 0
     chunks = first in (16, 32) or first % _ROUND == 0
     whole = all(size * max(1, _ROUND // first) % 16 == 0 for size in second)
-    group = _group(w)
+    group = cuda_planes.group(w)
     spans = group in (16, 32) or group % swizzled.COLUMNS == 0
     return rounds and chunks and whole and spans
 
@@ -194,7 +189,7 @@ def launch_of(
     sizes = {
         "ROWS": rows,
         "RESULTS": results,
-        "GROUP": height,
+        "GROUP": tiling.rows if groups is None else height,
         "TILE": tiling.rows,
         "PARTS": parts,
         "WARPS": tiling.warps,

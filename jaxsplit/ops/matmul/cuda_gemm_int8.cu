@@ -52,15 +52,15 @@ __device__ inline void store_tile(const float* sums, int columns, int first, int
 }
 
 // Units of eight rows, four of each, in shared memory: pieces of 16 bytes of the first plane, one
-// with the words of the second plane that go with each of theirs, then scales and minima.
+// with the words of the second plane, then scales and minima.
 template <class W>
 struct Staged {
   typedef Unit<W> U;
   static constexpr int PIECES = U::BYTES / 16;
-  static_assert(U::SECOND_WORDS <= 4, "all pieces have the same words of the second plane");
+  static_assert(U::SECOND_WORDS <= 4, "words of the second plane fit into a piece");
 
   Words codes_[PIECES + (U::SECOND ? 1 : 0)][8][4];
-  float groups[U::SEGMENTS * (W::MINIMUM ? 2 : 1)][8][4];
+  float groups[U::SEGMENTS * (U::BELOW ? 2 : 1)][8][4];
 
   // Where units of a row are, so that neither stores nor loads of a warp conflict in banks.
   __device__ static int slot(int quad, int unit) { return unit ^ (quad / 2 & 3); }
@@ -71,19 +71,18 @@ struct Staged {
       Words words;
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        words.at[k] = i < PIECES ? unit.first[4 * i + k] : unit.second[U::second_word(0, k)];
+        words.at[k] = i < PIECES ? unit.first[4 * i + k] : k < U::SECOND_WORDS ? unit.second[k] : 0;
       }
       codes_[i][quad][slot(quad, member)] = words;
     }
-    float outer = W::SUPER ? (float)Raw<typename W::Super>::value(unit.super_scale) : 1;
-    float below = 1;
-    if (W::SUPER && W::MINIMUM) below = (float)Raw<typename W::Super>::value(unit.super_minimum);
+    float outer = U::outer_of(unit.super_scale);
+    float below = U::outer_below_of(unit.super_scale, unit.super_minimum);
 #pragma unroll
     for (int i = 0; i < U::SEGMENTS; i++) {
-      groups[i][quad][member] = (float)Raw<typename W::Scale>::value(unit.scale[i]) * outer;
-      if (W::MINIMUM) {
-        groups[U::SEGMENTS + i][quad][member] =
-            (float)Raw<typename W::Minimum>::value(unit.minimum[i]) * below;
+      groups[i][quad][member] = W::scale_value(unit.scale[i]) * outer;
+      if (U::BELOW) {
+        float minimum = U::minimum_of(unit.scale[i], unit.minimum[i]);
+        groups[U::SEGMENTS + i][quad][member] = minimum * below;
       }
     }
   }
@@ -98,8 +97,9 @@ struct Staged {
 
   // Four codes: those of word `k` of a slice.
   __device__ u32 codes(int quad, int unit, int slice, int k, int place) const {
-    u32 first = codes_[slice % PIECES][quad][slot(quad, unit)].at[k];
-    u32 second = U::SECOND ? codes_[PIECES][quad][slot(quad, unit)].at[k] : 0;
+    int at = slot(quad, unit), word = U::first_word(slice, k);
+    u32 first = codes_[word / 4][quad][at].at[word % 4];
+    u32 second = U::SECOND ? codes_[PIECES][quad][at].at[U::second_word(slice, k)] : 0;
     return U::codes_of(first, second, slice, k, place);
   }
 };
@@ -164,15 +164,15 @@ __device__ void multiply(const W& w, const Activations& x, int program, int part
           a[tile][i % 4] = from.codes(quad, unit[half], slice[half], member, at[half] % U::PER_CHUNK);
           if (half && !HALVES) continue;
           scale[tile][low][half] = from.scale(quad, unit[half], segment);
-          if (W::MINIMUM) minimum[tile][low][half] = from.minimum(quad, unit[half], segment);
+          if (U::BELOW) minimum[tile][low][half] = from.minimum(quad, unit[half], segment);
         }
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++) {
           int row = 8 * n + quad < ROWS ? 8 * n + quad : ROWS - 1;
           Two<u32> b = *(const Two<u32>*)(x.codes + 8 * (block * ROWS + row) + 2 * member);
           Two<float> x_scale = of_results(x.scale + block * ROWS, n), sums[2];
-          if (W::MINIMUM && !HALVES) sums[0] = of_results(x.sums + block * ROWS, n);
-          if (W::MINIMUM && HALVES) {
+          if (U::BELOW && !HALVES) sums[0] = of_results(x.sums + block * ROWS, n);
+          if (U::BELOW && HALVES) {
             sums[0] = of_results(x.half_sums + 2 * block * ROWS, n);
             sums[1] = of_results(x.half_sums + (2 * block + 1) * ROWS, n);
           }
@@ -196,8 +196,8 @@ __device__ void multiply(const W& w, const Activations& x, int program, int part
               } else {
                 sum += product * (s[0] * x_scale.at[i % 2]);
               }
-              if (W::MINIMUM) sum += m[0] * sums[0].at[i % 2];
-              if (W::MINIMUM && HALVES) sum += m[1] * sums[1].at[i % 2];
+              if (U::BELOW) sum += m[0] * sums[0].at[i % 2];
+              if (U::BELOW && HALVES) sum += m[1] * sums[1].at[i % 2];
             }
           }
         }

@@ -55,7 +55,7 @@ class Tiling:
 
     def scratch(self, w: QTensor, rows: int) -> int:
         """Bytes of shared memory: units of all threads, and later sums of warps."""
-        groups = cuda_planes.segments(w) * (1 if w.minimum is None else 2)
+        groups = cuda_planes.segments(w) * (2 if cuda_planes.has_minima(w) else 1)
         staged = cuda_planes.unit_bytes(w) + SLICE * (len(w.codes) - 1) + 4 * groups
         units = 32 * _WARPS * 2 * self.tiles * staged
         sums = 4 * _WARPS * _TILE * 8 * -(-rows // 8)

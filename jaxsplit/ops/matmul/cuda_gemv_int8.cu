@@ -19,7 +19,6 @@ template <class W, int X, int LANES, int ROWS, int STEPS, class T>
 __device__ void multiply(const W& w, const Activations& x, long stacked, int x_row, int program,
                          T* y, int y_row) {
   typedef Unit<W> U;
-  typedef Raw<typename W::Scale> S;
   constexpr int ROUND = LANES * STEPS, ROUNDS = (U::IN_ROW + ROUND - 1) / ROUND;
   constexpr int PADDED = (W::COLUMNS + 127) / 128 * 128;
   int lane = threadIdx.x % LANES, team = threadIdx.x / LANES;
@@ -65,7 +64,7 @@ __device__ void multiply(const W& w, const Activations& x, long stacked, int x_r
         for (int first = 0; first < U::SEGMENTS; first += U::PAIR) {
           int weight = U::weight(chunk[s], place[s], first);
           float scale = scales[weight / 32];
-          decltype(S::value(0)) scaled[ROWS] = {};
+          decltype(W::scale_value(0)) scaled[ROWS] = {};
 #pragma unroll
           for (int i = first; i < first + U::PAIR; i++) {
             int dots[ROWS] = {};
@@ -82,11 +81,12 @@ __device__ void multiply(const W& w, const Activations& x, long stacked, int x_r
                 }
               }
             }
-            float sum = W::MINIMUM ? sums[U::weight(chunk[s], place[s], i) / (16 * U::SEGMENT)] : 0;
+            float sum = U::BELOW ? sums[U::weight(chunk[s], place[s], i) / (16 * U::SEGMENT)] : 0;
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-              scaled[r] += S::value(units[s][r].scale[i]) * dots[r];
-              if (W::MINIMUM) below[r] += (float)Raw<typename W::Minimum>::value(units[s][r].minimum[i]) * sum;
+              const U& unit = units[s][r];
+              scaled[r] += W::scale_value(unit.scale[i]) * dots[r];
+              if (U::BELOW) below[r] += U::minimum_of(unit.scale[i], unit.minimum[i]) * sum;
             }
           }
 #pragma unroll
@@ -94,8 +94,9 @@ __device__ void multiply(const W& w, const Activations& x, long stacked, int x_r
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-          if (W::SUPER) y[r] *= (float)Raw<typename W::Super>::value(units[s][r].super_scale);
-          if (W::SUPER && W::MINIMUM) below[r] *= (float)Raw<typename W::Super>::value(units[s][r].super_minimum);
+          const U& unit = units[s][r];
+          y[r] *= U::outer_of(unit.super_scale);
+          if (U::BELOW) below[r] *= U::outer_below_of(unit.super_scale, unit.super_minimum);
           total[m][r] += y[r] + below[r];
         }
       }

@@ -2,7 +2,9 @@
 //
 // `W` describes a matrix: constants, and pointers to its planes. A unit is what a thread loads of a
 // row at a time: a chunk of the first plane if that is at most 32 bytes, else 16 bytes. A slice is
-// 16 neighboring weights.
+// 16 neighboring weights. A chunk of a trellis counts as eight: its 16 bytes.
+
+constexpr u32 TRELLIS_FACTOR = 0xcbac1fedu;
 
 // The codes of four neighbors, their offset subtracted: borrows stay within each byte.
 template <int OFFSET>
@@ -11,14 +13,51 @@ __device__ inline u32 signed_codes(u32 codes) {
   return ((codes | 0x80808080u) - OFFSET * 0x01010101u) ^ 0x80808080u;
 }
 
-// What a table of up to 16 signed bytes, in four words, holds for four codes.
+// What some of a table's signed bytes hold for four codes: ENTRIES from word FIRST on, a power of two
+// and at least eight. `digits` has a code in every hexadecimal digit of its lower half.
+template <class W, int FIRST, int ENTRIES>
+__device__ inline u32 look_up_some(u32 codes, u32 digits) {
+  if constexpr (ENTRIES <= 8) {
+    return pick_bytes(W::TABLE_WORDS[FIRST], W::TABLE_WORDS[FIRST + 1], digits & 0x7777);
+  } else {
+    u32 low = look_up_some<W, FIRST, ENTRIES / 2>(codes, digits);
+    u32 high = look_up_some<W, FIRST + ENTRIES / 8, ENTRIES / 2>(codes, digits);
+    if constexpr (ENTRIES == 16) return pick_bytes(low, high, 0x3210 | (digits & 0x8888) >> 1);
+    u32 chosen = (codes / (ENTRIES / 2) & 0x01010101u) * 255;
+    return (low & ~chosen) | (high & chosen);
+  }
+}
+
 template <class W>
 __device__ inline u32 look_up(u32 codes) {
-  u32 digits = pick_bytes(codes | codes >> 4, 0, 0x4420);
-  u32 low = pick_bytes(W::TABLE0, W::TABLE1, W::TABLE > 8 ? digits & 0x7777 : digits);
-  if (W::TABLE <= 8) return low;
-  u32 high = pick_bytes(W::TABLE2, W::TABLE3, digits & 0x7777);
-  return pick_bytes(low, high, 0x3210 | (digits & 0x8888) >> 1);
+  u32 nibbles = codes & 0x0f0f0f0fu;
+  u32 digits = pick_bytes(nibbles | nibbles >> 4, 0, 0x4420);
+  return look_up_some<W, 0, W::TABLE <= 8 ? 8 : W::TABLE <= 16 ? 16 : W::TABLE <= 32 ? 32 : 64>(
+      codes, digits);
+}
+
+// Four signed bytes that a state of 16 bits encodes, from an index on (`trellis_values`,
+// jaxsplit/quant/qtensor.py); with `signs`, their magnitudes, negated where a bit is set.
+template <bool SIGNS>
+__device__ inline u32 trellis_bytes(u32 state, int start, u32 signs) {
+  u32 y = 0, early = TRELLIS_FACTOR, late = early * early * early * early * early;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 number = (state + 4096) * (start ? late : early);
+    int value = dot4(number & 0x3f3f3f3fu, 0x01010101u, -126);
+    if (SIGNS && (signs >> i & 1 ? value > 0 : value < 0)) value = -value;
+    y |= (u32)(value & 255) << (8 * i);
+    early *= TRELLIS_FACTOR;
+    late *= TRELLIS_FACTOR;
+  }
+  return y;
+}
+
+// A stored scale or minimum; in half a byte if SCALE_BITS are 4.
+template <class W, class T>
+__device__ inline u32 load_group(const T* plane, long at) {
+  if (W::SCALE_BITS == 4) return load_raw(plane + at / 2) >> (4 * (at % 2)) & 15;
+  return load_raw(plane + at);
 }
 
 template <class W>
@@ -39,6 +78,9 @@ struct Unit {
   static constexpr int SEGMENTS = SLICES / SEGMENT;
   // Neighboring segments share a scale of the activations, too.
   static constexpr int PAIR = WHOLE && SEGMENT == 1 ? 2 : 1;
+
+  // Whether groups have minima: stored ones, or those that shifts and fractional offsets make.
+  static constexpr bool BELOW = W::MINIMUM || W::SHIFT || W::FRACTION != 0;
 
   u32 first[BYTES / 4];
   u32 second[SECOND_WORDS ? SECOND_WORDS : 1];
@@ -83,8 +125,8 @@ struct Unit {
 #pragma unroll
     for (int i = 0; i < SEGMENTS; i++) {
       int group = weight(chunk, place, i) / W::GROUP;
-      scale[i] = load_raw(w.scale + row * (W::COLUMNS / W::GROUP) + group);
-      if (W::MINIMUM) minimum[i] = load_raw(w.minimum + row * (W::COLUMNS / W::GROUP) + group);
+      scale[i] = load_group<W>(w.scale, row * (W::COLUMNS / W::GROUP) + group);
+      if (W::MINIMUM) minimum[i] = load_group<W>(w.minimum, row * (W::COLUMNS / W::GROUP) + group);
     }
     if (W::SUPER) {
       constexpr int SUPER = W::SUPER ? W::SUPER : 1;
@@ -94,19 +136,49 @@ struct Unit {
     }
   }
 
+  // Of a group, without its super-group's.
+  __device__ static float minimum_of(u32 scale, u32 minimum) {
+    if (W::MINIMUM) return (float)Raw<typename W::Minimum>::value(minimum);
+    return W::scale_value(scale) * (W::SHIFT * (int)(scale & 1) - W::FRACTION);
+  }
+
+  // Of its super-group: those of scales and of minima.
+  __device__ static float outer_of(u32 super_scale) {
+    return W::SUPER ? (float)Raw<typename W::Super>::value(super_scale) : 1;
+  }
+
+  __device__ static float outer_below_of(u32 super_scale, u32 super_minimum) {
+    return outer_of(W::MINIMUM ? super_minimum : super_scale);
+  }
+
   // Four codes: those of word `k` of a slice.
   __device__ u32 codes(int slice, int k, int place) const {
-    u32 low = first[slice % (BYTES / 16) * 4 + k];
+    u32 low = first[first_word(slice, k)];
     return codes_of(low, SECOND ? second[second_word(slice, k)] : 0, slice, k, place);
+  }
+
+  // The word of a unit with their lower bits, or with the state that encodes them.
+  __device__ static int first_word(int slice, int k) {
+    return W::TRELLIS ? state(slice, k) / 2 : slice % (BYTES / 16) * 4 + k;
   }
 
   // The word of a unit in the second plane with their upper bits.
   __device__ static int second_word(int slice, int k) {
+    if (W::TRELLIS) return state(slice, k) / 4;
     return WHOLE ? byte_of(slice, k, 0) % (SECOND ? SECOND : 1) / 4 : k;
+  }
+
+  __device__ static int state(int slice, int k) {
+    return (16 * slice + 4 * k) / (W::TRELLIS ? W::TRELLIS : 1);
   }
 
   // What the words of both planes hold of them.
   __device__ static u32 codes_of(u32 first, u32 second, int slice, int k, int place) {
+    if (W::TRELLIS) {
+      int at = state(slice, k), start = 4 * k % (W::TRELLIS ? W::TRELLIS : 1);
+      u32 signs = second >> (8 * (at % 4) + start);
+      return trellis_bytes<(W::BITS1 > 0)>(first >> (16 * (at % 2)) & 0xffff, start, signs);
+    }
     u32 y = stored_codes_of(first, second, slice, k, place);
     return W::TABLE ? look_up<W>(y) : signed_codes<W::OFFSET>(y);
   }

@@ -1,5 +1,6 @@
 """Quantized matrices as kernels in CUDA C++ read them."""
 
+import functools
 import importlib.resources
 from collections.abc import Callable
 
@@ -10,40 +11,76 @@ from jax import Array
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations.int8 import SLICE
 from jaxsplit.ops.activations.layout import BLOCK
-from jaxsplit.quant import TYPES
 from jaxsplit.quant.qtensor import QTensor, to_u32
+from jaxsplit.quant.scale_codes import (
+    above_shift,
+    e8m0,
+    half_steps,
+    odd,
+    signed_4,
+    signed_odd,
+    ue4m3,
+)
 
 FOLDER = importlib.resources.files("jaxsplit") / "ops" / "matmul"
 FILE = FOLDER / "cuda_planes.cuh"
 
 
-def _scale_decoder(kind: str) -> Callable[[Array], Array] | None:
-    layout = TYPES[kind].layout
-    assert layout is not None
-    return layout.decode_scale
+_DECODED: dict[Callable[..., Array] | None, str] = {
+    None: "{value}",
+    e8m0: "e8m0(raw)",
+    ue4m3: "ue4m3(raw)",
+    half_steps: "half_steps(raw, {step!r}f)",
+    signed_odd: "signed_odd(raw)",
+    signed_4: "signed_4(raw)",
+    above_shift: "{value} >> 1",
+    odd: "{value} | 1",
+}
+"""What a stored scale `raw` encodes in C++, given its `value`; by what decodes it in Python."""
+
+_MAX_TABLE = 64
+"""Entries, of which `look_up` picks."""
 
 
-_DECODED = {None: "", _scale_decoder("MXFP4"): "E8m0", _scale_decoder("NVFP4"): "Ue4m3"}
-"""Types of `types.cuh` that decode scales, by what does in Python."""
-
-_MAX_TABLE = 16
-"""Entries, which bytes of four words are picked from."""
+def _scale_value(w: QTensor) -> str | None:
+    """The expression for what a stored scale encodes; None: there is none."""
+    decode, step = w.layout.decode_scale, 0.0
+    if isinstance(decode, functools.partial):
+        decode, step = decode.func, float(decode.keywords["step"])
+    form = _DECODED.get(decode)
+    value = f"Raw<{cpp_type(w.scale.dtype)}>::value(raw)"
+    return form and form.format(value=value, step=step)
 
 
 def supports(w: QTensor) -> bool:
     """Whether kernels in CUDA C++ can multiply with a matrix, or a stack."""
     layout = w.layout
-    known = len(layout.table or ()) <= _MAX_TABLE and not layout.shift and not layout.trellis
-    affine = known and layout.decode_scale in _DECODED and layout.scale_bits == 8
-    first, *more = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk
+    known = len(layout.table or ()) <= _MAX_TABLE and _scale_value(w) is not None
+    first, *more = [chunk(w) * bits // 8 for bits in layout.bits]  # bytes of a chunk
     planes = len(more) <= 1 and all(
         size % (4 if first <= 2 * SLICE else SLICE) == 0 for size in more
     )
-    offset = layout.offset == int(layout.offset) and (layout.offset == 0 or layout.bits != (8,))
-    columns, groups = w.shape[-1], w.scale.shape[-1]
+    offset = layout.offset == 0 or layout.bits != (8,)
+    columns = w.shape[-1]
+    groups = w.scale.shape[-1] * 8 // layout.scale_bits
     group = columns // groups if columns % groups == 0 else 0
     whole = group == SLICE or (group > 0 and group % BLOCK == 0)
-    return affine and first % SLICE == 0 and planes and offset and whole and columns % BLOCK == 0
+    return known and first % SLICE == 0 and planes and offset and whole and columns % BLOCK == 0
+
+
+def chunk(w: QTensor) -> int:
+    """Weights that are packed together; of a trellis, in 16 bytes."""
+    return w.layout.chunk * (8 if w.layout.trellis else 1)
+
+
+def group(w: QTensor) -> int:
+    """Weights that share a scale."""
+    return w.shape[-1] * w.layout.scale_bits // 8 // w.scale.shape[-1]
+
+
+def has_minima(w: QTensor) -> bool:
+    """Whether groups have minima: stored ones, or those that shifts and fractional offsets make."""
+    return w.minimum is not None or w.layout.shift > 0 or w.layout.offset % 1 > 0
 
 
 def as_loaded(w: QTensor) -> QTensor:
@@ -53,12 +90,12 @@ def as_loaded(w: QTensor) -> QTensor:
 
 def _chunk_bytes(w: QTensor) -> int:
     """Of the first plane."""
-    return w.layout.chunk * w.layout.bits[0] // 8
+    return chunk(w) * w.layout.bits[0] // 8
 
 
 def units(w: QTensor) -> int:
     """Units of a row; as in `Unit`."""
-    return w.shape[-1] // w.layout.chunk * max(1, _chunk_bytes(w) // unit_bytes(w))
+    return w.shape[-1] // chunk(w) * max(1, _chunk_bytes(w) // unit_bytes(w))
 
 
 def unit_bytes(w: QTensor) -> int:
@@ -71,7 +108,7 @@ def segments(w: QTensor) -> int:
     """Scales of a unit; as in `Unit`."""
     size = unit_bytes(w)
     slices = size * 8 // w.layout.bits[0] // SLICE
-    blocks = size == _chunk_bytes(w) and w.shape[-1] // w.scale.shape[-1] >= BLOCK
+    blocks = size == _chunk_bytes(w) and group(w) >= BLOCK
     return slices // 2 if blocks else slices
 
 
@@ -83,24 +120,28 @@ def struct_of(name: str, w: QTensor) -> str:
         scale if plane is None else cpp_type(plane.dtype) for plane in (w.minimum, w.super_scale)
     )
     table = layout.table or ()
-    words = np.pad(np.array(table, np.int8), (0, _MAX_TABLE - len(table))).view("<i4")
+    words = np.pad(np.array(table, np.int8), (0, _MAX_TABLE - len(table))).view("<u4")
     sizes = {
         "OUT": w.shape[-2],
         "COLUMNS": columns,
-        "CHUNK": layout.chunk,
+        "CHUNK": chunk(w),
         "BITS0": layout.bits[0],
         "BITS1": layout.bits[1] if len(layout.bits) > 1 else 0,
         "OFFSET": int(layout.offset),
+        "FRACTION": float(layout.offset % 1),
+        "SHIFT": layout.shift,
         "TABLE": len(table),
-        **{f"TABLE{i}": int(word) for i, word in enumerate(words)},
-        "GROUP": columns // w.scale.shape[-1],
+        "TRELLIS": layout.chunk if layout.trellis else 0,
+        "SCALE_BITS": layout.scale_bits,
+        "GROUP": group(w),
         "SUPER": 0 if w.super_scale is None else columns // w.super_scale.shape[-1],
         "MINIMUM": int(w.minimum is not None),
     }
     return (
         f"struct {name} {{\n{constants(sizes, '  static ')}"
-        f"  typedef {_DECODED[layout.decode_scale] or scale} Scale;\n"
+        f"  static constexpr u32 TABLE_WORDS[] = {{{', '.join(f'{word}u' for word in words)}}};\n"
         f"  typedef {minimum} Minimum;\n  typedef {outer} Super;\n"
+        f"  __device__ static auto scale_value(u32 raw) {{ return {_scale_value(w)}; }}\n"
         f"  const u32 *first, *second;\n  const {scale}* scale;\n  const Minimum* minimum;\n"
         "  const Super *super_scale, *super_minimum;\n};\n"
     )
