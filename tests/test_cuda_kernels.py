@@ -25,7 +25,7 @@ from jaxsplit.cuda import nvrtc
 from jaxsplit.cuda.expression import expression
 from jaxsplit.cuda.source import source_of
 from jaxsplit.errors import JaxsplitError
-from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
+from jaxsplit.models import AttentionConfig, MLPConfig, MoEConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
 from jaxsplit.ops.activations import cuda_rows, int8
 from jaxsplit.ops.activations.functions import (
@@ -44,6 +44,7 @@ from jaxsplit.ops.matmul import cuda_gemm_bf16, cuda_gemm_int8, cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.moe import api as moe
+from jaxsplit.ops.moe import cuda_router, router
 from jaxsplit.ops.moe.experts import ExpertMatrices, ExpertParams
 from jaxsplit.quant import TYPES, dequantize, unpack
 from jaxsplit.sharding.axes import Axis
@@ -480,7 +481,9 @@ def emulate_gpu(monkeypatch, capability):
 
         return list(jax.pure_callback(run, list(launch.results), *launch.operands))
 
-    for module in (cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16):
+    for module in (
+        *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16, cuda_router),
+    ):
         monkeypatch.setattr(module, "cuda_call", emulated)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
     return launched
@@ -556,6 +559,34 @@ def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch):
         hidden = up * gate / (1 + np.exp(-gate))
         expected[token] += weights[token, slot] * (exact["down"][expert] @ hidden)
     assert 1e-7 < nmse(y, expected) <= 1e-4
+
+
+ROUTINGS = {
+    "softmax": MoEConfig(100, 6, MLPConfig(8), normalize=True),
+    "sigmoid": MoEConfig(33, 8, MLPConfig(8), routing="sigmoid", normalize=True, scale=2.5),
+    "sqrt_softplus": MoEConfig(256, 5, MLPConfig(8), routing="sqrt_softplus"),
+    "softmax_after_topk": MoEConfig(8, 2, MLPConfig(8), routing="softmax_after_topk"),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_kernel_chooses_the_experts_that_xla_does(rng, name):
+    """With ties; with and without biases, scales, and a deferred normalization; NaN stays."""
+    config = ROUTINGS[name]
+    logits = np.float32(rng.normal(size=(5, config.experts)))
+    bias, scale = np.float32(rng.uniform(0, 1, (2, config.experts)))
+    logits[2, 1::2] = logits[2, : len(logits[2, 1::2]) * 2 : 2]
+    rms = RMSStatistics(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
+    for vectors, by in (((None, None), None), ((bias, scale), rms)):
+        divided = logits if by is None else logits * np.asarray(by.inverse)[:, None]
+        expected = router.topk_experts(jnp.asarray(divided), config, *vectors)
+        ids, weights = cuda_host.run(cuda_router.launch_of(logits, config, *vectors, rms=by))
+        np.testing.assert_array_equal(ids, expected[0])
+        np.testing.assert_allclose(weights, expected[1], rtol=3e-6)
+    logits[3, 1] = np.nan
+    _, weights = cuda_host.run(cuda_router.launch_of(logits, config, None, None, rms=None))
+    assert np.isnan(weights).any(axis=-1).tolist() == [False, False, False, True, False]
 
 
 # Code for GPUs that are not there.

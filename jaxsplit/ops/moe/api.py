@@ -20,7 +20,7 @@ from jaxsplit.ops.activations.layout import (
     rows_of,
 )
 from jaxsplit.ops.matmul.api import Like, has_grouped_kernel, has_int8_kernel, int8_rows
-from jaxsplit.ops.moe import router, triton_router
+from jaxsplit.ops.moe import cuda_router, router, triton_router
 from jaxsplit.ops.moe.experts import (
     ExpertMatrices,
     ExpertParams,
@@ -68,8 +68,10 @@ def topk_experts(
     Returns:
       experts, int32 `[..., top_k]`, and router weights, float32 `[..., top_k]`.
     """
-    if current_context().policy.kernels and triton_router.supports(config, rows_of(logits)):
-        return triton_router.topk_experts(logits, config, bias, scale, rms=rms)
+    policy = current_context().policy
+    for runs, kernel in ((policy.kernels, triton_router), (policy.cuda > 0, cuda_router)):
+        if runs and kernel.supports(config, rows_of(logits)):
+            return kernel.topk_experts(logits, config, bias, scale, rms=rms)
     if rms is not None:
         logits = logits * rms.inverse.reshape(*logits.shape[:-1], 1)
     return router.topk_experts(logits, config, bias, scale)
