@@ -32,6 +32,7 @@ from jaxsplit.models import (
 )
 from jaxsplit.ops.attention import spec
 from jaxsplit.ops.attention import xla as attention_ops
+from jaxsplit.ops.attention.kv import KV
 from jaxsplit.ops.attention.xla import attend, attend_gathered, attend_masked, gathers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -156,11 +157,37 @@ def test_a_long_context_takes_no_more_memory():
         keys, positions = jnp.zeros((1, 2, context, 8)), jnp.arange(512)[None]
         queries, places = jnp.zeros((1, 512, 2, 2, 8)), jnp.arange(context)[None]
         program = jax.jit(attend, static_argnames="config").lower(
-            queries, AttentionCache(keys, keys), positions, config=config, key_positions=places
+            queries, KV(AttentionCache(keys, keys), places), positions, config=config
         )
         return program.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(2**15) <= 1.5 * temporaries(2**12) + 2**23
+
+
+@pytest.mark.parametrize("time", [1, 3])
+def test_any_number_of_pages_may_be_filled(time):
+    """The first pages of 23, in any order, the rest not finite; some sequences are shorter."""
+    rng, config = fresh_rng(), attention(rope=None)
+    queries = rng.normal(size=(2, time, 2, 2, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 2, 23 * 4, 8)).astype(np.float32)
+    table = rng.permutation(46).reshape(2, 23)
+    run = jax.jit(partial(attend, config=config))
+    for filled in (1, 4, 5, 7, 8, 9, 24, 25, 91, 92):
+        first = np.array([[filled - time], [max(0, filled // 2 - time)]])
+        positions = first + np.arange(time)
+        exists = np.arange(92) <= positions.max(axis=1, keepdims=True)
+
+        def in_pages(x, exists=exists):
+            found = np.full((46, 2, 4, 8), np.nan, np.float32)
+            known = np.where(exists[:, None, :, None], x, np.nan)
+            found[table] = np.moveaxis(known.reshape(2, 2, 23, 4, 8), 2, 1)
+            return jnp.asarray(found)
+
+        paged = KV(AttentionCache(in_pages(keys), in_pages(values)), pages=jnp.asarray(table))
+        whole = KV(AttentionCache(jnp.asarray(keys), jnp.asarray(values)))
+        real = positions >= 0
+        found, expected = (np.asarray(run(queries, kv, positions))[real] for kv in (paged, whole))
+        assert nmse(found, expected) <= 1e-12, filled
 
 
 # --- Sparse attention: keys are gathered, or the others masked
@@ -215,10 +242,11 @@ def test_gathered_keys_give_what_masked_ones_give(
 
         cache = jax.tree.map(in_pages, cache)
     monkeypatch.setattr(attention_ops, "MAX_GATHERED", at_once * batch * n * kv_heads * width * 2)
-    options = {"config": config, "sinks": np.float32(sinks).reshape(-1), "pages": pages}
-    arrays = (np.float32(queries), jax.tree.map(jnp.asarray, cache), jnp.asarray(positions))
+    options = {"config": config, "sinks": np.float32(sinks).reshape(-1)}
+    kv = jax.tree.map(jnp.asarray, KV(cache, pages=pages, selected=selected))
+    arrays = np.float32(queries), kv, jnp.asarray(positions)
     masked, found = (
-        np.asarray(jax.jit(partial(run, **options))(*arrays, selected=jnp.asarray(selected)))
+        np.asarray(jax.jit(partial(run, **options))(*arrays))
         for run in (attend_masked, attend_gathered)
     )
     values = memory[..., :value_dim] if values is None else values
@@ -284,10 +312,8 @@ def test_gathered_keys_take_memory_for_some_queries_only():
             jax.ShapeDtypeStruct(shape, dtype)
             for shape, dtype in zip(shapes, ("float32", "float32", "int32", "int32"), strict=True)
         )
-        cache = AttentionCache(k, None)
-        program = jax.jit(run, static_argnames="config").lower(
-            q, cache, positions, selected=selected, config=config
-        )
+        kv = KV(AttentionCache(k, None), selected=selected)
+        program = jax.jit(run, static_argnames="config").lower(q, kv, positions, config=config)
         return program.compile().memory_analysis().temp_size_in_bytes
 
     inputs = 2**14 * 4 * 64 * 4  # queries in another order

@@ -448,13 +448,12 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
     rows = int8.Int8Blocks(*map(jnp.asarray, results[3:7])).dequantized()
     found = jax.tree.unflatten(structure, results[7:])
     exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
-    queries, kv, key_positions, expected = xla.rope_cache_update(*exact, batch, cache, **options)
+    queries, kv, expected = xla.rope_cache_update(*exact, batch, cache, **options)
     y = xla.attend(
         queries.reshape(4, 1, KV_HEADS, -1, WIDTH),
         kv,
         positions,
         config=config,
-        key_positions=key_positions,
         sinks=module.params.sinks,
     ).reshape(4, -1)
     for row in range(3):

@@ -68,13 +68,12 @@ def test_a_token_attends_to_earlier_tokens_and_itself(
         layouts=layouts,
     )
     exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
-    queries, kv, key_positions, expected = xla.rope_cache_update(*exact, batch, cache, **options)
+    queries, kv, expected = xla.rope_cache_update(*exact, batch, cache, **options)
     y = xla.attend(
         queries.reshape(4, 1, KV_HEADS, -1, WIDTH),
         kv,
         batch.positions,
         config=config,
-        key_positions=key_positions,
         sinks=module.params.sinks,
     )
     rows = rows.stored[0].dequantized().reshape(y.shape) if layouts else rows.array

@@ -12,6 +12,7 @@ from jaxsplit.models import AttentionConfig
 from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.attention import triton_flash, triton_softmax
+from jaxsplit.ops.attention.kv import KV
 from jaxsplit.ops.attention.xla import attend
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
@@ -44,7 +45,9 @@ def check(queries, memory, positions, key_positions, config, sinks=None):
         # Rounded before it is put into 16 bits: halves of a step may fall to either side.
         assert nmse(rounded.dequantized(), int8.quantize_rows(rows).dequantized()) <= 2e-4
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (queries, memory))
-    expected = attend(*exact, positions, **options)
+    queries, memory = exact
+    kv = KV(memory, key_positions)
+    expected = attend(queries, kv, positions, config=config, sinks=sinks)
     assert found.dtype == jnp.bfloat16
     assert nmse(found, expected) <= 2e-5
 
@@ -108,6 +111,10 @@ def test_sequences_in_any_slots(time):
     few = queries[:2], memory, positions[:2]
     options = {"config": config, "pages": slots[:, None]}
     found = triton_flash.flash_attention(*few, **options).array
-    exact = *jax.tree.map(lambda x: x.astype(jnp.float32), few[:2]), few[2]
-    assert nmse(found, attend(*exact, config=config, pages=slots[:, None])) <= 2e-5
-    assert nmse(found, attend(*exact, config=config, pages=slots[::-1, None])) > 1e-2
+    queries, memory = jax.tree.map(lambda x: x.astype(jnp.float32), few[:2])
+
+    def expected(slots):
+        return attend(queries, KV(memory, pages=slots[:, None]), few[2], config=config)
+
+    assert nmse(found, expected(slots)) <= 2e-5
+    assert nmse(found, expected(slots[::-1])) > 1e-2

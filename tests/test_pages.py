@@ -117,7 +117,7 @@ def test_updates(pages, time, update):
     def run(batch, cache):
         options = {"config": CONFIG, "params": params}
         queries, *rest = update.rope_cache_update(*projections, batch, cache, **options)
-        kept = rest[0] if update is xla else None  # gathered: what the tokens attend to
+        kept = rest[0].read(batch.positions) if update is xla else None  # what they attend to
         return queries, kept, rest[-1]
 
     by_slot, by_page = batches(positions, pages)

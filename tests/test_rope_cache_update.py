@@ -65,7 +65,7 @@ def test_heads_are_rotated_and_cached(name, dtype, time, heads_per_program, monk
         query, key, value, batch, cache, **options
     )
     projections = [x.astype(jnp.float32) for x in (query, key, value)]
-    expected, new, *_ = xla.rope_cache_update(*projections, batch, None, **options)
+    expected, kv, _ = xla.rope_cache_update(*projections, batch, None, **options)
     assert queries.dtype == jnp.bfloat16
     assert nmse(queries, expected) <= 1e-5
     sequence, token = np.nonzero(positions >= 0)
@@ -77,7 +77,7 @@ def test_heads_are_rotated_and_cached(name, dtype, time, heads_per_program, monk
         cached = after[rows, :, index].astype(jnp.float32)
         if scale is not None:
             cached *= scale[rows, :, index][..., None]
-        exact = getattr(new, part + "s")[sequence, :, token]
+        exact = getattr(kv.memory, part + "s")[sequence, :, token]
         assert nmse(cached, exact) <= (1e-4 if dtype == "int8" else 1e-5)
         untouched = np.array(jnp.abs(after.astype(jnp.float32) - before.astype(jnp.float32)))
         untouched[rows, :, index] = 0

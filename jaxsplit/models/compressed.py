@@ -114,8 +114,8 @@ class CompressedAttention(nnx.Module):
         queries = _rotated(queries, positions, c.rope)
         key = _rotated(self.key_norm(self.key(x))[:, :, None], positions, c.rope)
         selected = window_of(batch, window, c.window)[:, None]
-        memory, _, window = update_cache(key, None, batch, window, c.window)
-        keys = memory.dequantized_keys(x.dtype)
+        recent, window = update_cache(key, None, batch, window, c.window)
+        keys = recent.read(positions).dequantized_keys(x.dtype)
         if self.entries is not None and c.pool is not None:
             entries, entries_cache = self.entries(x, batch, entries_cache, c.rope)
             chosen = None

@@ -74,10 +74,10 @@ class Indexer(nnx.Module):
             keys, cache = self.pool(x, keys[:, :, 0], batch, cache, lambda entries, _: entries)
             top_k, block = c.top_k // c.pool.block, c.pool.block
             return select_blocks(queries, keys, weights, batch.positions, top_k, block), cache
-        memory, _, cache = update_cache(keys, None, batch, cache, None)
-        if memory.length <= c.top_k:
+        kv, cache = update_cache(keys, None, batch, cache, None)
+        if kv.length <= c.top_k:
             return None, cache
-        keys = memory.dequantized_keys(x.dtype)[:, 0]
+        keys = kv.read(batch.positions).dequantized_keys(x.dtype)[:, 0]
         return select(queries, keys, weights, batch.positions, c.top_k), cache
 
 
@@ -180,8 +180,8 @@ class BlockIndexer(nnx.Module):
         queries = _rotated(self.query_norm(queries), batch, c.rope, last=False)
         new = self.key_norm(self.key(x))[:, :, None]
         new = _rotated(new, batch, c.rope, last=False)
-        memory, _, cache = update_cache(new, None, batch, cache, None)
-        index = memory.dequantized_keys(x.dtype)[:, 0]
+        kv, cache = update_cache(new, None, batch, cache, None)
+        index = kv.read(positions).dequantized_keys(x.dtype)[:, 0]
         blocks = -(-keys // c.block)
         if blocks <= c.top_k:
             return None, cache

@@ -125,8 +125,7 @@ class LatentAttention(nnx.Module):
         c = self.config
         selected = batch.lent.get(SELECTION) if c.sparse else None
         if selected is None:
-            memory, key_positions, cache = update_cache(latent, None, batch, cache, c.window)
-            return KV(memory, key_positions), cache
+            return update_cache(latent, None, batch, cache, c.window)
         if cache is None:
             kv = KV(AttentionCache.of(latent, None, latent.dtype))
         else:
@@ -167,7 +166,7 @@ class LatentAttention(nnx.Module):
     def _expanded(self, queries: Array, rope_queries: Array, kv: KV, batch: Batch) -> Array:
         """As `_absorbed`, with the keys and values of each head."""
         c, dtype = self.config, queries.dtype
-        memory = kv.memory.read(kv.pages, batch.positions.max(axis=1) + 1)
+        memory = kv.read(batch.positions)
         latent = memory.dequantized_keys(dtype)[:, 0]
         latent, rope_key = jnp.split(latent, [c.kv_lora_rank], axis=-1)
         up = self.key_up.get_value()

@@ -22,6 +22,7 @@ from jaxsplit.ops.attention import (
     triton_rope_cache_update,
     xla,
 )
+from jaxsplit.ops.attention.kv import KV
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.xla import (
     MAX_SCORES,
@@ -41,35 +42,6 @@ __all__ = [
     "update_cache",
     "window_of",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class KV:
-    """Keys and values that queries attend to.
-
-    Attributes:
-      memory: `[pages, kv_heads, page, width]` each. Scales of 8-bit ones multiply the scores and
-        the weights, so that keys and values are used as they are stored.
-      positions: of the keys, int32 `[batch or 1, keys]`, negative where there is no key; None: a
-        key's position is its index.
-      pages: int32 `[batch, pages]`: the pages of each sequence, in order; None: the n-th sequence
-        has page n.
-      selected: int32 `[batch, kv_heads or 1, time, n]`: the keys that a query sees, by their index,
-        negative for none, whatever its position; None: all at and before its position, within the
-        window.
-      gathers: the selected keys are gathered for each query; else the others are masked.
-    """
-
-    memory: AttentionCache
-    positions: Array | None = None
-    pages: Array | None = None
-    selected: Array | None = None
-    gathers: bool = False
-
-    @property
-    def length(self) -> int:
-        """How many keys there are."""
-        return self.memory.length * (1 if self.pages is None else self.pages.shape[1])
 
 
 def self_attention(
@@ -212,15 +184,12 @@ def _in_steps(
     k, v = (None if x is None else x.local_sum.astype(dtype) for x in (key, value))
     options = {"config": config, "params": params}
     if config.kv_source is not None:
-        queries, kv = (
-            xla.rotate_queries(q, batch, **options),
-            KV(*batch.lent[config.kv_source]),
-        )
+        queries, kv = xla.rotate_queries(q, batch, **options), batch.lent[config.kv_source]
     else:
         update = next(run for supports, run in _UPDATE if supports(config, batch, cache, dtype))
         queries, kv, cache = update(q, k, v, batch, cache, **options)
     if config.kv_donor is not None:
-        batch.lent[config.kv_donor] = kv.memory, kv.positions
+        batch.lent[config.kv_donor] = kv
     queries = queries.reshape(*batch.positions.shape, kv.memory.keys.shape[1], -1, config.head_dim)
     if selected is not None:
         few = gathers(kv.length, selected.shape[-1], queries.shape[1], queries.shape[3])
@@ -256,18 +225,8 @@ def _update_by_kernel(
         params=params,
     )
     ring = config.window is not None
-    positions, pages = (
-        cache.positions(batch.positions[:, 0]) if ring else None,
-        batch.pages_of(ring=ring),
-    )
-    if config.kv_donor is not None:
-        return queries, KV(cache.read(pages, batch.positions.max(axis=1) + 1), positions), cache
-    return queries, KV(cache, positions, pages), cache
-
-
-def _update_by_xla(*projections: Any, **options: Any) -> tuple[Array, KV, AttentionCache | None]:
-    queries, memory, positions, cache = xla.rope_cache_update(*projections, **options)
-    return queries, KV(memory, positions), cache
+    positions = cache.positions(batch.positions[:, 0]) if ring else None
+    return queries, KV(cache, positions, batch.pages_of(ring=ring)), cache
 
 
 def _kernel_supports_attend(queries: Array, kv: KV, config: AttentionConfig) -> bool:
@@ -306,12 +265,9 @@ def _attend_by_xla(
     readers: Readers,
 ) -> Activations:
     run = xla.attend
-    options: dict[str, Any] = {"key_positions": kv.positions}
     if kv.selected is not None:
         run = xla.attend_gathered if kv.gathers else xla.attend_masked
-        options = {"selected": kv.selected}
-    options |= {"config": config, "sinks": sinks, "pages": kv.pages}
-    return Activations(run(queries, kv.memory, batch.positions, **options))
+    return Activations(run(queries, kv, batch.positions, config=config, sinks=sinks))
 
 
 _Table = tuple[tuple[Callable[..., bool], Callable[..., Any]], ...]
@@ -323,7 +279,7 @@ _SELF_ATTENTION: _Table = (
 )
 _UPDATE: _Table = (
     (_kernel_supports_update, _update_by_kernel),
-    (lambda *_: True, _update_by_xla),
+    (lambda *_: True, xla.rope_cache_update),
 )
 _ATTEND: _Table = (
     (_kernel_supports_attend, _flash),

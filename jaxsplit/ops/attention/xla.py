@@ -1,6 +1,8 @@
 """Softmax attention computed by XLA: the reference of the kernels, and their fallback."""
 
+import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from jax import Array, lax
 
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.api import local_units
+from jaxsplit.ops.attention.kv import KV
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.norm.spec import NormParams
@@ -32,7 +35,7 @@ def rope_cache_update(
     *,
     config: AttentionConfig,
     params: AttentionParams,
-) -> tuple[Array, AttentionCache, Array | None, AttentionCache | None]:
+) -> tuple[Array, KV, AttentionCache | None]:
     """Normalizes and rotates queries and keys, and writes keys and values to the cache.
 
     Args:
@@ -108,7 +111,7 @@ def update_cache(
     batch: Batch,
     cache: AttentionCache | None,
     window: int | None,
-) -> tuple[AttentionCache, Array | None, AttentionCache | None]:
+) -> tuple[KV, AttentionCache | None]:
     """Writes new tokens to the cache, and returns what they attend to: earlier ones and themselves.
 
     Args:
@@ -119,26 +122,23 @@ def update_cache(
       window: how many positions the cache keeps; None: all.
 
     Returns:
-      keys and values, `[batch, kv_heads, keys, width]` each; the keys' positions, int32
-      `[batch, keys]`, negative where there is none, or None: each is at its place; and the cache
-      with the new tokens.
+      keys and values, and the cache with the new tokens.
     """
     if cache is None:
-        return AttentionCache.of(keys, values, keys.dtype), batch.positions, None
+        return KV(AttentionCache.of(keys, values, keys.dtype), batch.positions), None
     new = AttentionCache.of(keys, values, cache.keys.dtype)
-    filled = batch.positions.max(axis=1) + 1
     if window is None:
         cache = cache.write(new, batch)
-        return cache.read(batch.pages_of(ring=False), filled), None, cache
+        return KV(cache, pages=batch.pages_of(ring=False)), cache
     pages = batch.pages_of(ring=True)
     if keys.shape[1] == 1:
         cache = cache.write(new, batch, ring=True)
-        return cache.read(pages, filled), cache.positions(batch.positions[:, 0]), cache
+        return KV(cache, cache.positions(batch.positions[:, 0]), pages), cache
     # The last of many tokens take the places of keys that the first still look at.
     kv = cache.read(pages, batch.positions[:, 0]).followed_by(new)
     earlier = cache.positions(batch.positions[:, 0] - 1)
     positions = jnp.concatenate([earlier, batch.positions], axis=1)
-    return kv, positions, cache.write(new, batch, ring=True)
+    return KV(kv, positions), cache.write(new, batch, ring=True)
 
 
 def window_of(batch: Batch, cache: AttentionCache | None, window: int) -> Array:
@@ -179,17 +179,58 @@ def alibi_slopes(heads: int, largest: float) -> np.ndarray:
 
 def attend(
     queries: Array,
-    kv: AttentionCache,
+    kv: KV,
     positions: Array,
     *,
     config: AttentionConfig,
-    key_positions: Array | None = None,
     sinks: Array | None = None,
-    pages: Array | None = None,
-    visible: Array | None = None,
 ) -> Array:
     """As `jaxsplit.ops.attention.api.attend`; the result is an array."""
-    kv = kv.read(pages, positions.max(axis=1) + 1)
+
+    def attend_to(kv: KV, queries: Array, positions: Array) -> Array:
+        memory = kv.read(positions)
+        return _attend(queries, memory, positions, kv.positions, config=config, sinks=sinks)
+
+    def attend_to_filled(kv: KV, queries: Array, positions: Array) -> Array:
+        assert kv.pages is not None
+        counts = _page_counts(kv.pages.shape[1])
+        needed = positions.max() // kv.memory.length + 1
+        branches = [partial(attend_to_first, count) for count in counts]
+        return lax.switch(
+            (needed > jnp.asarray(counts[:-1])).sum(), branches, kv, queries, positions
+        )
+
+    def attend_to_first(count: int, kv: KV, queries: Array, positions: Array) -> Array:
+        assert kv.pages is not None
+        return attend_to(dataclasses.replace(kv, pages=kv.pages[:, :count]), queries, positions)
+
+    if kv.pages is None or kv.pages.shape[1] == 1:
+        return attend_to(kv, queries, positions)
+    # A GPU would have to tell the host which branch it takes.
+    arguments = kv, queries, positions
+    return lax.platform_dependent(*arguments, cpu=attend_to_filled, default=attend_to)
+
+
+def _page_counts(most: int) -> list[int]:
+    """Numbers of pages to choose from, ascending: the last is all of them."""
+    steps = [most]
+    while steps[0] > 1:
+        steps.insert(0, -(-steps[0] // 4))
+    return steps
+
+
+def _attend(
+    queries: Array,
+    kv: AttentionCache,
+    positions: Array,
+    key_positions: Array | None,
+    *,
+    config: AttentionConfig,
+    sinks: Array | None = None,
+    visible: Array | None = None,
+) -> Array:
+    """As `attend`, to one long page of each sequence; `visible`, bool `[batch, kv_heads or 1, time,
+    keys]`: the keys that a query sees, of those that it may see by its position."""
     if key_positions is None:
         key_positions = jnp.arange(kv.length)[None]
     at_once = max(1, MAX_SCORES // kv.length)
@@ -197,12 +238,12 @@ def attend(
 
         def attend_one(query: tuple[Array, Array, Array | None]) -> Array:
             one, position, seen = query
-            return attend(
+            return _attend(
                 one[:, None],
                 kv,
                 position[:, None],
+                key_positions,
                 config=config,
-                key_positions=key_positions,
                 sinks=sinks,
                 visible=None if seen is None else seen[:, :, None],
             )[:, 0]
@@ -244,52 +285,49 @@ def gathers(keys: int, selected: int, queries: int, heads: int, cost: float = 1.
 
 def attend_masked(
     queries: Array,
-    kv: AttentionCache,
+    kv: KV,
     positions: Array,
     *,
-    selected: Array,
     config: AttentionConfig,
     sinks: Array | None = None,
-    pages: Array | None = None,
 ) -> Array:
-    """As `attend`, to the selected keys, int32 `[batch, kv_heads or 1, time, n]`, negative for
-    none. The scores of the others are computed, too, and masked."""
-    kv = kv.read(pages, positions.max(axis=1) + 1)
+    """As `attend`, to the selected keys. The scores of the others are computed, too, and masked."""
+    memory, selected = kv.read(positions), kv.selected
+    assert selected is not None
     batch, heads, time = (jnp.arange(size) for size in selected.shape[:3])
-    visible = jnp.zeros((*selected.shape[:3], kv.length), bool)
+    visible = jnp.zeros((*selected.shape[:3], memory.length), bool)
     place = batch[:, None, None, None], heads[:, None, None], time[:, None]
-    visible = visible.at[*place, jnp.where(selected < 0, kv.length, selected)].set(
+    visible = visible.at[*place, jnp.where(selected < 0, memory.length, selected)].set(
         True, mode="drop"
     )
     options = {"config": config, "sinks": sinks, "visible": visible}
-    nowhere = jnp.zeros((1, kv.length), jnp.int32)  # Only the mask tells what is seen.
-    return attend(queries, kv, positions, key_positions=nowhere, **options)
+    nowhere = jnp.zeros((1, memory.length), jnp.int32)  # Only the mask tells what is seen.
+    return _attend(queries, memory, positions, nowhere, **options)
 
 
 def attend_gathered(
     queries: Array,
-    kv: AttentionCache,
+    kv: KV,
     positions: Array,
     *,
-    selected: Array,
     config: AttentionConfig,
     sinks: Array | None = None,
-    pages: Array | None = None,
 ) -> Array:
     """As `attend_masked`, but the keys of each query are gathered, for some queries at a time."""
+    assert kv.selected is not None
 
     def attend_one(arguments: tuple[Array, Array, Array]) -> Array:
         query, position, index = arguments
-        memory = kv.at(index, pages)
+        memory = kv.memory.at(index, kv.pages)
         nowhere = jnp.zeros((1, memory.length), jnp.int32)
         options = {"config": config, "sinks": sinks, "visible": (index >= 0)[:, :, None]}
-        one = query[:, None], memory, position[:, None]
-        return attend(*one, key_positions=nowhere, **options)[:, 0]
+        return _attend(query[:, None], memory, position[:, None], nowhere, **options)[:, 0]
 
-    arrays = queries, positions, selected.swapaxes(1, 2)
+    arrays = queries, positions, kv.selected.swapaxes(1, 2)
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays)
-    per_key = sum(x.shape[1] * x.shape[3] for x in (kv.keys, kv.values) if x is not None)
-    per_query = queries.shape[0] * selected.shape[-1] * per_key
+    stored = kv.memory.keys, kv.memory.values
+    per_key = sum(x.shape[1] * x.shape[3] for x in stored if x is not None)
+    per_query = queries.shape[0] * kv.selected.shape[-1] * per_key
     at_once = max(1, MAX_GATHERED // per_query)
     few = queries.shape[1] <= at_once
     y = jax.vmap(attend_one)(by_time) if few else lax.map(attend_one, by_time, batch_size=at_once)
