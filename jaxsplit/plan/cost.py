@@ -156,14 +156,15 @@ def _trace_layers(
 def _equations(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]:
     """All equations with their trip counts, inner jaxprs included.
 
-    Of a `cond`, the first branch counts; `while` loops are skipped, as their trip count is unknown.
+    Of a `cond`, the last branch counts, which is the most general one; `while` loops are skipped, as
+    their trip count is unknown.
     """
     for equation in jaxpr.eqns:
         yield equation, times
         inner = list(equation.params.get("branches", equation.params.values()))
         if equation.primitive.name == "while":
             continue
-        for value in inner[:1] if "branches" in equation.params else inner:
+        for value in inner[-1:] if "branches" in equation.params else inner:
             value = getattr(value, "jaxpr", value)
             if hasattr(value, "eqns"):
                 yield from _equations(value, times * equation.params.get("length", 1))
