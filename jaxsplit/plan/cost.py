@@ -156,8 +156,8 @@ def _trace_layers(
 def _equations(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]:
     """All equations with their trip counts, inner jaxprs included.
 
-    Of a `cond`, the last branch counts, which is the most general one; `while` loops are skipped, as
-    their trip count is unknown.
+    Of a `cond`, the last branch counts, which is the most general one; `while` loops are skipped,
+    as their trip count is unknown.
     """
     for equation in jaxpr.eqns:
         yield equation, times
