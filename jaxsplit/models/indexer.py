@@ -23,6 +23,7 @@ from jaxsplit.models.mixer_config import (
 )
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention.api import MAX_SCORES, update_cache
+from jaxsplit.ops.attention.kv import KV, over_filled
 from jaxsplit.ops.attention.rope import RopeConfig, rope
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
@@ -77,8 +78,12 @@ class Indexer(nnx.Module):
         kv, cache = update_cache(keys, None, batch, cache, None)
         if kv.length <= c.top_k:
             return None, cache
-        keys = kv.read(batch.positions).dequantized_keys(x.dtype)[:, 0]
-        return select(queries, keys, weights, batch.positions, c.top_k), cache
+
+        def run(kv: KV) -> Array:
+            keys = kv.read(batch.positions).dequantized_keys(x.dtype)[:, 0]
+            return select(queries, keys, weights, batch.positions, c.top_k)
+
+        return over_filled(run, kv, batch.positions, at_least=c.top_k), cache
 
 
 def _rotated(x: Array, batch: Batch, config: RopeConfig | None, *, last: bool) -> Array:

@@ -14,7 +14,8 @@ from jaxsplit.models.indexer import Indexer
 from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import SELECTION, LatentAttentionConfig
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention.api import KV, apply_temperature, attend, gathers, update_cache
+from jaxsplit.ops.attention.api import apply_temperature, attend, gathers, update_cache
+from jaxsplit.ops.attention.kv import KV, over_filled
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.matmul.api import matmul
@@ -102,7 +103,11 @@ class LatentAttention(nnx.Module):
         if kv.gathers or absorbed <= expanded:
             y = self._absorbed(queries, rope_queries, kv, batch)
         else:
-            y = self._expanded(queries, rope_queries, kv, batch)
+
+            def run(kv: KV) -> Array:
+                return self._expanded(queries, rope_queries, kv, batch)
+
+            y = over_filled(run, kv, batch.positions)
         y = y.reshape(*positions.shape, -1)
         if self.gate is not None and c.gate is not None:
             y = c.gate(y, self.gate(x), c.value_dim)

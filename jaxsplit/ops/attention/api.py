@@ -33,7 +33,6 @@ from jaxsplit.ops.attention.xla import (
 )
 
 __all__ = [
-    "KV",
     "MAX_SCORES",
     "apply_temperature",
     "attend",

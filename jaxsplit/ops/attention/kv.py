@@ -1,9 +1,12 @@
 """What queries attend to."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 
 from jaxsplit.cache.layers import AttentionCache
 
@@ -41,3 +44,41 @@ class KV:
         """The keys and values up to the queries' positions, int32 `[batch, time]`, as one long page
         of each sequence; later ones are 0."""
         return self.memory.read(self.pages, positions.max(axis=1) + 1)
+
+
+def over_filled(run: Callable[[KV], Any], kv: KV, positions: Array, *, at_least: int = 1) -> Any:
+    """`run(kv)`, which does not depend on keys after the last position: on CPUs with the first
+    pages only, so that an empty context costs little.
+
+    Args:
+      run: its result has the same shape for any number of pages.
+      kv: keys and values.
+      positions: of queries, int32 `[batch, time]`.
+      at_least: how many keys `run` needs, whatever they are.
+    """
+    if kv.pages is None:
+        return run(kv)
+    most = kv.pages.shape[1]
+    counts = [n for n in _page_counts(most) if n == most or n * kv.memory.length >= at_least]
+    if len(counts) == 1:
+        return run(kv)
+
+    def first_pages(count: int, kv: KV) -> Any:
+        assert kv.pages is not None
+        return run(dataclasses.replace(kv, pages=kv.pages[:, :count]))
+
+    def on_cpu(kv: KV) -> Any:
+        needed = positions.max() // kv.memory.length + 1
+        branches = [lambda kv, count=count: first_pages(count, kv) for count in counts]
+        return lax.switch((needed > jnp.asarray(counts[:-1])).sum(), branches, kv)
+
+    # A GPU would have to tell the host which branch it takes.
+    return lax.platform_dependent(kv, cpu=on_cpu, default=run)
+
+
+def _page_counts(most: int) -> list[int]:
+    """Numbers of pages to choose from, ascending: the last is all of them."""
+    counts = [most]
+    while counts[0] > 1:
+        counts.insert(0, -(-counts[0] // 4))
+    return counts

@@ -1,8 +1,6 @@
 """Softmax attention computed by XLA: the reference of the kernels, and their fallback."""
 
-import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ from jax import Array, lax
 
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.api import local_units
-from jaxsplit.ops.attention.kv import KV
+from jaxsplit.ops.attention.kv import KV, over_filled
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.norm.spec import NormParams
@@ -187,36 +185,11 @@ def attend(
 ) -> Array:
     """As `jaxsplit.ops.attention.api.attend`; the result is an array."""
 
-    def attend_to(kv: KV, queries: Array, positions: Array) -> Array:
+    def run(kv: KV) -> Array:
         memory = kv.read(positions)
         return _attend(queries, memory, positions, kv.positions, config=config, sinks=sinks)
 
-    def attend_to_filled(kv: KV, queries: Array, positions: Array) -> Array:
-        assert kv.pages is not None
-        counts = _page_counts(kv.pages.shape[1])
-        needed = positions.max() // kv.memory.length + 1
-        branches = [partial(attend_to_first, count) for count in counts]
-        return lax.switch(
-            (needed > jnp.asarray(counts[:-1])).sum(), branches, kv, queries, positions
-        )
-
-    def attend_to_first(count: int, kv: KV, queries: Array, positions: Array) -> Array:
-        assert kv.pages is not None
-        return attend_to(dataclasses.replace(kv, pages=kv.pages[:, :count]), queries, positions)
-
-    if kv.pages is None or kv.pages.shape[1] == 1:
-        return attend_to(kv, queries, positions)
-    # A GPU would have to tell the host which branch it takes.
-    arguments = kv, queries, positions
-    return lax.platform_dependent(*arguments, cpu=attend_to_filled, default=attend_to)
-
-
-def _page_counts(most: int) -> list[int]:
-    """Numbers of pages to choose from, ascending: the last is all of them."""
-    steps = [most]
-    while steps[0] > 1:
-        steps.insert(0, -(-steps[0] // 4))
-    return steps
+    return over_filled(run, kv, positions)
 
 
 def _attend(
@@ -292,17 +265,22 @@ def attend_masked(
     sinks: Array | None = None,
 ) -> Array:
     """As `attend`, to the selected keys. The scores of the others are computed, too, and masked."""
-    memory, selected = kv.read(positions), kv.selected
+    selected = kv.selected
     assert selected is not None
-    batch, heads, time = (jnp.arange(size) for size in selected.shape[:3])
-    visible = jnp.zeros((*selected.shape[:3], memory.length), bool)
-    place = batch[:, None, None, None], heads[:, None, None], time[:, None]
-    visible = visible.at[*place, jnp.where(selected < 0, memory.length, selected)].set(
-        True, mode="drop"
-    )
-    options = {"config": config, "sinks": sinks, "visible": visible}
-    nowhere = jnp.zeros((1, memory.length), jnp.int32)  # Only the mask tells what is seen.
-    return _attend(queries, memory, positions, nowhere, **options)
+
+    def run(kv: KV) -> Array:
+        memory = kv.read(positions)
+        batch, heads, time = (jnp.arange(size) for size in selected.shape[:3])
+        visible = jnp.zeros((*selected.shape[:3], memory.length), bool)
+        place = batch[:, None, None, None], heads[:, None, None], time[:, None]
+        visible = visible.at[*place, jnp.where(selected < 0, memory.length, selected)].set(
+            True, mode="drop"
+        )
+        options = {"config": config, "sinks": sinks, "visible": visible}
+        nowhere = jnp.zeros((1, memory.length), jnp.int32)  # Only the mask tells what is seen.
+        return _attend(queries, memory, positions, nowhere, **options)
+
+    return over_filled(run, kv, positions)
 
 
 def attend_gathered(
