@@ -132,7 +132,7 @@ def main(_: list[str]) -> None:
         expected = _expected(lm)
         server = stack.enter_context(serving(lm))
         soak = Soak(server.url, expected)
-        asyncio.run(_run(soak, min(0.3, _MINUTES.value / 4)))  # compiles what is missing
+        asyncio.run(_run(soak, _MINUTES.value / 2))  # compiles what is missing
         before = _memory()
         asyncio.run(_run(soak, _MINUTES.value))
         end = time.monotonic() + 30

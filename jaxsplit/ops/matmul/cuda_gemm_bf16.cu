@@ -1,13 +1,14 @@
 // Rows of activations in 16 bits, times quantized matrices, on tensor cores.
 //
 // A warp has 16 rows of a matrix, a block of threads 16 for each of its WARPS, and TILE rows of the
-// ROWS of activations, which make some of the RESULTS. A round is 64 bytes of each row of the matrix, in four pieces of 16, and the
-// tiles of activations that they are multiplied with: 64 columns each. Rounds are copied to shared
-// memory ahead of time, to one of STAGES places. A thread dequantizes words of its quad's row and of
-// the row eight below, four neighbors at a time, and never stores them.
+// ROWS of activations, which make some of the RESULTS. A round is 64 bytes of each row of the matrix,
+// in four pieces of 16, and the tiles of activations that they are multiplied with: 64 columns each.
+// Rounds are copied to shared memory ahead of time, to one of STAGES places. A thread dequantizes
+// words of its quad's row and of the row eight below, four neighbors at a time, and never stores them.
 //
 // PARTS of the inner dimension have results of their own. RMS_PARTS, RMS_SIZE and RMS_EPSILON
-// describe a deferred normalization; 0 parts: there is none. With WARPGROUPS, four warps multiply together.
+// describe a deferred normalization; 0 parts: there is none. With WARPGROUPS, four warps multiply
+// together.
 
 constexpr int TILE_BYTES = 128 * TILE;
 
@@ -135,7 +136,7 @@ struct Scales {
 };
 
 // Four weights, rounded to 16 bits: in words of two. Codes are signed where a table or a trellis made
-// them, or as they are stored.
+// them, else as they are stored.
 template <class W>
 __device__ inline void dequantize(u32 codes, float scale, float minimum, u32* y, int distance) {
   // Bytes become the lowest bits of 2^23, the rest of whose mantissa counts units.
