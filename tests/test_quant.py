@@ -329,11 +329,16 @@ def test_an_unknown_type_is_refused_and_the_known_are_listed():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [*QUANTIZED, "IQ5_K", "IQ6_K", "IQ2_KT", "IQ3_KT", "IQ4_KT"])
-def test_one_row_needs_no_temporary_of_a_matrix(name):
-    """With the engine's compiler options, for every layout of planes."""
-    size = 2048
-    blocks = (size, size // TYPES[name].block, TYPES[name].block_bytes)
+LAYOUTS = [*QUANTIZED, "IQ5_K", "IQ6_K", "IQ2_KT", "IQ3_KT", "IQ4_KT"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "size"),
+    [*((name, 2048, 2048) for name in LAYOUTS), *((name, 512, 14336) for name in QUANTIZED[::4])],
+)
+def test_one_row_needs_no_temporary_of_a_matrix(name, rows, size):
+    """With the engine's compiler options, for every layout of planes, and for long rows."""
+    blocks = (rows, size // TYPES[name].block, TYPES[name].block_bytes)
     weights = jax.eval_shape(
         functools.partial(unpack, name), jax.ShapeDtypeStruct(blocks, np.uint8)
     )

@@ -40,7 +40,10 @@ def compiler_options(platform: str | None, *, decode: bool) -> dict[str, Any] | 
     """XLA options of the programs that run layers."""
     if platform == "cpu" and decode:
         # YNN reductions break the fused loop over quantized weights apart.
-        return {"xla_cpu_experimental_ynn_fusion_type": ""}
+        return {
+            "xla_cpu_experimental_ynn_fusion_type": "",
+            "xla_disable_hlo_passes": "tree_reduction_rewriter",
+        }
     if platform in ("gpu", "cuda") and decode:
         # Capture a program that is a single loop, too.
         return {"xla_gpu_enable_command_buffer": _IN_GRAPHS, "xla_gpu_graph_min_graph_size": 1}

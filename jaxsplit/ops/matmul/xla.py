@@ -19,6 +19,7 @@ from jax import Array, lax
 from jaxsplit.context import current_context
 from jaxsplit.ops.matmul import float8, triton_dequantize
 from jaxsplit.quant.qtensor import (
+    PlaneLayout,
     QTensor,
     Weight,
     as_bytes,
@@ -34,9 +35,6 @@ from jaxsplit.quant.qtensor import (
 
 MAX_CONCAT_BYTES = 2**28
 """Bytes up to which the matrices of the same activations are dequantized into one."""
-
-_MAX_ADDED = 9
-"""Chunks that a CPU adds one by one: twice as many are slower than none (docs/log.md)."""
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -196,27 +194,33 @@ def _row_product(x: Array, w: QTensor, *, for_cpu: bool) -> Array:
     if groups > len(slices):
         raise ValueError(f"groups of {chunk // groups} weights do not fit slices of {width}")
     per_group = len(slices) // groups
-    one_scale = groups == 1 and shift is None and w.super_scale is None
-    most = _MAX_ADDED if for_cpu and one_scale else 1
-    added = max(n for n in range(1, most + 1) if chunks % n == 0)
     total = below = jnp.zeros(())
     for g in range(groups):
         members = range(g * per_group, (g + 1) * per_group)
         products = sum(slices[i] * x[:, i] for i in members)
         inputs = sum(x[:, i] for i in members)
-        if for_cpu:
-            inputs = jnp.sum(inputs, axis=-1, keepdims=True)
-        if for_cpu and added == 1:
-            products = jnp.sum(products, axis=-1, keepdims=True)
         if shift is not None:
             products = products + inputs * shift[:, :, g]
         total = total + products * scale[:, :, g]
         if minimum is not None:
+            inputs = jnp.sum(inputs, axis=-1, keepdims=True) if for_cpu else inputs
             below = below + inputs * minimum[:, :, g]
-    if added == 1:
+    if not for_cpu:
         return jnp.sum(total + below, axis=(1, 2))
-    # XLA unrolls sums over a slice. LLVM would then vectorize over chunks, whose bytes it has to
-    # gather; where several chunks are added one by one, it vectorizes over the bytes of a slice.
+    # LLVM vectorizes these sums over the bytes of a slice; a sum over chunks, it would over chunks.
+    added = _chunks_added(w.layout, chunks, len(slices), groups)
     parts = total.reshape(total.shape[0], -1, added, width)
     y = jnp.sum(functools.reduce(jnp.add, (parts[:, :, i] for i in range(added))), axis=(1, 2))
     return y if minimum is None else y + jnp.sum(below, axis=(1, 2))
+
+
+def _chunks_added(layout: PlaneLayout, chunks: int, slices: int, groups: int) -> int:
+    """How many chunks of a row a CPU adds one by one, given the slices and groups of a chunk: 128
+    weights, fewer if these have tables or small groups. With more, XLA breaks the loop apart
+    (docs/log.md)."""
+    most = 128 // layout.chunk
+    if layout.table is not None:
+        most = min(most, 8 // slices) if len(layout.table) <= 16 else 1
+    if layout.chunk // groups < 16:
+        most = 1
+    return max((n for n in range(1, most + 1) if chunks % n == 0), default=1)
