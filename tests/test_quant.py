@@ -329,20 +329,24 @@ def test_an_unknown_type_is_refused_and_the_known_are_listed():
         assert "\n" not in str(error.value)
 
 
-LAYOUTS = [*QUANTIZED, "IQ5_K", "IQ6_K", "IQ2_KT", "IQ3_KT", "IQ4_KT"]
+ALL_LAYOUTS = [*QUANTIZED, "IQ5_K", "IQ6_K", "IQ2_KT", "IQ3_KT", "IQ4_KT"]
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "size"),
-    [*((name, 2048, 2048) for name in LAYOUTS), *((name, 512, 14336) for name in QUANTIZED[::4])],
+    ("name", "rows", "out", "size"),
+    [
+        *((name, 1, 2048, 2048) for name in ALL_LAYOUTS),
+        *((name, 1, 512, 14336) for name in QUANTIZED[::4]),
+        *((name, 4, 2048, 2048) for name in ("Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ3_S", "MXFP4")),
+    ],
 )
-def test_one_row_needs_no_temporary_of_a_matrix(name, rows, size):
+def test_few_rows_need_no_temporary_of_a_matrix(name, rows, out, size):
     """With the engine's compiler options, for every layout of planes, and for long rows."""
-    blocks = (rows, size // TYPES[name].block, TYPES[name].block_bytes)
+    blocks = (out, size // TYPES[name].block, TYPES[name].block_bytes)
     weights = jax.eval_shape(
         functools.partial(unpack, name), jax.ShapeDtypeStruct(blocks, np.uint8)
     )
-    x = jax.ShapeDtypeStruct((1, size), np.float32)
+    x = jax.ShapeDtypeStruct((rows, size), np.float32)
     product = (
         jax.jit(matmul, compiler_options=compiler_options("cpu", decode=True))
         .lower(x, weights)

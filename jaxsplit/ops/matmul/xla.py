@@ -1,8 +1,8 @@
 """Matmuls that XLA computes.
 
 One row is multiplied and summed in one fused loop, so that weights are read as they are stored and
-their dequantized form never reaches memory. For more rows, matrices are dequantized to the dtype of
-the activations, by a kernel where there is one.
+their dequantized form never reaches memory; on CPUs, so are a few. For more rows, matrices are
+dequantized to the dtype of the activations, by a kernel where there is one.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TypeGuard, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -36,6 +37,9 @@ from jaxsplit.quant.qtensor import (
 MAX_CONCAT_BYTES = 2**28
 """Bytes up to which the matrices of the same activations are dequantized into one."""
 
+_FEW_ROWS = 16
+"""Rows that a CPU multiplies one by one: dequantizing a matrix takes as long as 15 to 30."""
+
 _HIGHEST = lax.Precision.HIGHEST
 
 _Matrix = TypeVar("_Matrix", bound=Weight)
@@ -50,9 +54,27 @@ def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array
         if _have_dequantize_kernel(group):
             w = triton_dequantize.dequantize(group, x.dtype, after=x)
         else:
-            w = dequantize(_after(x, group[0]), x.dtype)
+            results += [_matmul(x, w, dtype) for w in group]
+            continue
         results += _split_rows(dot(x, w, dtype), group)
     return results
+
+
+def _matmul(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
+    """One of `matmuls`, without kernels."""
+
+    def dequantized(x: Array, w: Weight) -> Array:
+        return dot(x, dequantize(_after(x, w), x.dtype), dtype)
+
+    def one_by_one(x: Array, w: QTensor) -> Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        y = jax.vmap(lambda row: _row_product(row, w, for_cpu=True))(rows)
+        return y.reshape(*x.shape[:-1], -1).astype(dtype)
+
+    few = math.prod(x.shape[:-1]) <= _FEW_ROWS
+    if few and isinstance(w, QTensor) and not w.layout.trellis:
+        return lax.platform_dependent(x, w, cpu=one_by_one, default=dequantized)
+    return dequantized(x, w)
 
 
 def float8_matmuls(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
