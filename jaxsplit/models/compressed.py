@@ -15,8 +15,7 @@ from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import CompressedAttentionConfig, PoolConfig
 from jaxsplit.models.mla import matmul_by_head
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention.api import attend, gathers, update_cache, window_of
-from jaxsplit.ops.attention.kv import KV
+from jaxsplit.ops.attention.api import KV, attend, gathers, update_cache, window_of
 from jaxsplit.ops.attention.rope import RopeConfig, rope
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.norm.spec import NormConfig

@@ -22,8 +22,7 @@ from jaxsplit.models.mixer_config import (
     PooledBlockIndexerConfig,
 )
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention.api import MAX_SCORES, update_cache
-from jaxsplit.ops.attention.kv import KV, over_filled
+from jaxsplit.ops.attention.api import KV, MAX_SCORES, over_filled, update_cache
 from jaxsplit.ops.attention.rope import RopeConfig, rope
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis

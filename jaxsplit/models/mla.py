@@ -14,8 +14,14 @@ from jaxsplit.models.indexer import Indexer
 from jaxsplit.models.layers import Linear, Norm, param, readers_of
 from jaxsplit.models.mixer_config import SELECTION, LatentAttentionConfig
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.attention.api import apply_temperature, attend, gathers, update_cache
-from jaxsplit.ops.attention.kv import KV, over_filled
+from jaxsplit.ops.attention.api import (
+    KV,
+    apply_temperature,
+    attend,
+    gathers,
+    over_filled,
+    update_cache,
+)
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.matmul.api import matmul

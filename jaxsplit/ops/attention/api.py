@@ -22,7 +22,7 @@ from jaxsplit.ops.attention import (
     triton_rope_cache_update,
     xla,
 )
-from jaxsplit.ops.attention.kv import KV
+from jaxsplit.ops.attention.kv import KV, over_filled
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.xla import (
     MAX_SCORES,
@@ -33,10 +33,12 @@ from jaxsplit.ops.attention.xla import (
 )
 
 __all__ = [
+    "KV",
     "MAX_SCORES",
     "apply_temperature",
     "attend",
     "gathers",
+    "over_filled",
     "self_attention",
     "update_cache",
     "window_of",
