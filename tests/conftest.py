@@ -91,17 +91,21 @@ def _forget_programs():
     gc.collect()
 
 
-@pytest.fixture
-def quick_compilation(monkeypatch):
+def _compile_quickly():
     """Programs are compiled, not optimized: for tests that compile far longer than they run."""
 
     def options(platform, *, decode):
         return quick_options() if platform else None  # those only traced have no platform
 
-    monkeypatch.setattr(runner, "compiler_options", options)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "compiler_options", options)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick_compilation = pytest.fixture(_compile_quickly)
+quick_module = pytest.fixture(_compile_quickly, scope="module")  # its fixtures compile, too
 
 
 @pytest.fixture(scope="session")

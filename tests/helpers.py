@@ -21,6 +21,9 @@ from jaxsplit.formats import ModelFile, TensorInfo
 
 DATA = Path(__file__).parent / "data"
 GREEDY = SamplingConfig(temperature=0.0)
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+"""Environment of processes that compile far longer than they run, as `quick_compilation`."""
+
 Q8_0 = {"norm.weight": "F32", ".weight": "Q8_0"}
 
 
