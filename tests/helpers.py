@@ -71,7 +71,7 @@ def quick_jit(function: Callable, **options) -> Callable:
     """`jax.jit` of what runs once or twice. Operations one by one take far longer: each is compiled
     for each shape."""
     jitted = functools.cache(lambda: jax.jit(function, compiler_options=quick_options(), **options))
-    return lambda *args: jitted()(*args)
+    return lambda *args, **kwargs: jitted()(*args, **kwargs)
 
 
 def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
