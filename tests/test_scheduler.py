@@ -10,6 +10,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from helpers import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +140,7 @@ class Model:
             chunks=(8, 32),
             policy=policy,
         )
-        self._forward = jax.jit(lambda tokens: reference.model(tokens)[0])
+        self._forward = quick_jit(lambda tokens: reference.model(tokens)[0])
         self._alone = {}
 
     def log_probabilities(self, tokens):
