@@ -262,17 +262,21 @@ def test_kernels_multiply_with_chosen_experts(rng, change, rows):
     far from 1, and experts are chosen before it is known."""
     config = dataclasses.replace(BASE, expert=MLPConfig(64, **change))
     model = quantized_moe(rng, "Q8_0", config, 64)
-    x = jnp.asarray(rng.normal(size=(rows, 1, 64)) * 4, jnp.float32)
+    x = (rng.normal(size=(rows, 1, 64)) * 4).astype(np.float32)
     norm = Norm(NormConfig(), 64)
     norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 1, 64), jnp.float32))
 
     def run(readers):
-        rows, _ = add_norm(None, x, norm, readers)
-        return model(rows).all_reduce(x.dtype)
+        @quick_jit
+        def normalized_and_multiplied(x):
+            rows, _ = add_norm(None, x, norm, readers)
+            return model(rows).all_reduce(x.dtype)
+
+        return normalized_and_multiplied(x)
 
     exact = run(XLA_ONLY)
     with forward_context(policy=MatmulPolicy(int8_activations=True, kernels=True, interpret=True)):
-        found = run(model.readers(x))
+        found = run(model.readers(jnp.asarray(x)))
     assert 1e-8 < nmse(found, exact) < 2e-3
 
 
