@@ -4,7 +4,6 @@
 """
 
 import atexit
-import functools
 import gc
 import json
 import os
@@ -26,12 +25,21 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
-from helpers import recipe, write_recipe
+from helpers import quick_options, recipe, write_recipe
 
 import jaxsplit
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import runner
 from jaxsplit.llm import demo_model
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: the garbage collector need not look at it again. Tests
+    make little garbage, and much that looks like it: traced programs. Each module ends with a
+    collection."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="session")
@@ -83,28 +91,21 @@ def _forget_programs():
     gc.collect()
 
 
-@functools.cache
-def _quick_options() -> dict[str, bool] | None:
-    """Without fusion emitters, which compile slowly; some versions have no other way."""
-    options = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-@pytest.fixture
-def quick_compilation(monkeypatch):
+def _compile_quickly():
     """Programs are compiled, not optimized: for tests that compile far longer than they run."""
 
     def options(platform, *, decode):
-        return _quick_options() if platform else None  # those only traced have no platform
+        return quick_options() if platform else None  # those only traced have no platform
 
-    monkeypatch.setattr(runner, "compiler_options", options)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "compiler_options", options)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick_compilation = pytest.fixture(_compile_quickly)
+quick_module = pytest.fixture(_compile_quickly, scope="module")  # its fixtures compile, too
 
 
 @pytest.fixture(scope="session")

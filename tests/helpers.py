@@ -1,12 +1,13 @@
 """Reference data, tiny models and commands for the tests."""
 
 import contextlib
+import functools
 import importlib
 import json
 import math
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,9 @@ from jaxsplit.formats import ModelFile, TensorInfo
 
 DATA = Path(__file__).parent / "data"
 GREEDY = SamplingConfig(temperature=0.0)
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+"""Environment of processes that compile far longer than they run, as `quick_compilation`."""
+
 Q8_0 = {"norm.weight": "F32", ".weight": "Q8_0"}
 
 
@@ -43,6 +47,31 @@ def command_module(name: str) -> Iterator[ModuleType]:
     for module in others:
         if hasattr(sys.modules[module], "main"):
             importlib.reload(sys.modules[module])
+
+
+@functools.cache
+def quick_options() -> dict[str, bool | int]:
+    """XLA options with which programs are compiled, not optimized: in one piece, since tests share
+    the cores, and without fusion emitters, which compile slowly; some versions have no other way.
+    """
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }
+    quickest = options | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=quickest)()
+    except jax.errors.JaxRuntimeError:
+        return options
+    return quickest
+
+
+def quick_jit(function: Callable, **options) -> Callable:
+    """`jax.jit` of what runs once or twice. Operations one by one take far longer: each is compiled
+    for each shape."""
+    jitted = functools.cache(lambda: jax.jit(function, compiler_options=quick_options(), **options))
+    return lambda *args, **kwargs: jitted()(*args, **kwargs)
 
 
 def nmse(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Q8_0, SHAPES, make_recipe, nmse
+from helpers import Q8_0, SHAPES, make_recipe, nmse, quick_jit
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 from tiny import fresh_rng
@@ -36,7 +36,7 @@ def on_devices(count, function, x):
         return function(x[0], PeerGroup(table[0], AXIS))[None]
 
     run = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
-    return np.asarray(jax.jit(run)(x, np.zeros((count, 1 + 2 * count), np.uint32)))
+    return np.asarray(quick_jit(run)(x, np.zeros((count, 1 + 2 * count), np.uint32)))
 
 
 @pytest.mark.parametrize("devices", [2, 3, 8])

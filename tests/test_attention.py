@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, nmse, recipe
+from helpers import DATA, nmse, quick_jit, recipe
 from tiny import fresh_rng
 
 import jaxsplit
@@ -101,7 +101,13 @@ MIXERS = {
 }
 
 
-call = nnx.jit(lambda model, *arguments: model(*arguments))
+@partial(quick_jit, static_argnums=0)
+def _call(graph, state, *arguments):
+    return nnx.merge(graph, state)(*arguments)
+
+
+def call(model, *arguments):
+    return _call(*nnx.split(model), *arguments)
 
 
 def model_with(mixers) -> Decoder:
@@ -139,7 +145,7 @@ def test_queries_that_are_read_in_parts_give_the_same_logits(monkeypatch, name):
     positions = np.broadcast_to(np.arange(LENGTH), tokens.shape)
 
     def run() -> list[np.ndarray]:
-        fresh = nnx.jit(lambda *arguments: model(*arguments)[0])
+        fresh = quick_jit(lambda *arguments: model(*arguments)[0])
         return [np.asarray(fresh(tokens)), np.asarray(fresh(tokens, positions, cache))]
 
     expected = run()
@@ -246,7 +252,7 @@ def test_gathered_keys_give_what_masked_ones_give(
     kv = jax.tree.map(jnp.asarray, KV(cache, pages=pages, selected=selected))
     arrays = np.float32(queries), kv, jnp.asarray(positions)
     masked, found = (
-        np.asarray(jax.jit(partial(run, **options))(*arrays))
+        np.asarray(quick_jit(partial(run, **options))(*arrays))
         for run in (attend_masked, attend_gathered)
     )
     values = memory[..., :value_dim] if values is None else values
@@ -268,7 +274,7 @@ def test_prompts_gather_what_they_select(monkeypatch, name):
     )
 
     def logits() -> list[np.ndarray]:
-        fresh = nnx.jit(lambda *arguments: model(*arguments))
+        fresh = quick_jit(lambda *arguments: model(*arguments))
         cache = init_cache(model.config.cache(CONTEXT, jnp.float32), slots=3)
         found = [fresh(tokens)[0]]
         for start, stop in ((0, LENGTH // 2), (LENGTH // 2, LENGTH)):

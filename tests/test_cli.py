@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from helpers import QUICK
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
@@ -78,12 +79,12 @@ class Finished:
 
 
 def environment():
-    """With the package and eight devices, without the user's compilation cache."""
+    """With the package, eight devices, and the compilation cache of the tests."""
     return {
         **os.environ,
+        **QUICK,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "PYTHONPATH": str(ROOT),
     }
 

@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import jax
+import pytest
 from helpers import GREEDY, Q8_0, SHAPES
 
 import jaxsplit
@@ -33,6 +34,7 @@ def test_the_names_exist():
             found = getattr(found, part)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_call_stack_is_that_of_a_decode_step(recipe_gguf, monkeypatch):
     stacks = []
 

@@ -25,6 +25,9 @@ GETS = [one.path for one in ENDPOINTS if one.method == "GET" and "{" not in one.
 USER = [{"role": "user", "content": "Hello"}]
 
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     path = write_tiny_model(tmp_path_factory.mktemp("conformance") / "tiny.gguf")

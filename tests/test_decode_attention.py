@@ -1,10 +1,12 @@
 """The decode attention kernel, interpreted, against its XLA implementation."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import nmse
+from helpers import nmse, quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.cache.layers import AttentionCache, Batch
@@ -48,43 +50,48 @@ def test_a_token_attends_to_earlier_tokens_and_itself(
         module.sinks.set_value(jnp.asarray(rng.normal(size=HEADS), jnp.float32))
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        return rng.normal(size=shape).astype(jnp.bfloat16)
 
     # The first token of a sequence, tokens with few and with many tokens before them, and padding.
     positions = np.array([[0], [5], [length - 1 if "window" not in choice else 3 * length], [-1]])
     batch = Batch(jnp.asarray(positions), jnp.asarray([2, 0, 4, 1]))
     query, key, value = (normal(2, 4, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS))
-    cache = AttentionCache.of(*(normal(5, length, KV_HEADS, WIDTH) for _ in range(2)), cache_dtype)
+    keys_values = (normal(5, length, KV_HEADS, WIDTH) for _ in range(2))
+    cache = quick_jit(partial(AttentionCache.of, dtype=cache_dtype))(*keys_values)
     assert triton_decode.supports(config, batch, cache, query[0])
     options = {"config": config, "params": module.params}
-    rows, found = triton_decode.decode_attention(
-        query,
-        key,
-        value,
-        batch,
-        cache,
-        **options,
-        dtype=jnp.bfloat16,
-        layouts=layouts,
-    )
-    exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
-    queries, kv, expected = xla.rope_cache_update(*exact, batch, cache, **options)
-    y = xla.attend(
-        queries.reshape(4, 1, KV_HEADS, -1, WIDTH),
-        kv,
-        batch.positions,
-        config=config,
-        sinks=module.params.sinks,
-    )
-    rows = rows.stored[0].dequantized().reshape(y.shape) if layouts else rows.array
+
+    @quick_jit
+    def kernel(query, key, value, cache):
+        rows, found = triton_decode.decode_attention(
+            query, key, value, batch, cache, **options, dtype=jnp.bfloat16, layouts=layouts
+        )
+        return rows.stored[0].dequantized() if layouts else rows.array, found
+
+    @quick_jit
+    def reference(query, key, value, cache):
+        exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
+        queries, kv, expected = xla.rope_cache_update(*exact, batch, cache, **options)
+        y = xla.attend(
+            queries.reshape(4, 1, KV_HEADS, -1, WIDTH),
+            kv,
+            batch.positions,
+            config=config,
+            sinks=module.params.sinks,
+        )
+        return y, expected
+
+    rows, found = kernel(query, key, value, cache)
+    y, expected = reference(query, key, value, cache)
+    rows, y = np.float32(rows).reshape(y.shape), np.asarray(y)
     for row in range(3):
         # Quantizing normally distributed values to int8 alone costs 1e-5.
-        assert nmse(rows[row].astype(jnp.float32), y[row]) <= 1e-4, row
+        assert nmse(rows[row], y[row]) <= 1e-4, row
     for old, new, actual in zip(
         *(x.__dict__.values() for x in (cache, expected, found)), strict=True
     ):
         if old is not None:
             assert actual.dtype == old.dtype
-            assert nmse(actual.astype(jnp.float32), new.astype(jnp.float32)) <= 1e-5
+            assert nmse(np.float32(actual), np.float32(new)) <= 1e-5
             changed = (np.asarray(old) != np.asarray(actual)).any(axis=tuple(range(3, old.ndim)))
             assert changed.any(axis=1).sum() <= 3  # an index for each token that is not padding

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import usual_blocks
+from helpers import quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.formats import IK_TYPES
@@ -18,6 +19,13 @@ QUANTIZED = [
 ]
 
 
+_unpacked = quick_jit(unpack, static_argnums=0)
+_in_words = quick_jit(lambda name, raw: to_u32(unpack(name, raw)), static_argnums=0)
+_kernel = quick_jit(lambda w: triton_dequantize.dequantize([w], jnp.float32))
+_dequantized = quick_jit(dequantize)
+_weights_and_bounds = quick_jit(lambda w: (dequantize(w), qtensor.row_bounds(w)))
+
+
 # Of ik_llama.cpp's types, those with planes that no other type has.
 IK = ("IQ2_K", "IQ6_K", "IQ5_KS", "IQ1_M_R4", "IQ2_KT", "IQ3_KT", "IQ4_KT")
 
@@ -26,18 +34,17 @@ IK = ("IQ2_K", "IQ6_K", "IQ5_KS", "IQ1_M_R4", "IQ2_KT", "IQ3_KT", "IQ4_KT")
 @pytest.mark.parametrize("name", [*QUANTIZED, *IK])
 def test_every_type_is_dequantized(name, u32):
     kind = TYPES[name]
-    w = unpack(name, usual_blocks(fresh_rng(), name, 7, 768 // kind.block))
+    raw = usual_blocks(fresh_rng(), name, 7, 768 // kind.block)
+    w = (_in_words if u32 else _unpacked)(name, raw)
     assert isinstance(w, QTensor)
     assert triton_dequantize.supports(w)
-    w = to_u32(w) if u32 else w
-    found = triton_dequantize.dequantize([w], jnp.float32)
-    expected = jax.jit(dequantize)(w)
+    found, expected = _kernel(w), _dequantized(w)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
 def test_after_does_not_change_the_result():
-    w = unpack("Q6_K", usual_blocks(fresh_rng(), "Q6_K", 40, 3))
+    w = _unpacked("Q6_K", usual_blocks(fresh_rng(), "Q6_K", 40, 3))
     after = jnp.full((3, 5), jnp.nan)
     found = triton_dequantize.dequantize([w], jnp.bfloat16, after=after)
     assert found.dtype == jnp.bfloat16
@@ -47,7 +54,7 @@ def test_after_does_not_change_the_result():
 def test_bounds_scale_rows_to_the_largest_number():
     rng = fresh_rng()
     weights = [
-        unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
+        _unpacked(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
         for name, rows in (("Q4_K", 5), ("Q8_0", 3))
     ]
     bounds = [qtensor.row_bounds(w) for w in weights]
@@ -62,9 +69,9 @@ def test_bounds_scale_rows_to_the_largest_number():
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *IK])
 def test_no_weight_exceeds_the_bound_of_its_row(name):
-    w = unpack(name, usual_blocks(fresh_rng(), name, 9, 768 // TYPES[name].block))
-    largest = np.abs(np.float32(dequantize(w))).max(axis=-1)
-    bounds = np.float32(qtensor.row_bounds(w))
+    w = _unpacked(name, usual_blocks(fresh_rng(), name, 9, 768 // TYPES[name].block))
+    weights, bounds = map(np.float32, _weights_and_bounds(w))
+    largest = np.abs(weights).max(axis=-1)
     assert (largest <= bounds * (1 + 1e-6)).all()
     assert (bounds <= 100 * largest).all()  # of 2^15, above which all bits of a weight are kept
 
@@ -72,9 +79,9 @@ def test_no_weight_exceeds_the_bound_of_its_row(name):
 def test_rows_of_several_matrices_are_concatenated():
     rng = fresh_rng()
     weights = [
-        unpack(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
+        _unpacked(name, usual_blocks(rng, name, rows, 768 // TYPES[name].block))
         for name, rows in (("Q4_K", 5), ("Q6_K", 9), ("Q8_0", 3))
     ]
     found = triton_dequantize.dequantize(weights, jnp.float32)
-    expected = jnp.concatenate([jax.jit(dequantize)(w) for w in weights])
+    expected = jnp.concatenate([_dequantized(w) for w in weights])
     np.testing.assert_array_equal(found, expected)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers import QUICK
 from tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +179,7 @@ def environment(tmp_path_factory):
         (folder / name).chmod(0o755)
     return {
         **os.environ,
+        **QUICK,
         "PATH": f"{folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import nmse
+from helpers import nmse, quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.cache.layers import AttentionCache
@@ -24,30 +24,40 @@ def inputs(rng, batch, time, head_dim, value_dim, dtype="bfloat16"):
     """Queries and a memory of keys and values; every other sequence begins later."""
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        return rng.normal(size=shape).astype(jnp.bfloat16)
 
     queries = normal(batch, time, KV_HEADS, GROUP, head_dim)
     keys, values = (normal(batch, KEYS, KV_HEADS, width) for width in (head_dim, value_dim))
     first = 40 + 300 * (np.arange(batch) % 2)
-    return queries, AttentionCache.of(keys, values, dtype), first[:, None] + np.arange(time)
+    memory = quick_jit(lambda keys, values: AttentionCache.of(keys, values, dtype))(keys, values)
+    return queries, memory, first[:, None] + np.arange(time)
 
 
 def check(queries, memory, positions, key_positions, config, sinks=None):
     assert triton_flash.supports(queries, memory, config)
-    options = {"config": config, "key_positions": key_positions, "sinks": sinks}
-    inputs = queries, memory, positions
-    found = triton_flash.flash_attention(*inputs, **options).array
-    layouts = (Int8Layout(),)
-    stored = triton_flash.flash_attention(*inputs, **options, layouts=layouts)
-    if stored.layouts:
-        [rounded] = stored.stored
-        rows = jnp.asarray(found, jnp.float32).reshape(len(rounded.scale), -1)
+
+    @quick_jit
+    def attended(queries, memory, positions, key_positions, sinks):
+        """What the kernel computes, what it stores in 8 bits and what that should be, and what is
+        exact."""
+        options = {"config": config, "key_positions": key_positions, "sinks": sinks}
+        inputs = queries, memory, positions
+        found = triton_flash.flash_attention(*inputs, **options).array
+        layouts = (Int8Layout(),)
+        stored = triton_flash.flash_attention(*inputs, **options, layouts=layouts)
+        pairs = []
+        if stored.layouts:
+            [rounded] = stored.stored
+            rows = found.astype(jnp.float32).reshape(len(rounded.scale), -1)
+            pairs = [rounded.dequantized(), int8.quantize_rows(rows).dequantized()]
+        exact = jax.tree.map(lambda x: x.astype(jnp.float32), (queries, memory))
+        kv = KV(exact[1], key_positions)
+        return found, pairs, attend(exact[0], kv, positions, config=config, sinks=sinks)
+
+    found, pairs, expected = attended(queries, memory, positions, key_positions, sinks)
+    if pairs:
         # Rounded before it is put into 16 bits: halves of a step may fall to either side.
-        assert nmse(rounded.dequantized(), int8.quantize_rows(rows).dequantized()) <= 2e-4
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (queries, memory))
-    queries, memory = exact
-    kv = KV(memory, key_positions)
-    expected = attend(queries, kv, positions, config=config, sinks=sinks)
+        assert nmse(*pairs) <= 2e-4
     assert found.dtype == jnp.bfloat16
     assert nmse(found, expected) <= 2e-5
 
@@ -96,11 +106,10 @@ def test_padding_is_no_number_that_spreads():
     queries, memory, positions = inputs(fresh_rng(), 1, 70, 16, 16)
     positions = np.where(np.arange(70) < 50, positions, -1)
     config = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16)
-    options = {"config": config}
-    found = triton_flash.flash_attention(queries, memory, positions, **options).array
-    assert np.isfinite(np.asarray(found, np.float32)).all()
-    few = queries[:, :50], memory, positions[:, :50]
-    expected = triton_flash.flash_attention(*few, **options).array
+    attended = quick_jit(lambda *inputs: triton_flash.flash_attention(*inputs, config=config).array)
+    found = np.asarray(attended(queries, memory, positions), np.float32)
+    assert np.isfinite(found).all()
+    expected = attended(queries[:, :50], memory, positions[:, :50])
     assert nmse(found[:, :50], expected) <= 1e-10
 
 
@@ -110,7 +119,7 @@ def test_sequences_in_any_slots(time):
     config, slots = AttentionConfig(KV_HEADS * GROUP, KV_HEADS, 16, 16), jnp.asarray([2, 0])
     few = queries[:2], memory, positions[:2]
     options = {"config": config, "pages": slots[:, None]}
-    found = triton_flash.flash_attention(*few, **options).array
+    found = quick_jit(lambda *few: triton_flash.flash_attention(*few, **options).array)(*few)
     queries, memory = jax.tree.map(lambda x: x.astype(jnp.float32), few[:2])
 
     def expected(slots):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import nmse
+from helpers import nmse, quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.ops.activations.layout import PlainLayout, Readers
@@ -33,9 +33,14 @@ def test_matmuls_equal_float64(rng, columns, scaled):
     if scaled:
         norm, divisor = (0.5, columns), 0.5 * np.sqrt((np.float64(x) ** 2).mean() + 0.5)
     layouts = (PlainLayout(jnp.bfloat16),)
-    [row], *_ = store_rows(lambda x: 2 * x, (x,), Readers(layouts, xla=False), norm=norm)
-    tiling = triton_gemv_bf16.Tiling(columns=512)
-    results = triton_gemv_bf16.gemv_bf16(row, matrices, tiling=tiling)
+
+    @quick_jit
+    def products(x, matrices):
+        [row], *_ = store_rows(lambda x: 2 * x, (x,), Readers(layouts, xla=False), norm=norm)
+        tiling = triton_gemv_bf16.Tiling(columns=512)
+        return triton_gemv_bf16.gemv_bf16(row, matrices, tiling=tiling)
+
+    results = products(x, matrices)
     for y, w in zip(results, matrices, strict=True):
         assert nmse(y, np.float64(x)[0] @ np.float64(w).T / divisor) <= 1e-11
 

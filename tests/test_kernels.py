@@ -9,7 +9,7 @@ import numpy as np
 import ptx
 import pytest
 from blocks import usual_blocks
-from helpers import Q8_0, SHAPES, nmse
+from helpers import Q8_0, SHAPES, nmse, quick_jit
 from jax.extend.core import Literal, jaxprs_in_params
 from tiny import fresh_rng
 
@@ -36,8 +36,12 @@ SUPPORTED = {
 }
 
 
+_unpacked = quick_jit(lambda name, raw: to_u32(unpack(name, raw)), static_argnums=0)
+dequantized = quick_jit(dequantize)
+
+
 def matrix(rng, name, rows, columns):
-    return to_u32(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
+    return _unpacked(name, usual_blocks(rng, name, rows, columns // TYPES[name].block))
 
 
 @pytest.fixture
@@ -136,13 +140,19 @@ def test_a_fused_function_and_norm_precede_quantization(rng, epsilon):
 )
 def test_matmuls_equal_float64(rng, names, rows, columns):
     matrices = [matrix(rng, name, 7 + i, columns) for i, name in enumerate(names)]
-    x = jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32)
-    [normalized], *_ = stored(lambda x: x, (x,), norm=(1e-6, columns))
-    for rounded in (int8.quantize_rows(x), normalized):
-        results = triton_gemv_int8.gemv_int8(rounded, matrices)
-        for y, w in zip(results, matrices, strict=True):
-            expected = np.float64(rounded.dequantized()) @ np.float64(dequantize(w)).T
-            assert nmse(y, expected) <= 1e-10
+    exact = [np.float64(dequantized(w)).T for w in matrices]
+
+    @quick_jit
+    def products(x, matrices):
+        """Rows, and what they are multiplied by each matrix: rounded, and normalized before."""
+        [normalized], *_ = stored(lambda x: x, (x,), norm=(1e-6, columns))
+        both = int8.quantize_rows(x), normalized
+        return [(r.dequantized(), triton_gemv_int8.gemv_int8(r, matrices)) for r in both]
+
+    x = rng.normal(size=(rows, columns)).astype(np.float32)
+    for rounded, results in products(x, matrices):
+        for y, w in zip(results, exact, strict=True):
+            assert nmse(y, np.float64(rounded) @ w) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "Q1_0"])
@@ -180,18 +190,22 @@ def test_ptx_computes_values_of_trellises(rng, monkeypatch, signed):
 @pytest.mark.parametrize("used", [1, 2])
 def test_expert_matmuls_equal_float64(rng, used):
     stacks = [
-        jax.tree.map(
-            lambda *planes: jnp.stack(planes), *[matrix(rng, name, n, 512) for _ in range(3)]
-        )
-        for name, n in (("Q4_K", 9), ("Q6_K", 6))
+        jax.tree.map(lambda *planes: np.stack(planes), *[matrix(rng, *of, 512) for _ in range(3)])
+        for of in (("Q4_K", 9), ("Q6_K", 6))
     ]
-    x = jnp.asarray(rng.normal(size=(2, 512)), jnp.float32)
-    experts = jnp.asarray(rng.integers(0, 3, 2 * used), jnp.int32)
-    rounded = int8.quantize_rows(x)
-    results = triton_gemv_int8.gemv_int8(rounded, stacks, experts=experts)
+    x = rng.normal(size=(2, 512)).astype(np.float32)
+    experts = rng.integers(0, 3, 2 * used).astype(np.int32)
+
+    @quick_jit
+    def products(x, stacks):
+        rounded = int8.quantize_rows(x)
+        results = triton_gemv_int8.gemv_int8(rounded, stacks, experts=experts)
+        return rounded.dequantized(), results
+
+    rounded, results = products(x, stacks)
     for y, stack in zip(results, stacks, strict=True):
-        dense = np.float64(dequantize(stack))[np.asarray(experts)]
-        rows = np.repeat(np.float64(rounded.dequantized()), used, axis=0)
+        dense = np.float64(dequantized(stack))[experts]
+        rows = np.repeat(np.float64(rounded), used, axis=0)
         assert nmse(y, np.einsum("pi,poi->po", rows, dense)) <= 1e-10
 
 
@@ -201,13 +215,14 @@ def test_xla_computes_the_same_without_kernels(rng, rows):
     x = rng.normal(size=(rows, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    [expected] = triton_gemv_int8.gemv_int8(int8.quantize_rows(x), [w])
+    kernel = quick_jit(lambda x, w: triton_gemv_int8.gemv_int8(int8.quantize_rows(x), [w]))
+    [expected] = kernel(x, w)
     assert nmse(y, expected) <= 1e-10
-    exact = np.float64(x) @ np.float64(dequantize(w)).T
+    exact = np.float64(x) @ np.float64(dequantized(w)).T
     assert nmse(y, exact) > 1e-7
     # No activation is farther from its code than half the scale of its block.
     step = np.abs(x).reshape(rows, -1, 32).max(axis=-1).repeat(32, axis=-1) / 127
-    bound = 0.5001 * np.float64(step) @ np.abs(np.float64(dequantize(w))).T
+    bound = 0.5001 * np.float64(step) @ np.abs(np.float64(dequantized(w))).T
     assert (np.abs(y - exact) <= bound).all()
 
 
@@ -216,7 +231,7 @@ def test_many_rows_are_not_quantized(rng):
     x = rng.normal(size=(triton_gemv_int8.MAX_ROWS + 1, 512)).astype(np.float32)
     with forward_context(policy=MatmulPolicy(int8_activations=True)):
         y = jax.jit(lambda x, w: matmul(x, w))(x, w)
-    assert nmse(y, np.float64(x) @ np.float64(dequantize(w)).T) <= 1e-10
+    assert nmse(y, np.float64(x) @ np.float64(dequantized(w)).T) <= 1e-10
 
 
 def test_int8_activations_change_a_model_little(load, recipe_gguf):
@@ -319,21 +334,23 @@ def test_devices_send_products_with_plain_matrices(recipe_gguf):
 @pytest.mark.parametrize("kernels", [False, True])
 def test_many_rows_are_multiplied_in_8_bit_floating_point(rng, kernels):
     weights = [matrix(rng, *of, 768) for of in (("Q4_K", 20), ("Q8_0", 9), ("IQ4_XS", 7))]
-    plain = jnp.asarray(rng.normal(size=(6, 768)), jnp.float32)
+    plain = rng.normal(size=(6, 768)).astype(np.float32)
     sizes = 10.0 ** rng.uniform(-6, 6, (70, 1))  # of rows, of which one is nearly of zeros
-    x = jnp.asarray(rng.normal(size=(70, 768)) * sizes, jnp.float32).at[3].set(1e-38)
+    x = (rng.normal(size=(70, 768)) * sizes).astype(np.float32)
+    x[3] = 1e-38
     policy = MatmulPolicy(float8=True, kernels=kernels, interpret=True)
     with forward_context(policy=policy):
-        *ys, exact = matmuls(x, [*weights, plain])
-        few = matmuls(x[:3], weights)
+        product = quick_jit(matmuls)
+        *ys, exact = product(x, [*weights, plain])
+        few = product(x[:3], weights)
     assert nmse(exact, np.float64(x) @ np.float64(plain).T) <= 1e-10
     for y, w in zip(ys, weights, strict=True):
-        expected = np.float64(x) @ np.float64(dequantize(w)).T
+        expected = np.float64(x) @ np.float64(dequantized(w)).T
         assert not np.any(y[3])
         # Both are rounded to 4 bits, with an error of 2^-5 to 2^-4 at most.
         assert 5e-4 < nmse(y / sizes, expected / sizes) < 4e-3
     for y, w in zip(few, weights, strict=True):  # these are not
-        assert nmse(y, np.float64(x[:3]) @ np.float64(dequantize(w)).T) <= 1e-10
+        assert nmse(y, np.float64(x[:3]) @ np.float64(dequantized(w)).T) <= 1e-10
 
 
 @pytest.mark.usefixtures("quick_compilation")

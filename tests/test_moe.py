@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Q8_0, make_recipe, nmse, recipe_values
+from helpers import Q8_0, make_recipe, nmse, quick_jit, recipe_values
 from tiny import fresh_rng
 
 import jaxsplit
@@ -64,6 +64,10 @@ MIXTURES = {
 }
 
 
+_unpacked = quick_jit(unpack, static_argnums=0)
+_dequantized = quick_jit(dequantize)
+
+
 @pytest.fixture
 def rng():
     return fresh_rng()
@@ -79,10 +83,11 @@ def params_of(module):
 
 def random_moe(config, rng, embed=EMBED):
     """A mixture none of whose parameters are constants."""
-    model = MoE(config, embed, rngs=nnx.Rngs(int(rng.integers(2**31))))
+    model = nnx.eval_shape(lambda: MoE(config, embed, rngs=nnx.Rngs(0)))
     for path, param in params_of(model).items():
-        if "kernel" not in path:
-            param.set_value(jnp.asarray(rng.normal(size=param.shape), jnp.float32))
+        scale = param.shape[-1] ** -0.5 if "kernel" in path else 1.0
+        value = rng.normal(size=param.shape, scale=scale)
+        param.set_value(jnp.asarray(value.astype(np.float32)))
     return model
 
 
@@ -107,7 +112,7 @@ def activated(name, up, gate):
 def reference(config, params, x):
     """The mixture in float64, one token and one expert at a time: `[tokens, embed]`."""
     c = config
-    p = {path: np.float64(dequantize(param.get_value())) for path, param in params.items()}
+    p = {path: np.float64(_dequantized(param.get_value())) for path, param in params.items()}
 
     def part(name, x, expert=None):
         kernel, bias = p.get(f"{name}.kernel"), p.get(f"{name}.bias")
@@ -158,7 +163,7 @@ def check(config, model, x, limit=1e-11):
     """All tokens of a sequence, and each token a sequence of its own, as in a decode step."""
     expected = reference(config, params_of(model), x)
     for shape in {x.shape, (len(x), 1, x.shape[1])}:
-        y = jax.jit(lambda x: output(model, x))(x.reshape(shape))
+        y = quick_jit(lambda x: output(model, x))(x.reshape(shape))
         assert nmse(y.reshape(x.shape), expected) < limit
 
 
@@ -226,7 +231,7 @@ def quantized(rng, kind, *shape):
     else:  # Q4_K: any bytes, and scales of the usual size
         raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8)
         raw[..., :4] = np.frombuffer(np.float16([1e-3, 5e-3]).tobytes(), np.uint8)
-    return unpack(kind, jnp.asarray(raw.view(np.uint8).reshape(*shape[:-1], -1, size)))
+    return _unpacked(kind, raw.view(np.uint8).reshape(*shape[:-1], -1, size))
 
 
 def quantized_moe(rng, kind, config, embed):
@@ -257,17 +262,21 @@ def test_kernels_multiply_with_chosen_experts(rng, change, rows):
     far from 1, and experts are chosen before it is known."""
     config = dataclasses.replace(BASE, expert=MLPConfig(64, **change))
     model = quantized_moe(rng, "Q8_0", config, 64)
-    x = jnp.asarray(rng.normal(size=(rows, 1, 64)) * 4, jnp.float32)
+    x = (rng.normal(size=(rows, 1, 64)) * 4).astype(np.float32)
     norm = Norm(NormConfig(), 64)
     norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 1, 64), jnp.float32))
 
     def run(readers):
-        rows, _ = add_norm(None, x, norm, readers)
-        return model(rows).all_reduce(x.dtype)
+        @quick_jit
+        def normalized_and_multiplied(x):
+            rows, _ = add_norm(None, x, norm, readers)
+            return model(rows).all_reduce(x.dtype)
+
+        return normalized_and_multiplied(x)
 
     exact = run(XLA_ONLY)
     with forward_context(policy=MatmulPolicy(int8_activations=True, kernels=True, interpret=True)):
-        found = run(model.readers(x))
+        found = run(model.readers(jnp.asarray(x)))
     assert 1e-8 < nmse(found, exact) < 2e-3
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.cache.layers import AttentionCache, Batch
@@ -81,6 +82,7 @@ def test_a_token(pages, dtype):
     params = Attention(CONFIG, 64, rngs=nnx.Rngs(0)).params
     projections = [normal(1, 3, 1, WIDTH * n) for n in (HEADS, KV_HEADS, KV_HEADS)]
 
+    @quick_jit
     def run(batch, cache):
         options = {"config": CONFIG, "params": params, "dtype": jnp.bfloat16}
         y, cache = triton_decode.decode_attention(*projections, batch, cache, **options)
@@ -98,6 +100,7 @@ def test_some_tokens(pages, time):
     cache, positions = cache_of("bfloat16"), np.array([[3], [300], [LENGTH - 70]]) + np.arange(time)
     queries = normal(3, time, KV_HEADS, HEADS // KV_HEADS, WIDTH)
 
+    @quick_jit
     def flash(cache, table):
         options = {"config": CONFIG, "pages": table}
         return triton_flash.flash_attention(queries, cache, jnp.asarray(positions), **options).array

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from helpers import QUICK
 from tiny import write_tiny_model
 
 
@@ -16,11 +17,16 @@ def model(tmp_path_factory):
     return write_tiny_model(path, layers=3, context=20000)
 
 
+def on_cpus(devices):
+    """The environment of a process with so many devices."""
+    return os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+
+
 def start(model, *flags, devices=2, **process):
     """A process of `jaxsplit.generate`."""
     command = [sys.executable, "-m", "jaxsplit.generate", f"--model={model}", "--temperature=0"]
     command += [*flags, "--compilation_cache=none"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = on_cpus(devices)
     command += [f"--{flag}={value}" for flag, value in process.items()]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
@@ -78,7 +84,7 @@ def test_two_processes_run_many_requests(model, mesh):
         coordinator = f"localhost:{free.getsockname()[1]}"
 
     def begin(devices, *arguments):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        environment = on_cpus(devices)
         command, pipe = [sys.executable, "-c", MANY, str(model), *arguments], subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from helpers import QUICK
+from tiny import write_tiny_model
 
 import jaxsplit
 from jaxsplit import context, llm
@@ -31,26 +33,32 @@ def test_the_command_line_starts_without_jax():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_without_kernels_no_triton_is_imported():
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("names") / "tiny.gguf", kind="Q8_0")
+
+
+def test_without_kernels_no_triton_is_imported(model):
     """What Pallas imports of it takes time, and this JAX may have none."""
     program = (
         "import jaxsplit, sys\n"
-        "lm = jaxsplit.load(ctx_size=64, split_mode='none')\n"
+        "lm = jaxsplit.load(sys.argv[1], ctx_size=64, split_mode='none')\n"
         "assert lm.generate('The', 2, temperature=0.0)\n"
         "assert not [m for m in sys.modules if 'pallas' in m and 'triton' in m]\n"
     )
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    environment = {**os.environ, **QUICK, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program, model], check=True, env=environment)
 
 
-def test_without_pallas_xla_does_the_work(monkeypatch, smollm2_path):
+@pytest.mark.usefixtures("quick_compilation")
+def test_without_pallas_xla_does_the_work(monkeypatch, model):
     """As in a JAX that has removed it: on a GPU where kernels would run, one line says so."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     monkeypatch.setattr(context, "compute_capability", lambda _: 9.0)
     monkeypatch.setattr(llm, "compute_capability", lambda _: 9.0)
     with pytest.raises(JaxsplitError, match="kernels=triton does not run on cpu .*kernels=auto"):
-        jaxsplit.load(smollm2_path, kernels="triton", split_mode="none")
-    lm = jaxsplit.load(smollm2_path, split_mode="none", ctx_size=64, dtype="bfloat16")
+        jaxsplit.load(model, kernels="triton", split_mode="none")
+    lm = jaxsplit.load(model, split_mode="none", ctx_size=64, dtype="bfloat16")
     assert lm.describe().endswith(" | XLA runs everything: this JAX has no Pallas-Triton")
     assert not lm.engine.runners[0].policy.kernels
     assert lm.generate("The", 2, temperature=0.0)

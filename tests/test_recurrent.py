@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import nmse
+from helpers import nmse, quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.cache.layers import Batch, init_cache
@@ -90,7 +90,7 @@ def make(name, rng):
     return randomize(module, rng), config
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def _run(graph, state, x, positions, cache, slots):
     y, cache = nnx.merge(graph, state)(Activations(x), Batch(positions, slots), cache)
     return y.local_sum, cache

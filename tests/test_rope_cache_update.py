@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import nmse
+from helpers import nmse, quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.cache.layers import AttentionCache, Batch
@@ -61,9 +61,12 @@ def test_heads_are_rotated_and_cached(name, dtype, time, heads_per_program, monk
         return
     assert triton_rope_cache_update.supports(config, batch, cache, jnp.bfloat16)
     options = {"config": config, "params": module.params}
-    queries, found = triton_rope_cache_update.rope_cache_update(
-        query, key, value, batch, cache, **options
+    kernel = quick_jit(
+        lambda *arrays: triton_rope_cache_update.rope_cache_update(
+            *arrays[:-1], batch, arrays[-1], **options
+        )
     )
+    queries, found = kernel(query, key, value, cache)
     projections = [x.astype(jnp.float32) for x in (query, key, value)]
     expected, kv, _ = xla.rope_cache_update(*projections, batch, None, **options)
     assert queries.dtype == jnp.bfloat16

@@ -26,6 +26,9 @@ from jaxsplit.server.running import Running, Waker
 USER = [{"role": "user", "content": "Hello there"}]
 
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
+
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
     path = write_tiny_model(tmp_path_factory.mktemp("server") / "tiny.gguf")

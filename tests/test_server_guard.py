@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers import QUICK
 from serving import serving, wait_until_ready
 from tiny import write_tiny_model
 
@@ -28,6 +29,9 @@ from jaxsplit.server.service import Service
 
 ROOT = Path(jaxsplit.__file__).parents[1]
 CALL = {"prompt": "Hello", "n_predict": 2}
+
+
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +224,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server():
 
 def start(path, *flags: str) -> subprocess.Popen:
     """`jaxsplit serve` as a process of its own."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | QUICK | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jaxsplit.serve", f"--model={path}", "--port=0", "--slots=2"]
     return subprocess.Popen(
         [*command, *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True

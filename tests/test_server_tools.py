@@ -35,6 +35,9 @@ TIME = {
 USER = [{"role": "user", "content": "Hello"}]
 
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
+
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
     path = write_tiny_model(tmp_path_factory.mktemp("tools") / "tiny.gguf", context=1024)

@@ -1,12 +1,14 @@
 """The small-M GEMM kernel, interpreted, against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
 from blocks import usual_blocks
-from helpers import nmse
+from helpers import nmse, quick_jit
 from tiny import fresh_rng
 
 from jaxsplit.context import MatmulPolicy, forward_context
@@ -25,13 +27,18 @@ def rng():
     return fresh_rng()
 
 
+_unpacked = quick_jit(lambda name, raw: to_u32(unpack(name, raw)), static_argnums=0)
+dequantized = quick_jit(dequantize)
+
+
 def matrix(rng, name, rows, columns):
-    return to_u32(unpack(name, usual_blocks(rng, name, rows, columns // TYPES[name].block)))
+    return _unpacked(name, usual_blocks(rng, name, rows, columns // TYPES[name].block))
 
 
-def product(x, w):
-    """The matmul in float64, with the kernel's roundings to bfloat16: of scales, scaled codes,
-    minima and sums of activations."""
+@quick_jit
+def operands(x, w):
+    """What the kernel multiplies, rounded to bfloat16: scaled codes; minima and sums of
+    activations, or None."""
 
     def bfloat16(values):
         return values.astype(jnp.bfloat16).astype(jnp.float32)
@@ -40,11 +47,20 @@ def product(x, w):
     values = qtensor.unscaled(w).reshape(*scale.shape, -1)
     values = values if shift is None else values + shift[..., None]
     scaled = bfloat16(values * scale[..., None]).reshape(w.shape)
-    y = np.float64(x) @ np.float64(scaled).T
     minima = qtensor.minima(w)
-    if minima is not None:
-        groups = x.astype(jnp.float32).reshape(len(x), minima.shape[-1], -1)
-        y += np.float64(bfloat16(groups.sum(axis=-1))) @ np.float64(bfloat16(minima)).T
+    if minima is None:
+        return scaled, None
+    groups = x.astype(jnp.float32).reshape(len(x), minima.shape[-1], -1)
+    return scaled, (bfloat16(groups.sum(axis=-1)), bfloat16(minima))
+
+
+def product(x, w):
+    """The matmul in float64, with the kernel's roundings."""
+    scaled, of_minima = operands(x, w)
+    y = np.float64(x) @ np.float64(scaled).T
+    if of_minima is not None:
+        sums, minima = map(np.float64, of_minima)
+        y += sums @ minima.T
     return y
 
 
@@ -54,12 +70,17 @@ def readers(matrices):
 
 def multiply(x, matrices, **options):
     """The kernel's results, with activations that `store_rows` stored."""
-    [rows], *_ = store_rows(lambda x: x, (x,), readers(matrices))
-    return triton_small_m_gemm.small_m_gemm(rows, matrices, **options)
+
+    @quick_jit
+    def call(x, matrices):
+        [rows], *_ = store_rows(lambda x: x, (x,), readers(matrices))
+        return triton_small_m_gemm.small_m_gemm(rows, matrices, **options)
+
+    return call(x, matrices)
 
 
 def activations(rng, rows, columns):
-    return jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16)
+    return rng.normal(size=(rows, columns)).astype(jnp.bfloat16)
 
 
 # Rows that do not fill a tile, columns that do not fill a step or a part, several layouts at once.
@@ -85,7 +106,7 @@ def test_matmuls_equal_float64(rng, names, rows, columns, split_k):
         assert nmse(y, product(x, w)) <= 1e-10
         assert (
             1e-7
-            < nmse(y, np.float64(x) @ np.float64(dequantize(w)).T)
+            < nmse(y, np.float64(x) @ np.float64(dequantized(w)).T)
             < (1e-4 if w.minimum is None else 3e-4)
         )
 
@@ -140,7 +161,8 @@ def test_sub_blocks_with_replicated_super_scales(rng, name, rows, sub_block):
     # A device's heads may end inside a block, whose super-scale is then replicated.
     raw = usual_blocks(rng, name, 40, 7)
     index = np.arange(7) % (256 // sub_block)
-    w = to_u32(unpack(name, raw, sub_block=sub_block, sub_block_index=index))
+    cut = functools.partial(unpack, name, sub_block=sub_block, sub_block_index=index)
+    w = quick_jit(lambda raw: to_u32(cut(raw)))(raw)
     assert w.super_scale.shape[-1] == 7
     x = activations(rng, rows, w.shape[-1])
     [y] = multiply(x, [w], split_k=1)
@@ -152,21 +174,27 @@ def test_store_rows_in_the_orders_of_several_matrices(rng):
     stream, *terms = rng.normal(size=(3, 2, 3, 1280)).astype(np.float32)
     scale = rng.uniform(0.5, 2, 1280).astype(np.float32)
     matrices = [matrix(rng, name, 40, 1280) for name in ("Q4_K", "Q6_K", "Q4_1")]
-    [rows], _, total = store_rows(
-        jnp.multiply,
-        (jnp.asarray(stream, jnp.bfloat16), jnp.asarray(scale)),
-        readers(matrices),
-        addend=(jnp.asarray(terms), None, None),
-        norm=(0.5, 1500),
-    )
-    results = triton_small_m_gemm.small_m_gemm(rows, matrices)
-    added = np.float64(jnp.asarray(stream, jnp.bfloat16)) + np.float64(terms).sum(axis=0)
+    stream = stream.astype(jnp.bfloat16)
+
+    @quick_jit
+    def call(stream, scale, terms, matrices):
+        [rows], _, total = store_rows(
+            jnp.multiply,
+            (stream, scale),
+            readers(matrices),
+            addend=(terms, None, None),
+            norm=(0.5, 1500),
+        )
+        return triton_small_m_gemm.small_m_gemm(rows, matrices), total
+
+    results, total = call(stream, scale, np.asarray(terms), matrices)
+    added = np.float64(stream) + np.float64(terms).sum(axis=0)
     assert nmse(total, added) <= 1e-5
     added = np.float64(total).reshape(6, -1)
     root = np.sqrt((added**2).sum(axis=-1, keepdims=True) / 1500 + 0.5)
     for y, w in zip(results, matrices, strict=True):
         # The normalization is deferred: rows are rounded before their division.
-        expected = product(jnp.asarray(added * scale, jnp.bfloat16), w) / root
+        expected = product((added * scale).astype(jnp.bfloat16), w) / root
         assert nmse(y, expected) <= 1e-10
 
 
@@ -178,28 +206,20 @@ def test_split_k_parts_without_their_sum(rng):
     for y, w in zip(results, matrices, strict=True):
         assert y.shape == (3, 5, len(w.scale))
         assert y.dtype == jnp.float32
-        assert nmse(y.sum(axis=0), product(x, w)) <= 1e-10
+        assert nmse(np.sum(y, axis=0), product(x, w)) <= 1e-10
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_grouped_gemm_equals_float64(rng):
     stacks = [
-        jax.tree.map(lambda *planes: jnp.stack(planes), *[matrix(rng, name, n, 512)] * 2)
-        for name, n in (("Q4_K", 40), ("Q6_K", 33))
-    ]
-    stacks = [
-        jax.tree.map(
-            lambda planes, other: planes.at[1].set(other), stack, matrix(rng, name, n, 512)
-        )
-        for stack, (name, n) in zip(stacks, (("Q4_K", 40), ("Q6_K", 33)), strict=True)
+        jax.tree.map(lambda *planes: np.stack(planes), *[matrix(rng, *of, 512) for _ in range(2)])
+        for of in (("Q4_K", 40), ("Q6_K", 33))
     ]
     x = activations(rng, 9, 512)
     x_row = rng.integers(0, 9, (4, 8))
     of_group = [(1, 0, 8), (0, 8, 11), (1, 11, 12)]  # matrix, start, stop
     matrix_, start, stop = np.array([*of_group, (0, 0, 0)], np.int32).T
-    groups = GroupedGemmInfo(
-        *map(jnp.asarray, (matrix_, start, stop, np.int32(x_row), np.int32(len(of_group))))
-    )
+    groups = GroupedGemmInfo(matrix_, start, stop, np.int32(x_row), np.int32(len(of_group)))
     results = multiply(x, stacks, groups=groups, out_rows=12)
     for y, stack in zip(results, stacks, strict=True):
         expected = [

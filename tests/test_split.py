@@ -10,7 +10,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from helpers import DATA, GREEDY, Q8_0, SHAPES, continuation, make_recipe, nmse
+from helpers import DATA, GREEDY, Q8_0, QUICK, SHAPES, continuation, make_recipe, nmse, quick_jit
 from tiny import fresh_rng
 
 import jaxsplit
@@ -102,7 +102,7 @@ check_equal(split, one, {tokens})
     path = recipe_gguf(make_recipe("sixteen", heads=9, kv_heads=3))
     run = [sys.executable, "-c", program, str(path)]
     paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(jaxsplit.__path__[0])])
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "16", "PYTHONPATH": paths}
+    environment = {**os.environ, **QUICK, "JAX_NUM_CPU_DEVICES": "16", "PYTHONPATH": paths}
     done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -236,7 +236,7 @@ def test_reduce_dtype_is_used_between_devices(load, recipe_gguf, tokens):
 def test_the_module_works_on_sharded_parameters(load, recipe_gguf, tokens):
     """`lm.model` called directly: the compiler finds the collectives itself."""
     lm = load(recipe_gguf(SHAPES["8-2"]), split_mode="graph", devices=4)
-    logits, _ = jax.jit(lambda tokens: lm.model(tokens))(np.asarray([tokens]))
+    logits, _ = quick_jit(lambda tokens: lm.model(tokens))(np.asarray([tokens]))
     vocab = lm.config.vocab
     assert nmse(np.asarray(logits)[0, :, :vocab], lm.logits(tokens)) <= 1e-9
 
