@@ -343,3 +343,16 @@ def test_an_error_of_the_scheduler_ends_all_requests_and_no_later_ones(lm, monke
     with pytest.raises(ZeroDivisionError, match="of the scheduler"):
         lm.generate("hello", 8, temperature=0.0)
     assert lm.generate("hello", 8, temperature=0.0) == expected
+
+
+def test_sizes_may_be_asked_for_while_a_step_has_the_cache(lm):
+    """Programs take the cache's arrays and give back others."""
+    expected = lm.cache_bytes
+    request = lm.submit(PROMPT, 200, ignore_eos=True, **GREEDY)
+    reader = threading.Thread(target=request.result)
+    reader.start()
+    asked = 0
+    while reader.is_alive():
+        assert lm.cache_bytes == expected > 0
+        asked += 1
+    assert asked > 100

@@ -172,6 +172,7 @@ class Engine:
         self._params: Any = None
         self._caches = []  # frees the old buffers first
         self._caches = [runner.empty_cache() for runner in self.runners]
+        self._cache_bytes = _bytes_on_fullest(self._caches)
         last, count = self.runners[-1], self.slots_per_replica * self.partition.data
         self._state = last.empty_state(count)
         unused = self._slot_params([(SamplingConfig(temperature=0.0), (), 0)] * count)
@@ -213,7 +214,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values on the fullest device of this process."""
-        return _bytes_on_fullest(self._caches)
+        return self._cache_bytes  # of any thread: programs that run have taken the arrays
 
     @property
     def weight_bytes(self) -> int:
