@@ -18,7 +18,7 @@ def model(tmp_path_factory):
 
 
 def on_cpus(devices):
-    """The environment of a process with so many devices."""
+    """The environment of a process with a number of CPU devices."""
     return os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 

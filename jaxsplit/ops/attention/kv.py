@@ -47,8 +47,8 @@ class KV:
 
 
 def over_filled(run: Callable[[KV], Any], kv: KV, positions: Array, *, at_least: int = 1) -> Any:
-    """`run(kv)`, which does not depend on keys after the last position: on CPUs with the first
-    pages only, so that an empty context costs little.
+    """`run(kv)`, whose result does not depend on keys after the last position. On CPUs it gets only
+    the first pages of each sequence: those that are filled, or up to four times as many.
 
     Args:
       run: its result has the same shape for any number of pages.
@@ -77,7 +77,7 @@ def over_filled(run: Callable[[KV], Any], kv: KV, positions: Array, *, at_least:
 
 
 def _page_counts(most: int) -> list[int]:
-    """Numbers of pages to choose from, ascending: the last is all of them."""
+    """The page counts that are compiled, ascending; the last is `most`."""
     counts = [most]
     while counts[0] > 1:
         counts.insert(0, -(-counts[0] // 4))
