@@ -137,6 +137,8 @@ static inline u32 pick_bytes(u32 low, u32 high, u32 which) {
   return y;
 }
 
+static inline u32 in_register(u32 x) { return x; }
+
 static inline int warp_index() { return threadIdx.x / 32; }
 
 // Products of 16 rows of codes with 8 columns: threads have WORDS words of rows, half as many of
@@ -236,6 +238,15 @@ float number<Bfloat16>(const u32* words, int i) {
   return bits_float(words[i / 2] >> (16 * (i % 2)) << 16);
 }
 
+template <class T>
+static u32 multiply_add_pairs(u32 a, u32 b, u32 c) {  // exact in double precision, but rounded twice
+  float y[2];
+  for (int i = 0; i < 2; i++) {
+    y[i] = (float)((double)number<T>(&a, i) * number<T>(&b, i) + number<T>(&c, i));
+  }
+  return pack<T>(y[0], y[1]);
+}
+
 static const void* rows_of_matrices[1024];
 
 static inline void load_matrices(u32* y, const void* row) {
@@ -272,6 +283,9 @@ template <int NEWEST>
 static void wait_for_products() {}
 
 static inline unsigned long long columns_at(const void* p) { return (unsigned long long)p; }
+static inline unsigned long long columns_after(unsigned long long columns, int bytes) {
+  return columns + bytes;
+}
 
 // As `multiply_add`, for COLUMNS columns in shared memory. Bits 4 to 6 of an address are swizzled by
 // the three above them.

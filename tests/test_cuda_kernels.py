@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from blocks import usual_blocks
 from flax import nnx
-from helpers import GREEDY, nmse
+from helpers import GREEDY, nmse, quick_jit
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
@@ -47,6 +47,7 @@ from jaxsplit.ops.moe import api as moe
 from jaxsplit.ops.moe import cuda_router, router
 from jaxsplit.ops.moe.experts import ExpertMatrices, ExpertParams
 from jaxsplit.quant import TYPES, dequantize, unpack
+from jaxsplit.quant.qtensor import minima, scales, shifts, unscaled
 from jaxsplit.sharding.axes import Axis
 
 READERS = Readers((Int8Layout(),), xla=False)
@@ -202,8 +203,20 @@ def swizzled(x):
 
 
 def product_of_rounded(x, w):
-    """In float64, with weights rounded to the dtype of the activations: `[rows, out]`."""
-    return np.float64(x) @ np.float64(dequantize(w).astype(x.dtype)).T
+    """In float64, with weights that have the dtype of the activations, as have the scales and
+    minima that make them: `[rows, out]`."""
+
+    @quick_jit
+    def parts(w):
+        fraction = w.layout.offset % 1
+        scale, below = scales(w), minima(w)
+        if below is None:
+            below = (-fraction if (shift := shifts(w)) is None else shift - fraction) * scale
+        return unscaled(w) + fraction, scale.astype(x.dtype), below.astype(x.dtype)
+
+    codes, scale, below = map(np.float64, parts(w))
+    weights = codes.reshape(*scale.shape, -1) * scale[..., None] + below[..., None]
+    return np.float64(x) @ np.float64(weights.astype(x.dtype)).reshape(codes.shape).T
 
 
 @on_cpu
@@ -212,26 +225,27 @@ def test_gemm_bf16_equals_float64(rng, names):
     """Rows that fill no tile; matrices that fill no block."""
     capability = 8.0 if names in TYPES_WITH_KERNELS[::2] else 9.0
     x = jnp.asarray(rng.normal(size=(11, 1024)), "bfloat16")
-    weights, values = matrices(names, 1024)
+    weights, _ = matrices(names, 1024)
     assert all(cuda_gemm_bf16.supports(w, x.dtype) for w in weights)
     launch = cuda_gemm_bf16.launch_of(swizzled(x), weights, jnp.float32, capability, split_k=1)
-    for y, w, name in zip(cuda_host.run(launch), values, names, strict=True):
-        exact = np.float64(x) @ np.float64(w.astype(x.dtype)).T
-        assert nmse(y[0], exact) <= 1e-12, name
+    for y, w, name in zip(cuda_host.run(launch), weights, names, strict=True):
+        assert nmse(y[0], product_of_rounded(x, w)) <= 1e-12, name
 
 
 @on_cpu
-@pytest.mark.parametrize("capability", [8.6, 9.0])
-def test_gemm_bf16_of_tiles_parts_and_norms(rng, capability):
-    """Several tiles of rows and blocks of a matrix, float16, split-K, deferred normalization."""
+@pytest.mark.parametrize(("capability", "ways"), [(8.6, 1), (9.0, 3)])
+def test_gemm_bf16_of_tiles_parts_and_norms(rng, capability, ways):
+    """Several tiles of rows and blocks of a matrix, float16, split-K, deferred normalization; ways
+    that do not divide the rounds."""
     x = jnp.asarray(rng.normal(size=(45, 1280)), "float16")
     squares = jnp.square(x.astype(jnp.float32)).reshape(45, 5, -1).sum(axis=-1)
     rows = dataclasses.replace(swizzled(x), rms=RMSStatistics(squares, 1e-5, 1280))
-    weights = [matrix(rng, name, out, 1280) for name, out in (("Q6_K", 5), ("Q4_K", 75))]
-    tiling = cuda_gemm_bf16.Tiling(warps=4, rows=24, stages=3)
+    sizes = {"Q6_K": 5, "Q4_K": 75, "Q8_0": 3}
+    weights = [matrix(rng, name, out, 1280) for name, out in sizes.items()]
+    tiling = cuda_gemm_bf16.Tiling(warps=4, rows=24, stages=3, ways=ways)
     options = {"tiling": tiling, "split_k": 3}
     launch = cuda_gemm_bf16.launch_of(rows, weights, jnp.float32, capability, **options)
-    assert launch.grid == (3, 3, 2)
+    assert launch.grid == (4, 3, 2)
     norm = np.sqrt(np.float64(squares).sum(axis=-1, keepdims=True) / 1280 + 1e-5)
     for y, w in zip(cuda_host.run(launch), weights, strict=True):
         assert nmse(y.sum(axis=0), product_of_rounded(x, w) / norm) <= 1e-12

@@ -122,6 +122,13 @@ __device__ inline void multiply_32(int* y, const u32* a, const u32* b, int start
 
 #endif
 
+// A constant that is kept in a register: the assembler, too, must not know it.
+__device__ inline u32 in_register(u32 x) {
+  u32 lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return x + (lane >> 5);
+}
+
 __device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
 
 // Of a block; as many bytes as its launch says.
@@ -166,6 +173,24 @@ template <>
 __device__ inline u32 pack<Bfloat16>(float first, float second) {
   u32 y;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+// Two neighbors in 16 bits each: a * b + c, rounded once.
+template <class T>
+__device__ inline u32 multiply_add_pairs(u32 a, u32 b, u32 c);
+
+template <>
+__device__ inline u32 multiply_add_pairs<Half>(u32 a, u32 b, u32 c) {
+  u32 y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+
+template <>
+__device__ inline u32 multiply_add_pairs<Bfloat16>(u32 a, u32 b, u32 c) {
+  u32 y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
   return y;
 }
 
@@ -217,6 +242,10 @@ __device__ inline void wait_for_products() {
 __device__ inline unsigned long long columns_at(const void* p) {
   unsigned long long address = shared_address(p) & 0x3ffff;
   return address >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+__device__ inline unsigned long long columns_after(unsigned long long columns, int bytes) {
+  return columns + bytes / 16;
 }
 
 #else

@@ -90,6 +90,7 @@ class Arguments:
         body: str,
         grid: Sequence[int],
         threads: int,
+        blocks: int = 1,
         shared_bytes: int = 0,
         device: str = "",
     ) -> Launch:
@@ -101,13 +102,14 @@ class Arguments:
           body: its statements.
           grid: number of blocks in x, y and z.
           threads: of a block.
+          blocks: that a multiprocessor should run at a time: limits registers.
           shared_bytes: of `dynamic_shared`.
           device: what it uses of the GPU beside `device.cuh`.
         """
         parameters = [f"const {cpp_type(x.dtype)}* in{i}" for i, x in enumerate(self._operands)]
         parameters += [f"{cpp_type(x.dtype)}* out{i}" for i, x in enumerate(self._results)]
         kernel = (
-            f'extern "C" __global__ void __launch_bounds__({threads}, 1)\n{name}('
+            f'extern "C" __global__ void __launch_bounds__({threads}, {blocks})\n{name}('
             + ", ".join(parameters)
             + f") {{\n{body}}}\n"
         )

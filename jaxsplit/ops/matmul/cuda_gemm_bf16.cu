@@ -3,8 +3,12 @@
 // A warp has 16 rows of a matrix, a block of threads 16 for each of its WARPS, and TILE rows of the
 // ROWS of activations, which make some of the RESULTS. A round is 64 bytes of each row of the matrix,
 // in four pieces of 16, and the tiles of activations that they are multiplied with: 64 columns each.
-// Rounds are copied to shared memory ahead of time, to one of STAGES places. A thread dequantizes
-// words of its quad's row and of the row eight below, four neighbors at a time, and never stores them.
+// WAYS times as many warps take rounds in turn, so that enough of them hide each other's latencies;
+// their sums are added at the end. Rounds are copied to shared memory ahead of time, to one of STAGES
+// places of each way. A thread dequantizes words of its quad's row and of the row eight below, four
+// neighbors at a time, and never stores them.
+//
+// BATCH slices of 16 columns are multiplied at a time.
 //
 // PARTS of the inner dimension have results of their own. RMS_PARTS, RMS_SIZE and RMS_EPSILON
 // describe a deferred normalization; 0 parts: there is none. With WARPGROUPS, four warps multiply
@@ -92,99 +96,157 @@ struct Round {
   }
 };
 
-// Scales and minima of a round, as float32: of 16 rows, span by span.
+// Stored scales or minima of COUNT neighboring groups.
+template <class W, class T, int COUNT>
+struct Groups {
+  static constexpr int BITS = W::SCALE_BITS == 4 ? 4 : 8 * sizeof(T), ALL = COUNT * BITS;
+  static constexpr u32 MASK = BITS == 32 ? ~0u : (1u << BITS % 32) - 1;
+  static_assert(ALL <= 16 || ALL % 32 == 0, "whole words");
+
+  u32 words[(ALL + 31) / 32];
+
+  __device__ void load(const T* plane, long group) {
+    const char* from = (const char*)plane + group * BITS / 8;
+    if (ALL == 4) words[0] = load_raw((const u8*)from) >> (4 * (group % 2));
+    if (ALL == 8) words[0] = load_raw((const u8*)from);
+    if (ALL == 16) words[0] = load_raw((const u16*)from);
+#pragma unroll
+    for (int i = 0; i < ALL / 32; i++) words[i] = load_word(from + 4 * i);
+  }
+
+  __device__ u32 at(int i) const { return words[i * BITS / 32] >> (i * BITS % 32) & MASK; }
+};
+
+// Scales and minima of a round, span by span: of 16 rows, in 16 bits, the minimum in the upper half.
 template <class W>
 struct Scales {
   typedef Round<W> R;
   typedef typename R::U U;
   static constexpr int SPANS = R::TILES * R::SPANS;
-  static constexpr int OF_THREAD = (SPANS + 1) / 2;
+  // A thread has the spans of one row that are in one half of the round.
+  static constexpr int OF_THREAD = (SPANS + 1) / 2, COLUMNS = OF_THREAD * R::SPAN;
+  static constexpr int GROUPS = COLUMNS > W::GROUP ? COLUMNS / W::GROUP : 1;
+  static constexpr int SUPER = W::SUPER ? W::SUPER : 1;
+  static constexpr int OUTER = W::SUPER && COLUMNS > SUPER ? COLUMNS / SUPER : 1;
+  static_assert(R::OF_CHUNK == 1 || R::TILES == 2, "they are neighbors");
 
-  // The thread's own: of one row, and every other span.
-  u32 scale[OF_THREAD], minimum[OF_THREAD], super_scale[OF_THREAD], super_minimum[OF_THREAD];
+  Groups<W, typename W::Scale, GROUPS> scale;
+  Groups<W, typename W::Minimum, GROUPS> minimum;
+  u32 super_scale[OUTER], super_minimum[OUTER];
+
+  __device__ static int first() { return SPANS > 1 ? threadIdx.x / 16 % 2 * OF_THREAD : 0; }
 
   __device__ void load(const W& w, long row, int round) {
+    int weight = R::weight(round, first() / R::SPANS) + first() % R::SPANS * R::SPAN;
+    long group = row * (W::COLUMNS / W::GROUP) + weight / W::GROUP;
+    scale.load(w.scale, group);
+    if (W::MINIMUM) minimum.load(w.minimum, group);
+    long outer = row * (W::COLUMNS / SUPER) + weight / SUPER;
 #pragma unroll
-    for (int i = 0; i < OF_THREAD; i++) {
-      int span = 2 * i + threadIdx.x / 16 % 2;
-      span = span < SPANS ? span : SPANS - 1;
-      int weight = R::weight(round, span / R::SPANS) + span % R::SPANS * R::SPAN;
-      long at = row * (W::COLUMNS / W::GROUP) + weight / W::GROUP;
-      scale[i] = load_group<W>(w.scale, at);
-      if (W::MINIMUM) minimum[i] = load_group<W>(w.minimum, at);
-      if (W::SUPER) {
-        constexpr int SUPER = W::SUPER ? W::SUPER : 1;
-        at = row * (W::COLUMNS / SUPER) + weight / SUPER;
-        super_scale[i] = load_raw(w.super_scale + at);
-        if (W::MINIMUM) super_minimum[i] = load_raw(w.super_minimum + at);
-      }
+    for (int i = 0; i < OUTER; i++) {
+      if (W::SUPER) super_scale[i] = load_raw(w.super_scale + outer + i);
+      if (W::SUPER && W::MINIMUM) super_minimum[i] = load_raw(w.super_minimum + outer + i);
     }
   }
 
-  __device__ void store(float (*scales)[16], float (*minima)[16]) const {
+  __device__ void store(u32 (*scales)[16]) const {
 #pragma unroll
     for (int i = 0; i < OF_THREAD; i++) {
-      int span = 2 * i + threadIdx.x / 16 % 2;
-      if (span >= SPANS) continue;
-      int row = threadIdx.x % 16;
-      scales[span][row] = W::scale_value(scale[i]) * U::outer_of(super_scale[i]);
-      if (!U::BELOW) continue;
-      float below = U::outer_below_of(super_scale[i], super_minimum[i]);
-      minima[span][row] = U::minimum_of(scale[i], minimum[i]) * below;
+      int of_group = i * R::SPAN / W::GROUP, of_outer = W::SUPER ? i * R::SPAN / SUPER : 0;
+      u32 raw = scale.at(of_group), outer = super_scale[of_outer];
+      float above = W::scale_value(raw) * U::outer_of(outer), below = 0;
+      if (U::BELOW) {
+        below = U::minimum_of(raw, W::MINIMUM ? minimum.at(of_group) : 0);
+        below *= U::outer_below_of(outer, super_minimum[of_outer]);
+      }
+      scales[first() + i][threadIdx.x % 16] = pack<X>(above, below);
     }
   }
 };
 
-// Four weights, rounded to 16 bits: in words of two. Codes are signed where a table or a trellis made
-// them, else as they are stored.
-template <class W>
-__device__ inline void dequantize(u32 codes, float scale, float minimum, u32* y, int distance) {
-  // Bytes become the lowest bits of 2^23, the rest of whose mantissa counts units.
-  constexpr bool SIGNED = W::TABLE || W::TRELLIS || W::BITS0 == 8;
-  constexpr float START = 8388608 + (SIGNED ? 128 : W::OFFSET);
-  if (SIGNED) codes ^= 0x80808080u;
-  float values[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float value = bits_float(pick_bytes(codes, 0x4b000000, 0x7440 | i)) - START;
-    values[i] = Unit<W>::BELOW ? value * scale + minimum : value * scale;
-  }
-  y[0] = pack<X>(values[0], values[1]);
-  y[distance] = pack<X>(values[2], values[3]);
+// Upper bytes of 128 as Bfloat16, and of 1024 as Half: codes in the lower bytes add to them, since
+// the lowest bit of the mantissa counts units.
+template <class T>
+constexpr u32 UPPER_BYTE = 0x64;
+template <>
+constexpr u32 UPPER_BYTE<Bfloat16> = 0x43;
+
+// Two neighbors of four codes, as numbers of 16 bits: exact.
+template <bool SIGNED, int OFFSET>
+__device__ inline u32 numbers(Bfloat16, u32 codes, u32 upper, u32 which) {
+  constexpr u32 ONE = 0x3f803f80, MINUS_ONE = 0xbf80bf80, START = (0xc300 + OFFSET) * 0x10001u;
+  if (!SIGNED) return multiply_add_pairs<Bfloat16>(pick_bytes(codes, upper, which), ONE, START);
+  u32 above = pick_bytes(codes & 0x7f7f7f7fu, upper, which);
+  u32 below = pick_bytes(codes & 0x80808080u, upper, which);  // 128 or 256
+  return multiply_add_pairs<Bfloat16>(below, MINUS_ONE, above);
 }
 
-// Adds the products of the warp's 16 x 16 weights with 16 columns of a tile.
-__device__ inline void multiply_tile(float* sums, const u32* a, const char* tile, int slice) {
+template <bool SIGNED, int OFFSET>
+__device__ inline u32 numbers(Half, u32 codes, u32 upper, u32 which) {
+  constexpr u32 ONE = 0x3c003c00, START = (0xe400 + (SIGNED ? 128 : OFFSET)) * 0x10001u;
+  codes ^= SIGNED ? 0x80808080u : 0;
+  return multiply_add_pairs<Half>(pick_bytes(codes, upper, which), ONE, START);
+}
+
+// Four weights, in words of two, given their group's scale and minimum. Codes are signed where a
+// table or a trellis made them, else as they are stored.
+template <class W>
+__device__ inline void dequantize(u32 codes, u32 scales, u32 upper, u32* y, int distance) {
+  constexpr bool SIGNED = W::TABLE || W::TRELLIS || W::BITS0 == 8;
+  u32 scale = pick_bytes(scales, 0, 0x1010), minimum = pick_bytes(scales, 0, 0x3232);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 pair = numbers<SIGNED, W::OFFSET>(X{}, codes, upper, i ? 0x4342 : 0x4140);
+    y[i * distance] = multiply_add_pairs<X>(pair, scale, Unit<W>::BELOW ? minimum : 0);
+  }
+}
+
+// Adds the products of the warp's 16 x 16 weights with 16 columns of a round's tiles.
+__device__ inline void multiply_tile(float* sums, const u32* a, const char* tiles, int slice) {
 #ifdef WARPGROUPS
-  multiply_add_columns<X, TILE>(sums, a, columns_at(tile + 32 * slice));
+  int bytes = slice / 4 * TILE_BYTES + slice % 4 * 32;
+  multiply_add_columns<X, TILE>(sums, a, columns_after(columns_at(tiles), bytes));
 #else
+  const char* tile = tiles + slice / 4 * TILE_BYTES;
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < TILE / 8; n += 2) {
     u32 b[4];
     int row = 8 * n + lane / 16 * 8 + lane % 8;
     row = TILE % 16 == 0 || row < TILE ? row : row - 8;
-    load_matrices(b, tile + 128 * row + ((2 * slice + lane / 8 % 2) ^ (lane % 8)) * 16);
+    load_matrices(b, tile + 128 * row + ((2 * (slice % 4) + lane / 8 % 2) ^ (lane % 8)) * 16);
     multiply_add<X>(sums + 4 * n, a, b);
     if (n + 1 < TILE / 8) multiply_add<X>(sums + 4 * n + 4, a, b + 2);
   }
 #endif
 }
 
-// Copies COUNT pieces of 16 bytes of a plane, of each of the warp's rows: `first` of OUT of a
+// Copies of COUNT pieces of 16 bytes of a plane, of each of the warp's rows: `first` of OUT of a
 // matrix.
 template <class W, int COUNT>
-__device__ inline void copy_rows(char* to, const u32* plane, int matrix, int first, int row_bytes,
-                                 int offset) {
+struct Pieces {
+  static constexpr int OF_THREAD = (16 * COUNT + 31) / 32;
+  const char* from[OF_THREAD];
+
+  __device__ Pieces(const u32* plane, int matrix, int first, int row_bytes) {
 #pragma unroll
-  for (int i = 0; i < (COUNT + 1) / 2; i++) {
-    int at = 32 * i + threadIdx.x % 32, row = at / COUNT, piece = at % COUNT;
-    if (16 * COUNT % 32 && row >= 16) continue;
-    long existing = (long)matrix * W::OUT + (first + row < W::OUT ? first + row : W::OUT - 1);
-    start_copy(to + piece * Round<W>::PIECE_BYTES + 16 * row,
-               (const char*)plane + existing * row_bytes + offset + 16 * piece);
+    for (int i = 0; i < OF_THREAD; i++) {
+      int row = first + at(i) / COUNT;
+      long existing = (long)matrix * W::OUT + (row < W::OUT ? row : W::OUT - 1);
+      from[i] = (const char*)plane + existing * row_bytes + at(i) % COUNT * 16;
+    }
   }
-}
+
+  __device__ static int at(int i) { return 32 * i + threadIdx.x % 32; }
+
+  __device__ void copy(char* to, int offset) const {
+#pragma unroll
+    for (int i = 0; i < OF_THREAD; i++) {
+      if (16 * COUNT % 32 && at(i) >= 16 * COUNT) continue;
+      start_copy(to + at(i) % COUNT * Round<W>::PIECE_BYTES + at(i) / COUNT * 16, from[i] + offset);
+    }
+  }
+};
 
 template <class W, int STAGES, class Rows, class Y>
 __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int program, int part,
@@ -192,101 +254,144 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   typedef Round<W> R;
   typedef Scales<W> S;
   typedef typename R::U U;
-  constexpr int OF_PART = (R::COUNT + PARTS - 1) / PARTS, THREADS = 32 * WARPS;
-  constexpr int OF_WARP = S::SPANS * (U::BELOW ? 2 : 1);
-  static_assert(STAGES * R::STAGE_BYTES + WARPS * OF_WARP * 64 <= SHARED, "all of it fits");
-  int warp = warp_index(), lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
+  constexpr int OF_PART = (R::COUNT + PARTS - 1) / PARTS, THREADS = 32 * WARPS;  // of a way
+  // Rounds that are copied ahead: one place less, so that nobody waits for the products of a round
+  // before the next one begins, if there are three places.
+  constexpr int AHEAD = STAGES > 2 ? STAGES - 2 : 1;
+  constexpr int WAY_BYTES = STAGES * R::STAGE_BYTES, SCALE_BYTES = 2 * S::SPANS * 64;
+  static_assert(WAYS * (WAY_BYTES + WARPS * SCALE_BYTES) <= SHARED, "all of it fits");
+  int way = warp_index() / WARPS, warp = warp_index() % WARPS, thread = threadIdx.x % THREADS;
+  int lane = thread % 32, quad = lane / 4, member = lane % 4;
   int first = (program * WARPS + warp) * 16, matrix = rows.matrix();
   int begin = part * OF_PART, stop = begin + OF_PART < R::COUNT ? begin + OF_PART : R::COUNT;
-  float(*scales)[16] = (float(*)[16])(dynamic_shared + STAGES * R::STAGE_BYTES) + warp * OF_WARP;
-  float(*minima)[16] = scales + S::SPANS;
+  typedef u32(*ScalesOfRows)[16];
+  char* stages = dynamic_shared + way * WAY_BYTES;
+  ScalesOfRows scales =
+      (ScalesOfRows)(dynamic_shared + WAYS * WAY_BYTES + warp_index() * SCALE_BYTES);
 
-  // The thread's pieces of a tile: where they are in a block of 64 columns, in pieces.
+  // The thread's pieces of a tile: where they are in a block of 64 columns, in bytes.
   constexpr int OF_THREAD = (8 * TILE + THREADS - 1) / THREADS;
-  int source[OF_THREAD];
+  u32 source[OF_THREAD];
 #pragma unroll
   for (int i = 0; i < OF_THREAD; i++) {
-    int at = i * THREADS + threadIdx.x, row = rows.source(at / 8 < TILE ? at / 8 : TILE - 1);
-    source[i] = 8 * row + (at % 8 ^ at / 8 % 8 ^ row % 8);
+    int at = i * THREADS + thread, row = rows.source(at / 8 < TILE ? at / 8 : TILE - 1);
+    source[i] = 128 * row + 16 * (at % 8 ^ at / 8 % 8 ^ row % 8);
   }
+  Pieces<W, 4> codes_of(w.first, matrix, first, W::COLUMNS / U::PER_BYTE);
+  constexpr int MORE = R::SECOND ? R::SECOND / 16 : 1;
+  Pieces<W, MORE> more_of(w.second, matrix, first, W::COLUMNS / 8 * W::BITS1);
 
   // A group of copies: of a round, if there is one.
   auto fetch = [&](int round) {
     if (round < stop) {
-      char* stage = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
+      char* stage = stages + (round - begin) / WAYS % STAGES * R::STAGE_BYTES;
 #pragma unroll
       for (int tile = 0; tile < R::TILES; tile++) {
         const char* from = (const char*)x.values + 128l * ROWS * (R::weight(round, tile) / 64);
 #pragma unroll
         for (int i = 0; i < OF_THREAD; i++) {
-          int at = i * THREADS + threadIdx.x;
+          int at = i * THREADS + thread;
           if (8 * TILE % THREADS && at >= 8 * TILE) continue;
-          start_copy(stage + tile * TILE_BYTES + 16 * at, from + 16l * source[i]);
+          start_copy(stage + tile * TILE_BYTES + 16 * at, from + source[i]);
         }
       }
       char* codes = stage + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;
-      copy_rows<W, 4>(codes, w.first, matrix, first, W::COLUMNS / U::PER_BYTE, 64 * round);
-      if (R::SECOND) {
-        copy_rows<W, R::SECOND ? R::SECOND / 16 : 1>(codes + 4 * R::PIECE_BYTES, w.second, matrix,
-                                                     first, W::COLUMNS / 8 * W::BITS1,
-                                                     R::SECOND * (round / R::OF_CHUNK));
-      }
+      codes_of.copy(codes, 64 * round);
+      if (R::SECOND) more_of.copy(codes + 4 * R::PIECE_BYTES, R::SECOND * (round / R::OF_CHUNK));
     }
     end_group();
   };
 
-  float total[TILE / 2] = {};
-  u32 a[2][4];
+  // Scales are loaded two rounds ahead, and stored one round ahead.
   S own;
   int scaled = first + lane % 16 < W::OUT ? first + lane % 16 : W::OUT - 1;
-  long scaled_row = (long)matrix * W::OUT + scaled;
+  auto load_scales = [&](int round) {
+    own.load(w, (long)matrix * W::OUT + scaled, round < R::COUNT ? round : R::COUNT - 1);
+  };
+
+  // Products of BATCH slices of 16 columns are begun together. What a thread needs for the next ones
+  // is loaded from shared memory before.
+  constexpr int BATCHES = 4 * R::TILES / BATCH;
+  static_assert(4 * R::TILES % BATCH == 0, "whole batches");
+  u32 upper = in_register(UPPER_BYTE<X>);
+  float total[TILE / 2] = {};
+  u32 a[2][BATCH][4], words[2][BATCH][2], second[2][BATCH][2] = {}, of_group[2][BATCH][2];
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) fetch(begin + i);
-  if (begin < stop) own.load(w, scaled_row, begin);
+  for (int i = 0; i < AHEAD; i++) fetch(begin + way + i * WAYS);
+  load_scales(begin + way);
+  own.store(scales);
+  load_scales(begin + way + WAYS);
 #pragma unroll 1
-  for (int round = begin; round < stop; round++) {
-    wait_for_groups<STAGES - 2>();
-    __syncthreads();
-    fetch(round + STAGES - 1);
-    own.store(scales, minima);
-    wait_for_warp();
-    if (round + 1 < stop) own.load(w, scaled_row, round + 1);
-    const char* tiles = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
+  for (int step = 0; begin + step * WAYS < stop; step++) {
+    int round = begin + way + step * WAYS;
+    const char* tiles = stages + step % STAGES * R::STAGE_BYTES;
     const char* codes = tiles + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;
+    ScalesOfRows of_round = scales + step % 2 * S::SPANS;
+    auto prepare = [&](int batch) {
 #pragma unroll
-    for (int piece = 0; piece < 4; piece++) {
-      u32 words[2], second[2] = {};
-      int place = R::place(round, piece);
-#pragma unroll
-      for (int i = 0; i < R::TILES; i++) {
-        u32* operand = a[(piece * R::TILES + i) % 2];
-        int of_unit = R::unit_slice(piece, i), slice = R::slice(piece, i);
-        int span = slice * 16 / R::SPAN;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          int row = quad + 8 * half;
-          const char* of_row = codes + 16 * row;
-          if (i == 0 || W::TRELLIS) {
-            int word = U::first_word(of_unit, member) % 4;
-            words[half] = *(const u32*)(of_row + piece * R::PIECE_BYTES + 4 * word);
-          }
-          if (R::SECOND && (i == 0 || W::TRELLIS)) {
-            int at = R::second_byte(piece, of_unit, member, place);
-            second[half] = *(const u32*)(of_row + (4 + at / 16) * R::PIECE_BYTES + at % 16);
-          }
-          u32 four = W::TABLE || W::TRELLIS
-                         ? U::codes_of(words[half], second[half], of_unit, member, place)
-                         : U::stored_codes_of(words[half], second[half], of_unit, member, place);
-          float minimum = U::BELOW ? minima[span][row] : 0;
-          dequantize<W>(four, scales[span][row], minimum, operand + half, 2);
-        }
-        begin_products();
-        multiply_tile(total, operand, tiles + slice / 4 * TILE_BYTES, slice % 4);
-        end_products();
-        wait_for_products<1>();
+      for (int k = 0; k < 2 * BATCH; k++) {
+        int n = batch * BATCH + k / 2, piece = n / R::TILES, of_unit = R::unit_slice(piece, n % R::TILES);
+        int row = quad + k % 2 * 8, word = U::first_word(of_unit, member) % 4;
+        const char* of_row = codes + 16 * row;
+        words[batch % 2][k / 2][k % 2] = *(const u32*)(of_row + piece * R::PIECE_BYTES + 4 * word);
+        int span = R::slice(piece, n % R::TILES) * 16 / R::SPAN;
+        of_group[batch % 2][k / 2][k % 2] = of_round[span][row];
+        if (!R::SECOND) continue;
+        int at = R::second_byte(piece, of_unit, member, R::place(round, piece));
+        of_row += (4 + at / 16) * R::PIECE_BYTES;
+        second[batch % 2][k / 2][k % 2] = *(const u32*)(of_row + at % 16);
       }
+    };
+
+    wait_for_groups<AHEAD - 1>();
+    __syncthreads();
+    prepare(0);
+    fetch(round + AHEAD * WAYS);
+    own.store(scales + (step + 1) % 2 * S::SPANS);
+    load_scales(round + 2 * WAYS);
+    if (WAYS > 1 && round >= stop) continue;
+#pragma unroll
+    for (int batch = 0; batch < BATCHES; batch++) {
+      if (batch + 1 < BATCHES) prepare(batch + 1);
+      u32(*operands)[4] = a[batch % 2];
+#pragma unroll
+      for (int k = 0; k < 2 * BATCH; k++) {
+        int n = batch * BATCH + k / 2, piece = n / R::TILES, place = R::place(round, piece);
+        int of_unit = R::unit_slice(piece, n % R::TILES), half = k % 2;
+        u32 word = words[batch % 2][k / 2][half], more = second[batch % 2][k / 2][half];
+        u32 four = W::TABLE || W::TRELLIS
+                       ? U::codes_of(word, more, of_unit, member, place)
+                       : U::stored_codes_of(word, more, of_unit, member, place);
+        u32 scale = of_group[batch % 2][k / 2][half];
+        dequantize<W>(four, scale, upper, operands[k / 2] + half, 2);
+      }
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) {
+        int n = batch * BATCH + k;
+        multiply_tile(total, operands[k], tiles, R::slice(n / R::TILES, n % R::TILES));
+      }
+      end_products();
+      wait_for_products<1>();
     }
-    wait_for_products<0>();
+    if (STAGES == 2) wait_for_products<0>();
+  }
+  wait_for_products<0>();
+
+  // The first way adds the sums of the others.
+  if (WAYS > 1) {
+    float* sums = (float*)dynamic_shared + thread;
+    static_assert(2 * (WAYS - 1) * TILE * THREADS <= SHARED, "sums fit");
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < TILE / 2; i++) {
+      if (way) sums[((way - 1) * TILE / 2 + i) * THREADS] = total[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < (WAYS - 1) * TILE / 2; i++) {
+      if (!way) total[i % (TILE / 2)] += sums[i * THREADS];
+    }
   }
 
   // Results of neighboring rows of the matrix are stored together.
@@ -299,12 +404,12 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < SLAB / 2; i++) {
-      if (slab + i / 4 * 8 >= TILE) continue;
+      if (way || slab + i / 4 * 8 >= TILE) continue;
       int row = i / 4 * 8 + 2 * member + i % 2;
       results[row * STRIDE + 16 * warp + quad + i / 2 % 2 * 8] = total[slab / 2 + i];
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < SLAB * WIDTH; at += THREADS) {
+    for (int at = threadIdx.x; at < SLAB * WIDTH; at += WAYS * THREADS) {
       int i = slab + at / WIDTH, of_matrix = program * WIDTH + at % WIDTH;
       if (i >= TILE || rows.result(i) >= rows.stop() || of_matrix >= W::OUT) continue;
       float value = results[at / WIDTH * STRIDE + at % WIDTH];

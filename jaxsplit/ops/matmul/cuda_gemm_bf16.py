@@ -30,6 +30,7 @@ _WARPGROUPS = 9.0
 """Compute capability with products of warpgroups."""
 
 _TILE = 16  # rows of a matrix, of a warp
+_BATCH = 2  # slices of 16 columns that are multiplied at a time
 _MAX_TILE = 256  # rows of activations whose sums a thread has in registers
 _ROUND = 64  # bytes of a row
 _MIN_BLOCKS = 128  # with fewer, split-K adds parts to keep the GPU busy
@@ -40,7 +41,13 @@ _SHARED_KIB = {8.0: 163, 8.7: 163, 9.0: 227, 10.0: 227, 10.1: 227, 10.3: 227, 11
 """Shared memory that a block may have, by compute capability (CUDA C++ Programming Guide,
 "Technical Specifications per Compute Capability")."""
 
-_OTHER_SHARED_KIB = 99
+
+def _shared_kib(capability: float) -> int:
+    return _SHARED_KIB.get(capability, 99)
+
+
+_REGISTERS = 65_536  # of a multiprocessor
+_OTHER_REGISTERS = 64  # of a thread, beside sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,29 +58,38 @@ class Tiling:
       warps: of a block, each with 16 rows of a matrix.
       rows: of activations, of a block.
       stages: rounds in shared memory: one is multiplied while the others are copied.
+      ways: in which rounds are dealt to as many warps each, who add their sums at the end.
     """
 
     warps: int
     rows: int
     stages: int
+    ways: int = 1
 
     def shared_bytes(self, weights: Sequence[QTensor]) -> int:
         """Bytes of shared memory."""
         slab = 4 * min(self.rows, 32) * (_TILE * self.warps + 4)  # of results
-        return max(slab, *(self._bytes(w) for w in weights))
+        sums = (self.ways - 1) * 4 * self.rows * _TILE * self.warps
+        return max(slab, sums, *(self.ways * self._bytes(w) for w in weights))
 
     def _bytes(self, w: QTensor) -> int:
         tiles = 8 // w.layout.bits[0]
         codes = self.warps * _pieces(w) * (16 * _TILE + 32)
         stage = -(-(tiles * 2 * swizzled.COLUMNS * self.rows + codes) // 1024) * 1024
         spans = tiles * swizzled.COLUMNS // min(cuda_planes.group(w), swizzled.COLUMNS)
-        scales = 4 * _TILE * spans * (2 if cuda_planes.has_minima(w) else 1)
+        scales = 2 * 4 * _TILE * spans  # of two rounds
         return self.stages * stage + self.warps * scales
+
+    def blocks(self, weights: Sequence[QTensor], capability: float) -> int:
+        """That a multiprocessor can run at a time."""
+        threads = 32 * self.warps * self.ways
+        of_registers = _REGISTERS // (threads * (self.rows // 2 + _OTHER_REGISTERS))
+        of_memory = 1024 * _shared_kib(capability) // (self.shared_bytes(weights) + 1024)
+        return max(1, min(of_registers, of_memory))
 
     def fits(self, weights: Sequence[QTensor], capability: float) -> bool:
         """Whether a GPU of a compute capability has that much for a block."""
-        limit = 1024 * _SHARED_KIB.get(capability, _OTHER_SHARED_KIB) - _RESERVED
-        return self.shared_bytes(weights) <= limit
+        return self.shared_bytes(weights) <= 1024 * _shared_kib(capability) - _RESERVED
 
     @staticmethod
     def of(weights: Sequence[QTensor], rows: int, capability: float) -> "Tiling":
@@ -191,8 +207,10 @@ def launch_of(
         "RESULTS": results,
         "GROUP": tiling.rows if groups is None else height,
         "TILE": tiling.rows,
+        "BATCH": _BATCH,
         "PARTS": parts,
         "WARPS": tiling.warps,
+        "WAYS": tiling.ways,
         "SHARED": tiling.shared_bytes(weights),
         **cuda_rows.normalization(x.rms),
     }
@@ -206,7 +224,8 @@ def launch_of(
         *structs,
         body=body,
         grid=(sum(blocks), parts, tiles),
-        threads=32 * tiling.warps,
+        threads=32 * tiling.warps * tiling.ways,
+        blocks=tiling.blocks(weights, capability),
         shared_bytes=tiling.shared_bytes(weights),
         device=_products_of_warpgroups(element, tiling.rows) if warpgroups else "",
     )

@@ -140,9 +140,9 @@ def struct_of(name: str, w: QTensor) -> str:
     return (
         f"struct {name} {{\n{constants(sizes, '  static ')}"
         f"  static constexpr u32 TABLE_WORDS[] = {{{', '.join(f'{word}u' for word in words)}}};\n"
-        f"  typedef {minimum} Minimum;\n  typedef {outer} Super;\n"
+        f"  typedef {scale} Scale;\n  typedef {minimum} Minimum;\n  typedef {outer} Super;\n"
         f"  __device__ static auto scale_value(u32 raw) {{ return {_scale_value(w)}; }}\n"
-        f"  const u32 *first, *second;\n  const {scale}* scale;\n  const Minimum* minimum;\n"
+        f"  const u32 *first, *second;\n  const Scale* scale;\n  const Minimum* minimum;\n"
         "  const Super *super_scale, *super_minimum;\n};\n"
     )
 
