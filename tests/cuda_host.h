@@ -176,15 +176,18 @@ static inline float bits_float(u32 bits);
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
 };
 
 alignas(1024) static char dynamic_shared[1 << 18];
 static std::vector<std::vector<Copy>> groups_of_threads[1024];  // the last one is not ended yet
 
-static inline void start_copy(void* to, const void* from) {
+template <int BYTES>
+static void start_copy(void* to, const void* from) {
+  if ((std::size_t)to % BYTES || (std::size_t)from % BYTES) std::abort();
   auto& groups = groups_of_threads[threadIdx.x];
   if (groups.empty()) groups.emplace_back();
-  groups.back().push_back({to, from});
+  groups.back().push_back({to, from, BYTES});
 }
 
 static inline void end_group() {
@@ -197,7 +200,7 @@ template <int NEWEST>
 static void wait_for_groups() {
   auto& groups = groups_of_threads[threadIdx.x];
   while ((int)groups.size() - 1 > NEWEST) {
-    for (const Copy& one : groups.front()) std::memcpy(one.to, one.from, 16);
+    for (const Copy& one : groups.front()) std::memcpy(one.to, one.from, one.bytes);
     groups.erase(groups.begin());
   }
 }

@@ -138,10 +138,18 @@ extern __shared__ __align__(1024) char dynamic_shared[];
 
 __device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Copies 16 bytes to shared memory, without waiting for them; `end_group` ends a group of copies.
+// Copies 4, 8 or 16 bytes to shared memory, without waiting for them; `end_group` ends a group of
+// copies.
+template <int BYTES>
 __device__ inline void start_copy(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                 "n"(BYTES)
+                 : "memory");
+  }
 }
 
 __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

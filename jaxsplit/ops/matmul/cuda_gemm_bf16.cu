@@ -3,10 +3,8 @@
 // A warp has 16 rows of a matrix, a block of threads 16 for each of its WARPS, and TILE rows of the
 // ROWS of activations, which make some of the RESULTS. A round is 64 bytes of each row of the matrix,
 // in four pieces of 16, and the tiles of activations that they are multiplied with: 64 columns each.
-// WAYS times as many warps take rounds in turn, so that enough of them hide each other's latencies;
-// their sums are added at the end. Rounds are copied to shared memory ahead of time, to one of STAGES
-// places of each way. A thread dequantizes words of its quad's row and of the row eight below, four
-// neighbors at a time, and never stores them.
+// Rounds are copied to shared memory ahead of time, to one of STAGES places. A thread dequantizes
+// words of its quad's row and of the row eight below, four neighbors at a time, and never stores them.
 //
 // BATCH slices of 16 columns are multiplied at a time.
 //
@@ -96,70 +94,112 @@ struct Round {
   }
 };
 
-// Stored scales or minima of COUNT neighboring groups.
-template <class W, class T, int COUNT>
-struct Groups {
-  static constexpr int BITS = W::SCALE_BITS == 4 ? 4 : 8 * sizeof(T), ALL = COUNT * BITS;
-  static constexpr u32 MASK = BITS == 32 ? ~0u : (1u << BITS % 32) - 1;
-  static_assert(ALL <= 16 || ALL % 32 == 0, "whole words");
+// A plane with BITS for each GROUP of weights: scales, minima, or those of super-groups. BYTES of a
+// row are copied at a time, which are enough for some ROUNDS.
+template <class W, class T, int GROUP, int BITS, int AHEAD>
+struct GroupPlane {
+  typedef Round<W> R;
+  static constexpr int ROW_BYTES = W::COLUMNS / GROUP * BITS / 8;
+  static constexpr int BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
+  // Rows of an odd number of halfwords: one of them, in the word that has it.
+  static constexpr bool ODD = ROW_BYTES % 4 != 0;
+  static constexpr int ROUNDS = (ODD ? 16 : 8 * BYTES) / BITS * GROUP / (64 * R::TILES);
+  static constexpr int PLACES = (AHEAD + ROUNDS - 1) / ROUNDS + 1, PLACE_BYTES = 16 * BYTES;
+  static constexpr int ALL_BYTES = PLACES * PLACE_BYTES;
+  static_assert(ROUNDS > 0 && ROW_BYTES % 2 == 0, "copies are of whole rounds");
 
-  u32 words[(ALL + 31) / 32];
-
-  __device__ void load(const T* plane, long group) {
-    const char* from = (const char*)plane + group * BITS / 8;
-    if (ALL == 4) words[0] = load_raw((const u8*)from) >> (4 * (group % 2));
-    if (ALL == 8) words[0] = load_raw((const u8*)from);
-    if (ALL == 16) words[0] = load_raw((const u16*)from);
-#pragma unroll
-    for (int i = 0; i < ALL / 32; i++) words[i] = load_word(from + 4 * i);
+  __device__ static long byte(long row, int window) {
+    return row * ROW_BYTES + (ODD ? 2 : BYTES) * window;
   }
 
-  __device__ u32 at(int i) const { return words[i * BITS / 32] >> (i * BITS % 32) & MASK; }
+  // What `round` needs of one of 16 rows, unless the round before needed it.
+  __device__ static void copy(char* places, const T* plane, long row, int round, bool is_first) {
+    if (!is_first && round % ROUNDS) return;
+    char* to = places + round / ROUNDS % PLACES * PLACE_BYTES + threadIdx.x % 16 * BYTES;
+    start_copy<BYTES>(to, (const char*)plane + (ODD ? byte(row, round / ROUNDS) & ~3l
+                                                    : byte(row, round / ROUNDS)));
+  }
+
+  // Those of COUNT neighboring groups from a weight on, as they are stored.
+  template <int COUNT>
+  struct Some {
+    static constexpr int ALL = COUNT * BITS;
+    u32 words[(ALL + 31) / 32];
+
+    __device__ void load(const char* places, int round, int of_warp, long row, int weight) {
+      int window = round / ROUNDS, bit = weight / GROUP * BITS - window * 8 * BYTES;
+      if (ODD) bit = byte(row, window) % 4 * 8;
+      const char* from = places + window % PLACES * PLACE_BYTES + of_warp * BYTES + bit / 8;
+      if (ALL == 4) words[0] = *(const u8*)from >> bit % 8;
+      if (ALL == 8) words[0] = *(const u8*)from;
+      if (ALL == 16) words[0] = *(const u16*)from;
+#pragma unroll
+      for (int i = 0; i < ALL / 32; i++) words[i] = ((const u32*)from)[i];
+    }
+
+    __device__ u32 at(int i) const {
+      return words[i * BITS / 32] >> (i * BITS % 32) & (BITS == 32 ? ~0u : (1u << BITS % 32) - 1);
+    }
+  };
 };
 
-// Scales and minima of a round, span by span: of 16 rows, in 16 bits, the minimum in the upper half.
-template <class W>
+// Scales and minima of a warp's 16 rows.
+template <class W, int AHEAD>
 struct Scales {
   typedef Round<W> R;
   typedef typename R::U U;
-  static constexpr int SPANS = R::TILES * R::SPANS;
-  // A thread has the spans of one row that are in one half of the round.
-  static constexpr int OF_THREAD = (SPANS + 1) / 2, COLUMNS = OF_THREAD * R::SPAN;
-  static constexpr int GROUPS = COLUMNS > W::GROUP ? COLUMNS / W::GROUP : 1;
-  static constexpr int SUPER = W::SUPER ? W::SUPER : 1;
-  static constexpr int OUTER = W::SUPER && COLUMNS > SUPER ? COLUMNS / SUPER : 1;
-  static_assert(R::OF_CHUNK == 1 || R::TILES == 2, "they are neighbors");
+  static constexpr int BITS = W::SCALE_BITS == 4 ? 4 : 8 * sizeof(typename W::Scale);
+  static constexpr int MINIMUM_BITS = W::SCALE_BITS == 4 ? 4 : 8 * sizeof(typename W::Minimum);
+  static constexpr int SUPER = W::SUPER ? W::SUPER : W::COLUMNS;
+  typedef GroupPlane<W, typename W::Scale, W::GROUP, BITS, AHEAD> Scale;
+  typedef GroupPlane<W, typename W::Minimum, W::GROUP, MINIMUM_BITS, AHEAD> Minimum;
+  typedef GroupPlane<W, typename W::Super, SUPER, 8 * sizeof(typename W::Super), AHEAD> Super;
 
-  Groups<W, typename W::Scale, GROUPS> scale;
-  Groups<W, typename W::Minimum, GROUPS> minimum;
-  u32 super_scale[OUTER], super_minimum[OUTER];
+  // Where planes are in shared memory.
+  static constexpr int MINIMA = Scale::ALL_BYTES;
+  static constexpr int SUPER_SCALES = MINIMA + (W::MINIMUM ? Minimum::ALL_BYTES : 0);
+  static constexpr int SUPER_MINIMA = SUPER_SCALES + (W::SUPER ? Super::ALL_BYTES : 0);
+  static constexpr int BYTES = SUPER_MINIMA + (W::SUPER && W::MINIMUM ? Super::ALL_BYTES : 0);
 
-  __device__ static int first() { return SPANS > 1 ? threadIdx.x / 16 % 2 * OF_THREAD : 0; }
-
-  __device__ void load(const W& w, long row, int round) {
-    int weight = R::weight(round, first() / R::SPANS) + first() % R::SPANS * R::SPAN;
-    long group = row * (W::COLUMNS / W::GROUP) + weight / W::GROUP;
-    scale.load(w.scale, group);
-    if (W::MINIMUM) minimum.load(w.minimum, group);
-    long outer = row * (W::COLUMNS / SUPER) + weight / SUPER;
-#pragma unroll
-    for (int i = 0; i < OUTER; i++) {
-      if (W::SUPER) super_scale[i] = load_raw(w.super_scale + outer + i);
-      if (W::SUPER && W::MINIMUM) super_minimum[i] = load_raw(w.super_minimum + outer + i);
+  // Half of the threads copy scales of their row, half of them minima.
+  __device__ static void copy(char* places, const W& w, long row, int round, bool is_first) {
+    bool of_scales = threadIdx.x % 32 < 16;
+    if (of_scales) Scale::copy(places, w.scale, row, round, is_first);
+    if (W::MINIMUM && !of_scales) Minimum::copy(places + MINIMA, w.minimum, row, round, is_first);
+    if (!W::SUPER) return;
+    if (of_scales) Super::copy(places + SUPER_SCALES, w.super_scale, row, round, is_first);
+    if (W::MINIMUM && !of_scales) {
+      Super::copy(places + SUPER_MINIMA, w.super_minimum, row, round, is_first);
     }
   }
 
-  __device__ void store(u32 (*scales)[16]) const {
+  // Those of a row for a round, tile by tile: in 16 bits, the minimum in the upper half.
+  __device__ static void load(u32 (*y)[R::SPANS], const char* places, int round, int of_warp,
+                              long row) {
+    constexpr bool ONE = SUPER >= 64 * R::TILES && SUPER % W::CHUNK == 0;  // super-group of a round
+    constexpr int OUTER = SUPER < 64 ? 64 / SUPER : 1;                     // of a tile
+    typename Scale::template Some<R::SPANS> scale;
+    typename Minimum::template Some<R::SPANS> minimum;
+    typename Super::template Some<OUTER> outer, outer_below;
 #pragma unroll
-    for (int i = 0; i < OF_THREAD; i++) {
-      int of_group = i * R::SPAN / W::GROUP, of_outer = W::SUPER ? i * R::SPAN / SUPER : 0;
-      u32 raw = scale.at(of_group), outer = super_scale[of_outer];
-      float above = W::scale_value(raw) * U::outer_of(outer), below = 0;
-      if (U::BELOW) {
-        below = U::minimum_of(raw, W::MINIMUM ? minimum.at(of_group) : 0);
-        below *= U::outer_below_of(outer, super_minimum[of_outer]);
+    for (int tile = 0; tile < R::TILES; tile++) {
+      int weight = R::weight(round, tile);
+      scale.load(places, round, of_warp, row, weight);
+      if (W::MINIMUM) minimum.load(places + MINIMA, round, of_warp, row, weight);
+      if (W::SUPER && !(ONE && tile)) {
+        outer.load(places + SUPER_SCALES, round, of_warp, row, weight);
+        if (W::MINIMUM) outer_below.load(places + SUPER_MINIMA, round, of_warp, row, weight);
       }
-      scales[first() + i][threadIdx.x % 16] = pack<X>(above, below);
+#pragma unroll
+      for (int i = 0; i < R::SPANS; i++) {
+        u32 raw = scale.at(i), super_scale = outer.at(i * OUTER / R::SPANS);
+        float above = W::scale_value(raw) * U::outer_of(super_scale), below = 0;
+        if (U::BELOW) {
+          below = U::minimum_of(raw, W::MINIMUM ? minimum.at(i) : 0);
+          below *= U::outer_below_of(super_scale, outer_below.at(i * OUTER / R::SPANS));
+        }
+        y[tile][i] = pack<X>(above, below);
+      }
     }
   }
 };
@@ -243,7 +283,7 @@ struct Pieces {
 #pragma unroll
     for (int i = 0; i < OF_THREAD; i++) {
       if (16 * COUNT % 32 && at(i) >= 16 * COUNT) continue;
-      start_copy(to + at(i) % COUNT * Round<W>::PIECE_BYTES + at(i) / COUNT * 16, from[i] + offset);
+      start_copy<16>(to + at(i) % COUNT * Round<W>::PIECE_BYTES + at(i) / COUNT * 16, from[i] + offset);
     }
   }
 };
@@ -252,29 +292,28 @@ template <class W, int STAGES, class Rows, class Y>
 __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int program, int part,
                          Y* y) {
   typedef Round<W> R;
-  typedef Scales<W> S;
   typedef typename R::U U;
-  constexpr int OF_PART = (R::COUNT + PARTS - 1) / PARTS, THREADS = 32 * WARPS;  // of a way
+  constexpr int OF_PART = (R::COUNT + PARTS - 1) / PARTS, THREADS = 32 * WARPS;
   // Rounds that are copied ahead: one place less, so that nobody waits for the products of a round
   // before the next one begins, if there are three places.
   constexpr int AHEAD = STAGES > 2 ? STAGES - 2 : 1;
-  constexpr int WAY_BYTES = STAGES * R::STAGE_BYTES, SCALE_BYTES = 2 * S::SPANS * 64;
-  static_assert(WAYS * (WAY_BYTES + WARPS * SCALE_BYTES) <= SHARED, "all of it fits");
-  int way = warp_index() / WARPS, warp = warp_index() % WARPS, thread = threadIdx.x % THREADS;
-  int lane = thread % 32, quad = lane / 4, member = lane % 4;
+  typedef Scales<W, AHEAD> S;
+  static_assert(STAGES * R::STAGE_BYTES + WARPS * S::BYTES <= SHARED, "all of it fits");
+  int warp = warp_index(), lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
   int first = (program * WARPS + warp) * 16, matrix = rows.matrix();
   int begin = part * OF_PART, stop = begin + OF_PART < R::COUNT ? begin + OF_PART : R::COUNT;
-  typedef u32(*ScalesOfRows)[16];
-  char* stages = dynamic_shared + way * WAY_BYTES;
-  ScalesOfRows scales =
-      (ScalesOfRows)(dynamic_shared + WAYS * WAY_BYTES + warp_index() * SCALE_BYTES);
+  char* scales = dynamic_shared + STAGES * R::STAGE_BYTES + warp * S::BYTES;
+  // A row of the warp in the plane; those that do not exist are the last one.
+  auto row_of = [&](int i) {
+    return (long)matrix * W::OUT + (first + i < W::OUT ? first + i : W::OUT - 1);
+  };
 
   // The thread's pieces of a tile: where they are in a block of 64 columns, in bytes.
   constexpr int OF_THREAD = (8 * TILE + THREADS - 1) / THREADS;
   u32 source[OF_THREAD];
 #pragma unroll
   for (int i = 0; i < OF_THREAD; i++) {
-    int at = i * THREADS + thread, row = rows.source(at / 8 < TILE ? at / 8 : TILE - 1);
+    int at = i * THREADS + threadIdx.x, row = rows.source(at / 8 < TILE ? at / 8 : TILE - 1);
     source[i] = 128 * row + 16 * (at % 8 ^ at / 8 % 8 ^ row % 8);
   }
   Pieces<W, 4> codes_of(w.first, matrix, first, W::COLUMNS / U::PER_BYTE);
@@ -284,29 +323,23 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   // A group of copies: of a round, if there is one.
   auto fetch = [&](int round) {
     if (round < stop) {
-      char* stage = stages + (round - begin) / WAYS % STAGES * R::STAGE_BYTES;
+      char* stage = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
 #pragma unroll
       for (int tile = 0; tile < R::TILES; tile++) {
         const char* from = (const char*)x.values + 128l * ROWS * (R::weight(round, tile) / 64);
 #pragma unroll
         for (int i = 0; i < OF_THREAD; i++) {
-          int at = i * THREADS + thread;
+          int at = i * THREADS + threadIdx.x;
           if (8 * TILE % THREADS && at >= 8 * TILE) continue;
-          start_copy(stage + tile * TILE_BYTES + 16 * at, from + source[i]);
+          start_copy<16>(stage + tile * TILE_BYTES + 16 * at, from + source[i]);
         }
       }
       char* codes = stage + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;
       codes_of.copy(codes, 64 * round);
       if (R::SECOND) more_of.copy(codes + 4 * R::PIECE_BYTES, R::SECOND * (round / R::OF_CHUNK));
+      S::copy(scales, w, row_of(lane % 16), round, round == begin);
     }
     end_group();
-  };
-
-  // Scales are loaded two rounds ahead, and stored one round ahead.
-  S own;
-  int scaled = first + lane % 16 < W::OUT ? first + lane % 16 : W::OUT - 1;
-  auto load_scales = [&](int round) {
-    own.load(w, (long)matrix * W::OUT + scaled, round < R::COUNT ? round : R::COUNT - 1);
   };
 
   // Products of BATCH slices of 16 columns are begun together. What a thread needs for the next ones
@@ -315,27 +348,20 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   static_assert(4 * R::TILES % BATCH == 0, "whole batches");
   u32 upper = in_register(UPPER_BYTE<X>);
   float total[TILE / 2] = {};
-  u32 a[2][BATCH][4], words[2][BATCH][2], second[2][BATCH][2] = {}, of_group[2][BATCH][2];
+  u32 a[2][BATCH][4], words[2][BATCH][2], second[2][BATCH][2] = {}, of_group[2][R::TILES][R::SPANS];
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) fetch(begin + way + i * WAYS);
-  load_scales(begin + way);
-  own.store(scales);
-  load_scales(begin + way + WAYS);
+  for (int i = 0; i < AHEAD; i++) fetch(begin + i);
 #pragma unroll 1
-  for (int step = 0; begin + step * WAYS < stop; step++) {
-    int round = begin + way + step * WAYS;
-    const char* tiles = stages + step % STAGES * R::STAGE_BYTES;
+  for (int round = begin; round < stop; round++) {
+    const char* tiles = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
     const char* codes = tiles + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;
-    ScalesOfRows of_round = scales + step % 2 * S::SPANS;
     auto prepare = [&](int batch) {
 #pragma unroll
       for (int k = 0; k < 2 * BATCH; k++) {
         int n = batch * BATCH + k / 2, piece = n / R::TILES, of_unit = R::unit_slice(piece, n % R::TILES);
-        int row = quad + k % 2 * 8, word = U::first_word(of_unit, member) % 4;
-        const char* of_row = codes + 16 * row;
+        int word = U::first_word(of_unit, member) % 4;
+        const char* of_row = codes + 16 * (quad + k % 2 * 8);
         words[batch % 2][k / 2][k % 2] = *(const u32*)(of_row + piece * R::PIECE_BYTES + 4 * word);
-        int span = R::slice(piece, n % R::TILES) * 16 / R::SPAN;
-        of_group[batch % 2][k / 2][k % 2] = of_round[span][row];
         if (!R::SECOND) continue;
         int at = R::second_byte(piece, of_unit, member, R::place(round, piece));
         of_row += (4 + at / 16) * R::PIECE_BYTES;
@@ -346,10 +372,11 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     wait_for_groups<AHEAD - 1>();
     __syncthreads();
     prepare(0);
-    fetch(round + AHEAD * WAYS);
-    own.store(scales + (step + 1) % 2 * S::SPANS);
-    load_scales(round + 2 * WAYS);
-    if (WAYS > 1 && round >= stop) continue;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      S::load(of_group[half], scales, round, quad + 8 * half, row_of(quad + 8 * half));
+    }
+    fetch(round + AHEAD);
 #pragma unroll
     for (int batch = 0; batch < BATCHES; batch++) {
       if (batch + 1 < BATCHES) prepare(batch + 1);
@@ -357,13 +384,13 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
 #pragma unroll
       for (int k = 0; k < 2 * BATCH; k++) {
         int n = batch * BATCH + k / 2, piece = n / R::TILES, place = R::place(round, piece);
-        int of_unit = R::unit_slice(piece, n % R::TILES), half = k % 2;
-        u32 word = words[batch % 2][k / 2][half], more = second[batch % 2][k / 2][half];
+        int of_unit = R::unit_slice(piece, n % R::TILES), slice = R::slice(piece, n % R::TILES);
+        u32 word = words[batch % 2][k / 2][k % 2], more = second[batch % 2][k / 2][k % 2];
         u32 four = W::TABLE || W::TRELLIS
                        ? U::codes_of(word, more, of_unit, member, place)
                        : U::stored_codes_of(word, more, of_unit, member, place);
-        u32 scale = of_group[batch % 2][k / 2][half];
-        dequantize<W>(four, scale, upper, operands[k / 2] + half, 2);
+        u32 scale = of_group[k % 2][slice / 4][slice % 4 * 16 / R::SPAN];
+        dequantize<W>(four, scale, upper, operands[k / 2] + k % 2, 2);
       }
       begin_products();
 #pragma unroll
@@ -378,22 +405,6 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   }
   wait_for_products<0>();
 
-  // The first way adds the sums of the others.
-  if (WAYS > 1) {
-    float* sums = (float*)dynamic_shared + thread;
-    static_assert(2 * (WAYS - 1) * TILE * THREADS <= SHARED, "sums fit");
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < TILE / 2; i++) {
-      if (way) sums[((way - 1) * TILE / 2 + i) * THREADS] = total[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < (WAYS - 1) * TILE / 2; i++) {
-      if (!way) total[i % (TILE / 2)] += sums[i * THREADS];
-    }
-  }
-
   // Results of neighboring rows of the matrix are stored together.
   constexpr int SLAB = TILE < 32 ? TILE : 32, WIDTH = 16 * WARPS, STRIDE = WIDTH + 4;
   static_assert(4 * SLAB * STRIDE <= SHARED, "results fit");
@@ -404,12 +415,12 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < SLAB / 2; i++) {
-      if (way || slab + i / 4 * 8 >= TILE) continue;
+      if (slab + i / 4 * 8 >= TILE) continue;
       int row = i / 4 * 8 + 2 * member + i % 2;
       results[row * STRIDE + 16 * warp + quad + i / 2 % 2 * 8] = total[slab / 2 + i];
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < SLAB * WIDTH; at += WAYS * THREADS) {
+    for (int at = threadIdx.x; at < SLAB * WIDTH; at += THREADS) {
       int i = slab + at / WIDTH, of_matrix = program * WIDTH + at % WIDTH;
       if (i >= TILE || rows.result(i) >= rows.stop() || of_matrix >= W::OUT) continue;
       float value = results[at / WIDTH * STRIDE + at % WIDTH];

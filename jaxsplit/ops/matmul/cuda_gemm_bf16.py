@@ -57,32 +57,37 @@ class Tiling:
     Attributes:
       warps: of a block, each with 16 rows of a matrix.
       rows: of activations, of a block.
-      stages: rounds in shared memory: one is multiplied while the others are copied.
-      ways: in which rounds are dealt to as many warps each, who add their sums at the end.
+      stages: rounds in shared memory: one is multiplied while others are copied.
     """
 
     warps: int
     rows: int
     stages: int
-    ways: int = 1
 
     def shared_bytes(self, weights: Sequence[QTensor]) -> int:
         """Bytes of shared memory."""
         slab = 4 * min(self.rows, 32) * (_TILE * self.warps + 4)  # of results
-        sums = (self.ways - 1) * 4 * self.rows * _TILE * self.warps
-        return max(slab, sums, *(self.ways * self._bytes(w) for w in weights))
+        return max(slab, *(self._bytes(w) for w in weights))
 
     def _bytes(self, w: QTensor) -> int:
         tiles = 8 // w.layout.bits[0]
         codes = self.warps * _pieces(w) * (16 * _TILE + 32)
         stage = -(-(tiles * 2 * swizzled.COLUMNS * self.rows + codes) // 1024) * 1024
-        spans = tiles * swizzled.COLUMNS // min(cuda_planes.group(w), swizzled.COLUMNS)
-        scales = 2 * 4 * _TILE * spans  # of two rounds
+        planes = [w.scale, w.minimum, w.super_scale, w.super_minimum]
+        scales = sum(self._plane_bytes(w, plane) for plane in planes if plane is not None)
         return self.stages * stage + self.warps * scales
+
+    def _plane_bytes(self, w: QTensor, plane: Array) -> int:
+        """Of a warp's rows of a plane of scales: see `GroupPlane`."""
+        of_row = plane.shape[-1] * plane.dtype.itemsize
+        size = next(size for size in (16, 8, 4, 2) if of_row % size == 0)
+        rounds = size * w.shape[-1] // of_row // (swizzled.COLUMNS * 8 // w.layout.bits[0])
+        places = -(-max(1, self.stages - 2) // rounds) + 1
+        return places * _TILE * max(size, 4)
 
     def blocks(self, weights: Sequence[QTensor], capability: float) -> int:
         """That a multiprocessor can run at a time."""
-        threads = 32 * self.warps * self.ways
+        threads = 32 * self.warps
         of_registers = _REGISTERS // (threads * (self.rows // 2 + _OTHER_REGISTERS))
         of_memory = 1024 * _shared_kib(capability) // (self.shared_bytes(weights) + 1024)
         return max(1, min(of_registers, of_memory))
@@ -210,7 +215,6 @@ def launch_of(
         "BATCH": _BATCH,
         "PARTS": parts,
         "WARPS": tiling.warps,
-        "WAYS": tiling.ways,
         "SHARED": tiling.shared_bytes(weights),
         **cuda_rows.normalization(x.rms),
     }
@@ -224,7 +228,7 @@ def launch_of(
         *structs,
         body=body,
         grid=(sum(blocks), parts, tiles),
-        threads=32 * tiling.warps * tiling.ways,
+        threads=32 * tiling.warps,
         blocks=tiling.blocks(weights, capability),
         shared_bytes=tiling.shared_bytes(weights),
         device=_products_of_warpgroups(element, tiling.rows) if warpgroups else "",

@@ -116,9 +116,8 @@ def struct_of(name: str, w: QTensor) -> str:
     """A matrix as `Unit` takes it: a type with its constants and pointers."""
     layout, columns = w.layout, w.shape[-1]
     scale = cpp_type(w.scale.dtype)
-    minimum, outer = (
-        scale if plane is None else cpp_type(plane.dtype) for plane in (w.minimum, w.super_scale)
-    )
+    minimum = scale if w.minimum is None else cpp_type(w.minimum.dtype)
+    outer = "float" if w.super_scale is None else cpp_type(w.super_scale.dtype)
     table = layout.table or ()
     words = np.pad(np.array(table, np.int8), (0, _MAX_TABLE - len(table))).view("<u4")
     sizes = {
