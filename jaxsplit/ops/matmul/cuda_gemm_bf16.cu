@@ -63,7 +63,7 @@ struct Round {
   static_assert(SECOND % 16 == 0, "whole pieces");
 
   // The first weight of a tile.
-  __device__ static int weight(int round, int tile) {
+  __device__ static u32 weight(u32 round, u32 tile) {
     if (OF_CHUNK == 1) return (round * TILES + tile) * 64;
     return round / OF_CHUNK * W::CHUNK + tile * U::CHUNK_BYTES + round % OF_CHUNK * 64;
   }
@@ -89,7 +89,7 @@ struct Round {
     return chunk(piece) * U::SECOND + at;
   }
 
-  __device__ static int place(int round, int piece) {
+  __device__ static int place(u32 round, int piece) {
     return U::WHOLE ? 0 : (round % OF_CHUNK * 4 + piece) % U::PER_CHUNK;
   }
 };
@@ -103,17 +103,17 @@ struct GroupPlane {
   static constexpr int BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
   // Rows of an odd number of halfwords: one of them, in the word that has it.
   static constexpr bool ODD = ROW_BYTES % 4 != 0;
-  static constexpr int ROUNDS = (ODD ? 16 : 8 * BYTES) / BITS * GROUP / (64 * R::TILES);
-  static constexpr int PLACES = (AHEAD + ROUNDS - 1) / ROUNDS + 1, PLACE_BYTES = 16 * BYTES;
+  static constexpr u32 ROUNDS = (ODD ? 16 : 8 * BYTES) / BITS * GROUP / (64 * R::TILES);
+  static constexpr u32 PLACES = (AHEAD + ROUNDS - 1) / ROUNDS + 1, PLACE_BYTES = 16 * BYTES;
   static constexpr int ALL_BYTES = PLACES * PLACE_BYTES;
   static_assert(ROUNDS > 0 && ROW_BYTES % 2 == 0, "copies are of whole rounds");
 
-  __device__ static long byte(long row, int window) {
+  __device__ static long byte(long row, u32 window) {
     return row * ROW_BYTES + (ODD ? 2 : BYTES) * window;
   }
 
   // What `round` needs of one of 16 rows, unless the round before needed it.
-  __device__ static void copy(char* places, const T* plane, long row, int round, bool is_first) {
+  __device__ static void copy(char* places, const T* plane, long row, u32 round, bool is_first) {
     if (!is_first && round % ROUNDS) return;
     char* to = places + round / ROUNDS % PLACES * PLACE_BYTES + threadIdx.x % 16 * BYTES;
     start_copy<BYTES>(to, (const char*)plane + (ODD ? byte(row, round / ROUNDS) & ~3l
@@ -126,8 +126,8 @@ struct GroupPlane {
     static constexpr int ALL = COUNT * BITS;
     u32 words[(ALL + 31) / 32];
 
-    __device__ void load(const char* places, int round, int of_warp, long row, int weight) {
-      int window = round / ROUNDS, bit = weight / GROUP * BITS - window * 8 * BYTES;
+    __device__ void load(const char* places, u32 round, int of_warp, long row, u32 weight) {
+      u32 window = round / ROUNDS, bit = weight / GROUP * BITS - window * 8 * BYTES;
       if (ODD) bit = byte(row, window) % 4 * 8;
       const char* from = places + window % PLACES * PLACE_BYTES + of_warp * BYTES + bit / 8;
       if (ALL == 4) words[0] = *(const u8*)from >> bit % 8;
@@ -162,7 +162,7 @@ struct Scales {
   static constexpr int BYTES = SUPER_MINIMA + (W::SUPER && W::MINIMUM ? Super::ALL_BYTES : 0);
 
   // Half of the threads copy scales of their row, half of them minima.
-  __device__ static void copy(char* places, const W& w, long row, int round, bool is_first) {
+  __device__ static void copy(char* places, const W& w, long row, u32 round, bool is_first) {
     bool of_scales = threadIdx.x % 32 < 16;
     if (of_scales) Scale::copy(places, w.scale, row, round, is_first);
     if (W::MINIMUM && !of_scales) Minimum::copy(places + MINIMA, w.minimum, row, round, is_first);
@@ -174,7 +174,7 @@ struct Scales {
   }
 
   // Those of a row for a round, tile by tile: in 16 bits, the minimum in the upper half.
-  __device__ static void load(u32 (*y)[R::SPANS], const char* places, int round, int of_warp,
+  __device__ static void load(u32 (*y)[R::SPANS], const char* places, u32 round, int of_warp,
                               long row) {
     constexpr bool ONE = SUPER >= 64 * R::TILES && SUPER % W::CHUNK == 0;  // super-group of a round
     constexpr int OUTER = SUPER < 64 ? 64 / SUPER : 1;                     // of a tile
@@ -183,7 +183,7 @@ struct Scales {
     typename Super::template Some<OUTER> outer, outer_below;
 #pragma unroll
     for (int tile = 0; tile < R::TILES; tile++) {
-      int weight = R::weight(round, tile);
+      u32 weight = R::weight(round, tile);
       scale.load(places, round, of_warp, row, weight);
       if (W::MINIMUM) minimum.load(places + MINIMA, round, of_warp, row, weight);
       if (W::SUPER && !(ONE && tile)) {
@@ -301,7 +301,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   static_assert(STAGES * R::STAGE_BYTES + WARPS * S::BYTES <= SHARED, "all of it fits");
   int warp = warp_index(), lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
   int first = (program * WARPS + warp) * 16, matrix = rows.matrix();
-  int begin = part * OF_PART, stop = begin + OF_PART < R::COUNT ? begin + OF_PART : R::COUNT;
+  u32 begin = part * OF_PART, stop = begin + OF_PART < R::COUNT ? begin + OF_PART : R::COUNT;
   char* scales = dynamic_shared + STAGES * R::STAGE_BYTES + warp * S::BYTES;
   // A row of the warp in the plane; those that do not exist are the last one.
   auto row_of = [&](int i) {
@@ -321,7 +321,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   Pieces<W, MORE> more_of(w.second, matrix, first, W::COLUMNS / 8 * W::BITS1);
 
   // A group of copies: of a round, if there is one.
-  auto fetch = [&](int round) {
+  auto fetch = [&](u32 round) {
     if (round < stop) {
       char* stage = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
 #pragma unroll
@@ -342,36 +342,34 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     end_group();
   };
 
-  // Products of BATCH slices of 16 columns are begun together. What a thread needs for the next ones
-  // is loaded from shared memory before.
+  // Products of BATCH slices of 16 columns are begun together.
   constexpr int BATCHES = 4 * R::TILES / BATCH;
   static_assert(4 * R::TILES % BATCH == 0, "whole batches");
   u32 upper = in_register(UPPER_BYTE<X>);
   float total[TILE / 2] = {};
-  u32 a[2][BATCH][4], words[2][BATCH][2], second[2][BATCH][2] = {}, of_group[2][R::TILES][R::SPANS];
+  u32 a[2][BATCH][4], words[4][2], second[4][2] = {}, of_group[2][R::TILES][R::SPANS];
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) fetch(begin + i);
 #pragma unroll 1
-  for (int round = begin; round < stop; round++) {
+  for (u32 round = begin; round < stop; round++) {
     const char* tiles = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
     const char* codes = tiles + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;
-    auto prepare = [&](int batch) {
-#pragma unroll
-      for (int k = 0; k < 2 * BATCH; k++) {
-        int n = batch * BATCH + k / 2, piece = n / R::TILES, of_unit = R::unit_slice(piece, n % R::TILES);
-        int word = U::first_word(of_unit, member) % 4;
-        const char* of_row = codes + 16 * (quad + k % 2 * 8);
-        words[batch % 2][k / 2][k % 2] = *(const u32*)(of_row + piece * R::PIECE_BYTES + 4 * word);
-        if (!R::SECOND) continue;
-        int at = R::second_byte(piece, of_unit, member, R::place(round, piece));
-        of_row += (4 + at / 16) * R::PIECE_BYTES;
-        second[batch % 2][k / 2][k % 2] = *(const u32*)(of_row + at % 16);
-      }
+    // What a thread needs of a row for a slice of a piece.
+    auto load = [&](int piece, int i, int half) {
+      int of_unit = R::unit_slice(piece, i), word = U::first_word(of_unit, member) % 4;
+      const char* of_row = codes + 16 * (quad + 8 * half);
+      words[piece][half] = *(const u32*)(of_row + piece * R::PIECE_BYTES + 4 * word);
+      if (!R::SECOND) return;
+      int at = R::second_byte(piece, of_unit, member, R::place(round, piece));
+      second[piece][half] = *(const u32*)(of_row + (4 + at / 16) * R::PIECE_BYTES + at % 16);
     };
 
     wait_for_groups<AHEAD - 1>();
     __syncthreads();
-    prepare(0);
+#pragma unroll
+    for (int piece = 0; piece < 4; piece++) {
+      for (int half = 0; half < 2; half++) load(piece, 0, half);
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       S::load(of_group[half], scales, round, quad + 8 * half, row_of(quad + 8 * half));
@@ -379,18 +377,18 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     fetch(round + AHEAD);
 #pragma unroll
     for (int batch = 0; batch < BATCHES; batch++) {
-      if (batch + 1 < BATCHES) prepare(batch + 1);
       u32(*operands)[4] = a[batch % 2];
 #pragma unroll
       for (int k = 0; k < 2 * BATCH; k++) {
-        int n = batch * BATCH + k / 2, piece = n / R::TILES, place = R::place(round, piece);
-        int of_unit = R::unit_slice(piece, n % R::TILES), slice = R::slice(piece, n % R::TILES);
-        u32 word = words[batch % 2][k / 2][k % 2], more = second[batch % 2][k / 2][k % 2];
+        int n = batch * BATCH + k / 2, piece = n / R::TILES, i = n % R::TILES, half = k % 2;
+        int of_unit = R::unit_slice(piece, i), slice = R::slice(piece, i);
+        if (W::TRELLIS && i) load(piece, i, half);
+        u32 word = words[piece][half], more = second[piece][half], place = R::place(round, piece);
         u32 four = W::TABLE || W::TRELLIS
                        ? U::codes_of(word, more, of_unit, member, place)
                        : U::stored_codes_of(word, more, of_unit, member, place);
-        u32 scale = of_group[k % 2][slice / 4][slice % 4 * 16 / R::SPAN];
-        dequantize<W>(four, scale, upper, operands[k / 2] + k % 2, 2);
+        u32 scale = of_group[half][slice / 4][slice % 4 * 16 / R::SPAN];
+        dequantize<W>(four, scale, upper, operands[k / 2] + half, 2);
       }
       begin_products();
 #pragma unroll
