@@ -27,6 +27,9 @@ def compute_capability(device: jax.Device) -> float:
 _CUDA_CAPABILITY = 6.1
 """With an instruction for dot products of 8-bit integers."""
 
+BOTH_BACKENDS = (9.0,)
+"""Compute capabilities where kernels in CUDA C++ beside Triton's were measured to be faster."""
+
 _NEEDED = {
     "triton": "a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton",
     "cuda": "an NVIDIA GPU of compute capability 6.1 or later, and an NVRTC that compiles for it "
@@ -44,7 +47,8 @@ class MatmulPolicy:
       float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
         so are the quantized matrices.
       kernels: the devices run Triton kernels.
-      cuda: compute capability for which kernels in CUDA C++ are compiled; 0: there are none.
+      cuda: compute capability for which kernels in CUDA C++ are compiled; 0: there are none. Beside
+        Triton kernels, they multiply more rows than those do.
       interpret: kernels are interpreted, to test them without a GPU.
       pdl: a kernel may start before the one it depends on has ended (programmatic dependent
         launch), which takes compute capability 9.0.
@@ -61,6 +65,11 @@ class MatmulPolicy:
     def has_kernels(self) -> bool:
         """Whether any backend's kernels run."""
         return self.kernels or self.cuda > 0
+
+    @property
+    def only_cuda(self) -> bool:
+        """Whether all kernels are in CUDA C++."""
+        return self.cuda > 0 and not self.kernels
 
     @staticmethod
     def for_device(device: jax.Device, kernels: str = "auto") -> "MatmulPolicy":
@@ -90,7 +99,9 @@ class MatmulPolicy:
         chosen = next(name for name in runs if runs[name]) if kernels == "auto" else kernels
         if chosen == "cuda":
             return MatmulPolicy(cuda=capability)
-        return MatmulPolicy(kernels=chosen == "triton", pdl=capability >= 9)
+        both = kernels == "auto" and capability in BOTH_BACKENDS and runs["cuda"]
+        cuda = capability if both else 0.0
+        return MatmulPolicy(kernels=chosen == "triton", cuda=cuda, pdl=capability >= 9)
 
 
 DEFAULT_POLICY = MatmulPolicy()

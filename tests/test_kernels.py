@@ -20,6 +20,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.ops.activations import int8
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
+from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.activations.triton_rows import store_rows
 from jaxsplit.ops.matmul import byte_tables, float8, trellis, triton_gemv_int8
 from jaxsplit.ops.matmul.api import matmul, matmuls
@@ -94,6 +95,14 @@ def test_the_swizzle_avoids_bank_conflicts(rng, apart):
 def stored(function, operands, **options):
     """Rows that the kernel computes and quantizes."""
     return store_rows(function, operands, Readers((Int8Layout(),), xla=False), **options)
+
+
+@pytest.mark.parametrize("rows", [2, 13])
+def test_rows_swizzled_for_tensor_cores(rng, rows):
+    x = jnp.asarray(rng.normal(size=(rows, 320)), jnp.bfloat16)
+    readers = Readers((SwizzledLayout(x.dtype),), xla=False)
+    [stored], *_ = jax.jit(lambda x: store_rows(lambda x: x, (x,), readers))(x)
+    np.testing.assert_array_equal(stored.array(), np.float32(x))
 
 
 def test_rows_are_summed_before_they_are_quantized(rng):

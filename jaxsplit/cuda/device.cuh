@@ -9,6 +9,14 @@ struct alignas(16) Words {
   u32 at[4];
 };
 
+// Until the kernels before this one have ended, of which one may launch it earlier (PTX ISA,
+// `griddepcontrol`).
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Loads of weights, which are read once. In order: the compiler moves no such load across another.
 #if __CUDA_ARCH__ >= 700
 #define ONCE ".L1::no_allocate"

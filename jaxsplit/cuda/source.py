@@ -111,7 +111,7 @@ class Arguments:
         kernel = (
             f'extern "C" __global__ void __launch_bounds__({threads}, {blocks})\n{name}('
             + ", ".join(parameters)
-            + f") {{\n{body}}}\n"
+            + f") {{\n  wait_for_inputs();\n{body}}}\n"
         )
         return Launch(
             name,

@@ -67,6 +67,8 @@ PROGRAMS = {
         ("llama-8b", "H100", 1, "decode", {}),
         ("llama-8b", "H100", 2, "decode", {}),
         ("llama-8b", "H100", 2, "decode nccl", {"nccl": True}),
+        ("llama-8b", "H100", 1, "decode 128", {"sequences": 128}),
+        ("llama-8b", "H100", 2, "decode 128", {"sequences": 128}),
         ("llama-8b", "A100", 1, "decode", {}),
         ("llama-8b", "H100", 1, "prefill", {"prefill": 512}),
         ("llama-8b", "H100", 2, "prefill", {"prefill": 512}),

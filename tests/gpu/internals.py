@@ -21,6 +21,7 @@ from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.comm.symmetric_memory import allocate_peer_buffers, allocate_ring_buffers
+from jaxsplit import context
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import SamplingConfig, compiler_options, runner, steps
 from jaxsplit.engine.runner import StageRunner
@@ -369,9 +370,10 @@ def trace_for(
       prefill: tokens of a prompt's chunk; None: a decode step.
       sequences: of a decode step.
       nccl: GPUs cannot write to one another's memory.
-      cuda: with kernels in CUDA C++ instead of Triton.
+      cuda: with kernels in CUDA C++ only.
     """
-    kernels = MatmulPolicy(kernels=True, pdl=capability >= 9)
+    both = capability if capability in context.BOTH_BACKENDS else 0.0
+    kernels = MatmulPolicy(kernels=True, cuda=both, pdl=capability >= 9)
     if cuda:
         kernels = MatmulPolicy(cuda=capability)
 

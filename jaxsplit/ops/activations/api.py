@@ -16,7 +16,7 @@ __all__ = ["act_and_mul", "apply", "as_array", "in_layout", "store_rows"]
 
 def store_rows(function: Callable[..., Array], operands: Sequence[Array], *args: Any, **kw: Any):
     """As `triton_rows.store_rows`, by a kernel of the backend that runs."""
-    backend = cuda_rows if current_context().policy.cuda else triton_rows
+    backend = cuda_rows if current_context().policy.only_cuda else triton_rows
     return backend.store_rows(function, operands, *args, **kw)
 
 

@@ -1,4 +1,4 @@
-"""Activations in 16 bits, as kernels in CUDA C++ copy them to shared memory for tensor cores."""
+"""Activations in 16 bits, as a kernel in CUDA C++ copies them to shared memory for tensor cores."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsplit.ops.activations.layout import ActivationLayout, RMSStatistics
+from jaxsplit.ops.activations.layout import (
+    ActivationLayout,
+    RMSStatistics,
+    block_elements,
+    broadcast_leading,
+)
+from jaxsplit.pallas import plgpu
 
 COLUMNS = 64
 """Columns of a block: 128 bytes of a row, which cover all banks of shared memory once."""
@@ -47,7 +53,7 @@ class SwizzledRows:
 
 @dataclasses.dataclass(frozen=True)
 class SwizzledLayout:
-    """The layout of `SwizzledRows`, which kernels in CUDA C++ store.
+    """The layout of `SwizzledRows`.
 
     Attributes:
       dtype: bfloat16 or float16.
@@ -61,7 +67,11 @@ class SwizzledLayout:
     def store(
         self, refs: Sequence[jax.Ref], row: Array, block: Array, mask: Array, x: Array
     ) -> None:
-        raise NotImplementedError("Triton kernels store rows one by one")
+        column = block_elements(block)
+        piece = column // 16 % 4 * 2 + column // 2 % 2
+        place = (piece ^ row % 8) * 8 + column // 4 % 4 * 2 + column % 2
+        mask = broadcast_leading(mask, column.shape)
+        plgpu.store(refs[0].at[column // COLUMNS, row, place], x.astype(self.dtype), mask=mask)
 
     def wrap(self, arrays: Sequence[Array], rms: RMSStatistics | None) -> SwizzledRows:
         [values] = arrays

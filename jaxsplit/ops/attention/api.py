@@ -157,7 +157,7 @@ def _cuda_supports_decode(
     query: jax.ShapeDtypeStruct,
     readers: Readers,
 ) -> bool:
-    runs = current_context().policy.cuda > 0
+    runs = current_context().policy.only_cuda
     return runs and cuda_decode.supports(config, batch, cache, query, readers)
 
 

@@ -66,7 +66,7 @@ def int8_rows(rows: int) -> bool:
 
 def _gemv_backend() -> ModuleType:
     """The module with the kernel for rows in 8 bits."""
-    return cuda_gemv_int8 if current_context().policy.cuda else triton_gemv_int8
+    return cuda_gemv_int8 if current_context().policy.only_cuda else triton_gemv_int8
 
 
 def gemv_int8(rows: Any, weights: Sequence[QTensor], *args: Any, **options: Any) -> list[Array]:
@@ -77,8 +77,9 @@ def gemv_int8(rows: Any, weights: Sequence[QTensor], *args: Any, **options: Any)
 def _gemm_int8_rows(rows: int) -> bool:
     """Whether a kernel in CUDA C++ multiplies this number of rows in integers, on tensor cores."""
     policy = current_context().policy
-    some = MAX_INT8_ROWS < rows <= cuda_gemm_int8.MAX_ROWS
-    return some and policy.int8_activations and policy.cuda >= cuda_gemm_int8.MIN_CAPABILITY
+    if not policy.only_cuda or policy.cuda < cuda_gemm_int8.MIN_CAPABILITY:
+        return False
+    return policy.int8_activations and MAX_INT8_ROWS < rows <= cuda_gemm_int8.MAX_ROWS
 
 
 def _small_m(rows: int) -> bool:
@@ -106,7 +107,9 @@ def _has_gemm_bf16(w: Weight, dtype: jnp.dtype) -> bool:
 
 def has_grouped_kernel(stack: Weight, dtype: jnp.dtype) -> bool:
     """Whether a kernel can multiply groups of rows of a dtype with a matrix of a stack each."""
-    return _has_small_m_kernel(stack, dtype) or _has_gemm_bf16(stack, dtype)
+    if current_context().policy.only_cuda:
+        return _has_gemm_bf16(stack, dtype)
+    return _has_small_m_kernel(stack, dtype)
 
 
 def _supports_gemv_int8(x: Like, w: Weight) -> bool:
@@ -118,7 +121,8 @@ def _supports_gemm_int8(x: Like, w: Weight) -> bool:
 
 
 def _supports_gemm_bf16(x: Like, w: Weight) -> bool:
-    return 1 < rows_of(x) <= cuda_gemm_bf16.MAX_ROWS and _has_gemm_bf16(w, x.dtype)
+    more_than = MAX_SMALL_M_ROWS if current_context().policy.kernels else 1
+    return more_than < rows_of(x) <= cuda_gemm_bf16.MAX_ROWS and _has_gemm_bf16(w, x.dtype)
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
@@ -341,7 +345,7 @@ def grouped_matmuls(
     Returns:
       `[results, out]` each.
     """
-    if current_context().policy.cuda:
+    if current_context().policy.only_cuda:
         run, layout = gemm_bf16, SwizzledLayout(x.dtype)
     else:
         run, layout = small_m_gemm, PackedLayout.of(stacks)

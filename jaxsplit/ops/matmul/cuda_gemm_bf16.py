@@ -31,9 +31,10 @@ _WARPGROUPS = 9.0
 
 _TILE = 16  # rows of a matrix, of a warp
 _BATCH = 2  # slices of 16 columns that are multiplied at a time
-_MAX_TILE = 256  # rows of activations whose sums a thread has in registers
+_MAX_TILE = 128  # rows of activations whose sums a thread has in registers
 _ROUND = 64  # bytes of a row
-_MIN_BLOCKS = 128  # with fewer, split-K adds parts to keep the GPU busy
+_MANY_BLOCKS = 256  # with half as many or fewer, split-K adds parts to keep the GPU busy
+_FEW_ROWS = 32  # whose rounds end so soon that several must be under way
 _MIN_ROUNDS = 4  # of a part
 _RESERVED = 2048  # bytes of shared memory, for the runtime and for normalizations
 
@@ -98,11 +99,11 @@ class Tiling:
 
     @staticmethod
     def of(weights: Sequence[QTensor], rows: int, capability: float) -> "Tiling":
-        """The fewest tiles of rows that leave shared memory for three stages, or for two."""
+        """The fewest tiles of rows that leave shared memory for two stages; four for few rows."""
         tiles = -(-rows // _MAX_TILE)
         while True:
             height = -(-rows // (8 * tiles)) * 8
-            for stages in (4, 3, 2):
+            for stages in (4, 3, 2) if height <= _FEW_ROWS else (2,):
                 tiling = Tiling(8, height, stages)
                 if tiling.fits(weights, capability):
                     return tiling
@@ -188,7 +189,7 @@ def launch_of(
     if groups is None:
         tiles, results = -(-rows // tiling.rows), rows
         rounds = max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
-        parts = split_k or max(1, min(_MIN_BLOCKS // (sum(blocks) * tiles), rounds // _MIN_ROUNDS))
+        parts = split_k or _parts(sum(blocks) * tiles, rounds)
         body += "  Neighbors rows;\n"
     else:
         tiles, results, parts = len(groups.matrix) * (height // tiling.rows), out_rows, 1
@@ -233,6 +234,12 @@ def launch_of(
         shared_bytes=tiling.shared_bytes(weights),
         device=_products_of_warpgroups(element, tiling.rows) if warpgroups else "",
     )
+
+
+def _parts(blocks: int, rounds: int) -> int:
+    """Of the inner dimension: a power of 2."""
+    most = min(_MANY_BLOCKS // blocks, rounds // _MIN_ROUNDS)
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def _products_of_warpgroups(element: str, columns: int) -> str:

@@ -69,7 +69,7 @@ def topk_experts(
       experts, int32 `[..., top_k]`, and router weights, float32 `[..., top_k]`.
     """
     policy = current_context().policy
-    for runs, kernel in ((policy.kernels, triton_router), (policy.cuda > 0, cuda_router)):
+    for runs, kernel in ((policy.kernels, triton_router), (policy.only_cuda, cuda_router)):
         if runs and kernel.supports(config, rows_of(logits)):
             return kernel.topk_experts(logits, config, bias, scale, rms=rms)
     if rms is not None:
