@@ -42,15 +42,21 @@ class Unreduced:
         """The sum of this device's parts, without the bias: `[..., out]`."""
         return self.parts[0] if len(self.parts) == 1 else self.parts.sum(0)
 
-    def all_reduce(self, dtype: jnp.dtype) -> Array:
-        """The whole sum with the bias, the same on every device: `[..., out]` of a dtype."""
+    def all_reduce(self, dtype: jnp.dtype, residual_dtype: jnp.dtype | None = None) -> Array:
+        """The whole sum with the bias, the same on every device: `[..., out]` of a dtype.
+
+        Args:
+          dtype: of the sum.
+          residual_dtype: as `all_reduce` takes it; None: the same.
+        """
         y = self.local_sum
         if self.epochs is not None:
             peers = one_shot_peers(y.size, *self.reduce_over)
             assert peers is not None  # as when the matmul kernel was chosen
             y = one_shot.all_reduce(y, peers, epochs=self.epochs).astype(dtype)
         else:
-            y = all_reduce(y, *self.reduce_over, residual_dtype=dtype).astype(dtype)
+            y = all_reduce(y, *self.reduce_over, residual_dtype=residual_dtype or dtype)
+            y = y.astype(dtype)
         if self.axis is not None:
             y = all_gather(y, self.axis, self.axis.units)
         return y if self.bias is None else (y + self.bias).astype(dtype)

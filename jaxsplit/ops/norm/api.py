@@ -83,7 +83,7 @@ def _addend(unreduced: Unreduced, residual: Array) -> tuple[Array, Array | None,
     peers = one_shot_peers(size, *u.reduce_over)
     gathered = u.axis is not None and is_split(u.axis)
     if gathered or u.bias is not None or (split and peers is None):
-        return u.all_reduce(jnp.float32)[None], None, None
+        return u.all_reduce(jnp.float32, residual.dtype)[None], None, None
     return u.parts, u.epochs, peers if split else None
 
 
