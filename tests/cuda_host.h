@@ -130,6 +130,14 @@ static T exchange(T x, int distance) {
   return y;
 }
 
+static u32 from_quad(u32 x, int member) {
+  exchanged[threadIdx.x][0] = x;
+  wait_for_warp();
+  u32 y = exchanged[threadIdx.x / 4 * 4 + member][0];
+  wait_for_warp();
+  return y;
+}
+
 static inline u32 pick_bytes(u32 low, u32 high, u32 which) {
   u32 y = 0;
   for (int i = 0; i < 4; i++) {

@@ -78,6 +78,9 @@ __device__ inline int exchange(int x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
+// What a thread of the quad has.
+__device__ inline u32 from_quad(u32 x, int member) { return __shfl_sync(0xffffffffu, x, member, 4); }
+
 // Bytes of `low` and `high`, numbered 0 to 7, by the four lowest hexadecimal digits of `which`.
 __device__ inline u32 pick_bytes(u32 low, u32 high, u32 which) {
   return __byte_perm(low, high, which);

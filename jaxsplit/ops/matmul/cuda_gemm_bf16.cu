@@ -99,48 +99,33 @@ struct Round {
 template <class W, class T, int GROUP, int BITS, int AHEAD>
 struct GroupPlane {
   typedef Round<W> R;
-  static constexpr int ROW_BYTES = W::COLUMNS / GROUP * BITS / 8;
-  static constexpr int BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
+  static constexpr u32 ROW_BYTES = W::COLUMNS / GROUP * BITS / 8;
+  static constexpr u32 BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
   // Rows of an odd number of halfwords: one of them, in the word that has it.
   static constexpr bool ODD = ROW_BYTES % 4 != 0;
-  static constexpr u32 ROUNDS = (ODD ? 16 : 8 * BYTES) / BITS * GROUP / (64 * R::TILES);
+  static constexpr u32 STEP = ODD ? 2 : BYTES;
+  static constexpr u32 ROUNDS = 8 * STEP / BITS * GROUP / (64 * R::TILES);
   static constexpr u32 PLACES = (AHEAD + ROUNDS - 1) / ROUNDS + 1, PLACE_BYTES = 16 * BYTES;
   static constexpr int ALL_BYTES = PLACES * PLACE_BYTES;
   static_assert(ROUNDS > 0 && ROW_BYTES % 2 == 0, "copies are of whole rounds");
 
-  __device__ static long byte(long row, u32 window) {
-    return row * ROW_BYTES + (ODD ? 2 : BYTES) * window;
-  }
-
   // What `round` needs of one of 16 rows, unless the round before needed it.
   __device__ static void copy(char* places, const T* plane, long row, u32 round, bool is_first) {
     if (!is_first && round % ROUNDS) return;
-    char* to = places + round / ROUNDS % PLACES * PLACE_BYTES + threadIdx.x % 16 * BYTES;
-    start_copy<BYTES>(to, (const char*)plane + (ODD ? byte(row, round / ROUNDS) & ~3l
-                                                    : byte(row, round / ROUNDS)));
+    u32 window = round / ROUNDS;
+    long from = row * ROW_BYTES + STEP * window;
+    char* to = places + window % PLACES * PLACE_BYTES + threadIdx.x % 16 * BYTES;
+    start_copy<BYTES>(to, (const char*)plane + (ODD ? from & ~3l : from));
   }
 
-  // Those of COUNT neighboring groups from a weight on, as they are stored.
-  template <int COUNT>
-  struct Some {
-    static constexpr int ALL = COUNT * BITS;
-    u32 words[(ALL + 31) / 32];
-
-    __device__ void load(const char* places, u32 round, int of_warp, long row, u32 weight) {
-      u32 window = round / ROUNDS, bit = weight / GROUP * BITS - window * 8 * BYTES;
-      if (ODD) bit = byte(row, window) % 4 * 8;
-      const char* from = places + window % PLACES * PLACE_BYTES + of_warp * BYTES + bit / 8;
-      if (ALL == 4) words[0] = *(const u8*)from >> bit % 8;
-      if (ALL == 8) words[0] = *(const u8*)from;
-      if (ALL == 16) words[0] = *(const u16*)from;
-#pragma unroll
-      for (int i = 0; i < ALL / 32; i++) words[i] = ((const u32*)from)[i];
-    }
-
-    __device__ u32 at(int i) const {
-      return words[i * BITS / 32] >> (i * BITS % 32) & (BITS == 32 ? ~0u : (1u << BITS % 32) - 1);
-    }
-  };
+  // The stored number of a weight's group: of a row of the plane, one of the warp's 16.
+  __device__ static u32 load(const char* places, int of_warp, long row, u32 weight) {
+    u32 bit = weight / GROUP * BITS, byte = bit / 8, window = byte / STEP;
+    const char* from = places + window % PLACES * PLACE_BYTES + of_warp * BYTES;
+    from += ODD ? (row * ROW_BYTES + byte) % 4 : byte % BYTES;
+    if (BITS == 4) return *(const u8*)from >> bit % 8 & 15;
+    return BITS == 8 ? *(const u8*)from : BITS == 16 ? *(const u16*)from : *(const u32*)from;
+  }
 };
 
 // Scales and minima of a warp's 16 rows.
@@ -173,33 +158,33 @@ struct Scales {
     }
   }
 
-  // Those of a row for a round, tile by tile: in 16 bits, the minimum in the upper half.
-  __device__ static void load(u32 (*y)[R::SPANS], const char* places, u32 round, int of_warp,
-                              long row) {
-    constexpr bool ONE = SUPER >= 64 * R::TILES && SUPER % W::CHUNK == 0;  // super-group of a round
-    constexpr int OUTER = SUPER < 64 ? 64 / SUPER : 1;                     // of a tile
-    typename Scale::template Some<R::SPANS> scale;
-    typename Minimum::template Some<R::SPANS> minimum;
-    typename Super::template Some<OUTER> outer, outer_below;
-#pragma unroll
-    for (int tile = 0; tile < R::TILES; tile++) {
-      u32 weight = R::weight(round, tile);
-      scale.load(places, round, of_warp, row, weight);
-      if (W::MINIMUM) minimum.load(places + MINIMA, round, of_warp, row, weight);
-      if (W::SUPER && !(ONE && tile)) {
-        outer.load(places + SUPER_SCALES, round, of_warp, row, weight);
-        if (W::MINIMUM) outer_below.load(places + SUPER_MINIMA, round, of_warp, row, weight);
+  // Those of a weight: in 16 bits, the minimum in the upper half.
+  __device__ static u32 load(const char* places, int of_warp, long row, u32 weight) {
+    u32 raw = Scale::load(places, of_warp, row, weight), outer = 0;
+    if (W::SUPER) outer = Super::load(places + SUPER_SCALES, of_warp, row, weight);
+    float above = W::scale_value(raw) * U::outer_of(outer), below = 0;
+    if (U::BELOW) {
+      u32 minimum = W::MINIMUM ? Minimum::load(places + MINIMA, of_warp, row, weight) : 0;
+      u32 outer_minimum = 0;
+      if (W::SUPER && W::MINIMUM) {
+        outer_minimum = Super::load(places + SUPER_MINIMA, of_warp, row, weight);
       }
+      below = U::minimum_of(raw, minimum) * U::outer_below_of(outer, outer_minimum);
+    }
+    return pack<X>(above, below);
+  }
+
+  // Those of a row's spans in a round: a thread of a quad computes every fourth.
+  __device__ static void load_round(u32* y, const char* places, int of_warp, long row, u32 round) {
+    constexpr int SPANS = R::TILES * R::SPANS;
+    int member = threadIdx.x % 4;
 #pragma unroll
-      for (int i = 0; i < R::SPANS; i++) {
-        u32 raw = scale.at(i), super_scale = outer.at(i * OUTER / R::SPANS);
-        float above = W::scale_value(raw) * U::outer_of(super_scale), below = 0;
-        if (U::BELOW) {
-          below = U::minimum_of(raw, W::MINIMUM ? minimum.at(i) : 0);
-          below *= U::outer_below_of(super_scale, outer_below.at(i * OUTER / R::SPANS));
-        }
-        y[tile][i] = pack<X>(above, below);
-      }
+    for (int first = 0; first < SPANS; first += 4) {
+      u32 span = first + member % SPANS;
+      u32 weight = R::weight(round, span / R::SPANS) + span % R::SPANS * R::SPAN;
+      u32 own = load(places, of_warp, row, weight);
+#pragma unroll
+      for (int i = first; i < first + 4 && i < SPANS; i++) y[i] = from_quad(own, i % 4);
     }
   }
 };
@@ -347,7 +332,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   static_assert(4 * R::TILES % BATCH == 0, "whole batches");
   u32 upper = in_register(UPPER_BYTE<X>);
   float total[TILE / 2] = {};
-  u32 a[2][BATCH][4], words[4][2], second[4][2] = {}, of_group[2][R::TILES][R::SPANS];
+  u32 a[2][BATCH][4], words[4][2], second[4][2] = {}, of_group[2][R::TILES * R::SPANS];
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) fetch(begin + i);
 #pragma unroll 1
@@ -372,7 +357,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      S::load(of_group[half], scales, round, quad + 8 * half, row_of(quad + 8 * half));
+      S::load_round(of_group[half], scales, quad + 8 * half, row_of(quad + 8 * half), round);
     }
     fetch(round + AHEAD);
 #pragma unroll
@@ -387,7 +372,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
         u32 four = W::TABLE || W::TRELLIS
                        ? U::codes_of(word, more, of_unit, member, place)
                        : U::stored_codes_of(word, more, of_unit, member, place);
-        u32 scale = of_group[half][slice / 4][slice % 4 * 16 / R::SPAN];
+        u32 scale = of_group[half][slice * 16 / R::SPAN];
         dequantize<W>(four, scale, upper, operands[k / 2] + half, 2);
       }
       begin_products();
