@@ -54,7 +54,8 @@ def error(actual: np.ndarray, expected: np.ndarray, *, routed: bool) -> float:
 
 
 def errors(recipe: dict, reference: Path | None) -> dict[str, float]:
-    """NMSE by mode: bfloat16 with kernels against float32 without, weights in Q8_0.
+    """NMSE by mode: bfloat16 with kernels against float32 without, weights in Q8_0. On a GPU, all
+    kernels in CUDA C++ are a mode, too.
 
     Args:
       recipe: of the model.
@@ -77,10 +78,12 @@ def errors(recipe: dict, reference: Path | None) -> dict[str, float]:
             logits = jaxsplit.load(exact, **plain).logits(tokens)
             found["none llama.cpp"] = nmse(logits, np.load(reference))
         expected = jaxsplit.load(path, **plain).logits(long)
-        kernels = {"kernels": "interpret" if on_cpu else "triton", **small}
-        for mode in ("none", "graph") if devices > 1 else ("none",):
-            count = devices if mode == "graph" else 1
-            lm = jaxsplit.load(path, split_mode=mode, devices=count, dtype="bfloat16", **kernels)
+        usual = "interpret" if on_cpu else "auto"
+        modes = [("none", "none", 1, usual), ("graph", "graph", devices, usual)]
+        modes = modes[: min(devices, 2)] + [("cuda", "none", 1, "cuda")] * (not on_cpu)
+        for mode, split, count, kernels in modes:
+            given = {"split_mode": split, "devices": count, "kernels": kernels}
+            lm = jaxsplit.load(path, dtype="bfloat16", **given, **small)
             for way, fed, one_by_one in (
                 ("prompt", tokens, False),
                 ("long prompt", long, False),

@@ -359,7 +359,6 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     for (int half = 0; half < 2; half++) {
       S::load_round(of_group[half], scales, quad + 8 * half, row_of(quad + 8 * half), round);
     }
-    fetch(round + AHEAD);
 #pragma unroll
     for (int batch = 0; batch < BATCHES; batch++) {
       u32(*operands)[4] = a[batch % 2];
@@ -382,6 +381,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
         multiply_tile(total, operands[k], tiles, R::slice(n / R::TILES, n % R::TILES));
       }
       end_products();
+      if (!batch) fetch(round + AHEAD);
       wait_for_products<1>();
     }
     if (STAGES == 2) wait_for_products<0>();
