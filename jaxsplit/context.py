@@ -42,8 +42,8 @@ class MatmulPolicy:
     """How activations are multiplied with matrices.
 
     Attributes:
-      int8_activations: one or two rows, and with CUDA C++ on tensor cores up to 64, are rounded to
-        8 bits for quantized matrices.
+      int8_activations: one or two rows, and with CUDA C++ alone up to 16 or 64, are rounded to 8
+        bits for quantized matrices.
       float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
         so are the quantized matrices.
       kernels: the devices run Triton kernels.

@@ -776,7 +776,7 @@ class LM:
         without = compute_capability(device) >= 8 and not has_triton()
         rest = "XLA runs everything"
         if self.engine.runners[0].policy.cuda:
-            rest = "CUDA C++ decodes up to 64 sequences, XLA runs the rest"
+            rest = "CUDA C++ decodes up to 256 sequences, XLA runs the rest"
         notes = [f"{rest}: this JAX has no Pallas-Triton"] if without else []
         if self.adapters:
             notes.append(f"adapters {', '.join(f'{a.name}:{a.scale:g}' for a in self.adapters)}")

@@ -73,6 +73,7 @@ def _describe_device(device: "jax.Device") -> dict[str, Any]:
     from jaxsplit.ops.matmul import float8
 
     policy = MatmulPolicy.for_device(device)
+    kernels = ["triton"] * policy.kernels + ["cuda"] * (policy.cuda > 0)
     stats = device.memory_stats() or {}
     return {
         "id": device.id,
@@ -81,7 +82,7 @@ def _describe_device(device: "jax.Device") -> dict[str, Any]:
         "compute_capability": compute_capability(device) or None,
         "memory_bytes": stats.get("bytes_limit"),
         "free_bytes": stats["bytes_limit"] - stats["bytes_in_use"] if stats else None,
-        "kernels": "triton" if policy.kernels else "cuda" if policy.cuda else "xla",
+        "kernels": " and ".join(kernels) or "xla",
         "float8": device.platform != "cpu" and float8.supported_by(device),
     }
 

@@ -26,6 +26,7 @@ class DeviceKind:
         then adds a 24th of `collective_seconds` to an all-reduce; an all-gather takes twice as long
         as an all-reduce, and a 12th more for each further device.
       kernels: whether the kernels of this package run on it.
+      cuda_gemm: whether one in CUDA C++ multiplies more rows than those in Triton.
       float8: whether it multiplies 8-bit floating point, at twice the rate.
     """
 
@@ -38,6 +39,7 @@ class DeviceKind:
     collective_seconds: float = 10e-6
     peer_access: bool = False
     kernels: bool = True
+    cuda_gemm: bool = False
     float8: bool = True
 
 
@@ -49,10 +51,11 @@ def _gpu(
     link: float,
     *,
     kernels: bool = True,
+    cuda_gemm: bool = False,
     float8: bool = True,
 ) -> DeviceKind:
     rates = (gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
-    kind = DeviceKind(name, *rates, float8=float8)
+    kind = DeviceKind(name, *rates, cuda_gemm=cuda_gemm, float8=float8)
     if not kernels:
         return dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
     if link <= _PCIE:
@@ -75,8 +78,8 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
         _gpu("RTX A6000", 48, 768, 155, 24, float8=False),
         _gpu("A100", 80, 2039, 312, 300, float8=False),
         _gpu("L40S", 48, 864, 362, 24),
-        _gpu("H100", 80, 3350, 989, 450),
-        _gpu("H200", 141, 4800, 989, 450),
+        _gpu("H100", 80, 3350, 989, 450, cuda_gemm=True),
+        _gpu("H200", 141, 4800, 989, 450, cuda_gemm=True),
         _gpu("RTX 5090", 32, 1792, 210, 48),
         _gpu("B200", 180, 8000, 2250, 900),
         DeviceKind("CPU", 16e9, 20e9, 0.5e12, 10e9, 200e-6, 50e-6, kernels=False),

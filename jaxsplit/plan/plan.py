@@ -373,7 +373,7 @@ def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
     """A stage's devices wait for one another: each rate is the slowest device's."""
     worst = {"layer_seconds": max, "collective_seconds": max}
-    worst |= dict.fromkeys(("kernels", "float8", "peer_access"), all)
+    worst |= dict.fromkeys(("kernels", "cuda_gemm", "float8", "peer_access"), all)
     return DeviceKind(
         "+".join(dict.fromkeys(kind.name for kind in kinds)),
         **{

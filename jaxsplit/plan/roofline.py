@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.matmul.api import MAX_INT8_ROWS, MAX_SMALL_M_ROWS
+from jaxsplit.ops.matmul.api import MAX_GEMM_ROWS, MAX_INT8_ROWS, MAX_SMALL_M_ROWS
 from jaxsplit.plan.cost import ProgramCost
 from jaxsplit.plan.devices import DeviceKind
 from jaxsplit.sharding import Stage
@@ -26,6 +26,7 @@ class _Efficiency:
         with few multiprocessors take longer, but have less bandwidth, too.
       small_m_weight: the same for matmuls of some tens of rows, whatever their number.
       small_m_flops: of the FLOP/s, in matmuls of some tens of rows. None: no such kernels.
+      gemm_flops: of the FLOP/s, in matmuls of more rows by a kernel in CUDA C++.
       float8: speedup of matmuls of many rows by 8-bit floating point, casts included.
     """
 
@@ -36,6 +37,7 @@ class _Efficiency:
     weight: float = 0.0
     small_m_weight: float = 0.0
     small_m_flops: float | None = None
+    gemm_flops: float = 0.34
     float8: float = 1.44
 
 
@@ -96,6 +98,8 @@ def decode_seconds(
     small_m = e.small_m_flops if dtype == jnp.bfloat16 and rows <= MAX_SMALL_M_ROWS else None
     if bits < 16 and small_m is not None and rows > MAX_INT8_ROWS:
         matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * small_m)
+    elif bits < 16 and kind.cuda_gemm and MAX_SMALL_M_ROWS < rows <= MAX_GEMM_ROWS:
+        matmuls = max(reading, cost.flops / (kind.flops * e.gemm_flops))
     elif bits < 16 and rows > (MAX_INT8_ROWS if kind.kernels else 1):
         moved = read + 2 * weights * 16 / bits
         matmuls = moved / (kind.bandwidth * _COPY_EFFICIENCY)

@@ -16,12 +16,12 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 
 import jaxsplit
+from jaxsplit import context
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.p2p import Ring
 from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.comm.symmetric_memory import allocate_peer_buffers, allocate_ring_buffers
-from jaxsplit import context
 from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import SamplingConfig, compiler_options, runner, steps
 from jaxsplit.engine.runner import StageRunner
@@ -46,7 +46,7 @@ AXIS = "tensor"
 
 def policy(**changes: bool) -> MatmulPolicy:
     """With kernels, for the first device; `changes`: fields of it."""
-    kernels = "interpret" if INTERPRET else "triton"
+    kernels = "interpret" if INTERPRET else "auto"
     found = MatmulPolicy.for_device(jax.devices()[0], kernels)
     return dataclasses.replace(found, **changes)
 

@@ -137,7 +137,7 @@ def test_products_in_8_bit_floating_point(rng, bounded, name):
         pytest.skip("needs compute capability 8.9")
     columns = SHAPES[0][1]
     raw = internals.raw_blocks(rng, name, 72, columns)
-    x = activations(rng, 100, columns)
+    x = activations(rng, 300, columns)
     run = jax.jit(internals.products, static_argnames=("int8", "float8"))
     [y] = run(x, [internals.from_blocks(name, raw)], int8=False, float8=True)
     error = nmse(y, np.float64(x) @ exact_matrix(name, raw).T)

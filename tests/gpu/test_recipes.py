@@ -27,6 +27,8 @@ ROUNDED = {
 """The same for prompts of recipes in which bfloat16 alone changes more: three times the error on a
 CPU without kernels. There, an indexer or a sparse gate chooses others; `glm-dsa` has an error of
 0.11 where 8 of 100 keys are selected, and of 0.002 where all are."""
+ROUNDED_ONE_BY_ONE = {"gemma3n": 0.09}
+"""The same for tokens that are read one by one."""
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,9 @@ def test_kernels_compute_what_xla_does(
     ok = []
     for mode, error in errors.items():
         largest = next(value for end, value in LARGEST.items() if mode.endswith(end))
-        if mode.endswith("prompt"):
-            largest = max(largest, ROUNDED.get(name, 0.0))
+        rounded = ROUNDED if mode.endswith("prompt") else ROUNDED_ONE_BY_ONE
+        if mode != "none llama.cpp":
+            largest = max(largest, rounded.get(name, 0.0))
         measured = BOUNDS.get(name, {}).get(mode)
         bound = largest if measured is None else min(largest, measured)
         provisional = measured is None and mode != "none llama.cpp"

@@ -16,7 +16,7 @@ from jax import Array
 from jaxsplit.comm.api import one_shot_peers
 from jaxsplit.comm.peers import WIDTH, padded
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.context import current_context
+from jaxsplit.context import BOTH_BACKENDS, current_context
 from jaxsplit.ops.activations.api import as_array, in_layout
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout, quantize_rows
 from jaxsplit.ops.activations.layout import (
@@ -56,6 +56,7 @@ Like = Array | Activations | jax.ShapeDtypeStruct
 
 MAX_INT8_ROWS = triton_gemv_int8.MAX_ROWS
 MAX_SMALL_M_ROWS = triton_small_m_gemm.MAX_ROWS
+MAX_GEMM_ROWS = cuda_gemm_bf16.MAX_ROWS
 
 
 def int8_rows(rows: int) -> bool:
@@ -79,7 +80,9 @@ def _gemm_int8_rows(rows: int) -> bool:
     policy = current_context().policy
     if not policy.only_cuda or policy.cuda < cuda_gemm_int8.MIN_CAPABILITY:
         return False
-    return policy.int8_activations and MAX_INT8_ROWS < rows <= cuda_gemm_int8.MAX_ROWS
+    # Beyond, `gemm_bf16` with products of warpgroups is faster.
+    most = 16 if policy.cuda in BOTH_BACKENDS else cuda_gemm_int8.MAX_ROWS
+    return policy.int8_activations and MAX_INT8_ROWS < rows <= most
 
 
 def _small_m(rows: int) -> bool:
@@ -122,7 +125,7 @@ def _supports_gemm_int8(x: Like, w: Weight) -> bool:
 
 def _supports_gemm_bf16(x: Like, w: Weight) -> bool:
     more_than = MAX_SMALL_M_ROWS if current_context().policy.kernels else 1
-    return more_than < rows_of(x) <= cuda_gemm_bf16.MAX_ROWS and _has_gemm_bf16(w, x.dtype)
+    return more_than < rows_of(x) <= MAX_GEMM_ROWS and _has_gemm_bf16(w, x.dtype)
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
