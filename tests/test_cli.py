@@ -290,6 +290,7 @@ def test_a_command_starts_without_jax():
         (["model.gguf"], r"try jaxsplit generate --model=model.gguf"),
         (["--prompt=a"], r"--prompt=a comes after a command, as in jaxsplit generate --prompt=a"),
         (["plan"], r"no model is given; use --model=FILE.gguf"),
+        (["plan", "--random=llama-9b:Q4_K"], r"'llama-9b:Q4_K' is not SHAPE:TYPE; .*llama-8b"),
         (["info"], r"give a GGUF file.*--system"),
         (["info", "--system", "a.gguf"], r"give a GGUF file.*or --system"),
         (["info", "a.gguf", "b.gguf"], r"unexpected argument 'b.gguf'"),

@@ -103,6 +103,7 @@ SHAPES = {
     "llama-tiny": Shape(256, 2, 8, 4, 32, 768, vocab=4096),
     "llama-1b": Shape(2048, 16, 32, 8, 64, 8192, tied=True),
     "llama-8b": Shape(4096, 32, 32, 8, 128, 14336),
+    "llama2-13b": Shape(5120, 40, 40, 40, 128, 13824, vocab=32000),
     "llama-70b": Shape(8192, 80, 64, 8, 128, 28672),
     "qwen3-30b-a3b": Shape(
         *(2048, 48, 32, 4, 128, 768), arch="qwen3moe", vocab=151936, experts=128, experts_used=8

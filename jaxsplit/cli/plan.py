@@ -1,9 +1,9 @@
 """Memory, cost and predicted speed of a model on a mesh, before either is there.
 
   jaxsplit plan --model=FILE.gguf --devices=4 --device_kind="RTX 3090"
-  jaxsplit plan --model=FILE.gguf --mesh=stage:2,tensor:2 --ctx_size=32768
+  jaxsplit plan --random=llama-70b:Q4_K_M --mesh=stage:2,tensor:2
 
-Only the file's header is read. Without --mesh, all split modes are compared,
+Only the file's header is read; --random needs none. Without --mesh, all split modes are compared,
 the best first. Exit status: 0, or 2 with one line that says what to fix.
 """
 
@@ -35,6 +35,9 @@ GROUPS = {
 }
 
 _MODEL = flags.DEFINE_string("model", None, options.MODEL_HELP)
+_RANDOM = flags.DEFINE_string(
+    "random", None, "a well-known shape instead, as SHAPE:TYPE, such as llama-8b:Q4_K_M"
+)
 _KIND = flags.DEFINE_multi_string(
     "device_kind", ["H200"], "kind of the devices; repeat it to give each its own"
 )
@@ -87,17 +90,21 @@ def _kinds(count: int) -> "list[DeviceKind]":
 
 def _plans() -> "tuple[list[Plan], int]":
     """Plans, the best first, and the length of the prompt."""
-    if _MODEL.value is None:
-        raise JaxsplitError("no model is given; use --model=FILE.gguf")
+    if _MODEL.value is None and _RANDOM.value is None:
+        raise JaxsplitError(
+            "no model is given; use --model=FILE.gguf, or --random=SHAPE:TYPE for a well-known one"
+        )
     import jax.numpy as jnp
 
     from jaxsplit.architectures import model_config
-    from jaxsplit.llm import named_dtype, open_model
+    from jaxsplit.bench.random_model import model_file
+    from jaxsplit.llm import named_dtype
     from jaxsplit.plan import best_plans, make_plan
     from jaxsplit.sharding import parse_mesh, parse_shares, split_mode
     from jaxsplit.weights import parameter_sources
 
-    file = open_model(local_model(_MODEL.value))
+    path = None if _MODEL.value is None else local_model(_MODEL.value)
+    file = model_file(path, _RANDOM.value)
     model = model_config(file)
     sources = parameter_sources(file, model)
     chosen = options.values(_LOAD)
@@ -185,9 +192,9 @@ def _table(title: str, *columns: str) -> "Table":
 
 def _comparison(plans: "list[Plan]", prompt: int) -> "Table":
     """A line for each plan: the fullest device, a decode step, predicted speed."""
+    name = Path(_MODEL.value or _RANDOM.value or "").name
     table = _table(
-        f"{Path(_MODEL.value or '').name}: the fullest device; collectives of a decode step; "
-        "predictions",
+        f"{name}: the fullest device; collectives of a decode step; predictions",
         *("split", "fits", "weights", "cache", "scratch", "padding"),
         *("reduce", "gather", "transfer", "bytes", "decode/s", "prefill/s"),
     )

@@ -9,6 +9,10 @@ import jax
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.sharding import free_memory
 
+KERNELS = ("xla", "dp4a", "cuda", "triton", "both")
+"""What multiplies quantized matrices, slowest first: XLA; kernels in CUDA C++ for one or two rows,
+or for more on tensor cores; Triton kernels; these, and CUDA C++ for more rows than they take."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceKind:
@@ -25,8 +29,7 @@ class DeviceKind:
       peer_access: all-reduces and transfers run in kernels over peer access. Each further device
         then adds a 24th of `collective_seconds` to an all-reduce; an all-gather takes twice as long
         as an all-reduce, and a 12th more for each further device.
-      kernels: whether the kernels of this package run on it.
-      cuda_gemm: whether one in CUDA C++ multiplies more rows than those in Triton.
+      kernels: one of `KERNELS`.
       float8: whether it multiplies 8-bit floating point, at twice the rate.
     """
 
@@ -38,9 +41,13 @@ class DeviceKind:
     layer_seconds: float = 13.5e-6
     collective_seconds: float = 10e-6
     peer_access: bool = False
-    kernels: bool = True
-    cuda_gemm: bool = False
+    kernels: str = "triton"
     float8: bool = True
+
+    @property
+    def triton(self) -> bool:
+        """Whether Triton kernels run: for attention and between peers, too."""
+        return self.kernels in ("triton", "both")
 
 
 def _gpu(
@@ -50,14 +57,13 @@ def _gpu(
     teraflops: float,
     link: float,
     *,
-    kernels: bool = True,
-    cuda_gemm: bool = False,
+    kernels: str = "triton",
     float8: bool = True,
 ) -> DeviceKind:
     rates = (gigabytes * 1e9, gb_per_s * 1e9, teraflops * 1e12, link * 1e9)
-    kind = DeviceKind(name, *rates, cuda_gemm=cuda_gemm, float8=float8)
-    if not kernels:
-        return dataclasses.replace(kind, kernels=False, layer_seconds=64e-6)
+    kind = DeviceKind(name, *rates, kernels=kernels, float8=float8)
+    if not kind.triton:
+        return dataclasses.replace(kind, layer_seconds=22e-6)
     if link <= _PCIE:
         return kind
     return dataclasses.replace(kind, collective_seconds=2.6e-6, peer_access=True)  # over NVLink
@@ -70,19 +76,19 @@ _PCIE = 48
 DEVICE_KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
-        _gpu("T4", 16, 320, 65, 12, kernels=False, float8=False),
-        _gpu("P40", 24, 346, 11.8, 12, kernels=False, float8=False),
+        _gpu("T4", 16, 320, 65, 12, kernels="cuda", float8=False),
+        _gpu("P40", 24, 346, 11.8, 12, kernels="dp4a", float8=False),
         _gpu("RTX 3060", 12, 360, 25.6, 24, float8=False),
         _gpu("RTX 3090", 24, 936, 71, 24, float8=False),
         _gpu("RTX 4090", 24, 1008, 165, 24),
         _gpu("RTX A6000", 48, 768, 155, 24, float8=False),
         _gpu("A100", 80, 2039, 312, 300, float8=False),
         _gpu("L40S", 48, 864, 362, 24),
-        _gpu("H100", 80, 3350, 989, 450, cuda_gemm=True),
-        _gpu("H200", 141, 4800, 989, 450, cuda_gemm=True),
+        _gpu("H100", 80, 3350, 989, 450, kernels="both"),
+        _gpu("H200", 141, 4800, 989, 450, kernels="both"),
         _gpu("RTX 5090", 32, 1792, 210, 48),
         _gpu("B200", 180, 8000, 2250, 900),
-        DeviceKind("CPU", 16e9, 20e9, 0.5e12, 10e9, 200e-6, 50e-6, kernels=False),
+        DeviceKind("CPU", 16e9, 20e9, 0.5e12, 10e9, 200e-6, 50e-6, kernels="xla"),
     )
 }
 

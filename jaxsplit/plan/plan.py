@@ -1,6 +1,7 @@
 """Memory, cost and predicted speed of a model on a mesh."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from jaxsplit.ops.attention.xla import MAX_SCORES
 from jaxsplit.ops.matmul.xla import MAX_CONCAT_BYTES
 from jaxsplit.ops.moe.spec import MoEConfig
 from jaxsplit.plan.cost import ProgramCost, trace_decode, trace_prefill
-from jaxsplit.plan.devices import DeviceKind, kind_of
+from jaxsplit.plan.devices import KERNELS, DeviceKind, kind_of
 from jaxsplit.plan.roofline import decode_seconds, prefill_seconds, weight_bits
 from jaxsplit.sharding import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.weights import Sources, abstract_parameters, parameter_bytes, split_model, stage_bytes
@@ -284,9 +285,9 @@ def _plan_stage(
     prefill = trace_prefill(config, stage, w.dtype, w.context, w.chunk)
     read_weights = weights - _unread(sources, config, stage, w.weights, w.slots)
     pairs = w.chunk * w.context
-    score_bytes = 0 if kind.kernels else 4 * _widest(config, stage, "heads")
+    score_bytes = 0 if kind.triton else 4 * _widest(config, stage, "heads")
     scratch = scratch_bytes(
-        config, stage, w.dtype, chunk=w.chunk, context=w.context, kernels=kind.kernels
+        config, stage, w.dtype, chunk=w.chunk, context=w.context, kernels=kind.triton
     )
     bits = weight_bits(sources, w.weights)
     return StagePlan(
@@ -372,8 +373,8 @@ def _widest(config: ModelConfig, stage: Stage, name: str) -> int:
 
 def _slowest(kinds: Sequence[DeviceKind]) -> DeviceKind:
     """A stage's devices wait for one another: each rate is the slowest device's."""
-    worst = {"layer_seconds": max, "collective_seconds": max}
-    worst |= dict.fromkeys(("kernels", "cuda_gemm", "float8", "peer_access"), all)
+    worst = {"layer_seconds": max, "collective_seconds": max, "float8": all, "peer_access": all}
+    worst["kernels"] = functools.partial(min, key=KERNELS.index)
     return DeviceKind(
         "+".join(dict.fromkeys(kind.name for kind in kinds)),
         **{

@@ -26,7 +26,7 @@ class _Efficiency:
         with few multiprocessors take longer, but have less bandwidth, too.
       small_m_weight: the same for matmuls of some tens of rows, whatever their number.
       small_m_flops: of the FLOP/s, in matmuls of some tens of rows. None: no such kernels.
-      gemm_flops: of the FLOP/s, in matmuls of more rows by a kernel in CUDA C++.
+      gemm_flops: of the FLOP/s, in matmuls of more rows, up to 256. None: no such kernels.
       float8: speedup of matmuls of many rows by 8-bit floating point, casts included.
     """
 
@@ -37,23 +37,23 @@ class _Efficiency:
     weight: float = 0.0
     small_m_weight: float = 0.0
     small_m_flops: float | None = None
-    gemm_flops: float = 0.34
+    gemm_flops: float | None = None
     float8: float = 1.44
 
 
+_XLA = _Efficiency(memory=0.88, few_bits=0.36, matmul=0.5, score_passes=6)
+_DP4A = dataclasses.replace(_XLA, memory=0.97, few_bits=0.97, weight=4.3e-14)
+_TRITON = dataclasses.replace(
+    _DP4A, matmul=0.68, score_passes=0, small_m_weight=1e-13, small_m_flops=0.62
+)
 _EFFICIENCY = {
-    False: _Efficiency(memory=0.88, few_bits=0.36, matmul=0.5, score_passes=6),
-    True: _Efficiency(
-        memory=0.97,
-        few_bits=0.97,
-        matmul=0.68,
-        score_passes=0,
-        weight=4.3e-14,
-        small_m_weight=1e-13,
-        small_m_flops=0.62,
-    ),
+    "xla": _XLA,
+    "dp4a": _DP4A,
+    "cuda": dataclasses.replace(_DP4A, small_m_weight=5e-13, small_m_flops=0.62),
+    "triton": _TRITON,
+    "both": dataclasses.replace(_TRITON, gemm_flops=0.34),
 }
-"""Without and with kernels."""
+"""By the kernels of a device kind."""
 
 _COPY_EFFICIENCY = 0.9
 _LINK_EFFICIENCY = 0.6
@@ -95,12 +95,14 @@ def decode_seconds(
     """
     e, count = _EFFICIENCY[kind.kernels], weights * 8 / bits
     reading = read / (kind.bandwidth * (e.few_bits if bits < 8 else e.memory))
-    small_m = e.small_m_flops if dtype == jnp.bfloat16 and rows <= MAX_SMALL_M_ROWS else None
-    if bits < 16 and small_m is not None and rows > MAX_INT8_ROWS:
+    suits = dtype == jnp.bfloat16 or (dtype == jnp.float16 and not kind.triton)
+    small_m = e.small_m_flops if suits and rows <= MAX_SMALL_M_ROWS else None
+    few = 1 if kind.kernels == "xla" else MAX_INT8_ROWS
+    if bits < 16 and small_m is not None and rows > few:
         matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * small_m)
-    elif bits < 16 and kind.cuda_gemm and MAX_SMALL_M_ROWS < rows <= MAX_GEMM_ROWS:
+    elif bits < 16 and e.gemm_flops and MAX_SMALL_M_ROWS < rows <= MAX_GEMM_ROWS:
         matmuls = max(reading, cost.flops / (kind.flops * e.gemm_flops))
-    elif bits < 16 and rows > (MAX_INT8_ROWS if kind.kernels else 1):
+    elif bits < 16 and rows > few:
         moved = read + 2 * weights * 16 / bits
         matmuls = moved / (kind.bandwidth * _COPY_EFFICIENCY)
         matmuls += cost.flops / (kind.flops * e.matmul)
