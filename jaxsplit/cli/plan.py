@@ -3,8 +3,9 @@
   jaxsplit plan --model=FILE.gguf --devices=4 --device_kind="RTX 3090"
   jaxsplit plan --random=llama-70b:Q4_K_M --mesh=stage:2,tensor:2
 
-Only the file's header is read; --random needs none. Without --mesh, all split modes are compared,
-the best first. Exit status: 0, or 2 with one line that says what to fix.
+Only the file's header is read; --random needs no file. Without --mesh, all
+split modes are compared, the best first. Exit status: 0, or 2 with one line
+that says what to fix.
 """
 
 import dataclasses
