@@ -183,34 +183,32 @@ def launch_of(
     height = rows if groups is None else groups.x_row.shape[1]
     tiling = tiling or Tiling.of(weights, height, capability)
     blocks = [-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights]
-    given, structs = Arguments(), []
+    given = Arguments()
     squares = None if x.rms is None else x.rms.squares
     body = f"  Activations x = {given.operands(x.values, squares)};\n"
     if groups is None:
-        tiles, results = -(-rows // tiling.rows), rows
+        tiles, result_rows = -(-rows // tiling.rows), rows
         rounds = max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
         parts = split_k or _parts(sum(blocks) * tiles, rounds)
         body += "  Neighbors rows;\n"
     else:
-        tiles, results, parts = len(groups.matrix) * (height // tiling.rows), out_rows, 1
+        tiles, result_rows = len(groups.matrix) * (height // tiling.rows), out_rows
+        parts = 1
         arrays = groups.matrix, groups.start, groups.stop, groups.x_row, groups.count
         body += f"  Group rows = {given.operands(*arrays)};\n"
         body += "  if (!rows.exists()) return;\n"
     body += "  int program = blockIdx.x, part = blockIdx.y;\n"
-    for i, (w, own) in enumerate(zip(weights, blocks, strict=True)):
-        result = given.result(jax.ShapeDtypeStruct((parts, results, w.shape[-2]), dtype))
-        structs.append(cuda_planes.struct_of(f"W{i}", w))
-        body += (
-            f"  if (program < {own}) {{\n"
-            f"    W{i} w = {cuda_planes.pointers_of(w, given)};\n"
-            f"    multiply<W{i}, {tiling.stages}>(w, x, rows, program, part, {result});\n"
-            "    return;\n  }\n"
-            f"  program -= {own};\n"
-        )
+
+    def call(i: int, result: str) -> str:
+        return f"multiply<W{i}, {tiling.stages}>(w, x, rows, program, part, {result})"
+
+    shapes = [(parts, result_rows, w.shape[-2]) for w in weights]
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    structs, products = cuda_planes.products(weights, blocks, results, given, call)
     element, warpgroups = cpp_type(x.values.dtype), capability == _WARPGROUPS
     sizes = {
         "ROWS": rows,
-        "RESULTS": results,
+        "RESULTS": result_rows,
         "GROUP": tiling.rows if groups is None else height,
         "TILE": tiling.rows,
         "BATCH": _BATCH,
@@ -227,7 +225,7 @@ def launch_of(
         cuda_planes.FILE,
         cuda_planes.FOLDER / "cuda_gemm_bf16.cu",
         *structs,
-        body=body,
+        body=body + products,
         grid=(sum(blocks), parts, tiles),
         threads=32 * tiling.warps,
         blocks=tiling.blocks(weights, capability),

@@ -122,20 +122,17 @@ def launch_of(
     blocks = [-(-w.shape[-2] // t.rows) for w, t in zip(weights, tilings, strict=True)]
     rounds = max(-(-cuda_planes.units(w) // 4) for w in weights)
     parts = split_k or max(1, min(_MIN_WARPS // (_WARPS * sum(blocks)), rounds // _WARPS))
-    given, structs = Arguments(), []
+    given = Arguments()
     squares = None if x.rms is None else x.rms.squares
     body = f"  Activations x = {given.operands(x.codes, x.scale, x.sums, x.half_sums, squares)};\n"
     body += "  int program = blockIdx.x, part = blockIdx.y;\n"
-    for i, (w, t, own) in enumerate(zip(weights, tilings, blocks, strict=True)):
-        result = given.result(jax.ShapeDtypeStruct((parts, rows, w.shape[-2]), dtype))
-        structs.append(cuda_planes.struct_of(f"W{i}", w))
-        body += (
-            f"  if (program < {own}) {{\n"
-            f"    W{i} w = {cuda_planes.pointers_of(w, given)};\n"
-            f"    multiply<W{i}, {t.tiles}, {t.share}>(w, x, program, part, {result});\n"
-            "    return;\n  }\n"
-            f"  program -= {own};\n"
-        )
+
+    def call(i: int, result: str) -> str:
+        t = tilings[i]
+        return f"multiply<W{i}, {t.tiles}, {t.share}>(w, x, program, part, {result})"
+
+    results = [jax.ShapeDtypeStruct((parts, rows, w.shape[-2]), dtype) for w in weights]
+    structs, products = cuda_planes.products(weights, blocks, results, given, call)
     sizes = {
         "ROWS": rows,
         "PARTS": parts,
@@ -150,7 +147,7 @@ def launch_of(
         cuda_planes.FILE,
         cuda_planes.FOLDER / "cuda_gemm_int8.cu",
         *structs,
-        body=body,
+        body=body + products,
         grid=(sum(blocks), parts, 1),
         threads=32 * _WARPS,
     )

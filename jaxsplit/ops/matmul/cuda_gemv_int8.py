@@ -82,29 +82,29 @@ def launch_of(
     rows = len(x.codes)
     pairs = rows if experts is None else len(experts)
     weights = [cuda_planes.as_loaded(w) for w in weights]
-    given, structs, body, blocks = Arguments(), [], "", 0
+    tilings = [tiling or Tiling.of(w) for w in weights]
+    given = Arguments()
     squares = None if x.rms is None else x.rms.squares
-    body += f"  Activations x = {given.operands(x.codes, x.scale, x.sums, x.half_sums, squares)};\n"
+    body = f"  Activations x = {given.operands(x.codes, x.scale, x.sums, x.half_sums, squares)};\n"
     body += "  int program = blockIdx.x, pair = blockIdx.y;\n"
     if experts is None:
         body += "  int row = 0;\n  long expert = 0;\n"
     else:
         body += f"  int row = pair / {pairs // rows};\n"
         body += f"  long expert = {given.operand(experts)}[pair];\n"
-    for i, w in enumerate(weights):
-        t = tiling or Tiling.of(w)
-        result = given.result(jax.ShapeDtypeStruct((pairs, w.shape[-2]), dtype))
-        structs.append(cuda_planes.struct_of(f"W{i}", w))
-        own = -(-w.shape[-2] // (_THREADS // t.lanes * t.rows))
-        tile = f"W{i}, {rows if experts is None else 1}, {t.lanes}, {t.rows}, {t.steps}"
-        body += (
-            f"  if (program < {own}) {{\n"
-            f"    W{i} w = {cuda_planes.pointers_of(w, given)};\n"
-            f"    multiply<{tile}>(w, x, expert * {w.shape[-2]}L, row, program, {result}, pair);\n"
-            "    return;\n  }\n"
-            f"  program -= {own};\n"
-        )
-        blocks += own
+
+    def call(i: int, result: str) -> str:
+        t, at_once = tilings[i], rows if experts is None else 1
+        tile = f"W{i}, {at_once}, {t.lanes}, {t.rows}, {t.steps}"
+        of_expert = f"expert * {weights[i].shape[-2]}L"
+        return f"multiply<{tile}>(w, x, {of_expert}, row, program, {result}, pair)"
+
+    blocks = [
+        -(-w.shape[-2] // (_THREADS // t.lanes * t.rows))
+        for w, t in zip(weights, tilings, strict=True)
+    ]
+    results = [jax.ShapeDtypeStruct((pairs, w.shape[-2]), dtype) for w in weights]
+    structs, products = cuda_planes.products(weights, blocks, results, given, call)
     return given.launch(
         "gemv_int8",
         cuda_rows.FOLDER / "cuda_int8.cuh",
@@ -112,7 +112,7 @@ def launch_of(
         cuda_planes.FILE,
         cuda_planes.FOLDER / "cuda_gemv_int8.cu",
         *structs,
-        body=body,
-        grid=(blocks, 1 if experts is None else pairs, 1),
+        body=body + products,
+        grid=(sum(blocks), 1 if experts is None else pairs, 1),
         threads=_THREADS,
     )

@@ -2,8 +2,9 @@
 
 import functools
 import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -146,8 +147,40 @@ def struct_of(name: str, w: QTensor) -> str:
     )
 
 
-def pointers_of(w: QTensor, given: Arguments) -> str:
-    """What initializes that type."""
+def products(
+    weights: Sequence[QTensor],
+    blocks: Sequence[int],
+    results: Sequence[jax.ShapeDtypeStruct],
+    given: Arguments,
+    call: Callable[[int, str], str],
+) -> tuple[list[str], str]:
+    """The types of matrices that a launch multiplies, and statements by which each block of threads
+    multiplies with its own, `w`, as number `program` of those that do.
+
+    Args:
+      weights: the matrices, with their planes in words.
+      blocks: of threads, for each.
+      results: of each.
+      given: the launch's arrays.
+      call: the product, given a matrix's number, whose type is `W` and that number, and the pointer
+        to its result.
+    """
+    types, body = [], ""
+    for i, (w, own, shape) in enumerate(zip(weights, blocks, results, strict=True)):
+        result = given.result(shape)
+        types.append(struct_of(f"W{i}", w))
+        body += (
+            f"  if (program < {own}) {{\n"
+            f"    W{i} w = {_pointers(w, given)};\n"
+            f"    {call(i, result)};\n"
+            "    return;\n  }\n"
+            f"  program -= {own};\n"
+        )
+    return types, body
+
+
+def _pointers(w: QTensor, given: Arguments) -> str:
+    """What initializes the type of a matrix."""
     planes = [*w.codes, *[None] * (2 - len(w.codes)), w.scale, w.minimum, w.super_scale]
     outer = w.super_scale if w.super_minimum is None else w.super_minimum
     return given.operands(*planes, outer)
