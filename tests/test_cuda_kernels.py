@@ -1,6 +1,7 @@
 """Kernels in CUDA C++: on the CPU against float64, and compiled for GPUs."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import os
@@ -710,18 +711,18 @@ def test_kernels_fit_their_gpu(compiler, capability):
 
 @pytest.mark.parametrize("capability", [8.0, 9.0])
 def test_gemm_bf16_fits_its_gpu(compiler, capability):
-    """With all sums of 256 rows in registers."""
-    columns, block, layout = 4096, TYPES["Q4_K"], SwizzledLayout(jnp.dtype("bfloat16"))
-    raw = jax.ShapeDtypeStruct((28672, columns // block.block, block.block_bytes), "uint8")
-    found = []
+    """Nothing is spilled, and the assembler has no remarks: it would say that products wait for one
+    another."""
+    columns, layout, found = 4096, SwizzledLayout(jnp.dtype("bfloat16")), []
 
-    def launch(raw, *x):
-        weights = [unpack("Q4_K", raw)]
-        rows = layout.wrap(x, None)
+    def launch(name, raw, *x):
+        weights, rows = [unpack(name, raw)], layout.wrap(x, None)
         found.append(cuda_gemm_bf16.launch_of(rows, weights, jnp.bfloat16, capability))
 
-    for rows in (16, 256):
-        jax.eval_shape(launch, raw, *layout.shapes(rows, columns))
+    for name, rows in (("Q4_K", 16), ("Q6_K", 32), ("Q8_0", 40), ("Q4_K", 256)):
+        size = columns // TYPES[name].block, TYPES[name].block_bytes
+        raw = jax.ShapeDtypeStruct((28672, *size), "uint8")
+        jax.eval_shape(functools.partial(launch, name), raw, *layout.shapes(rows, columns))
         registers, _, spills = compiler(found[-1], capability)
         assert registers * found[-1].threads <= 65536
         assert spills == 0

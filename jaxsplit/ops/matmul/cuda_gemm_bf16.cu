@@ -282,6 +282,9 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   // Rounds that are copied ahead: one place less, so that nobody waits for the products of a round
   // before the next one begins, if there are three places.
   constexpr int AHEAD = STAGES > 2 ? STAGES - 2 : 1;
+  // Where products are waited for in each round, the next one is copied while the first are under
+  // way; elsewhere the assembler would let each product wait for the one before.
+  constexpr bool WAITS = STAGES == 2;
   typedef Scales<W, AHEAD> S;
   static_assert(STAGES * R::STAGE_BYTES + WARPS * S::BYTES <= SHARED, "all of it fits");
   int warp = warp_index(), lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
@@ -359,6 +362,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     for (int half = 0; half < 2; half++) {
       S::load_round(of_group[half], scales, quad + 8 * half, row_of(quad + 8 * half), round);
     }
+    if (!WAITS) fetch(round + AHEAD);
 #pragma unroll
     for (int batch = 0; batch < BATCHES; batch++) {
       u32(*operands)[4] = a[batch % 2];
@@ -381,10 +385,10 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
         multiply_tile(total, operands[k], tiles, R::slice(n / R::TILES, n % R::TILES));
       }
       end_products();
-      if (!batch) fetch(round + AHEAD);
+      if (WAITS && !batch) fetch(round + AHEAD);
       wait_for_products<1>();
     }
-    if (STAGES == 2) wait_for_products<0>();
+    if (WAITS) wait_for_products<0>();
   }
   wait_for_products<0>();
 
