@@ -44,7 +44,7 @@ class _Efficiency:
 _XLA = _Efficiency(memory=0.88, few_bits=0.36, matmul=0.5, score_passes=6)
 _DP4A = dataclasses.replace(_XLA, memory=0.97, few_bits=0.97, weight=4.3e-14)
 _TRITON = dataclasses.replace(
-    _DP4A, matmul=0.68, score_passes=0, small_m_weight=1e-13, small_m_flops=0.62
+    _DP4A, matmul=0.68, score_passes=0, small_m_weight=1.1e-13, small_m_flops=0.36
 )
 _EFFICIENCY = {
     "xla": _XLA,
