@@ -98,7 +98,8 @@ def main(_: list[str]) -> None:
             print(f"\n{benchmark.describe()}", flush=True)
             for row in benchmark.rows():
                 rows.append(row)
-                print(f"{row['test']}: {row['rate']:.1f} tokens/s", flush=True)
+                reached = f"{row['ratio']:.0%} of {row['limit']:.4g}"
+                print(f"{row['test']}: {row['rate']:.1f} tokens/s, {reached}", flush=True)
                 if _JSON.value:
                     Path(_JSON.value).write_text(json.dumps(rows, indent=1), "utf-8")
                 record.save([row["record"] for row in rows], _JSON_DIR.value)
