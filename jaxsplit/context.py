@@ -44,8 +44,8 @@ class MatmulPolicy:
     Attributes:
       int8_activations: one or two rows, and with CUDA C++ alone up to 16 or 64, are rounded to 8
         bits for quantized matrices.
-      float8: rows too many for the kernels of tens of rows are rounded to 8-bit floating point, and
-        so are the quantized matrices.
+      float8: rows too many for kernels that dequantize as they multiply are rounded to 8-bit
+        floating point, and so are the quantized matrices.
       kernels: the devices run Triton kernels.
       cuda: compute capability for which kernels in CUDA C++ are compiled; 0: there are none. Beside
         Triton kernels, they multiply more rows than those do.
