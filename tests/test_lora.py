@@ -336,6 +336,20 @@ def test_the_server_chooses_adapters(two, expected):
         assert refused.status_code == 400
         assert "lora has the id 2; the server has 2 adapters" in refused.text
 
+        def choose(*scales):
+            return http.post("/lora-adapters", json=[{"id": i, "scale": x} for i, x in scales])
+
+        assert choose((1, 2)).json() == {"success": True}
+        assert [one["scale"] for one in http.get("/lora-adapters").json()] == [0, 2]
+        assert text("/completion") == wanted[3]
+        assert text("/v1/completions", model="a") == wanted[2]
+        assert text("/completion", lora=[]) == wanted[1]
+        for refused in (choose((2, 1)), choose((0, "1")), http.post("/lora-adapters", json={})):
+            assert refused.status_code == 400
+        assert text("/completion") == wanted[3]
+        choose()
+        assert text("/completion") == wanted[1]
+
 
 # Prefixes
 

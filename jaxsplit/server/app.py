@@ -143,6 +143,13 @@ ENDPOINTS = (
     Endpoint("GET", "/props", llama.props, sent=schemas.Props),
     Endpoint("GET", "/slots", _slots, sent=list[schemas.Slot]),
     Endpoint("GET", "/lora-adapters", models.lora_adapters, sent=list[schemas.LoraAdapter]),
+    Endpoint(
+        "POST",
+        "/lora-adapters",
+        models.set_lora_adapters,
+        received=list[schemas.LoraScale],
+        sent=schemas.Success,
+    ),
     Endpoint("GET", "/metrics", _metrics, sent="text/plain; version=0.0.4; charset=utf-8"),
     Endpoint("GET", "/openapi.json", _openapi, sent="application/json"),
 )

@@ -40,9 +40,19 @@ async def model(service: Service, name: str) -> schemas.Model:
 async def lora_adapters(service: Service) -> list[schemas.LoraAdapter]:
     """The adapters, by the numbers that requests give."""
     return [
-        schemas.LoraAdapter(id=i, name=one.name, path=str(one.path), scale=one.scale)
-        for i, one in enumerate(service.lm.adapters)
+        schemas.LoraAdapter(id=i, name=one.name, path=str(one.path), scale=scale)
+        for i, (one, scale) in enumerate(zip(service.lm.adapters, service.lora_scales, strict=True))
     ]
+
+
+async def set_lora_adapters(service: Service, scales: list[schemas.LoraScale]) -> schemas.Success:
+    """The adapters of later requests that do not choose: those that are given, with these scales.
+
+    Raises:
+      ApiError: there is no such adapter.
+    """
+    service.set_lora(scales)
+    return schemas.Success()
 
 
 def _models(service: Service) -> list[schemas.Model]:

@@ -553,6 +553,12 @@ class LoraAdapter(Sent, kw_only=True):
     scale: float
 
 
+class Success(Sent, kw_only=True):
+    """What was asked for is done."""
+
+    success: bool = True
+
+
 class EmbeddingRequest(Received, kw_only=True):
     """Of `/v1/embeddings`."""
 

@@ -20,7 +20,7 @@ from jaxsplit.server.config import ServerConfig
 from jaxsplit.server.errors import ApiError
 from jaxsplit.server.metrics import Metrics
 from jaxsplit.server.running import Running, Waker
-from jaxsplit.server.schemas import PromptDetails, SamplingFields, Timings, Usage
+from jaxsplit.server.schemas import LoraScale, PromptDetails, SamplingFields, Timings, Usage
 from jaxsplit.text import ChatTemplate, Grammar
 
 FINGERPRINT = f"jaxsplit-{__version__}"
@@ -89,6 +89,7 @@ class Service:
     def __post_init__(self) -> None:
         self._lm: LM | None = None
         self._waker: Waker | None = None
+        self._lora_scales: dict[str, float] | None = None
         self.path = self.name = ""
         self.variables = _json_object(self.config.chat_template_kwargs)
         self.template_source: str | None = None
@@ -227,26 +228,45 @@ class Service:
     # Generations
 
     def lora(self, fields: Any) -> dict[str, float] | None:
-        """The adapters that a request chooses: by `lora`, or by its model's name.
+        """The adapters that a request chooses: by `lora`, or by its model's name; else those of the
+        server.
 
         Raises:
           ApiError: there is no adapter of that number.
         """
-        adapters = self.lm.adapters
         if (given := getattr(fields, "lora", None)) is not None:
-            for one in given:
-                if one.id >= len(adapters):
-                    raise ApiError(
-                        400,
-                        f"lora has the id {one.id}; the server has {len(adapters)} adapters, "
-                        "numbered from 0: see /lora-adapters",
-                        param="lora",
-                    )
-            return {adapters[one.id].name: one.scale for one in given}
+            return self._chosen(given)
         model = getattr(fields, "model", None)
-        if model == self.name:
-            return None
-        return next(({one.name: one.scale} for one in adapters if one.name == model), None)
+        own = {one.name: one.scale for one in self.lm.adapters if one.name == model != self.name}
+        return own or self._lora_scales
+
+    def set_lora(self, given: Sequence[LoraScale]) -> None:
+        """Chooses the adapters of requests that do not.
+
+        Raises:
+          ApiError: there is no adapter of that number, or a scale is not finite.
+        """
+        self._lora_scales = self._chosen(given)
+
+    @property
+    def lora_scales(self) -> list[float]:
+        """What each adapter has in requests that do not choose."""
+        adapters, scales = self.lm.adapters, self._lora_scales
+        return [one.scale if scales is None else scales.get(one.name, 0.0) for one in adapters]
+
+    def _chosen(self, given: Sequence[LoraScale]) -> dict[str, float]:
+        adapters = self.lm.adapters
+        for one in given:
+            if one.id >= len(adapters):
+                raise ApiError(
+                    400,
+                    f"lora has the id {one.id}; the server has {len(adapters)} adapters, "
+                    "numbered from 0: see /lora-adapters",
+                    param="lora",
+                )
+            if not math.isfinite(one.scale):
+                raise ApiError(400, f"lora has the scale {one.scale}", param="lora")
+        return {adapters[one.id].name: one.scale for one in given}
 
     def begin(
         self,
