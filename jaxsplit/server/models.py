@@ -46,10 +46,10 @@ async def lora_adapters(service: Service) -> list[schemas.LoraAdapter]:
 
 
 async def set_lora_adapters(service: Service, scales: list[schemas.LoraScale]) -> schemas.Success:
-    """The adapters of later requests that do not choose: those that are given, with these scales.
+    """Sets the adapters of later requests that choose none: the listed ones, with their scales.
 
     Raises:
-      ApiError: there is no such adapter.
+      ApiError: there is no such adapter, or a scale is not finite.
     """
     service.set_lora(scales)
     return schemas.Success()

@@ -154,8 +154,8 @@ def products(
     given: Arguments,
     call: Callable[[int, str], str],
 ) -> tuple[list[str], str]:
-    """The types of matrices that a launch multiplies, and statements by which each block of threads
-    multiplies with its own, `w`, as number `program` of those that do.
+    """C++ types of the matrices of a launch, and statements that send each block of threads to its
+    matrix: it multiplies with `w`, as block `program` of this matrix.
 
     Args:
       weights: the matrices, with their planes in words.
