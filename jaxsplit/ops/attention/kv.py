@@ -48,7 +48,7 @@ class KV:
 
 def over_filled(run: Callable[[KV], Any], kv: KV, positions: Array, *, at_least: int = 1) -> Any:
     """`run(kv)`, whose result does not depend on keys after the last position. On CPUs it gets only
-    the first pages of each sequence: those that are filled, or up to four times as many.
+    the first pages of each sequence: the filled ones, rounded up to one of `_page_counts`.
 
     Args:
       run: its result has the same shape for any number of pages.
