@@ -168,6 +168,7 @@ class Engine:
         self._rows: dict[tuple, tuple[steps.Rows, list[steps.Rows]]] = {}
         self._logits: dict[tuple[int, int], jax.Array] = {}
         self._ahead: list[steps.Rows] = []
+        self._assigned: list[tuple] = []  # arguments, see `assign`
         self._state: Any = None
         self._params: Any = None
         self._caches = []  # frees the old buffers first
@@ -283,6 +284,8 @@ class Engine:
     ) -> None:
         """Begins a sequence in a slot: the tokens so far, which penalties count, and how to go on.
 
+        The slot is set when the next token is sampled, so that a GPU reads the prompt meanwhile.
+
         Args:
           replica, slot: the slot.
           tokens: the prompt.
@@ -297,10 +300,15 @@ class Engine:
         history[replica, : len(tokens)] = tokens
         new = self._slot_params([(sampling, stop_ids, end)] * data)
         self._ahead = []
-        with self._consuming():
+        self._assigned.append((slots, history, new))
+
+    def _set_slots(self) -> None:
+        """Enqueues what `assign` has been called for."""
+        for arguments in self._assigned:
             self._state, self._params = self.runners[-1].assign()(
-                self._state, self._params, slots, history, new
+                self._state, self._params, *arguments
             )
+        self._assigned = []
 
     def copy(self, replica: int, *, pages: Sequence = (), states: Sequence = ()) -> None:
         """Copies pages and states of a data replica: pairs of indices, from and to."""
@@ -415,6 +423,7 @@ class Engine:
             x, details = x if x is not None else (None, None)
         outputs = None
         if ends:
+            self._set_slots()
             last = dataclasses.replace(
                 chunk, rows=dataclasses.replace(host, slots=slots.reshape(-1))
             )
@@ -464,6 +473,7 @@ class Engine:
         count = 1 if len(self.runners) == 1 else len(batches)
         limit = min(limit, length)
         with self._consuming():
+            self._set_slots()
             masked = masks is not None
             held = [
                 self._device_rows((i, size, count, masked), batch)
@@ -704,6 +714,8 @@ class Engine:
     def step_inputs(self, rows: Sequence[Sequence[Row]]) -> jax.Array | None:
         """`steps.step_inputs` of rows, on the last stage, still being computed."""
         host = self.host_rows(rows, self.slots_per_replica)
+        with self._consuming():
+            self._set_slots()
         return self.runners[-1].step_inputs()(self._state, host)
 
     @staticmethod
