@@ -27,9 +27,6 @@ def compute_capability(device: jax.Device) -> float:
 _CUDA_CAPABILITY = 6.1
 """With an instruction for dot products of 8-bit integers."""
 
-BOTH_BACKENDS = (9.0,)
-"""Compute capabilities where kernels in CUDA C++ beside Triton's were measured to be faster."""
-
 _NEEDED = {
     "triton": "a GPU of compute capability 8.0 or later, and a JAX with Pallas-Triton",
     "cuda": "an NVIDIA GPU of compute capability 6.1 or later, and an NVRTC that compiles for it "
@@ -48,7 +45,7 @@ class MatmulPolicy:
         floating point, and so are the quantized matrices.
       kernels: the devices run Triton kernels.
       cuda: compute capability for which kernels in CUDA C++ are compiled; 0: there are none. Beside
-        Triton kernels, they multiply more rows than those do.
+        Triton kernels, they multiply what those do not.
       interpret: kernels are interpreted, to test them without a GPU.
       pdl: a kernel may start before the one it depends on has ended (programmatic dependent
         launch), which takes compute capability 9.0.
@@ -99,8 +96,7 @@ class MatmulPolicy:
         chosen = next(name for name in runs if runs[name]) if kernels == "auto" else kernels
         if chosen == "cuda":
             return MatmulPolicy(cuda=capability)
-        both = kernels == "auto" and capability in BOTH_BACKENDS and runs["cuda"]
-        cuda = capability if both else 0.0
+        cuda = capability if kernels == "auto" and runs["cuda"] else 0.0
         return MatmulPolicy(kernels=chosen == "triton", cuda=cuda, pdl=capability >= 9)
 
 

@@ -149,6 +149,8 @@ static inline u32 pick_bytes(u32 low, u32 high, u32 which) {
 
 static inline u32 in_register(u32 x) { return x; }
 
+static inline void add_to_shared(int* p, int x) { *p += x; }
+
 static inline int warp_index() { return threadIdx.x / 32; }
 
 // Products of 16 rows of codes with 8 columns: threads have WORDS words of rows, half as many of

@@ -16,7 +16,8 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="jaxsplit-cuda-host-"))
 
 
 _lock = threading.Lock()
-_OPTIONS = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas"]
+# Each kernel has its own shared memory, under whatever name.
+_OPTIONS = ["-std=c++20", "-O1", "-fPIC", "-fno-gnu-unique", "-Wno-unknown-pragmas"]
 
 
 def run(launch):

@@ -29,6 +29,7 @@ from jaxsplit.errors import JaxsplitError
 from jaxsplit.models import AttentionConfig, MLPConfig, MoEConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
 from jaxsplit.ops.activations import cuda_rows, int8
+from jaxsplit.ops.activations.api import apply
 from jaxsplit.ops.activations.functions import (
     ACTIVATIONS,
     XIELU,
@@ -41,13 +42,14 @@ from jaxsplit.ops.activations.layout import Activations, Readers, RMSStatistics
 from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
+from jaxsplit.ops.matmul import api as matmul_api
 from jaxsplit.ops.matmul import cuda_gemm_bf16, cuda_gemm_int8, cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.moe import api as moe
-from jaxsplit.ops.moe import cuda_router, router
+from jaxsplit.ops.moe import cuda_groups, cuda_router, router
 from jaxsplit.ops.moe.experts import ExpertMatrices, ExpertParams
-from jaxsplit.quant import TYPES, dequantize, unpack
+from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
 from jaxsplit.quant.qtensor import minima, scales, shifts, unscaled
 from jaxsplit.sharding.axes import Axis
 
@@ -495,7 +497,8 @@ def emulate_gpu(monkeypatch, capability):
         return list(jax.pure_callback(run, list(launch.results), *launch.operands))
 
     for module in (
-        *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16, cuda_router),
+        *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
+        *(cuda_router, cuda_groups),
     ):
         monkeypatch.setattr(module, "cuda_call", emulated)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
@@ -537,7 +540,55 @@ def test_a_model_of_several_sequences_is_the_one_without_kernels(
 
 
 @on_cpu
-def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch):
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_types_without_a_triton_kernel_beside_those_with_one(rng, monkeypatch, rows):
+    launched = emulate_gpu(monkeypatch, 8.0)
+    weights = [matrix(rng, kind, 24, 512) for kind in ("Q4_K", "IQ3_S")]
+    x = jnp.asarray(rng.normal(size=(rows, 512)), "bfloat16")
+    both = MatmulPolicy(kernels=True, interpret=True, cuda=8.0, int8_activations=True)
+    with forward_context(policy=both):
+        weights = [to_u32(w) for w in weights]
+        activations = apply(lambda x: x, (x,), matmul_api.readers_of(x, weights))
+        ys = matmul_api.matmuls(activations, weights)
+    assert launched == {"gemv_int8" if rows == 1 else "gemm_bf16"}
+    for y, w in zip(ys, weights, strict=True):
+        assert nmse(y, np.float64(x) @ np.float64(dequantize(w)).T) <= 3e-4
+
+
+@on_cpu
+@pytest.mark.parametrize(("tokens", "held"), [(3, [0, 1, 2, 3, 4]), (700, [3, 1]), (45, [4])])
+def test_pairs_are_grouped_by_expert(rng, tokens, held):
+    """On a device that holds all experts, or some of them; an expert may have no tokens."""
+    rows, experts, used, count = 8, 5, 2, len(held)
+    ids = rng.permuted(np.tile([0, 2, 3, 4], (tokens, 1)), axis=1)[:, :used].astype(np.int32)
+    index = np.full(experts, count, np.int32)
+    index[held] = np.arange(count)
+    most = min(2 * tokens, 2 * tokens // rows + count)
+    given = jnp.asarray(ids), jnp.asarray(index), count, rows, most
+    found = cuda_host.run(cuda_groups.launch_of(*given))
+    matrix, start, stop, of_tokens, of_pairs, groups, place, expert = map(np.asarray, found)
+    local = index[ids.reshape(-1)]
+    order = np.argsort(local, kind="stable")
+    order = order[local[order] < count]
+    assert np.array_equal(place[order], np.arange(len(order)))
+    assert (np.delete(place, order) == 2 * tokens).all()
+    assert np.array_equal(expert[: len(order)], local[order])
+    covered = []
+    for group in range(groups.item()):
+        own = np.arange(start[group], min(start[group] + rows, stop[group]))
+        assert (local[order[own]] == matrix[group]).all()
+        assert np.array_equal(of_tokens[group, : len(own)], order[own] // used)
+        assert np.array_equal(of_pairs[group, : len(own)], own)
+        for x_row, most_rows in ((of_tokens, tokens), (of_pairs, 2 * tokens)):
+            assert ((x_row[group] >= 0) & (x_row[group] < most_rows)).all()
+        covered += [*own]
+    assert covered == [*range(len(order))]
+
+
+@on_cpu
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch, biased):
     """In groups; some experts have no tokens, some have more than a group's."""
     launched = emulate_gpu(monkeypatch, 9.0)
     tokens, used = 45, 2
@@ -549,8 +600,14 @@ def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch):
             ("down", "Q8_0", (24, 256)),
         )
     }
+    biases = {
+        name: rng.normal(size=(6, 256)).astype(np.float32) * biased for name in ("up", "gate")
+    }
     stacks = {
-        name: ExpertMatrices(jax.tree.map(lambda *planes: jnp.stack(planes), *ws))
+        name: ExpertMatrices(
+            jax.tree.map(lambda *planes: jnp.stack(planes), *ws),
+            jnp.asarray(biases[name]) if biased and name in biases else None,
+        )
         for name, ws in each.items()
     }
     params = ExpertParams(
@@ -563,12 +620,12 @@ def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch):
     with forward_context(policy=MatmulPolicy(cuda=9.0)):
         args = Activations(x), jnp.asarray(ids[None]), jnp.asarray(weights[None]), params
         y = np.float64(moe.experts(*args)).sum(axis=0)[0]
-    assert launched == {"store_rows", "gemm_bf16"}
+    assert launched == {"group_pairs", "store_rows", "gemm_bf16"}
     exact = {name: [np.float64(dequantize(w)) for w in ws] for name, ws in each.items()}
     expected = np.zeros((tokens, 24))
     for token, slot in np.ndindex(tokens, used):
         row, expert = np.float64(x[0, token]), ids[token, slot]
-        up, gate = (exact[name][expert] @ row for name in ("up", "gate"))
+        up, gate = (exact[name][expert] @ row + biases[name][expert] for name in ("up", "gate"))
         hidden = up * gate / (1 + np.exp(-gate))
         expected[token] += weights[token, slot] * (exact["down"][expert] @ hidden)
     assert 1e-7 < nmse(y, expected) <= 1e-4

@@ -33,7 +33,7 @@ SUPPORTED = {
     *("TQ1_0", "TQ2_0", "Q1_0", "IQ4_NL", "IQ4_XS"),
     *("Q6_0", "IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ5_KS"),
     *("IQ4_KSS", "IQ2_KL", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT"),
-    *("I2_S", "IQ1_BN", "IQ2_BN", "Q8_KV"),
+    *("I2_S", "IQ1_BN", "IQ2_BN", "Q8_KV", "MXFP4", "NVFP4"),
 }
 
 
@@ -145,6 +145,7 @@ def test_a_fused_function_and_norm_precede_quantization(rng, epsilon):
         *((["IQ4_K"], 1, 1536), (["IQ4_KS"], 2, 2816), (["IQ2_K"], 1, 1536), (["IQ3_KS"], 1, 1536)),
         *((["IQ2_KT"], 1, 2816), (["IQ3_KT"], 2, 1536), (["IQ4_KT"], 1, 1536)),
         *((["IQ5_K"], 1, 2816), (["IQ6_K", "IQ2_KL", "Q6_0"], 1, 512), (["IQ4_XS"], 1, 1536)),
+        *((["MXFP4"], 1, 2880), (["NVFP4"], 2, 1536)),
     ],
 )
 def test_matmuls_equal_float64(rng, names, rows, columns):

@@ -32,6 +32,7 @@ class Shape:
     tied: bool = False
     experts: int = 0
     experts_used: int = 0
+    window: int = 0
 
     @property
     def matrices(self) -> dict[str, tuple[int, ...]]:
@@ -56,6 +57,10 @@ class Shape:
             sizes |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
         if self.experts:
             sizes["ffn_gate_inp"] = (self.experts, self.embed)
+        if self.arch == "gpt-oss":
+            sizes["post_attention_norm"] = sizes.pop("ffn_norm")
+            sizes |= {"attn_sinks": (self.heads,), "ffn_gate_inp.bias": (self.experts,)}
+            sizes |= {f"{name}.bias": size[:-1] for name, size in self.matrices.items()}
         return sizes
 
     @property
@@ -75,6 +80,8 @@ class Shape:
             "rope.freq_base": 500000.0,
             "vocab_size": self.vocab,
         }
+        if self.window:
+            numbers["attention.sliding_window"] = self.window
         if self.experts:
             numbers |= {
                 "expert_count": self.experts,
@@ -105,6 +112,14 @@ SHAPES = {
     "llama-8b": Shape(4096, 32, 32, 8, 128, 14336),
     "llama2-13b": Shape(5120, 40, 40, 40, 128, 13824, vocab=32000),
     "llama-70b": Shape(8192, 80, 64, 8, 128, 28672),
+    "gpt-oss-20b": Shape(
+        *(2880, 24, 64, 8, 64, 2880),
+        arch="gpt-oss",
+        vocab=201088,
+        experts=32,
+        experts_used=4,
+        window=128,
+    ),
     "qwen3-30b-a3b": Shape(
         *(2048, 48, 32, 4, 128, 768), arch="qwen3moe", vocab=151936, experts=128, experts_used=8
     ),
@@ -117,6 +132,7 @@ _SCALES: dict[str, dict[int, float]] = {
     "F16": {},
     "BF16": {},
     "Q8_0": {0: 1.0},
+    "MXFP4": {0: 1.0},
     "Q4_0": {0: 1.0},
     "Q4_1": {0: 1.0, 2: -7.5},
     "Q5_0": {0: 1.0},
@@ -133,7 +149,7 @@ _SCALES: dict[str, dict[int, float]] = {
 QUANTIZED = [kind for kind, scales in _SCALES.items() if scales]
 """Types of which `random_blocks` makes blocks."""
 
-_MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
+_MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K", "MXFP4_MOE": "Q8_0"}
 
 # Mixes such as those of published files for ik_llama.cpp: types of the matrices in MLPs but for
 # the down projection, of the down projection, and of attention.
@@ -153,10 +169,13 @@ _IK_MIXES = {
 
 
 def tensor_types(mix: str, shape: Shape) -> dict[str, str]:
-    """The type of each matrix in llama-quantize's mixes `Q4_K_M` and `Q5_K_M`, in a mix for
-    ik_llama.cpp, or of one type."""
+    """The type of each matrix in llama-quantize's mixes `Q4_K_M`, `Q5_K_M` and `MXFP4_MOE`, in a
+    mix for ik_llama.cpp, or of one type."""
     if mix in _IK_MIXES:
         return _ik_tensor_types(mix, shape)
+    if mix == "MXFP4_MOE":
+        types = tensor_types("Q8_0", shape)
+        return {name: "MXFP4" if name.endswith("_exps") else kind for name, kind in types.items()}
     base = _MIXES.get(mix, mix)
     types = {"token_embd": "Q6_K" if base != mix and shape.tied else base}
     if not shape.tied:
@@ -199,11 +218,14 @@ def random_blocks(rng: np.random.Generator, kind: str, count: int, std: float = 
     standard deviation: uint8 `[count, block_bytes]`."""
     stored = STORED_TYPES[kind]
     blocks = rng.integers(0, 256, (count, stored.block_bytes), dtype=np.uint8)
-    dtype = np.dtype(stored.scale or "<f2")
+    dtype = np.dtype(stored.scale or ("u1" if kind == "MXFP4" else "<f2"))
 
     def scale(first: float) -> None:
         for offset, ratio in _SCALES[kind].items():
-            value = np.array([first * ratio], dtype).view(np.uint8)
+            number = first * ratio
+            if kind == "MXFP4":  # the exponent of a power of 2
+                number = 127 + round(math.log2(number))
+            value = np.array([number], dtype).view(np.uint8)
             blocks[:, offset : offset + dtype.itemsize] = value
 
     scale(1.0)
@@ -247,7 +269,8 @@ def random_model(spec: str) -> ModelFile:
     kinds["output_norm"] = ("F32", (shape.embed,))
     for i in range(shape.layers):
         kinds |= {f"blk.{i}.{key}": ("F32", size) for key, size in shape.plain.items()}
-    tensors = {f"{key}.weight": _tensor(f"{key}.weight", *kind) for key, kind in kinds.items()}
+    names = {key: key if key.endswith(".bias") else f"{key}.weight" for key in kinds}
+    tensors = {names[key]: _tensor(names[key], *kind) for key, kind in kinds.items()}
     return ModelFile(Path(spec), shape.metadata | {"general.name": spec}, tensors)
 
 

@@ -89,6 +89,9 @@ __device__ inline u32 pick_bytes(u32 low, u32 high, u32 which) {
 // What threads of the warp have written to shared memory can then be read by the others.
 __device__ inline void wait_for_warp() { __syncwarp(); }
 
+// Adds to a number in shared memory, to which other threads add, too.
+__device__ inline void add_to_shared(int* p, int x) { atomicAdd(p, x); }
+
 // Of a thread; the compiler knows that it is the same for all threads of a warp.
 __device__ inline int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 

@@ -16,7 +16,6 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 
 import jaxsplit
-from jaxsplit import context
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.p2p import Ring
@@ -372,8 +371,7 @@ def trace_for(
       nccl: GPUs cannot write to one another's memory.
       cuda: with kernels in CUDA C++ only.
     """
-    both = capability if capability in context.BOTH_BACKENDS else 0.0
-    kernels = MatmulPolicy(kernels=True, cuda=both, pdl=capability >= 9)
+    kernels = MatmulPolicy(kernels=True, cuda=capability, pdl=capability >= 9)
     if cuda:
         kernels = MatmulPolicy(cuda=capability)
 

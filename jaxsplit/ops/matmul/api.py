@@ -16,7 +16,7 @@ from jax import Array
 from jaxsplit.comm.api import one_shot_peers
 from jaxsplit.comm.peers import WIDTH, padded
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.context import BOTH_BACKENDS, current_context
+from jaxsplit.context import current_context
 from jaxsplit.ops.activations.api import as_array, in_layout
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout, quantize_rows
 from jaxsplit.ops.activations.layout import (
@@ -65,14 +65,13 @@ def int8_rows(rows: int) -> bool:
     return policy.int8_activations and policy.has_kernels and rows <= MAX_INT8_ROWS
 
 
-def _gemv_backend() -> ModuleType:
-    """The module with the kernel for rows in 8 bits."""
-    return cuda_gemv_int8 if current_context().policy.only_cuda else triton_gemv_int8
-
-
-def gemv_int8(rows: Any, weights: Sequence[QTensor], *args: Any, **options: Any) -> list[Array]:
-    """As `triton_gemv_int8.gemv_int8`, by a kernel of the backend that runs."""
-    return _gemv_backend().gemv_int8(rows, weights, *args, **options)
+def _gemv_backend(w: Weight) -> ModuleType | None:
+    """The module with a kernel for rows in 8 bits and a matrix, or a stack of them; None: there is
+    none."""
+    policy = current_context().policy
+    runs = ((triton_gemv_int8, not policy.only_cuda), (cuda_gemv_int8, policy.cuda > 0))
+    found = (module for module, has in runs if has and module.supports(w))
+    return next(found, None) if isinstance(w, QTensor) else None
 
 
 def _gemm_int8_rows(rows: int) -> bool:
@@ -81,7 +80,7 @@ def _gemm_int8_rows(rows: int) -> bool:
     if not policy.only_cuda or policy.cuda < cuda_gemm_int8.MIN_CAPABILITY:
         return False
     # Beyond, `gemm_bf16` with products of warpgroups is faster.
-    most = 16 if policy.cuda in BOTH_BACKENDS else cuda_gemm_int8.MAX_ROWS
+    most = 16 if policy.cuda in cuda_gemm_bf16.FASTER else cuda_gemm_int8.MAX_ROWS
     return policy.int8_activations and MAX_INT8_ROWS < rows <= most
 
 
@@ -93,7 +92,7 @@ def _small_m(rows: int) -> bool:
 
 def has_int8_kernel(w: Weight) -> bool:
     """Whether a matrix, or a stack of them, can be multiplied in integers."""
-    return isinstance(w, QTensor) and _gemv_backend().supports(w)
+    return _gemv_backend(w) is not None
 
 
 def _has_small_m_kernel(w: Weight, dtype: jnp.dtype) -> bool:
@@ -108,15 +107,45 @@ def _has_gemm_bf16(w: Weight, dtype: jnp.dtype) -> bool:
     return runs and isinstance(w, QTensor) and cuda_gemm_bf16.supports(w, dtype)
 
 
+def _grouped_kernel(stack: Weight, dtype: jnp.dtype, rows: int) -> Callable | None:
+    """The kernel for groups of up to some rows of a dtype, and a stack; None: there is none."""
+    policy = current_context().policy
+    triton, cuda = _has_small_m_kernel(stack, dtype), _has_gemm_bf16(stack, dtype)
+    if triton and cuda and policy.cuda in cuda_gemm_bf16.FASTER:
+        # Codes in two planes are dequantized faster in CUDA C++.
+        assert isinstance(stack, QTensor)
+        triton = len(stack.layout.bits) == 1
+    if triton and rows <= MAX_SMALL_M_ROWS:
+        return small_m_gemm
+    return gemm_bf16 if cuda else None
+
+
+def _grouped_layout(
+    kernel: Callable | None, stacks: Sequence[QTensor], dtype: jnp.dtype
+) -> ActivationLayout:
+    """In which a kernel for groups reads rows."""
+    return PackedLayout.of(stacks) if kernel is small_m_gemm else SwizzledLayout(dtype)
+
+
+def max_group_rows(stacks: Sequence[Weight], dtype: jnp.dtype) -> int:
+    """Rows of the largest groups that kernels multiply with all of some stacks."""
+    policy = current_context().policy
+    many = policy.only_cuda or policy.cuda in cuda_gemm_bf16.FASTER
+    many = many and all(_has_gemm_bf16(stack, dtype) for stack in stacks)
+    return MAX_GEMM_ROWS if many else MAX_SMALL_M_ROWS
+
+
 def has_grouped_kernel(stack: Weight, dtype: jnp.dtype) -> bool:
     """Whether a kernel can multiply groups of rows of a dtype with a matrix of a stack each."""
-    if current_context().policy.only_cuda:
-        return _has_gemm_bf16(stack, dtype)
-    return _has_small_m_kernel(stack, dtype)
+    return _grouped_kernel(stack, dtype, rows=1) is not None
 
 
 def _supports_gemv_int8(x: Like, w: Weight) -> bool:
-    return int8_rows(rows_of(x)) and has_int8_kernel(w)
+    return int8_rows(rows_of(x)) and _gemv_backend(w) is triton_gemv_int8
+
+
+def _supports_cuda_gemv_int8(x: Like, w: Weight) -> bool:
+    return int8_rows(rows_of(x)) and _gemv_backend(w) is cuda_gemv_int8
 
 
 def _supports_gemm_int8(x: Like, w: Weight) -> bool:
@@ -124,8 +153,11 @@ def _supports_gemm_int8(x: Like, w: Weight) -> bool:
 
 
 def _supports_gemm_bf16(x: Like, w: Weight) -> bool:
-    more_than = MAX_SMALL_M_ROWS if current_context().policy.kernels else 1
-    return more_than < rows_of(x) <= MAX_GEMM_ROWS and _has_gemm_bf16(w, x.dtype)
+    policy, rows = current_context().policy, rows_of(x)
+    least = MAX_SMALL_M_ROWS if _has_small_m_kernel(w, x.dtype) else 1
+    many = policy.only_cuda or policy.cuda in cuda_gemm_bf16.FASTER
+    most = MAX_GEMM_ROWS if many else MAX_SMALL_M_ROWS
+    return least < rows <= most and _has_gemm_bf16(w, x.dtype)
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
@@ -187,9 +219,17 @@ _IMPLEMENTATIONS = (
     _Implementation(
         "gemv_int8",
         _supports_gemv_int8,
-        gemv_int8,
+        triton_gemv_int8.gemv_int8,
         layout=lambda weights, dtype: Int8Layout(),
-        run_and_send=lambda rows, weights, peers: gemv_int8(rows, weights, peers=peers),
+        run_and_send=lambda rows, weights, peers: triton_gemv_int8.gemv_int8(
+            rows, weights, peers=peers
+        ),
+    ),
+    _Implementation(
+        "gemv_int8 in CUDA C++",
+        _supports_cuda_gemv_int8,
+        cuda_gemv_int8.gemv_int8,
+        layout=lambda weights, dtype: Int8Layout(),
     ),
     _Implementation(
         "gemm_int8",
@@ -325,8 +365,22 @@ def expert_matmuls(
     Returns:
       `[pairs, out]` each.
     """
-    rows = in_layout(x, Int8Layout())
-    return gemv_int8(rows, stacks, dtype, experts=experts)
+    rows, results = in_layout(x, Int8Layout()), {}
+    for backend, own in _by(_gemv_backend, stacks).items():
+        assert backend is not None
+        mine = [stacks[i] for i in own]
+        ys = backend.gemv_int8(rows, mine, dtype, experts=experts)
+        results |= dict(zip(own, ys, strict=True))
+    return [results[i] for i in range(len(stacks))]
+
+
+def grouped_readers(stacks: Sequence[QTensor], dtype: jnp.dtype, rows: int) -> Readers:
+    """Who reads rows of a dtype when groups of up to `rows` of them are multiplied with stacks."""
+    kernels = _by(lambda stack: _grouped_kernel(stack, dtype, rows), stacks)
+    layouts = (
+        _grouped_layout(kernel, [stacks[i] for i in own], dtype) for kernel, own in kernels.items()
+    )
+    return Readers(tuple(layouts), xla=False)
 
 
 def grouped_matmuls(
@@ -348,11 +402,22 @@ def grouped_matmuls(
     Returns:
       `[results, out]` each.
     """
-    if current_context().policy.only_cuda:
-        run, layout = gemm_bf16, SwizzledLayout(x.dtype)
-    else:
-        run, layout = small_m_gemm, PackedLayout.of(stacks)
-    return run(in_layout(x, layout), stacks, dtype, groups=groups, out_rows=results)
+    height, results_of = groups.x_row.shape[1], {}
+    for kernel, own in _by(lambda w: _grouped_kernel(w, x.dtype, height), stacks).items():
+        assert kernel is not None
+        mine = [stacks[i] for i in own]
+        rows = in_layout(x, _grouped_layout(kernel, mine, x.dtype))
+        ys = kernel(rows, mine, dtype, groups=groups, out_rows=results)
+        results_of |= dict(zip(own, ys, strict=True))
+    return [results_of[i] for i in range(len(stacks))]
+
+
+def _by(key: Callable[[Any], Any], weights: Sequence[QTensor]) -> dict[Any, list[int]]:
+    """The indices of matrices, by what a function says of each."""
+    found: dict[Any, list[int]] = {}
+    for i, w in enumerate(weights):
+        found.setdefault(key(w), []).append(i)
+    return found
 
 
 def _shaped(y: Array, x: Like) -> Any:

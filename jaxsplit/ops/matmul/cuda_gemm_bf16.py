@@ -23,6 +23,10 @@ from jaxsplit.quant.qtensor import QTensor
 MAX_ROWS = 256
 """Beyond, dequantized matrices cost little beside the products."""
 
+FASTER = (9.0,)
+"""Compute capabilities where it was measured to be faster than dequantizing a matrix first, for
+more rows than a kernel in Triton multiplies."""
+
 MIN_CAPABILITY = 8.0
 """With tensor cores for bfloat16, and copies to shared memory that do not wait."""
 

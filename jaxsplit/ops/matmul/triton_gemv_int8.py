@@ -47,9 +47,7 @@ _Codes = dict[tuple[str, int], Any]  # loaded codes, by `_Schedule.load_key`
 def supports(w: QTensor) -> bool:
     """Whether `gemv_int8` can multiply with a matrix, once its planes are uint32."""
     layout = _kernel_layout(w.layout)
-    # Scales are numbers as they are, or integers that a bit shifts.
-    plain = (layout.decode_scale is None or layout.shift > 0) and layout.scale_bits == 8
-    known = plain and len(layout.table or ()) <= MAX_ENTRIES
+    known = layout.scale_bits == 8 and len(layout.table or ()) <= MAX_ENTRIES
     sizes = [layout.chunk * bits // 8 for bits in layout.bits]  # bytes of a chunk in each plane
     aligned = sizes[0] % SLICE == 0 and all(size % 4 == 0 for size in sizes)
     # Indices are 32-bit.
@@ -476,10 +474,11 @@ class _RowTile:
         ]
         # Integer scales multiply the integer sums, which stay below 2^31.
         kind = jnp.int32 if "super_scale" in groups else jnp.float32
-        stored = [scale.astype(kind) for scale in groups["scale"]]
-        factors = (
-            [layout.decode_scale(scale) for scale in stored] if layout.decode_scale else stored
-        )
+        decode = layout.decode_scale or (lambda scale: scale)
+        stored = groups["scale"]
+        if "super_scale" in groups:
+            stored = [scale.astype(kind) for scale in stored]
+        factors = [decode(scale).astype(kind) for scale in stored]
         constants = groups.get("minimum", [])
         if layout.shift:
             pairs = zip(stored, factors, strict=True)

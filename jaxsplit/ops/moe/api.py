@@ -19,7 +19,14 @@ from jaxsplit.ops.activations.layout import (
     RMSStatistics,
     rows_of,
 )
-from jaxsplit.ops.matmul.api import Like, has_grouped_kernel, has_int8_kernel, int8_rows
+from jaxsplit.ops.matmul.api import (
+    MAX_GEMM_ROWS,
+    Like,
+    grouped_readers,
+    has_grouped_kernel,
+    has_int8_kernel,
+    int8_rows,
+)
 from jaxsplit.ops.moe import cuda_router, router, triton_router
 from jaxsplit.ops.moe.experts import (
     ExpertMatrices,
@@ -81,6 +88,9 @@ def readers_of(x: Like, top_k: int, params: ExpertParams) -> Readers:
     """Who reads tokens like `x`, `[..., time, embed]`, that are routed to `top_k` experts each."""
     if _supports_gemv(x, top_k, params):
         return Readers((Int8Layout(),), xla=False)
+    if _supports_grouped_gemm(x, top_k, params) and rows_of(x) <= MAX_GEMM_ROWS:
+        rows = params.group_rows(rows_of(x) * top_k, x.dtype)
+        return grouped_readers(params.input_stacks, x.dtype, rows)
     return XLA_ONLY
 
 
@@ -128,7 +138,7 @@ def _supports_gemv(x: Like, top_k: int, params: ExpertParams) -> bool:
 
 
 def _supports_grouped_gemm(x: Like, top_k: int, params: ExpertParams) -> bool:
-    if params.weight_on_input or params.up.bias is not None:
+    if params.weight_on_input:
         return False
     if _few_pairs(x, top_k, params) and int8_rows(rows_of(x)):
         return False

@@ -12,13 +12,17 @@ from jaxsplit.ops.activations.api import act_and_mul, as_array
 from jaxsplit.ops.activations.functions import Activation, activate
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.matmul.api import expert_matmuls, grouped_matmuls, matmul
-from jaxsplit.ops.matmul.groups import GroupedGemmInfo
+from jaxsplit.ops.matmul.api import (
+    expert_matmuls,
+    grouped_matmuls,
+    grouped_readers,
+    matmul,
+    max_group_rows,
+)
+from jaxsplit.ops.moe.groups import group_pairs
 from jaxsplit.ops.moe.tiles import ExpertTiles, make_tiles, tile_rows
 from jaxsplit.quant import QTensor, Weight, to_u8
 from jaxsplit.sharding.axes import Axis
-
-_MAX_GROUP_ROWS = 64  # that the grouped kernel multiplies at a time
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +93,16 @@ class ExpertParams:
         return [matrices.kernel for matrices in (*self.inputs, self.down)]
 
     @property
+    def input_stacks(self) -> list[QTensor]:
+        """The matrices that read the input, of quantized experts."""
+        return [layer.quantized for layer in self.inputs]
+
+    def group_rows(self, pairs: int, dtype: jnp.dtype) -> int:
+        """Most pairs of a group, for pairs of a token and an expert and activations of a dtype."""
+        most = max_group_rows(self.stacks, dtype)
+        return tile_rows(pairs, self.axis.units, decode=False, most=most)
+
+    @property
     def gathers(self) -> bool:
         """Whether `down` needs the hidden units of all devices."""
         return is_split(self.mlp) and not is_split(self.mlp.columns)
@@ -126,29 +140,22 @@ def by_gemv(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) ->
 
 
 def by_grouped_gemm(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) -> Array:
-    """All pairs, in tiles of one expert, with the grouped GEMM kernel, which reads experts in
-    place."""
-    pairs = topk_ids.size
-    rows = min(_MAX_GROUP_ROWS, tile_rows(pairs, p.axis.units, decode=False))
-    tiles = make_tiles(topk_ids, weights, p.axis, rows)
-    pair = tiles.start[:, None] + jnp.arange(rows)
-    groups = GroupedGemmInfo(
-        matrix=tiles.expert,
-        start=tiles.start,
-        stop=tiles.stop,
-        x_row=tiles.token[pair],
-        count=jnp.asarray(tiles.count, jnp.int32),
-    )
-    stacks, array = [layer.quantized for layer in p.inputs], as_array(x)
-    ys = grouped_matmuls(array, stacks, groups, pairs, x.dtype)
-    hidden = activate(p.activation, *ys).astype(x.dtype)
-    # The kernel writes no results for pairs whose expert another device holds.
-    own = (jnp.arange(pairs) < jnp.max(tiles.stop))[:, None]
-    hidden = p.gather(jnp.where(own, hidden, 0))
-    groups = dataclasses.replace(groups, x_row=jnp.minimum(pair, pairs - 1))
-    [y] = grouped_matmuls(hidden, [p.down.quantized], groups, pairs)
-    y = jnp.where(own, y, 0)[jnp.argsort(tiles.order[:pairs])]
-    return (y.reshape(*topk_ids.shape, -1) * weights[..., None]).sum(1)[None]
+    """All pairs, in groups of one expert, with kernels that read experts in place."""
+    pairs, dtype = topk_ids.size, x.dtype
+    rows = p.group_rows(pairs, dtype)
+    groups = group_pairs(topk_ids, p.axis, rows)
+    ys = grouped_matmuls(x, p.input_stacks, groups.of_tokens, pairs, dtype)
+    ys = [layer.add_bias(y, groups.expert) for layer, y in zip(p.inputs, ys, strict=True)]
+    up, gate = [*ys, None][:2]
+    down = [p.down.quantized]
+    readers = XLA_ONLY if p.gathers else grouped_readers(down, dtype, rows)
+    # What kernels have not written, for experts of other devices, nobody reads.
+    hidden = act_and_mul(up, gate, p.activation, readers)
+    if p.gathers:
+        hidden = Activations(p.gather(hidden.array))
+    [y] = grouped_matmuls(hidden, down, groups.of_pairs, pairs, dtype)
+    y = y.at[groups.place].get(mode="fill", fill_value=0).reshape(*topk_ids.shape, -1)
+    return (y * weights[..., None]).sum(1)[None]
 
 
 def by_vmap(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) -> Array:

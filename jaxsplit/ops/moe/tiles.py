@@ -53,6 +53,17 @@ class ExpertTiles:
         return (self.start[tile] + jnp.arange(self.rows) < self.stop[tile])[:, None]
 
 
+def held_index(axis: Axis) -> Array:
+    """The index of each expert in this device's stack, int32 `[experts]`; those of other devices
+    have the length of the stack."""
+    units = local_units(axis)
+    held = jnp.arange(len(units), dtype=jnp.int32)
+    if not is_split(axis):
+        return held
+    units = jnp.where(units < 0, axis.units, units)
+    return jnp.full(axis.units, len(units), jnp.int32).at[units].set(held, mode="drop")
+
+
 def make_tiles(topk_ids: Array, weights: Array, axis: Axis, rows: int) -> ExpertTiles:
     """Sorts pairs by expert and cuts them into tiles.
 
@@ -63,12 +74,8 @@ def make_tiles(topk_ids: Array, weights: Array, axis: Axis, rows: int) -> Expert
       rows: pairs per tile.
     """
     pairs, top_k = topk_ids.size, topk_ids.shape[1]
-    units = local_units(axis)
-    held = len(units)
-    # Index of each expert in this device's stack; experts of other devices come last.
-    units = jnp.where(units < 0, axis.units, units)
-    index = jnp.full(axis.units, held).at[units].set(jnp.arange(held), mode="drop")
-    index = index[topk_ids.reshape(-1)]
+    held = len(local_units(axis))
+    index = held_index(axis)[topk_ids.reshape(-1)]
     order = jnp.pad(jnp.argsort(index), (0, rows - 1))
     counts = (index[:, None] == jnp.arange(held)).sum(0, dtype=jnp.int32)
     stops = jnp.cumsum(counts)
@@ -89,8 +96,8 @@ def make_tiles(topk_ids: Array, weights: Array, axis: Axis, rows: int) -> Expert
     )
 
 
-def tile_rows(pairs: int, experts: int, *, decode: bool) -> int:
-    """The number of pairs per tile.
+def tile_rows(pairs: int, experts: int, *, decode: bool, most: int = _MAX_TILE_ROWS) -> int:
+    """The number of pairs per tile, at most a power of two.
 
     In a decode step tiles of one row read the packed weights, until tokens share experts. Larger
     tiles dequantize their expert; they are so large that each expert has about one, if the pairs
@@ -99,4 +106,4 @@ def tile_rows(pairs: int, experts: int, *, decode: bool) -> int:
     mean = pairs / experts
     if decode and mean <= 2:
         return 1
-    return min(_MAX_TILE_ROWS, max(_MIN_TILE_ROWS, 1 << (math.ceil(2 * mean) - 1).bit_length()))
+    return min(most, max(_MIN_TILE_ROWS, 1 << (math.ceil(2 * mean) - 1).bit_length()))
