@@ -236,6 +236,22 @@ def test_gemm_bf16_equals_float64(rng, names):
 
 
 @on_cpu
+@pytest.mark.parametrize(
+    ("names", "columns"), [(["MXFP4", "Q4_0"], 2880), (["NVFP4", "Q4_1"], 832)]
+)
+def test_gemm_bf16_of_rounds_that_are_not_whole(rng, names, columns):
+    """Scales of rows of 90 bytes, of which every second one begins within a word, and of 180."""
+    x = jnp.asarray(rng.normal(size=(11, columns)), "bfloat16")
+    weights = [matrix(rng, name, 19, columns) for name in names]
+    assert all(cuda_gemm_bf16.supports(w, x.dtype) for w in weights)
+    for stages, split_k in ((2, 2), (4, 1)):
+        options = {"tiling": cuda_gemm_bf16.Tiling(4, 16, stages), "split_k": split_k}
+        launch = cuda_gemm_bf16.launch_of(swizzled(x), weights, jnp.float32, 9.0, **options)
+        for y, w in zip(cuda_host.run(launch), weights, strict=True):
+            assert nmse(y.sum(axis=0), product_of_rounded(x, w)) <= 1e-12
+
+
+@on_cpu
 @pytest.mark.parametrize("capability", [8.6, 9.0])
 def test_gemm_bf16_of_tiles_parts_and_norms(rng, capability):
     """Several tiles of rows and blocks of a matrix, float16, split-K, deferred normalization."""

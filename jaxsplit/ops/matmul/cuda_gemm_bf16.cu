@@ -48,7 +48,9 @@ template <class W>
 struct Round {
   typedef Unit<W> U;
   static constexpr int TILES = U::PER_BYTE;
-  static constexpr int COUNT = W::COLUMNS / (64 * TILES);
+  static constexpr int COUNT = (W::COLUMNS + 64 * TILES - 1) / (64 * TILES);
+  // The last round has fewer tiles: those that it lacks are zeros.
+  static constexpr bool PARTIAL = W::COLUMNS % (64 * TILES) != 0;
   // Rounds of a chunk, or chunks of a round.
   static constexpr int OF_CHUNK = U::CHUNK_BYTES > 64 ? U::CHUNK_BYTES / 64 : 1;
   static constexpr int CHUNKS = U::CHUNK_BYTES < 64 ? 64 / U::CHUNK_BYTES : 1;
@@ -60,7 +62,7 @@ struct Round {
   static constexpr int PIECE_BYTES = 16 * 16 + 32;
   static constexpr int CODE_BYTES = WARPS * PIECES * PIECE_BYTES;
   static constexpr int STAGE_BYTES = (TILES * TILE_BYTES + CODE_BYTES + 1023) / 1024 * 1024;
-  static_assert(SECOND % 16 == 0, "whole pieces");
+  static_assert(SECOND % 16 == 0 && !(PARTIAL && SECOND), "whole pieces");
 
   // The first weight of a tile.
   __device__ static u32 weight(u32 round, u32 tile) {
@@ -94,35 +96,42 @@ struct Round {
   }
 };
 
-// A plane with BITS for each GROUP of weights: scales, minima, or those of super-groups. BYTES of a
-// row are copied at a time, which are enough for some ROUNDS.
+// A plane with BITS for each GROUP of weights: scales, minima, or those of super-groups. STEP bytes
+// of a row are copied at a time, which are enough for some ROUNDS.
 template <class W, class T, int GROUP, int BITS, int AHEAD>
 struct GroupPlane {
   typedef Round<W> R;
   static constexpr u32 ROW_BYTES = W::COLUMNS / GROUP * BITS / 8;
-  static constexpr u32 BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
-  // Rows of an odd number of halfwords: one of them, in the word that has it.
+  static constexpr u32 UNIT = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;  // of a copy
+  // Rows of an odd number of halfwords: those of a step, in the words that have them.
   static constexpr bool ODD = ROW_BYTES % 4 != 0;
-  static constexpr u32 STEP = ODD ? 2 : BYTES;
+  static constexpr u32 OF_ROUND = 64 * R::TILES * BITS / (8 * GROUP);
+  static constexpr u32 LEAST = ODD ? 2 : UNIT, STEP = OF_ROUND > LEAST ? OF_ROUND : LEAST;
+  static constexpr u32 COPIES = !ODD ? STEP / UNIT : STEP == 2 ? 1 : STEP / 4 + 1;
+  static constexpr u32 BYTES = COPIES * UNIT;
   static constexpr u32 ROUNDS = 8 * STEP / BITS * GROUP / (64 * R::TILES);
   static constexpr u32 PLACES = (AHEAD + ROUNDS - 1) / ROUNDS + 1, PLACE_BYTES = 16 * BYTES;
   static constexpr int ALL_BYTES = PLACES * PLACE_BYTES;
-  static_assert(ROUNDS > 0 && ROW_BYTES % 2 == 0, "copies are of whole rounds");
+  static_assert(ROUNDS > 0 && STEP % LEAST == 0 && ROW_BYTES % 2 == 0, "whole rounds and copies");
 
   // What `round` needs of one of 16 rows, unless the round before needed it.
   __device__ static void copy(char* places, const T* plane, long row, u32 round, bool is_first) {
     if (!is_first && round % ROUNDS) return;
     u32 window = round / ROUNDS;
-    long from = row * ROW_BYTES + STEP * window;
+    long from = row * ROW_BYTES + STEP * window, first = ODD ? from & ~3l : from;
     char* to = places + window % PLACES * PLACE_BYTES + threadIdx.x % 16 * BYTES;
-    start_copy<BYTES>(to, (const char*)plane + (ODD ? from & ~3l : from));
+#pragma unroll
+    for (u32 i = 0; i < COPIES; i++) {
+      if (i && first + UNIT * i >= (row + 1) * ROW_BYTES) continue;
+      start_copy<UNIT>(to + UNIT * i, (const char*)plane + first + UNIT * i);
+    }
   }
 
   // The stored number of a weight's group: of a row of the plane, one of the warp's 16.
   __device__ static u32 load(const char* places, int of_warp, long row, u32 weight) {
     u32 bit = weight / GROUP * BITS, byte = bit / 8, window = byte / STEP;
     const char* from = places + window % PLACES * PLACE_BYTES + of_warp * BYTES;
-    from += ODD ? (row * ROW_BYTES + byte) % 4 : byte % BYTES;
+    from += byte % STEP + (ODD ? (row * ROW_BYTES + STEP * window) % 4 : 0);
     if (BITS == 4) return *(const u8*)from >> bit % 8 & 15;
     return BITS == 8 ? *(const u8*)from : BITS == 16 ? *(const u16*)from : *(const u32*)from;
   }
@@ -160,6 +169,7 @@ struct Scales {
 
   // Those of a weight: in 16 bits, the minimum in the upper half.
   __device__ static u32 load(const char* places, int of_warp, long row, u32 weight) {
+    if (R::PARTIAL && weight >= W::COLUMNS) return 0;
     u32 raw = Scale::load(places, of_warp, row, weight), outer = 0;
     if (W::SUPER) outer = Super::load(places + SUPER_SCALES, of_warp, row, weight);
     float above = W::scale_value(raw) * U::outer_of(outer), below = 0;
@@ -268,6 +278,7 @@ struct Pieces {
 #pragma unroll
     for (int i = 0; i < OF_THREAD; i++) {
       if (16 * COUNT % 32 && at(i) >= 16 * COUNT) continue;
+      if (Round<W>::PARTIAL && offset + at(i) % COUNT * 16 >= W::COLUMNS / Unit<W>::PER_BYTE) continue;
       start_copy<16>(to + at(i) % COUNT * Round<W>::PIECE_BYTES + at(i) / COUNT * 16, from[i] + offset);
     }
   }
@@ -319,7 +330,12 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
         for (int i = 0; i < OF_THREAD; i++) {
           int at = i * THREADS + threadIdx.x;
           if (8 * TILE % THREADS && at >= 8 * TILE) continue;
-          start_copy<16>(stage + tile * TILE_BYTES + 16 * at, from + source[i]);
+          char* to = stage + tile * TILE_BYTES + 16 * at;
+          if (R::PARTIAL && R::weight(round, tile) >= W::COLUMNS) {
+            *(Words*)to = Words{};
+          } else {
+            start_copy<16>(to, from + source[i]);
+          }
         }
       }
       char* codes = stage + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;

@@ -84,11 +84,14 @@ class Tiling:
 
     def _plane_bytes(self, w: QTensor, plane: Array) -> int:
         """Of a warp's rows of a plane of scales: see `GroupPlane`."""
-        of_row = plane.shape[-1] * plane.dtype.itemsize
-        size = next(size for size in (16, 8, 4, 2) if of_row % size == 0)
-        rounds = size * w.shape[-1] // of_row // (swizzled.COLUMNS * 8 // w.layout.bits[0])
-        places = -(-max(1, self.stages - 2) // rounds) + 1
-        return places * _TILE * max(size, 4)
+        columns, of_row = w.shape[-1], plane.shape[-1] * plane.dtype.itemsize
+        of_round = swizzled.COLUMNS * 8 // w.layout.bits[0]  # columns
+        least = next(size for size in (16, 8, 4, 2) if of_row % size == 0)
+        step = max(least, of_round * of_row // columns)
+        unit = max(least, 4)
+        copies = step // unit if least >= 4 else 1 if step == 2 else step // 4 + 1
+        places = -(-max(1, self.stages - 2) // (step * columns // of_row // of_round)) + 1
+        return places * _TILE * copies * unit
 
     def blocks(self, weights: Sequence[QTensor], capability: float) -> int:
         """That a multiprocessor can run at a time."""
@@ -125,7 +128,8 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     if dtype not in (jnp.bfloat16, jnp.float16) or not cuda_planes.supports(w):
         return False
     first, *second = [cuda_planes.chunk(w) * bits // 8 for bits in w.layout.bits]
-    rounds = w.shape[-1] % (_ROUND * 8 // w.layout.bits[0]) == 0
+    columns = swizzled.COLUMNS if first < _ROUND and not second else _ROUND * 8 // w.layout.bits[0]
+    rounds = w.shape[-1] % columns == 0
     chunks = first in (16, 32) or first % _ROUND == 0
     whole = all(size * max(1, _ROUND // first) % 16 == 0 for size in second)
     group = cuda_planes.group(w)

@@ -66,16 +66,18 @@ __device__ inline void sort_pairs(const Pairs& pairs, const Groups& groups) {
     rank++;
   }
   if (own == HELD) return;
-  int of_own = (counts[own] + ROWS - 1) / ROWS;
+  int of_own = (counts[own] + ROWS - 1) / ROWS, first = first_group * ROWS;
   for (int i = thread; i < of_own; i += THREADS) {
     groups.matrix[first_group + i] = own;
     groups.start[first_group + i] = first_pair + i * ROWS;
     groups.stop[first_group + i] = first_pair + counts[own];
   }
+  // Padding repeats rows of the group: one row for all would be read by all blocks at once.
+  __syncthreads();
   for (int i = thread; i < of_own * ROWS; i += THREADS) {
-    int at = first_group * ROWS + i, pair = first_pair + i;
-    groups.pairs[at] = pair < PAIRS ? pair : PAIRS - 1;
-    if (i >= counts[own]) groups.tokens[at] = 0;
+    int pair = i % counts[own];
+    groups.pairs[first + i] = first_pair + pair;
+    if (i >= counts[own]) groups.tokens[first + i] = groups.tokens[first + pair];
   }
   if (own == 0 && thread == 0) *groups.count = all_groups;
 }
