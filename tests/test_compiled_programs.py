@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 MIB = 2**20
-KERNELS = {"llama-8b": 8, "qwen3-30b-a3b": 10}
+KERNELS = {"llama-8b": 8, "qwen3-30b-a3b": 10, "gpt-oss-20b": 12}
 """Kernels of a layer in a decode step."""
 
 
@@ -58,7 +58,7 @@ def of_a_layer(programs: dict[str, dict], name: str) -> tuple[int, dict[str, int
         *("llama-8b H100 x1 decode", "llama-8b H100 x2 decode", "llama-8b A100 x1 decode"),
         *("qwen3-30b-a3b H100 x1 decode", "qwen3-30b-a3b H100 x2 decode"),
         *("llama-8b H100 x1 decode IQ4_KS", "llama-8b H100 x1 decode IQ2_KT"),
-        "qwen3-30b-a3b H100 x1 decode IQ2_KL",
+        *("qwen3-30b-a3b H100 x1 decode IQ2_KL", "gpt-oss-20b H100 x1 decode"),
     ],
 )
 def test_a_layer_of_a_decode_step_is_a_few_kernels(programs, name):

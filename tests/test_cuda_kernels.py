@@ -346,10 +346,12 @@ def test_rows_are_added_normalized_and_rounded(rng, columns, dtype):
     x = jnp.asarray(rng.normal(size=(2, 1, columns)), dtype)
     scale = jnp.asarray(rng.uniform(0.5, 2, columns), jnp.float32)
     parts, norm = jnp.asarray(rng.normal(size=(3, 2, 1, columns)), jnp.float32), (1e-5, columns)
-    addend = (parts, None, None)
+    bias = jnp.asarray(rng.normal(size=columns if dtype == "float16" else x.shape), jnp.float32)
     given = (jnp.multiply, (x, scale), READERS)
-    *stored, squares, total = cuda_host.run(cuda_rows.launch_of(*given, addend=addend, norm=norm))
-    expected, sums = exact_rows(jnp.multiply, (x[:, 0], scale), parts[:, :, 0], norm)
+    options = {"addend": (parts, None, None), "bias": bias, "norm": norm}
+    *stored, squares, total = cuda_host.run(cuda_rows.launch_of(*given, **options))
+    addends = jnp.concatenate([parts, jnp.broadcast_to(bias, parts[:1].shape)])[:, :, 0]
+    expected, sums = exact_rows(jnp.multiply, (x[:, 0], scale), addends, norm)
     assert (
         nmse(np.float64(total), sums)
         <= {"float32": 1e-12, "float16": 1e-6, "bfloat16": 2e-5}[dtype]
@@ -445,6 +447,8 @@ LAYERS = {
         "sinks": True,
     },
 }
+BIASED = {"window": "qkv", "norms, sinks": "qv"}
+"""Projections that have biases."""
 
 
 @on_cpu
@@ -474,12 +478,19 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
     like = jax.ShapeDtypeStruct(query.shape[1:], jnp.dtype(floats))
     assert cuda_decode.supports(config, batch, cache, like, OF_MANY_ROWS)
     options = {"config": config, "params": module.params}
-    given = query, key, value, batch, cache
-    results = cuda_host.run(cuda_decode.launch_of(*given, **options, readers=OF_MANY_ROWS))
+    biases = [
+        normal(x.shape[-1], dtype="float32") if which in BIASED.get(name, "") else None
+        for which, x in zip("qkv", (query, key, value), strict=True)
+    ]
+    given, more = (query, key, value, batch, cache), {"biases": biases, "readers": OF_MANY_ROWS}
+    results = cuda_host.run(cuda_decode.launch_of(*given, **options, **more))
     leaves, structure = jax.tree.flatten(cache)
     rows = int8.Int8Blocks(*map(jnp.asarray, results[3:7])).dequantized()
     found = jax.tree.unflatten(structure, results[7:])
-    exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
+    exact = [
+        x.astype(jnp.float32).sum(axis=0) + (0 if bias is None else bias)
+        for x, bias in zip((query, key, value), biases, strict=True)
+    ]
     queries, kv, expected = xla.rope_cache_update(*exact, batch, cache, **options)
     y = xla.attend(
         queries.reshape(4, 1, KV_HEADS, -1, WIDTH),
@@ -661,13 +672,14 @@ def test_a_kernel_chooses_the_experts_that_xla_does(rng, name):
     """With ties; with and without biases, scales, and a deferred normalization; NaN stays."""
     config = ROUTINGS[name]
     logits = np.float32(rng.normal(size=(5, config.experts)))
-    bias, scale = np.float32(rng.uniform(0, 1, (2, config.experts)))
+    bias, scale, more = np.float32(rng.uniform(0, 1, (3, config.experts)))
     logits[2, 1::2] = logits[2, : len(logits[2, 1::2]) * 2 : 2]
     rms = RMSStatistics(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
-    for vectors, by in (((None, None), None), ((bias, scale), rms)):
-        divided = logits if by is None else logits * np.asarray(by.inverse)[:, None]
+    for vectors, by, added in (((None, None), None, None), ((bias, scale), rms, more)):
+        divided = logits if by is None else logits * np.asarray(by.inverse)[:, None] + added
         expected = router.topk_experts(jnp.asarray(divided), config, *vectors)
-        ids, weights = cuda_host.run(cuda_router.launch_of(logits, config, *vectors, rms=by))
+        options = {"rms": by, "logit_bias": added}
+        ids, weights = cuda_host.run(cuda_router.launch_of(logits, config, *vectors, **options))
         np.testing.assert_array_equal(ids, expected[0])
         np.testing.assert_allclose(weights, expected[1], rtol=3e-6)
     logits[3, 1] = np.nan

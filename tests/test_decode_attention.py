@@ -29,6 +29,8 @@ CHOICES = {
         "sinks": True,
     },
 }
+BIASED = {"window": "qkv", "norms, sinks": "qv"}
+"""Projections that have biases."""
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
@@ -60,17 +62,27 @@ def test_a_token_attends_to_earlier_tokens_and_itself(
     cache = quick_jit(partial(AttentionCache.of, dtype=cache_dtype))(*keys_values)
     assert triton_decode.supports(config, batch, cache, query[0])
     options = {"config": config, "params": module.params}
+    biases = [
+        jnp.asarray(rng.normal(size=x.shape[-1]), jnp.float32)
+        if which in BIASED.get(name, "")
+        else None
+        for which, x in zip("qkv", (query, key, value), strict=True)
+    ]
 
     @quick_jit
     def kernel(query, key, value, cache):
+        projections, more = (query, key, value), {"dtype": jnp.bfloat16, "layouts": layouts}
         rows, found = triton_decode.decode_attention(
-            query, key, value, batch, cache, **options, dtype=jnp.bfloat16, layouts=layouts
+            *projections, batch, cache, **options, biases=biases, **more
         )
         return rows.stored[0].dequantized() if layouts else rows.array, found
 
     @quick_jit
     def reference(query, key, value, cache):
-        exact = [x.astype(jnp.float32).sum(axis=0) for x in (query, key, value)]
+        exact = [
+            x.astype(jnp.float32).sum(axis=0) + (0 if bias is None else bias)
+            for x, bias in zip((query, key, value), biases, strict=True)
+        ]
         queries, kv, expected = xla.rope_cache_update(*exact, batch, cache, **options)
         y = xla.attend(
             queries.reshape(4, 1, KV_HEADS, -1, WIDTH),

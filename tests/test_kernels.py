@@ -105,12 +105,13 @@ def test_rows_swizzled_for_tensor_cores(rng, rows):
     np.testing.assert_array_equal(stored.array(), np.float32(x))
 
 
-def test_rows_are_summed_before_they_are_quantized(rng):
+@pytest.mark.parametrize("shape", [(96,), (3, 1, 96)])
+def test_rows_are_summed_before_they_are_quantized(rng, shape):
     stream, *addends = rng.normal(size=(4, 3, 1, 96)).astype(np.float32)
-    stream = jnp.asarray(stream, jnp.bfloat16)
-    expected = np.float64(stream) + np.sum(np.float64(addends), axis=0)
+    stream, bias = jnp.asarray(stream, jnp.bfloat16), rng.normal(size=shape).astype(np.float32)
+    expected = np.float64(stream) + np.sum(np.float64(addends), axis=0) + bias
     addend = jnp.asarray(addends), None, None
-    [rounded], _, total = stored(lambda x: x, (stream,), addend=addend)
+    [rounded], _, total = stored(lambda x: x, (stream,), addend=addend, bias=jnp.asarray(bias))
     assert nmse(total, expected) <= 2e-5
     exact = int8.quantize_rows(total[:, 0])
     there = int8.bank_swizzle(np.arange(96 // int8.SLICE))

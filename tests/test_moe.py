@@ -183,13 +183,14 @@ def test_a_mixture_equals_numpy(rng, name, tokens):
 def test_a_kernel_chooses_the_same_experts(rng, interpreter, name, experts):
     config = dataclasses.replace(MIXTURES[name], experts=experts, selection_bias=True)
     logits = rng.normal(size=(5, 1, experts)).astype(np.float32)
-    bias, scale = rng.uniform(0, 1, (2, experts)).astype(np.float32)
+    bias, scale, more = rng.uniform(0, 1, (3, experts)).astype(np.float32)
     logits[2:, :, ::2] = logits[2:, :, 1::2]  # ties, but for the bias
     rms = RMSStatistics(jnp.asarray(rng.uniform(size=(5, 3)), jnp.float32), 1e-6, 2)
-    for vectors, by in (((None, None), None), ((bias, scale), rms)):
-        divided = logits if by is None else logits * np.asarray(by.inverse)[:, None, None]
+    for vectors, by, added in (((None, None), None, None), ((bias, scale), rms, more)):
+        divided = logits if by is None else logits * np.asarray(by.inverse)[:, None, None] + added
         expected = router.topk_experts(jnp.asarray(divided), config, *vectors)
-        found = triton_router.topk_experts(jnp.asarray(logits), config, *vectors, rms=by)
+        options = {"rms": by, "logit_bias": added}
+        found = triton_router.topk_experts(jnp.asarray(logits), config, *vectors, **options)
         assert np.array_equal(found[0], expected[0])
         assert np.allclose(found[1], expected[1], rtol=1e-6)
 

@@ -42,6 +42,11 @@ class Unreduced:
         """The sum of this device's parts, without the bias: `[..., out]`."""
         return self.parts[0] if len(self.parts) == 1 else self.parts.sum(0)
 
+    @property
+    def local_output(self) -> Array:
+        """The sum of this device's parts, with the bias: `[..., out]`."""
+        return self.local_sum if self.bias is None else self.local_sum + self.bias
+
     def all_reduce(self, dtype: jnp.dtype, residual_dtype: jnp.dtype | None = None) -> Array:
         """The whole sum with the bias, the same on every device: `[..., out]` of a dtype.
 

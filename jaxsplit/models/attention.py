@@ -101,7 +101,7 @@ class Attention(nnx.Module):
             selected=selected,
         )
         if gate is not None and self.config.gate is not None:
-            y = Activations(self.config.gate(y.array, gate.local_sum, self.config.value_dim))
+            y = Activations(self.config.gate(y.array, gate.local_output, self.config.value_dim))
         if self.out_norm is not None:
             y = Activations(self.out_norm(y.array))
         return self.out.unreduced(y), cache

@@ -244,21 +244,25 @@ def project(
     Args:
       x: `[..., in]`.
       first, *others: projections whose rows stay where they are.
-      split_k: split-K parts are left to the readers of the results to sum.
+      split_k: split-K parts and biases are left to the readers of the results to add.
 
     Returns:
       `[..., out]` each: a single part in the dtype of `x`, or parts in float32.
     """
     present = [first, *(linear for linear in others if linear is not None)]
     kernels, x = [linear.kernel.get_value() for linear in present], first._gathered(x)
-    if any(linear.bias is not None or linear.low_rank for linear in present):
+    biases = [None if linear.bias is None else linear.bias.get_value() for linear in present]
+    low_rank = any(linear.low_rank for linear in present)
+    if split_k and not low_rank:
+        sums = split_k_matmuls(x, kernels, x.dtype)
+        results = [dataclasses.replace(y, bias=bias) for y, bias in zip(sums, biases, strict=True)]
+    elif low_rank or any(bias is not None for bias in biases):
         results = []
-        for y, linear in zip(matmul_ops.matmuls(x, kernels), present, strict=True):
-            y = y if linear.bias is None else y + linear.bias.get_value()
+        ys = matmul_ops.matmuls(x, kernels)
+        for y, bias, linear in zip(ys, biases, present, strict=True):
+            y = y if bias is None else y + bias
             y = sum((change(x) for change in linear.low_rank), y)
             results.append(Unreduced.of(y.astype(x.dtype)))
-    elif split_k:
-        results = split_k_matmuls(x, kernels, x.dtype)
     else:
         results = [Unreduced.of(y) for y in matmul_ops.matmuls(x, kernels, x.dtype)]
     following = iter(results)

@@ -170,12 +170,13 @@ class MoE(nnx.Module):
             None if vector is None else vector.get_value()
             for vector in (self.selection_bias, self.expert_scale)
         )
-        if x.unnormalized is None or self.config.router_bias:
+        if x.unnormalized is None:
             logits = self.router(x.array.astype(jnp.float32))
             return topk_experts(logits, self.config, bias, scale)
-        # Logits of rows that are not normalized yet: the router divides them.
-        logits = self.router(x.unnormalized)
-        return topk_experts(logits, self.config, bias, scale, rms=x.rms)
+        # Logits of rows that are not normalized yet: what chooses the experts divides them.
+        y = self.router.unreduced(x.unnormalized)
+        options = {"rms": x.rms, "logit_bias": y.bias}
+        return topk_experts(y.local_sum, self.config, bias, scale, **options)
 
 
 class GroveMoE(nnx.Module):

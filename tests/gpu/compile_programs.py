@@ -83,6 +83,7 @@ PROGRAMS = {
         ("llama-8b", "H100", 1, "decode IQ4_KS", {"mix": "mix-IQ4_KS"}),
         ("llama-8b", "H100", 1, "decode IQ2_KT", {"mix": "mix-IQ2_KT"}),
         ("qwen3-30b-a3b", "H100", 1, "decode IQ2_KL", {"mix": "mix-IQ2_KL"}),
+        ("gpt-oss-20b", "H100", 1, "decode", {"mix": "MXFP4_MOE"}),
     )
     for layers in (1, 2)
 }

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.context import current_context
 from jaxsplit.cuda.call import Launch, cuda_call
 from jaxsplit.cuda.expression import expression
@@ -17,6 +16,7 @@ from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import (
     ActivationLayout,
+    Addend,
     Readers,
     RMSStatistics,
     wrap_layouts,
@@ -63,11 +63,12 @@ def store_rows(
     operands: Sequence[Array],
     readers: Readers,
     *,
-    addend: tuple[Array, Array | None, PeerGroup | None] | None = None,
+    addend: Addend | None = None,
+    bias: Array | None = None,
     norm: tuple[float, int] | None = None,
 ) -> tuple[tuple[Any, ...], RMSStatistics | None, Array]:
     """As `triton_rows.store_rows`, without peers."""
-    launch = launch_of(function, operands, readers, addend=addend, norm=norm)
+    launch = launch_of(function, operands, readers, addend=addend, bias=bias, norm=norm)
     capability = current_context().policy.cuda
     arrays = cuda_call(launch, capability=capability)
     first = operands[0]
@@ -82,7 +83,8 @@ def launch_of(
     operands: Sequence[Array],
     readers: Readers,
     *,
-    addend: tuple[Array, Array | None, PeerGroup | None] | None = None,
+    addend: Addend | None = None,
+    bias: Array | None = None,
     norm: tuple[float, int] | None = None,
 ) -> Launch:
     """The launch, arguments as of `store_rows`."""
@@ -94,7 +96,8 @@ def launch_of(
         assert addend is None
         assert norm is None
         operands, lines = (function(*operands).astype(jnp.float32),), ["return x0;"]
-    given = [x if x.ndim == 1 else x.reshape(rows, -1) for x in operands]
+    vectors = operands if bias is None else (*operands, bias)
+    given = [x if x.ndim == 1 else x.reshape(rows, -1) for x in vectors]
     parts = None
     if addend is not None:
         parts, epochs, peers = addend
@@ -103,12 +106,15 @@ def launch_of(
         parts = parts.reshape(-1, rows, columns).astype(jnp.float32)
     places = [_place(x, columns) for x in given]
     fields = "".join(f"  const {cpp_type(x.dtype)}* p{i};\n" for i, x in enumerate(given))
-    loads = [f"float x{i} = load(p{i} + {at});" for i, at in enumerate(places) if i]
+    loads = [f"float x{i} = load(p{i} + {places[i]});" for i in range(1, len(operands))]
+    first_value = f"load(p0 + {places[0]})"
+    if bias is not None:
+        first_value += f" + load(p{len(operands)} + {places[-1]})"
     structure = (
         f"typedef {cpp_type(given[0].dtype)} First;\n"
         f"struct Operands {{\n{fields}"
         "  __device__ float first(int row, int column) const {\n"
-        f"    return load(p0 + {places[0]});\n  }}\n"
+        f"    return {first_value};\n  }}\n"
         "  __device__ float function(float x0, int row, int column) const {\n    "
         + "\n    ".join([*loads, *lines])
         + "\n  }\n};\n"

@@ -9,10 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.pallas import pl, plgpu
 
 BLOCK = 32
 """Elements of a row that a kernel stores together."""
+
+Addend = tuple[Array, Array | None, PeerGroup | None]
+"""Parts of a matmul output, float32 `[parts, ..., in]`; the epochs under which the matmul has sent
+them to the peers, int32 `[..., in]`, or None; and the peers over which they are summed, or None."""
 
 
 @jax.tree_util.register_dataclass

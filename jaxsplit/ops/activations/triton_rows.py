@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.comm import one_shot
-from jaxsplit.comm.peers import WARPS, WIDTH, PeerGroup
+from jaxsplit.comm.peers import WARPS, WIDTH
 from jaxsplit.context import interpreted
 from jaxsplit.ops.activations.layout import (
     BLOCK,
     ActivationLayout,
+    Addend,
     Readers,
     RMSStatistics,
     block_elements,
@@ -38,7 +39,8 @@ def store_rows(
     operands: Sequence[Array],
     readers: Readers,
     *,
-    addend: tuple[Array, Array | None, PeerGroup | None] | None = None,
+    addend: Addend | None = None,
+    bias: Array | None = None,
     norm: tuple[float, int] | None = None,
 ) -> tuple[tuple[Any, ...], RMSStatistics | None, Array]:
     """Computes rows and stores them in layouts.
@@ -47,9 +49,8 @@ def store_rows(
       function: of the operands' elements in float32.
       operands: `[..., in]`, `[..., 1]` or `[in]` each; the first is `[..., in]`.
       readers: of the rows, with layouts.
-      addend: added to the first operand before anything else: parts of a matmul output, float32
-        `[parts, ..., in]`; the epochs under which the matmul has sent them to the peers, int32
-        `[..., in]`, or None; and the peers over which they are summed, or None.
+      addend: added to the first operand before anything else.
+      bias: added with the addend, float32 `[in]` or `[..., in]`; None: none is.
       norm: epsilon and size of the RMS norm of the first operand, whose division is left to the
         readers; None: no norm.
 
@@ -60,11 +61,12 @@ def store_rows(
     layouts, first, columns = readers.layouts, operands[0], operands[0].shape[-1]
     rows, programs = math.prod(first.shape[:-1]), pl.cdiv(columns // BLOCK, _BLOCKS)
     operands = tuple(x if x.ndim == 1 else x.reshape(rows, -1) for x in operands)
+    bias = bias if bias is None or bias.ndim == 1 else bias.reshape(rows, -1)
     if addend is not None:
         parts, epochs, peers = addend
         epochs = None if epochs is None else epochs.reshape(rows, columns)
         addend = parts.reshape(-1, rows, columns), epochs, peers
-    inputs, structure = jax.tree.flatten((operands, addend))
+    inputs, structure = jax.tree.flatten((operands, addend, bias))
     shapes = [shape for layout in layouts for shape in layout.shapes(rows, columns)]
     if norm is not None:
         shapes.append(jax.ShapeDtypeStruct((rows, programs), jnp.float32))
@@ -102,14 +104,15 @@ def _store_rows_kernel(
     """Some blocks of a row.
 
     Args:
-      *refs: operands and addend; then arrays of the layouts, sums of squares, and the first operand
-        with the addend, as far as they exist.
+      *refs: operands, addend and bias; then arrays of the layouts, sums of squares, and the first
+        operand with the addend, as far as they exist.
       function, layouts: as in `store_rows`.
-      structure: of operands and addend.
+      structure: of operands, addend and bias.
       norm: sums of squares are stored.
       early: as in `launch_dependents`.
     """
-    (first, *others), addend = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    (first, *others), addend, bias_ref = inputs
     outs = list(refs[structure.num_leaves :])
     total_ref = outs.pop() if addend else None
     squares_ref = outs.pop() if norm else None
@@ -132,6 +135,8 @@ def _store_rows_kernel(
     else:
         parts, epochs, peers = addend
         stream = load(first)
+        if bias_ref is not None:
+            stream += load(bias_ref)
         y = reduce(add, (load(parts, part) for part in range(parts.shape[0])))
         if peers is not None:
             y = one_shot.all_reduce_block(

@@ -137,7 +137,7 @@ def _decode(
     readers: Readers,
     **options: Any,
 ) -> tuple[Activations, AttentionCache]:
-    """All in one kernel, split-K parts of the projections summed in it too."""
+    """All in one kernel, which also sums split-K parts and biases of the projections."""
     layouts = () if readers.xla else readers.layouts
     return triton_decode.decode_attention(
         query.parts,
@@ -145,6 +145,7 @@ def _decode(
         value.parts,
         batch,
         cache,
+        biases=(query.bias, key.bias, value.bias),
         layouts=layouts,
         **options,
     )
@@ -164,7 +165,8 @@ def _cuda_supports_decode(
 def _decode_by_cuda(
     query: Unreduced, key: Unreduced, value: Unreduced, *args: Any, **options: Any
 ) -> tuple[Activations, AttentionCache]:
-    return cuda_decode.decode_attention(query.parts, key.parts, value.parts, *args, **options)
+    parts, biases = zip(*((x.parts, x.bias) for x in (query, key, value)), strict=True)
+    return cuda_decode.decode_attention(*parts, *args, biases=biases, **options)
 
 
 def _in_steps(
@@ -181,8 +183,8 @@ def _in_steps(
     selected: Array | None = None,
 ) -> tuple[Activations, AttentionCache | None]:
     """Rotation and cache update, then attention."""
-    q = query.local_sum.astype(dtype)
-    k, v = (None if x is None else x.local_sum.astype(dtype) for x in (key, value))
+    q = query.local_output.astype(dtype)
+    k, v = (None if x is None else x.local_output.astype(dtype) for x in (key, value))
     options = {"config": config, "params": params}
     if config.kv_source is not None:
         queries, kv = xla.rotate_queries(q, batch, **options), batch.lent[config.kv_source]

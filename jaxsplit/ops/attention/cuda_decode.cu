@@ -18,6 +18,7 @@ struct Token {
   const Projected *query, *key, *value;  // [PARTS, sequences, heads, width]
   const float *cos, *sin;                // [sequences, HEAD_DIM]
   const float *query_scale, *key_scale, *sinks;
+  const float *query_bias, *key_bias, *value_bias;  // [heads, width], or null
 };
 
 struct Cache {
@@ -58,11 +59,12 @@ __device__ inline Int8 rounded(const Int8*, float x, float scale) {
   return {(signed char)(int)floorf(x / (scale > 0 ? scale : 1) + 0.5f)};
 }
 
-// The sum of the parts of an element of a projection.
-__device__ inline float projected(const Projected* x, long at, long stride) {
-  float y = load(x + at);
-  for (int part = 1; part < PARTS; part++) y += load(x + part * stride + at);
-  return y;
+// The sum of the parts of an element of a projection, at `first + i`, and its bias.
+__device__ inline float projected(const Projected* x, const float* bias, long first, int i,
+                                  long stride) {
+  float y = load(x + first + i);
+  for (int part = 1; part < PARTS; part++) y += load(x + part * stride + first + i);
+  return bias ? y + bias[i] : y;
 }
 
 template <class Out>
@@ -87,8 +89,11 @@ __device__ void attend(const Token& token, const int* positions, const int* page
   for (int h = warp; h < HEADS; h += WARPS) {
     bool is_key = h == GROUP, exists = h <= GROUP;
     const Projected* from = is_key ? token.key : token.query;
+    const float* bias = is_key ? token.key_bias : token.query_bias;
     long count = (long)heads * (is_key ? 1 : GROUP), stride = sequences * count * HEAD_DIM;
-    long base = (sequence * count + (is_key ? head : head * GROUP + h)) * HEAD_DIM;
+    int of_token = is_key ? head : head * GROUP + h;
+    long base = (sequence * count + of_token) * HEAD_DIM;
+    if (bias) bias += of_token * HEAD_DIM;
     float x[(HEAD_DIM + 31) / 32], y[(HEAD_DIM + 31) / 32], squares = 0;
 #pragma unroll
     for (int i = 0; i < (HEAD_DIM + 31) / 32; i++) {
@@ -98,8 +103,8 @@ __device__ void attend(const Token& token, const int* positions, const int* page
                             : column < ROPE_DIM / 2 ? column + ROPE_DIM / 2 : column - ROPE_DIM / 2;
       }
       bool here = exists && column < HEAD_DIM;
-      x[i] = here ? projected(from, base + column, stride) : 0;
-      y[i] = here ? projected(from, base + other, stride) : 0;
+      x[i] = here ? projected(from, bias, base, column, stride) : 0;
+      y[i] = here ? projected(from, bias, base, other, stride) : 0;
       squares += x[i] * x[i];
     }
     if (NORMS) {
@@ -130,8 +135,9 @@ __device__ void attend(const Token& token, const int* positions, const int* page
   if (split == 0) {
     long stride = (long)sequences * heads * VALUE_DIM;
     long base = ((long)sequence * heads + head) * VALUE_DIM;
+    const float* bias = token.value_bias ? token.value_bias + head * VALUE_DIM : 0;
     for (int i = thread; i < VALUE_DIM; i += THREADS) {
-      value[i] = projected(token.value, base + i, stride);
+      value[i] = projected(token.value, bias, base, i, stride);
     }
   }
   __syncthreads();

@@ -1,6 +1,7 @@
 """Decode attention in a single kernel in CUDA C++: as `triton_decode`."""
 
 import importlib.resources
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ def decode_attention(
     config: AttentionConfig,
     params: AttentionParams,
     dtype: jnp.dtype,
+    biases: Sequence[Array | None] = (None, None, None),
     readers: Readers,
 ) -> tuple[Activations, AttentionCache]:
     """Attention for one new token of each sequence, which it adds to the cache.
@@ -65,12 +67,13 @@ def decode_attention(
       config: a supported layer.
       params: parameters of the norms, and sinks.
       dtype: of activations.
+      biases: of the projections, float32 `[heads * width]` or None each, which the kernel adds.
       readers: of the result.
 
     Returns:
       `[batch, 1, heads * value_dim]`, and the cache.
     """
-    options = {"config": config, "params": params, "readers": readers}
+    options = {"config": config, "params": params, "biases": biases, "readers": readers}
     launch = launch_of(query, key, value, batch, cache, **options)
     results = cuda_call(launch, capability=current_context().policy.cuda)
     leaves, structure = jax.tree.flatten(cache)
@@ -91,6 +94,7 @@ def launch_of(
     *,
     config: AttentionConfig,
     params: AttentionParams,
+    biases: Sequence[Array | None] = (None, None, None),
     readers: Readers,
 ) -> Launch:
     """The launch, arguments as of `decode_attention`."""
@@ -98,8 +102,8 @@ def launch_of(
     pages = batch.pages_of(ring=config.window is not None)
     if pages is None:
         pages = jnp.arange(sequences, dtype=jnp.int32)[:, None]
-    query, key, value, positions, pages, cos, sin, scales, sinks, finished = decode_inputs(
-        (query, key, value), batch, pages, config, params, kv_heads
+    query, key, value, biases, positions, pages, cos, sin, scales, sinks, finished = decode_inputs(
+        (query, key, value), batch, pages, config, params, kv_heads, biases
     )
     group, head_dim, value_dim = query.shape[3], query.shape[-1], value.shape[-1]
     page, count = cache.keys.shape[2], pages.shape[1]
@@ -132,8 +136,8 @@ def launch_of(
     types += f"typedef {cpp_type(query.dtype)} Projected;\n"
     columns, state = kv_heads * group * value_dim, (splits, sequences, kv_heads, group)
     given = Arguments()
-    scales = [None if x is None else x.astype(jnp.float32) for x in (*scales, sinks)]
-    body = f"  Token token = {given.operands(query, key, value, cos, sin, *scales)};\n"
+    vectors = [None if x is None else x.astype(jnp.float32) for x in (*scales, sinks, *biases)]
+    body = f"  Token token = {given.operands(query, key, value, cos, sin, *vectors)};\n"
     sums = given.results(
         jax.ShapeDtypeStruct((*state, value_dim), jnp.float32),
         *[jax.ShapeDtypeStruct(state, jnp.float32)] * 2,

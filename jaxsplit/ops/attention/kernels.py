@@ -87,6 +87,7 @@ def decode_inputs(
     config: AttentionConfig,
     params: AttentionParams,
     kv_heads: int,
+    biases: Sequence[Array | None],
 ) -> tuple:
     """The inputs of a kernel of decode attention, except for the cache.
 
@@ -95,6 +96,7 @@ def decode_inputs(
       batch, config, params: as in `self_attention`.
       pages: as of `Batch.pages_of`.
       kv_heads: number of KV heads.
+      biases: of the projections, float32 `[heads * width]` or None each.
     """
     query, key, value = projections
     rope = config.rope
@@ -103,9 +105,11 @@ def decode_inputs(
     query = query.reshape(-1, query.shape[1], kv_heads, group, config.head_dim)
     divisors = rope.divisors(batch.freq_factors)
     cos, sin = _rope_factors(batch.positions, rope, config.head_dim, divisors)
+    heads = (query.shape[2:], (kv_heads, -1), (kv_heads, -1))
     return (
         query,
         *(x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value)),
+        [None if x is None else x.reshape(shape) for x, shape in zip(biases, heads, strict=True)],
         batch.positions.reshape(-1),
         pages,
         cos,

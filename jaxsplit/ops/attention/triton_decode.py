@@ -91,6 +91,7 @@ def decode_attention(
     config: AttentionConfig,
     params: AttentionParams,
     dtype: jnp.dtype,
+    biases: Sequence[Array | None] = (None, None, None),
     layouts: Sequence[ActivationLayout] = (),
 ) -> tuple[Activations, AttentionCache]:
     """Attention for one new token of each sequence, which it adds to the cache.
@@ -103,6 +104,7 @@ def decode_attention(
       config: a supported layer.
       params: parameters of the norms, and sinks.
       dtype: of activations.
+      biases: of the projections, float32 `[heads * width]` or None each, which the kernel adds.
       layouts: in which to store the result; empty: it is an array.
 
     Returns:
@@ -112,7 +114,8 @@ def decode_attention(
     value_dim = cache.own_values.shape[-1]
     pages = batch.pages_of(ring=config.window is not None)
     length = _length_of(cache, pages)
-    inputs = decode_inputs((query, key, value), batch, pages, config, params, kv_heads)
+    projections = query, key, value
+    inputs = decode_inputs(projections, batch, pages, config, params, kv_heads, biases)
     group = inputs[0].shape[3]
     leaves, structure = jax.tree.flatten(inputs)
     cache_leaves, cache_structure = jax.tree.flatten(in_pairs(cache))
@@ -206,6 +209,7 @@ class _Heads:
     def load(
         self,
         ref: jax.Ref,
+        bias: jax.Ref | None,
         index: Sequence[Array],
         row_mask: Array | None,
         norm: NormConfig | None,
@@ -214,7 +218,8 @@ class _Heads:
         """Issues the loads of heads, and returns the function that computes with them.
 
         Args:
-          ref: projections, `[parts, ..., head_dim]`.
+          ref: projections, `[parts, sequences, ..., head_dim]`.
+          bias: of the projections, `[..., head_dim]`, or None.
           index: between parts and columns; the last one may be an array `[rows]`.
           row_mask: the rows that exist; None: `index` is a single head.
           norm: of heads, or None.
@@ -238,7 +243,7 @@ class _Heads:
         def load_vector(ref: jax.Ref, column: Array, *leading: Array) -> Array:
             return plgpu.load(ref.at[(*leading, column)], mask=column_mask, other=0.0)
 
-        parts = [_load_parts(ref, (*index, x), mask) for x in (column, other)]
+        parts = [_load_parts(ref, bias, (*index, x), mask) for x in (column, other)]
         cos, sin = (load_vector(x, column, self.sequence) for x in self.factors)
         scales = [] if scale is None else [load_vector(scale, x) for x in (column, other)]
 
@@ -255,10 +260,14 @@ class _Heads:
         return compute
 
 
-def _load_parts(ref: jax.Ref, index: tuple, mask: Array) -> list[Array]:
-    """Loads the split-K parts of elements of `[parts, ...]`."""
+def _load_parts(ref: jax.Ref, bias: jax.Ref | None, index: tuple, mask: Array) -> list[Array]:
+    """Loads the split-K parts of elements of `[parts, sequences, ...]`, and their bias of `[...]`,
+    if there is one."""
     zero = jnp.zeros((), ref.dtype)
-    return [plgpu.load(ref.at[(i, *index)], mask=mask, other=zero) for i in range(ref.shape[0])]
+    parts = [plgpu.load(ref.at[(i, *index)], mask=mask, other=zero) for i in range(ref.shape[0])]
+    if bias is not None:
+        parts.append(plgpu.load(bias.at[index[1:]], mask=mask, other=0.0))
+    return parts
 
 
 def _sum_parts(parts: list[Array]) -> Array:
@@ -307,7 +316,7 @@ def _decode_attention_kernel(
     """
     structure, cache_structure = structures
     inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
-    query, key, value, positions, pages, cos, sin, scales, sinks, finished = inputs
+    query, key, value, biases, positions, pages, cos, sin, scales, sinks, finished = inputs
     outs = refs[structure.num_leaves + cache_structure.num_leaves :]
     count = len(outs) - cache_structure.num_leaves
     cache = jax.tree.unflatten(cache_structure, outs[count:])
@@ -324,9 +333,9 @@ def _decode_attention_kernel(
     row, value_column = jnp.arange(tiling.rows), jnp.arange(padded(value_dim, parts))
     row_mask = row < group
     token = _Token(
-        heads.load(query, (sequence, head, row), row_mask, c.query_norm, scales[0]),
-        heads.load(key, (sequence, head), None, c.key_norm, scales[1]),
-        _load_parts(value, (sequence, head, value_column), value_column < value_dim),
+        heads.load(query, biases[0], (sequence, head, row), row_mask, c.query_norm, scales[0]),
+        heads.load(key, biases[1], (sequence, head), None, c.key_norm, scales[1]),
+        _load_parts(value, biases[2], (sequence, head, value_column), value_column < value_dim),
     )
 
     used, start, stop = _split_range(position, length, split, tiling)

@@ -59,6 +59,7 @@ def topk_experts(
     scale: Array | None = None,
     *,
     rms: RMSStatistics | None = None,
+    logit_bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """Selects the experts of each token.
 
@@ -71,6 +72,7 @@ def topk_experts(
       bias: float32 `[experts]`, added to the scores for the selection only; None: no bias.
       scale: float32 `[experts]`, multiplies the router weights; None: no scale.
       rms: statistics of a deferred normalization of the router's input; None: it was normalized.
+      logit_bias: float32 `[experts]`, added to the logits once they are normalized; None: nothing.
 
     Returns:
       experts, int32 `[..., top_k]`, and router weights, float32 `[..., top_k]`.
@@ -78,9 +80,11 @@ def topk_experts(
     policy = current_context().policy
     for runs, kernel in ((policy.kernels, triton_router), (policy.only_cuda, cuda_router)):
         if runs and kernel.supports(config, rows_of(logits)):
-            return kernel.topk_experts(logits, config, bias, scale, rms=rms)
+            options = {"rms": rms, "logit_bias": logit_bias}
+            return kernel.topk_experts(logits, config, bias, scale, **options)
     if rms is not None:
         logits = logits * rms.inverse.reshape(*logits.shape[:-1], 1)
+    logits = logits if logit_bias is None else logits + logit_bias
     return router.topk_experts(logits, config, bias, scale)
 
 

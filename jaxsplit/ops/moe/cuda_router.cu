@@ -13,6 +13,7 @@ struct Router {
   const float* bias;     // [EXPERTS], or null
   const float* scale;    // [EXPERTS], or null
   const float* squares;  // [tokens, RMS_PARTS], or null
+  const float* logit_bias;  // [EXPERTS], or null: added after the normalization
 };
 
 __device__ inline float sum_of_warp(float x) {
@@ -49,6 +50,7 @@ __device__ inline void select_experts(const Router& router, int* ids, float* wei
     int expert = 32 * i + lane;
     bool exists = expert < EXPERTS;
     float x = exists ? router.logits[(long)token * EXPERTS + expert] * factor : NOTHING;
+    if (exists && router.logit_bias) x += router.logit_bias[expert];
     if (x != x) not_a_number = x;
     score[i] = exists ? score_of(x) : NOTHING;
     largest = score[i] > largest ? score[i] : largest;

@@ -32,10 +32,12 @@ def topk_experts(
     scale: Array | None = None,
     *,
     rms: RMSStatistics | None = None,
+    logit_bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """As `jaxsplit.ops.moe.api.topk_experts`, for experts in a single group."""
     shape = (*logits.shape[:-1], config.top_k)
-    launch = launch_of(logits.reshape(-1, config.experts), config, bias, scale, rms=rms)
+    logits, options = logits.reshape(-1, config.experts), {"rms": rms, "logit_bias": logit_bias}
+    launch = launch_of(logits, config, bias, scale, **options)
     ids, weights = cuda_call(launch, capability=current_context().policy.cuda)
     return ids.reshape(shape), weights.reshape(shape)
 
@@ -47,12 +49,13 @@ def launch_of(
     scale: Array | None,
     *,
     rms: RMSStatistics | None,
+    logit_bias: Array | None = None,
 ) -> Launch:
     """The launch, for `[tokens, experts]`."""
     given, chosen = Arguments(), (len(logits), config.top_k)
     squares = None if rms is None else rms.squares
     results = [jax.ShapeDtypeStruct(chosen, dtype) for dtype in (jnp.int32, jnp.float32)]
-    body = f"  Router router = {given.operands(logits, bias, scale, squares)};\n"
+    body = f"  Router router = {given.operands(logits, bias, scale, squares, logit_bias)};\n"
     body += f"  select_experts(router, {', '.join(map(given.result, results))});\n"
     sizes = {
         "EXPERTS": config.experts,

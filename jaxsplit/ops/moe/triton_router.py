@@ -28,10 +28,11 @@ def topk_experts(
     scale: Array | None = None,
     *,
     rms: RMSStatistics | None = None,
+    logit_bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """As `jaxsplit.ops.moe.api.topk_experts`, for experts in a single group."""
     tokens, shape = logits.reshape(-1, config.experts), (*logits.shape[:-1], config.top_k)
-    inputs, structure = jax.tree.flatten((tokens, bias, scale, rms))
+    inputs, structure = jax.tree.flatten((tokens, bias, scale, rms, logit_bias))
     topk_ids, weights = pl.pallas_call(
         partial(_topk_experts_kernel, structure=structure, config=config),
         grid=(len(tokens),),
@@ -53,16 +54,19 @@ def _topk_experts_kernel(
 
     Args:
       *refs: inputs, then experts and router weights.
-      structure: of the inputs: logits, bias, scale and statistics.
+      structure: of the inputs: logits, bias, scale, statistics and bias of the logits.
       config: of the mixture.
     """
-    logits, bias, scale, rms = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    logits, bias, scale, rms, logit_bias = inputs
     ids_ref, weights_ref = refs[structure.num_leaves :]
     token, expert = pl.program_id(0), jnp.arange(pl.next_power_of_2(config.experts))
     exists = expert < config.experts
     x = plgpu.load(logits.at[token, expert], mask=exists, other=-jnp.inf)
     if rms is not None:
         x *= rms.inverse_of(token)
+    if logit_bias is not None:
+        x += plgpu.load(logit_bias.at[expert], mask=exists, other=0.0)
     scores = scores_of(x, config)
     order = scores
     if bias is not None:

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsplit.comm.api import is_split, mesh_axes, one_shot_peers
-from jaxsplit.comm.peers import PeerGroup, padded
+from jaxsplit.comm.peers import padded
 from jaxsplit.comm.unreduced import Unreduced
 from jaxsplit.ops.activations.api import apply, store_rows
-from jaxsplit.ops.activations.layout import Activations, Readers, rows_of
+from jaxsplit.ops.activations.layout import Activations, Addend, Readers, rows_of
 from jaxsplit.ops.norm.spec import NormParams
 from jaxsplit.ops.norm.xla import normalize
 
@@ -62,11 +62,13 @@ def _fused(
 ) -> tuple[Activations, Array]:
     """All in the kernel that stores the activations, the all-reduce too if it is between peers."""
     scale = () if norm is None or norm.scale is None else (norm.scale,)
+    addend, bias = (None, None) if unreduced is None else _addend(unreduced, residual)
     stored, rms, residual = store_rows(
         _scaled,
         (residual, *scale),
         readers,
-        addend=None if unreduced is None else _addend(unreduced, residual),
+        addend=addend,
+        bias=bias,
         norm=None if norm is None else (norm.config.epsilon, norm.size),
     )
     if norm is None:
@@ -76,15 +78,15 @@ def _fused(
     return Activations(array, readers.layouts, stored, unnormalized, rms), residual
 
 
-def _addend(unreduced: Unreduced, residual: Array) -> tuple[Array, Array | None, PeerGroup | None]:
-    """The parts that the kernel sums, the epochs under which they were sent, and the peers."""
+def _addend(unreduced: Unreduced, residual: Array) -> tuple[Addend, Array | None]:
+    """The parts that the kernel sums, and the bias that it adds."""
     u, split = unreduced, mesh_axes(*unreduced.reduce_over)
     size = rows_of(residual) * padded(residual.shape[-1])
     peers = one_shot_peers(size, *u.reduce_over)
     gathered = u.axis is not None and is_split(u.axis)
-    if gathered or u.bias is not None or (split and peers is None):
-        return u.all_reduce(jnp.float32, residual.dtype)[None], None, None
-    return u.parts, u.epochs, peers if split else None
+    if gathered or (split and peers is None):
+        return (u.all_reduce(jnp.float32, residual.dtype)[None], None, None), None
+    return (u.parts, u.epochs, peers if split else None), u.bias
 
 
 def _scaled(x: Array, scale: Array | None = None) -> Array:
