@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,9 +22,6 @@ from jaxsplit.formats import ModelFile, TensorInfo
 
 DATA = Path(__file__).parent / "data"
 GREEDY = SamplingConfig(temperature=0.0)
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-"""Environment of processes that compile far longer than they run, as `quick_compilation`."""
-
 Q8_0 = {"norm.weight": "F32", ".weight": "Q8_0"}
 
 
@@ -65,6 +63,12 @@ def quick_options() -> dict[str, bool | int]:
     except jax.errors.JaxRuntimeError:
         return options
     return quickest
+
+
+def quick_environment() -> dict[str, str]:
+    """This environment, for processes that compile far longer than they run."""
+    flags = [f"--{name}={str(value).lower()}" for name, value in quick_options().items()]
+    return os.environ | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags])}
 
 
 def quick_jit(function: Callable, **options) -> Callable:

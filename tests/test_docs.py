@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers import QUICK
+from helpers import quick_environment
 from tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -177,9 +177,7 @@ def environment(tmp_path_factory):
     for name, module in {"python": "", "jaxsplit": "-m jaxsplit"}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
         (folder / name).chmod(0o755)
-    return {
-        **os.environ,
-        **QUICK,
+    return quick_environment() | {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",

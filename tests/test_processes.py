@@ -1,13 +1,12 @@
 """Several processes on this host give the text of one, and none outlives another."""
 
-import os
 import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import QUICK
+from helpers import quick_environment
 from tiny import write_tiny_model
 
 
@@ -19,7 +18,7 @@ def model(tmp_path_factory):
 
 def on_cpus(devices):
     """The environment of a process with a number of CPU devices."""
-    return os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return quick_environment() | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def start(model, *flags, devices=2, **process):

@@ -10,7 +10,17 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from helpers import DATA, GREEDY, Q8_0, QUICK, SHAPES, continuation, make_recipe, nmse, quick_jit
+from helpers import (
+    DATA,
+    GREEDY,
+    Q8_0,
+    SHAPES,
+    continuation,
+    make_recipe,
+    nmse,
+    quick_environment,
+    quick_jit,
+)
 from tiny import fresh_rng
 
 import jaxsplit
@@ -102,7 +112,7 @@ check_equal(split, one, {tokens})
     path = recipe_gguf(make_recipe("sixteen", heads=9, kv_heads=3))
     run = [sys.executable, "-c", program, str(path)]
     paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(jaxsplit.__path__[0])])
-    environment = {**os.environ, **QUICK, "JAX_NUM_CPU_DEVICES": "16", "PYTHONPATH": paths}
+    environment = quick_environment() | {"JAX_NUM_CPU_DEVICES": "16", "PYTHONPATH": paths}
     done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
 
