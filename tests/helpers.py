@@ -109,6 +109,20 @@ def recipe(name: str) -> dict:
     return json.loads((DATA / "arch" / f"{name}.json").read_text())
 
 
+def first_layers(name: str, count: int) -> dict:
+    """The recipe of a model that has only the first layers of another."""
+    whole = recipe(name)
+    left_out = tuple(f"blk.{i}." for i in range(count, 100))
+    return whole | {
+        "name": f"{name}-{count}",
+        "metadata": [
+            [key, kinds, count if key.endswith(".block_count") else value]
+            for key, kinds, value in whole["metadata"]
+        ],
+        "tensors": [t for t in whole["tensors"] if not t["name"].startswith(left_out)],
+    }
+
+
 def recipe_values(seed: int, spec: dict) -> np.ndarray:
     """A tensor's values, float32 or whole numbers, from bits that are the same in every NumPy."""
     shape = spec["shape"][::-1]
@@ -236,3 +250,6 @@ SHAPES = {
     f"{h}-{kv}": make_recipe(f"heads-{h}-{kv}", heads=h, kv_heads=kv)
     for h, kv in ((9, 3), (8, 2), (6, 1), (14, 2))
 }
+
+FEW_LAYERS = {"gemma3": first_layers("gemma3-pattern3", 3)}
+"""Recipes with fewer layers of each kind than those of the same names."""

@@ -238,6 +238,7 @@ def test_excerpts_are_in_their_files(block):
 SNIPPETS = [block for block in BLOCKS if block.language == "python" and not block.mark]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("block", SNIPPETS, ids=lambda block: block.name)
 def test_python_runs(block, tiny, capsys):
     code = block.text.replace("model.gguf", str(tiny)).replace("n_predict=64", "n_predict=4")
