@@ -55,7 +55,6 @@ def test_the_notebook_runs(monkeypatch):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not [cell for cell in cells if cell.outputs or cell.execution_count]
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
-    monkeypatch.setenv("XLA_FLAGS", quick_environment()["XLA_FLAGS"])
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     images = [
         output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})

@@ -1,11 +1,10 @@
 """The benchmark of matmuls, on the CPU."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-
-from helpers import quick_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,7 +13,7 @@ def benchmark(*flags):
     return subprocess.run(
         [sys.executable, "benchmarks/matmul.py", "--shape=llama-tiny", "--cold_mib=1", *flags],
         cwd=ROOT,
-        env=quick_environment() | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
