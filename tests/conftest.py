@@ -26,10 +26,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import pytest
 from helpers import quick_options, recipe, write_recipe
+from jax._src import compiler
 
 import jaxsplit
 from jaxsplit.context import MatmulPolicy, forward_context
-from jaxsplit.engine import runner
 from jaxsplit.llm import demo_model
 
 
@@ -92,16 +92,17 @@ def _forget_programs():
 
 
 def _compile_quickly():
-    """Programs are compiled, not optimized: for tests that compile far longer than they run."""
+    """Programs are compiled, not optimized: for tests that compile far longer than they run. Those
+    of the package, too, and operations that run one by one."""
+    original, quick = compiler.get_compile_options, quick_options()
 
-    def options(platform, *, decode):
-        return quick_options() if platform else None  # those only traced have no platform
+    def compile_options(*args, env_options_overrides=None, **kwargs):
+        options = quick | dict(env_options_overrides or {})
+        return original(*args, env_options_overrides=options, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "compiler_options", options)
-        jax.config.update("jax_disable_most_optimizations", True)
+        patch.setattr(compiler, "get_compile_options", compile_options)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 quick_compilation = pytest.fixture(_compile_quickly)

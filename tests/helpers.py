@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,9 +22,6 @@ from jaxsplit.formats import ModelFile, TensorInfo
 
 DATA = Path(__file__).parent / "data"
 GREEDY = SamplingConfig(temperature=0.0)
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-"""Environment of processes that compile far longer than they run, as `quick_compilation`."""
-
 Q8_0 = {"norm.weight": "F32", ".weight": "Q8_0"}
 
 
@@ -67,6 +65,12 @@ def quick_options() -> dict[str, bool | int]:
     return quickest
 
 
+def quick_environment() -> dict[str, str]:
+    """This environment, for processes that compile far longer than they run."""
+    flags = [f"--{name}={str(value).lower()}" for name, value in quick_options().items()]
+    return os.environ | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags])}
+
+
 def quick_jit(function: Callable, **options) -> Callable:
     """`jax.jit` of what runs once or twice. Operations one by one take far longer: each is compiled
     for each shape."""
@@ -103,6 +107,20 @@ def bytes_by_device(tree) -> dict[jax.Device, int]:
 def recipe(name: str) -> dict:
     """The recipe of a tiny model: metadata, and for each tensor name, shape and distribution."""
     return json.loads((DATA / "arch" / f"{name}.json").read_text())
+
+
+def first_layers(name: str, count: int) -> dict:
+    """The recipe of a model that has only the first layers of another."""
+    whole = recipe(name)
+    left_out = tuple(f"blk.{i}." for i in range(count, 100))
+    return whole | {
+        "name": f"{name}-{count}",
+        "metadata": [
+            [key, kinds, count if key.endswith(".block_count") else value]
+            for key, kinds, value in whole["metadata"]
+        ],
+        "tensors": [t for t in whole["tensors"] if not t["name"].startswith(left_out)],
+    }
 
 
 def recipe_values(seed: int, spec: dict) -> np.ndarray:
@@ -232,3 +250,6 @@ SHAPES = {
     f"{h}-{kv}": make_recipe(f"heads-{h}-{kv}", heads=h, kv_heads=kv)
     for h, kv in ((9, 3), (8, 2), (6, 1), (14, 2))
 }
+
+FEW_LAYERS = {"gemma3": first_layers("gemma3-pattern3", 3)}
+"""Recipes with fewer layers of each kind than those of the same names."""

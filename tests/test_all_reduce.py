@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Q8_0, SHAPES, make_recipe, nmse, quick_jit
+from helpers import Q8_0, SHAPES, first_layers, make_recipe, nmse, quick_jit
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 from tiny import fresh_rng
@@ -108,7 +108,7 @@ def primitives(jaxpr):
         ("graph", "tensor:2", SHAPES["8-2"]),
         ("graph", "data:2,tensor:3", SHAPES["9-3"]),
         ("row", "tensor:2", SHAPES["6-1"]),
-        ("graph", "tensor:2", "gemma2"),  # normalized before they are added
+        ("graph", "tensor:2", first_layers("gemma2", 2)),  # normalized before they are added
         ("graph", "tensor:2", "llama-bias"),
         ("graph", "tensor:2", WIDE),
     ],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from absl.testing import flagsaver
-from helpers import command_module
+from helpers import command_module, quick_environment
 from tiny import write_tiny_model
 
 import jaxsplit
@@ -535,7 +535,7 @@ def test_an_interrupt_leaves_whole_results(path, lm, tmp_path):
         "main()\n"
     )
     command = [sys.executable, "-c", heed, "generate", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(Path(jaxsplit.__file__).parents[1])}
+    environment = quick_environment() | {"PYTHONPATH": str(Path(jaxsplit.__file__).parents[1])}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 1):
         time.sleep(0.02)

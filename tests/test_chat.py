@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from absl.testing import flagsaver
-from helpers import command_module
+from helpers import command_module, quick_environment
 from tiny import CHATML, fresh_rng, write_tiny_model
 
 import jaxsplit
@@ -27,6 +27,8 @@ from jaxsplit.engine.stream import Stream
 from jaxsplit.errors import JaxsplitError
 from jaxsplit.text import ChatTemplate, Tokenizer
 from jaxsplit.text.reasoning import MARKS, ReasoningParser
+
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 ROOT = Path(jaxsplit.__file__).parents[1]
 INSTRUCT = (  # no token of its own between the turns
@@ -406,7 +408,7 @@ def test_an_interrupt_stops_the_answer_and_the_next_line_is_taken(tmp_path):
     arguments = [f"--model={path}", "--devices=1", "--stream_interval=1", "--ctx_size=32768"]
     process = subprocess.Popen(
         [sys.executable, "-c", HEED_INTERRUPTS, "-m", "jaxsplit", "chat", *arguments, "--quiet"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=quick_environment() | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -446,7 +448,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", ON_A_TERMINAL, "-m", "jaxsplit", *map(str, arguments)],
-            env=os.environ | chosen,
+            env=quick_environment() | chosen,
             stdin=slave,
             stdout=slave,
             stderr=slave,

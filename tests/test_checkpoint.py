@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DATA, last_tokens, make_recipe
+from helpers import DATA, last_tokens, make_recipe, quick_environment
 
 import jaxsplit
 from jaxsplit.architectures import model_config
@@ -305,7 +305,11 @@ def test_a_disk_that_gets_full_is_one_line_and_leaves_nothing(mixed, tmp_path, l
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=quick_environment(),
     )
 
 

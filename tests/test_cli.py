@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from helpers import QUICK
+from helpers import quick_environment
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
@@ -80,9 +80,7 @@ class Finished:
 
 def environment():
     """With the package, eight devices, and the compilation cache of the tests."""
-    return {
-        **os.environ,
-        **QUICK,
+    return quick_environment() | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",
         "PYTHONPATH": str(ROOT),

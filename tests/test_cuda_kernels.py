@@ -58,7 +58,14 @@ OF_MANY_ROWS = Readers((Int8BlockLayout(),), xla=False)
 
 COMPILER = os.environ.get("JAXSPLIT_GPU_COMPILER", "")
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 on_cpu = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs g++")
+
+unpacked = quick_jit(unpack, static_argnums=0)
+dequantized = quick_jit(dequantize)
+quantize_rows = quick_jit(int8.quantize_rows)
+values_of = quick_jit(lambda rows: rows.dequantized())
 
 
 @pytest.fixture
@@ -69,12 +76,12 @@ def rng():
 def matrix(rng, name, rows, columns):
     """A random matrix of a GGML type."""
     raw = usual_blocks(rng, name, rows, columns // TYPES[name].block)
-    return unpack(name, jnp.asarray(raw))
+    return unpacked(name, raw)
 
 
 def rounded_rows(rng, rows, columns, *, normalized=False):
     x = rng.normal(size=(rows, columns)).astype(np.float32)
-    found = int8.quantize_rows(jnp.asarray(x))
+    found = quantize_rows(jnp.asarray(x))
     if not normalized:
         return found
     squares = (x.reshape(rows, 4, -1) ** 2).sum(axis=-1)
@@ -111,11 +118,11 @@ def matrices(names, columns):
     ]
 
     @jax.jit
-    def unpacked(raws):
+    def both(raws):
         weights = [unpack(name, raw) for name, raw in zip(names, raws, strict=True)]
         return weights, list(map(dequantize, weights))
 
-    return unpacked(raws)
+    return both(raws)
 
 
 @pytest.fixture(scope="module", params=TYPES_WITH_KERNELS, ids=" ".join)
@@ -133,7 +140,7 @@ def test_gemv_int8_equals_float64(rng, some):
     for tiling in (None, Tiling(32, 2, 3)):
         ys = cuda_host.run(launch_of(x, weights, jnp.float32, tiling=tiling))
         for y, w, name in zip(ys, values, names, strict=True):
-            assert nmse(y, np.float64(x.dequantized()) @ np.float64(w).T) <= 1e-10, name
+            assert nmse(y, np.float64(values_of(x)) @ np.float64(w).T) <= 1e-10, name
 
 
 def in_blocks(x):
@@ -157,7 +164,7 @@ def test_gemm_int8_equals_float64(rng, some):
     assert all(map(cuda_gemm_int8.supports, weights))
     x = in_blocks(rounded_rows(rng, 5, 2816))
     for y, w, name in zip(gemm(x, weights, split_k=1), values, names, strict=True):
-        assert nmse(y[0], np.float64(x.dequantized()) @ np.float64(w).T) <= 1e-12, name
+        assert nmse(y[0], np.float64(values_of(x)) @ np.float64(w).T) <= 1e-12, name
 
 
 @on_cpu
@@ -165,7 +172,7 @@ def test_gemm_int8_of_a_last_round_that_is_not_full(rng):
     weights, values = matrices(["Q4_0", "Q8_0"], 704)
     x = in_blocks(rounded_rows(rng, 5, 704))
     for y, w in zip(gemm(x, weights, split_k=1), values, strict=True):
-        assert nmse(y[0], np.float64(x.dequantized()) @ np.float64(w).T) <= 1e-12
+        assert nmse(y[0], np.float64(values_of(x)) @ np.float64(w).T) <= 1e-12
 
 
 @on_cpu
@@ -181,7 +188,7 @@ def test_each_row_is_what_it_is_alone(rng, rows):
     for y, w, same in zip(ys, weights, one_row, strict=True):
         assert y.shape == (3, rows, len(w.scale))
         y = np.float64(y).sum(axis=0)
-        assert nmse(y, np.float64(x.dequantized()) @ np.float64(dequantize(w)).T) <= 1e-12
+        assert nmse(y, np.float64(values_of(x)) @ np.float64(dequantized(w)).T) <= 1e-12
         assert nmse(y[row], np.float64(same[0])) <= 1e-12
 
 
@@ -191,7 +198,7 @@ def test_tilings_of_gemm_int8_equal_float64(rng, tiling):
     x = rounded_rows(rng, 11, 512)
     w = matrix(rng, "Q5_K", 150, 512)
     [y] = gemm(in_blocks(x), [w], split_k=2, tiling=cuda_gemm_int8.Tiling(*tiling))
-    expected = np.float64(x.dequantized()) @ np.float64(dequantize(w)).T
+    expected = np.float64(values_of(x)) @ np.float64(dequantized(w)).T
     assert nmse(y.sum(axis=0), expected) <= 1e-12
 
 
@@ -358,10 +365,10 @@ def test_rows_are_added_normalized_and_rounded(rng, columns, dtype):
     )
     rms = RMSStatistics(jnp.asarray(squares), *norm)
     found = int8.Int8Rows(*map(jnp.asarray, stored), rms)
-    assert 1e-7 < nmse(found.dequantized(), expected) <= 1e-4
+    assert 1e-7 < nmse(values_of(found), expected) <= 1e-4
     # Against what XLA makes of the same rows.
     y = jnp.asarray(np.float32(total)) * scale
-    same = int8.quantize_rows(y)
+    same = quantize_rows(y)
     for a, b in zip(stored[1:], (same.scale, same.sums, same.half_sums), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
@@ -377,8 +384,8 @@ def test_many_rows_are_stored_block_by_block(rng):
     expected = in_blocks(int8.Int8Rows(*map(jnp.asarray, by_row)))
     found = int8.Int8Blocks(*map(jnp.asarray, by_block))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    np.testing.assert_array_equal(found.dequantized(), expected.dequantized())
-    assert 1e-7 < nmse(found.dequantized(), np.float64(jnp.abs(x))) <= 1e-4
+    np.testing.assert_array_equal(values_of(found), values_of(expected))
+    assert 1e-7 < nmse(values_of(found), np.float64(jnp.abs(x))) <= 1e-4
 
 
 @on_cpu
@@ -397,7 +404,7 @@ def test_activation_functions_are_printed_as_cuda(rng, name):
     assert expression(function, ["a", "b", "c"]) is not None
     stored = cuda_host.run(cuda_rows.launch_of(function, (up, gate, weight), READERS))
     found = int8.Int8Rows(*map(jnp.asarray, stored)).dequantized()
-    exact = int8.quantize_rows(function(up, gate, weight)).dequantized()
+    exact = quantize_rows(function(up, gate, weight)).dequantized()
     assert nmse(found, exact) <= 3e-5  # a value halfway between two codes may get either
 
 
@@ -423,14 +430,14 @@ def test_functions_beyond_the_table_are_left_to_xla():
 def test_several_matrices_deferred_norms_and_experts(rng):
     x = rounded_rows(rng, 2, 512, normalized=True)
     matrices = [matrix(rng, name, 5 + i, 512) for i, name in enumerate(("Q6_K", "Q4_K", "Q8_0"))]
-    rows = np.float64(x.dequantized())
+    rows = np.float64(values_of(x))
     for y, w in zip(cuda_host.run(launch_of(x, matrices, jnp.float32)), matrices, strict=True):
-        assert nmse(y, rows @ np.float64(dequantize(w)).T) <= 1e-10
+        assert nmse(y, rows @ np.float64(dequantized(w)).T) <= 1e-10
     stack = matrix(rng, "Q5_K", 12, 512)
     stack = jax.tree.map(lambda plane: plane.reshape(4, 3, -1), stack)
     experts = jnp.asarray(rng.integers(0, 4, 6), jnp.int32)
     [y] = cuda_host.run(launch_of(x, [stack], jnp.bfloat16, experts=experts))
-    each = np.float64(dequantize(stack))[np.asarray(experts)]
+    each = np.float64(dequantized(stack))[np.asarray(experts)]
     expected = np.einsum("pi,poi->po", np.repeat(rows, 3, axis=0), each)
     assert nmse(np.float64(y), expected) <= 1e-5
 
@@ -533,7 +540,6 @@ def emulate_gpu(monkeypatch, capability):
 
 
 @on_cpu
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("capability", "activations", "kernels"),
     [(7.5, "int8", {"gemv_int8", "gemm_int8"}), (9.0, "float", {"gemm_bf16"})],
@@ -648,7 +654,7 @@ def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch, biased):
         args = Activations(x), jnp.asarray(ids[None]), jnp.asarray(weights[None]), params
         y = np.float64(moe.experts(*args)).sum(axis=0)[0]
     assert launched == {"group_pairs", "store_rows", "gemm_bf16"}
-    exact = {name: [np.float64(dequantize(w)) for w in ws] for name, ws in each.items()}
+    exact = {name: [np.float64(dequantized(w)) for w in ws] for name, ws in each.items()}
     expected = np.zeros((tokens, 24))
     for token, slot in np.ndindex(tokens, used):
         row, expert = np.float64(x[0, token]), ids[token, slot]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers import QUICK
+from helpers import quick_environment
 from tiny import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -177,9 +177,7 @@ def environment(tmp_path_factory):
     for name, module in {"python": "", "jaxsplit": "-m jaxsplit"}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
         (folder / name).chmod(0o755)
-    return {
-        **os.environ,
-        **QUICK,
+    return quick_environment() | {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -240,6 +238,7 @@ def test_excerpts_are_in_their_files(block):
 SNIPPETS = [block for block in BLOCKS if block.language == "python" and not block.mark]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("block", SNIPPETS, ids=lambda block: block.name)
 def test_python_runs(block, tiny, capsys):
     code = block.text.replace("model.gguf", str(tiny)).replace("n_predict=64", "n_predict=4")

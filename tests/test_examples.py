@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import quick_environment
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -42,7 +43,7 @@ def test_four_cards_are_planned(smollm2_path):
 
 
 def test_a_decoder_of_ones_own_learns():
-    losses = run(sys.executable, EXAMPLES / "own_decoder.py").splitlines()
+    losses = run(sys.executable, EXAMPLES / "own_decoder.py", env=quick_environment()).splitlines()
     assert float(losses[-1].split()[-1]) < 0.5 * float(losses[0].split()[-1])
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import quick_environment
 from tiny import write_tiny_model
 
 import jaxsplit
@@ -241,7 +242,7 @@ def run(hub, tmp_path):
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
         }
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        inherited = {k: v for k, v in quick_environment().items() if not k.startswith("HF_")}
         return subprocess.run(
             [sys.executable, *arguments, *names],
             capture_output=True,

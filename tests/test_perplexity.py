@@ -25,6 +25,8 @@ from jaxsplit.perplexity import (
     split_text,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 TEXT = "The quick brown fox, it is said, tells the hello to all the lazy dogs.\n" * 3
 CONTEXT = 32
 
@@ -92,7 +94,7 @@ def test_perplexity_is_that_of_a_plain_computation(lms, bos):
     assert result.divergence is None
 
 
-def test_perplexity_is_that_of_the_reference(quick_compilation, smollm2_path):
+def test_perplexity_is_that_of_the_reference(smollm2_path):
     """llama.cpp's log-probabilities of the tokens of a text, in one chunk."""
     data = np.load(DATA / "smollm2" / "text.npz")
     tokens, log_probs = data["english_tokens"], data["english_logprobs"]

@@ -1,13 +1,12 @@
 """Several processes on this host give the text of one, and none outlives another."""
 
-import os
 import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import QUICK
+from helpers import quick_environment
 from tiny import write_tiny_model
 
 
@@ -19,7 +18,7 @@ def model(tmp_path_factory):
 
 def on_cpus(devices):
     """The environment of a process with a number of CPU devices."""
-    return os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return quick_environment() | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def start(model, *flags, devices=2, **process):
@@ -42,19 +41,26 @@ def pair(model, *flags):
     return first, start(model, **ids, process_id=1)
 
 
+COUNT = "--n_predict=12"
+
+
+@pytest.fixture(scope="module")
+def text_of_one(model):
+    alone = start(model, COUNT, "--split_mode=none", "--prompt=the hello", devices=1)
+    text, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0 and len(text) > len("the hello\n")
+    return text
+
+
 @pytest.mark.parametrize(
     "split", ["--split_mode=graph", "--split_mode=layer", "--mesh=data:2,stage:2"]
 )
-def test_two_processes_give_the_text_of_one(model, split):
-    count = "--n_predict=12"
-    alone = start(model, count, "--split_mode=none", "--prompt=the hello", devices=1)
-    expected, _ = alone.communicate(timeout=120)
-    assert alone.returncode == 0 and len(expected) > len("the hello\n")
-    first, second = pair(model, count, split)
+def test_two_processes_give_the_text_of_one(model, text_of_one, split):
+    first, second = pair(model, COUNT, split)
     text, error = first.communicate(timeout=120)
     other, _ = second.communicate(timeout=120)
     assert first.returncode == second.returncode == 0, error
-    assert text == expected
+    assert text == text_of_one
     assert not other
 
 

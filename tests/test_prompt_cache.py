@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from adapter_files import random_factors, shapes_of, write_adapter
-from helpers import SHAPES
+from helpers import FEW_LAYERS, SHAPES, quick_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny_model
@@ -349,7 +349,9 @@ def engine(load, recipe_gguf):
 
     @functools.lru_cache(maxsize=4)  # each program takes memory maps
     def make(name, mesh, cache_dtype):
-        lm = load(recipe_gguf(SHAPES.get(name, name)), ctx_size=CONTEXT, **MESHES[mesh])
+        lm = load(
+            recipe_gguf((SHAPES | FEW_LAYERS).get(name, name)), ctx_size=CONTEXT, **MESHES[mesh]
+        )
         return Engine(
             lm.models,
             lm.engine.partition,
@@ -697,7 +699,7 @@ def test_a_model_saves_when_it_ends(recipe_gguf, tmp_path):
         for key, kinds, value in recipe["metadata"]
     ]
     path = recipe_gguf(recipe)
-    prompt = np.random.default_rng(2).integers(0, VOCAB, 700).tolist()
+    prompt = np.random.default_rng(2).integers(0, VOCAB, 540).tolist()
     options = {"dtype": "float32", "ctx_size": 1024, "slots": 2, "prompt_cache_dir": tmp_path}
     texts = []
     for mesh, cached in (
@@ -720,6 +722,7 @@ def test_a_model_saves_when_it_ends(recipe_gguf, tmp_path):
     assert len([*tmp_path.iterdir()]) == 2
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_server_that_is_told_to_end_saves(tmp_path):
     """SIGTERM; and what one process calls a model, another one calls it, too."""
     path = write_tiny_model(tmp_path / "tiny.gguf", embed=32, context=1024)
@@ -728,7 +731,7 @@ def test_a_server_that_is_told_to_end_saves(tmp_path):
     command = [sys.executable, "-m", "jaxsplit", "serve", f"--model={path}", "--port=0"]
     options = {"ctx_size": 512, "slots": 1, "prompt_cache_dir": folder, "cache_ram": 1}
     command += [f"--{name}={value}" for name, value in options.items()]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    environment = quick_environment() | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     root = Path(jaxsplit.__file__).parents[1]
     prompt = np.random.default_rng(5).integers(0, VOCAB, 300).tolist()
     with subprocess.Popen(

@@ -1,12 +1,11 @@
 """What the packages export, and when they import it."""
 
 import importlib
-import os
 import subprocess
 import sys
 
 import pytest
-from helpers import QUICK
+from helpers import quick_environment
 from tiny import write_tiny_model
 
 import jaxsplit
@@ -46,7 +45,7 @@ def test_without_kernels_no_triton_is_imported(model):
         "assert lm.generate('The', 2, temperature=0.0)\n"
         "assert not [m for m in sys.modules if 'pallas' in m and 'triton' in m]\n"
     )
-    environment = {**os.environ, **QUICK, "JAX_PLATFORMS": "cpu"}
+    environment = quick_environment() | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", program, model], check=True, env=environment)
 
 

@@ -10,7 +10,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import FEW_LAYERS, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,7 +244,7 @@ def model(load, recipe_gguf):
 
     @functools.lru_cache(maxsize=3)  # each program takes memory maps
     def make(name, mesh, *, loops=False):
-        path = recipe_gguf(name)
+        path = recipe_gguf(FEW_LAYERS.get(name, name))
         reference = load(path, ctx_size=CONTEXT, **MESHES["none"])
         found = Model(load(path, ctx_size=CONTEXT, **MESHES[mesh]), reference, pages=10)
         found.engine.loops = loops
@@ -411,7 +411,7 @@ def test_a_preempted_request_has_the_details_of_its_prompt_once(model, monkeypat
 
 def broken_model(load, recipe_gguf, tmp_path, name, token):
     """A model in which the embedding of a token is not a number."""
-    path = shutil.copy(recipe_gguf(name), tmp_path / f"{name}.gguf")
+    path = shutil.copy(recipe_gguf(FEW_LAYERS.get(name, name)), tmp_path / f"{name}.gguf")
     reader = gguf.GGUFReader(path, "r+")
     next(t for t in reader.tensors if t.name == "token_embd.weight").data[token] = np.nan
     reader.data.flush()

@@ -2,7 +2,6 @@
 
 import base64
 import logging
-import os
 import queue
 import re
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers import QUICK
+from helpers import quick_environment
 from serving import serving, wait_until_ready
 from tiny import write_tiny_model
 
@@ -224,7 +223,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server():
 
 def start(path, *flags: str) -> subprocess.Popen:
     """`jaxsplit serve` as a process of its own."""
-    environment = os.environ | QUICK | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    environment = quick_environment() | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jaxsplit.serve", f"--model={path}", "--port=0", "--slots=2"]
     return subprocess.Popen(
         [*command, *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True

@@ -18,6 +18,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# With a compilation cache, kernels that programs have in common are compiled once.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "xla_gpu_kernel_cache_file"
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import jax

@@ -37,7 +37,10 @@ from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.api import add_norm
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
 from jaxsplit.quant import TYPES, QTensor, to_u32, unpack
+from jaxsplit.sharding import Placement
 from jaxsplit.sharding.axes import Axis, AxisRules
+from jaxsplit.weights import loader
+from jaxsplit.weights.sources import Source
 
 INTERPRET = "JAXSPLIT_GPU_LANE_ON_CPU" in os.environ
 AXIS = "tensor"
@@ -365,7 +368,7 @@ def trace_for(
     Args:
       devices: of a topology.
       capability: their compute capability.
-      file: the model, which is loaded onto CPU devices.
+      file: the model, whose tensors are not read.
       prefill: tokens of a prompt's chunk; None: a decode step.
       sequences: of a decode step.
       nccl: GPUs cannot write to one another's memory.
@@ -379,9 +382,22 @@ def trace_for(
         count = int(np.prod([mesh.shape[axis] for axis in axes]))
         return jnp.zeros((*mesh.devices.shape, 1 + 2 * count), jnp.uint32)
 
+    def shapes(sources: Sequence[Source], placements: Sequence[Placement]) -> list:
+        """Of the blocks that a batch uploads."""
+        return [
+            jax.ShapeDtypeStruct((*placement.shape, source.block_bytes), np.uint8)
+            for source, placement in zip(sources, placements, strict=True)
+        ]
+
+    def unpacked(source: Source, raw: jax.ShapeDtypeStruct, *options: object) -> object:
+        return jax.eval_shape(lambda raw: original(source, raw, *options), raw)
+
+    original = loader._unpack
     with (
         mock.patch.object(MatmulPolicy, "for_device", lambda *_: kernels),
         mock.patch.object(runner, "allocate_peer_buffers", tables),
+        mock.patch.object(loader, "_upload", shapes),
+        mock.patch.object(loader, "_unpack", unpacked),
     ):
         lm = jaxsplit.load(
             file,
