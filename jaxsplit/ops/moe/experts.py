@@ -149,7 +149,7 @@ def by_grouped_gemm(x: Activations, topk_ids: Array, weights: Array, p: ExpertPa
     up, gate = [*ys, None][:2]
     down = [p.down.quantized]
     readers = XLA_ONLY if p.gathers else grouped_readers(down, dtype, rows)
-    # What kernels have not written, for experts of other devices, nobody reads.
+    # The rows of pairs whose expert another device holds are not written, and not read below.
     hidden = act_and_mul(up, gate, p.activation, readers)
     if p.gathers:
         hidden = Activations(p.gather(hidden.array))
