@@ -5,6 +5,8 @@ values. The vocabulary is made up.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from jaxsplit.quant import dequantize_rows
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model's sizes; `mlp` is the width of each expert where there are `experts`."""
+    """A model's sizes; `mlp` is the width of each expert where there are `experts`.
+
+    `biases`: all matrices of a layer have them; `sinks`: a score of each head that no key has;
+    `mlp_norm`: what the file calls the norm before the MLP.
+    """
 
     embed: int
     layers: int
@@ -33,6 +39,9 @@ class Shape:
     experts: int = 0
     experts_used: int = 0
     window: int = 0
+    biases: bool = False
+    sinks: bool = False
+    mlp_norm: str = "ffn_norm"
 
     @property
     def matrices(self) -> dict[str, tuple[int, ...]]:
@@ -52,15 +61,19 @@ class Shape:
     @property
     def plain(self) -> dict[str, tuple[int, ...]]:
         """What a layer has in float32."""
-        sizes: dict[str, tuple[int, ...]] = {"attn_norm": (self.embed,), "ffn_norm": (self.embed,)}
+        sizes: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("attn_norm", self.mlp_norm), (self.embed,)
+        )
         if self.arch.startswith("qwen3"):
             sizes |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
         if self.experts:
             sizes["ffn_gate_inp"] = (self.experts, self.embed)
-        if self.arch == "gpt-oss":
-            sizes["post_attention_norm"] = sizes.pop("ffn_norm")
-            sizes |= {"attn_sinks": (self.heads,), "ffn_gate_inp.bias": (self.experts,)}
+        if self.sinks:
+            sizes["attn_sinks"] = (self.heads,)
+        if self.biases:
             sizes |= {f"{name}.bias": size[:-1] for name, size in self.matrices.items()}
+            if self.experts:
+                sizes["ffn_gate_inp.bias"] = (self.experts,)
         return sizes
 
     @property
@@ -119,6 +132,9 @@ SHAPES = {
         experts=32,
         experts_used=4,
         window=128,
+        biases=True,
+        sinks=True,
+        mlp_norm="post_attention_norm",
     ),
     "qwen3-30b-a3b": Shape(
         *(2048, 48, 32, 4, 128, 768), arch="qwen3moe", vocab=151936, experts=128, experts_used=8
@@ -204,6 +220,20 @@ def _ik_tensor_types(mix: str, shape: Shape) -> dict[str, str]:
     return types
 
 
+def _number(value: float, dtype: str) -> np.ndarray:
+    """The bytes of a number."""
+    return np.array([value], dtype).view(np.uint8)
+
+
+def _e8m0(value: float) -> np.ndarray:
+    """The byte of the nearest power of 2 (E8M0; OCP Microscaling Formats 1.0)."""
+    return np.array([127 + round(math.log2(value))], np.uint8)
+
+
+_SCALE_CODES: dict[str, Callable[[float], np.ndarray]] = {"MXFP4": _e8m0}
+"""How types encode scales that are not stored as numbers."""
+
+
 @functools.cache
 def _pool(kind: str, count: int, std: float) -> np.ndarray:
     """Blocks of weights of about the given standard deviation: uint8 `[count, block_bytes]`."""
@@ -220,15 +250,12 @@ def random_blocks(rng: np.random.Generator, kind: str, count: int, std: float = 
     standard deviation: uint8 `[count, block_bytes]`."""
     stored = STORED_TYPES[kind]
     blocks = rng.integers(0, 256, (count, stored.block_bytes), dtype=np.uint8)
-    dtype = np.dtype(stored.scale or ("u1" if kind == "MXFP4" else "<f2"))
+    encoded = _SCALE_CODES.get(kind, partial(_number, dtype=stored.scale or "<f2"))
 
     def scale(first: float) -> None:
         for offset, ratio in _SCALES[kind].items():
-            number = first * ratio
-            if kind == "MXFP4":  # the exponent of a power of 2
-                number = 127 + round(math.log2(number))
-            value = np.array([number], dtype).view(np.uint8)
-            blocks[:, offset : offset + dtype.itemsize] = value
+            value = encoded(first * ratio)
+            blocks[:, offset : offset + len(value)] = value
 
     scale(1.0)
     rows = -(-min(count, 4096) // stored.rows) * stored.rows

@@ -97,7 +97,7 @@ def make_tiles(topk_ids: Array, weights: Array, axis: Axis, rows: int) -> Expert
 
 
 def tile_rows(pairs: int, experts: int, *, decode: bool, most: int = _MAX_TILE_ROWS) -> int:
-    """The number of pairs per tile, at most a power of two.
+    """The number of pairs per tile, a power of 2 and at most `most`, which is one, too.
 
     In a decode step tiles of one row read the packed weights, until tokens share experts. Larger
     tiles dequantize their expert; they are so large that each expert has about one, if the pairs
