@@ -141,11 +141,17 @@ static u32 from_quad(u32 x, int member) {
 static inline u32 pick_bytes(u32 low, u32 high, u32 which) {
   u32 y = 0;
   for (int i = 0; i < 4; i++) {
-    int at = which >> (4 * i) & 7;
+    int at = which >> (4 * i) & 15;
+    if (at > 7) std::abort();
     y |= ((at < 4 ? low : high) >> (8 * (at % 4)) & 255) << (8 * i);
   }
   return y;
 }
+
+static inline u32 fill_bytes(u32 x) { return (x >> 7 & 0x01010101u) * 255; }
+
+static inline u32 both_lower(u32 x) { return pick_bytes(x, 0, 0x1010); }
+static inline u32 both_upper(u32 x) { return pick_bytes(x, 0, 0x3232); }
 
 static inline u32 in_register(u32 x) { return x; }
 
@@ -217,6 +223,47 @@ static void wait_for_groups() {
   }
 }
 
+static inline void publish_copies() {}
+
+// Bulk copies take place when the last of them is waited for.
+struct Arrivals {
+  int members, arrived, ended, bytes;
+  std::vector<Copy> copies;
+};
+
+static inline void start_arrivals(Arrivals* p, int count) { *p = {count, 0, 0, 0, {}}; }
+static inline void publish_arrivals() {}
+
+static inline void arrive(Arrivals* p) {
+  progress = true;
+  if (++p->arrived == p->members && !p->bytes) p->arrived = 0, p->ended++;
+}
+
+static inline void expect_bytes(Arrivals* p, int bytes) {
+  p->bytes += bytes;
+  arrive(p);
+}
+
+static inline void copy_bytes(void* to, const void* from, int bytes, Arrivals* p) {
+  if ((std::size_t)to % 16 || (std::size_t)from % 16 || bytes % 16) std::abort();
+  p->copies.push_back({to, from, bytes});
+}
+
+static inline void wait_for_arrivals(Arrivals* p, u32 parity) {
+  while (p->ended % 2 == (int)parity) {
+    int bytes = 0;
+    for (const Copy& one : p->copies) bytes += one.bytes;
+    if (!bytes || bytes != p->bytes || p->arrived != p->members) {
+      take_turns();
+      continue;
+    }
+    for (const Copy& one : p->copies) std::memcpy(one.to, one.from, one.bytes);
+    p->copies.clear();
+    p->bytes = p->arrived = 0, p->ended++;
+    progress = true;
+  }
+}
+
 static inline u32 float_bits(float x);
 struct Half;
 struct Bfloat16;
@@ -241,23 +288,25 @@ static u32 pack(float first, float second) {
 }
 
 template <class T>
-static float number(const u32* words, int i);
+static double number(const u32* words, int i);
 
 template <>
-float number<Half>(const u32* words, int i) {
+double number<Half>(const u32* words, int i) {
   return half_to_float(words[i / 2] >> (16 * (i % 2)) & 0xffff);
 }
 
+// XLA's threads flush subnormal numbers to zero, GPUs do not.
 template <>
-float number<Bfloat16>(const u32* words, int i) {
-  return bits_float(words[i / 2] >> (16 * (i % 2)) << 16);
+double number<Bfloat16>(const u32* words, int i) {
+  u32 bits = words[i / 2] >> (16 * (i % 2)) & 0xffff;
+  return bits & 0x7f80 ? bits_float(bits << 16) : std::ldexp(bits & 0x8000 ? -1.0 : 1.0, -133) * (bits & 0x7f);
 }
 
 template <class T>
 static u32 multiply_add_pairs(u32 a, u32 b, u32 c) {  // exact in double precision, but rounded twice
   float y[2];
   for (int i = 0; i < 2; i++) {
-    y[i] = (float)((double)number<T>(&a, i) * number<T>(&b, i) + number<T>(&c, i));
+    y[i] = (float)(number<T>(&a, i) * number<T>(&b, i) + number<T>(&c, i));
   }
   return pack<T>(y[0], y[1]);
 }

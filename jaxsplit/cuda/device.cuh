@@ -81,9 +81,19 @@ __device__ inline int exchange(int x, int distance) {
 // What a thread of the quad has.
 __device__ inline u32 from_quad(u32 x, int member) { return __shfl_sync(0xffffffffu, x, member, 4); }
 
-// Bytes of `low` and `high`, numbered 0 to 7, by the four lowest hexadecimal digits of `which`.
+// Bytes of `low` and `high`, numbered 0 to 7, by the four lowest hexadecimal digits of `which`, all
+// of them below 8: `__byte_perm` would mask them first.
 __device__ inline u32 pick_bytes(u32 low, u32 high, u32 which) {
-  return __byte_perm(low, high, which);
+  u32 y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(which));
+  return y;
+}
+
+// Each byte full of its top bit.
+__device__ inline u32 fill_bytes(u32 x) {
+  u32 y;
+  asm("prmt.b32 %0, %1, %1, 0xba98;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // What threads of the warp have written to shared memory can then be read by the others.
@@ -138,9 +148,9 @@ __device__ inline void multiply_32(int* y, const u32* a, const u32* b, int start
 
 // A constant that is kept in a register: the assembler, too, must not know it.
 __device__ inline u32 in_register(u32 x) {
-  u32 lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return x + (lane >> 5);
+  u32 earlier;  // lanes: the last is none of them
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(earlier));
+  return x + (earlier >> 31);
 }
 
 __device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
@@ -173,8 +183,12 @@ __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "
 template <int NEWEST>
 __device__ inline void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
+}
+
+// What the thread's copies wrote, to instructions that read shared memory on their own.
+__device__ inline void publish_copies() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads shared memory, too
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
@@ -195,6 +209,23 @@ template <>
 __device__ inline u32 pack<Bfloat16>(float first, float second) {
   u32 y;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+// A half of a word, twice: the compiler makes it part of the instruction that reads it.
+__device__ inline u32 both_lower(u32 x) {
+  u32 y;
+  asm("{ .reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {lower, lower}; }"
+      : "=r"(y)
+      : "r"(x));
+  return y;
+}
+
+__device__ inline u32 both_upper(u32 x) {
+  u32 y;
+  asm("{ .reg .b16 lower, upper; mov.b32 {lower, upper}, %1; mov.b32 %0, {upper, upper}; }"
+      : "=r"(y)
+      : "r"(x));
   return y;
 }
 
@@ -270,7 +301,59 @@ __device__ inline unsigned long long columns_after(unsigned long long columns, i
   return columns + bytes / 16;
 }
 
+// Threads that arrive, and bytes of copies in shared memory (PTX ISA, "mbarrier"): a turn ends when
+// `count` threads and all bytes that they expect have arrived.
+typedef unsigned long long Arrivals;
+
+__device__ inline void start_arrivals(Arrivals* p, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(p)), "r"(count)
+               : "memory");
+}
+
+// Before other threads and copies know of them.
+__device__ inline void publish_arrivals() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void arrive(Arrivals* p) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(p)) : "memory");
+}
+
+// Arrives, and expects bytes.
+__device__ inline void expect_bytes(Arrivals* p, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(p)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Copies a multiple of 16 bytes to shared memory.
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, Arrivals* p) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(p))
+      : "memory");
+}
+
+// Until a turn of this parity, the first being 0, has ended: the newest one that has, or the next.
+__device__ inline void wait_for_arrivals(Arrivals* p, u32 parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(shared_address(p)),
+      "r"(parity)
+      : "memory");
+}
+
 #else
+
+typedef unsigned long long Arrivals;
+__device__ inline void start_arrivals(Arrivals*, int) {}
+__device__ inline void publish_arrivals() {}
+__device__ inline void arrive(Arrivals*) {}
+__device__ inline void expect_bytes(Arrivals*, int) {}
+__device__ inline void copy_bytes(void*, const void*, int, Arrivals*) {}
+__device__ inline void wait_for_arrivals(Arrivals*, u32) {}
 
 __device__ inline void begin_products() {}
 __device__ inline void end_products() {}

@@ -68,8 +68,11 @@ def int8_rows(rows: int) -> bool:
 def _gemv_backend(w: Weight) -> ModuleType | None:
     """The module with a kernel for rows in 8 bits and a matrix, or a stack of them; None: there is
     none."""
-    policy = current_context().policy
-    runs = ((triton_gemv_int8, not policy.only_cuda), (cuda_gemv_int8, policy.cuda > 0))
+    context = current_context()
+    policy = context.policy
+    runs = [(triton_gemv_int8, not policy.only_cuda), (cuda_gemv_int8, policy.cuda > 0)]
+    if policy.cuda in cuda_gemv_int8.FASTER and context.peers is None:  # it sends peers nothing
+        runs.reverse()
     found = (module for module, has in runs if has and module.supports(w))
     return next(found, None) if isinstance(w, QTensor) else None
 
@@ -154,10 +157,12 @@ def _supports_gemm_int8(x: Like, w: Weight) -> bool:
 
 def _supports_gemm_bf16(x: Like, w: Weight) -> bool:
     policy, rows = current_context().policy, rows_of(x)
+    if not isinstance(w, QTensor) or not _has_gemm_bf16(w, x.dtype):
+        return False
+    fast = policy.cuda in cuda_gemm_bf16.FASTER
     least = MAX_SMALL_M_ROWS if _has_small_m_kernel(w, x.dtype) else 1
-    many = policy.only_cuda or policy.cuda in cuda_gemm_bf16.FASTER
-    most = MAX_GEMM_ROWS if many else MAX_SMALL_M_ROWS
-    return least < rows <= most and _has_gemm_bf16(w, x.dtype)
+    least = min(least, cuda_gemm_bf16.faster_from(w) - 1) if fast else least
+    return least < rows <= (MAX_GEMM_ROWS if fast or policy.only_cuda else MAX_SMALL_M_ROWS)
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:

@@ -3,8 +3,10 @@
 // A warp has 16 rows of a matrix, a block of threads 16 for each of its WARPS, and TILE rows of the
 // ROWS of activations, which make some of the RESULTS. A round is 64 bytes of each row of the matrix,
 // in four pieces of 16, and the tiles of activations that they are multiplied with: 64 columns each.
-// Rounds are copied to shared memory ahead of time, to one of STAGES places. A thread dequantizes
-// words of its quad's row and of the row eight below, four neighbors at a time, and never stores them.
+// Rounds are copied to shared memory ahead of time, to one of STAGES places: a warp copies its own
+// rows of the matrix, and tiles are copied by all threads, or, with WARPGROUPS, in bulk where their
+// rows are neighbors. A thread dequantizes words of its quad's row and of the row eight below, four
+// neighbors at a time, and never stores them.
 //
 // BATCH slices of 16 columns are multiplied at a time.
 //
@@ -14,6 +16,18 @@
 
 constexpr int TILE_BYTES = 128 * TILE;
 
+#ifdef WARPGROUPS
+constexpr bool HAS_WARPGROUPS = true;
+#else
+constexpr bool HAS_WARPGROUPS = false;
+#endif
+
+// Whether a type in 16 bits has the exponents of float32.
+template <class T>
+constexpr bool HAS_RANGE = false;
+template <>
+constexpr bool HAS_RANGE<Bfloat16> = true;
+
 struct Activations {
   const X* values;       // [COLUMNS / 64, ROWS, 64], see SwizzledRows
   const float* squares;  // [ROWS, RMS_PARTS]; null: the rows are final
@@ -21,6 +35,7 @@ struct Activations {
 
 // The rows of a block: which activations it multiplies with which matrix, and where results go.
 struct Neighbors {
+  static constexpr bool ADJACENT = true;
   int first = blockIdx.z * TILE;
 
   __device__ int matrix() const { return 0; }
@@ -31,6 +46,7 @@ struct Neighbors {
 
 // Those of a group: see `GroupedGemmInfo`.
 struct Group {
+  static constexpr bool ADJACENT = false;
   const int *matrices, *starts, *stops;  // [groups]
   const int* sources;                    // [groups, GROUP]
   const int* count;
@@ -66,9 +82,12 @@ struct Round {
 
   // The first weight of a tile.
   __device__ static u32 weight(u32 round, u32 tile) {
-    if (OF_CHUNK == 1) return (round * TILES + tile) * 64;
-    return round / OF_CHUNK * W::CHUNK + tile * U::CHUNK_BYTES + round % OF_CHUNK * 64;
+    u32 first = OF_CHUNK == 1 ? round * TILES * 64 : round / OF_CHUNK * W::CHUNK + round % OF_CHUNK * 64;
+    return first + within(tile);
   }
+
+  // The same, counted from the first weight of the round.
+  __device__ static u32 within(u32 tile) { return tile * (OF_CHUNK == 1 ? 64 : U::CHUNK_BYTES); }
 
   // Of the weights that a piece holds at some bits: the slice of the round, tile by tile.
   __device__ static int slice(int piece, int i) {
@@ -110,9 +129,11 @@ struct GroupPlane {
   static constexpr u32 COPIES = !ODD ? STEP / UNIT : STEP == 2 ? 1 : STEP / 4 + 1;
   static constexpr u32 BYTES = COPIES * UNIT;
   static constexpr u32 ROUNDS = 8 * STEP / BITS * GROUP / (64 * R::TILES);
+  // Windows of STEP bytes have so many places: as many as rounds under way need.
   static constexpr u32 PLACES = (AHEAD + ROUNDS - 1) / ROUNDS + 1, PLACE_BYTES = 16 * BYTES;
   static constexpr int ALL_BYTES = PLACES * PLACE_BYTES;
   static_assert(ROUNDS > 0 && STEP % LEAST == 0 && ROW_BYTES % 2 == 0, "whole rounds and copies");
+  static_assert(BITS != 4 || GROUP <= 32, "rounds begin at whole bytes");
 
   // What `round` needs of one of 16 rows, unless the round before needed it.
   __device__ static void copy(char* places, const T* plane, long row, u32 round, bool is_first) {
@@ -127,14 +148,31 @@ struct GroupPlane {
     }
   }
 
-  // The stored number of a weight's group: of a row of the plane, one of the warp's 16.
-  __device__ static u32 load(const char* places, int of_warp, long row, u32 weight) {
-    u32 bit = weight / GROUP * BITS, byte = bit / 8, window = byte / STEP;
-    const char* from = places + window % PLACES * PLACE_BYTES + of_warp * BYTES;
-    from += byte % STEP + (ODD ? (row * ROW_BYTES + STEP * window) % 4 : 0);
+  // The stored number of a weight's group: of a row of the plane, one of the warp's 16. `within`:
+  // the weight, counted from the first of the round, whose place is the same for all threads.
+  __device__ static u32 load(const char* places, int of_warp, long row, u32 round, u32 within) {
+    u32 byte = R::weight(round, 0) / GROUP * BITS / 8, window = byte / STEP;
+    u32 bit = within / GROUP * BITS;
+    const char* from = places + (window % PLACES * PLACE_BYTES + byte % STEP);
+    from += of_warp * BYTES + bit / 8 + (ODD ? (row * ROW_BYTES + STEP * window) % 4 : 0);
     if (BITS == 4) return *(const u8*)from >> bit % 8 & 15;
     return BITS == 8 ? *(const u8*)from : BITS == 16 ? *(const u16*)from : *(const u32*)from;
   }
+};
+
+// How codes become weights. In the last bits of a bfloat16, a code is itself times 2^-133, exactly:
+// those of 8 bits, too. Scales are multiplied with SCALE, so that neither they nor weights leave the
+// range, and sums with RESULT. Half has no range for that; nor can offsets be part of
+// minima that they would round: there, codes become numbers first.
+template <class W>
+struct Codes {
+  // A table or a trellis made them, else they are as stored.
+  static constexpr bool SIGNED = W::TABLE || W::TRELLIS || W::BITS0 == 8;
+  static constexpr int OFFSET = SIGNED ? 128 : W::OFFSET;
+  static constexpr bool ROUNDED = (OFFSET & (OFFSET - 1)) != 0 || (Unit<W>::BELOW && OFFSET);
+  static constexpr bool SUBNORMAL = HAS_RANGE<X> && !ROUNDED;
+  static constexpr float SCALE = SUBNORMAL ? 0x1p100f : 1;
+  static constexpr float RESULT = SUBNORMAL ? 0x1p33f : 1;
 };
 
 // Scales and minima of a warp's 16 rows.
@@ -167,19 +205,23 @@ struct Scales {
     }
   }
 
-  // Those of a weight: in 16 bits, the minimum in the upper half.
-  __device__ static u32 load(const char* places, int of_warp, long row, u32 weight) {
-    if (R::PARTIAL && weight >= W::COLUMNS) return 0;
-    u32 raw = Scale::load(places, of_warp, row, weight), outer = 0;
-    if (W::SUPER) outer = Super::load(places + SUPER_SCALES, of_warp, row, weight);
-    float above = W::scale_value(raw) * U::outer_of(outer), below = 0;
+  // Those of a weight, which is `within` the round: in 16 bits, the minimum in the upper half. See
+  // `Codes`.
+  __device__ static u32 load(const char* places, int of_warp, long row, u32 round, u32 within) {
+    typedef Codes<W> C;
+    if (R::PARTIAL && R::weight(round, 0) + within >= W::COLUMNS) return 0;
+    u32 raw = Scale::load(places, of_warp, row, round, within), outer = 0;
+    if (W::SUPER) outer = Super::load(places + SUPER_SCALES, of_warp, row, round, within);
+    float above = W::scale_value(raw) * U::outer_of(outer) * C::SCALE, below = 0;
     if (U::BELOW) {
-      u32 minimum = W::MINIMUM ? Minimum::load(places + MINIMA, of_warp, row, weight) : 0;
+      u32 minimum = W::MINIMUM ? Minimum::load(places + MINIMA, of_warp, row, round, within) : 0;
       u32 outer_minimum = 0;
       if (W::SUPER && W::MINIMUM) {
-        outer_minimum = Super::load(places + SUPER_MINIMA, of_warp, row, weight);
+        outer_minimum = Super::load(places + SUPER_MINIMA, of_warp, row, round, within);
       }
-      below = U::minimum_of(raw, minimum) * U::outer_below_of(outer, outer_minimum);
+      below = U::minimum_of(raw, minimum) * U::outer_below_of(outer, outer_minimum) / C::RESULT;
+    } else if (C::SUBNORMAL && C::OFFSET) {
+      below = bits_float(pack<X>(above, 0) << 16) / C::SCALE * (-C::OFFSET / C::RESULT);  // exact
     }
     return pack<X>(above, below);
   }
@@ -191,8 +233,8 @@ struct Scales {
 #pragma unroll
     for (int first = 0; first < SPANS; first += 4) {
       u32 span = first + member % SPANS;
-      u32 weight = R::weight(round, span / R::SPANS) + span % R::SPANS * R::SPAN;
-      u32 own = load(places, of_warp, row, weight);
+      u32 within = R::within(span / R::SPANS) + span % R::SPANS * R::SPAN;
+      u32 own = load(places, of_warp, row, round, within);
 #pragma unroll
       for (int i = first; i < first + 4 && i < SPANS; i++) y[i] = from_quad(own, i % 4);
     }
@@ -223,16 +265,18 @@ __device__ inline u32 numbers(Half, u32 codes, u32 upper, u32 which) {
   return multiply_add_pairs<Half>(pick_bytes(codes, upper, which), ONE, START);
 }
 
-// Four weights, in words of two, given their group's scale and minimum. Codes are signed where a
-// table or a trellis made them, else as they are stored.
+// Four weights, in words of two, given their group's scale and minimum.
 template <class W>
 __device__ inline void dequantize(u32 codes, u32 scales, u32 upper, u32* y, int distance) {
-  constexpr bool SIGNED = W::TABLE || W::TRELLIS || W::BITS0 == 8;
-  u32 scale = pick_bytes(scales, 0, 0x1010), minimum = pick_bytes(scales, 0, 0x3232);
+  typedef Codes<W> C;
+  constexpr bool BELOW = Unit<W>::BELOW || (C::SUBNORMAL && C::OFFSET);
+  if (C::SUBNORMAL && C::SIGNED) codes ^= 0x80808080u;
+  u32 scale = both_lower(scales), minimum = both_upper(scales);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    u32 pair = numbers<SIGNED, W::OFFSET>(X{}, codes, upper, i ? 0x4342 : 0x4140);
-    y[i * distance] = multiply_add_pairs<X>(pair, scale, Unit<W>::BELOW ? minimum : 0);
+    u32 which = i ? 0x4342 : 0x4140, pair = pick_bytes(codes, 0, which);
+    if (!C::SUBNORMAL) pair = numbers<C::SIGNED, W::OFFSET>(X{}, codes, upper, which);
+    y[i * distance] = multiply_add_pairs<X>(pair, scale, BELOW ? minimum : 0);
   }
 }
 
@@ -290,12 +334,13 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   typedef Round<W> R;
   typedef typename R::U U;
   constexpr int OF_PART = (R::COUNT + PARTS - 1) / PARTS, THREADS = 32 * WARPS;
+  constexpr bool BULK = HAS_WARPGROUPS && Rows::ADJACENT;
   // Rounds that are copied ahead: one place less, so that nobody waits for the products of a round
   // before the next one begins, if there are three places.
   constexpr int AHEAD = STAGES > 2 ? STAGES - 2 : 1;
   // Where products are waited for in each round, the next one is copied while the first are under
   // way; elsewhere the assembler would let each product wait for the one before.
-  constexpr bool WAITS = STAGES == 2;
+  constexpr bool WAITS = !BULK && STAGES == 2;
   typedef Scales<W, AHEAD> S;
   static_assert(STAGES * R::STAGE_BYTES + WARPS * S::BYTES <= SHARED, "all of it fits");
   int warp = warp_index(), lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
@@ -319,12 +364,30 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   constexpr int MORE = R::SECOND ? R::SECOND / 16 : 1;
   Pieces<W, MORE> more_of(w.second, matrix, first, W::COLUMNS / 8 * W::BITS1);
 
+  // A bulk copy of tiles, once all warps have multiplied those in its place.
+  __shared__ Arrivals copied[STAGES], multiplied[STAGES];
+  auto fetch_tiles = [&](u32 round) {
+    u32 turn = (round - begin) / STAGES, place = (round - begin) % STAGES;
+    char* to = dynamic_shared + place * R::STAGE_BYTES;
+    int count = ROWS - rows.first < TILE ? ROWS - rows.first : TILE;
+    wait_for_arrivals(multiplied + place, turn % 2 ^ 1);
+    expect_bytes(copied + place, R::TILES * 128 * count);
+#pragma unroll
+    for (int tile = 0; tile < R::TILES; tile++) {
+      u32 block = R::weight(round, tile) / 64;  // times zeros, if there is none
+      block = R::PARTIAL && block >= W::COLUMNS / 64 ? W::COLUMNS / 64 - 1 : block;
+      copy_bytes(to + tile * TILE_BYTES, x.values + 64l * (block * ROWS + rows.first), 128 * count,
+                 copied + place);
+    }
+  };
+
   // A group of copies: of a round, if there is one.
   auto fetch = [&](u32 round) {
     if (round < stop) {
       char* stage = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
+      if (BULK && threadIdx.x == 0) fetch_tiles(round);
 #pragma unroll
-      for (int tile = 0; tile < R::TILES; tile++) {
+      for (int tile = 0; tile < (BULK ? 0 : R::TILES); tile++) {
         const char* from = (const char*)x.values + 128l * ROWS * (R::weight(round, tile) / 64);
 #pragma unroll
         for (int i = 0; i < OF_THREAD; i++) {
@@ -352,11 +415,22 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   u32 upper = in_register(UPPER_BYTE<X>);
   float total[TILE / 2] = {};
   u32 a[2][BATCH][4], words[4][2], second[4][2] = {}, of_group[2][R::TILES * R::SPANS];
+  if (BULK) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < STAGES; i++) {
+        start_arrivals(copied + i, 1);
+        start_arrivals(multiplied + i, WARPS);
+      }
+      publish_arrivals();
+    }
+    __syncthreads();
+  }
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) fetch(begin + i);
 #pragma unroll 1
   for (u32 round = begin; round < stop; round++) {
-    const char* tiles = dynamic_shared + (round - begin) % STAGES * R::STAGE_BYTES;
+    u32 place = (round - begin) % STAGES;
+    const char* tiles = dynamic_shared + place * R::STAGE_BYTES;
     const char* codes = tiles + R::TILES * TILE_BYTES + warp * R::PIECES * R::PIECE_BYTES;
     // What a thread needs of a row for a slice of a piece.
     auto load = [&](int piece, int i, int half) {
@@ -369,7 +443,12 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     };
 
     wait_for_groups<AHEAD - 1>();
-    __syncthreads();
+    if (BULK) {
+      wait_for_warp();
+    } else {
+      publish_copies();
+      __syncthreads();
+    }
 #pragma unroll
     for (int piece = 0; piece < 4; piece++) {
       for (int half = 0; half < 2; half++) load(piece, 0, half);
@@ -378,6 +457,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     for (int half = 0; half < 2; half++) {
       S::load_round(of_group[half], scales, quad + 8 * half, row_of(quad + 8 * half), round);
     }
+    if (BULK) wait_for_arrivals(copied + place, (round - begin) / STAGES % 2);
     if (!WAITS) fetch(round + AHEAD);
 #pragma unroll
     for (int batch = 0; batch < BATCHES; batch++) {
@@ -387,10 +467,10 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
         int n = batch * BATCH + k / 2, piece = n / R::TILES, i = n % R::TILES, half = k % 2;
         int of_unit = R::unit_slice(piece, i), slice = R::slice(piece, i);
         if (W::TRELLIS && i) load(piece, i, half);
-        u32 word = words[piece][half], more = second[piece][half], place = R::place(round, piece);
+        u32 word = words[piece][half], more = second[piece][half], at = R::place(round, piece);
         u32 four = W::TABLE || W::TRELLIS
-                       ? U::codes_of(word, more, of_unit, member, place)
-                       : U::stored_codes_of(word, more, of_unit, member, place);
+                       ? U::codes_of(word, more, of_unit, member, at)
+                       : U::stored_codes_of(word, more, of_unit, member, at);
         u32 scale = of_group[half][slice * 16 / R::SPAN];
         dequantize<W>(four, scale, upper, operands[k / 2] + half, 2);
       }
@@ -404,7 +484,8 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
       if (WAITS && !batch) fetch(round + AHEAD);
       wait_for_products<1>();
     }
-    if (WAITS) wait_for_products<0>();
+    if (BULK || WAITS) wait_for_products<0>();
+    if (BULK && lane == 0) arrive(multiplied + place);
   }
   wait_for_products<0>();
 
@@ -427,7 +508,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
       int i = slab + at / WIDTH, of_matrix = program * WIDTH + at % WIDTH;
       if (i >= TILE || rows.result(i) >= rows.stop() || of_matrix >= W::OUT) continue;
       float value = results[at / WIDTH * STRIDE + at % WIDTH];
-      if (RMS_PARTS) value *= factors[rows.source(i)];
+      value *= Codes<W>::RESULT * (RMS_PARTS ? factors[rows.source(i)] : 1);
       store(y + ((long)part * RESULTS + rows.result(i)) * W::OUT + of_matrix, value);
     }
   }

@@ -24,8 +24,8 @@ MAX_ROWS = 256
 """Beyond, dequantized matrices cost little beside the products."""
 
 FASTER = (9.0,)
-"""Compute capabilities where it was measured to be faster than dequantizing a matrix first, for
-more rows than a kernel in Triton multiplies."""
+"""Compute capabilities where it was measured to be faster than dequantizing a matrix first, and
+than a kernel in Triton for the rows of `faster_from`."""
 
 MIN_CAPABILITY = 8.0
 """With tensor cores for bfloat16, and copies to shared memory that do not wait."""
@@ -38,6 +38,8 @@ _BATCH = 2  # slices of 16 columns that are multiplied at a time
 _MAX_TILE = 128  # rows of activations whose sums a thread has in registers
 _ROUND = 64  # bytes of a row
 _MANY_BLOCKS = 256  # with half as many or fewer, split-K adds parts to keep the GPU busy
+_FEW_OUTPUTS = 8192  # of matrices; half as many blocks as multiprocessors
+_MANY_DEEP_BLOCKS = 128  # the same, where a multiprocessor has one block with all stages
 _FEW_ROWS = 32  # whose rounds end so soon that several must be under way
 _MIN_ROUNDS = 4  # of a part
 _RESERVED = 2048  # bytes of shared memory, for the runtime and for normalizations
@@ -105,12 +107,15 @@ class Tiling:
         return self.shared_bytes(weights) <= 1024 * _shared_kib(capability) - _RESERVED
 
     @staticmethod
-    def of(weights: Sequence[QTensor], rows: int, capability: float) -> "Tiling":
-        """The fewest tiles of rows that leave shared memory for two stages; four for few rows."""
+    def of(
+        weights: Sequence[QTensor], rows: int, capability: float, *, deep: bool = False
+    ) -> "Tiling":
+        """The fewest tiles of rows that leave shared memory for two stages; for few rows, or if it
+        is to be `deep`, for four."""
         tiles = -(-rows // _MAX_TILE)
         while True:
             height = -(-rows // (8 * tiles)) * 8
-            for stages in (4, 3, 2) if height <= _FEW_ROWS else (2,):
+            for stages in (4, 3, 2) if deep or height <= _FEW_ROWS else (2,):
                 tiling = Tiling(8, height, stages)
                 if tiling.fits(weights, capability):
                     return tiling
@@ -135,6 +140,14 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     group = cuda_planes.group(w)
     spans = group in (16, 32) or group % swizzled.COLUMNS == 0
     return rounds and chunks and whole and spans
+
+
+def faster_from(w: QTensor) -> int:
+    """The fewest rows for which it is faster than `small_m_gemm` on those GPUs
+    (docs/design/kernels.md)."""
+    if w.layout.bits[0] == 8:
+        return 65
+    return 33 if len(w.layout.bits) == 1 else 17
 
 
 def gemm_bf16(
@@ -189,7 +202,10 @@ def launch_of(
     rows = x.values.shape[1]
     weights = [cuda_planes.as_loaded(w) for w in weights]
     height = rows if groups is None else groups.x_row.shape[1]
-    tiling = tiling or Tiling.of(weights, height, capability)
+    warpgroups = capability == _WARPGROUPS
+    # With bulk copies, few blocks had better be deep than many.
+    deep = warpgroups and groups is None and sum(w.shape[-2] for w in weights) <= _FEW_OUTPUTS
+    tiling = tiling or Tiling.of(weights, height, capability, deep=deep)
     blocks = [-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights]
     given = Arguments()
     squares = None if x.rms is None else x.rms.squares
@@ -197,7 +213,8 @@ def launch_of(
     if groups is None:
         tiles, result_rows = -(-rows // tiling.rows), rows
         rounds = max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
-        parts = split_k or _parts(sum(blocks) * tiles, rounds)
+        many = _MANY_DEEP_BLOCKS if deep else _MANY_BLOCKS
+        parts = split_k or _parts(sum(blocks) * tiles, rounds, many)
         body += "  Neighbors rows;\n"
     else:
         tiles, result_rows = len(groups.matrix) * (height // tiling.rows), out_rows
@@ -213,7 +230,7 @@ def launch_of(
     shapes = [(parts, result_rows, w.shape[-2]) for w in weights]
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     structs, products = cuda_planes.products(weights, blocks, results, given, call)
-    element, warpgroups = cpp_type(x.values.dtype), capability == _WARPGROUPS
+    element = cpp_type(x.values.dtype)
     sizes = {
         "ROWS": rows,
         "RESULTS": result_rows,
@@ -242,9 +259,9 @@ def launch_of(
     )
 
 
-def _parts(blocks: int, rounds: int) -> int:
+def _parts(blocks: int, rounds: int, many: int) -> int:
     """Of the inner dimension: a power of 2."""
-    most = min(_MANY_BLOCKS // blocks, rounds // _MIN_ROUNDS)
+    most = min(many // blocks, rounds // _MIN_ROUNDS)
     return 1 << max(0, most.bit_length() - 1)
 
 

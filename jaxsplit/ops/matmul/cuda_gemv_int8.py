@@ -19,7 +19,10 @@ from jaxsplit.ops.matmul import cuda_planes
 from jaxsplit.ops.matmul.cuda_planes import supports
 from jaxsplit.quant.qtensor import QTensor
 
-__all__ = ["Tiling", "gemv_int8", "launch_of", "supports"]
+__all__ = ["FASTER", "Tiling", "gemv_int8", "launch_of", "supports"]
+
+FASTER = (9.0,)
+"""Compute capabilities where it was measured to be faster than the kernel in Triton."""
 
 _THREADS = 128
 

@@ -13,44 +13,51 @@ __device__ inline u32 signed_codes(u32 codes) {
   return ((codes | 0x80808080u) - OFFSET * 0x01010101u) ^ 0x80808080u;
 }
 
-// What some of a table's signed bytes hold for four codes: ENTRIES from word FIRST on, a power of two
-// and at least eight. `digits` has a code in every hexadecimal digit of its lower half.
-template <class W, int FIRST, int ENTRIES>
-__device__ inline u32 look_up_some(u32 codes, u32 digits) {
-  if constexpr (ENTRIES <= 8) {
-    return pick_bytes(W::TABLE_WORDS[FIRST], W::TABLE_WORDS[FIRST + 1], digits & 0x7777);
-  } else {
-    u32 low = look_up_some<W, FIRST, ENTRIES / 2>(codes, digits);
-    u32 high = look_up_some<W, FIRST + ENTRIES / 8, ENTRIES / 2>(codes, digits);
-    if constexpr (ENTRIES == 16) return pick_bytes(low, high, 0x3210 | (digits & 0x8888) >> 1);
-    u32 chosen = (codes / (ENTRIES / 2) & 0x01010101u) * 255;
-    return (low & ~chosen) | (high & chosen);
-  }
+// The entries of a table of up to eight for the codes in the four lowest hexadecimal digits.
+template <class W>
+__device__ inline u32 look_up_8(int first, u32 digits) {
+  return pick_bytes(in_register(W::TABLE_WORDS[first]), W::TABLE_WORDS[first + 1], digits);
 }
 
-template <class W>
-__device__ inline u32 look_up(u32 codes) {
-  u32 nibbles = codes & 0x0f0f0f0fu;
-  u32 digits = pick_bytes(nibbles | nibbles >> 4, 0, 0x4420);
-  return look_up_some<W, 0, W::TABLE <= 8 ? 8 : W::TABLE <= 16 ? 16 : W::TABLE <= 32 ? 32 : 64>(
-      codes, digits);
+// Of the entries from word `first` on, those for the codes in eight hexadecimal digits: of even or of
+// odd digits. What both have in common is computed once. ENTRIES: 8 or 16.
+template <class W, int ENTRIES>
+__device__ inline u32 look_up_digits(int first, u32 digits, bool odd) {
+  u32 three = ENTRIES > 8 ? digits & 0x77777777u : digits;
+  u32 low = look_up_8<W>(first, three), high = look_up_8<W>(first, three >> 16);
+  if (ENTRIES > 8) {
+    u32 choice = (digits >> 1 & 0x44444444u) | in_register(0x32103210);
+    low = pick_bytes(low, look_up_8<W>(first + 2, three), choice);
+    high = pick_bytes(high, look_up_8<W>(first + 2, three >> 16), choice >> 16);
+  }
+  return pick_bytes(low, high, odd ? 0x7531 : 0x6420);
+}
+
+// `y` where a bit of a byte in `bits` is 0, else `z`.
+__device__ inline u32 choose_bytes(u32 y, u32 z, u32 bits, int bit) {
+  u32 chosen = fill_bytes(bits << (7 - bit));
+  return (y & ~chosen) | (z & chosen);
 }
 
 // Four signed bytes that a state of 16 bits encodes, from an index on (`trellis_values`,
 // jaxsplit/quant/qtensor.py); with `signs`, their magnitudes, negated where a bit is set.
 template <bool SIGNS>
 __device__ inline u32 trellis_bytes(u32 state, int start, u32 signs) {
-  u32 y = 0, early = TRELLIS_FACTOR, late = early * early * early * early * early;
+  u32 early = TRELLIS_FACTOR, late = early * early * early * early * early, values[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     u32 number = (state + 4096) * (start ? late : early);
     int value = dot4(number & 0x3f3f3f3fu, 0x01010101u, -126);
-    if (SIGNS && (signs >> i & 1 ? value > 0 : value < 0)) value = -value;
-    y |= (u32)(value & 255) << (8 * i);
+    values[i] = SIGNS && value < 0 ? -value : value;
     early *= TRELLIS_FACTOR;
     late *= TRELLIS_FACTOR;
   }
-  return y;
+  u32 low = pick_bytes(values[0], values[1], 0x0040), high = pick_bytes(values[2], values[3], 0x0040);
+  u32 y = pick_bytes(low, high, 0x5410);
+  if (!SIGNS) return y;
+  // The factor moves bit `i` to the top of byte `i`. Magnitudes are below 128: no borrows.
+  u32 negative = (0x80808080u - y) ^ 0x80808080u;
+  return choose_bytes(y, negative, (signs & 15) * 0x10204080u, 7);
 }
 
 // A stored scale or minimum; in half a byte if SCALE_BITS are 4.
@@ -179,8 +186,31 @@ struct Unit {
       u32 signs = second >> (8 * (at % 4) + start);
       return trellis_bytes<(W::BITS1 > 0)>(first >> (16 * (at % 2)) & 0xffff, start, signs);
     }
-    u32 y = stored_codes_of(first, second, slice, k, place);
-    return W::TABLE ? look_up<W>(y) : signed_codes<W::OFFSET>(y);
+    if constexpr (W::TABLE > 0) return looked_up(first, second, slice, k, place);
+    return signed_codes<W::OFFSET>(stored_codes_of(first, second, slice, k, place));
+  }
+
+  // Entries of the table: of codes whose lower bits are in half of a byte, or beside them.
+  __device__ static u32 looked_up(u32 first, u32 second, int slice, int k, int place) {
+    constexpr int HALF = PER_BYTE / 2 * (BYTES / 16);  // slices that are in the lower halves of bytes
+    int lower = slice % HALF;
+    bool odd = slice >= HALF;
+    // In both planes, codes that share a byte or half of it are four bits apart.
+    u32 more = second >> (byte_of(lower, k, place) / (SECOND ? SECOND : 1) * W::BITS1);
+    if constexpr (W::BITS0 == 4) {
+      u32 y = look_up_digits<W, 16>(0, first, odd);
+      if constexpr (W::TABLE <= 16) return y;
+      y = choose_bytes(y, look_up_digits<W, 16>(4, first, odd), more, odd ? 4 : 0);
+      if constexpr (W::TABLE <= 32) return y;
+      u32 z = choose_bytes(look_up_digits<W, 16>(8, first, odd),
+                           look_up_digits<W, 16>(12, first, odd), more, odd ? 4 : 0);
+      return choose_bytes(y, z, more, odd ? 5 : 1);
+    } else {
+      constexpr u32 ONES = 0x11111111u;
+      u32 digits = first >> (lower / (BYTES / 16) * W::BITS0) & ONES * ((1 << W::BITS0) - 1);
+      if (SECOND) digits |= (more & ONES * ((1 << W::BITS1) - 1)) << W::BITS0;
+      return look_up_digits<W, (W::TABLE <= 8 ? 8 : 16)>(0, digits, odd);
+    }
   }
 
   // As they are stored: without table and offset.
