@@ -68,13 +68,15 @@ def int8_rows(rows: int) -> bool:
 def _gemv_backend(w: Weight) -> ModuleType | None:
     """The module with a kernel for rows in 8 bits and a matrix, or a stack of them; None: there is
     none."""
+    if not isinstance(w, QTensor):
+        return None
     context = current_context()
     policy = context.policy
     runs = [(triton_gemv_int8, not policy.only_cuda), (cuda_gemv_int8, policy.cuda > 0)]
-    if policy.cuda in cuda_gemv_int8.FASTER and context.peers is None:  # it sends peers nothing
+    alone = context.peers is None  # it sends peers nothing
+    if alone and policy.cuda in cuda_gemv_int8.FASTER and cuda_gemv_int8.is_faster(w):
         runs.reverse()
-    found = (module for module, has in runs if has and module.supports(w))
-    return next(found, None) if isinstance(w, QTensor) else None
+    return next((module for module, has in runs if has and module.supports(w)), None)
 
 
 def _gemm_int8_rows(rows: int) -> bool:

@@ -145,9 +145,7 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
 def faster_from(w: QTensor) -> int:
     """The fewest rows for which it is faster than `small_m_gemm` on those GPUs
     (docs/design/kernels.md)."""
-    if w.layout.bits[0] == 8:
-        return 65
-    return 33 if len(w.layout.bits) == 1 else 17
+    return 65 if w.layout.bits[0] == 8 else 33
 
 
 def gemm_bf16(

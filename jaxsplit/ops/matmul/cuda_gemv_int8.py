@@ -19,10 +19,11 @@ from jaxsplit.ops.matmul import cuda_planes
 from jaxsplit.ops.matmul.cuda_planes import supports
 from jaxsplit.quant.qtensor import QTensor
 
-__all__ = ["FASTER", "Tiling", "gemv_int8", "launch_of", "supports"]
+__all__ = ["FASTER", "Tiling", "gemv_int8", "is_faster", "launch_of", "supports"]
 
 FASTER = (9.0,)
-"""Compute capabilities where it was measured to be faster than the kernel in Triton."""
+"""Compute capabilities where it was measured to be faster than the kernel in Triton for some
+matrices: see `is_faster`."""
 
 _THREADS = 128
 
@@ -48,6 +49,14 @@ class Tiling:
         if cuda_planes.units(w) < 64:
             return Tiling(32, rows=4, steps=1)
         return Tiling(32, 2, 2) if w.shape[-2] >= 6144 else Tiling(64, 2, 2)
+
+
+def is_faster(w: QTensor) -> bool:
+    """Whether it is faster than the kernel in Triton on those GPUs, launches included
+    (docs/design/kernels.md)."""
+    looked_up = w.layout.table is not None
+    two_bits, eight_bits = w.layout.bits[0] == 2, w.layout.bits[0] == 8
+    return eight_bits or (looked_up and (two_bits or w.layout.shift == 0))
 
 
 def gemv_int8(
