@@ -622,6 +622,21 @@ def test_pairs_are_grouped_by_expert(rng, tokens, held):
 
 
 @on_cpu
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_matrix_of_each_head_is_multiplied_without_them(rng, monkeypatch, rows):
+    """Since they take no batches."""
+    launched = emulate_gpu(monkeypatch, 9.0)
+    each = [matrix(rng, "Q8_0", 24, 256) for _ in range(3)]
+    stack = jax.tree.map(lambda *planes: jnp.stack(planes), *each)
+    x = jnp.asarray(rng.normal(size=(3, rows, 256)), "bfloat16")
+    with forward_context(policy=MatmulPolicy(cuda=9.0, int8_activations=True)):
+        y = matmul_api.batched(matmul_api.matmul)(x, stack)
+    assert not launched
+    expected = [np.float64(a) @ dequantized(w).T for a, w in zip(x, each, strict=True)]
+    assert nmse(np.float64(y), np.stack(expected)) <= (1e-4 if rows == 1 else 1e-5)
+
+
+@on_cpu
 @pytest.mark.parametrize("biased", [False, True])
 def test_experts_of_many_tokens_multiply_their_own(rng, monkeypatch, biased):
     """In groups; some experts have no tokens, some have more than a group's."""

@@ -151,7 +151,7 @@ class SwitchedLoRA(nnx.Module):
         low = matmul_ops.matmul(x, self.down.get_value())
         low = low.reshape(*chosen.shape, -1) * chosen[..., None]
         low = jnp.moveaxis(low.astype(x.dtype), 2, 0).reshape(chosen.shape[2], -1, low.shape[-1])
-        y = jax.vmap(matmul_ops.matmul)(low, self.up.get_value()).sum(axis=0)
+        y = matmul_ops.batched(matmul_ops.matmul)(low, self.up.get_value()).sum(axis=0)
         return y.reshape(*chosen.shape[:2], -1)
 
 

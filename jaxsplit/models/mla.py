@@ -24,7 +24,7 @@ from jaxsplit.ops.attention.api import (
 )
 from jaxsplit.ops.attention.rope import rope
 from jaxsplit.ops.attention.spec import AttentionConfig
-from jaxsplit.ops.matmul.api import matmul
+from jaxsplit.ops.matmul.api import batched, matmul
 from jaxsplit.quant import Weight, dequantize
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
@@ -194,14 +194,14 @@ def matmul_by_head(x: Array, w: Weight) -> Array:
     """Multiplies `[batch, time, heads, in]` with each head's matrix, `[heads, out, in]`: `[batch,
     time, heads, out]`."""
     rows = jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3])
-    y = jax.vmap(matmul)(rows, w)
+    y = batched(matmul)(rows, w)
     return jnp.moveaxis(y.reshape(x.shape[2], *x.shape[:2], -1), 0, 2).astype(x.dtype)
 
 
 def _matmul_to_heads(x: Array, w: Weight) -> Array:
     """Multiplies `[batch, time, in]` with each head's matrix, `[heads, out, in]`: `[batch, time,
     heads, out]`."""
-    return jax.vmap(matmul, in_axes=(None, 0), out_axes=2)(x, w).astype(x.dtype)
+    return batched(matmul, in_axes=(None, 0), out_axes=2)(x, w).astype(x.dtype)
 
 
 def _transposed(w: Weight, dtype: jnp.dtype) -> Array:

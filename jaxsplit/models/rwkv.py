@@ -14,7 +14,7 @@ from jaxsplit.models.dplr import dplr_attention
 from jaxsplit.models.layers import Linear, Norm, param
 from jaxsplit.models.mixer_config import ChannelMixConfig, RWKV6Config, RWKV7Config
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
-from jaxsplit.ops.matmul.api import matmul
+from jaxsplit.ops.matmul.api import batched, matmul
 from jaxsplit.ops.norm.spec import NormConfig
 from jaxsplit.sharding.axes import EMBED, LATENT, Axis
 
@@ -233,7 +233,7 @@ class RWKV6(nnx.Module):
         names = self.config.lerps
         low = (x + shift * self.lerp_input.get_value()).astype(x.dtype)
         low = jnp.tanh(self.lerp_down(low)).reshape(-1, len(names), self.config.mix_rank)
-        shares = jax.vmap(matmul)(jnp.moveaxis(low, 1, 0), self.lerp_up.get_value())
+        shares = batched(matmul)(jnp.moveaxis(low, 1, 0), self.lerp_up.get_value())
         return {
             name: (x + shift * (self.lerp[name].get_value() + share)).astype(x.dtype)
             for name, share in zip(names, shares.reshape(-1, *x.shape), strict=True)

@@ -16,7 +16,7 @@ from jax import Array
 from jaxsplit.comm.api import one_shot_peers
 from jaxsplit.comm.peers import WIDTH, padded
 from jaxsplit.comm.unreduced import Unreduced
-from jaxsplit.context import current_context
+from jaxsplit.context import current_context, forward_context
 from jaxsplit.ops.activations.api import as_array, in_layout
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout, quantize_rows
 from jaxsplit.ops.activations.layout import (
@@ -317,6 +317,18 @@ def matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype = jnp.float32) 
         ys = implementation.run(implementation.rows(x, mine), mine, dtype)
         results |= {i: _shaped(y, x) for i, y in zip(own, ys, strict=True)}
     return [results[i] for i in range(len(weights))]
+
+
+def batched(function: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
+    """`jax.vmap` of a function that multiplies, by the kernels that take batches: those in CUDA C++
+    do not."""
+
+    def run(*args: Any) -> Any:
+        policy = dataclasses.replace(current_context().policy, cuda=0.0)
+        with forward_context(policy=policy):
+            return jax.vmap(function, in_axes, out_axes)(*args)
+
+    return run
 
 
 def split_k_matmuls(x: Rows, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Unreduced]:

@@ -13,6 +13,7 @@ from jaxsplit.ops.activations.functions import Activation, activate
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.matmul.api import (
+    batched,
     expert_matmuls,
     grouped_matmuls,
     grouped_readers,
@@ -164,8 +165,8 @@ def by_vmap(x: Activations, topk_ids: Array, weights: Array, p: ExpertParams) ->
     rows = jnp.repeat(as_array(x), topk_ids.shape[1], axis=0)
     if p.weight_on_input:
         rows = (rows * weights).astype(x.dtype)
-    hidden = p.gather(jax.vmap(p.hidden)(rows[:, None], experts)[:, 0])
-    y = jax.vmap(p.down.project)(hidden[:, None], experts)[:, 0]
+    hidden = p.gather(batched(p.hidden)(rows[:, None], experts)[:, 0])
+    y = batched(p.down.project)(hidden[:, None], experts)[:, 0]
     if not p.weight_on_input:
         y = y * weights
     return y.reshape(*topk_ids.shape, -1).sum(1)[None]
