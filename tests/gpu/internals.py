@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 
 import jaxsplit
+from jaxsplit.bench.random_model import QUANTIZED
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm import one_shot, p2p, two_shot
 from jaxsplit.comm.p2p import Ring
@@ -25,7 +26,7 @@ from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.engine import SamplingConfig, compiler_options, runner, steps
 from jaxsplit.engine.runner import StageRunner
 from jaxsplit.engine.sampling import SamplerSpec
-from jaxsplit.formats import ModelFile
+from jaxsplit.formats import IK_TYPES, STORED_TYPES, ModelFile
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update
@@ -36,7 +37,7 @@ from jaxsplit.ops.moe import triton_router
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.api import add_norm
 from jaxsplit.ops.norm.spec import NormConfig, NormParams
-from jaxsplit.quant import TYPES, QTensor, to_u32, unpack
+from jaxsplit.quant import TYPES, QTensor, dequantize, to_u32, unpack
 from jaxsplit.sharding import Placement
 from jaxsplit.sharding.axes import Axis, AxisRules
 from jaxsplit.weights import loader
@@ -183,8 +184,17 @@ def _delay(value: jax.Ref, turns: jax.Ref, out: jax.Ref) -> None:
 
 
 def quant_types() -> list[str]:
-    """The GGML types with blocks of several weights."""
-    return [name for name, kind in TYPES.items() if kind.block > 1]
+    """The types with blocks of several weights, without those that become others at load."""
+
+    def found(name: str) -> bool:
+        return STORED_TYPES[name].rows == 1 and name in QUANTIZED if name in IK_TYPES else True
+
+    return [name for name, kind in TYPES.items() if kind.block > 1 and found(name)]
+
+
+def dequantized(w: QTensor) -> np.ndarray:
+    """The weights, float32."""
+    return np.asarray(dequantize(w, jnp.float32))
 
 
 def rounds_activations(w: QTensor | Array) -> bool:
