@@ -21,6 +21,7 @@ from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
 from jaxsplit.cache.layers import AttentionCache, Batch
+from jaxsplit.comm.peers import PeerGroup
 from jaxsplit.context import MatmulPolicy, current_context, forward_context
 from jaxsplit.cuda import nvrtc
 from jaxsplit.cuda.expression import expression
@@ -43,7 +44,12 @@ from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import api as matmul_api
-from jaxsplit.ops.matmul import cuda_gemm_bf16, cuda_gemm_int8, cuda_gemv_int8
+from jaxsplit.ops.matmul import (
+    cuda_gemm_bf16,
+    cuda_gemm_int8,
+    cuda_gemv_int8,
+    triton_gemv_int8,
+)
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
 from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.moe import api as moe
@@ -334,6 +340,46 @@ def test_split_k_and_tilings_keep_a_gpu_busy():
     assert chosen(28672, 4096, 64) == (28672 // 128, 1)
     assert chosen(4096, 4096, 64) == (4096 // 32, 2)
     assert chosen(64, 4096, 8) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "out", "grid", "stages"),
+    [(9.0, 4096, (32, 4, 1), 4), (9.0, 28672, (224, 1, 1), 2), (8.0, 4096, (32, 8, 1), 2)],
+)
+def test_few_blocks_of_gemm_bf16_are_deep_on_hopper(capability, out, grid, stages):
+    found = []
+
+    def launch(raw, *arrays):
+        x = SwizzledLayout(jnp.dtype("bfloat16")).wrap(arrays, None)
+        w = unpack("Q4_K", raw)
+        found.append(cuda_gemm_bf16.launch_of(x, [w], jnp.float32, capability))
+
+    raw = jax.ShapeDtypeStruct((out, 16, 144), "uint8")
+    jax.eval_shape(launch, raw, *SwizzledLayout(jnp.dtype("bfloat16")).shapes(64, 4096))
+    assert found[0].grid == grid
+    assert f", {stages}>(" in found[0].source
+
+
+@pytest.mark.parametrize(
+    ("names", "capability", "expected"),
+    [
+        (["Q8_0", "IQ3_K", "IQ2_KS", "MXFP4"], 9.0, cuda_gemv_int8),
+        (["Q4_K", "Q6_K", "IQ4_K", "IQ3_KT"], 9.0, triton_gemv_int8),
+        (["Q8_0", "IQ3_K"], 8.0, triton_gemv_int8),
+        (["IQ2_XXS", "Q2_K"], 8.0, cuda_gemv_int8),
+    ],
+)
+def test_one_row_is_multiplied_by_the_faster_kernel(rng, names, capability, expected):
+    """But on a mesh by the one that sends its results to peers."""
+    policy = MatmulPolicy(kernels=True, cuda=capability)
+    peers = PeerGroup(jnp.zeros(5, jnp.uint32), ("tensor",))
+    for name in names:
+        w = to_u32(matrix(rng, name, 8, 1024))
+        with forward_context(policy=policy):
+            assert matmul_api._gemv_backend(w) is expected, name
+        with forward_context(policy=policy, peers=peers):
+            sends = triton_gemv_int8.supports(w)
+            assert matmul_api._gemv_backend(w) is (triton_gemv_int8 if sends else cuda_gemv_int8)
 
 
 def exact_rows(function, operands, addend, norm):
