@@ -51,19 +51,35 @@ def first_of_its_architecture(name):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in DEEP])
 def test_logits_are_those_of_llama_cpp(recipe_gguf, name):
-    """And, for one variant of each architecture, those of one split, in turn: all of them are in
-    `test_every_mode_and_count`."""
+    """Those of a whole prompt and of single tokens. For one variant of each architecture, either of
+    them are those of a split, in turn; `test_every_mode_and_count` has all splits, and
+    `test_one_device_has_both` the rest."""
     path, tokens = recipe_gguf(name), recipe(name)["tokens"]
-    expected = reference(name)
-    one = load(path, "none")
-    logits = one.logits(tokens)
-    assert nmse(logits, expected) <= 1e-6
-    assert nmse(one.logits(tokens, one_by_one=True), expected) <= 1e-6
+    one, expected = load(path, "none"), reference(name)
+    split = one
+    index = VARIANTS.index(name)
     if first_of_its_architecture(name):
         splits = [*itertools.product(MODES, DEVICES)]
-        index = VARIANTS.index(name)
-        split = splits[index % len(splits)]
-        check_split(path, *split, tokens, logits, one_by_one=index // len(splits) % 2 == 1)
+        split = load(path, *splits[index % len(splits)])
+    in_turn = [one, split] if index % 2 else [split, one]
+    whole, single = (
+        lm.logits(tokens, one_by_one=one_by_one)
+        for lm, one_by_one in zip(in_turn, (False, True), strict=True)
+    )
+    assert nmse(whole, expected) <= 1e-6
+    assert nmse(single, expected) <= 1e-6
+    if split is not one:
+        assert nmse(whole, single) <= 1e-9, split.describe()
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", [name for name in VARIANTS if first_of_its_architecture(name)])
+def test_one_device_has_both(recipe_gguf, name):
+    """The whole prompt and single tokens, where the other test has either of them."""
+    one, tokens = load(recipe_gguf(name), "none"), recipe(name)["tokens"]
+    for one_by_one in (False, True):
+        assert nmse(one.logits(tokens, one_by_one=one_by_one), reference(name)) <= 1e-6
 
 
 @pytest.mark.usefixtures("quick_compilation")
