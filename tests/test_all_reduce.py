@@ -105,7 +105,7 @@ def primitives(jaxpr):
 @pytest.mark.parametrize(
     ("mode", "mesh", "recipe"),
     [
-        ("graph", "tensor:2", SHAPES["8-2"]),
+        pytest.param("graph", "tensor:2", SHAPES["8-2"], marks=pytest.mark.full),
         ("graph", "data:2,tensor:3", SHAPES["9-3"]),
         ("row", "tensor:2", SHAPES["6-1"]),
         ("graph", "tensor:2", first_layers("gemma2", 2)),  # normalized before they are added

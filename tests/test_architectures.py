@@ -51,9 +51,9 @@ def first_of_its_architecture(name):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in DEEP])
 def test_logits_are_those_of_llama_cpp(recipe_gguf, name):
-    """Those of a whole prompt and of single tokens. For one variant of each architecture, either of
-    them are those of a split, in turn; `test_every_mode_and_count` has all splits, and
-    `test_one_device_has_both` the rest."""
+    """A whole prompt, and single tokens. For one variant of each architecture, one device computes
+    either of them and a split the other; `test_one_device_has_both` and `test_every_mode_and_count`
+    have the rest."""
     path, tokens = recipe_gguf(name), recipe(name)["tokens"]
     one, expected = load(path, "none"), reference(name)
     split = one
@@ -76,7 +76,7 @@ def test_logits_are_those_of_llama_cpp(recipe_gguf, name):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [name for name in VARIANTS if first_of_its_architecture(name)])
 def test_one_device_has_both(recipe_gguf, name):
-    """The whole prompt and single tokens, where the other test has either of them."""
+    """Where `test_logits_are_those_of_llama_cpp` has either of them."""
     one, tokens = load(recipe_gguf(name), "none"), recipe(name)["tokens"]
     for one_by_one in (False, True):
         assert nmse(one.logits(tokens, one_by_one=one_by_one), reference(name)) <= 1e-6

@@ -53,7 +53,12 @@ def text_of_one(model):
 
 
 @pytest.mark.parametrize(
-    "split", ["--split_mode=graph", "--split_mode=layer", "--mesh=data:2,stage:2"]
+    "split",
+    [
+        "--split_mode=graph",
+        pytest.param("--split_mode=layer", marks=pytest.mark.full),
+        "--mesh=data:2,stage:2",
+    ],
 )
 def test_two_processes_give_the_text_of_one(model, text_of_one, split):
     first, second = pair(model, COUNT, split)
@@ -83,7 +88,9 @@ print(json.dumps(texts))
 """
 
 
-@pytest.mark.parametrize("mesh", ["tensor:2", "data:2", "stage:2"])
+@pytest.mark.parametrize(
+    "mesh", ["tensor:2", "data:2", pytest.param("stage:2", marks=pytest.mark.full)]
+)
 def test_two_processes_run_many_requests(model, mesh):
     with socket.socket() as free:
         free.bind(("localhost", 0))
