@@ -631,8 +631,9 @@ def test_types_without_a_triton_kernel_beside_those_with_one(rng, monkeypatch, r
         activations = apply(lambda x: x, (x,), matmul_api.readers_of(x, weights))
         ys = matmul_api.matmuls(activations, weights)
     assert launched == {"gemv_int8" if rows == 1 else "gemm_bf16"}
+    rounded, bound = (values_of(quantize_rows(x)), 1e-12) if rows == 1 else (x, 3e-5)
     for y, w in zip(ys, weights, strict=True):
-        assert nmse(y, np.float64(x) @ np.float64(dequantized(w)).T) <= 3e-4
+        assert nmse(y, np.float64(rounded) @ np.float64(dequantized(w)).T) <= bound
 
 
 @on_cpu
