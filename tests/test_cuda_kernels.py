@@ -45,9 +45,11 @@ from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import api as matmul_api
 from jaxsplit.ops.matmul import (
+    cuda_dequantize,
     cuda_gemm_bf16,
     cuda_gemm_int8,
     cuda_gemv_int8,
+    float8,
     triton_gemv_int8,
 )
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
@@ -56,7 +58,7 @@ from jaxsplit.ops.moe import api as moe
 from jaxsplit.ops.moe import cuda_groups, cuda_router, router
 from jaxsplit.ops.moe.experts import ExpertMatrices, ExpertParams
 from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
-from jaxsplit.quant.qtensor import minima, scales, shifts, unscaled
+from jaxsplit.quant.qtensor import minima, row_bounds, scales, shifts, unscaled
 from jaxsplit.sharding.axes import Axis
 
 READERS = Readers((Int8Layout(),), xla=False)
@@ -305,6 +307,54 @@ def test_gemm_bf16_of_groups(rng):
             for i, (m, start, stop) in enumerate(of_group)
         ]
         assert nmse(y[0], np.concatenate(expected)) <= 1e-12
+
+
+def in_float32(w, values):
+    """The values; of a type with minima, with products that are not rounded before the minima are
+    added: XLA may do either."""
+    if w.minimum is None:
+        return values
+    scale, below = np.float64(scales(w))[..., None], np.float64(minima(w))[..., None]
+    codes = np.float64(unscaled(w)).reshape(*scale.shape[:-1], -1)
+    return jnp.asarray(codes * scale + below, "float32").reshape(values.shape)
+
+
+@on_cpu
+def test_every_type_is_dequantized(some):
+    """In float32, rounded once to 16 bits: the same bits. Last blocks are not full."""
+    names, weights, values = some
+    assert all(map(cuda_dequantize.supports, weights))
+    dtype = "float16" if TYPES_WITH_KERNELS.index(names) % 2 else "bfloat16"
+    launch = cuda_dequantize.launch_of(weights, jnp.dtype(dtype), after=jnp.full(3, jnp.nan))
+    [y] = cuda_host.run(launch)
+    expected = [in_float32(w, v).astype(dtype) for w, v in zip(weights, values, strict=True)]
+    np.testing.assert_array_equal(y, np.concatenate(expected))
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [32, 3])
+def test_matrices_are_dequantized_to_float32(rng, rows):
+    """The same bits: with minima, in two planes, in units that are parts of chunks."""
+    weights = [matrix(rng, name, rows, 1024) for name in ("Q5_K", "IQ3_K", "Q6_K", "TQ2_0")]
+    [y] = cuda_host.run(cuda_dequantize.launch_of(weights, jnp.dtype("float32")))
+    expected = [in_float32(w, dequantized(w)) for w in weights]
+    np.testing.assert_array_equal(y, np.concatenate(expected))
+
+
+@on_cpu
+def test_bounds_scale_rows_to_the_largest_number(rng):
+    """Of float8; rows whose bound is hardly above 0 become zeros."""
+    weights = [matrix(rng, name, rows, 768) for name, rows in (("Q4_K", 5), ("Q8_0", 3))]
+    bounds = [row_bounds(w) for w in weights]
+    bounds[0] = bounds[0].at[2].set(0).at[4].set(1e-38)
+    launch = cuda_dequantize.launch_of(weights, float8.DTYPE, bounds=bounds)
+    [y] = map(np.float32, cuda_host.run(launch))
+    expected = [float8.round_matrix(w, b) for w, b in zip(weights, bounds, strict=True)]
+    expected = np.float32(jnp.concatenate(expected))
+    np.testing.assert_allclose(y, expected, rtol=1 / 8)  # one step of 3 bits
+    assert np.mean(y == expected) > 0.999
+    assert not y[[2, 4]].any()
+    assert np.abs(y).max() > 100
 
 
 def test_gemm_bf16_fits_the_shared_memory_of_each_gpu(rng):
@@ -578,7 +628,7 @@ def emulate_gpu(monkeypatch, capability):
 
     for module in (
         *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
-        *(cuda_router, cuda_groups),
+        *(cuda_dequantize, cuda_router, cuda_groups),
     ):
         monkeypatch.setattr(module, "cuda_call", emulated)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
@@ -588,7 +638,10 @@ def emulate_gpu(monkeypatch, capability):
 @on_cpu
 @pytest.mark.parametrize(
     ("capability", "activations", "kernels"),
-    [(7.5, "int8", {"gemv_int8", "gemm_int8"}), (9.0, "float", {"gemm_bf16"})],
+    [
+        (7.5, "int8", {"gemv_int8", "gemm_int8"}),
+        (9.0, "float", {"gemm_bf16", "dequantize"}),  # of rows that are no whole rounds
+    ],
 )
 def test_a_model_of_several_sequences_is_the_one_without_kernels(
     tmp_path, rng, monkeypatch, capability, activations, kernels
@@ -633,6 +686,25 @@ def test_types_without_a_triton_kernel_beside_those_with_one(rng, monkeypatch, r
     assert launched == {"gemv_int8" if rows == 1 else "gemm_bf16"}
     for y, w in zip(ys, weights, strict=True):
         assert nmse(y, np.float64(x) @ np.float64(dequantized(w)).T) <= 3e-4
+
+
+@on_cpu
+@pytest.mark.parametrize("in_float8", [False, True])
+def test_matrices_of_many_rows_are_dequantized_by_one_kernel(rng, monkeypatch, in_float8):
+    """Those of the same rows together; a type without a kernel by XLA."""
+    launched = emulate_gpu(monkeypatch, 9.0)
+    weights = [matrix(rng, kind, out, 512) for kind, out in (("Q4_K", 24), ("Q6_K", 40))]
+    other = matrix(rng, "IQ1_M", 8, 512)
+    assert not cuda_dequantize.supports(other)
+    x = jnp.asarray(rng.normal(size=(300, 512)), "bfloat16")
+    with forward_context(policy=MatmulPolicy(cuda=9.0, float8=in_float8)):
+        [plain] = matmul_api.matmuls(x, [other])
+        assert not launched
+        ys = matmul_api.matmuls(x, weights)
+    assert launched == {"dequantize"}
+    for y, w in zip((plain, *ys), (other, *weights), strict=True):
+        error = nmse(y, np.float64(x) @ np.float64(dequantized(w)).T)
+        assert error <= (4e-3 if in_float8 else 2e-5)
 
 
 @on_cpu
