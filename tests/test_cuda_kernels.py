@@ -48,6 +48,7 @@ from jaxsplit.ops.matmul import (
     cuda_dequantize,
     cuda_gemm_bf16,
     cuda_gemm_int8,
+    cuda_gemv_16bit,
     cuda_gemv_int8,
     float8,
     triton_gemv_int8,
@@ -357,6 +358,57 @@ def test_bounds_scale_rows_to_the_largest_number(rng):
     assert np.abs(y).max() > 100
 
 
+@on_cpu
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("columns", [520, 2048])
+def test_gemv_16bit_equals_float64(rng, rows, columns):
+    """Both types of 16 bits; rounds that are whole and not; rows that fill no tile, nor a block."""
+    dtypes = ("bfloat16", "float16") if rows > 1 else ("float16", "bfloat16")
+    x = jnp.asarray(rng.normal(size=(rows, columns)), dtypes[0])
+    weights = [
+        jnp.asarray(rng.normal(size=(out, columns)), dtype)
+        for out, dtype in zip((9, 33), dtypes, strict=True)
+    ]
+    assert all(cuda_gemv_16bit.supports(w, x.dtype) for w in weights)
+    launch = cuda_gemv_16bit.launch_of(x, weights, jnp.float32)
+    for y, w in zip(cuda_host.run(launch), weights, strict=True):
+        assert nmse(y, np.float64(x) @ np.float64(w).T) <= 1e-12
+
+
+def test_gemv_16bit_supports_whole_runs_of_16_bits():
+    w = jnp.zeros((8, 64), jnp.bfloat16)
+    assert not cuda_gemv_16bit.supports(w[:, :36], jnp.bfloat16)
+    assert not cuda_gemv_16bit.supports(w, jnp.float32)
+    assert not cuda_gemv_16bit.supports(w.astype(jnp.float32), jnp.bfloat16)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("rows", "capability", "of_rows", "of_matrix", "expected"),
+    [
+        (4, 7.5, "float16", "bfloat16", {"gemv_16bit"}),
+        (8, 6.1, "bfloat16", "bfloat16", {"gemv_16bit"}),
+        (1, 7.5, "float16", "bfloat16", set()),
+        (9, 7.5, "float16", "bfloat16", set()),
+        (4, 7.5, "float16", "float16", set()),
+        (4, 8.0, "bfloat16", "bfloat16", set()),
+    ],
+)
+def test_a_few_rows_are_multiplied_with_plain_matrices_by_a_kernel(
+    rng, monkeypatch, rows, capability, of_rows, of_matrix, expected
+):
+    """Where XLA would convert the matrices first."""
+    launched = emulate_gpu(monkeypatch, capability)
+    x = jnp.asarray(rng.normal(size=(rows, 64)), of_rows)
+    weights = [jnp.asarray(rng.normal(size=(out, 64)), of_matrix) for out in (24, 5)]
+    with forward_context(policy=MatmulPolicy(cuda=capability)):
+        ys = matmul_api.matmuls(x, weights)
+    assert launched == expected
+    for y, w in zip(ys, weights, strict=True):
+        assert y.shape == (rows, len(w))
+        assert nmse(y, np.float64(x) @ np.float64(w).T) <= (1e-12 if expected else 1e-5)
+
+
 def test_gemm_bf16_fits_the_shared_memory_of_each_gpu(rng):
     """With several stages, and without a second tile where one fits."""
     weights = [matrix(rng, name, 4, 1024) for name in ("Q4_K", "Q8_0", "Q6_K", "TQ2_0")]
@@ -628,7 +680,7 @@ def emulate_gpu(monkeypatch, capability):
 
     for module in (
         *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
-        *(cuda_dequantize, cuda_router, cuda_groups),
+        *(cuda_dequantize, cuda_gemv_16bit, cuda_router, cuda_groups),
     ):
         monkeypatch.setattr(module, "cuda_call", emulated)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
@@ -951,6 +1003,43 @@ def test_gemm_bf16_fits_its_gpu(compiler, capability):
         jax.eval_shape(functools.partial(launch, name), raw, *layout.shapes(rows, columns))
         registers, _, spills = compiler(found[-1], capability)
         assert registers * found[-1].threads <= 65536
+        assert spills == 0
+
+
+GPUS = [7.5, 8.0, 8.9, 9.0, 12.0]
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_dequantize_fits_its_gpu(compiler, capability):
+    """Nothing is spilled; a block may have 48 KiB of shared memory on any GPU."""
+    found = []
+
+    def launch(name, dtype, raw):
+        found.append(cuda_dequantize.launch_of([unpack(name, raw)], jnp.dtype(dtype)))
+
+    cases = [("Q4_K", "float16"), ("Q6_K", "bfloat16"), ("IQ6_K", "float32"), ("TQ2_0", "float32")]
+    cases += [("Q4_K", "float8_e4m3fn")] * (capability >= 8.9)
+    for name, dtype in cases:
+        size = 4096 // TYPES[name].block, TYPES[name].block_bytes
+        raw = jax.ShapeDtypeStruct((28672, *size), "uint8")
+        jax.eval_shape(functools.partial(launch, name, dtype), raw)
+        assert found[-1].shared_bytes <= 48 * 1024
+        _, _, spills = compiler(found[-1], capability)
+        assert spills == 0, (name, dtype)
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_gemv_16bit_fits_its_gpu(compiler, capability):
+    found = []
+
+    def launch(x, w):
+        found.append(cuda_gemv_16bit.launch_of(x, [w], jnp.float32))
+
+    for rows, dtype in ((2, "float16"), (8, "bfloat16")):
+        x = jax.ShapeDtypeStruct((rows, 4096), dtype)
+        jax.eval_shape(launch, x, jax.ShapeDtypeStruct((28672, 4096), "bfloat16"))
+        registers, _, spills = compiler(found[-1], capability)
+        assert registers * found[-1].threads <= 65536 // 4
         assert spills == 0
 
 
