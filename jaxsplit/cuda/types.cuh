@@ -25,8 +25,8 @@ __device__ inline void store(float* y, float x) { *y = x; }
 __device__ inline void store(Half* y, float x) { y->bits = float_to_half(x); }
 __device__ inline void store(Bfloat16* y, float x) { y->bits = float_to_bfloat16(x); }
 
-// The place of a piece of 16 bytes, so that threads with pieces of their own reach all banks of shared
-// memory.
+// The place of a piece of 16 bytes, so that threads with several pieces each reach all banks of
+// shared memory.
 __device__ inline int swizzled(int piece) { return piece ^ ((piece >> 3) & 7); }
 
 // Eight neighbors, aligned to their size: loaded now, converted when they are used.

@@ -1,7 +1,8 @@
 // Quantized matrices as plain arrays.
 //
 // A thread dequantizes a unit, and a warp 32 neighbors, whose weights are a run of the results. They
-// are put in order in shared memory: then neighboring threads store neighboring pieces of 16 bytes.
+// are put in order in shared memory: neighboring threads then store neighboring pieces, 16 bytes
+// each.
 //
 // Rows are scaled so that their bounds become LARGEST, and those whose bound is at most LEAST_BOUND
 // become zeros.

@@ -1,7 +1,7 @@
 // A few rows of activations times plain matrices, all in 16 bits.
 //
-// A warp has TILE rows of a matrix, and all ROWS of activations. Its threads load STEPS runs of eight
-// neighbors of each row of the matrix before they multiply.
+// A warp has TILE rows of a matrix, and all ROWS of activations. Its threads load STEPS runs of
+// eight neighbors of each row of the matrix before they multiply.
 
 template <class W, class X, class Y>
 __device__ void multiply(const W* w, int outputs, const X* x, int program, Y* y) {
