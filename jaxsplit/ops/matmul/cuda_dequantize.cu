@@ -1,6 +1,6 @@
 // Quantized matrices as plain arrays.
 //
-// A thread dequantizes a unit, and a warp 32 neighbors, whose weights are a run of the results. They
+// A thread dequantizes a unit, a warp 32 neighbors, whose weights are a run of the results. They
 // are put in order in shared memory: neighboring threads then store neighboring pieces, 16 bytes
 // each.
 //
