@@ -115,6 +115,11 @@ static inline u32 float_bits(float x) {
   return y;
 }
 
+static inline u16 float_to_bfloat16(float x) {
+  u32 bits = float_bits(x), rounded = bits + 0x7fffu + (bits >> 16 & 1);
+  return std::isnan(x) ? 0x7fc0 : (u16)(rounded >> 16);
+}
+
 static inline int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
   return c;
@@ -267,6 +272,7 @@ static inline void wait_for_arrivals(Arrivals* p, u32 parity) {
 static inline u32 float_bits(float x);
 struct Half;
 struct Bfloat16;
+struct Float8;
 
 template <class T>
 static u32 round_16(float x);
@@ -278,13 +284,27 @@ u32 round_16<Half>(float x) {
 
 template <>
 u32 round_16<Bfloat16>(float x) {
-  u32 bits = float_bits(x);
-  return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  return float_to_bfloat16(x);
 }
 
 template <class T>
 static u32 pack(float first, float second) {
   return round_16<T>(first) | round_16<T>(second) << 16;
+}
+
+// E4M3: 3 bits of mantissa, exponents from -6 on, of which the lowest is that of subnormal numbers.
+static u32 float_to_e4m3(float x) {
+  u32 sign = float_bits(x) >> 24 & 0x80;
+  float magnitude = std::fabs(x);
+  if (!(magnitude <= 448)) return sign | (magnitude > 448 ? 0x7e : 0x7f);
+  int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
+  int eighths = (int)std::nearbyint(std::ldexp(magnitude, 3 - exponent));  // 16: the next exponent
+  return sign | ((exponent + 6) * 8 + eighths);
+}
+
+template <>
+u32 pack<Float8>(float first, float second) {
+  return float_to_e4m3(first) | float_to_e4m3(second) << 8;
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import math
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 COMPILER = shutil.which("g++")
+_AFTER = 1 << 16  # bytes
 _FOLDER = Path(tempfile.mkdtemp(prefix="jaxsplit-cuda-host-"))
 
 
@@ -33,11 +35,14 @@ def run(launch):
         source.write_text(f'#include "cuda_host.h"\n{rest}\n{entry}')
         _compile_header()
         _compile(source, "-shared", f"-I{_FOLDER}", "-o", path)
-    # Results that overwrite an operand begin as a copy of it.
     arrays = [np.ascontiguousarray(x) for x in launch.operands]
-    results = [np.empty(r.shape, r.dtype) for r in launch.results]
-    for result in results:
-        result.view(np.uint8).fill(255)  # not a number, unless it is written
+    # Not a number, unless it is written; what follows a result must stay so.
+    buffers = [np.full(_bytes(r) + _AFTER, 255, np.uint8) for r in launch.results]
+    results = [
+        buffer[: _bytes(r)].view(r.dtype).reshape(r.shape)
+        for buffer, r in zip(buffers, launch.results, strict=True)
+    ]
+    # Results that overwrite an operand begin as a copy of it.
     for operand, result in launch.aliases.items():
         results[result] = arrays[operand] = arrays[operand].copy()
     pointers = (ctypes.c_void_p * (len(arrays) + len(results)))(
@@ -46,7 +51,12 @@ def run(launch):
     grid = (ctypes.c_int * 3)(*launch.grid)
     with _lock:  # shared memory is static
         ctypes.CDLL(str(path)).run_kernel(pointers, grid, launch.threads)
+    assert all((buffer[-_AFTER:] == 255).all() for buffer in buffers), "written past a result"
     return results
+
+
+def _bytes(shape):
+    return math.prod(shape.shape) * shape.dtype.itemsize
 
 
 @functools.cache

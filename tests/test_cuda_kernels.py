@@ -45,9 +45,12 @@ from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import api as matmul_api
 from jaxsplit.ops.matmul import (
+    cuda_dequantize,
     cuda_gemm_bf16,
     cuda_gemm_int8,
+    cuda_gemv_16bit,
     cuda_gemv_int8,
+    float8,
     triton_gemv_int8,
 )
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling, launch_of
@@ -56,7 +59,7 @@ from jaxsplit.ops.moe import api as moe
 from jaxsplit.ops.moe import cuda_groups, cuda_router, router
 from jaxsplit.ops.moe.experts import ExpertMatrices, ExpertParams
 from jaxsplit.quant import TYPES, dequantize, to_u32, unpack
-from jaxsplit.quant.qtensor import minima, scales, shifts, unscaled
+from jaxsplit.quant.qtensor import minima, row_bounds, scales, shifts, unscaled
 from jaxsplit.sharding.axes import Axis
 
 READERS = Readers((Int8Layout(),), xla=False)
@@ -305,6 +308,105 @@ def test_gemm_bf16_of_groups(rng):
             for i, (m, start, stop) in enumerate(of_group)
         ]
         assert nmse(y[0], np.concatenate(expected)) <= 1e-12
+
+
+def in_float32(w, values):
+    """The values; of a type with minima, with products that are not rounded before the minima are
+    added: XLA may do either."""
+    if w.minimum is None:
+        return values
+    scale, below = np.float64(scales(w))[..., None], np.float64(minima(w))[..., None]
+    codes = np.float64(unscaled(w)).reshape(*scale.shape[:-1], -1)
+    return jnp.asarray(codes * scale + below, "float32").reshape(values.shape)
+
+
+@on_cpu
+def test_every_type_is_dequantized(some):
+    """In float32, rounded once to 16 bits: the same bits. Last blocks are not full."""
+    names, weights, values = some
+    assert all(map(cuda_dequantize.supports, weights))
+    dtype = "float16" if TYPES_WITH_KERNELS.index(names) % 2 else "bfloat16"
+    launch = cuda_dequantize.launch_of(weights, jnp.dtype(dtype), after=jnp.full(3, jnp.nan))
+    [y] = cuda_host.run(launch)
+    expected = [in_float32(w, v).astype(dtype) for w, v in zip(weights, values, strict=True)]
+    np.testing.assert_array_equal(y, np.concatenate(expected))
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [32, 3])
+def test_matrices_are_dequantized_to_float32(rng, rows):
+    """The same bits: with minima, in two planes, in units that are parts of chunks."""
+    weights = [matrix(rng, name, rows, 1024) for name in ("Q5_K", "IQ3_K", "Q6_K", "TQ2_0")]
+    [y] = cuda_host.run(cuda_dequantize.launch_of(weights, jnp.dtype("float32")))
+    expected = [in_float32(w, dequantized(w)) for w in weights]
+    np.testing.assert_array_equal(y, np.concatenate(expected))
+
+
+@on_cpu
+def test_bounds_scale_rows_to_the_largest_number(rng):
+    """Of float8; rows whose bound is hardly above 0 become zeros."""
+    weights = [matrix(rng, name, rows, 768) for name, rows in (("Q4_K", 5), ("Q8_0", 3))]
+    bounds = [row_bounds(w) for w in weights]
+    bounds[0] = bounds[0].at[2].set(0).at[4].set(1e-38)
+    launch = cuda_dequantize.launch_of(weights, float8.DTYPE, bounds=bounds)
+    [y] = map(np.float32, cuda_host.run(launch))
+    expected = [float8.round_matrix(w, b) for w, b in zip(weights, bounds, strict=True)]
+    expected = np.float32(jnp.concatenate(expected))
+    np.testing.assert_allclose(y, expected, rtol=1 / 8)  # one step of 3 bits
+    assert np.mean(y == expected) > 0.999
+    assert not y[[2, 4]].any()
+    assert np.abs(y).max() > 100
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("columns", [520, 2048])
+def test_gemv_16bit_equals_float64(rng, rows, columns):
+    """Both types of 16 bits; rounds that are whole and not; rows that fill no tile, nor a block."""
+    dtypes = ("bfloat16", "float16") if rows > 1 else ("float16", "bfloat16")
+    x = jnp.asarray(rng.normal(size=(rows, columns)), dtypes[0])
+    weights = [
+        jnp.asarray(rng.normal(size=(out, columns)), dtype)
+        for out, dtype in zip((9, 33), dtypes, strict=True)
+    ]
+    assert all(cuda_gemv_16bit.supports(w, x.dtype) for w in weights)
+    launch = cuda_gemv_16bit.launch_of(x, weights, jnp.float32)
+    for y, w in zip(cuda_host.run(launch), weights, strict=True):
+        assert nmse(y, np.float64(x) @ np.float64(w).T) <= 1e-12
+
+
+def test_gemv_16bit_supports_whole_runs_of_16_bits():
+    w = jnp.zeros((8, 64), jnp.bfloat16)
+    assert not cuda_gemv_16bit.supports(w[:, :36], jnp.bfloat16)
+    assert not cuda_gemv_16bit.supports(w, jnp.float32)
+    assert not cuda_gemv_16bit.supports(w.astype(jnp.float32), jnp.bfloat16)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("rows", "capability", "of_rows", "of_matrix", "expected"),
+    [
+        (4, 7.5, "float16", "bfloat16", {"gemv_16bit"}),
+        (8, 6.1, "bfloat16", "bfloat16", {"gemv_16bit"}),
+        (1, 7.5, "float16", "bfloat16", set()),
+        (9, 7.5, "float16", "bfloat16", set()),
+        (4, 7.5, "float16", "float16", set()),
+        (4, 8.0, "bfloat16", "bfloat16", set()),
+    ],
+)
+def test_a_few_rows_are_multiplied_with_plain_matrices_by_a_kernel(
+    rng, monkeypatch, rows, capability, of_rows, of_matrix, expected
+):
+    """Where XLA would convert the matrices first."""
+    launched = emulate_gpu(monkeypatch, capability)
+    x = jnp.asarray(rng.normal(size=(rows, 64)), of_rows)
+    weights = [jnp.asarray(rng.normal(size=(out, 64)), of_matrix) for out in (24, 5)]
+    with forward_context(policy=MatmulPolicy(cuda=capability)):
+        ys = matmul_api.matmuls(x, weights)
+    assert launched == expected
+    for y, w in zip(ys, weights, strict=True):
+        assert y.shape == (rows, len(w))
+        assert nmse(y, np.float64(x) @ np.float64(w).T) <= (1e-12 if expected else 1e-5)
 
 
 def test_gemm_bf16_fits_the_shared_memory_of_each_gpu(rng):
@@ -578,7 +680,7 @@ def emulate_gpu(monkeypatch, capability):
 
     for module in (
         *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
-        *(cuda_router, cuda_groups),
+        *(cuda_dequantize, cuda_gemv_16bit, cuda_router, cuda_groups),
     ):
         monkeypatch.setattr(module, "cuda_call", emulated)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
@@ -588,7 +690,10 @@ def emulate_gpu(monkeypatch, capability):
 @on_cpu
 @pytest.mark.parametrize(
     ("capability", "activations", "kernels"),
-    [(7.5, "int8", {"gemv_int8", "gemm_int8"}), (9.0, "float", {"gemm_bf16"})],
+    [
+        (7.5, "int8", {"gemv_int8", "gemm_int8"}),
+        (9.0, "float", {"gemm_bf16", "dequantize"}),  # of rows that are no whole rounds
+    ],
 )
 def test_a_model_of_several_sequences_is_the_one_without_kernels(
     tmp_path, rng, monkeypatch, capability, activations, kernels
@@ -634,6 +739,25 @@ def test_types_without_a_triton_kernel_beside_those_with_one(rng, monkeypatch, r
     rounded, bound = (values_of(quantize_rows(x)), 1e-12) if rows == 1 else (x, 3e-5)
     for y, w in zip(ys, weights, strict=True):
         assert nmse(y, np.float64(rounded) @ np.float64(dequantized(w)).T) <= bound
+
+
+@on_cpu
+@pytest.mark.parametrize("in_float8", [False, True])
+def test_matrices_of_many_rows_are_dequantized_by_one_kernel(rng, monkeypatch, in_float8):
+    """Those of the same rows together; a type without a kernel by XLA."""
+    launched = emulate_gpu(monkeypatch, 9.0)
+    weights = [matrix(rng, kind, out, 512) for kind, out in (("Q4_K", 24), ("Q6_K", 40))]
+    other = matrix(rng, "IQ1_M", 8, 512)
+    assert not cuda_dequantize.supports(other)
+    x = jnp.asarray(rng.normal(size=(300, 512)), "bfloat16")
+    with forward_context(policy=MatmulPolicy(cuda=9.0, float8=in_float8)):
+        [plain] = matmul_api.matmuls(x, [other])
+        assert not launched
+        ys = matmul_api.matmuls(x, weights)
+    assert launched == {"dequantize"}
+    for y, w in zip((plain, *ys), (other, *weights), strict=True):
+        error = nmse(y, np.float64(x) @ np.float64(dequantized(w)).T)
+        assert error <= (4e-3 if in_float8 else 2e-5)
 
 
 @on_cpu
@@ -880,6 +1004,43 @@ def test_gemm_bf16_fits_its_gpu(compiler, capability):
         jax.eval_shape(functools.partial(launch, name), raw, *layout.shapes(rows, columns))
         registers, _, spills = compiler(found[-1], capability)
         assert registers * found[-1].threads <= 65536
+        assert spills == 0
+
+
+GPUS = [7.5, 8.0, 8.9, 9.0, 12.0]
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_dequantize_fits_its_gpu(compiler, capability):
+    """Nothing is spilled; a block may have 48 KiB of shared memory on any GPU."""
+    found = []
+
+    def launch(name, dtype, raw):
+        found.append(cuda_dequantize.launch_of([unpack(name, raw)], jnp.dtype(dtype)))
+
+    cases = [("Q4_K", "float16"), ("Q6_K", "bfloat16"), ("IQ6_K", "float32"), ("TQ2_0", "float32")]
+    cases += [("Q4_K", "float8_e4m3fn")] * (capability >= 8.9)
+    for name, dtype in cases:
+        size = 4096 // TYPES[name].block, TYPES[name].block_bytes
+        raw = jax.ShapeDtypeStruct((28672, *size), "uint8")
+        jax.eval_shape(functools.partial(launch, name, dtype), raw)
+        assert found[-1].shared_bytes <= 48 * 1024
+        _, _, spills = compiler(found[-1], capability)
+        assert spills == 0, (name, dtype)
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_gemv_16bit_fits_its_gpu(compiler, capability):
+    found = []
+
+    def launch(x, w):
+        found.append(cuda_gemv_16bit.launch_of(x, [w], jnp.float32))
+
+    for rows, dtype in ((2, "float16"), (8, "bfloat16")):
+        x = jax.ShapeDtypeStruct((rows, 4096), dtype)
+        jax.eval_shape(launch, x, jax.ShapeDtypeStruct((28672, 4096), "bfloat16"))
+        registers, _, spills = compiler(found[-1], capability)
+        assert registers * found[-1].threads <= 65536 // 4
         assert spills == 0
 
 

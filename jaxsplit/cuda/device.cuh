@@ -64,6 +64,61 @@ __device__ inline u16 float_to_half(float x) {
 
 __device__ inline u32 float_bits(float x) { return __float_as_uint(x); }
 
+__device__ inline u16 float_to_bfloat16(float x) {
+  u32 bits = float_bits(x);
+  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return nan ? 0x7fc0 : (u16)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// Two neighbors, rounded to nearest: the first in the lower half.
+struct Half;
+struct Bfloat16;
+struct Float8;
+template <class T>
+__device__ inline u32 pack(float first, float second);
+
+#if __CUDA_ARCH__ >= 800
+
+template <>
+__device__ inline u32 pack<Half>(float first, float second) {
+  u32 y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+template <>
+__device__ inline u32 pack<Bfloat16>(float first, float second) {
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+#else
+
+template <>
+__device__ inline u32 pack<Half>(float first, float second) {
+  return float_to_half(first) | (u32)float_to_half(second) << 16;
+}
+
+template <>
+__device__ inline u32 pack<Bfloat16>(float first, float second) {
+  return float_to_bfloat16(first) | (u32)float_to_bfloat16(second) << 16;
+}
+
+#endif
+
+#if __CUDA_ARCH__ >= 890
+
+// The largest number instead of larger ones.
+template <>
+__device__ inline u32 pack<Float8>(float first, float second) {
+  u16 y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+#endif
+
 __device__ inline int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
 
 __device__ inline float exchange(float x, int distance) {
@@ -190,26 +245,6 @@ __device__ inline void publish_copies() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
-}
-
-// Two neighbors in 16 bits, rounded to nearest: the first in the lower half.
-struct Half;
-struct Bfloat16;
-template <class T>
-__device__ inline u32 pack(float first, float second);
-
-template <>
-__device__ inline u32 pack<Half>(float first, float second) {
-  u32 y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
-  return y;
-}
-
-template <>
-__device__ inline u32 pack<Bfloat16>(float first, float second) {
-  u32 y;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
-  return y;
 }
 
 // A half of a word, twice: the compiler makes it part of the instruction that reads it.

@@ -14,6 +14,7 @@ CPP_TYPES = {
     "float32": "float",
     "float16": "Half",
     "bfloat16": "Bfloat16",
+    "float8_e4m3fn": "Float8",
     "int32": "int",
     "uint32": "u32",
     "int16": "Int16",
@@ -38,6 +39,18 @@ def constants(numbers: Mapping[str, float], prefix: str = "") -> str:
         value = str(int(number)) if whole else f"{float(number)!r}f"
         lines.append(f"{prefix}constexpr {'int' if whole else 'float'} {name} = {value};\n")
     return "".join(lines)
+
+
+def dispatch(calls: Sequence[tuple[int, str]]) -> str:
+    """Statements that send each block of threads to its call.
+
+    Args:
+      calls: how many blocks, and what each executes as block `program` of these.
+    """
+    return "".join(
+        f"  if (program < {blocks}) {{\n    {call};\n    return;\n  }}\n  program -= {blocks};\n"
+        for blocks, call in calls
+    )
 
 
 class Arguments:

@@ -6,6 +6,9 @@ struct Half {
 struct Bfloat16 {
   u16 bits;
 };
+struct Float8 {  // E4M3
+  u8 bits;
+};
 struct Int16 {
   short value;
 };
@@ -20,11 +23,11 @@ __device__ inline float load(const Bfloat16* x) { return bits_float((u32)x->bits
 
 __device__ inline void store(float* y, float x) { *y = x; }
 __device__ inline void store(Half* y, float x) { y->bits = float_to_half(x); }
-__device__ inline void store(Bfloat16* y, float x) {
-  u32 bits = float_bits(x);
-  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  y->bits = nan ? 0x7fc0 : (u16)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
+__device__ inline void store(Bfloat16* y, float x) { y->bits = float_to_bfloat16(x); }
+
+// The place of a piece of 16 bytes, so that threads with several pieces each reach all banks of
+// shared memory.
+__device__ inline int swizzled(int piece) { return piece ^ ((piece >> 3) & 7); }
 
 // Eight neighbors, aligned to their size: loaded now, converted when they are used.
 template <class T>

@@ -75,6 +75,7 @@ PROGRAMS = {
         ("llama-8b", "H100", 1, "prefill", {"prefill": 512}),
         ("llama-8b", "H100", 2, "prefill", {"prefill": 512}),
         ("llama-8b", "H100", 2, "prefill nccl", {"prefill": 512, "nccl": True}),
+        ("llama-8b", "H100", 1, "prefill cuda", {"prefill": 512, "cuda": True}),
         ("llama-8b", "H100", 1, "decode cuda", {"cuda": True}),
         ("llama-8b", "H100", 1, "decode 8 cuda", {"cuda": True, "sequences": 8}),
         ("llama-8b", "H100", 1, "decode 128 cuda", {"cuda": True, "sequences": 128}),

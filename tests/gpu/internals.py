@@ -32,7 +32,7 @@ from jaxsplit.ops.activations.layout import Readers
 from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update
 from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
-from jaxsplit.ops.matmul import api, float8
+from jaxsplit.ops.matmul import api, cuda_dequantize, cuda_gemv_16bit, float8
 from jaxsplit.ops.moe import triton_router
 from jaxsplit.ops.moe.spec import MLPConfig, MoEConfig
 from jaxsplit.ops.norm.api import add_norm
@@ -210,11 +210,30 @@ def products(x: Array, weights: Sequence, *, int8: bool, float8: bool = False) -
         return api.matmuls(x, weights)
 
 
-def products_in_cuda(x: Array, weights: Sequence, *, int8: bool) -> list[Array]:
-    """As `products`, by kernels in CUDA C++."""
+def _only_cuda(**changes: bool):
+    """A context in which kernels in CUDA C++ alone run; `changes`: of the policy."""
     found = MatmulPolicy.for_device(jax.devices()[0], "cuda")
-    with forward_context(policy=dataclasses.replace(found, int8_activations=int8)):
+    return forward_context(policy=dataclasses.replace(found, **changes))
+
+
+def products_in_cuda(
+    x: Array, weights: Sequence, *, int8: bool, float8: bool = False
+) -> list[Array]:
+    """As `products`, by kernels in CUDA C++."""
+    with _only_cuda(int8_activations=int8, float8=float8):
         return api.matmuls(x, weights)
+
+
+def gemv_16bit(x: Array, weights: Sequence[Array]) -> list[Array]:
+    """`x @ w.T` with plain matrices, by the kernel in CUDA C++: float32 `[rows, out]`."""
+    with _only_cuda():
+        return cuda_gemv_16bit.gemv_16bit(x, weights)
+
+
+def dequantized_in_cuda(weights: Sequence[QTensor], dtype: str) -> Array:
+    """Matrices one below the other, by the kernel in CUDA C++."""
+    with _only_cuda():
+        return cuda_dequantize.dequantize(weights, jnp.dtype(dtype))
 
 
 def expert_products(x: Array, stacks: Sequence[QTensor], experts: Array) -> list[Array]:

@@ -108,18 +108,50 @@ def test_products_with_matrices_of_several_types(rng, bounded):
 @pytest.mark.skipif(internals.INTERPRET, reason="compiles for a GPU")
 @pytest.mark.parametrize("name", CUDA_TYPES)
 def test_products_by_kernels_in_cuda(rng, bounded, name):
-    """Rounded to 8 bits and not; some tiles and blocks are not full."""
+    """Rounded to 8 bits and not; 300 rows with the dequantized matrix. Some tiles are not full."""
     raw = internals.raw_blocks(rng, name, 200, 2048)
     w, exact = internals.from_blocks(name, raw), exact_matrix(name, raw)
     run = jax.jit(internals.products_in_cuda, static_argnames="int8")
     minima, ok = w.minimum is not None, []
-    for rows, int8 in ((1, True), (8, True), (16, True), (8, False), (100, False), (256, False)):
+    few, many = [(1, True), (8, True), (16, True), (8, False)], [100, 256, 300]
+    for rows, int8 in (*few, *((rows, False) for rows in many)):
         x = (unrounded if int8 else activations)(rng, rows, 2048)
         [y] = run(x, [w], int8=int8)
         expected = int8_rounded(np.float64(x)) if int8 else np.float64(x)
         bound = INT8 if int8 else MINIMA if minima else BFLOAT16
         mode = f"CUDA, {rows} rows{', int8' if int8 else ''}"
         ok.append(bounded(name, mode, nmse(y, expected @ exact.T), bound))
+    assert all(ok)
+
+
+@pytest.mark.skipif(internals.INTERPRET, reason="compiles for a GPU")
+@pytest.mark.parametrize("name", CUDA_TYPES)
+def test_matrices_dequantized_by_a_kernel_in_cuda(rng, bounded, name):
+    """Two, whose last blocks are not full."""
+    raws = [internals.raw_blocks(rng, name, rows, 2048) for rows in (201, 33)]
+    weights = [internals.from_blocks(name, raw) for raw in raws]
+    exact = np.concatenate([exact_matrix(name, raw) for raw in raws])
+    run, ok = jax.jit(internals.dequantized_in_cuda, static_argnums=1), []
+    for dtype, bound in (("float32", FLOAT32), ("float16", 1e-7), ("bfloat16", 5e-6)):
+        error = nmse(np.float64(run(weights, dtype)), exact)
+        ok.append(bounded(name, f"CUDA, {dtype}", error, bound))
+    assert all(ok)
+
+
+@pytest.mark.skipif(internals.INTERPRET, reason="compiles for a GPU")
+@pytest.mark.parametrize("columns", [520, 4096])
+def test_products_with_plain_matrices_by_a_kernel_in_cuda(rng, bounded, columns):
+    """In both types of 16 bits."""
+    weights = [activations(rng, rows, columns) for rows in (9, 40)]
+    weights[1] = weights[1].astype(jnp.float16)
+    run, ok = jax.jit(internals.gemv_16bit), []
+    for rows, dtype in ((1, jnp.bfloat16), (3, jnp.float16), (8, jnp.bfloat16)):
+        x = activations(rng, rows, columns).astype(dtype)
+        error = max(
+            nmse(y, np.float64(x) @ np.float64(w).T)
+            for y, w in zip(run(x, weights), weights, strict=True)
+        )
+        ok.append(bounded(f"16 bits {columns}", f"CUDA, {rows} rows", error, FLOAT32))
     assert all(ok)
 
 
@@ -138,17 +170,22 @@ def test_products_with_plain_matrices(rng, bounded, columns):
     assert all(ok)
 
 
+@pytest.mark.parametrize("backend", ["chosen", "CUDA"])
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ4_XS"])
-def test_products_in_8_bit_floating_point(rng, bounded, name):
+def test_products_in_8_bit_floating_point(rng, bounded, name, backend):
+    in_cuda = backend == "CUDA"
+    if in_cuda and internals.INTERPRET:
+        pytest.skip("compiles for a GPU")
     if not internals.multiplies_float8():
         pytest.skip("needs compute capability 8.9")
     columns = SHAPES[0][1]
     raw = internals.raw_blocks(rng, name, 72, columns)
     x = activations(rng, 300, columns)
-    run = jax.jit(internals.products, static_argnames=("int8", "float8"))
+    products = internals.products_in_cuda if in_cuda else internals.products
+    run = jax.jit(products, static_argnames=("int8", "float8"))
     [y] = run(x, [internals.from_blocks(name, raw)], int8=False, float8=True)
     error = nmse(y, np.float64(x) @ exact_matrix(name, raw).T)
-    assert bounded(name, "float8", error, FLOAT8)
+    assert bounded(name, "CUDA, float8" if in_cuda else "float8", error, FLOAT8)
 
 
 @pytest.mark.parametrize("used", [1, 2])

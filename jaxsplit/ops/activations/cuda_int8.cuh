@@ -33,8 +33,6 @@ __device__ inline Int8Quad rounded_quad(const float* x) {
   return y;
 }
 
-__device__ inline int swizzled(int slice) { return slice ^ ((slice >> 3) & 7); }
-
 // Row by row, slices of 16 codes swizzled over banks. As those below, it stores four neighbors from
 // `column` on.
 struct Int8Rows {

@@ -31,6 +31,7 @@ from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.matmul import (
     cuda_gemm_bf16,
     cuda_gemm_int8,
+    cuda_gemv_16bit,
     cuda_gemv_int8,
     triton_gemv_bf16,
     triton_gemv_int8,
@@ -183,6 +184,15 @@ def _supports_gemv_bf16(x: Like, w: Weight) -> bool:
     return single and not isinstance(w, QTensor) and triton_gemv_bf16.supports(w, x.dtype)
 
 
+def _supports_gemv_16bit(x: Like, w: Weight) -> bool:
+    # Elsewhere, and a single row, XLA multiplies with matrices as they are stored.
+    policy, rows = current_context().policy, rows_of(x)
+    runs = policy.only_cuda and policy.cuda < cuda_gemv_16bit.BELOW_CAPABILITY
+    if not runs or isinstance(w, QTensor) or not 1 < rows <= cuda_gemv_16bit.MAX_ROWS:
+        return False
+    return jnp.bfloat16 in (w.dtype, x.dtype) and cuda_gemv_16bit.supports(w, x.dtype)
+
+
 def _supports_float8(x: Like, w: Weight) -> bool:
     many = rows_of(x) > MAX_SMALL_M_ROWS
     return current_context().policy.float8 and many and isinstance(w, QTensor)
@@ -202,8 +212,8 @@ class _Implementation:
       name: for people.
       supports: whether it multiplies rows like these with a matrix.
       run: `(rows, weights, dtype)` to results `[..., out]`; rows in the layout, or an array.
-      layout: `(weights, dtype)` to the layout in which its kernel reads rows of a dtype; None: XLA
-        reads them.
+      layout: `(weights, dtype)` to the layout in which its kernel reads rows of a dtype; None: they
+        are read as an array.
       run_split_k: `(rows, weights)` to float32 `[parts, rows, out]`, left to the reader to sum;
         None: there is only one part.
       run_and_send: `(rows, weights, peers)`, of one matrix, to its float32 result, which the kernel
@@ -267,6 +277,7 @@ _IMPLEMENTATIONS = (
         layout=lambda weights, dtype: PlainLayout(dtype),
         run_and_send=lambda rows, weights, peers: gemv_bf16(rows, weights, peers=peers),
     ),
+    _Implementation("gemv_16bit", _supports_gemv_16bit, cuda_gemv_16bit.gemv_16bit),
     _Implementation("float8", _supports_float8, xla.float8_matmuls),
     _Implementation("XLA", lambda x, w: True, xla.matmuls),
 )

@@ -166,8 +166,7 @@ struct GroupPlane {
 // minima that they would round: there, codes become numbers first.
 template <class W>
 struct Codes {
-  // A table or a trellis made them, else they are as stored.
-  static constexpr bool SIGNED = W::TABLE || W::TRELLIS || W::BITS0 == 8;
+  static constexpr bool SIGNED = Unit<W>::SIGNED;
   static constexpr int OFFSET = SIGNED ? 128 : W::OFFSET;
   static constexpr bool ROUNDED = (OFFSET & (OFFSET - 1)) != 0 || (Unit<W>::BELOW && OFFSET);
   static constexpr bool SUBNORMAL = HAS_RANGE<X> && !ROUNDED;
@@ -468,9 +467,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
         int of_unit = R::unit_slice(piece, i), slice = R::slice(piece, i);
         if (W::TRELLIS && i) load(piece, i, half);
         u32 word = words[piece][half], more = second[piece][half], at = R::place(round, piece);
-        u32 four = W::TABLE || W::TRELLIS
-                       ? U::codes_of(word, more, of_unit, member, at)
-                       : U::stored_codes_of(word, more, of_unit, member, at);
+        u32 four = U::bytes_of(word, more, of_unit, member, at);
         u32 scale = of_group[half][slice * 16 / R::SPAN];
         dequantize<W>(four, scale, upper, operands[k / 2] + half, 2);
       }

@@ -222,12 +222,12 @@ def launch_of(
         body += "  if (!rows.exists()) return;\n"
     body += "  int program = blockIdx.x, part = blockIdx.y;\n"
 
-    def call(i: int, result: str) -> str:
+    def call(i: int) -> str:
+        shape = parts, result_rows, weights[i].shape[-2]
+        result = given.result(jax.ShapeDtypeStruct(shape, dtype))
         return f"multiply<W{i}, {tiling.stages}>(w, x, rows, program, part, {result})"
 
-    shapes = [(parts, result_rows, w.shape[-2]) for w in weights]
-    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    structs, products = cuda_planes.products(weights, blocks, results, given, call)
+    structs, products = cuda_planes.launched(weights, blocks, given, call)
     element = cpp_type(x.values.dtype)
     sizes = {
         "ROWS": rows,

@@ -127,12 +127,12 @@ def launch_of(
     body = f"  Activations x = {given.operands(x.codes, x.scale, x.sums, x.half_sums, squares)};\n"
     body += "  int program = blockIdx.x, part = blockIdx.y;\n"
 
-    def call(i: int, result: str) -> str:
-        t = tilings[i]
+    def call(i: int) -> str:
+        t, out = tilings[i], weights[i].shape[-2]
+        result = given.result(jax.ShapeDtypeStruct((parts, rows, out), dtype))
         return f"multiply<W{i}, {t.tiles}, {t.share}>(w, x, program, part, {result})"
 
-    results = [jax.ShapeDtypeStruct((parts, rows, w.shape[-2]), dtype) for w in weights]
-    structs, products = cuda_planes.products(weights, blocks, results, given, call)
+    structs, products = cuda_planes.launched(weights, blocks, given, call)
     sizes = {
         "ROWS": rows,
         "PARTS": parts,

@@ -105,18 +105,18 @@ def launch_of(
         body += f"  int row = pair / {pairs // rows};\n"
         body += f"  long expert = {given.operand(experts)}[pair];\n"
 
-    def call(i: int, result: str) -> str:
+    def call(i: int) -> str:
         t, at_once = tilings[i], rows if experts is None else 1
         tile = f"W{i}, {at_once}, {t.lanes}, {t.rows}, {t.steps}"
         of_expert = f"expert * {weights[i].shape[-2]}L"
+        result = given.result(jax.ShapeDtypeStruct((pairs, weights[i].shape[-2]), dtype))
         return f"multiply<{tile}>(w, x, {of_expert}, row, program, {result}, pair)"
 
     blocks = [
         -(-w.shape[-2] // (_THREADS // t.lanes * t.rows))
         for w, t in zip(weights, tilings, strict=True)
     ]
-    results = [jax.ShapeDtypeStruct((pairs, w.shape[-2]), dtype) for w in weights]
-    structs, products = cuda_planes.products(weights, blocks, results, given, call)
+    structs, products = cuda_planes.launched(weights, blocks, given, call)
     return given.launch(
         "gemv_int8",
         cuda_rows.FOLDER / "cuda_int8.cuh",

@@ -86,6 +86,10 @@ struct Unit {
   // Neighboring segments share a scale of the activations, too.
   static constexpr int PAIR = WHOLE && SEGMENT == 1 ? 2 : 1;
 
+  // Whether `bytes_of` are signed: a table or a trellis made them, or they have 8 bits. W::OFFSET is
+  // to be subtracted from others.
+  static constexpr bool SIGNED = W::TABLE || W::TRELLIS || W::BITS0 == 8;
+
   // Whether groups have minima: stored ones, or those that shifts and fractional offsets make.
   static constexpr bool BELOW = W::MINIMUM || W::SHIFT || W::FRACTION != 0;
 
@@ -211,6 +215,12 @@ struct Unit {
       if (SECOND) digits |= (more & ONES * ((1 << W::BITS1) - 1)) << W::BITS0;
       return look_up_digits<W, (W::TABLE <= 8 ? 8 : 16)>(0, digits, odd);
     }
+  }
+
+  // Four numbers in a byte each, before any offset is subtracted: see SIGNED.
+  __device__ static u32 bytes_of(u32 first, u32 second, int slice, int k, int place) {
+    return W::TABLE || W::TRELLIS ? codes_of(first, second, slice, k, place)
+                                  : stored_codes_of(first, second, slice, k, place);
   }
 
   // As they are stored: without table and offset.

@@ -4,12 +4,11 @@ import functools
 import importlib.resources
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxsplit.cuda.source import Arguments, constants, cpp_type
+from jaxsplit.cuda.source import Arguments, constants, cpp_type, dispatch
 from jaxsplit.ops.activations.int8 import SLICE
 from jaxsplit.ops.activations.layout import BLOCK
 from jaxsplit.quant.qtensor import QTensor, to_u32
@@ -147,36 +146,24 @@ def struct_of(name: str, w: QTensor) -> str:
     )
 
 
-def products(
+def launched(
     weights: Sequence[QTensor],
     blocks: Sequence[int],
-    results: Sequence[jax.ShapeDtypeStruct],
     given: Arguments,
-    call: Callable[[int, str], str],
+    call: Callable[[int], str],
 ) -> tuple[list[str], str]:
     """C++ types of the matrices of a launch, and statements that send each block of threads to its
-    matrix: it multiplies with `w`, as block `program` of this matrix.
+    matrix: it works on `w`, as block `program` of this matrix.
 
     Args:
       weights: the matrices, with their planes in words.
       blocks: of threads, for each.
-      results: of each.
       given: the launch's arrays.
-      call: the product, given a matrix's number, whose type is `W` and that number, and the pointer
-        to its result.
+      call: what is called, given a matrix's number: its type is `W` and that number.
     """
-    types, body = [], ""
-    for i, (w, own, shape) in enumerate(zip(weights, blocks, results, strict=True)):
-        result = given.result(shape)
-        types.append(struct_of(f"W{i}", w))
-        body += (
-            f"  if (program < {own}) {{\n"
-            f"    W{i} w = {_pointers(w, given)};\n"
-            f"    {call(i, result)};\n"
-            "    return;\n  }\n"
-            f"  program -= {own};\n"
-        )
-    return types, body
+    types = [struct_of(f"W{i}", w) for i, w in enumerate(weights)]
+    calls = [f"W{i} w = {_pointers(w, given)};\n    {call(i)}" for i, w in enumerate(weights)]
+    return types, dispatch(list(zip(blocks, calls, strict=True)))
 
 
 def _pointers(w: QTensor, given: Arguments) -> str:

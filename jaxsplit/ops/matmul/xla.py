@@ -8,9 +8,9 @@ dequantized to the dtype of the activations, by a kernel where there is one.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeGuard, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxsplit.context import current_context
-from jaxsplit.ops.matmul import float8, triton_dequantize
+from jaxsplit.ops.matmul import cuda_dequantize, float8, triton_dequantize
 from jaxsplit.quant.qtensor import (
     PlaneLayout,
     QTensor,
@@ -51,12 +51,11 @@ def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array
         return [one_row(x, w, dtype) for w in weights]
     results = []
     for group in _together(weights, x.dtype):
-        if _have_dequantize_kernel(group):
-            w = triton_dequantize.dequantize(group, x.dtype, after=x)
-        else:
+        if (kernel := _dequantize_kernel(group)) is None:
             results += [_matmul(x, w, dtype) for w in group]
-            continue
-        results += _split_rows(dot(x, w, dtype), group)
+        else:
+            w = kernel(group, x.dtype, after=x)
+            results += _split_rows(dot(x, w, dtype), group)
     return results
 
 
@@ -82,8 +81,8 @@ def float8_matmuls(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> li
     (x, largest), results = float8.round_rows(x), []
     for group in _together(weights, x.dtype):
         bounds = [row_bounds(w) for w in group]
-        if _have_dequantize_kernel(group):
-            w = triton_dequantize.dequantize(group, x.dtype, bounds=bounds, after=x)
+        if (kernel := _dequantize_kernel(group)) is not None:
+            w = kernel(group, x.dtype, bounds=bounds, after=x)
         else:
             w = float8.round_matrix(_after(x, group[0]), bounds[0])
         # Sums of such numbers are too large for float16.
@@ -93,17 +92,20 @@ def float8_matmuls(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> li
     return results
 
 
-def _have_dequantize_kernel(weights: Sequence[Weight]) -> TypeGuard[Sequence[QTensor]]:
-    return current_context().policy.kernels and all(
-        isinstance(w, QTensor) and triton_dequantize.supports(w) for w in weights
-    )
+def _dequantize_kernel(weights: Sequence[Weight]) -> Callable[..., Array] | None:
+    """The kernel that dequantizes matrices into one; None: there is none for all of them."""
+    policy = current_context().policy
+    for backend, runs in ((triton_dequantize, policy.kernels), (cuda_dequantize, policy.only_cuda)):
+        if runs and all(isinstance(w, QTensor) and backend.supports(w) for w in weights):
+            return backend.dequantize
+    return None
 
 
 def _together(weights: Sequence[_Matrix], dtype: jnp.dtype) -> list[Sequence[_Matrix]]:
     """Groups of matrices to dequantize into one: all if they are small, else each by itself."""
     whole, size = [weights], sum(math.prod(w.shape) for w in weights) * dtype.itemsize
     small = weights and size <= MAX_CONCAT_BYTES
-    return whole if small and _have_dequantize_kernel(weights) else [[w] for w in weights]
+    return whole if small and _dequantize_kernel(weights) else [[w] for w in weights]
 
 
 def _split_rows(y: Array, weights: Sequence[Weight]) -> list[Array]:
