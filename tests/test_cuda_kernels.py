@@ -41,7 +41,7 @@ from jaxsplit.ops.activations.functions import (
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import Activations, Readers, RMSStatistics
 from jaxsplit.ops.activations.swizzled import SwizzledLayout
-from jaxsplit.ops.attention import cuda_decode, xla
+from jaxsplit.ops.attention import cuda_decode, cuda_flash, xla
 from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import api as matmul_api
 from jaxsplit.ops.matmul import (
@@ -577,7 +577,7 @@ def emulate_gpu(monkeypatch, capability):
         return list(jax.pure_callback(run, list(launch.results), *launch.operands))
 
     for module in (
-        *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
+        *(cuda_rows, cuda_decode, cuda_flash, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
         *(cuda_router, cuda_groups),
     ):
         monkeypatch.setattr(module, "cuda_call", emulated)
@@ -588,7 +588,7 @@ def emulate_gpu(monkeypatch, capability):
 @on_cpu
 @pytest.mark.parametrize(
     ("capability", "activations", "kernels"),
-    [(7.5, "int8", {"gemv_int8", "gemm_int8"}), (9.0, "float", {"gemm_bf16"})],
+    [(7.5, "int8", {"gemv_int8", "gemm_int8"}), (9.0, "float", {"gemm_bf16", "flash_attention"})],
 )
 def test_a_model_of_several_sequences_is_the_one_without_kernels(
     tmp_path, rng, monkeypatch, capability, activations, kernels
@@ -880,6 +880,37 @@ def test_gemm_bf16_fits_its_gpu(compiler, capability):
         registers, _, spills = compiler(found[-1], capability)
         assert registers * found[-1].threads <= 65536
         assert spills == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(7.5, "float16"), (8.0, "bfloat16"), (8.6, "bfloat16")]
+)
+def test_flash_attention_fits_its_gpu(compiler, capability, dtype):
+    found = []
+
+    def launch(queries, positions, pages, cache):
+        width = queries.shape[-1]
+        config = AttentionConfig(32, 8, width, width)
+        options = {"config": config, "pages": pages}
+        found.append(cuda_flash.launch_of(queries, cache, positions, capability, **options))
+
+    for time, width, cache_dtype in (
+        *((2048, 128, dtype), (2048, 256, dtype), (2048, 128, "int8")),
+        *((8, 128, dtype), (2, 128, "int8")),
+    ):
+        like = jax.ShapeDtypeStruct
+        memory = [like((64, 8, 256, width), cache_dtype)] * 2
+        scales = [like((64, 8, 256), "float32")] * 2 if cache_dtype == "int8" else []
+        jax.eval_shape(
+            launch,
+            like((1, time, 8, 4, width), dtype),
+            *(like((1, time), "int32"), like((1, 64), "int32")),
+            AttentionCache(*memory, *scales),
+        )
+        registers, _, spills = compiler(found[-1], capability)
+        assert registers * found[-1].threads <= 65536
+        # Of the largest tiles, where the rows are: they are not needed in the loop.
+        assert spills <= 160, (time, width, cache_dtype)
 
 
 def test_errors_name_the_file_and_the_line(compiler):

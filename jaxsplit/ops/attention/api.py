@@ -17,6 +17,7 @@ from jaxsplit.context import current_context
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention import (
     cuda_decode,
+    cuda_flash,
     triton_decode,
     triton_flash,
     triton_rope_cache_update,
@@ -258,6 +259,24 @@ def _flash(
     )
 
 
+def _cuda_supports_attend(queries: Array, kv: KV, config: AttentionConfig) -> bool:
+    runs = current_context().policy.only_cuda and kv.selected is None
+    return runs and cuda_flash.supports(queries, kv.memory, config)
+
+
+def _flash_by_cuda(
+    queries: Array,
+    kv: KV,
+    batch: Batch,
+    *,
+    config: AttentionConfig,
+    sinks: Array | None,
+    readers: Readers,
+) -> Activations:
+    options = {"config": config, "key_positions": kv.positions, "sinks": sinks, "pages": kv.pages}
+    return Activations(cuda_flash.flash_attention(queries, kv.memory, batch.positions, **options))
+
+
 def _attend_by_xla(
     queries: Array,
     kv: KV,
@@ -286,5 +305,6 @@ _UPDATE: _Table = (
 )
 _ATTEND: _Table = (
     (_kernel_supports_attend, _flash),
+    (_cuda_supports_attend, _flash_by_cuda),
     (lambda *_: True, _attend_by_xla),
 )
