@@ -41,7 +41,7 @@ from jaxsplit.ops.activations.functions import (
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import Activations, Readers, RMSStatistics
 from jaxsplit.ops.activations.swizzled import SwizzledLayout
-from jaxsplit.ops.attention import cuda_decode, cuda_flash, xla
+from jaxsplit.ops.attention import cuda_decode, cuda_flash, cuda_rope_cache_update, xla
 from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import api as matmul_api
 from jaxsplit.ops.matmul import (
@@ -577,7 +577,15 @@ def emulate_gpu(monkeypatch, capability):
         return list(jax.pure_callback(run, list(launch.results), *launch.operands))
 
     for module in (
-        *(cuda_rows, cuda_decode, cuda_flash, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
+        *(
+            cuda_rows,
+            cuda_decode,
+            cuda_flash,
+            cuda_rope_cache_update,
+            cuda_gemv_int8,
+            cuda_gemm_int8,
+            cuda_gemm_bf16,
+        ),
         *(cuda_router, cuda_groups),
     ):
         monkeypatch.setattr(module, "cuda_call", emulated)
@@ -611,7 +619,7 @@ def test_a_model_of_several_sequences_is_the_one_without_kernels(
     exact, expected = run(dtype="float32")
     launched = emulate_gpu(monkeypatch, capability)
     ways, tokens = run(dtype="bfloat16", activations=activations)
-    assert launched == {"store_rows", "decode_attention", *kernels}
+    assert launched == {"store_rows", "decode_attention", "rope_cache_update", *kernels}
     for logits, values in zip(ways, exact, strict=True):
         assert 1e-7 < nmse(logits, values) <= 1e-3
     assert nmse(*ways) <= 1e-3

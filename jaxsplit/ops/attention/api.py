@@ -18,11 +18,13 @@ from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention import (
     cuda_decode,
     cuda_flash,
+    cuda_rope_cache_update,
     triton_decode,
     triton_flash,
     triton_rope_cache_update,
     xla,
 )
+from jaxsplit.ops.attention.kernels import supports_update
 from jaxsplit.ops.attention.kv import KV, over_filled
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.xla import (
@@ -205,8 +207,9 @@ def _in_steps(
 def _kernel_supports_update(
     config: AttentionConfig, batch: Batch, cache: AttentionCache | None, dtype: jnp.dtype
 ) -> bool:
-    kernels = current_context().policy.kernels
-    return kernels and triton_rope_cache_update.supports(config, batch, cache, dtype)
+    policy = current_context().policy
+    runs = policy.kernels or policy.only_cuda
+    return runs and supports_update(config, batch, cache, dtype)
 
 
 def _update_by_kernel(
@@ -219,7 +222,9 @@ def _update_by_kernel(
     config: AttentionConfig,
     params: AttentionParams,
 ) -> tuple[Array, KV, AttentionCache]:
-    queries, cache = triton_rope_cache_update.rope_cache_update(
+    only_cuda = current_context().policy.only_cuda
+    backend = cuda_rope_cache_update if only_cuda else triton_rope_cache_update
+    queries, cache = backend.rope_cache_update(
         query,
         key,
         value,
