@@ -161,128 +161,240 @@ struct Tile {
   }
 };
 
-// What a thread has of the queries: of each 16 rows, one and the one eight below.
+// The queries of a block, of which a thread has one row of each 8.
 struct Rows {
-  int first;    // row
-  long before;  // rows of earlier sequences and heads
+  int tile, sequence, head;
 
-  __device__ int row(int i) const { return first + 16 * (i / 2) + 8 * (i % 2); }
+  __device__ static bool exists(int row) { return row < TIME * GROUP; }
 
-  // Of an array `[sequences, TIME, HEADS, GROUP]`.
-  __device__ long index(int r) const {
-    return before + (long)(r / GROUP) * HEADS * GROUP + r % GROUP;
+  // Of the thread: the `i`th.
+  __device__ int row(int i) const {
+    return tile * ROWS + 16 * warp_index() * ROW_TILES + 8 * i + threadIdx.x % 32 / 4;
+  }
+
+  // In an array `[sequences, TIME, HEADS, GROUP]`.
+  __device__ long index(int row) const {
+    long first = ((long)sequence * TIME * HEADS + head) * GROUP;
+    return first + (long)(row / GROUP) * HEADS * GROUP + row % GROUP;
+  }
+
+  // To the base 2.
+  __device__ float sink(const float* sinks, int row) const {
+    return sinks[head * GROUP + row % GROUP] * LOG2_E;
   }
 };
 
-__device__ inline bool is_row(int row) { return row < TIME * GROUP; }
+// Queries for tensor cores, in registers or in shared memory.
+struct Queries {
+  u32 kept[KEPT ? HEAD_STEPS : 1][4];
+  SharedAddress stored;
 
-// Calls `function(score, i, key)` for the rows and keys of a thread: of each eight keys, it has two.
-template <class Function>
-__device__ inline void for_each(float (&scores)[ROW_TILES][2 * KEY_STEPS][4], Function function) {
+  __device__ void load(const X* from, const Rows& rows, Shared& shared) {
+    int lane = threadIdx.x % 32;
+    if (KEPT) {
 #pragma unroll
-  for (int j = 0; j < 4 * KEY_STEPS; j++) {
-    int key = 8 * (j / 2) + 2 * (threadIdx.x % 4) + j % 2;
+      for (int i = 0; i < (KEPT ? 4 * HEAD_STEPS : 0); i++) {
+        int column = 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * (lane % 4), row = rows.row(i % 2);
+        const X* pair = from + rows.index(row) * HEAD_DIM + column;
+        kept[i / 4][i % 4] = column < HEAD_DIM && rows.exists(row) ? *(const u32*)pair : 0;
+      }
+      return;
+    }
+    for (int run = threadIdx.x; run < ROWS * 2 * HEAD_STEPS; run += THREADS) {
+      int r = run / (2 * HEAD_STEPS), column = run % (2 * HEAD_STEPS) * 8;
+      int row = rows.tile * ROWS + r;
+      const X* eight = from + rows.index(row) * HEAD_DIM + column;
+      bool exists = column < HEAD_DIM && rows.exists(row);
+      *(Words*)&shared.queries[r].at[column] = exists ? *(const Words*)eight : Words{};
+    }
+    int first = 16 * warp_index() * ROW_TILES + lane % 16;
+    stored = shared_address(&shared.queries[KEPT ? 0 : first].at[8 * (lane / 16)]);
+  }
+
+  // 16 columns of 16 rows.
+  __device__ void get(u32* y, int tile, int step) const {
+    for (int j = 0; KEPT && j < 4; j++) y[j] = kept[KEPT ? step : 0][j];
+    if (!KEPT) load_matrices(y, stored + 16 * tile * (int)sizeof(Row<HEAD_STEPS>) + 32 * step);
+  }
+};
+
+// Of the rows of a thread and, of each eight keys, two.
+struct Scores {
+  float at[ROW_TILES][2 * KEY_STEPS][4] = {};
+
+  __device__ void multiply(const Queries& queries, const Shared& shared) {
+    int lane = threadIdx.x % 32;
+    SharedAddress first = shared_address(&shared.keys[8 * (lane / 16) + lane % 8].at[lane / 8 % 2 * 8]);
 #pragma unroll
-    for (int i = 0; i < 2 * ROW_TILES; i++) {
-      function(scores[i / 2][j / 2][2 * (i % 2) + j % 2], i, key);
+    for (int step = 0; step < HEAD_STEPS; step++) {
+      u32 rows[ROW_TILES][4];
+#pragma unroll
+      for (int i = 0; i < ROW_TILES; i++) queries.get(rows[i], i, step);
+#pragma unroll
+      for (int j = 0; j < KEY_STEPS; j++) {
+        u32 keys[4];
+        load_matrices(keys, first + 16 * j * (int)sizeof(Row<HEAD_STEPS>) + 32 * step);
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; i++) {
+          multiply_add<X>(at[i][2 * j], rows[i], keys);
+          multiply_add<X>(at[i][2 * j + 1], rows[i], keys + 2);
+        }
+      }
     }
   }
-}
 
+  // Calls `function(score, i, key)`, the row being the `i`th.
+  template <class Function>
+  __device__ void for_each(Function function) {
+#pragma unroll
+    for (int j = 0; j < 4 * KEY_STEPS; j++) {
+      int key = 8 * (j / 2) + 2 * (threadIdx.x % 4) + j % 2;
+#pragma unroll
+      for (int i = 0; i < 2 * ROW_TILES; i++) function(of(i, j), i, key);
+    }
+  }
+
+  __device__ float& of(int i, int j) { return at[i / 2][j / 2][2 * (i % 2) + j % 2]; }
+};
+
+// The online softmax of a thread's rows over the keys so far (Milakov & Gimelshein 2018,
+// arXiv:1805.02867).
 struct State {
-  float most[ROW_TILES][2], total[ROW_TILES][2] = {};
+  float most[2 * ROW_TILES], total[2 * ROW_TILES] = {};
   float sums[ROW_TILES][2 * VALUE_STEPS][4] = {};
 
-  // Scores to weights, relative to the largest score so far.
-  __device__ void weigh(float (&scores)[ROW_TILES][2 * KEY_STEPS][4], float factor) {
+  __device__ State() {
+    for (int i = 0; i < 2 * ROW_TILES; i++) most[i] = MASKED;
+  }
+
+  // Scores to weights, relative to the largest so far; `factor`: of the scores.
+  __device__ void weigh(Scores& scores, float factor) {
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; i++) {
-      float largest = scores[i / 2][0][2 * (i % 2)], sum = 0;
+      float largest = scores.of(i, 0), sum = 0;
 #pragma unroll
-      for (int j = 1; j < 4 * KEY_STEPS; j++) {
-        largest = fmaxf(scores[i / 2][j / 2][2 * (i % 2) + j % 2], largest);
-      }
+      for (int j = 1; j < 4 * KEY_STEPS; j++) largest = fmaxf(scores.of(i, j), largest);
       for (int d = 1; d < 4; d *= 2) largest = fmaxf(exchange(largest, d), largest);
-      float& before = most[i / 2][i % 2];
-      largest = fmaxf(before, largest * factor);
-      float rescale = power_of_two(before - largest);
-      before = largest;
+      largest = fmaxf(most[i], largest * factor);
+      float rescale = power_of_two(most[i] - largest);
+      most[i] = largest;
 #pragma unroll
       for (int j = 0; j < 4 * KEY_STEPS; j++) {
-        float& score = scores[i / 2][j / 2][2 * (i % 2) + j % 2];
-        score = power_of_two(score * factor - largest);
-        sum += score;
+        float weight = power_of_two(scores.of(i, j) * factor - largest);
+        scores.of(i, j) = weight;
+        sum += weight;
       }
-      total[i / 2][i % 2] = total[i / 2][i % 2] * rescale + sum;
+      total[i] = total[i] * rescale + sum;
 #pragma unroll
       for (int j = 0; j < 4 * VALUE_STEPS; j++) sums[i / 2][j / 2][2 * (i % 2) + j % 2] *= rescale;
     }
   }
+
+  __device__ void add(const Scores& weights, const Shared& shared) {
+    int lane = threadIdx.x % 32;
+    SharedAddress first = shared_address(&shared.values[lane % 16].at[8 * (lane / 16)]);
+#pragma unroll
+    for (int step = 0; step < KEY_STEPS; step++) {
+      u32 rows[ROW_TILES][4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int j = 2 * step + i / 2, key = 8 * j + 2 * (lane % 4);
+        float scales[2] = {1, 1};
+        for (int k = 0; CODES && k < 2; k++) scales[k] = shared.value_scales[key + k];
+#pragma unroll
+        for (int k = 0; k < ROW_TILES; k++) {
+          const float* pair = weights.at[k][j] + 2 * (i % 2);
+          rows[k][i] = pack<X>(pair[0] * scales[0], pair[1] * scales[1]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < VALUE_STEPS; j++) {
+        u32 values[4];
+        load_transposed(values, first + 16 * step * (int)sizeof(Row<VALUE_STEPS>) + 32 * j);
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; i++) {
+          multiply_add<X>(sums[i][2 * j], rows[i], values);
+          multiply_add<X>(sums[i][2 * j + 1], rows[i], values + 2);
+        }
+      }
+    }
+  }
+
+  // Calls `function(column, pair)` for neighboring columns of the `i`th row.
+  template <class Function>
+  __device__ void for_each_pair(int i, Function function) const {
+#pragma unroll
+    for (int j = 0; j < 2 * VALUE_STEPS; j++) {
+      int column = 8 * j + 2 * (threadIdx.x % 4);
+      if (VALUE_DIM % 16 == 0 || column < VALUE_DIM) function(column, sums[i / 2][j] + 2 * (i % 2));
+    }
+  }
 };
+
+__device__ inline void store_pair(X* to, float first, float second) {
+  *(u32*)to = pack<X>(first, second);
+}
+
+__device__ inline float inverse(float total) { return 1 / fmaxf(total, 1e-30f); }
+
+// What the splits of some rows have found.
+__device__ inline void combine(const Splits& splits, int used, long all, const Rows& rows,
+                               const float* sinks, X* out) {
+  for (int pair = threadIdx.x; pair < ROWS * VALUE_DIM / 2; pair += THREADS) {
+    int row = rows.tile * ROWS + pair / (VALUE_DIM / 2), column = 2 * (pair % (VALUE_DIM / 2));
+    if (!rows.exists(row)) continue;
+    long index = rows.index(row);
+    float sink = SINKS ? rows.sink(sinks, row) : MASKED, largest = sink, y[2] = {};
+    for (int i = 0; i < used; i++) largest = fmaxf(fresh(splits.most + index + i * all), largest);
+    float total = SINKS ? power_of_two(sink - largest) : 0;
+    for (int i = 0; i < used; i++) {
+      long at = index + i * all;
+      float weight = power_of_two(fresh(splits.most + at) - largest);
+      total += weight * fresh(splits.total + at);
+      for (int j = 0; j < 2; j++) y[j] += weight * fresh(splits.sums + at * VALUE_DIM + column + j);
+    }
+    store_pair(out + index * VALUE_DIM + column, y[0] * inverse(total), y[1] * inverse(total));
+  }
+}
 
 __device__ inline void attend(const X* queries, const int* positions, const Memory& memory,
                               const float* sinks, const Splits& splits, X* out) {
   Shared& shared = *(Shared*)dynamic_shared;
-  int head = blockIdx.x % HEADS, sequence = blockIdx.x / HEADS, sequences = gridDim.x / HEADS;
+  int sequences = gridDim.x / HEADS, split = blockIdx.y % SPLITS, thread = threadIdx.x;
   // The last queries see the most keys: they start first.
-  int tile = TILES - 1 - blockIdx.y / SPLITS, split = blockIdx.y % SPLITS;
-  int thread = threadIdx.x, lane = thread % 32, warp = warp_index(), member = lane % 4;
-  positions += sequence * TIME;
+  Rows rows = {TILES - 1 - (int)blockIdx.y / SPLITS, (int)blockIdx.x / HEADS, (int)blockIdx.x % HEADS};
+  positions += rows.sequence * TIME;
 
   int least = LENGTH, last = -1;  // positions
-  for (int i = lane; i <= (ROWS - 1) / GROUP + 1; i += 32) {
-    int time = tile * ROWS / GROUP + i;
-    if (time >= TIME || time * GROUP >= (tile + 1) * ROWS) continue;
+  for (int i = thread % 32; i <= (ROWS - 1) / GROUP + 1; i += 32) {
+    int time = rows.tile * ROWS / GROUP + i;
+    if (time >= TIME || time * GROUP >= (rows.tile + 1) * ROWS) continue;
     least = min(positions[time], least), last = max(positions[time], last);
   }
-  for (int d = 16; d; d /= 2) least = min(exchange(least, d), least), last = max(exchange(last, d), last);
-
-  int filled = POSITIONS || last >= LENGTH ? LENGTH : last + 1;
+  for (int d = 16; d; d /= 2) {
+    least = min(exchange(least, d), least);
+    last = max(exchange(last, d), last);
+  }
+  int filled = POSITIONS ? LENGTH : min(last + 1, LENGTH);
   int share = (filled + SPLITS * KEYS - 1) / (SPLITS * KEYS) * KEYS;
   int used = filled ? (filled + share - 1) / share : 1;
   if (split >= used) return;
-  int start = split * share, stop = start + share < filled ? start + share : filled;
+  int start = split * share, stop = min(start + share, filled);
   // Up to here, all queries see all keys.
-  int unmasked = POSITIONS || WINDOW ? 0 : least + 1 < stop ? least + 1 : stop;
-  Keys keys = {memory, sequence, head, stop};
-
-  Rows rows = {tile * ROWS + 16 * warp * ROW_TILES + lane / 4,
-               ((long)sequence * TIME * HEADS + head) * GROUP};
+  int unmasked = POSITIONS || WINDOW ? 0 : min(least + 1, stop);
+  Keys keys = {memory, rows.sequence, rows.head, stop};
   int position[2 * ROW_TILES];
 #pragma unroll
   for (int i = 0; i < 2 * ROW_TILES; i++) {
-    position[i] = is_row(rows.row(i)) ? positions[rows.row(i) / GROUP] : -1;
-  }
-  u32 kept[KEPT ? HEAD_STEPS : 1][4];
-  if (KEPT) {
-#pragma unroll
-    for (int i = 0; i < 4 * HEAD_STEPS; i++) {
-      int column = 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * member, r = rows.row(i % 2);
-      const X* from = queries + rows.index(r) * HEAD_DIM + column;
-      if (KEPT) kept[i / 4][i % 4] = column < HEAD_DIM && is_row(r) ? *(const u32*)from : 0;
-    }
-  } else {
-    for (int run = thread; run < ROWS * 2 * HEAD_STEPS; run += THREADS) {
-      int r = run / (2 * HEAD_STEPS), column = run % (2 * HEAD_STEPS) * 8, of = tile * ROWS + r;
-      const X* from = queries + rows.index(of) * HEAD_DIM + column;
-      Words words = column < HEAD_DIM && is_row(of) ? *(const Words*)from : Words{};
-      *(Words*)&shared.queries[r].at[column] = words;
-    }
-  }
-  if (HEAD_DIM % 16) {
-    for (int i = thread; i < KEYS; i += THREADS) *(Words*)&shared.keys[i].at[HEAD_DIM] = Words{};
+    position[i] = rows.exists(rows.row(i)) ? positions[rows.row(i) / GROUP] : -1;
   }
 
-  // What a thread loads for tensor cores: of 16 rows, eight elements of the 16 in a step.
-  SharedAddress queries_at =
-      shared_address(&shared.queries[KEPT ? 0 : 16 * warp * ROW_TILES + lane % 16].at[8 * (lane / 16)]);
-  SharedAddress keys_at =
-      shared_address(&shared.keys[8 * (lane / 16) + lane % 8].at[8 * (lane / 8 % 2)]);
-  SharedAddress values_at = shared_address(&shared.values[lane % 16].at[8 * (lane / 16)]);
-
+  Queries of_rows;
+  of_rows.load(queries, rows, shared);
+  for (int i = thread; HEAD_DIM % 16 && i < KEYS; i += THREADS) {
+    *(Words*)&shared.keys[i].at[HEAD_DIM] = Words{};
+  }
   State state;
-#pragma unroll
-  for (int i = 0; i < 2 * ROW_TILES; i++) state.most[i / 2][i % 2] = MASKED;
   constexpr float FACTOR = SOFTCAP > 0 ? 1 : SCALE * LOG2_E;
   Tile<HEAD_DIM, HEAD_STEPS> next_keys;
   Tile<VALUE_DIM, VALUE_STEPS> next_values;
@@ -295,36 +407,16 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
     }
     __syncthreads();
     next_values.start(keys, first, memory.values, memory.value_scale, shared.values);
-
-    float scores[ROW_TILES][2 * KEY_STEPS][4] = {};
-#pragma unroll
-    for (int step = 0; step < HEAD_STEPS; step++) {
-      u32 of_rows[ROW_TILES][4];
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; i++) {
-        if (KEPT) {
-          for (int j = 0; j < 4; j++) of_rows[i][j] = kept[KEPT ? step : 0][j];
-        } else {
-          load_matrices(of_rows[i], queries_at + 16 * i * (int)sizeof(Row<HEAD_STEPS>) + 32 * step);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < KEY_STEPS; j++) {
-        u32 of_keys[4];
-        load_matrices(of_keys, keys_at + 16 * j * (int)sizeof(Row<HEAD_STEPS>) + 32 * step);
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++) {
-          multiply_add<X>(scores[i][2 * j], of_rows[i], of_keys);
-          multiply_add<X>(scores[i][2 * j + 1], of_rows[i], of_keys + 2);
-        }
-      }
+    Scores scores;
+    scores.multiply(of_rows, shared);
+    if (CODES || SOFTCAP > 0) {
+      scores.for_each([&](float& score, int, int key) {
+        if (CODES) score *= shared.key_scales[key];
+        if (SOFTCAP > 0) score = SOFTCAP * LOG2_E * tanhf(score * (SCALE / SOFTCAP));
+      });
     }
-    for_each(scores, [&](float& score, int i, int key) {
-      if (CODES) score *= shared.key_scales[key];
-      if (SOFTCAP > 0) score = SOFTCAP * LOG2_E * tanhf(score * (SCALE / SOFTCAP));
-    });
     if (first + KEYS > unmasked) {
-      for_each(scores, [&](float& score, int i, int key) {
+      scores.for_each([&](float& score, int i, int key) {
         int at = POSITIONS ? shared.positions[key] : first + key < stop ? first + key : -1;
         int distance = position[i] - at;
         bool seen = at >= 0 && distance >= 0 && (!WINDOW || distance < WINDOW);
@@ -332,69 +424,36 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
       });
     }
     state.weigh(scores, FACTOR);
-
     next_values.finish(shared.values, shared.value_scales);
     __syncthreads();
     if (first + KEYS < stop) {
       next_keys.start(keys, first + KEYS, memory.keys, memory.key_scale, shared.keys);
     }
-#pragma unroll
-    for (int step = 0; step < KEY_STEPS; step++) {
-      u32 weights[ROW_TILES][4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int j = 2 * step + i / 2, key = 8 * j + 2 * member;
-        float first_scale = CODES ? shared.value_scales[key] : 1;
-        float second_scale = CODES ? shared.value_scales[key + 1] : 1;
-#pragma unroll
-        for (int k = 0; k < ROW_TILES; k++) {
-          const float* pair = scores[k][j] + 2 * (i % 2);
-          weights[k][i] = pack<X>(pair[0] * first_scale, pair[1] * second_scale);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < VALUE_STEPS; j++) {
-        u32 of_values[4];
-        load_transposed(of_values, values_at + 16 * step * (int)sizeof(Row<VALUE_STEPS>) + 32 * j);
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++) {
-          multiply_add<X>(state.sums[i][2 * j], weights[i], of_values);
-          multiply_add<X>(state.sums[i][2 * j + 1], weights[i], of_values + 2);
-        }
-      }
-    }
+    state.add(scores, shared);
   }
 
   long all = (long)sequences * TIME * HEADS * GROUP;
 #pragma unroll
   for (int i = 0; i < 2 * ROW_TILES; i++) {
-    int r = rows.row(i);
-    float most = state.most[i / 2][i % 2], total = state.total[i / 2][i % 2], factor = 1;
+    int row = rows.row(i);
+    float most = state.most[i], total = state.total[i];
     for (int d = 1; d < 4; d *= 2) total += exchange(total, d);
-    if (!is_row(r)) continue;
-    long at = rows.index(r);
+    if (!rows.exists(row)) continue;
     if (SPLITS > 1) {
-      at += split * all;
-      if (member == 0) splits.most[at] = most, splits.total[at] = total;
+      long at = split * all + rows.index(row);
+      if (thread % 4 == 0) splits.most[at] = most, splits.total[at] = total;
+      state.for_each_pair(i, [&](int column, const float* pair) {
+        for (int j = 0; j < 2; j++) splits.sums[at * VALUE_DIM + column + j] = pair[j];
+      });
     } else {
-      if (SINKS) {
-        float sink = sinks[head * GROUP + r % GROUP] * LOG2_E, largest = fmaxf(sink, most);
-        factor = power_of_two(most - largest);
-        total = total * factor + power_of_two(sink - largest);
-      }
-      factor /= total < 1e-30f ? 1e-30f : total;
-    }
-#pragma unroll
-    for (int j = 0; j < 2 * VALUE_STEPS; j++) {
-      int column = 8 * j + 2 * member;
-      const float* pair = state.sums[i / 2][j] + 2 * (i % 2);
-      if (column >= VALUE_DIM) continue;
-      if (SPLITS > 1) {
-        float* to = splits.sums + at * VALUE_DIM + column;
-        to[0] = pair[0], to[1] = pair[1];
-      } else {
-        *(u32*)(out + at * VALUE_DIM + column) = pack<X>(pair[0] * factor, pair[1] * factor);
-      }
+      float sink = SINKS ? rows.sink(sinks, row) : MASKED, largest = fmaxf(sink, most);
+      float factor = SINKS ? power_of_two(most - largest) : 1;
+      total = total * factor + (SINKS ? power_of_two(sink - largest) : 0);
+      factor *= inverse(total);
+      X* to = out + rows.index(row) * VALUE_DIM;
+      state.for_each_pair(i, [&](int column, const float* pair) {
+        store_pair(to + column, pair[0] * factor, pair[1] * factor);
+      });
     }
   }
   if (SPLITS == 1) return;
@@ -403,28 +462,12 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
   fence();
   __syncthreads();
   if (thread == 0) {
-    int* finished = splits.finished + (tile * sequences + sequence) * HEADS + head;
+    int* finished = splits.finished + (rows.tile * sequences + rows.sequence) * HEADS + rows.head;
     is_last = used == 1 || atomic_add(finished, 1) == used - 1;
     if (is_last) *finished = 0;
   }
   __syncthreads();
   if (!is_last) return;
   fence();
-  for (int pair = thread; pair < ROWS * VALUE_DIM / 2; pair += THREADS) {
-    int r = tile * ROWS + pair / (VALUE_DIM / 2), column = 2 * (pair % (VALUE_DIM / 2));
-    if (!is_row(r)) continue;
-    float sink = SINKS ? sinks[head * GROUP + r % GROUP] * LOG2_E : MASKED, largest = sink;
-    for (int i = 0; i < used; i++) {
-      largest = fmaxf(fresh(splits.most + rows.index(r) + i * all), largest);
-    }
-    float total = SINKS ? power_of_two(sink - largest) : 0, y[2] = {};
-    for (int i = 0; i < used; i++) {
-      long at = rows.index(r) + i * all;
-      float weight = power_of_two(fresh(splits.most + at) - largest);
-      total += weight * fresh(splits.total + at);
-      for (int j = 0; j < 2; j++) y[j] += weight * fresh(splits.sums + at * VALUE_DIM + column + j);
-    }
-    float factor = 1 / (total < 1e-30f ? 1e-30f : total);
-    *(u32*)(out + rows.index(r) * VALUE_DIM + column) = pack<X>(y[0] * factor, y[1] * factor);
-  }
+  combine(splits, used, all, rows, sinks, out);
 }
