@@ -4,6 +4,7 @@
 #include <csetjmp>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,9 @@
 #include <memory>
 #include <utility>
 #include <vector>
+
+using std::max;
+using std::min;
 
 #define __device__
 #define __global__
@@ -195,6 +199,9 @@ static void multiply_32(int* y, const u32* a, const u32* b, int start) {
 
 static inline float bits_float(u32 bits);
 
+typedef char* SharedAddress;
+static inline SharedAddress shared_address(const void* p) { return (char*)p; }
+
 // Copies to shared memory take place when they are waited for.
 struct Copy {
   void* to;
@@ -211,6 +218,11 @@ static void start_copy(void* to, const void* from) {
   auto& groups = groups_of_threads[threadIdx.x];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back({to, from, BYTES});
+}
+
+static inline void start_copy_or_zeros(SharedAddress to, const void* from, bool exists) {
+  static const Words nothing = {};
+  start_copy<16>(to, exists ? from : &nothing);
 }
 
 static inline void end_group() {
@@ -333,13 +345,28 @@ static u32 multiply_add_pairs(u32 a, u32 b, u32 c) {  // exact in double precisi
 
 static const void* rows_of_matrices[1024];
 
-static inline void load_matrices(u32* y, const void* row) {
+static inline void load_matrices(u32* y, SharedAddress row) {
   int thread = threadIdx.x, warp = thread / 32 * 32;
   rows_of_matrices[thread] = row;
   wait_for_warp();
   for (int i = 0; i < 4; i++) {
     const char* from = (const char*)rows_of_matrices[warp + 8 * i + thread % 32 / 4];
     std::memcpy(y + i, from + 4 * (thread % 4), 4);
+  }
+  wait_for_warp();
+}
+
+static inline void load_transposed(u32* y, SharedAddress row) {
+  int thread = threadIdx.x, warp = thread / 32 * 32;
+  rows_of_matrices[thread] = row;
+  wait_for_warp();
+  for (int i = 0; i < 4; i++) {
+    u16 pair[2];
+    for (int j = 0; j < 2; j++) {
+      const u16* from = (const u16*)rows_of_matrices[warp + 8 * i + 2 * (thread % 4) + j];
+      pair[j] = from[thread % 32 / 4];
+    }
+    y[i] = pair[0] | (u32)pair[1] << 16;
   }
   wait_for_warp();
 }
@@ -411,6 +438,8 @@ static inline int atomic_add(int* p, int x) {  // blocks run one after the other
 static inline int round_to_int(float x) { return (int)std::nearbyint(x); }
 
 static inline float inverse_root(float x) { return 1 / std::sqrt(x); }
+
+static inline float power_of_two(float x) { return std::exp2(x); }
 
 template <class... A, std::size_t... I>
 static void call(void (*kernel)(A...), void** pointers, std::index_sequence<I...>) {

@@ -41,7 +41,7 @@ from jaxsplit.ops.activations.functions import (
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import Activations, Readers, RMSStatistics
 from jaxsplit.ops.activations.swizzled import SwizzledLayout
-from jaxsplit.ops.attention import cuda_decode, xla
+from jaxsplit.ops.attention import cuda_decode, cuda_flash, cuda_rope_cache_update, xla
 from jaxsplit.ops.attention.spec import AttentionParams
 from jaxsplit.ops.matmul import api as matmul_api
 from jaxsplit.ops.matmul import (
@@ -679,8 +679,8 @@ def emulate_gpu(monkeypatch, capability):
         return list(jax.pure_callback(run, list(launch.results), *launch.operands))
 
     for module in (
-        *(cuda_rows, cuda_decode, cuda_gemv_int8, cuda_gemm_int8, cuda_gemm_bf16),
-        *(cuda_dequantize, cuda_gemv_16bit, cuda_router, cuda_groups),
+        *(cuda_rows, cuda_decode, cuda_flash, cuda_rope_cache_update, cuda_router, cuda_groups),
+        *(cuda_gemv_int8, cuda_gemv_16bit, cuda_gemm_int8, cuda_gemm_bf16, cuda_dequantize),
     ):
         monkeypatch.setattr(module, "cuda_call", emulated)
     monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
@@ -692,7 +692,8 @@ def emulate_gpu(monkeypatch, capability):
     ("capability", "activations", "kernels"),
     [
         (7.5, "int8", {"gemv_int8", "gemm_int8"}),
-        (9.0, "float", {"gemm_bf16", "dequantize"}),  # of rows that are no whole rounds
+        # `dequantize`: of rows that are no whole rounds.
+        (9.0, "float", {"gemm_bf16", "dequantize", "flash_attention"}),
     ],
 )
 def test_a_model_of_several_sequences_is_the_one_without_kernels(
@@ -716,7 +717,7 @@ def test_a_model_of_several_sequences_is_the_one_without_kernels(
     exact, expected = run(dtype="float32")
     launched = emulate_gpu(monkeypatch, capability)
     ways, tokens = run(dtype="bfloat16", activations=activations)
-    assert launched == {"store_rows", "decode_attention", *kernels}
+    assert launched == {"store_rows", "decode_attention", "rope_cache_update", *kernels}
     for logits, values in zip(ways, exact, strict=True):
         assert 1e-7 < nmse(logits, values) <= 1e-3
     assert nmse(*ways) <= 1e-3
@@ -1042,6 +1043,36 @@ def test_gemv_16bit_fits_its_gpu(compiler, capability):
         registers, _, spills = compiler(found[-1], capability)
         assert registers * found[-1].threads <= 65536 // 4
         assert spills == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(7.5, "float16"), (8.0, "bfloat16"), (8.6, "bfloat16")]
+)
+def test_flash_attention_fits_its_gpu(compiler, capability, dtype):
+    found = []
+
+    def launch(queries, positions, pages, cache):
+        width = queries.shape[-1]
+        config = AttentionConfig(32, 8, width, width)
+        options = {"config": config, "pages": pages}
+        found.append(cuda_flash.launch_of(queries, cache, positions, capability, **options))
+
+    for time, width, cache_dtype in (
+        *((2048, 128, dtype), (2048, 256, dtype), (2048, 128, "int8")),
+        *((8, 128, dtype), (2, 128, "int8")),
+    ):
+        like = jax.ShapeDtypeStruct
+        memory = [like((64, 8, 256, width), cache_dtype)] * 2
+        scales = [like((64, 8, 256), "float32")] * 2 if cache_dtype == "int8" else []
+        jax.eval_shape(
+            launch,
+            like((1, time, 8, 4, width), dtype),
+            *(like((1, time), "int32"), like((1, 64), "int32")),
+            AttentionCache(*memory, *scales),
+        )
+        registers, _, spills = compiler(found[-1], capability)
+        assert registers * found[-1].threads <= 65536
+        assert spills == 0, (time, width, cache_dtype)
 
 
 def test_errors_name_the_file_and_the_line(compiler):

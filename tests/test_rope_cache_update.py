@@ -1,5 +1,7 @@
-"""The rope_cache_update kernel, interpreted, against its XLA implementation."""
+"""The rope_cache_update kernels, interpreted or on the CPU, against its XLA implementation."""
 
+import cuda_host
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tiny import fresh_rng
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.models import AttentionConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
-from jaxsplit.ops.attention import triton_rope_cache_update, xla
+from jaxsplit.ops.attention import cuda_rope_cache_update, triton_rope_cache_update, xla
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "interpreter")
 
@@ -27,14 +29,42 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("heads_per_program", [1, 4], ids=lambda n: f"{n} heads per program")
+def triton(heads_per_program):
+    """Heads and caches by the kernel in Triton with some heads per program."""
+
+    def run(monkeypatch, arrays, batch, cache, **options):
+        if heads_per_program > 1:
+            monkeypatch.setattr(triton_rope_cache_update, "_FEW_TOKENS", 0)
+            monkeypatch.setattr(triton_rope_cache_update, "_MAX_ELEMENTS", 32 * heads_per_program)
+
+        @quick_jit
+        def kernel(arrays, cache):
+            return triton_rope_cache_update.rope_cache_update(*arrays, batch, cache, **options)
+
+        return kernel(arrays, cache)
+
+    return run
+
+
+def cuda(_, arrays, batch, cache, **options):
+    queries, *leaves = cuda_host.run(
+        cuda_rope_cache_update.launch_of(*arrays, batch, cache, **options)
+    )
+    leaves = [jnp.asarray(x) for x in leaves]
+    found = jax.tree.unflatten(jax.tree.structure(cache), leaves)
+    return jnp.asarray(queries).reshape(3, -1, HEADS, WIDTH), found
+
+
+BACKENDS = {"a head per program": triton(1), "4 heads per program": triton(4), "CUDA C++": cuda}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("time", [1, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_heads_are_rotated_and_cached(name, dtype, time, heads_per_program, monkeypatch):
-    if heads_per_program > 1:
-        monkeypatch.setattr(triton_rope_cache_update, "_FEW_TOKENS", 0)
-        monkeypatch.setattr(triton_rope_cache_update, "_MAX_ELEMENTS", 32 * heads_per_program)
+def test_heads_are_rotated_and_cached(name, dtype, time, backend, monkeypatch):
+    if backend == "CUDA C++" and cuda_host.COMPILER is None:
+        pytest.skip("needs g++")
     rng, ring = fresh_rng(), "window" in CHOICES[name]
     config = AttentionConfig(HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, **CHOICES[name])
     module = Attention(config, 32, rngs=nnx.Rngs(0))
@@ -61,12 +91,8 @@ def test_heads_are_rotated_and_cached(name, dtype, time, heads_per_program, monk
         return
     assert triton_rope_cache_update.supports(config, batch, cache, jnp.bfloat16)
     options = {"config": config, "params": module.params}
-    kernel = quick_jit(
-        lambda *arrays: triton_rope_cache_update.rope_cache_update(
-            *arrays[:-1], batch, arrays[-1], **options
-        )
-    )
-    queries, found = kernel(query, key, value, cache)
+    arrays = query, key, value
+    queries, found = BACKENDS[backend](monkeypatch, arrays, batch, cache, **options)
     projections = [x.astype(jnp.float32) for x in (query, key, value)]
     expected, kv, _ = xla.rope_cache_update(*projections, batch, None, **options)
     assert queries.dtype == jnp.bfloat16

@@ -213,9 +213,13 @@ __device__ inline float bits_float(u32 bits) { return __uint_as_float(bits); }
 // Of a block; as many bytes as its launch says.
 extern __shared__ __align__(1024) char dynamic_shared[];
 
-#if __CUDA_ARCH__ >= 800
+// Where something is in shared memory: the compiler adds offsets to it within instructions.
+typedef u32 SharedAddress;
+__device__ inline SharedAddress shared_address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
 
-__device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+#if __CUDA_ARCH__ >= 800
 
 // Copies 4, 8 or 16 bytes to shared memory, without waiting for them; `end_group` ends a group of
 // copies.
@@ -229,6 +233,13 @@ __device__ inline void start_copy(void* to, const void* from) {
                  "n"(BYTES)
                  : "memory");
   }
+}
+
+// 16 bytes; zeros if there is nothing to copy.
+__device__ inline void start_copy_or_zeros(SharedAddress to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
 }
 
 __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -246,6 +257,10 @@ __device__ inline void publish_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+
+#endif
+
+#if __CUDA_ARCH__ >= 750
 
 // A half of a word, twice: the compiler makes it part of the instruction that reads it.
 __device__ inline u32 both_lower(u32 x) {
@@ -275,19 +290,30 @@ __device__ inline u32 multiply_add_pairs<Half>(u32 a, u32 b, u32 c) {
   return y;
 }
 
+#if __CUDA_ARCH__ >= 800
 template <>
 __device__ inline u32 multiply_add_pairs<Bfloat16>(u32 a, u32 b, u32 c) {
   u32 y;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
   return y;
 }
+#endif
 
 // Four matrices of 8 rows, 16 bytes each, whose addresses the threads have: those of the first in
 // the first eight. Thread `i` of a quad gets word `i` of the quad's row in each.
-__device__ inline void load_matrices(u32* y, const void* row) {
+__device__ inline void load_matrices(u32* y, SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
-               : "r"(shared_address(row))
+               : "r"(row)
+               : "memory");
+}
+
+// The same matrices of 16-bit numbers, transposed: of the quad's column, those in rows `2 i` and
+// `2 i + 1`.
+__device__ inline void load_transposed(u32* y, SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+               : "r"(row)
                : "memory");
 }
 
@@ -305,8 +331,20 @@ __device__ inline void multiply_add(float* y, const u32* a, const u32* b);
                  : "+f"(y[0]), "+f"(y[1]), "+f"(y[2]), "+f"(y[3])                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));              \
   }
+#if __CUDA_ARCH__ >= 800
 MULTIPLY_ADD(Half, "f16")
 MULTIPLY_ADD(Bfloat16, "bf16")
+#else
+template <>
+__device__ inline void multiply_add<Half>(float* y, const u32* a, const u32* b) {
+  for (int i = 0; i < 2; i++) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(y[0]), "+f"(y[1]), "+f"(y[2]), "+f"(y[3])
+                 : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+  }
+}
+#endif
 
 #endif
 
@@ -408,3 +446,10 @@ __device__ inline int atomic_add(int* p, int x) { return atomicAdd(p, x); }
 __device__ inline int round_to_int(float x) { return __float2int_rn(x); }
 
 __device__ inline float inverse_root(float x) { return rsqrtf(x); }
+
+// 2 to the x; 0 instead of subnormal numbers.
+__device__ inline float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}

@@ -17,11 +17,14 @@ from jaxsplit.context import current_context
 from jaxsplit.ops.activations.layout import XLA_ONLY, Activations, Readers
 from jaxsplit.ops.attention import (
     cuda_decode,
+    cuda_flash,
+    cuda_rope_cache_update,
     triton_decode,
     triton_flash,
     triton_rope_cache_update,
     xla,
 )
+from jaxsplit.ops.attention.kernels import supports_update
 from jaxsplit.ops.attention.kv import KV, over_filled
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.attention.xla import (
@@ -204,8 +207,9 @@ def _in_steps(
 def _kernel_supports_update(
     config: AttentionConfig, batch: Batch, cache: AttentionCache | None, dtype: jnp.dtype
 ) -> bool:
-    kernels = current_context().policy.kernels
-    return kernels and triton_rope_cache_update.supports(config, batch, cache, dtype)
+    policy = current_context().policy
+    runs = policy.kernels or policy.only_cuda
+    return runs and supports_update(config, batch, cache, dtype)
 
 
 def _update_by_kernel(
@@ -218,7 +222,9 @@ def _update_by_kernel(
     config: AttentionConfig,
     params: AttentionParams,
 ) -> tuple[Array, KV, AttentionCache]:
-    queries, cache = triton_rope_cache_update.rope_cache_update(
+    only_cuda = current_context().policy.only_cuda
+    backend = cuda_rope_cache_update if only_cuda else triton_rope_cache_update
+    queries, cache = backend.rope_cache_update(
         query,
         key,
         value,
@@ -258,6 +264,24 @@ def _flash(
     )
 
 
+def _cuda_supports_attend(queries: Array, kv: KV, config: AttentionConfig) -> bool:
+    runs = current_context().policy.only_cuda and kv.selected is None
+    return runs and cuda_flash.supports(queries, kv.memory, config)
+
+
+def _flash_by_cuda(
+    queries: Array,
+    kv: KV,
+    batch: Batch,
+    *,
+    config: AttentionConfig,
+    sinks: Array | None,
+    readers: Readers,
+) -> Activations:
+    options = {"config": config, "key_positions": kv.positions, "sinks": sinks, "pages": kv.pages}
+    return Activations(cuda_flash.flash_attention(queries, kv.memory, batch.positions, **options))
+
+
 def _attend_by_xla(
     queries: Array,
     kv: KV,
@@ -286,5 +310,6 @@ _UPDATE: _Table = (
 )
 _ATTEND: _Table = (
     (_kernel_supports_attend, _flash),
+    (_cuda_supports_attend, _flash_by_cuda),
     (lambda *_: True, _attend_by_xla),
 )

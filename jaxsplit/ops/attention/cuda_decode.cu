@@ -21,43 +21,11 @@ struct Token {
   const float *query_bias, *key_bias, *value_bias;  // [heads, width], or null
 };
 
-struct Cache {
-  Stored *keys, *values;            // [pages, heads, PAGE, width]
-  float *key_scale, *value_scale;   // [pages, heads, PAGE], of 8-bit caches
-};
-
 struct Splits {
   float *sums;          // [SPLITS, sequences, heads, GROUP, VALUE_DIM]
   float *most, *total;  // [SPLITS, sequences, heads, GROUP]
   int* finished;        // [sequences, heads]
 };
-
-// A key or value as the cache keeps it: elements, and a scale for 8-bit ones.
-__device__ inline float scale_of(const Half*, const float*, int) { return 1; }
-__device__ inline float scale_of(const Bfloat16*, const float*, int) { return 1; }
-__device__ inline float scale_of(const Int8*, const float* x, int width) {
-  u32 most = 0;  // magnitudes, whose bits have their order, with NaN above infinity
-#pragma unroll 1
-  for (int i = 0; i < width; i++) {
-    u32 bits = float_bits(x[i]) & 0x7fffffffu;
-    most = bits > most ? bits : most;
-  }
-  return bits_float(most) / 127;
-}
-
-__device__ inline Half rounded(const Half*, float x, float) {
-  Half y;
-  store(&y, x);
-  return y;
-}
-__device__ inline Bfloat16 rounded(const Bfloat16*, float x, float) {
-  Bfloat16 y;
-  store(&y, x);
-  return y;
-}
-__device__ inline Int8 rounded(const Int8*, float x, float scale) {
-  return {(signed char)(int)floorf(x / (scale > 0 ? scale : 1) + 0.5f)};
-}
 
 // The sum of the parts of an element of a projection, at `first + i`, and its bias.
 __device__ inline float projected(const Projected* x, const float* bias, long first, int i,
@@ -65,6 +33,14 @@ __device__ inline float projected(const Projected* x, const float* bias, long fi
   float y = load(x + first + i);
   for (int part = 1; part < PARTS; part++) y += load(x + part * stride + first + i);
   return bias ? y + bias[i] : y;
+}
+
+// Of the elements of a head, of an 8-bit cache.
+__device__ inline u32 largest(const float* x, int width) {
+  u32 most = 0;
+#pragma unroll 1
+  for (int i = 0; CODES && i < width; i++) most = max(most, magnitude(x[i]));
+  return most;
 }
 
 template <class Out>
@@ -97,11 +73,7 @@ __device__ void attend(const Token& token, const int* positions, const int* page
     float x[(HEAD_DIM + 31) / 32], y[(HEAD_DIM + 31) / 32], squares = 0;
 #pragma unroll
     for (int i = 0; i < (HEAD_DIM + 31) / 32; i++) {
-      int column = lane + 32 * i, other = column;
-      if (column < ROPE_DIM) {
-        other = INTERLEAVED ? column ^ 1
-                            : column < ROPE_DIM / 2 ? column + ROPE_DIM / 2 : column - ROPE_DIM / 2;
-      }
+      int column = lane + 32 * i, other = partner(column);
       bool here = exists && column < HEAD_DIM;
       x[i] = here ? projected(from, bias, base, column, stride) : 0;
       y[i] = here ? projected(from, bias, base, other, stride) : 0;
@@ -115,12 +87,8 @@ __device__ void attend(const Token& token, const int* positions, const int* page
     const float* scale = is_key ? token.key_scale : token.query_scale;
 #pragma unroll
     for (int i = 0; i < (HEAD_DIM + 31) / 32; i++) {
-      int column = lane + 32 * i, other = column;
+      int column = lane + 32 * i, other = partner(column);
       if (!exists || column >= HEAD_DIM) continue;
-      if (column < ROPE_DIM) {
-        other = INTERLEAVED ? column ^ 1
-                            : column < ROPE_DIM / 2 ? column + ROPE_DIM / 2 : column - ROPE_DIM / 2;
-      }
       float a = x[i] * factor, b = y[i] * factor;
       if (normed && scale) a *= scale[column], b *= scale[other];
       long at = (long)sequence * HEAD_DIM + column;
@@ -144,19 +112,20 @@ __device__ void attend(const Token& token, const int* positions, const int* page
 
   // The new token, as attention will read it from the cache.
   if (split == 0) {
-    const Stored* kind = 0;
-    float key_scale = scale_of(kind, key, HEAD_DIM), value_scale = scale_of(kind, value, VALUE_DIM);
+    float key_scale = scale_of(largest(key, HEAD_DIM)), value_scale = scale_of(largest(value, VALUE_DIM));
     bool stored = position >= 0 && (WINDOW || position < LENGTH);
     int index = (position < 0 ? 0 : position) % LENGTH;
     long row = ((long)pages[sequence * PAGES + index / PAGE] * heads + head) * PAGE + index % PAGE;
     __syncthreads();
     for (int i = thread; i < HEAD_DIM; i += THREADS) {
-      Stored y = rounded(kind, key[i], key_scale);
+      Stored y;
+      store_scaled(&y, key[i], key_scale);
       if (stored) cache.keys[row * HEAD_DIM + i] = y;
       key[i] = load(&y) * key_scale;
     }
     for (int i = thread; i < VALUE_DIM; i += THREADS) {
-      Stored y = rounded(kind, value[i], value_scale);
+      Stored y;
+      store_scaled(&y, value[i], value_scale);
       if (stored) cache.values[row * VALUE_DIM + i] = y;
       value[i] = load(&y) * value_scale;
     }

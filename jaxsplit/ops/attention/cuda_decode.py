@@ -154,6 +154,7 @@ def launch_of(
         *cuda_rows.FILES,
         constants(numbers),
         types,
+        _FOLDER / "cuda_cache.cuh",
         _FOLDER / "cuda_decode.cu",
         body=body,
         grid=(kv_heads, sequences, splits),

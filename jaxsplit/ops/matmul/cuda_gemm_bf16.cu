@@ -292,7 +292,8 @@ __device__ inline void multiply_tile(float* sums, const u32* a, const char* tile
     u32 b[4];
     int row = 8 * n + lane / 16 * 8 + lane % 8;
     row = TILE % 16 == 0 || row < TILE ? row : row - 8;
-    load_matrices(b, tile + 128 * row + ((2 * (slice % 4) + lane / 8 % 2) ^ (lane % 8)) * 16);
+    int piece = (2 * (slice % 4) + lane / 8 % 2) ^ (lane % 8);
+    load_matrices(b, shared_address(tile + 128 * row + 16 * piece));
     multiply_add<X>(sums + 4 * n, a, b);
     if (n + 1 < TILE / 8) multiply_add<X>(sums + 4 * n + 4, a, b + 2);
   }

@@ -13,6 +13,7 @@ from jax import Array
 
 from jaxsplit.context import current_context
 from jaxsplit.cuda.call import Launch, cuda_call
+from jaxsplit.cuda.limits import shared_kib
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations import cuda_rows, swizzled
 from jaxsplit.ops.activations.swizzled import SwizzledRows
@@ -43,15 +44,6 @@ _MANY_DEEP_BLOCKS = 128  # the same, where a multiprocessor has one block with a
 _FEW_ROWS = 32  # whose rounds end so soon that several must be under way
 _MIN_ROUNDS = 4  # of a part
 _RESERVED = 2048  # bytes of shared memory, for the runtime and for normalizations
-
-_SHARED_KIB = {8.0: 163, 8.7: 163, 9.0: 227, 10.0: 227, 10.1: 227, 10.3: 227, 11.0: 227}
-"""Shared memory that a block may have, by compute capability (CUDA C++ Programming Guide,
-"Technical Specifications per Compute Capability")."""
-
-
-def _shared_kib(capability: float) -> int:
-    return _SHARED_KIB.get(capability, 99)
-
 
 _REGISTERS = 65_536  # of a multiprocessor
 _OTHER_REGISTERS = 64  # of a thread, beside sums
@@ -99,12 +91,12 @@ class Tiling:
         """That a multiprocessor can run at a time."""
         threads = 32 * self.warps
         of_registers = _REGISTERS // (threads * (self.rows // 2 + _OTHER_REGISTERS))
-        of_memory = 1024 * _shared_kib(capability) // (self.shared_bytes(weights) + 1024)
+        of_memory = 1024 * shared_kib(capability) // (self.shared_bytes(weights) + 1024)
         return max(1, min(of_registers, of_memory))
 
     def fits(self, weights: Sequence[QTensor], capability: float) -> bool:
         """Whether a GPU of a compute capability has that much for a block."""
-        return self.shared_bytes(weights) <= 1024 * _shared_kib(capability) - _RESERVED
+        return self.shared_bytes(weights) <= 1024 * shared_kib(capability) - _RESERVED
 
     @staticmethod
     def of(

@@ -1,0 +1,205 @@
+"""FlashAttention in CUDA C++, on tensor cores: as `triton_flash`."""
+
+import dataclasses
+import importlib.resources
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsplit.cache.layers import AttentionCache
+from jaxsplit.context import current_context
+from jaxsplit.cuda.call import Launch, cuda_call
+from jaxsplit.cuda.limits import shared_kib
+from jaxsplit.cuda.source import Arguments, constants, cpp_type
+from jaxsplit.ops.attention.kernels import supports_attend
+from jaxsplit.ops.attention.spec import AttentionConfig
+
+MIN_CAPABILITY = 7.5
+"""With tensor cores that a warp uses by itself."""
+
+_BFLOAT16 = 8.0
+"""With tensor cores for bfloat16, and copies to shared memory that need no registers."""
+
+_SPLIT_KEYS = 512  # a split has at least as many
+_MAX_SPLITS = 64
+_BUSY_WARPS = 1024  # keep a large GPU busy
+_ROOMY = 100 * 1024  # bytes of shared memory
+_RESERVED = 1024  # bytes of it, of each block
+_FOLDER = importlib.resources.files("jaxsplit") / "ops" / "attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the work is cut.
+
+    Attributes:
+      warps: of a block.
+      row_tiles: of 16 queries each, of a warp.
+      keys: that a block reads at a time.
+      splits: of the keys.
+    """
+
+    warps: int
+    row_tiles: int
+    keys: int
+    splits: int
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block: a row is one head at one time."""
+        return 16 * self.warps * self.row_tiles
+
+    def shared_bytes(self, head_dim: int, value_dim: int) -> int:
+        """Of a block: `Shared` of cuda_flash.cu."""
+        of_query, of_value = (2 * (-(-width // 16) * 16 + 8) for width in (head_dim, value_dim))
+        kept = self.row_tiles == 1 and head_dim <= 128
+        rows = (0 if kept else self.rows) + self.keys
+        return rows * of_query + self.keys * of_value + 12 * self.keys + of_query
+
+    @staticmethod
+    def of(
+        rows: int,
+        keys: int,
+        widths: tuple[int, int],
+        heads: int,
+        capability: float,
+        *,
+        converted: bool = False,
+    ) -> "Tiling":
+        """For all queries of a key head.
+
+        Args:
+          rows: their number.
+          keys: most keys that there may be.
+          widths: of a query and of a value.
+          heads: key heads of all sequences together. If tiles and heads are few, blocks split the
+            keys, too.
+          capability: compute capability of the GPU.
+          converted: keys and values are, in registers.
+        """
+        narrow, memory = max(widths) <= 128, 1024 * shared_kib(capability)
+        # With twice the rows, a warp reads half as much from shared memory for each product.
+        row_tiles = 2 if rows > 64 and narrow and memory > _ROOMY else 1
+        warps = -(-rows // 16) if rows <= 64 else 4 if row_tiles == 2 or not narrow else 8
+        tiling = Tiling(warps, row_tiles, 32 if row_tiles == 2 and converted else 64, 1)
+        tiling = tiling._fitted(widths, memory)
+        blocks = heads * -(-rows // tiling.rows)
+        splits = min(_BUSY_WARPS // (warps * blocks), -(-keys // _SPLIT_KEYS), _MAX_SPLITS)
+        return dataclasses.replace(tiling, splits=max(1, splits))
+
+    def _fitted(self, widths: tuple[int, int], memory: int) -> "Tiling":
+        """With fewer keys at a time where a multiprocessor with some bytes of shared memory would
+        have fewer than eight warps; if it cannot have them, with as many warps as it can."""
+        blocks, fewer = max(1, 8 // self.warps), [self]
+        while fewer[-1].keys > 16:
+            fewer.append(dataclasses.replace(self, keys=fewer[-1].keys // 2))
+        while blocks > 1 and blocks * (fewer[-1].shared_bytes(*widths) + _RESERVED) > memory:
+            blocks //= 2
+        fit = (t for t in fewer if blocks * (t.shared_bytes(*widths) + _RESERVED) <= memory)
+        return next(fit, fewer[-1])
+
+
+def supports(
+    queries: Array | jax.ShapeDtypeStruct, memory: AttentionCache, config: AttentionConfig
+) -> bool:
+    """Whether `flash_attention` supports queries `[batch, time, …]` and a memory."""
+    if not supports_attend(queries, memory, config):
+        return False
+    widths = memory.keys.shape[-1], memory.own_values.shape[-1]
+    least = _BFLOAT16 if queries.dtype == jnp.bfloat16 else MIN_CAPABILITY
+    return all(width % 8 == 0 for width in widths) and current_context().policy.cuda >= least
+
+
+def flash_attention(
+    queries: Array,
+    kv: AttentionCache,
+    positions: Array,
+    *,
+    config: AttentionConfig,
+    key_positions: Array | None = None,
+    sinks: Array | None = None,
+    pages: Array | None = None,
+    tiling: Tiling | None = None,
+) -> Array:
+    """As `jaxsplit.ops.attention.api.attend`, for what is supported.
+
+    Args:
+      tiling: of the work; None: a usual one.
+    """
+    capability = current_context().policy.cuda
+    options = {"key_positions": key_positions, "sinks": sinks, "pages": pages, "tiling": tiling}
+    launch = launch_of(queries, kv, positions, capability, config=config, **options)
+    return cuda_call(launch, capability=capability)[-1].reshape(*positions.shape, -1)
+
+
+def launch_of(
+    queries: Array,
+    kv: AttentionCache,
+    positions: Array,
+    capability: float,
+    *,
+    config: AttentionConfig,
+    key_positions: Array | None = None,
+    sinks: Array | None = None,
+    pages: Array | None = None,
+    tiling: Tiling | None = None,
+) -> Launch:
+    """The launch for a GPU of some compute capability, other arguments as of `flash_attention`."""
+    batch, time, heads, group, head_dim = queries.shape
+    value_dim, page = kv.own_values.shape[-1], kv.length
+    count = 1 if pages is None else pages.shape[1]
+    widths, rows = (head_dim, value_dim), time * group
+    asynchronous = capability >= _BFLOAT16 and queries.dtype == kv.keys.dtype
+    of_gpu = {"capability": capability, "converted": not asynchronous}
+    tiling = tiling or Tiling.of(rows, page * count, widths, heads * batch, **of_gpu)
+    tiles, splits = -(-rows // tiling.rows), tiling.splits
+    scale = head_dim**-0.5 if config.scale is None else config.scale
+    numbers = {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "GROUP": group,
+        "TIME": time,
+        "HEADS": heads,
+        "PAGE": page,
+        "PAGES": count,
+        "WINDOW": config.window or 0,
+        "POSITIONS": 0 if key_positions is None else 1 + (len(key_positions) > 1),
+        "SINKS": int(sinks is not None),
+        "SPLITS": splits,
+        "WARPS": tiling.warps,
+        "ROW_TILES": tiling.row_tiles,
+        "KEYS": tiling.keys,
+        "SCALE": float(scale),
+        "SOFTCAP": float(config.softcap or 0),
+    }
+    types = f"typedef {cpp_type(queries.dtype)} X;\ntypedef {cpp_type(kv.keys.dtype)} Stored;\n"
+    given, state = Arguments(), (splits, batch, time, heads, group)
+    memory = given.operands(
+        kv.keys, kv.own_values, kv.key_scale, kv.value_scale, pages, key_positions
+    )
+    body = f"  Memory memory = {memory};\n  Splits splits = {{0, 0, 0, 0}};\n"
+    if splits > 1:
+        sums = given.results(
+            jax.ShapeDtypeStruct((*state, value_dim), jnp.float32),
+            *[jax.ShapeDtypeStruct(state, jnp.float32)] * 2,
+        )
+        finished = given.operand(jnp.zeros((tiles, batch, heads), jnp.int32))  # left as found
+        body += f"  splits = {{{sums.strip('{}')}, (int*){finished}}};\n"
+    out = given.result(
+        jax.ShapeDtypeStruct((batch, time, heads * group * value_dim), queries.dtype)
+    )
+    where = f"{given.operand(queries)}, {given.operand(positions)}"
+    sinks_of = given.operand(None if sinks is None else sinks.astype(jnp.float32))
+    body += f"  attend({where}, memory, {sinks_of}, splits, {out});\n"
+    return given.launch(
+        "flash_attention",
+        "#define ASYNC\n" if asynchronous else "",
+        types,
+        constants(numbers),
+        _FOLDER / "cuda_flash.cu",
+        body=body,
+        grid=(heads * batch, tiles * splits, 1),
+        threads=32 * tiling.warps,
+        shared_bytes=tiling.shared_bytes(*widths),
+    )
