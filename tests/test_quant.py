@@ -1,6 +1,7 @@
 """Quantized weights against the gguf package's NumPy code and against float64."""
 
 import functools
+import re
 
 import gguf
 import jax
@@ -354,6 +355,27 @@ def test_few_rows_need_no_temporary_of_a_matrix(name, rows, out, size):
     )
     planes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     assert product.memory_analysis().temp_size_in_bytes < planes / 2
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "Q4_K"])
+def test_a_norm_is_not_computed_again_for_each_row_of_a_matrix(name):
+    blocks = (512, 256 // TYPES[name].block, TYPES[name].block_bytes)
+    weights = jax.eval_shape(
+        functools.partial(unpack, name), jax.ShapeDtypeStruct(blocks, np.uint8)
+    )
+
+    def normalized_product(scale, x, w):
+        return matmul(x * jax.lax.rsqrt((x * x).mean() + 1e-5) * scale, w)
+
+    row = jax.ShapeDtypeStruct((256,), np.float32)
+    options = compiler_options("cpu", decode=True)
+    compiled = jax.jit(normalized_product, compiler_options=options).lower(row, row, weights)
+    text = compiled.compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    [scale] = re.findall(r"%(\S+) = f32\[256\]\S* parameter\(0\)", entry)
+    loops = re.findall(r"= f32\[512\]\S* fusion\((.*?)\), kind", entry)
+    assert loops
+    assert not [loop for loop in loops if f"%{scale}" in re.split(r"[, ]+", loop)]
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ3_S"])

@@ -41,7 +41,7 @@ def compiler_options(platform: str | None, *, decode: bool) -> dict[str, Any] | 
     if platform == "cpu" and decode:
         # YNN reductions break the fused loop over quantized weights apart.
         return {
-            "xla_cpu_experimental_ynn_fusion_type": "",
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
             "xla_disable_hlo_passes": "tree_reduction_rewriter",
         }
     if platform in ("gpu", "cuda") and decode:

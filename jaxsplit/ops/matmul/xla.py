@@ -47,7 +47,10 @@ _Matrix = TypeVar("_Matrix", bound=Weight)
 
 def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
     """`x @ w.T` for `[..., in]` and each matrix `[out, in]`: `[..., out]` of a dtype."""
-    if math.prod(x.shape[:-1]) == 1:
+    rows = math.prod(x.shape[:-1])
+    if rows <= _FEW_ROWS:
+        x = _computed_once(x, weights)
+    if rows == 1:
         return [one_row(x, w, dtype) for w in weights]
     results = []
     for group in _together(weights, x.dtype):
@@ -122,6 +125,26 @@ def _after(x: Array, w: _Matrix) -> _Matrix:
         return w
     poisoned = jnp.isnan(x[(0,) * x.ndim])
     return dataclasses.replace(w, scale=jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale))
+
+
+def _computed_once(x: Array, weights: Sequence[Weight]) -> Array:
+    """On CPUs, `x` as XLA computes it before the loops over quantized matrices that read it.
+
+    It would fuse what is cheap, such as norms, into each of them and compute it again for each row
+    of a matrix. Divisions it does not; that the divisor is 1, it cannot know.
+    """
+    codes = [w.codes[0] for w in weights if isinstance(w, QTensor)]
+    if not codes:
+        return x
+
+    def divided(x: Array, code: Array) -> Array:
+        columns = x.shape[-1]
+        one = jnp.where(jnp.arange(columns) < columns + (code == 0), 1, 0)
+        return x / one.astype(x.dtype)
+
+    return lax.platform_dependent(
+        x, codes[0][(0,) * codes[0].ndim], cpu=divided, default=lambda x, code: x
+    )
 
 
 def one_row(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
