@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,29 @@ def user_path(path: str | os.PathLike[str], name: str = "the path") -> Path:
     if b"\0" in encoded:
         raise JaxsplitError(f"{name} {text!r} has a character that no file name can have")
     return Path(os.path.expanduser(text))
+
+
+def cache_folder() -> Path:
+    """Where files of the user are that can be made again."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "jaxsplit"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a whole file or none.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 @contextlib.contextmanager

@@ -111,6 +111,27 @@ class _Limits:
         )
 
 
+def load(
+    file: ModelFile,
+    mode: str,
+    mesh: str | None,
+    batch: int,
+    tests: Tests,
+    options: Mapping[str, Any],
+) -> jaxsplit.LM:
+    """A model with a cache for the tests of `batch` sequences, arguments as of `Benchmark`."""
+    cache = CacheSize.of_slots(tests.context, batch)
+    return jaxsplit.load(
+        file,
+        split_mode=mode,
+        mesh=mesh,
+        **options,
+        ctx_size=tests.context,
+        slots=batch,
+        cache_tokens=cache.pages * cache.page,
+    )
+
+
 _limits = functools.cache(_Limits)  # measured once for all splits of the same devices
 _GREEDY = jaxsplit.SamplingConfig(temperature=0.0)
 
@@ -166,17 +187,8 @@ class Benchmark:
         config = LoadConfig(**options)
         self._file, self._mode, self._batch, self._tests = file, mode, batch, tests
         self._options = options
-        cache = CacheSize.of_slots(tests.context, batch)
         start, self._compiled_before = time.perf_counter(), compile_seconds()
-        self.lm = jaxsplit.load(
-            file,
-            split_mode=mode,
-            mesh=mesh,
-            **options,
-            ctx_size=tests.context,
-            slots=batch,
-            cache_tokens=cache.pages * cache.page,
-        )
+        self.lm = load(file, mode, mesh, batch, tests, options)
         self._load_seconds = time.perf_counter() - start
         self._shortest = min(filter(None, tests.prompts), default=1)
         self._first_token_seconds = self._load_seconds + _read(self.lm, batch, self._shortest)

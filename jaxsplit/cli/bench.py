@@ -12,13 +12,17 @@ predicts.
 import gc
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from jaxsplit.cli import options
 from jaxsplit.config import LoadConfig
 from jaxsplit.errors import JaxsplitError
+
+if TYPE_CHECKING:
+    from jaxsplit.bench.rates import Tests
+    from jaxsplit.formats import ModelFile
 
 GROUPS = {
     "model": "Model and split",
@@ -42,6 +46,11 @@ _GENERATE = flags.DEFINE_list("n_gen", "128", "tokens to generate; 0: none", sho
 _DEPTH = flags.DEFINE_list("n_depth", "0", "tokens of context before", short_name="d")
 _BATCH = flags.DEFINE_list("batch", "1", "sequences that are decoded together", short_name="b")
 _REPEAT = flags.DEFINE_integer("repetitions", 3, "how often to measure", 1, short_name="r")
+_TUNE = flags.DEFINE_boolean(
+    "tune",
+    False,
+    "first find the fastest tilings of kernels for these tests, and keep them for this machine",
+)
 _LOAD = options.define(
     LoadConfig,
     ["dtype", "activations", "prefill_dtype", "weights", "cache_dtype", "collectives", "kernels"],
@@ -75,6 +84,32 @@ def _numbers(flag: flags.FlagHolder) -> list[int]:
         ) from None
 
 
+def _tune(file: "ModelFile", mode: str, mesh: str | None, tests: "Tests") -> None:
+    """Tunes the kernels of a split, and says what it gains."""
+    import jax
+
+    from jaxsplit.bench.rates import load
+    from jaxsplit.bench.tune import problems_of, tune
+    from jaxsplit.ops.tilings import path_of_tables
+
+    lm = load(file, mode, mesh, max(_numbers(_BATCH)), tests, options.values(_LOAD))
+    problems = problems_of(lm, max(tests.prompts))
+    policy, device = lm.engine.runners[0].policy, lm.mesh.devices.flat[0]
+    if not problems:
+        raise JaxsplitError(
+            f"--tune: no kernel that has tilings runs on {device.device_kind} with "
+            f"--kernels={options.values(_LOAD)['kernels']}"
+        )
+    del lm
+    gc.collect()
+    print(f"\nTuning {len(problems)} products and attentions: µs, usual and fastest")
+    for one in tune(problems, policy, device):
+        what = f"{one.problem.kernel} {one.problem.key}"
+        print(f"{one.usual * 1e6:.1f} {one.best * 1e6:.1f} {one.tiling or ''} {what}", flush=True)
+    print(f"Kept in {path_of_tables()}")
+    jax.clear_caches()  # of programs with the usual tilings
+
+
 def main(_: list[str]) -> None:
     """Measures each split and batch size; the table grows as it goes."""
     import jax
@@ -93,6 +128,8 @@ def main(_: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     for split in _SPLIT.value or ["graph"]:
         mode, mesh = split.partition("@")[::2]
+        if _TUNE.value:
+            _tune(file, mode, mesh or None, tests)
         for batch in _numbers(_BATCH):
             benchmark = Benchmark(file, mode, mesh or None, batch, tests, options.values(_LOAD))
             print(f"\n{benchmark.describe()}", flush=True)

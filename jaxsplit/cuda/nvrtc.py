@@ -9,14 +9,13 @@ import functools
 import hashlib
 import importlib.util
 import math
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxsplit.errors import JaxsplitError
+from jaxsplit.paths import cache_folder, write_whole
 
 _OPTIONS = ("--std=c++17",)
 
@@ -57,31 +56,14 @@ def compile_ptx(source: str, capability: float, name: str) -> str:
     architecture, specific = _architecture(capability), "a" if capability == _SPECIFIC else ""
     options = (*_OPTIONS, f"--gpu-architecture=compute_{architecture}{specific}")
     key = "\0".join([str(_version(library)), *options, source]).encode()
-    path = _cache_folder() / f"{hashlib.sha256(key).hexdigest()}.ptx"
+    path = cache_folder() / "ptx" / f"{hashlib.sha256(key).hexdigest()}.ptx"
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if (ptx := path.read_text()).endswith(_END):
             return ptx
     ptx = _compile(library, source, name, options)
-    _write(path, ptx + _END)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no error
+        write_whole(path, ptx + _END)
     return ptx
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a whole file or none; a cache that cannot be written is no error."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "jaxsplit" / "ptx"
 
 
 def _compile(library: ctypes.CDLL, source: str, name: str, options: Sequence[str]) -> str:

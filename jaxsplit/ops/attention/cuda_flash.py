@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.resources
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jaxsplit.cuda.limits import shared_kib
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.attention.kernels import supports_attend
 from jaxsplit.ops.attention.spec import AttentionConfig
+from jaxsplit.ops.tilings import tunable
 
 MIN_CAPABILITY = 7.5
 """With tensor cores that a warp uses by itself."""
@@ -111,6 +114,35 @@ def supports(
     return all(width % 8 == 0 for width in widths) and current_context().policy.cuda >= least
 
 
+def _candidates(
+    queries: Array, kv: AttentionCache, positions: Array, **options: Any
+) -> list[Tiling]:
+    """For prompts: the keys of a few queries come from memory, whatever the tiling."""
+    _, time, _, group, head_dim = queries.shape
+    if time * group <= 64:
+        return []
+    widths = head_dim, kv.own_values.shape[-1]
+    memory = 1024 * (shared_kib(current_context().policy.cuda) - 1)
+    shapes = itertools.product((4, 8), (1, 2), (32, 64, 128))
+    tilings = [Tiling(warps, tiles, keys, 1) for warps, tiles, keys in shapes]
+    return [t for t in tilings if t.shared_bytes(*widths) <= memory]
+
+
+def _filled(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The last queries of full pages."""
+    queries, kv, positions = args
+    pages, key_positions = (options.get(name) for name in ("pages", "key_positions"))
+    length = kv.length * (1 if pages is None else pages.shape[1])
+    time = positions.shape[1]
+    positions = jnp.broadcast_to(length - time + jnp.arange(time), positions.shape)
+    if pages is not None:
+        options |= {"pages": jnp.arange(pages.size).reshape(pages.shape) % len(kv.keys)}
+    if key_positions is not None:
+        options |= {"key_positions": jnp.broadcast_to(jnp.arange(length), key_positions.shape)}
+    return (queries, kv, positions.astype(jnp.int32)), options
+
+
+@tunable(_candidates, _filled)
 def flash_attention(
     queries: Array,
     kv: AttentionCache,
@@ -125,7 +157,7 @@ def flash_attention(
     """As `jaxsplit.ops.attention.api.attend`, for what is supported.
 
     Args:
-      tiling: of the work; None: a usual one.
+      tiling: of the work; None: a tuned one, or `Tiling.of` it.
     """
     capability = current_context().policy.cuda
     options = {"key_positions": key_positions, "sinks": sinks, "pages": pages, "tiling": tiling}

@@ -5,6 +5,7 @@ for GPUs from compute capability 8.0 on, and on 9.0 with products of warpgroups.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +20,7 @@ from jaxsplit.ops.activations import cuda_rows, swizzled
 from jaxsplit.ops.activations.swizzled import SwizzledRows
 from jaxsplit.ops.matmul import cuda_planes
 from jaxsplit.ops.matmul.groups import GroupedGemmInfo
+from jaxsplit.ops.tilings import tunable
 from jaxsplit.quant.qtensor import QTensor
 
 MAX_ROWS = 256
@@ -140,6 +142,27 @@ def faster_from(w: QTensor) -> int:
     return 65 if w.layout.bits[0] == 8 else 33
 
 
+def _candidates(
+    x: SwizzledRows,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    groups: GroupedGemmInfo | None = None,
+    out_rows: int = 0,
+    split_k: int | None = None,
+    sum_parts: bool = True,
+) -> list[Tiling]:
+    if groups is not None:
+        return []
+    rows, capability = x.values.shape[1], current_context().policy.cuda
+    weights = [cuda_planes.as_loaded(w) for w in weights]
+    heights = {-(-rows // (8 * tiles)) * 8 for tiles in (1, 2, 4, 8)}
+    shapes = itertools.product((4, 8), sorted(h for h in heights if h <= _MAX_TILE), (2, 3, 4))
+    tilings = [Tiling(warps, height, stages) for warps, height, stages in shapes]
+    return [t for t in tilings if t.fits(weights, capability)]
+
+
+@tunable(_candidates)
 def gemm_bf16(
     x: SwizzledRows,
     weights: Sequence[QTensor],
@@ -160,7 +183,7 @@ def gemm_bf16(
       groups: the weights are stacks `[matrices, out, in]`, multiplied with these groups of rows: 8
         times a power of 2 each.
       out_rows: with groups, the number of rows of the results.
-      tiling: None: `Tiling.of` the matrices.
+      tiling: None: a tuned one, or `Tiling.of` the matrices.
       split_k: parts of the inner dimension. None: as many as keep the GPU busy, but 1 if they are
         to be summed.
       sum_parts: XLA sums the parts; else the results are float32 `[parts, rows, out]`.

@@ -18,6 +18,7 @@ from jaxsplit.ops.activations import cuda_rows
 from jaxsplit.ops.activations.int8 import SLICE, Int8Blocks
 from jaxsplit.ops.matmul import cuda_planes
 from jaxsplit.ops.matmul.cuda_planes import supports
+from jaxsplit.ops.tilings import tunable
 from jaxsplit.quant.qtensor import QTensor
 
 __all__ = ["MAX_ROWS", "MIN_CAPABILITY", "Tiling", "gemm_int8", "launch_of", "supports"]
@@ -33,6 +34,7 @@ _WARPS = 4  # of a block
 _MIN_BLOCKS = 128  # of a matrix, for tilings that share activations
 _MIN_WARPS = 1024  # with fewer, split-K adds parts to keep the GPU busy
 _MAX_SCRATCH = 24576  # bytes, for tilings with several tiles: two blocks of a T4's multiprocessor
+_STATIC_SHARED = 48 * 1024  # bytes that a block may declare
 _FEW_ROWS = 16
 
 
@@ -78,6 +80,21 @@ class Tiling:
         return candidates[-1]
 
 
+def _candidates(
+    x: Int8Blocks,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    split_k: int | None = None,
+    sum_parts: bool = True,
+) -> list[Tiling]:
+    rows = x.codes.shape[1]
+    weights = [cuda_planes.as_loaded(w) for w in weights]
+    tilings = [Tiling(tiles, share) for tiles in (1, 2) for share in (1, 2, 4)]
+    return [t for t in tilings if all(t.scratch(w, rows) <= _STATIC_SHARED for w in weights)]
+
+
+@tunable(_candidates)
 def gemm_int8(
     x: Int8Blocks,
     weights: Sequence[QTensor],
@@ -93,7 +110,7 @@ def gemm_int8(
       x: `[rows, in]`.
       weights: supported matrices `[out, in]`.
       dtype: of the results.
-      tiling: None: `Tiling.of` each matrix.
+      tiling: None: a tuned one, or `Tiling.of` each matrix.
       split_k: parts of the inner dimension. None: as many as keep the GPU busy, but 1 if they are
         to be summed.
       sum_parts: XLA sums the parts; else the results are float32 `[parts, rows, out]`.

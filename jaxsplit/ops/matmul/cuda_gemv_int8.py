@@ -4,6 +4,7 @@ As `triton_gemv_int8`, for GPUs from compute capability 6.1 on, which have `dp4a
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +18,7 @@ from jaxsplit.ops.activations import cuda_rows
 from jaxsplit.ops.activations.int8 import Int8Rows
 from jaxsplit.ops.matmul import cuda_planes
 from jaxsplit.ops.matmul.cuda_planes import supports
+from jaxsplit.ops.tilings import tunable
 from jaxsplit.quant.qtensor import QTensor
 
 __all__ = ["FASTER", "Tiling", "gemv_int8", "is_faster", "launch_of", "supports"]
@@ -51,6 +53,19 @@ class Tiling:
         return Tiling(32, 2, 2) if w.shape[-2] >= 6144 else Tiling(64, 2, 2)
 
 
+def _candidates(
+    x: Int8Rows,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    experts: Array | None = None,
+) -> list[Tiling]:
+    if experts is not None:
+        return []
+    shapes = itertools.product((32, 64, 128), (1, 2, 4), (1, 2))
+    return [Tiling(lanes, rows, steps) for lanes, rows, steps in shapes]
+
+
 def is_faster(w: QTensor) -> bool:
     """Whether it is faster than the kernel in Triton on those GPUs, launches included
     (docs/design/kernels.md)."""
@@ -59,6 +74,7 @@ def is_faster(w: QTensor) -> bool:
     return eight_bits or (looked_up and (two_bits or w.layout.shift == 0))
 
 
+@tunable(_candidates)
 def gemv_int8(
     x: Int8Rows,
     weights: Sequence[QTensor],
@@ -76,7 +92,7 @@ def gemv_int8(
       experts: int32 `[pairs]`, a multiple of the rows. The weights are then stacks `[experts, out,
         in]`, each row is multiplied with the matrices of its `pairs / rows` experts, and the
         results are `[pairs, out]`.
-      tiling: None: `Tiling.of` each matrix.
+      tiling: None: a tuned one, or `Tiling.of` each matrix.
     """
     launch = launch_of(x, weights, dtype, experts=experts, tiling=tiling)
     return cuda_call(launch, capability=current_context().policy.cuda)

@@ -29,6 +29,7 @@ from jaxsplit.ops.matmul.byte_tables import (
     select_bytes,
 )
 from jaxsplit.ops.matmul.trellis import four_values
+from jaxsplit.ops.tilings import tunable
 from jaxsplit.pallas import ArrayRef, pl, plgpu
 from jaxsplit.quant.qtensor import PlaneLayout, QTensor, group_shifts, to_u32
 
@@ -91,6 +92,21 @@ class _Tiling:
         return _Tiling(step_bytes=2048 if row_bytes % 2048 == 0 else 1024)
 
 
+def _candidates(
+    x: Int8Rows,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    experts: Array | None = None,
+    peers: PeerGroup | None = None,
+) -> list[_Tiling]:
+    if experts is not None or peers is not None:
+        return []
+    shapes = itertools.product((2, 4, 8), (1024, 2048), (1, 2))
+    return [_Tiling(rows, step_bytes, steps) for rows, step_bytes, steps in shapes]
+
+
+@tunable(_candidates)
 def gemv_int8(
     x: Int8Rows,
     weights: Sequence[QTensor],
@@ -111,7 +127,7 @@ def gemv_int8(
         results are `[pairs, out]`.
       peers: devices to which the kernel sends its result, with a single matrix, ahead of an
         all-reduce. The epochs, int32 `[rows, out]`, follow the result.
-      tiling: None: `_Tiling.of` each matrix.
+      tiling: None: a tuned one, or `_Tiling.of` each matrix.
     """
     rows = len(x.codes) if experts is None else len(experts)
     tilings = [tiling or _Tiling.of(w) for w in weights]

@@ -5,6 +5,7 @@ the packed codes.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from jaxsplit.ops.matmul.byte_tables import look_up_ptx
 from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.matmul.scaling import both_halves, scale_by_jax, scale_ptx
 from jaxsplit.ops.matmul.trellis import scaled_trellis
+from jaxsplit.ops.tilings import tunable
 from jaxsplit.pallas import ArrayRef, pl, plgpu
 from jaxsplit.quant.qtensor import PlaneLayout, QTensor, group_shifts, look_up
 
@@ -87,6 +89,23 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     return dtype == jnp.bfloat16 and triton_gemv_int8.supports(w) and has_sums
 
 
+def _candidates(
+    x: PackedRows,
+    weights: Sequence[QTensor],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    groups: GroupedGemmInfo | None = None,
+    out_rows: int = 0,
+    split_k: int | None = None,
+    sum_parts: bool = True,
+) -> list[_Tiling]:
+    if groups is not None:
+        return []
+    shapes = itertools.product((32, 64, 128), (64, 128), (2, 4), (2, 3), (1, 2))
+    return [_Tiling(*shape) for shape in shapes]
+
+
+@tunable(_candidates)
 def small_m_gemm(
     x: PackedRows,
     weights: Sequence[QTensor],
@@ -109,7 +128,7 @@ def small_m_gemm(
       dtype: of the results.
       groups: the weights are stacks `[matrices, out, in]`, multiplied with these groups of rows.
       out_rows: with groups, the number of rows of the results.
-      tiling: None: chosen by the number of rows.
+      tiling: None: a tuned one, or one by the number of rows.
       split_k: parts of the inner dimension, each computed by its own programs. None: as many as
         keep the GPU busy, but 1 for several matrices whose parts are to be summed.
       sum_parts: a second kernel sums the parts; else the results are float32 `[parts, rows, out]`.
