@@ -79,27 +79,34 @@ def tunable(
     """
 
     def decorate(kernel: _Kernel) -> _Kernel:
-        name = kernel.__module__.rpartition(".")[2]
-
-        @functools.wraps(kernel)
-        def with_tiling(*args: Any, tiling: Any = None, **options: Any) -> Any:
-            policy, problems = current_context().policy, _collected.get()
-            found = table(policy.cuda).get(name, {})
-            if policy.cuda and tiling is None and (found or problems is not None):
-                key = _text((args, options))
-                if problems is not None and (possible := candidates(*args, **options)):
-                    shapes, settings = jax.tree.map(_like, (args, options))
-                    problem = Problem(name, key, kernel, shapes, settings, possible, filled)
-                    problems[problem] = None
-                if key in found:
-                    possible = candidates(*args, **options)
-                    fits = (t for t in possible if dataclasses.asdict(t) == found[key])
-                    tiling = next(fits, None)  # None: of another version
-            return kernel(*args, tiling=tiling, **options)
-
-        return with_tiling  # pyright: ignore[reportReturnType]
+        run = functools.partial(with_tiling, kernel, candidates, filled)
+        return functools.wraps(kernel)(run)  # pyright: ignore[reportReturnType]
 
     return decorate
+
+
+def with_tiling(
+    kernel: Callable[..., Any],
+    candidates: Callable[..., Sequence[Any]],
+    filled: _Filled,
+    /,
+    *args: Any,
+    tiling: Any = None,
+    **options: Any,
+) -> Any:
+    """Calls a kernel with the tiling of the table, if it is given none."""
+    policy, problems = current_context().policy, _collected.get()
+    name = kernel.__module__.rpartition(".")[2]
+    found = table(policy.cuda).get(name, {})
+    if policy.cuda and tiling is None and (found or problems is not None):
+        key, possible = _text((args, options)), candidates(*args, **options)
+        if problems is not None and possible:
+            shapes, settings = jax.tree.map(_like, (args, options))
+            problems[Problem(name, key, kernel, shapes, settings, possible, filled)] = None
+        if key in found:  # perhaps by another version, with other tilings
+            fits = (t for t in possible if dataclasses.asdict(t) == found[key])
+            tiling = next(fits, None)
+    return kernel(*args, tiling=tiling, **options)
 
 
 def path_of_tables() -> Path:
