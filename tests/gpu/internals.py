@@ -29,7 +29,13 @@ from jaxsplit.engine.sampling import SamplerSpec
 from jaxsplit.formats import IK_TYPES, STORED_TYPES, ModelFile
 from jaxsplit.ops.activations.int8 import Int8Layout
 from jaxsplit.ops.activations.layout import Readers
-from jaxsplit.ops.attention import triton_decode, triton_flash, triton_rope_cache_update
+from jaxsplit.ops.attention import (
+    cuda_flash,
+    cuda_rope_cache_update,
+    triton_decode,
+    triton_flash,
+    triton_rope_cache_update,
+)
 from jaxsplit.ops.attention.rope import RopeConfig
 from jaxsplit.ops.attention.spec import AttentionConfig, AttentionParams
 from jaxsplit.ops.matmul import api, cuda_dequantize, cuda_gemv_16bit, float8
@@ -335,15 +341,24 @@ def decode_attention(
     return y.array, cache
 
 
+UPDATES = {"Triton": triton_rope_cache_update, "CUDA C++": cuda_rope_cache_update}
+ATTENTION = {"Triton": triton_flash, "CUDA C++": cuda_flash}
+
+
+def _kernels_in(backend: str):
+    # Without early launches, as XLA reads the results.
+    return _only_cuda() if backend == "CUDA C++" else _kernels(pdl=False)
+
+
 def rope_cache_update(
-    layer: Attention, query, key, value, positions, slots, cache, scales
+    backend: str, layer: Attention, query, key, value, positions, slots, cache, scales
 ) -> tuple[Array, AttentionCache]:
     """Heads `[batch, time, heads * width]`, normalized and turned: the queries `[batch, time,
     heads, width]`, and the cache with the keys and values."""
     batch = Batch(positions, slots)
-    assert triton_rope_cache_update.supports(layer.config, batch, cache, query.dtype)
-    with _kernels():
-        return triton_rope_cache_update.rope_cache_update(
+    with _kernels_in(backend):
+        assert UPDATES[backend].supports(layer.config, batch, cache, query.dtype)
+        return UPDATES[backend].rope_cache_update(
             *(query, key, value, batch, cache),
             config=layer.config,
             params=layer.params(scales, None),
@@ -351,19 +366,21 @@ def rope_cache_update(
 
 
 def flash_attention(
-    layer: Attention, queries, cache, positions, key_positions, sinks, slots
+    backend: str, layer: Attention, queries, cache, positions, key_positions, sinks, slots
 ) -> Array:
     """Queries `[batch, time, kv_heads, group, width]`, already turned, and the cache that they
     read: `[batch, time, heads * width]` bfloat16."""
-    assert triton_flash.supports(queries, cache, layer.config)
     options = {
         "key_positions": key_positions,
         "sinks": sinks,
         "pages": None if slots is None else slots[:, None],
     }
-    with _kernels(pdl=False):  # XLA reads the results here
-        y = triton_flash.flash_attention(queries, cache, positions, config=layer.config, **options)
-    return y.array
+    with _kernels_in(backend):
+        assert ATTENTION[backend].supports(queries, cache, layer.config)
+        y = ATTENTION[backend].flash_attention(
+            queries, cache, positions, config=layer.config, **options
+        )
+    return y if isinstance(y, Array) else y.array
 
 
 def route(logits: Array, used: int, routing: str, bias: Array | None) -> tuple[Array, Array]:

@@ -30,6 +30,12 @@ LAYERS = {
     "norms, sinks": Attention(8, 2, 64, rope_dim=64, norms=True, sinks=True),
 }
 CACHES = ["bfloat16", "int8"]
+BACKENDS = [
+    "Triton",
+    pytest.param(
+        "CUDA C++", marks=pytest.mark.skipif(internals.INTERPRET, reason="compiles for a GPU")
+    ),
+]
 
 
 def attend(layer: Attention, queries, keys, values, positions, key_positions, sinks) -> np.ndarray:
@@ -173,24 +179,26 @@ def test_a_token_reads_those_before_it_and_itself(rng, bounded, name, kept):
     assert all(ok)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kept", CACHES)
 @pytest.mark.parametrize("time", [1, 15, 70])
 @pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if not layer.window])
-def test_heads_are_turned_and_put_into_the_cache(rng, bounded, name, time, kept):
+def test_heads_are_turned_and_put_into_the_cache(rng, bounded, name, time, kept, backend):
     layer = LAYERS[name]
     inputs = Inputs(rng, layer, batch=2, time=time, kept=kept)
     positions = np.int32([[0], [300]] + np.arange(time))
     positions[1, max(1, time - 4) :] = -1  # padding
-    run = jax.jit(internals.rope_cache_update, static_argnums=0)
+    run = jax.jit(internals.rope_cache_update, static_argnums=(0, 1))
     queries, cache = run(
-        layer,
+        *(backend, layer),
         *(inputs.query[0], inputs.key[0], inputs.value[0]),
         *(positions, inputs.slots, inputs.cache, inputs.scales),
     )
     expected, *caches = inputs.exact(layer, positions)
     exists = positions >= 0
     error = nmse(np.float64(queries.astype(jnp.float32))[exists], expected[exists])
-    ok = [bounded(f"{name}, {kept}, {time}", "queries", error, WRITTEN["bfloat16"])]
+    case = f"{name}, {kept}, {time}" + (f", {backend}" if backend != "Triton" else "")
+    ok = [bounded(case, "queries", error, WRITTEN["bfloat16"])]
     for mode, found, exact, old in zip(
         ("keys", "values"),
         internals.cache_contents(cache),
@@ -202,14 +210,15 @@ def test_heads_are_turned_and_put_into_the_cache(rng, bounded, name, time, kept)
         assert new.sum() == exists.sum() * layer.kv_heads
         assert (found[~new] == exact[~new]).all()
         error = nmse(found[new], exact[new])
-        ok.append(bounded(f"{name}, {kept}, {time}", mode, error, WRITTEN[kept]))
+        ok.append(bounded(case, mode, error, WRITTEN[kept]))
     assert all(ok)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kept", CACHES)
-@pytest.mark.parametrize("time", [1, 15, 70])
+@pytest.mark.parametrize("time", [1, 15, 70, 300])
 @pytest.mark.parametrize("name", [*LAYERS, "odd widths", "widest", "places in any order"])
-def test_queries_read_a_cache(rng, bounded, name, time, kept):
+def test_queries_read_a_cache(rng, bounded, name, time, kept, backend):
     layer = LAYERS.get(name, LAYERS["window"])
     if name == "odd widths":
         layer = dataclasses.replace(layer, width=24, window=None)
@@ -222,9 +231,9 @@ def test_queries_read_a_cache(rng, bounded, name, time, kept):
         places = np.int32([rng.permutation(LENGTH) for _ in range(2)])
         places[rng.random(places.shape) < 0.2] = -1
     queries = inputs.query[0].reshape(2, time, layer.kv_heads, -1, layer.width)
-    run = jax.jit(internals.flash_attention, static_argnums=0)
+    run = jax.jit(internals.flash_attention, static_argnums=(0, 1))
     y = run(
-        layer,
+        *(backend, layer),
         *(queries, inputs.cache, positions),
         places if name == "places in any order" else None,
         inputs.sinks,
@@ -235,4 +244,5 @@ def test_queries_read_a_cache(rng, bounded, name, time, kept):
     expected = attend(layer, queries, keys, values, positions, places, inputs.sinks)
     y = np.float64(y.astype(jnp.float32))
     error = max(nmse(y[row], expected[row]) for row in range(2))
-    assert bounded(f"{name}, {kept}", f"{time} queries", error, ATTENDED)
+    case = f"{name}, {kept}" + (f", {backend}" if backend != "Triton" else "")
+    assert bounded(case, f"{time} queries", error, ATTENDED)
