@@ -113,10 +113,10 @@ def test_a_prompt_keeps_the_weights_of_one_product_at_a_time(programs, devices):
         assert program["temporary"] < (224 + 56) * MIB / devices
 
 
-def test_kernels_in_cuda_dequantize_for_one_product_after_another(programs):
-    """Query, key and value; output; gate and up; down. A second layer keeps none of these weights:
-    those of the output, in bfloat16, are the fewest, 32 MiB."""
+def test_prompts_with_kernels_in_cuda(programs):
+    """They dequantize the matrices of four products, rotate and cache heads, and attend. A second
+    layer keeps no weights: those of the output, in bfloat16, are the fewest, 32 MiB."""
     one, two = (programs[f"llama-8b H100 x1 prefill cuda {layers}"] for layers in (1, 2))
     calls = [sum("ffi_call" in name for name in program["kernels"]) for program in (one, two)]
-    assert calls[1] - calls[0] == 4
+    assert calls[1] - calls[0] == 4 + 2
     assert two["temporary"] - one["temporary"] < 16 * MIB
