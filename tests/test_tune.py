@@ -67,20 +67,23 @@ def problem_of(x, w):
 def test_the_fastest_tiling_is_kept_and_taken(monkeypatch, table, launches):
     rng = fresh_rng()
     x, w = rounded_rows(rng, 1, 512), matrix(rng, "Q4_K", 24, 512)
-    problem, tried = problem_of(x, w), []
+    problem, tried, time = problem_of(x, w), [], {FAST: 1.0, Tiling(32, 1, 1): None}
 
-    def seconds(problem, tiling, *_):
-        tried.append(tiling)
-        return 1.0 if tiling == FAST else None if tiling == Tiling(32, 1, 1) else 1.5
+    def programs(problem, tilings, inputs, *_):
+        tried.extend(tilings)
+        times = [time.get(tiling, 1.5) for tiling in tilings]
+        return [t and t * len(inputs) for t in times]
 
-    monkeypatch.setattr(tune, "_seconds", seconds)
+    monkeypatch.setattr(tune, "_compiled", programs)
+    monkeypatch.setattr(tune, "seconds", lambda program: program)
     [found] = tune.tune([problem], POLICY, jax.devices()[0])
     assert (found.usual, found.best, found.tiling) == (1.5, 1.0, FAST)
-    assert tried[0] is None and {*tried[1:]} == {*problem.candidates}
-    usual = [t for t in problem.candidates if t != FAST]
-    monkeypatch.setattr(tune, "_seconds", lambda _, tiling, *__: 1.0 if tiling in usual else 1.01)
-    [unchanged] = tune.tune([problem_of(x, matrix(rng, "Q6_K", 24, 512))], POLICY, jax.devices()[0])
-    assert unchanged.tiling is None  # one percent may be chance
+    assert tried == [None, *problem.candidates]
+    time[FAST] = 1.49  # one percent may be chance
+    other = problem_of(x, matrix(rng, "Q6_K", 24, 512))
+    assert [one.tiling for one in tune.tune([other], POLICY, jax.devices()[0])] == [None]
+    time[None] = None
+    assert not list(tune.tune([other], POLICY, jax.devices()[0]))
 
     assert [*json.loads(table.read_text())["8.0"]] == ["cuda_gemv_int8"]
     launches.clear()

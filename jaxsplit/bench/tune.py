@@ -1,7 +1,9 @@
 """Times the tilings that kernels may take, and keeps the fastest."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -65,20 +67,18 @@ def tune(problems: Iterable[Problem], policy: MatmulPolicy, device: jax.Device) 
       device: of the mesh.
     """
     for problem in problems:
-        inputs = _inputs(problem, device)
-        usual = _seconds(problem, None, inputs, policy, device)
-        assert usual is not None
-        found = [(usual, None)]
-        for tiling in problem.candidates:
-            if (took := _seconds(problem, tiling, inputs, policy, device)) is not None:
-                found.append((took, tiling))
-        best, tiling = min(found, key=lambda one: one[0])
-        if tiling is not None and best < usual * (1 - _LEAST_GAIN):
+        inputs, tried = _inputs(problem, device), [None, *problem.candidates]
+        programs = _compiled(problem, tried, inputs, policy, device)
+        if programs[0] is None:
+            continue
+        times = [math.inf if p is None else seconds(p) / len(inputs) for p in programs]
+        best = min(range(len(tried)), key=times.__getitem__)
+        if times[best] > times[0] * (1 - _LEAST_GAIN):
+            best = 0
+        if tiling := tried[best]:
             chosen = {problem.kernel: {problem.key: dataclasses.asdict(tiling)}}
             tilings.write(policy.cuda, chosen)
-            yield Tuned(problem, usual, best, tiling)
-        else:
-            yield Tuned(problem, usual, usual, None)
+        yield Tuned(problem, times[0], times[best], tiling)
 
 
 def _inputs(problem: Problem, device: jax.Device) -> list[tuple[tuple, dict[str, Any]]]:
@@ -103,29 +103,37 @@ def _inputs(problem: Problem, device: jax.Device) -> list[tuple[tuple, dict[str,
     return [problem.filled(*one) for one in given]
 
 
-def _seconds(
-    problem: Problem, tiling: Any, inputs: Any, policy: MatmulPolicy, device: jax.Device
-) -> float | None:
-    """Seconds of a call with a tiling; None: it does not run."""
+def _compiled(
+    problem: Problem,
+    tried: Sequence[Any],
+    inputs: Sequence[Any],
+    policy: MatmulPolicy,
+    device: jax.Device,
+) -> list[Callable[[], Any] | None]:
+    """Programs that call a kernel with all inputs, one for each tiling; None: it does not run."""
     leaves, structure = jax.tree.flatten(inputs)
     where = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    arrays = [leaves[i] for i in where]
 
-    def run(arrays: list[jax.Array]) -> Any:
-        filled = list(leaves)
-        for i, x in zip(where, arrays, strict=True):
-            filled[i] = x
-        with forward_context(policy=policy):
-            calls = jax.tree.unflatten(structure, filled)
-            return [problem.run(*args, tiling=tiling, **options) for args, options in calls]
+    def program(tiling: Any) -> Callable[[], Any] | None:
+        def run(arrays: list[jax.Array]) -> Any:
+            filled = list(leaves)
+            for i, x in zip(where, arrays, strict=True):
+                filled[i] = x
+            with forward_context(policy=policy):
+                calls = jax.tree.unflatten(structure, filled)
+                return [problem.run(*args, tiling=tiling, **options) for args, options in calls]
 
-    options = compiler_options(device.platform, decode=True)
-    program: Callable[..., Any] = jax.jit(run, compiler_options=options)
-    try:
-        return seconds(lambda: program([leaves[i] for i in where])) / len(inputs)
-    except (JaxsplitError, jax.errors.JaxRuntimeError):  # more registers or memory than there are
-        if tiling is None:
-            raise
-        return None
+        options = compiler_options(device.platform, decode=True)
+        try:
+            compiled = jax.jit(run, compiler_options=options).lower(arrays).compile()
+            jax.block_until_ready(compiled(arrays))
+        except (JaxsplitError, jax.errors.JaxRuntimeError):  # more registers or memory than exist
+            return None
+        return lambda: compiled(arrays)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(program, tried))
 
 
 def _is_array(x: Any) -> bool:

@@ -101,8 +101,9 @@ def _candidates(
 ) -> list[_Tiling]:
     if groups is not None:
         return []
-    shapes = itertools.product((32, 64, 128), (64, 128), (2, 4), (2, 3), (1, 2))
-    return [_Tiling(*shape) for shape in shapes]
+    accumulators = 2 if x.values[0].shape[1] <= 32 else 1
+    shapes = itertools.product((32, 64), (64, 128), (2, 4), (2, 3))
+    return [_Tiling(*shape, accumulators) for shape in shapes]
 
 
 @tunable(_candidates)
