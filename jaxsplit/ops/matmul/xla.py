@@ -48,8 +48,8 @@ _Matrix = TypeVar("_Matrix", bound=Weight)
 def matmuls(x: Array, weights: Sequence[Weight], dtype: jnp.dtype) -> list[Array]:
     """`x @ w.T` for `[..., in]` and each matrix `[out, in]`: `[..., out]` of a dtype."""
     rows = math.prod(x.shape[:-1])
-    if rows <= _FEW_ROWS:
-        x = _computed_once(x, weights)
+    if rows <= _FEW_ROWS and any(isinstance(w, QTensor) for w in weights):
+        x = _computed_once(x)
     if rows == 1:
         return [one_row(x, w, dtype) for w in weights]
     results = []
@@ -127,24 +127,17 @@ def _after(x: Array, w: _Matrix) -> _Matrix:
     return dataclasses.replace(w, scale=jnp.where(poisoned, jnp.zeros((), w.scale.dtype), w.scale))
 
 
-def _computed_once(x: Array, weights: Sequence[Weight]) -> Array:
+def _computed_once(x: Array) -> Array:
     """On CPUs, `x` as XLA computes it before the loops over quantized matrices that read it.
 
     It would fuse what is cheap, such as norms, into each of them and compute it again for each row
-    of a matrix. Divisions it does not; that the divisor is 1, it cannot know.
+    of a matrix. Divisions it does not; that the divisor is 1, it does not know in time.
     """
-    codes = [w.codes[0] for w in weights if isinstance(w, QTensor)]
-    if not codes:
-        return x
 
-    def divided(x: Array, code: Array) -> Array:
-        columns = x.shape[-1]
-        one = jnp.where(jnp.arange(columns) < columns + (code == 0), 1, 0)
-        return x / one.astype(x.dtype)
+    def divided(x: Array) -> Array:
+        return x / lax.optimization_barrier(jnp.ones(x.shape[-1], x.dtype))
 
-    return lax.platform_dependent(
-        x, codes[0][(0,) * codes[0].ndim], cpu=divided, default=lambda x, code: x
-    )
+    return lax.platform_dependent(x, cpu=divided, default=lambda x: x)
 
 
 def one_row(x: Array, w: Weight, dtype: jnp.dtype) -> Array:
