@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import cuda_host
 import jax
@@ -15,6 +16,7 @@ from tiny import fresh_rng, write_tiny_model
 import jaxsplit
 from jaxsplit.bench import tune
 from jaxsplit.context import MatmulPolicy, forward_context
+from jaxsplit.errors import JaxsplitError
 from jaxsplit.ops import tilings
 from jaxsplit.ops.matmul import cuda_gemv_int8
 from jaxsplit.ops.matmul.cuda_gemv_int8 import Tiling
@@ -104,15 +106,28 @@ def test_what_does_not_fit_is_not_taken(table, launches):
         product(x, w)
         return launches[-1].source
 
-    key = problem_of(x, w).key
-    tilings.write(8.0, {"cuda_gemv_int8": {key: dataclasses.asdict(FAST)}})
+    problem = problem_of(x, w)
+    tilings.write(8.0, problem, FAST)
     assert source() != usual
-    for stored in ({"lanes": 7, "rows": 1, "steps": 1}, {"threads": 3}):
-        tilings.write(8.0, {"cuda_gemv_int8": {key: stored}})
+    tilings.write(8.0, problem, None)
+    assert source() == usual
+    tilings.write(8.0, problem, FAST)
+    kept = table.read_text()
+    for fields in ('{"lanes": 7, "rows": 1, "steps": 1}', '{"threads": 3}', "1"):
+        table.write_text(re.sub(r"\{[^{}]*\}", fields, kept))
         assert source() == usual
-    for text in ("{", "[]", '{"9.0": {}}'):
+    for text in ("{", "[]", '{"9.0": {}}', '{"8.0": []}', '{"8.0": {"cuda_gemv_int8": 1}}'):
         table.write_text(text)
         assert source() == usual
+
+
+def test_a_table_that_cannot_be_written_is_named(table, launches):
+    rng = fresh_rng()
+    problem = problem_of(rounded_rows(rng, 1, 512), matrix(rng, "Q4_K", 24, 512))
+    table.parent.parent.mkdir(exist_ok=True)
+    table.parent.write_text("a file")
+    with pytest.raises(JaxsplitError, match=r"tilings.json cannot be written: "):
+        tilings.write(8.0, problem, FAST)
 
 
 def test_products_are_timed(launches):

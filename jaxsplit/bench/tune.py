@@ -75,10 +75,8 @@ def tune(problems: Iterable[Problem], policy: MatmulPolicy, device: jax.Device) 
         best = min(range(len(tried)), key=times.__getitem__)
         if times[best] > times[0] * (1 - _LEAST_GAIN):
             best = 0
-        if tiling := tried[best]:
-            chosen = {problem.kernel: {problem.key: dataclasses.asdict(tiling)}}
-            tilings.write(policy.cuda, chosen)
-        yield Tuned(problem, times[0], times[best], tiling)
+        tilings.write(policy.cuda, problem, tried[best])
+        yield Tuned(problem, times[0], times[best], tried[best])
 
 
 def _inputs(problem: Problem, device: jax.Device) -> list[tuple[tuple, dict[str, Any]]]:

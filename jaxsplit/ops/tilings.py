@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsplit.context import current_context
-from jaxsplit.paths import cache_folder, write_whole
+from jaxsplit.paths import cache_folder, os_errors, write_whole
 from jaxsplit.quant.qtensor import QTensor
 
 Table = dict[str, dict[str, dict[str, int]]]
@@ -117,16 +117,26 @@ def path_of_tables() -> Path:
 @functools.cache
 def table(capability: float) -> Table:
     """The table for GPUs of a compute capability; empty if none has been written."""
-    return _tables().get(str(capability), {}) if capability else {}
+    found = _tables().get(str(capability)) if capability else {}
+    kernels = found.items() if isinstance(found, dict) else ()
+    return {kernel: problems for kernel, problems in kernels if isinstance(problems, dict)}
 
 
-def write(capability: float, found: Table) -> None:
-    """Adds tilings to the table for GPUs of a compute capability."""
-    tables = _tables()
-    own = tables.setdefault(str(capability), {})
-    for kernel, problems in found.items():
-        own[kernel] = own.get(kernel, {}) | problems
-    write_whole(path_of_tables(), json.dumps(tables, indent=1) + "\n")
+def write(capability: float, problem: Problem, tiling: Any) -> None:
+    """Puts a tiling into the table for GPUs of a compute capability; None: removes any.
+
+    Raises:
+      JaxsplitError: the file cannot be written.
+    """
+    own = table(capability)
+    of_kernel = own.setdefault(problem.kernel, {})
+    of_kernel.pop(problem.key, None)
+    if tiling is not None:
+        of_kernel[problem.key] = dataclasses.asdict(tiling)
+    path = path_of_tables()
+    with os_errors(path, "written"):
+        text = json.dumps(_tables() | {str(capability): own}, indent=1)
+        write_whole(path, text + "\n")
     table.cache_clear()
 
 
