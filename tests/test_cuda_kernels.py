@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import usual_blocks
+from cuda_emulation import emulate_gpu, matrix, quantize_rows, rounded_rows, values_of
 from flax import nnx
 from helpers import GREEDY, nmse, quick_jit
 from tiny import fresh_rng, write_tiny_model
@@ -16,7 +17,7 @@ from tiny import fresh_rng, write_tiny_model
 import jaxsplit
 from jaxsplit.cache.layers import AttentionCache, Batch
 from jaxsplit.comm.peers import PeerGroup
-from jaxsplit.context import MatmulPolicy, current_context, forward_context
+from jaxsplit.context import MatmulPolicy, forward_context
 from jaxsplit.cuda.expression import expression
 from jaxsplit.models import AttentionConfig, MLPConfig, MoEConfig, NormConfig, RopeConfig
 from jaxsplit.models.attention import Attention
@@ -32,7 +33,7 @@ from jaxsplit.ops.activations.functions import (
 from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
 from jaxsplit.ops.activations.layout import Activations, Readers, RMSStatistics
 from jaxsplit.ops.activations.swizzled import SwizzledLayout
-from jaxsplit.ops.attention import cuda_decode, cuda_flash, cuda_rope_cache_update, xla
+from jaxsplit.ops.attention import cuda_decode, xla
 from jaxsplit.ops.matmul import api as matmul_api
 from jaxsplit.ops.matmul import (
     cuda_dequantize,
@@ -59,36 +60,12 @@ pytestmark = pytest.mark.usefixtures("quick_module")
 
 on_cpu = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs g++")
 
-unpacked = quick_jit(unpack, static_argnums=0)
 dequantized = quick_jit(dequantize)
-quantize_rows = quick_jit(int8.quantize_rows)
-values_of = quick_jit(lambda rows: rows.dequantized())
 
 
 @pytest.fixture
 def rng():
     return fresh_rng()
-
-
-def matrix(rng, name, rows, columns):
-    """A random matrix of a GGML type."""
-    raw = usual_blocks(rng, name, rows, columns // TYPES[name].block)
-    return unpacked(name, raw)
-
-
-def rounded_rows(rng, rows, columns, *, normalized=False):
-    x = rng.normal(size=(rows, columns)).astype(np.float32)
-    found = quantize_rows(jnp.asarray(x))
-    if not normalized:
-        return found
-    squares = (x.reshape(rows, 4, -1) ** 2).sum(axis=-1)
-    return int8.Int8Rows(
-        found.codes,
-        found.scale,
-        found.sums,
-        found.half_sums,
-        RMSStatistics(jnp.asarray(squares), 1e-5, columns),
-    )
 
 
 SMALL_BLOCKS = [
@@ -650,29 +627,6 @@ def test_a_token_attends_to_earlier_tokens_and_itself(rng, name, dtype):
         assert nmse(np.float64(actual), np.float64(new)) <= 1e-5
     changed = np.asarray(cache.keys != found.keys).any(axis=(1, 3)).sum()
     assert changed <= 3  # a place for each token that is no padding
-
-
-def emulate_gpu(monkeypatch, capability):
-    """Models that are loaded from here on run CUDA C++ on the CPU; the names of kernels that were
-    launched."""
-    launched = set()
-
-    def emulated(launch, *, capability):
-        assert capability == current_context().policy.cuda
-
-        def run(*arrays):
-            launched.add(launch.name)
-            return cuda_host.run(dataclasses.replace(launch, operands=arrays))
-
-        return list(jax.pure_callback(run, list(launch.results), *launch.operands))
-
-    for module in (
-        *(cuda_rows, cuda_decode, cuda_flash, cuda_rope_cache_update, cuda_router, cuda_groups),
-        *(cuda_gemv_int8, cuda_gemv_16bit, cuda_gemm_int8, cuda_gemm_bf16, cuda_dequantize),
-    ):
-        monkeypatch.setattr(module, "cuda_call", emulated)
-    monkeypatch.setattr(MatmulPolicy, "for_device", lambda *_: MatmulPolicy(cuda=capability))
-    return launched
 
 
 @on_cpu

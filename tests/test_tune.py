@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_emulation import emulate_gpu, matrix, rounded_rows, values_of
 from helpers import nmse
-from test_cuda_kernels import emulate_gpu, matrix, rounded_rows, values_of
 from tiny import fresh_rng, write_tiny_model
 
 import jaxsplit
