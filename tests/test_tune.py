@@ -84,10 +84,10 @@ def test_the_fastest_tiling_is_kept_and_taken(monkeypatch, table, launches):
     time[FAST] = 1.49  # one percent may be chance
     other = problem_of(x, matrix(rng, "Q6_K", 24, 512))
     assert [one.tiling for one in tune.tune([other], POLICY, jax.devices()[0])] == [None]
-    time[None] = None
-    assert not list(tune.tune([other], POLICY, jax.devices()[0]))
+    time[None] = None  # what runs is better than what does not
+    assert [one.tiling for one in tune.tune([other], POLICY, jax.devices()[0])] == [FAST]
 
-    assert [*json.loads(table.read_text())["8.0"]] == ["cuda_gemv_int8"]
+    assert [*map(len, json.loads(table.read_text())["8.0"].values())] == [2]
     launches.clear()
     y = product(x, w)
     expected = cuda_gemv_int8.launch_of(x, [w], jnp.float32, tiling=FAST)

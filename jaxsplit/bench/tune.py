@@ -69,8 +69,6 @@ def tune(problems: Iterable[Problem], policy: MatmulPolicy, device: jax.Device) 
     for problem in problems:
         inputs, tried = _inputs(problem, device), [None, *problem.candidates]
         programs = _compiled(problem, tried, inputs, policy, device)
-        if programs[0] is None:
-            continue
         times = [math.inf if p is None else seconds(p) / len(inputs) for p in programs]
         best = min(range(len(tried)), key=times.__getitem__)
         if times[best] > times[0] * (1 - _LEAST_GAIN):
