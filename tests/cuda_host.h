@@ -166,7 +166,10 @@ static inline u32 in_register(u32 x) { return x; }
 
 static inline void add_to_shared(int* p, int x) { *p += x; }
 
-static inline int warp_index() { return threadIdx.x / 32; }
+static inline int warp_index() {
+  wait_for_warp();  // all of its threads exchange it
+  return threadIdx.x / 32;
+}
 
 // Products of 16 rows of codes with 8 columns: threads have WORDS words of rows, half as many of
 // columns.

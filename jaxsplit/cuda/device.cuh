@@ -157,7 +157,8 @@ __device__ inline void wait_for_warp() { __syncwarp(); }
 // Adds to a number in shared memory, to which other threads add, too.
 __device__ inline void add_to_shared(int* p, int x) { atomicAdd(p, x); }
 
-// Of a thread; the compiler knows that it is the same for all threads of a warp.
+// Of a thread; the compiler knows that it is the same for all threads of a warp. All of them call it
+// together.
 __device__ inline int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 // Products of 16 x 16 and 16 x 32 codes with 8 columns of as many on tensor cores, added to `start`
