@@ -12,6 +12,9 @@ from tiny import fresh_rng
 
 from jaxsplit.cache.layers import AttentionCache
 from jaxsplit.models import AttentionConfig
+from jaxsplit.ops.activations.int8 import Int8BlockLayout, Int8Layout
+from jaxsplit.ops.activations.layout import Readers
+from jaxsplit.ops.activations.swizzled import SwizzledLayout, SwizzledRows
 from jaxsplit.ops.attention import cuda_flash
 from jaxsplit.ops.attention.cuda_flash import Tiling
 from jaxsplit.ops.attention.kv import KV
@@ -44,10 +47,17 @@ def inputs(rng, time, widths, dtype, cache_dtype):
     return queries, memory, jnp.asarray(positions, jnp.int32), pages
 
 
+def run(queries, memory, positions, capability, sinks=None, **options):
+    launch = cuda_flash.launch_of(queries, memory, positions, capability, sinks=sinks, **options)
+    results = cuda_host.run(launch)
+    if len(results) > 1:
+        splits = [jnp.asarray(x) for x in results]
+        results = cuda_host.run(cuda_flash.combine_launch_of(splits, sinks, queries.dtype))
+    return results[0]
+
+
 def check(queries, memory, positions, *, capability=9.0, **options):
-    found = cuda_host.run(cuda_flash.launch_of(queries, memory, positions, capability, **options))[
-        -1
-    ]
+    found = run(queries, memory, positions, capability, **options)
     exact, kv = jax.tree.map(lambda x: x.astype(jnp.float32), (queries, memory))
     if kv.key_scale is not None:
         kv = AttentionCache(
@@ -100,6 +110,26 @@ def test_scores_have_caps_sinks_and_windows(choices, tiling):
     check(*given, config=config, sinks=sinks, pages=pages, tiling=tiling)
 
 
+@pytest.mark.parametrize(
+    "layout", [SwizzledLayout(jnp.dtype("bfloat16")), Int8Layout(), Int8BlockLayout()], ids=repr
+)
+def test_splits_are_combined_in_the_layout_of_their_reader(layout):
+    """As the same rows are stored by another kernel."""
+    rng, sinks = fresh_rng(), None
+    sums, most, total = (
+        jnp.asarray(rng.normal(size=(3, 2, 5, HEADS, GROUP, *width)), jnp.float32)
+        for width in ((64,), (), ())
+    )
+    splits = sums, 3 * most, jnp.exp(total)
+    [array] = cuda_host.run(cuda_flash.combine_launch_of(splits, sinks, jnp.dtype("bfloat16")))
+    readers = Readers((layout,), xla=False)
+    launch = cuda_flash.combine_launch_of(splits, sinks, jnp.dtype("bfloat16"), readers)
+    stored = layout.wrap([jnp.asarray(x) for x in cuda_host.run(launch)], None)
+    rows = stored.array() if isinstance(stored, SwizzledRows) else stored.dequantized()
+    tolerance = 1e-6 if isinstance(stored, SwizzledRows) else 1e-4
+    assert nmse(np.asarray(rows), np.float32(array).reshape(10, -1)) <= tolerance
+
+
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 def test_keys_in_any_order(cache_dtype, each):
@@ -140,7 +170,7 @@ def test_what_has_not_been_written_is_not_read(cache_dtype):
         lambda x: x if x.dtype == jnp.int8 else x.at[pages[2, 0], :, last + 1 :].set(jnp.nan),
         memory,
     )
-    found = cuda_host.run(cuda_flash.launch_of(queries, spoilt, positions, 9.0, **options))[-1]
+    found = run(queries, spoilt, positions, 9.0, **options)
     np.testing.assert_array_equal(found, expected)
 
 

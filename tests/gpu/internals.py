@@ -380,7 +380,7 @@ def flash_attention(
         y = ATTENTION[backend].flash_attention(
             queries, cache, positions, config=layer.config, **options
         )
-    return y if isinstance(y, Array) else y.array
+    return y.array
 
 
 def route(logits: Array, used: int, routing: str, bias: Array | None) -> tuple[Array, Array]:

@@ -265,8 +265,9 @@ def _flash(
 
 
 def _cuda_supports_attend(queries: Array, kv: KV, config: AttentionConfig) -> bool:
-    runs = current_context().policy.only_cuda and kv.selected is None
-    return runs and cuda_flash.supports(queries, kv.memory, config)
+    policy = current_context().policy
+    runs = policy.only_cuda or (policy.kernels and policy.cuda in cuda_flash.FASTER)
+    return runs and kv.selected is None and cuda_flash.supports(queries, kv.memory, config)
 
 
 def _flash_by_cuda(
@@ -279,7 +280,9 @@ def _flash_by_cuda(
     readers: Readers,
 ) -> Activations:
     options = {"config": config, "key_positions": kv.positions, "sinks": sinks, "pages": kv.pages}
-    return Activations(cuda_flash.flash_attention(queries, kv.memory, batch.positions, **options))
+    return cuda_flash.flash_attention(
+        queries, kv.memory, batch.positions, **options, readers=readers
+    )
 
 
 def _attend_by_xla(
@@ -309,7 +312,7 @@ _UPDATE: _Table = (
     (lambda *_: True, xla.rope_cache_update),
 )
 _ATTEND: _Table = (
-    (_kernel_supports_attend, _flash),
     (_cuda_supports_attend, _flash_by_cuda),
+    (_kernel_supports_attend, _flash),
     (lambda *_: True, _attend_by_xla),
 )

@@ -12,7 +12,6 @@ constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int LANES = 8;              // threads of a key
 constexpr int LENGTH = PAGE * PAGES;  // positions of a sequence
 constexpr int HEADS = (GROUP + WARPS) / WARPS * WARPS;  // of queries and the key, padded
-constexpr float LOG2_E = 1.4426950408889634f, MASKED = -1e30f;
 
 struct Token {
   const Projected *query, *key, *value;  // [PARTS, sequences, heads, width]

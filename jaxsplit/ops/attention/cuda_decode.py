@@ -155,6 +155,7 @@ def launch_of(
         constants(numbers),
         types,
         _FOLDER / "cuda_cache.cuh",
+        _FOLDER / "cuda_softmax.cuh",
         _FOLDER / "cuda_decode.cu",
         body=body,
         grid=(kv_heads, sequences, splits),

@@ -1,6 +1,6 @@
 // FlashAttention (Dao 2023, arXiv:2307.08691): a block attends with ROWS queries of a key head to the
-// keys that they see, or to a split of them; the last block of some queries to finish combines the
-// splits. A row is a head of the group at one time; a warp has ROW_TILES times 16 of them.
+// keys that they see, or to a split of them: see cuda_combine.cu. A row is a head of the group at one
+// time; a warp has ROW_TILES times 16 of them.
 //
 // HEAD_DIM, VALUE_DIM, GROUP, TIME, HEADS (of keys), PAGE (positions of a page), PAGES (of a
 // sequence), WINDOW (0: none), SOFTCAP (0: none), SCALE (of scores) and SINKS describe the layer;
@@ -17,7 +17,6 @@ constexpr int KEY_STEPS = KEYS / 16;
 constexpr bool CODES = sizeof(Stored) == 1;
 // A few queries stay in registers.
 constexpr bool KEPT = ROW_TILES == 1 && HEAD_STEPS <= 8;
-constexpr float LOG2_E = 1.4426950408889634f, MASKED = -1e30f;
 
 struct Memory {
   const Stored *keys, *values;           // [pages, HEADS, PAGE, width]
@@ -29,7 +28,6 @@ struct Memory {
 struct Splits {
   float *sums;          // [SPLITS, sequences, TIME, HEADS, GROUP, VALUE_DIM]
   float *most, *total;  // [SPLITS, sequences, TIME, HEADS, GROUP]
-  int* finished;        // [TILES, sequences, HEADS]
 };
 
 // Rows in shared memory are 16 bytes longer than they need: eight of them, one below the other, are
@@ -337,26 +335,6 @@ __device__ inline void store_pair(X* to, float first, float second) {
 
 __device__ inline float inverse(float total) { return 1 / fmaxf(total, 1e-30f); }
 
-// What the splits of some rows have found.
-__device__ inline void combine(const Splits& splits, int used, long all, const Rows& rows,
-                               const float* sinks, X* out) {
-  for (int pair = threadIdx.x; pair < ROWS * VALUE_DIM / 2; pair += THREADS) {
-    int row = rows.tile * ROWS + pair / (VALUE_DIM / 2), column = 2 * (pair % (VALUE_DIM / 2));
-    if (!rows.exists(row)) continue;
-    long index = rows.index(row);
-    float sink = SINKS ? rows.sink(sinks, row) : MASKED, largest = sink, y[2] = {};
-    for (int i = 0; i < used; i++) largest = fmaxf(fresh(splits.most + index + i * all), largest);
-    float total = SINKS ? power_of_two(sink - largest) : 0;
-    for (int i = 0; i < used; i++) {
-      long at = index + i * all;
-      float weight = power_of_two(fresh(splits.most + at) - largest);
-      total += weight * fresh(splits.total + at);
-      for (int j = 0; j < 2; j++) y[j] += weight * fresh(splits.sums + at * VALUE_DIM + column + j);
-    }
-    store_pair(out + index * VALUE_DIM + column, y[0] * inverse(total), y[1] * inverse(total));
-  }
-}
-
 __device__ inline void attend(const X* queries, const int* positions, const Memory& memory,
                               const float* sinks, const Splits& splits, X* out) {
   Shared& shared = *(Shared*)dynamic_shared;
@@ -365,6 +343,7 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
   Rows rows = {TILES - 1 - (int)blockIdx.y / SPLITS, (int)blockIdx.x / HEADS, (int)blockIdx.x % HEADS,
                warp_index()};
   positions += rows.sequence * TIME;
+  long all = (long)sequences * TIME * HEADS * GROUP;
 
   int least = LENGTH, last = -1;  // positions
   for (int i = thread % 32; i <= (ROWS - 1) / GROUP + 1; i += 32) {
@@ -379,7 +358,13 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
   int filled = POSITIONS ? LENGTH : min(last + 1, LENGTH);
   int share = (filled + SPLITS * KEYS - 1) / (SPLITS * KEYS) * KEYS;
   int used = filled ? (filled + share - 1) / share : 1;
-  if (split >= used) return;
+  if (split >= used) {  // sees no key
+    for (int i = 0; i < 2 * ROW_TILES; i++) {
+      long at = split * all + rows.index(rows.row(i));
+      if (rows.exists(rows.row(i)) && thread % 4 == 0) splits.most[at] = MASKED, splits.total[at] = 0;
+    }
+    return;
+  }
   int start = split * share, stop = min(start + share, filled);
   // Up to here, all queries see all keys.
   int unmasked = POSITIONS || WINDOW ? 0 : min(least + 1, stop);
@@ -433,7 +418,6 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
     state.add(scores, shared);
   }
 
-  long all = (long)sequences * TIME * HEADS * GROUP;
 #pragma unroll
   for (int i = 0; i < 2 * ROW_TILES; i++) {
     int row = rows.row(i);
@@ -457,18 +441,4 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
       });
     }
   }
-  if (SPLITS == 1) return;
-
-  __shared__ bool is_last;
-  fence();
-  __syncthreads();
-  if (thread == 0) {
-    int* finished = splits.finished + (rows.tile * sequences + rows.sequence) * HEADS + rows.head;
-    is_last = used == 1 || atomic_add(finished, 1) == used - 1;
-    if (is_last) *finished = 0;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  fence();
-  combine(splits, used, all, rows, sinks, out);
 }

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.resources
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ from jaxsplit.context import current_context
 from jaxsplit.cuda.call import Launch, cuda_call
 from jaxsplit.cuda.limits import shared_kib
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
+from jaxsplit.ops.activations import cuda_rows
+from jaxsplit.ops.activations.layout import BLOCK, XLA_ONLY, Activations, Readers, wrap_layouts
 from jaxsplit.ops.attention.kernels import supports_attend
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.tilings import tunable
@@ -21,11 +25,15 @@ from jaxsplit.ops.tilings import tunable
 MIN_CAPABILITY = 7.5
 """With tensor cores that a warp uses by itself."""
 
+FASTER = (9.0,)
+"""Compute capabilities where it was measured to be faster than `triton_flash`."""
+
 _BFLOAT16 = 8.0
 """With tensor cores for bfloat16, and copies to shared memory that need no registers."""
 
 _SPLIT_KEYS = 512  # a split has at least as many
 _MAX_SPLITS = 64
+_COMBINE_THREADS = 128
 _BUSY_WARPS = 1024  # keep a large GPU busy
 _ROOMY = 100 * 1024  # bytes of shared memory
 _RESERVED = 1024  # bytes of it, of each block
@@ -152,17 +160,32 @@ def flash_attention(
     key_positions: Array | None = None,
     sinks: Array | None = None,
     pages: Array | None = None,
+    readers: Readers = XLA_ONLY,
     tiling: Tiling | None = None,
-) -> Array:
+) -> Activations:
     """As `jaxsplit.ops.attention.api.attend`, for what is supported.
 
     Args:
+      readers: of the result, which is in their layouts where a second kernel combines splits of the
+        keys; else it is an array.
       tiling: of the work; None: a tuned one, or `Tiling.of` it.
     """
     capability = current_context().policy.cuda
     options = {"key_positions": key_positions, "sinks": sinks, "pages": pages, "tiling": tiling}
     launch = launch_of(queries, kv, positions, capability, config=config, **options)
-    return cuda_call(launch, capability=capability)[-1].reshape(*positions.shape, -1)
+    results = cuda_call(launch, capability=capability)
+    if len(results) == 1:
+        return Activations(results[0])
+    value_dim = kv.own_values.shape[-1]
+    if readers.xla or not cuda_rows.supports(readers) or value_dim % BLOCK:
+        readers = XLA_ONLY
+    launch = combine_launch_of(results, sinks, queries.dtype, readers)
+    arrays = cuda_call(launch, capability=capability)
+    if readers is XLA_ONLY:
+        return Activations(arrays[0])
+    shape = (*positions.shape, math.prod(queries.shape[2:4]) * value_dim)
+    stored = wrap_layouts(readers.layouts, arrays, positions.size, shape[-1])
+    return Activations(jax.ShapeDtypeStruct(shape, queries.dtype), readers.layouts, stored)
 
 
 def launch_of(
@@ -210,28 +233,74 @@ def launch_of(
     memory = given.operands(
         kv.keys, kv.own_values, kv.key_scale, kv.value_scale, pages, key_positions
     )
-    body = f"  Memory memory = {memory};\n  Splits splits = {{0, 0, 0, 0}};\n"
+    body, out = f"  Memory memory = {memory};\n", "0"
     if splits > 1:
         sums = given.results(
             jax.ShapeDtypeStruct((*state, value_dim), jnp.float32),
             *[jax.ShapeDtypeStruct(state, jnp.float32)] * 2,
         )
-        finished = given.operand(jnp.zeros((tiles, batch, heads), jnp.int32))  # left as found
-        body += f"  splits = {{{sums.strip('{}')}, (int*){finished}}};\n"
-    out = given.result(
-        jax.ShapeDtypeStruct((batch, time, heads * group * value_dim), queries.dtype)
-    )
+        body += f"  Splits splits = {sums};\n"
+    else:
+        shape = (batch, time, heads * group * value_dim)
+        out = given.result(jax.ShapeDtypeStruct(shape, queries.dtype))
+        body += "  Splits splits = {0, 0, 0};\n"
     where = f"{given.operand(queries)}, {given.operand(positions)}"
     sinks_of = given.operand(None if sinks is None else sinks.astype(jnp.float32))
-    body += f"  attend({where}, memory, {sinks_of}, splits, {out});\n"
+    body += f"  attend({where}, memory, {sinks_of}, splits, (X*){out});\n"
     return given.launch(
         "flash_attention",
         "#define ASYNC\n" if asynchronous else "",
         types,
         constants(numbers),
+        _FOLDER / "cuda_softmax.cuh",
         _FOLDER / "cuda_flash.cu",
         body=body,
         grid=(heads * batch, tiles * splits, 1),
         threads=32 * tiling.warps,
         shared_bytes=tiling.shared_bytes(*widths),
+    )
+
+
+def combine_launch_of(
+    splits: Sequence[Array], sinks: Array | None, dtype: jnp.dtype, readers: Readers = XLA_ONLY
+) -> Launch:
+    """The launch that combines splits of the keys.
+
+    Args:
+      splits: weighted values, float32 `[splits, batch, time, kv_heads, group, value_dim]`; the
+        largest scores and the sums of weights, `[splits, batch, time, kv_heads, group]` each.
+      sinks: float32 `[kv_heads * group]`, or None.
+      dtype: of the rows `[batch, time, kv_heads * group * value_dim]`.
+      readers: who reads them in a layout; `XLA_ONLY`: as an array.
+    """
+    count, batch, time, kv_heads, group, value_dim = splits[0].shape
+    rows, heads = batch * time, kv_heads * group
+    numbers = {
+        "SPLITS": count,
+        "ROWS": rows,
+        "HEADS": heads,
+        "VALUE_DIM": value_dim,
+        "SINKS": int(sinks is not None),
+        "THREADS": _COMBINE_THREADS,
+    }
+    given = Arguments()
+    body = f"  Splits splits = {given.operands(*splits)};\n"
+    sinks_of = given.operand(None if sinks is None else sinks.astype(jnp.float32))
+    if readers is XLA_ONLY:
+        shape = jax.ShapeDtypeStruct((batch, time, heads * value_dim), dtype)
+        body += f"  Plain out = {{{given.result(shape)}}};\n"
+    else:
+        body += cuda_rows.declare_out(readers, given, rows, heads * value_dim)
+    body += f"  combine(splits, {sinks_of}, out);\n"
+    quads = rows * heads * value_dim // 4
+    return given.launch(
+        "combine_splits",
+        *cuda_rows.FILES,
+        f"typedef {cpp_type(dtype)} X;\n",
+        constants(numbers),
+        _FOLDER / "cuda_softmax.cuh",
+        _FOLDER / "cuda_combine.cu",
+        body=body,
+        grid=(-(-quads // _COMBINE_THREADS), 1, 1),
+        threads=_COMBINE_THREADS,
     )

@@ -1,15 +1,16 @@
-// A deferred normalization: what results of each row of activations are multiplied with. RMS_PARTS
-// sums of squares, of RMS_SIZE elements in all; 0 parts: there is no normalization.
+// A deferred normalization: what results of a block's ROWS of activations are multiplied with.
+// RMS_PARTS sums of squares, of RMS_SIZE elements in all; 0 parts: there is no normalization.
 
-__shared__ float factors[RMS_PARTS ? ROWS : 1];
+__shared__ float factors[RMS_PARTS ? FACTORS : 1];
 
-// `squares`: [ROWS, RMS_PARTS].
-__device__ inline void find_factors(const float* squares) {
+// `squares`: [rows, RMS_PARTS]; `row_of`: the `i`th row of the block.
+template <class RowOf>
+__device__ inline void find_factors(const float* squares, RowOf row_of) {
   if (!RMS_PARTS) return;
-  for (int row = threadIdx.x; row < ROWS; row += 32 * WARPS) {
+  for (int i = threadIdx.x; i < FACTORS; i += 32 * WARPS) {
     float sum = 0;
-    for (int i = 0; i < RMS_PARTS; i++) sum += squares[row * RMS_PARTS + i];
-    factors[row] = inverse_root(sum / RMS_SIZE + RMS_EPSILON);
+    for (int j = 0; j < RMS_PARTS; j++) sum += squares[row_of(i) * RMS_PARTS + j];
+    factors[i] = inverse_root(sum / RMS_SIZE + RMS_EPSILON);
   }
   __syncthreads();
 }

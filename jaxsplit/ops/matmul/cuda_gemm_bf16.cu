@@ -328,6 +328,17 @@ struct Pieces {
   }
 };
 
+// As many rows of a tile, of some bytes each, as shared memory has room for: a multiple of 8.
+__device__ constexpr int slab_rows(int bytes, int rows = TILE) {
+  return rows * bytes <= SHARED ? rows : slab_rows(bytes, (rows / 2 + 7) / 8 * 8);
+}
+
+// Neighbors that are stored together.
+template <class Y>
+struct alignas(4 * sizeof(Y)) Four {
+  Y at[4];
+};
+
 template <class W, int STAGES, class Rows, class Y>
 __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int program, int part,
                          Y* y) {
@@ -338,6 +349,8 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   // Rounds that are copied ahead: one place less, so that nobody waits for the products of a round
   // before the next one begins, if there are three places.
   constexpr int AHEAD = STAGES > 2 ? STAGES - 2 : 1;
+  // With two places, both are filled before the first round.
+  constexpr int FIRST = BULK && STAGES == 2 ? 2 : AHEAD;
   // Where products are waited for in each round, the next one is copied while the first are under
   // way; elsewhere the assembler would let each product wait for the one before.
   constexpr bool WAITS = !BULK && STAGES == 2;
@@ -426,7 +439,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
     __syncthreads();
   }
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) fetch(begin + i);
+  for (int i = 0; i < FIRST; i++) fetch(begin + i);
 #pragma unroll 1
   for (u32 round = begin; round < stop; round++) {
     u32 place = (round - begin) % STAGES;
@@ -442,7 +455,8 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
       second[piece][half] = *(const u32*)(of_row + (4 + at / 16) * R::PIECE_BYTES + at % 16);
     };
 
-    wait_for_groups<AHEAD - 1>();
+    bool is_filled = FIRST > AHEAD && round == begin;
+    is_filled ? wait_for_groups<FIRST - 1>() : wait_for_groups<AHEAD - 1>();
     if (BULK) {
       wait_for_warp();
     } else {
@@ -458,7 +472,7 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
       S::load_round(of_group[half], scales, quad + 8 * half, row_of(quad + 8 * half), round);
     }
     if (BULK) wait_for_arrivals(copied + place, (round - begin) / STAGES % 2);
-    if (!WAITS) fetch(round + AHEAD);
+    if (!WAITS && !is_filled) fetch(round + AHEAD);
 #pragma unroll
     for (int batch = 0; batch < BATCHES; batch++) {
       u32(*operands)[4] = a[batch % 2];
@@ -488,10 +502,10 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
   wait_for_products<0>();
 
   // Results of neighboring rows of the matrix are stored together.
-  constexpr int SLAB = TILE < 32 ? TILE : 32, WIDTH = 16 * WARPS, STRIDE = WIDTH + 4;
-  static_assert(4 * SLAB * STRIDE <= SHARED, "results fit");
+  constexpr int WIDTH = 16 * WARPS, STRIDE = WIDTH + 4;
+  constexpr int SLAB = slab_rows(4 * STRIDE);
   float* results = (float*)dynamic_shared;
-  find_factors(x.squares);
+  find_factors(x.squares, [&](int i) { return rows.source(i); });
 #pragma unroll
   for (int slab = 0; slab < TILE; slab += SLAB) {
     __syncthreads();
@@ -502,12 +516,21 @@ __device__ void multiply(const W& w, const Activations& x, const Rows& rows, int
       results[row * STRIDE + 16 * warp + quad + i / 2 % 2 * 8] = total[slab / 2 + i];
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < SLAB * WIDTH; at += THREADS) {
-      int i = slab + at / WIDTH, of_matrix = program * WIDTH + at % WIDTH;
-      if (i >= TILE || rows.result(i) >= rows.stop() || of_matrix >= W::OUT) continue;
-      float value = results[at / WIDTH * STRIDE + at % WIDTH];
-      value *= Codes<W>::RESULT * (RMS_PARTS ? factors[rows.source(i)] : 1);
-      store(y + ((long)part * RESULTS + rows.result(i)) * W::OUT + of_matrix, value);
+#pragma unroll 4
+    for (int at = threadIdx.x; at < SLAB * WIDTH / 4; at += THREADS) {
+      int i = slab + at / (WIDTH / 4), column = at % (WIDTH / 4) * 4;
+      int of_matrix = program * WIDTH + column, count = W::OUT - of_matrix;
+      if (i >= TILE || rows.result(i) >= rows.stop() || count <= 0) continue;
+      Words four = *(const Words*)(results + (i - slab) * STRIDE + column);
+      float factor = Codes<W>::RESULT * (RMS_PARTS ? factors[i] : 1);
+      Y* to = y + ((long)part * RESULTS + rows.result(i)) * W::OUT + of_matrix;
+      Four<Y> products;
+      for (int j = 0; j < 4; j++) store(products.at + j, bits_float(four.at[j]) * factor);
+      if (W::OUT % 4 == 0) {
+        *(Four<Y>*)to = products;
+      } else {
+        for (int j = 0; j < 4 && j < count; j++) to[j] = products.at[j];
+      }
     }
   }
 }

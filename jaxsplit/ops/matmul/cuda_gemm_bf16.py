@@ -97,8 +97,10 @@ class Tiling:
         return max(1, min(of_registers, of_memory))
 
     def fits(self, weights: Sequence[QTensor], capability: float) -> bool:
-        """Whether a GPU of a compute capability has that much for a block."""
-        return self.shared_bytes(weights) <= 1024 * shared_kib(capability) - _RESERVED
+        """Whether a GPU of a compute capability has the memory and registers for a block."""
+        registers = 32 * self.warps * (self.rows // 2 + _OTHER_REGISTERS)
+        memory = self.shared_bytes(weights)
+        return registers <= _REGISTERS and memory <= 1024 * shared_kib(capability) - _RESERVED
 
     @staticmethod
     def of(
@@ -253,6 +255,7 @@ def launch_of(
         "PARTS": parts,
         "WARPS": tiling.warps,
         "SHARED": tiling.shared_bytes(weights),
+        "FACTORS": tiling.rows,
         **cuda_rows.normalization(x.rms),
     }
     return given.launch(

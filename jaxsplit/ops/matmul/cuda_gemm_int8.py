@@ -155,6 +155,7 @@ def launch_of(
         "PARTS": parts,
         "WARPS": _WARPS,
         "SCRATCH": max(t.scratch(w, rows) for w, t in zip(weights, tilings, strict=True)),
+        "FACTORS": rows,
         **cuda_rows.normalization(x.rms),
     }
     return given.launch(
