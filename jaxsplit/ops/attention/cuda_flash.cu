@@ -161,12 +161,13 @@ struct Tile {
 
 // The queries of a block, of which a thread has one row of each 8.
 struct Rows {
-  int tile, sequence, head, warp;
+  int tile, sequence, head;
 
   __device__ static bool exists(int row) { return row < TIME * GROUP; }
 
   // Of the thread: the `i`th.
   __device__ int row(int i) const {
+    int warp = threadIdx.x / 32;
     return tile * ROWS + 16 * warp * ROW_TILES + 8 * i + threadIdx.x % 32 / 4;
   }
 
@@ -205,7 +206,7 @@ struct Queries {
       bool exists = column < HEAD_DIM && rows.exists(row);
       *(Words*)&shared.queries[r].at[column] = exists ? *(const Words*)eight : Words{};
     }
-    int first = 16 * rows.warp * ROW_TILES + lane % 16;
+    int first = 16 * warp_index() * ROW_TILES + lane % 16;
     stored = shared_address(&shared.queries[KEPT ? 0 : first].at[8 * (lane / 16)]);
   }
 
@@ -340,8 +341,7 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
   Shared& shared = *(Shared*)dynamic_shared;
   int sequences = gridDim.x / HEADS, split = blockIdx.y % SPLITS, thread = threadIdx.x;
   // The last queries see the most keys: they start first.
-  Rows rows = {TILES - 1 - (int)blockIdx.y / SPLITS, (int)blockIdx.x / HEADS, (int)blockIdx.x % HEADS,
-               warp_index()};
+  Rows rows = {TILES - 1 - (int)blockIdx.y / SPLITS, (int)blockIdx.x / HEADS, (int)blockIdx.x % HEADS};
   positions += rows.sequence * TIME;
   long all = (long)sequences * TIME * HEADS * GROUP;
 
