@@ -153,8 +153,10 @@ def _tilings(
             options = {"split_k": split_k, "sum_parts": not parts}
             tiling = cuda_gemm_int8.Tiling(*sizes)
             yield f"int8 {sizes} x {split_k}", functools.partial(gemm, tiling=tiling, **options)
-    if rows <= cuda_gemm_bf16.MAX_ROWS and capability >= cuda_gemm_bf16.MIN_CAPABILITY:
-        heights = {-(-rows // (8 * tiles)) * 8 for tiles in (1, 2)}
+    most = cuda_gemm_bf16.max_rows(capability)
+    if rows <= most and capability >= cuda_gemm_bf16.MIN_CAPABILITY:
+        least = -(-rows // 256)
+        heights = {-(-rows // (8 * tiles)) * 8 for tiles in (least, 2 * least)}
         for *sizes, split_k in itertools.product((4, 8), heights, (2, 3, 4), splits):
             options = {"split_k": split_k, "sum_parts": not parts}
             tiling = cuda_gemm_bf16.Tiling(*sizes)

@@ -110,6 +110,18 @@ def test_scores_have_caps_sinks_and_windows(choices, tiling):
     check(*given, config=config, sinks=sinks, pages=pages, tiling=tiling)
 
 
+def test_rows_are_stored_in_the_layout_of_tensor_cores():
+    config, layout = AttentionConfig(HEADS * GROUP, HEADS, 64, 32), SwizzledLayout(jnp.bfloat16)
+    *given, pages = inputs(fresh_rng(), 43, (64, 32), "bfloat16", "bfloat16")
+    options = {"config": config, "pages": pages, "tiling": Tiling(2, 2, 32, 1)}
+    expected = run(*given, 9.0, **options)
+    [stored] = cuda_host.run(
+        cuda_flash.launch_of(*given, 9.0, **options, readers=Readers((layout,), xla=False))
+    )
+    found = layout.wrap([jnp.asarray(stored)], None).array()
+    np.testing.assert_array_equal(found, np.float32(expected).reshape(found.shape))
+
+
 @pytest.mark.parametrize(
     "layout", [SwizzledLayout(jnp.dtype("bfloat16")), Int8Layout(), Int8BlockLayout()], ids=repr
 )

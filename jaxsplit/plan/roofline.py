@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.matmul.api import MAX_GEMM_ROWS, MAX_INT8_ROWS, MAX_SMALL_M_ROWS
+from jaxsplit.ops.matmul.api import MAX_GROUP_ROWS, MAX_INT8_ROWS, MAX_SMALL_M_ROWS
 from jaxsplit.plan.cost import ProgramCost
 from jaxsplit.plan.devices import DeviceKind
 from jaxsplit.sharding import Stage
@@ -100,7 +100,7 @@ def decode_seconds(
     few = 1 if kind.kernels == "xla" else MAX_INT8_ROWS
     if bits < 16 and small_m is not None and rows > few:
         matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * small_m)
-    elif bits < 16 and e.gemm_flops and MAX_SMALL_M_ROWS < rows <= MAX_GEMM_ROWS:
+    elif bits < 16 and e.gemm_flops and MAX_SMALL_M_ROWS < rows <= MAX_GROUP_ROWS:
         matmuls = max(reading, cost.flops / (kind.flops * e.gemm_flops))
     elif bits < 16 and rows > few:
         moved = read + 2 * weights * 16 / bits

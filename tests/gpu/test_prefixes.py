@@ -47,7 +47,8 @@ def test_prefixes_come_back(model, tmp_path, cache_dtype):
         cached.append(run(lm, prompts[0])[0])
         question = prompts[0][:257]  # full pages, as the host has them
         run(lm, question)
-        lm.engine.wait_for_programs()  # until then, programs of longer chunks serve, which round otherwise
+        # Until then, programs of longer chunks serve, which round otherwise.
+        lm.engine.wait_for_programs()
         results.append(run(lm, question))
         if name == "cache_ram":
             for prompt in prompts[1:]:

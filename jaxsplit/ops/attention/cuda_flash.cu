@@ -5,8 +5,8 @@
 // HEAD_DIM, VALUE_DIM, GROUP, TIME, HEADS (of keys), PAGE (positions of a page), PAGES (of a
 // sequence), WINDOW (0: none), SOFTCAP (0: none), SCALE (of scores) and SINKS describe the layer;
 // POSITIONS: keys are not in the order of their positions, which are given, for all sequences at once
-// (1) or for each (2). SPLITS, WARPS, ROW_TILES and KEYS (at a time) divide the work. `X` and
-// `Stored` are the types of queries and of the cache. ASYNC: copies to shared memory need no
+// (1) or for each (2). SPLITS, WARPS, ROW_TILES and KEYS (at a time) divide the work. SWIZZLED:
+// results are `Swizzled`. `X` and `Stored` are the types of queries and of the cache. ASYNC: copies to shared memory need no
 // registers.
 
 constexpr int THREADS = 32 * WARPS, ROWS = 16 * ROW_TILES * WARPS;
@@ -330,18 +330,20 @@ struct State {
   }
 };
 
-__device__ inline void store_pair(X* to, float first, float second) {
-  *(u32*)to = pack<X>(first, second);
+// Where two neighbors of a head of a query are in the results.
+__device__ inline X* result(X* out, long head, int column, int sequences) {
+  if (!SWIZZLED) return out + head * VALUE_DIM + column;
+  constexpr int ALL_HEADS = HEADS * GROUP;
+  int row = head / ALL_HEADS, first = head % ALL_HEADS * VALUE_DIM;
+  return Swizzled<X>{out}.pair(row, first + column, sequences * TIME);
 }
-
-__device__ inline float inverse(float total) { return 1 / fmaxf(total, 1e-30f); }
 
 __device__ inline void attend(const X* queries, const int* positions, const Memory& memory,
                               const float* sinks, const Splits& splits, X* out) {
   Shared& shared = *(Shared*)dynamic_shared;
-  int sequences = gridDim.x / HEADS, split = blockIdx.y % SPLITS, thread = threadIdx.x;
+  int sequences = gridDim.x / HEADS, split = blockIdx.z, thread = threadIdx.x;
   // The last queries see the most keys: they start first.
-  Rows rows = {TILES - 1 - (int)blockIdx.y / SPLITS, (int)blockIdx.x / HEADS, (int)blockIdx.x % HEADS};
+  Rows rows = {TILES - 1 - (int)blockIdx.y, (int)blockIdx.x / HEADS, (int)blockIdx.x % HEADS};
   positions += rows.sequence * TIME;
   long all = (long)sequences * TIME * HEADS * GROUP;
 
@@ -434,10 +436,10 @@ __device__ inline void attend(const X* queries, const int* positions, const Memo
       float sink = SINKS ? rows.sink(sinks, row) : MASKED, largest = fmaxf(sink, most);
       float factor = SINKS ? power_of_two(most - largest) : 1;
       total = total * factor + (SINKS ? power_of_two(sink - largest) : 0);
-      factor *= inverse(total);
-      X* to = out + rows.index(row) * VALUE_DIM;
+      factor /= fmaxf(total, 1e-30f);
       state.for_each_pair(i, [&](int column, const float* pair) {
-        store_pair(to + column, pair[0] * factor, pair[1] * factor);
+        X* to = result(out, rows.index(row), column, sequences);
+        *(u32*)to = pack<X>(pair[0] * factor, pair[1] * factor);
       });
     }
   }

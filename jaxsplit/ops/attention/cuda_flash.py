@@ -18,6 +18,7 @@ from jaxsplit.cuda.limits import shared_kib
 from jaxsplit.cuda.source import Arguments, constants, cpp_type
 from jaxsplit.ops.activations import cuda_rows
 from jaxsplit.ops.activations.layout import BLOCK, XLA_ONLY, Activations, Readers, wrap_layouts
+from jaxsplit.ops.activations.swizzled import SwizzledLayout
 from jaxsplit.ops.attention.kernels import supports_attend
 from jaxsplit.ops.attention.spec import AttentionConfig
 from jaxsplit.ops.tilings import tunable
@@ -166,26 +167,32 @@ def flash_attention(
     """As `jaxsplit.ops.attention.api.attend`, for what is supported.
 
     Args:
-      readers: of the result, which is in their layouts where a second kernel combines splits of the
-        keys; else it is an array.
+      readers: of the result, which is in their layout if one of the kernels stores it.
       tiling: of the work; None: a tuned one, or `Tiling.of` it.
     """
     capability = current_context().policy.cuda
-    options = {"key_positions": key_positions, "sinks": sinks, "pages": pages, "tiling": tiling}
-    launch = launch_of(queries, kv, positions, capability, config=config, **options)
-    results = cuda_call(launch, capability=capability)
-    if len(results) == 1:
-        return Activations(results[0])
     value_dim = kv.own_values.shape[-1]
     if readers.xla or not cuda_rows.supports(readers) or value_dim % BLOCK:
         readers = XLA_ONLY
-    launch = combine_launch_of(results, sinks, queries.dtype, readers)
-    arrays = cuda_call(launch, capability=capability)
-    if readers is XLA_ONLY:
-        return Activations(arrays[0])
+    options = {"key_positions": key_positions, "sinks": sinks, "pages": pages, "tiling": tiling}
+    options |= {"config": config, "readers": readers}
+    launch = launch_of(queries, kv, positions, capability, **options)
+    results = cuda_call(launch, capability=capability)
+    if launch.grid[2] > 1:
+        launch = combine_launch_of(results, sinks, queries.dtype, readers)
+        results = cuda_call(launch, capability=capability)
+    elif not _stores(readers):
+        readers = XLA_ONLY
+    if readers == XLA_ONLY:
+        return Activations(results[0])
     shape = (*positions.shape, math.prod(queries.shape[2:4]) * value_dim)
-    stored = wrap_layouts(readers.layouts, arrays, positions.size, shape[-1])
+    stored = wrap_layouts(readers.layouts, results, positions.size, shape[-1])
     return Activations(jax.ShapeDtypeStruct(shape, queries.dtype), readers.layouts, stored)
+
+
+def _stores(readers: Readers) -> bool:
+    """Whether the kernel itself stores the layout of some readers."""
+    return [type(layout) for layout in readers.layouts] == [SwizzledLayout]
 
 
 def launch_of(
@@ -198,9 +205,11 @@ def launch_of(
     key_positions: Array | None = None,
     sinks: Array | None = None,
     pages: Array | None = None,
+    readers: Readers = XLA_ONLY,
     tiling: Tiling | None = None,
 ) -> Launch:
-    """The launch for a GPU of some compute capability, other arguments as of `flash_attention`."""
+    """The launch for a GPU of some compute capability, other arguments as of `flash_attention`. Of
+    splits of the keys, the results are for `combine_launch_of`; their number is the grid's in z."""
     batch, time, heads, group, head_dim = queries.shape
     value_dim, page = kv.own_values.shape[-1], kv.length
     count = 1 if pages is None else pages.shape[1]
@@ -225,6 +234,7 @@ def launch_of(
         "WARPS": tiling.warps,
         "ROW_TILES": tiling.row_tiles,
         "KEYS": tiling.keys,
+        "SWIZZLED": int(splits == 1 and _stores(readers)),
         "SCALE": float(scale),
         "SOFTCAP": float(config.softcap or 0),
     }
@@ -241,8 +251,11 @@ def launch_of(
         )
         body += f"  Splits splits = {sums};\n"
     else:
-        shape = (batch, time, heads * group * value_dim)
-        out = given.result(jax.ShapeDtypeStruct(shape, queries.dtype))
+        columns = heads * group * value_dim
+        shapes = [jax.ShapeDtypeStruct((batch, time, columns), queries.dtype)]
+        if _stores(readers):
+            shapes = readers.layouts[0].shapes(batch * time, columns)
+        out = given.result(*shapes)
         body += "  Splits splits = {0, 0, 0};\n"
     where = f"{given.operand(queries)}, {given.operand(positions)}"
     sinks_of = given.operand(None if sinks is None else sinks.astype(jnp.float32))
@@ -252,10 +265,11 @@ def launch_of(
         "#define ASYNC\n" if asynchronous else "",
         types,
         constants(numbers),
+        cuda_rows.FOLDER / "cuda_swizzled.cuh",
         _FOLDER / "cuda_softmax.cuh",
         _FOLDER / "cuda_flash.cu",
         body=body,
-        grid=(heads * batch, tiles * splits, 1),
+        grid=(heads * batch, tiles, splits),
         threads=32 * tiling.warps,
         shared_bytes=tiling.shared_bytes(*widths),
     )
@@ -286,7 +300,7 @@ def combine_launch_of(
     given = Arguments()
     body = f"  Splits splits = {given.operands(*splits)};\n"
     sinks_of = given.operand(None if sinks is None else sinks.astype(jnp.float32))
-    if readers is XLA_ONLY:
+    if readers == XLA_ONLY:
         shape = jax.ShapeDtypeStruct((batch, time, heads * value_dim), dtype)
         body += f"  Plain out = {{{given.result(shape)}}};\n"
     else:

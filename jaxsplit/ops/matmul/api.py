@@ -57,7 +57,9 @@ Like = Array | Activations | jax.ShapeDtypeStruct
 
 MAX_INT8_ROWS = triton_gemv_int8.MAX_ROWS
 MAX_SMALL_M_ROWS = triton_small_m_gemm.MAX_ROWS
-MAX_GEMM_ROWS = cuda_gemm_bf16.MAX_ROWS
+MAX_GROUP_ROWS = cuda_gemm_bf16.MAX_GROUP_ROWS
+_MAX_EXACT_ROWS = 256
+"""Beyond, `float8` is faster than `gemm_bf16`."""
 
 
 def int8_rows(rows: int) -> bool:
@@ -138,7 +140,7 @@ def max_group_rows(stacks: Sequence[Weight], dtype: jnp.dtype) -> int:
     policy = current_context().policy
     many = policy.only_cuda or policy.cuda in cuda_gemm_bf16.FASTER
     many = many and all(_has_gemm_bf16(stack, dtype) for stack in stacks)
-    return MAX_GEMM_ROWS if many else MAX_SMALL_M_ROWS
+    return MAX_GROUP_ROWS if many else MAX_SMALL_M_ROWS
 
 
 def has_grouped_kernel(stack: Weight, dtype: jnp.dtype) -> bool:
@@ -165,7 +167,8 @@ def _supports_gemm_bf16(x: Like, w: Weight) -> bool:
     fast = policy.cuda in cuda_gemm_bf16.FASTER
     least = MAX_SMALL_M_ROWS if _has_small_m_kernel(w, x.dtype) else 1
     least = min(least, cuda_gemm_bf16.faster_from(w) - 1) if fast else least
-    return least < rows <= (MAX_GEMM_ROWS if fast or policy.only_cuda else MAX_SMALL_M_ROWS)
+    most = cuda_gemm_bf16.max_rows(policy.cuda) if fast or policy.only_cuda else MAX_SMALL_M_ROWS
+    return least < rows <= most
 
 
 def _supports_int8_by_xla(x: Like, w: Weight) -> bool:
@@ -194,8 +197,10 @@ def _supports_gemv_16bit(x: Like, w: Weight) -> bool:
 
 
 def _supports_float8(x: Like, w: Weight) -> bool:
-    many = rows_of(x) > MAX_SMALL_M_ROWS
-    return current_context().policy.float8 and many and isinstance(w, QTensor)
+    policy = current_context().policy
+    gemm = policy.only_cuda or policy.cuda in cuda_gemm_bf16.FASTER
+    least = _MAX_EXACT_ROWS if gemm and _has_gemm_bf16(w, x.dtype) else MAX_SMALL_M_ROWS
+    return policy.float8 and isinstance(w, QTensor) and rows_of(x) > least
 
 
 def _int8_by_xla(x: Array, weights: Sequence[QTensor], dtype: jnp.dtype) -> list[Array]:
@@ -255,6 +260,7 @@ _IMPLEMENTATIONS = (
         layout=lambda weights, dtype: Int8BlockLayout(),
         run_split_k=lambda rows, weights: gemm_int8(rows, weights, sum_parts=False),
     ),
+    _Implementation("float8", _supports_float8, xla.float8_matmuls),
     _Implementation(
         "gemm_bf16",
         _supports_gemm_bf16,
@@ -278,7 +284,6 @@ _IMPLEMENTATIONS = (
         run_and_send=lambda rows, weights, peers: gemv_bf16(rows, weights, peers=peers),
     ),
     _Implementation("gemv_16bit", _supports_gemv_16bit, cuda_gemv_16bit.gemv_16bit),
-    _Implementation("float8", _supports_float8, xla.float8_matmuls),
     _Implementation("XLA", lambda x, w: True, xla.matmuls),
 )
 

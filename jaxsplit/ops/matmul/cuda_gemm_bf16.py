@@ -23,12 +23,12 @@ from jaxsplit.ops.matmul.groups import GroupedGemmInfo
 from jaxsplit.ops.tilings import tunable
 from jaxsplit.quant.qtensor import QTensor
 
-MAX_ROWS = 256
-"""Beyond, dequantized matrices cost little beside the products."""
+MAX_GROUP_ROWS = 256
+"""Of a group, at most."""
 
 FASTER = (9.0,)
-"""Compute capabilities where it was measured to be faster than dequantizing a matrix first, and
-than a kernel in Triton for the rows of `faster_from`."""
+"""Compute capabilities where it was measured to be faster than dequantizing a matrix first, up to
+`max_rows`, and than a kernel in Triton, from `faster_from` on."""
 
 MIN_CAPABILITY = 8.0
 """With tensor cores for bfloat16, and copies to shared memory that do not wait."""
@@ -38,13 +38,20 @@ _WARPGROUPS = 9.0
 
 _TILE = 16  # rows of a matrix, of a warp
 _BATCH = 2  # slices of 16 columns that are multiplied at a time
-_MAX_TILE = 128  # rows of activations whose sums a thread has in registers
+_MAX_TILE = 128  # rows of activations, of two blocks on a multiprocessor
+_MAX_ALONE = 256  # the same of one block
 _ROUND = 64  # bytes of a row
 _MANY_BLOCKS = 256  # with half as many or fewer, split-K adds parts to keep the GPU busy
 _FEW_OUTPUTS = 8192  # of matrices; half as many blocks as multiprocessors
 _MANY_DEEP_BLOCKS = 128  # the same, where a multiprocessor has one block with all stages
 _FEW_ROWS = 32  # whose rounds end so soon that several must be under way
 _MIN_ROUNDS = 4  # of a part
+_MULTIPROCESSORS = 132  # of an H100
+# Of a row of activations on a multiprocessor, measured: rounds that cost as much as the rest of a
+# block, and the time of a round; for two blocks on it, and for one of 256 rows.
+_PAIRED_MICROS = 2.0, 0.0074
+_ALONE_MICROS = 7.0, 0.0054
+_PART_MICROS = 2e-6  # of a result, which is written and read
 _RESERVED = 2048  # bytes of shared memory, for the runtime and for normalizations
 
 _REGISTERS = 65_536  # of a multiprocessor
@@ -138,6 +145,11 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
     return rounds and chunks and whole and spans
 
 
+def max_rows(capability: float) -> int:
+    """Beyond, a dequantized matrix costs less than it saves (docs/design/kernels.md)."""
+    return 2048 if capability in FASTER else 256
+
+
 def faster_from(w: QTensor) -> int:
     """The fewest rows for which it is faster than `small_m_gemm` on those GPUs
     (docs/design/kernels.md)."""
@@ -220,6 +232,8 @@ def launch_of(
     warpgroups = capability == _WARPGROUPS
     # With bulk copies, few blocks had better be deep than many.
     deep = warpgroups and groups is None and sum(w.shape[-2] for w in weights) <= _FEW_OUTPUTS
+    if warpgroups and groups is None and tiling is None and rows > _MAX_TILE:
+        tiling, split_k = _of_many_rows(weights, rows, split_k)
     tiling = tiling or Tiling.of(weights, height, capability, deep=deep)
     blocks = [-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights]
     given = Arguments()
@@ -227,9 +241,8 @@ def launch_of(
     body = f"  Activations x = {given.operands(x.values, squares)};\n"
     if groups is None:
         tiles, result_rows = -(-rows // tiling.rows), rows
-        rounds = max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
         many = _MANY_DEEP_BLOCKS if deep else _MANY_BLOCKS
-        parts = split_k or _parts(sum(blocks) * tiles, rounds, many)
+        parts = split_k or _parts(sum(blocks) * tiles, _rounds(weights), many)
         body += "  Neighbors rows;\n"
     else:
         tiles, result_rows = len(groups.matrix) * (height // tiling.rows), out_rows
@@ -273,6 +286,39 @@ def launch_of(
         shared_bytes=tiling.shared_bytes(weights),
         device=_products_of_warpgroups(element, tiling.rows) if warpgroups else "",
     )
+
+
+def _rounds(weights: Sequence[QTensor]) -> int:
+    return max(w.shape[-1] * w.layout.bits[0] // 8 // _ROUND for w in weights)
+
+
+def _of_many_rows(weights: Sequence[QTensor], rows: int, split_k: int | None) -> tuple[Tiling, int]:
+    """A tiling and parts of the inner dimension on Hopper, for rows of several tiles: a
+    multiprocessor has two blocks of low tiles, or one of a high one, whichever number divides better
+    into multiprocessors."""
+    rounds, choices = _rounds(weights), []
+    outputs = sum(w.shape[-2] for w in weights)
+    for most in (_MAX_TILE, _MAX_ALONE):
+        tiles = -(-rows // most)
+        tiling = Tiling(8, -(-rows // (8 * tiles)) * 8, 2)
+        if not tiling.fits(weights, _WARPGROUPS):
+            continue
+        blocks = tiles * sum(-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights)
+        parts = 1 if split_k is None else split_k
+        while split_k is None or parts == split_k:
+            waves = -(-blocks * parts // _MULTIPROCESSORS)
+            pairs = most == _MAX_TILE and blocks * parts > _MULTIPROCESSORS
+            fixed, each = _PAIRED_MICROS if pairs else _ALONE_MICROS
+            if not pairs:
+                each *= 1 + (_MAX_ALONE - tiling.rows) / 400
+            micros = waves * tiling.rows * each * (rounds / parts + fixed)
+            micros += (parts > 1) * parts * rows * outputs * _PART_MICROS
+            choices.append((micros, parts, tiling))
+            parts *= 2
+            if rounds // parts < _MIN_ROUNDS:
+                break
+    _, parts, tiling = min(choices, key=lambda choice: choice[:2])
+    return tiling, parts
 
 
 def _parts(blocks: int, rounds: int, many: int) -> int:

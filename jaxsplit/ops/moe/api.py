@@ -20,7 +20,7 @@ from jaxsplit.ops.activations.layout import (
     rows_of,
 )
 from jaxsplit.ops.matmul.api import (
-    MAX_GEMM_ROWS,
+    MAX_GROUP_ROWS,
     Like,
     grouped_readers,
     has_grouped_kernel,
@@ -92,7 +92,7 @@ def readers_of(x: Like, top_k: int, params: ExpertParams) -> Readers:
     """Who reads tokens like `x`, `[..., time, embed]`, that are routed to `top_k` experts each."""
     if _supports_gemv(x, top_k, params):
         return Readers((Int8Layout(),), xla=False)
-    if _supports_grouped_gemm(x, top_k, params) and rows_of(x) <= MAX_GEMM_ROWS:
+    if _supports_grouped_gemm(x, top_k, params) and rows_of(x) <= MAX_GROUP_ROWS:
         rows = params.group_rows(rows_of(x) * top_k, x.dtype)
         return grouped_readers(params.input_stacks, x.dtype, rows)
     return XLA_ONLY
