@@ -159,8 +159,9 @@ class LoadConfig(Config):
         "auto",
         "what computes: triton: Pallas-Triton kernels, on GPUs of compute capability 8.0 on; cuda: "
         "CUDA C++ for one and two rows, on GPUs of compute capability 6.1 on, for up to 64 from "
-        "7.5 on, and for up to 256 from 8.0 on; xla: XLA alone; auto: the first of these that "
-        "runs, and cuda beside triton for what that lacks; interpret: triton on CPUs, to test it",
+        "7.5 on, and for up to 256 from 8.0 on (512 on Hopper); xla: XLA alone; auto: the first of "
+        "these that runs, and cuda beside triton for what that lacks, or does slower; interpret: "
+        "triton on CPUs, to test it",
         choices=("auto", "triton", "cuda", "xla", "interpret"),
     )
     collectives: str = option(

@@ -251,6 +251,21 @@ def test_gemm_bf16_of_tiles_parts_and_norms(rng, capability):
 
 
 @on_cpu
+@pytest.mark.parametrize("out", [24, 21], ids=["fours", "odd"])
+def test_gemm_bf16_of_high_tiles(rng, out):
+    """A block whose results are stored a part after the other; no whole fours of a row."""
+    x = jnp.asarray(rng.normal(size=(200, 256)), "bfloat16")
+    w = matrix(rng, "Q8_0", out, 256)
+    tiling = cuda_gemm_bf16.Tiling(warps=8, rows=200, stages=2)
+    assert tiling.shared_bytes([w]) < 200 * 4 * (8 * 16 + 4)
+    options = {"tiling": tiling, "split_k": 1}
+    for dtype, bound in ((jnp.float32, 1e-12), (jnp.bfloat16, 1e-5)):
+        launch = cuda_gemm_bf16.launch_of(swizzled(x), [w], jnp.dtype(dtype), 9.0, **options)
+        [y] = cuda_host.run(launch)
+        assert nmse(np.float32(y[0]), product_of_rounded(x, w)) <= bound
+
+
+@on_cpu
 def test_gemm_bf16_of_groups(rng):
     """Groups of 16 rows in two tiles: some end within a tile, some have one only, one does not
     exist."""
@@ -410,10 +425,15 @@ def test_split_k_and_tilings_keep_a_gpu_busy():
 
 
 @pytest.mark.parametrize(
-    ("capability", "out", "grid", "stages"),
-    [(9.0, 4096, (32, 4, 1), 4), (9.0, 28672, (224, 1, 1), 2), (8.0, 4096, (32, 8, 1), 2)],
+    ("capability", "out", "rows", "grid", "stages"),
+    [
+        *((9.0, 4096, 64, (32, 4, 1), 4), (9.0, 28672, 64, (224, 1, 1), 2)),
+        *((8.0, 4096, 64, (32, 8, 1), 2), (9.0, 28672, 512, (224, 1, 4), 2)),
+        *((9.0, 4096, 512, (32, 2, 4), 2), (9.0, 8192, 512, (64, 1, 2), 2)),
+    ],
 )
-def test_few_blocks_of_gemm_bf16_are_deep_on_hopper(capability, out, grid, stages):
+def test_blocks_of_gemm_bf16_keep_a_gpu_busy(capability, out, rows, grid, stages):
+    """On Hopper, few are deep, and many rows make as many blocks as divide into multiprocessors."""
     found = []
 
     def launch(raw, *arrays):
@@ -422,7 +442,7 @@ def test_few_blocks_of_gemm_bf16_are_deep_on_hopper(capability, out, grid, stage
         found.append(cuda_gemm_bf16.launch_of(x, [w], jnp.float32, capability))
 
     raw = jax.ShapeDtypeStruct((out, 16, 144), "uint8")
-    jax.eval_shape(launch, raw, *SwizzledLayout(jnp.dtype("bfloat16")).shapes(64, 4096))
+    jax.eval_shape(launch, raw, *SwizzledLayout(jnp.dtype("bfloat16")).shapes(rows, 4096))
     assert found[0].grid == grid
     assert f", {stages}>(" in found[0].source
 
@@ -692,7 +712,7 @@ def test_matrices_of_many_rows_are_dequantized_by_one_kernel(rng, monkeypatch, i
     weights = [matrix(rng, kind, out, 512) for kind, out in (("Q4_K", 24), ("Q6_K", 40))]
     other = matrix(rng, "IQ1_M", 8, 512)
     assert not cuda_dequantize.supports(other)
-    x = jnp.asarray(rng.normal(size=(300, 512)), "bfloat16")
+    x = jnp.asarray(rng.normal(size=(520, 512)), "bfloat16")
     with forward_context(policy=MatmulPolicy(cuda=9.0, float8=in_float8)):
         [plain] = matmul_api.matmuls(x, [other])
         assert not launched

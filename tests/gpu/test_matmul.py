@@ -108,12 +108,12 @@ def test_products_with_matrices_of_several_types(rng, bounded):
 @pytest.mark.skipif(internals.INTERPRET, reason="compiles for a GPU")
 @pytest.mark.parametrize("name", CUDA_TYPES)
 def test_products_by_kernels_in_cuda(rng, bounded, name):
-    """Rounded to 8 bits and not; 300 rows with the dequantized matrix. Some tiles are not full."""
+    """Rounded to 8 bits and not; 600 rows with the dequantized matrix. Some tiles are not full."""
     raw = internals.raw_blocks(rng, name, 200, 2048)
     w, exact = internals.from_blocks(name, raw), exact_matrix(name, raw)
     run = jax.jit(internals.products_in_cuda, static_argnames="int8")
     minima, ok = w.minimum is not None, []
-    few, many = [(1, True), (8, True), (16, True), (8, False)], [100, 256, 300]
+    few, many = [(1, True), (8, True), (16, True), (8, False)], [100, 256, 300, 600]
     for rows, int8 in (*few, *((rows, False) for rows in many)):
         x = (unrounded if int8 else activations)(rng, rows, 2048)
         [y] = run(x, [w], int8=int8)
@@ -180,7 +180,7 @@ def test_products_in_8_bit_floating_point(rng, bounded, name, backend):
         pytest.skip("needs compute capability 8.9")
     columns = SHAPES[0][1]
     raw = internals.raw_blocks(rng, name, 72, columns)
-    x = activations(rng, 300, columns)
+    x = activations(rng, 600, columns)
     products = internals.products_in_cuda if in_cuda else internals.products
     run = jax.jit(products, static_argnames=("int8", "float8"))
     [y] = run(x, [internals.from_blocks(name, raw)], int8=False, float8=True)

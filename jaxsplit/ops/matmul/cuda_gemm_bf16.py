@@ -50,7 +50,7 @@ _MULTIPROCESSORS = 132  # of an H100
 # Of a row of activations on a multiprocessor, measured: rounds that cost as much as the rest of a
 # block, and the time of a round; for two blocks on it, and for one of 256 rows.
 _PAIRED_MICROS = 2.0, 0.0074
-_ALONE_MICROS = 7.0, 0.0054
+_ALONE_MICROS = 10.0, 0.0054
 _PART_MICROS = 2e-6  # of a result, which is written and read
 _RESERVED = 2048  # bytes of shared memory, for the runtime and for normalizations
 
@@ -147,7 +147,7 @@ def supports(w: QTensor, dtype: jnp.dtype) -> bool:
 
 def max_rows(capability: float) -> int:
     """Beyond, a dequantized matrix costs less than it saves (docs/design/kernels.md)."""
-    return 2048 if capability in FASTER else 256
+    return 512 if capability in FASTER else 256
 
 
 def faster_from(w: QTensor) -> int:
@@ -232,7 +232,7 @@ def launch_of(
     warpgroups = capability == _WARPGROUPS
     # With bulk copies, few blocks had better be deep than many.
     deep = warpgroups and groups is None and sum(w.shape[-2] for w in weights) <= _FEW_OUTPUTS
-    if warpgroups and groups is None and tiling is None and rows > _MAX_TILE:
+    if warpgroups and groups is None and tiling is None and rows > _MAX_ALONE:
         tiling, split_k = _of_many_rows(weights, rows, split_k)
     tiling = tiling or Tiling.of(weights, height, capability, deep=deep)
     blocks = [-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights]
@@ -293,9 +293,9 @@ def _rounds(weights: Sequence[QTensor]) -> int:
 
 
 def _of_many_rows(weights: Sequence[QTensor], rows: int, split_k: int | None) -> tuple[Tiling, int]:
-    """A tiling and parts of the inner dimension on Hopper, for rows of several tiles: a
-    multiprocessor has two blocks of low tiles, or one of a high one, whichever number divides better
-    into multiprocessors."""
+    """A tiling and parts of the inner dimension on Hopper, for rows of several tiles. A
+    multiprocessor has two blocks of low tiles, or one of a high one: whichever takes less time, which
+    is estimated, as blocks divide into multiprocessors."""
     rounds, choices = _rounds(weights), []
     outputs = sum(w.shape[-2] for w in weights)
     for most in (_MAX_TILE, _MAX_ALONE):
@@ -310,7 +310,7 @@ def _of_many_rows(weights: Sequence[QTensor], rows: int, split_k: int | None) ->
             pairs = most == _MAX_TILE and blocks * parts > _MULTIPROCESSORS
             fixed, each = _PAIRED_MICROS if pairs else _ALONE_MICROS
             if not pairs:
-                each *= 1 + (_MAX_ALONE - tiling.rows) / 400
+                each *= 1 + ((_MAX_ALONE - tiling.rows) / 160) ** 2
             micros = waves * tiling.rows * each * (rounds / parts + fixed)
             micros += (parts > 1) * parts * rows * outputs * _PART_MICROS
             choices.append((micros, parts, tiling))
