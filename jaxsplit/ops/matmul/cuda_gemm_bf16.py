@@ -293,9 +293,9 @@ def _rounds(weights: Sequence[QTensor]) -> int:
 
 
 def _of_many_rows(weights: Sequence[QTensor], rows: int, split_k: int | None) -> tuple[Tiling, int]:
-    """A tiling and parts of the inner dimension on Hopper, for rows of several tiles. A
-    multiprocessor has two blocks of low tiles, or one of a high one: whichever takes less time, which
-    is estimated, as blocks divide into multiprocessors."""
+    """A tiling and parts of the inner dimension on Hopper, for rows of several tiles: two
+    blocks of low tiles on a multiprocessor, or one of a high one. Which takes less time depends on
+    how they divide into multiprocessors."""
     rounds, choices = _rounds(weights), []
     outputs = sum(w.shape[-2] for w in weights)
     for most in (_MAX_TILE, _MAX_ALONE):
