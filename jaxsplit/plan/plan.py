@@ -19,7 +19,7 @@ from jaxsplit.ops.matmul.xla import MAX_CONCAT_BYTES
 from jaxsplit.ops.moe.spec import MoEConfig
 from jaxsplit.plan.cost import ProgramCost, trace_decode, trace_prefill
 from jaxsplit.plan.devices import KERNELS, DeviceKind, kind_of
-from jaxsplit.plan.roofline import decode_seconds, prefill_seconds, weight_bits
+from jaxsplit.plan.roofline import ChunkTime, decode_seconds, prefill_time, weight_bits
 from jaxsplit.sharding import SPLIT_MODES, Partition, Stage, stage_memory
 from jaxsplit.weights import Sources, abstract_parameters, parameter_bytes, split_model, stage_bytes
 
@@ -39,7 +39,7 @@ class StagePlan:
       decode: cost of a decode step.
       prefill: cost of a prefill chunk.
       decode_seconds: predicted time of a decode step.
-      prefill_seconds: predicted time of a prefill chunk: fixed, and for each of its tokens.
+      prefill_time: predicted time of a prefill chunk.
     """
 
     stage: Stage
@@ -51,7 +51,7 @@ class StagePlan:
     decode: ProgramCost
     prefill: ProgramCost
     decode_seconds: float
-    prefill_seconds: tuple[float, float]
+    prefill_time: ChunkTime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +160,7 @@ class Plan:
         first, *others = chunk_lengths(length, stages=len(self.stages))
 
         def seconds(tokens: int) -> list[float]:
-            each_stage = (s.prefill_seconds for s in self.stages)
-            return [fixed + token * tokens for fixed, token in each_stage]
+            return [stage.prefill_time.seconds(tokens) for stage in self.stages]
 
         return length / (sum(seconds(first)) + sum(max(seconds(c)) for c in others))
 
@@ -309,7 +308,7 @@ def _plan_stage(
             rows=w.slots // stage.mesh.shape["data"],
             dtype=w.dtype,
         ),
-        prefill_seconds=prefill_seconds(
+        prefill_time=prefill_time(
             kind,
             stage,
             prefill,

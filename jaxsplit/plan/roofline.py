@@ -26,7 +26,10 @@ class _Efficiency:
         with few multiprocessors take longer, but have less bandwidth, too.
       small_m_weight: the same for matmuls of some tens of rows, whatever their number.
       small_m_flops: of the FLOP/s, in matmuls of some tens of rows. None: no such kernels.
-      gemm_flops: of the FLOP/s, in matmuls of more rows, up to 256. None: no such kernels.
+      gemm_flops: of the FLOP/s, in matmuls of 33 to 256 rows. None: no such kernels.
+      gemm_weight: seconds that these take for each weight, whatever the number of rows.
+      gemm_chunk: tokens of a chunk of a prompt that the same kernels multiply, at most.
+      gemm_chunk_flops: of the FLOP/s, for each of its tokens.
       float8: speedup of matmuls of many rows by 8-bit floating point, casts included.
     """
 
@@ -38,6 +41,9 @@ class _Efficiency:
     small_m_weight: float = 0.0
     small_m_flops: float | None = None
     gemm_flops: float | None = None
+    gemm_weight: float = 0.0
+    gemm_chunk: int = 0
+    gemm_chunk_flops: float = 1.0
     float8: float = 1.44
 
 
@@ -51,10 +57,13 @@ _EFFICIENCY = {
     "dp4a": _DP4A,
     "cuda": dataclasses.replace(_DP4A, small_m_weight=5e-13, small_m_flops=0.62),
     "triton": _TRITON,
-    "both": dataclasses.replace(_TRITON, gemm_flops=0.34),
+    "both": dataclasses.replace(
+        _TRITON, gemm_flops=0.39, gemm_weight=4.8e-13, gemm_chunk=512, gemm_chunk_flops=0.6
+    ),
 }
 """By the kernels of a device kind."""
 
+_GEMM_ROWS = 33
 _COPY_EFFICIENCY = 0.9
 _LINK_EFFICIENCY = 0.6
 
@@ -98,10 +107,10 @@ def decode_seconds(
     suits = dtype == jnp.bfloat16 or (dtype == jnp.float16 and not kind.triton)
     small_m = e.small_m_flops if suits and rows <= MAX_SMALL_M_ROWS else None
     few = 1 if kind.kernels == "xla" else MAX_INT8_ROWS
-    if bits < 16 and small_m is not None and rows > few:
+    if bits < 16 and e.gemm_flops and suits and _GEMM_ROWS <= rows <= MAX_GROUP_ROWS:
+        matmuls = max(reading, count * e.gemm_weight, cost.flops / (kind.flops * e.gemm_flops))
+    elif bits < 16 and small_m is not None and rows > few:
         matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * small_m)
-    elif bits < 16 and e.gemm_flops and MAX_SMALL_M_ROWS < rows <= MAX_GROUP_ROWS:
-        matmuls = max(reading, cost.flops / (kind.flops * e.gemm_flops))
     elif bits < 16 and rows > few:
         moved = read + 2 * weights * 16 / bits
         matmuls = moved / (kind.bandwidth * _COPY_EFFICIENCY)
@@ -111,7 +120,27 @@ def decode_seconds(
     return matmuls + len(stage.layers) * kind.layer_seconds + _collective_seconds(kind, stage, cost)
 
 
-def prefill_seconds(
+@dataclasses.dataclass(frozen=True)
+class ChunkTime:
+    """Predicted time of a prefill chunk: with dequantized matrices, or of few tokens, which are
+    multiplied straight from quantized ones. Each is a fixed time, and one for each token, in
+    seconds.
+
+    Attributes:
+      many: of any number of tokens.
+      few: of up to `most_few` of them.
+    """
+
+    many: tuple[float, float]
+    few: tuple[float, float] = (0.0, 0.0)
+    most_few: int = 0
+
+    def seconds(self, tokens: int) -> float:
+        fixed, each = self.few if tokens <= self.most_few else self.many
+        return fixed + each * tokens
+
+
+def prefill_time(
     kind: DeviceKind,
     stage: Stage,
     cost: ProgramCost,
@@ -121,9 +150,9 @@ def prefill_seconds(
     scores: int,
     chunk: int,
     float8: bool,
-) -> tuple[float, float]:
-    """Seconds of a prefill chunk: fixed, for writing and reading dequantized weights once; and for
-    each token, for matmuls, attention scores and collectives.
+) -> ChunkTime:
+    """Time of a prefill chunk. Fixed: writing and reading dequantized weights once, or dequantizing
+    them on the way. For each token: matmuls, attention scores and collectives.
 
     Args:
       kind, stage, cost: the devices, their layers, and the chunk's cost on each of them.
@@ -136,11 +165,19 @@ def prefill_seconds(
     e, quantized = _EFFICIENCY[kind.kernels], bits < 16
     bandwidth = kind.bandwidth * _COPY_EFFICIENCY
     dequantized = held * (8 if float8 else 16) / bits if quantized else 0
-    fixed = (held + 2 * dequantized) / bandwidth + len(stage.layers) * kind.layer_seconds
-    efficiency = e.matmul * (e.float8 if float8 and quantized else 1)
-    matmuls = cost.flops / (kind.flops * efficiency)
+    layers = len(stage.layers) * kind.layer_seconds
     traffic = e.score_passes * scores * len(stage.layers) / bandwidth
-    return fixed, (matmuls + traffic + _collective_seconds(kind, stage, cost)) / chunk
+    traffic += _collective_seconds(kind, stage, cost)
+
+    def each(efficiency: float) -> float:
+        return (cost.flops / (kind.flops * efficiency) + traffic) / chunk
+
+    faster = e.float8 if float8 and quantized else 1
+    many = (held + 2 * dequantized) / bandwidth + layers, each(e.matmul * faster)
+    if not quantized or not e.gemm_chunk:
+        return ChunkTime(many)
+    few = held / bandwidth + layers + held * 8 / bits * e.gemm_weight, each(e.gemm_chunk_flops)
+    return ChunkTime(many, few, 256 if float8 else e.gemm_chunk)
 
 
 def _collective_seconds(kind: DeviceKind, stage: Stage, cost: ProgramCost) -> float:
