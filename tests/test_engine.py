@@ -44,8 +44,8 @@ def test_chunks_do_not_change_logits(lm, tokens):
 
 
 def test_prompts_are_cut_into_few_chunks_without_much_padding():
-    lengths = {20: [32], 40: [32, 32], 65: [128], 512: [512], 600: [512, 128], 1500: [2048]}
-    lengths |= {2048: [2048], 2049: [2048, 32], 6000: [2048] * 3}
+    lengths = {20: [32], 40: [32, 32], 65: [128], 200: [256], 512: [512], 600: [512, 128]}
+    lengths |= {1000: [1024], 1500: [1024, 512], 2048: [2048], 2049: [2048, 32], 6000: [2048] * 3}
     assert {prompt: chunk_lengths(prompt) for prompt in lengths} == lengths
     assert chunk_lengths(0) == []
     assert chunk_lengths(3, [1]) == [1, 1, 1]
@@ -53,11 +53,11 @@ def test_prompts_are_cut_into_few_chunks_without_much_padding():
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])
 def test_several_stages_read_chunks_at_the_same_time(stages):
-    """No other length of equal chunks is faster, where each takes what 500 tokens take."""
+    """No other length of equal chunks is faster, where each takes what 300 tokens take."""
     for prompt in (512, 2048, 4096, 16384):
         lengths = chunk_lengths(prompt, stages=stages)
         assert sum(lengths) == prompt
-        taken = {c: (prompt / c + stages - 1) * (c + 500) for c in CHUNKS if c <= prompt}
+        taken = {c: (prompt / c + stages - 1) * (c + 300) for c in CHUNKS if c <= prompt}
         assert taken[lengths[0]] == min(taken.values())
 
 

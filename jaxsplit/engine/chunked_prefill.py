@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-CHUNKS = (32, 128, 512, 2048)
+CHUNKS = (32, 128, 256, 512, 1024, 2048)
 """Chunk lengths for which prefill is compiled."""
 
 MAX_LOGITS = 512
 """Tokens of a chunk at most of which logits are computed, not of the last one only."""
 
-CHUNK_OVERHEAD = 500
+CHUNK_OVERHEAD = 300
 """Fixed cost of a chunk in equivalent tokens: reading and dequantizing weights, kernel launches.
-On H100s between 270 (70B) and 950 (8B); docs/plan.md."""
+Between 220 (an 8B on an H200) and 270 (a 70B on H100s); docs/plan.md."""
 
 
 def chunk_lengths(

@@ -6,8 +6,8 @@
 // sequence), WINDOW (0: none), SOFTCAP (0: none), SCALE (of scores) and SINKS describe the layer;
 // POSITIONS: keys are not in the order of their positions, which are given, for all sequences at once
 // (1) or for each (2). SPLITS, WARPS, ROW_TILES and KEYS (at a time) divide the work. SWIZZLED:
-// results are `Swizzled`. `X` and `Stored` are the types of queries and of the cache. ASYNC: copies to shared memory need no
-// registers.
+// results are `Swizzled`. `X` and `Stored` are the types of queries and of the cache. ASYNC: copies to
+// shared memory need no registers.
 
 constexpr int THREADS = 32 * WARPS, ROWS = 16 * ROW_TILES * WARPS;
 constexpr int LENGTH = PAGE * PAGES;                     // positions of a sequence

@@ -1,9 +1,9 @@
-// A deferred normalization: what results of a block's ROWS of activations are multiplied with.
+// A deferred normalization: what the results of FACTORS rows of activations are multiplied with.
 // RMS_PARTS sums of squares, of RMS_SIZE elements in all; 0 parts: there is no normalization.
 
 __shared__ float factors[RMS_PARTS ? FACTORS : 1];
 
-// `squares`: [rows, RMS_PARTS]; `row_of`: the `i`th row of the block.
+// `squares`: [rows, RMS_PARTS]; `row_of`: the row that has the `i`th factor.
 template <class RowOf>
 __device__ inline void find_factors(const float* squares, RowOf row_of) {
   if (!RMS_PARTS) return;
