@@ -337,11 +337,19 @@ double number<Bfloat16>(const u32* words, int i) {
   return bits & 0x7f80 ? bits_float(bits << 16) : std::ldexp(bits & 0x8000 ? -1.0 : 1.0, -133) * (bits & 0x7f);
 }
 
+// Rounded once more, to fewer bits, it is what `x` would be: the last bit tells that some were lost.
+static float rounded_to_odd(double x) {
+  float y = (float)x;
+  if (y == x) return y;
+  u32 bits = float_bits(std::fabs((double)y) > std::fabs(x) ? std::nextafter(y, 0.0f) : y) | 1;
+  return bits_float(bits);
+}
+
 template <class T>
-static u32 multiply_add_pairs(u32 a, u32 b, u32 c) {  // exact in double precision, but rounded twice
+static u32 multiply_add_pairs(u32 a, u32 b, u32 c) {  // exact in double precision
   float y[2];
   for (int i = 0; i < 2; i++) {
-    y[i] = (float)(number<T>(&a, i) * number<T>(&b, i) + number<T>(&c, i));
+    y[i] = rounded_to_odd(number<T>(&a, i) * number<T>(&b, i) + number<T>(&c, i));
   }
   return pack<T>(y[0], y[1]);
 }
