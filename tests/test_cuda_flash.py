@@ -127,15 +127,15 @@ def test_rows_are_stored_in_the_layout_of_tensor_cores():
 )
 def test_splits_are_combined_in_the_layout_of_their_reader(layout):
     """As the same rows are stored by another kernel."""
-    rng, sinks = fresh_rng(), None
+    rng, dtype = fresh_rng(), jnp.dtype("bfloat16")
     sums, most, total = (
         jnp.asarray(rng.normal(size=(3, 2, 5, HEADS, GROUP, *width)), jnp.float32)
         for width in ((64,), (), ())
     )
     splits = sums, 3 * most, jnp.exp(total)
-    [array] = cuda_host.run(cuda_flash.combine_launch_of(splits, sinks, jnp.dtype("bfloat16")))
+    [array] = cuda_host.run(cuda_flash.combine_launch_of(splits, None, dtype))
     readers = Readers((layout,), xla=False)
-    launch = cuda_flash.combine_launch_of(splits, sinks, jnp.dtype("bfloat16"), readers)
+    launch = cuda_flash.combine_launch_of(splits, None, dtype, readers)
     stored = layout.wrap([jnp.asarray(x) for x in cuda_host.run(launch)], None)
     rows = stored.array() if isinstance(stored, SwizzledRows) else stored.dequantized()
     tolerance = 1e-6 if isinstance(stored, SwizzledRows) else 1e-4

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 
 from jaxsplit.comm import one_shot
-from jaxsplit.ops.matmul.api import MAX_GROUP_ROWS, MAX_INT8_ROWS, MAX_SMALL_M_ROWS
+from jaxsplit.ops.matmul.api import MAX_EXACT_ROWS, MAX_INT8_ROWS, MAX_SMALL_M_ROWS
 from jaxsplit.plan.cost import ProgramCost
 from jaxsplit.plan.devices import DeviceKind
 from jaxsplit.sharding import Stage
@@ -26,10 +26,11 @@ class _Efficiency:
         with few multiprocessors take longer, but have less bandwidth, too.
       small_m_weight: the same for matmuls of some tens of rows, whatever their number.
       small_m_flops: of the FLOP/s, in matmuls of some tens of rows. None: no such kernels.
-      gemm_flops: of the FLOP/s, in matmuls of 33 to 256 rows. None: no such kernels.
-      gemm_weight: seconds that these take for each weight, whatever the number of rows.
-      gemm_chunk: tokens of a chunk of a prompt that the same kernels multiply, at most.
-      gemm_chunk_flops: of the FLOP/s, for each of its tokens.
+      gemm_rows: most rows of other kernels that multiply straight from quantized weights. 0: there
+        are none.
+      gemm_flops: of the FLOP/s, in their matmuls of a decode step.
+      gemm_weight: seconds that they take for each weight, whatever the number of rows.
+      gemm_chunk_flops: of the FLOP/s, for each token of a chunk of a prompt.
       float8: speedup of matmuls of many rows by 8-bit floating point, casts included.
     """
 
@@ -40,9 +41,9 @@ class _Efficiency:
     weight: float = 0.0
     small_m_weight: float = 0.0
     small_m_flops: float | None = None
-    gemm_flops: float | None = None
+    gemm_rows: int = 0
+    gemm_flops: float = 1.0
     gemm_weight: float = 0.0
-    gemm_chunk: int = 0
     gemm_chunk_flops: float = 1.0
     float8: float = 1.44
 
@@ -58,12 +59,12 @@ _EFFICIENCY = {
     "cuda": dataclasses.replace(_DP4A, small_m_weight=5e-13, small_m_flops=0.62),
     "triton": _TRITON,
     "both": dataclasses.replace(
-        _TRITON, gemm_flops=0.39, gemm_weight=4.8e-13, gemm_chunk=512, gemm_chunk_flops=0.6
+        _TRITON, gemm_rows=512, gemm_flops=0.39, gemm_weight=4.8e-13, gemm_chunk_flops=0.6
     ),
 }
 """By the kernels of a device kind."""
 
-_GEMM_ROWS = 33
+_GEMM_ROWS = 33  # sequences from which these kernels multiply
 _COPY_EFFICIENCY = 0.9
 _LINK_EFFICIENCY = 0.6
 
@@ -107,7 +108,7 @@ def decode_seconds(
     suits = dtype == jnp.bfloat16 or (dtype == jnp.float16 and not kind.triton)
     small_m = e.small_m_flops if suits and rows <= MAX_SMALL_M_ROWS else None
     few = 1 if kind.kernels == "xla" else MAX_INT8_ROWS
-    if bits < 16 and e.gemm_flops and suits and _GEMM_ROWS <= rows <= MAX_GROUP_ROWS:
+    if bits < 16 and suits and _GEMM_ROWS <= rows <= e.gemm_rows:
         matmuls = max(reading, count * e.gemm_weight, cost.flops / (kind.flops * e.gemm_flops))
     elif bits < 16 and small_m is not None and rows > few:
         matmuls = reading + count * e.small_m_weight + cost.flops / (kind.flops * small_m)
@@ -174,10 +175,10 @@ def prefill_time(
 
     faster = e.float8 if float8 and quantized else 1
     many = (held + 2 * dequantized) / bandwidth + layers, each(e.matmul * faster)
-    if not quantized or not e.gemm_chunk:
+    if not quantized or not e.gemm_rows:
         return ChunkTime(many)
     few = held / bandwidth + layers + held * 8 / bits * e.gemm_weight, each(e.gemm_chunk_flops)
-    return ChunkTime(many, few, 256 if float8 else e.gemm_chunk)
+    return ChunkTime(many, few, MAX_EXACT_ROWS if float8 else e.gemm_rows)
 
 
 def _collective_seconds(kind: DeviceKind, stage: Stage, cost: ProgramCost) -> float:

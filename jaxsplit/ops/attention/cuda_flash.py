@@ -27,7 +27,7 @@ MIN_CAPABILITY = 7.5
 """With tensor cores that a warp uses by itself."""
 
 FASTER = (9.0,)
-"""Compute capabilities where it was measured to be faster than `triton_flash`."""
+"""Compute capabilities where it was measured to read prompts faster than `triton_flash`."""
 
 _BFLOAT16 = 8.0
 """With tensor cores for bfloat16, and copies to shared memory that need no registers."""

@@ -58,8 +58,8 @@ Like = Array | Activations | jax.ShapeDtypeStruct
 MAX_INT8_ROWS = triton_gemv_int8.MAX_ROWS
 MAX_SMALL_M_ROWS = triton_small_m_gemm.MAX_ROWS
 MAX_GROUP_ROWS = cuda_gemm_bf16.MAX_GROUP_ROWS
-_MAX_EXACT_ROWS = 256
-"""Beyond, `float8` is faster than `gemm_bf16`."""
+MAX_EXACT_ROWS = 256
+"""Beyond, float8 multiplies if it is asked for, although `gemm_bf16` could."""
 
 
 def int8_rows(rows: int) -> bool:
@@ -199,7 +199,7 @@ def _supports_gemv_16bit(x: Like, w: Weight) -> bool:
 def _supports_float8(x: Like, w: Weight) -> bool:
     policy = current_context().policy
     gemm = policy.only_cuda or policy.cuda in cuda_gemm_bf16.FASTER
-    least = _MAX_EXACT_ROWS if gemm and _has_gemm_bf16(w, x.dtype) else MAX_SMALL_M_ROWS
+    least = MAX_EXACT_ROWS if gemm and _has_gemm_bf16(w, x.dtype) else MAX_SMALL_M_ROWS
     return policy.float8 and isinstance(w, QTensor) and rows_of(x) > least
 
 

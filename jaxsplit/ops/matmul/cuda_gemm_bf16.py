@@ -296,27 +296,25 @@ def _of_many_rows(weights: Sequence[QTensor], rows: int, split_k: int | None) ->
     """A tiling and parts of the inner dimension on Hopper, for rows of several tiles: two
     blocks of low tiles on a multiprocessor, or one of a high one. Which takes less time depends on
     how they divide into multiprocessors."""
-    rounds, choices = _rounds(weights), []
-    outputs = sum(w.shape[-2] for w in weights)
-    for most in (_MAX_TILE, _MAX_ALONE):
-        tiles = -(-rows // most)
+    rounds, outputs = _rounds(weights), sum(w.shape[-2] for w in weights)
+    most = max(1, rounds // _MIN_ROUNDS)
+    counts = [1 << i for i in range(most.bit_length())] if split_k is None else [split_k]
+    choices = []
+    for limit, parts in itertools.product((_MAX_TILE, _MAX_ALONE), counts):
+        tiles = -(-rows // limit)
         tiling = Tiling(8, -(-rows // (8 * tiles)) * 8, 2)
         if not tiling.fits(weights, _WARPGROUPS):
             continue
-        blocks = tiles * sum(-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights)
-        parts = 1 if split_k is None else split_k
-        while split_k is None or parts == split_k:
-            waves = -(-blocks * parts // _MULTIPROCESSORS)
-            pairs = most == _MAX_TILE and blocks * parts > _MULTIPROCESSORS
-            fixed, each = _PAIRED_MICROS if pairs else _ALONE_MICROS
-            if not pairs:
-                each *= 1 + ((_MAX_ALONE - tiling.rows) / 160) ** 2
-            micros = waves * tiling.rows * each * (rounds / parts + fixed)
-            micros += (parts > 1) * parts * rows * outputs * _PART_MICROS
-            choices.append((micros, parts, tiling))
-            parts *= 2
-            if rounds // parts < _MIN_ROUNDS:
-                break
+        blocks = parts * tiles * sum(-(-w.shape[-2] // (_TILE * tiling.warps)) for w in weights)
+        fixed, each = _PAIRED_MICROS
+        if limit == _MAX_ALONE or blocks <= _MULTIPROCESSORS:
+            fixed, each = _ALONE_MICROS
+            each *= 1 + ((_MAX_ALONE - tiling.rows) / 160) ** 2
+        waves = -(-blocks // _MULTIPROCESSORS)
+        micros = waves * tiling.rows * each * (rounds / parts + fixed)
+        if parts > 1:
+            micros += parts * rows * outputs * _PART_MICROS
+        choices.append((micros, parts, tiling))
     _, parts, tiling = min(choices, key=lambda choice: choice[:2])
     return tiling, parts
 
