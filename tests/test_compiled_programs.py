@@ -110,8 +110,8 @@ def test_a_decode_step_keeps_no_weights(programs):
 )
 def test_prompts_are_multiplied_straight_from_the_weights(programs, what, expected):
     """Norms, four products, heads, attention to two parts of the keys, hidden units: nothing is
-    XLA's. Activations take 46 MiB; gate and up would take 224 in bfloat16, half of it on each of two
-    devices. A second layer keeps nothing."""
+    XLA's. Activations take 46 MiB; gate and up would take 224 in bfloat16, 112 on each of two. A
+    second layer keeps nothing."""
     assert of_a_layer(programs, f"llama-8b H100 {what}") == (expected, {})
     one, two = (programs[f"llama-8b H100 {what} {layers}"] for layers in (1, 2))
     assert two["temporary"] < 64 * MIB
